@@ -1,0 +1,90 @@
+"""ELF64: the headers of ``linux/elf.h`` as ``struct`` formats, little-endian.
+
+Shared by the boot loader (``vmlinux``) and the audit (``/proc/kcore`` is an ELF core file). Unpack with
+``Elf64_Phdr._make(ELF64_PHDR.unpack_from(data, offset))``.
+"""
+
+import struct
+from typing import NamedTuple
+
+__all__ = [
+    "ELF64_EHDR",
+    "ELF64_NHDR",
+    "ELF64_PHDR",
+    "ELFCLASS64",
+    "ELFDATA2LSB",
+    "ELFMAG",
+    "EM_X86_64",
+    "ET_CORE",
+    "ET_DYN",
+    "ET_EXEC",
+    "PF_R",
+    "PF_W",
+    "PF_X",
+    "PT_LOAD",
+    "PT_NOTE",
+    "Elf64_Ehdr",
+    "Elf64_Nhdr",
+    "Elf64_Phdr",
+]
+
+ELFMAG = b"\x7fELF"
+ELFCLASS64 = 2  # e_ident[EI_CLASS], EI_CLASS = 4
+ELFDATA2LSB = 1  # e_ident[EI_DATA], EI_DATA = 5
+
+ET_EXEC = 2
+ET_DYN = 3
+ET_CORE = 4
+
+EM_X86_64 = 62  # linux/elf-em.h
+
+PT_LOAD = 1
+PT_NOTE = 4
+
+PF_X = 1
+PF_W = 2
+PF_R = 4
+
+ELF64_EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
+ELF64_PHDR = struct.Struct("<IIQQQQQQ")
+ELF64_NHDR = struct.Struct("<III")
+
+
+class Elf64_Ehdr(NamedTuple):
+    """``struct elf64_hdr``."""
+
+    e_ident: bytes
+    e_type: int
+    e_machine: int
+    e_version: int
+    e_entry: int
+    e_phoff: int
+    e_shoff: int
+    e_flags: int
+    e_ehsize: int
+    e_phentsize: int
+    e_phnum: int
+    e_shentsize: int
+    e_shnum: int
+    e_shstrndx: int
+
+
+class Elf64_Phdr(NamedTuple):
+    """``struct elf64_phdr``: in the 64-bit layout ``p_flags`` comes second."""
+
+    p_type: int
+    p_flags: int
+    p_offset: int
+    p_vaddr: int
+    p_paddr: int
+    p_filesz: int
+    p_memsz: int
+    p_align: int
+
+
+class Elf64_Nhdr(NamedTuple):
+    """``struct elf64_note``: followed by the name and the descriptor, each padded to 4 bytes."""
+
+    n_namesz: int
+    n_descsz: int
+    n_type: int
