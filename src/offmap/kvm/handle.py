@@ -1,0 +1,42 @@
+"""An owned file descriptor whose ioctls fail with the operation's own name."""
+
+import os
+from fcntl import ioctl
+from types import TracebackType
+from typing import Any, Self
+
+from offmap.errors import KernelError
+
+__all__ = ["Handle"]
+
+
+class Handle:
+    """Owns `fd` and closes it on `close()` or at the end of a ``with`` block."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def call(self, name: str, request: int, argument: Any = 0, remedy: str = "") -> int:
+        """Issue the ioctl `request`; `argument` is an int, or a ctypes object that the kernel may write to.
+
+        Raises:
+            KernelError: with `name` as the operation.
+        """
+        try:
+            result: int = ioctl(self.fd, request, argument)
+        except OSError as error:
+            raise KernelError(name, error, remedy) from None
+        return result
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.close()

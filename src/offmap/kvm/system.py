@@ -1,0 +1,77 @@
+"""/dev/kvm: what the host's KVM can do, and new virtual machines."""
+
+import errno
+import os
+
+from offmap.errors import KernelError, OffmapError
+from offmap.kvm.cpuid import CpuidEntry, pack_cpuid, unpack_cpuid
+from offmap.kvm.handle import Handle
+from offmap.kvm.vm import Vm
+from offmap.uapi import kvm as uapi
+
+__all__ = ["Kvm"]
+
+_DEV_KVM = "/dev/kvm"
+_REMEDY = {
+    errno.ENOENT: "load kvm_intel or kvm_amd, and check that virtualisation is enabled in the firmware",
+    errno.EACCES: "run as root, or join the group that owns /dev/kvm",
+    errno.EPERM: "run as root, or join the group that owns /dev/kvm",
+    errno.ENODEV: "load kvm_intel or kvm_amd, and check that virtualisation is enabled in the firmware",
+    errno.ENXIO: "load kvm_intel or kvm_amd, and check that virtualisation is enabled in the firmware",
+}
+
+
+class Kvm(Handle):
+    """The KVM subsystem of this host.
+
+    Raises:
+        KernelError: /dev/kvm is missing or may not be opened.
+        OffmapError: it speaks another API version than 12.
+    """
+
+    def __init__(self) -> None:
+        try:
+            fd = os.open(_DEV_KVM, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelError(f"open of {_DEV_KVM}", error, _REMEDY.get(error.errno or 0, "")) from None
+        super().__init__(fd)
+        try:
+            version = self.call("KVM_GET_API_VERSION", uapi.KVM_GET_API_VERSION)
+            if version != uapi.KVM_API_VERSION:
+                raise OffmapError(f"{_DEV_KVM} speaks API version {version}, not {uapi.KVM_API_VERSION}")
+        except OffmapError:
+            self.close()
+            raise
+
+    def check_extension(self, capability: int) -> int:
+        """The value of `capability` (``KVM_CAP_*``): 0 where this kernel does not have it."""
+        return self.call("KVM_CHECK_EXTENSION", uapi.KVM_CHECK_EXTENSION, capability)
+
+    def vcpu_mmap_size(self) -> int:
+        """Bytes of the area shared with each vCPU."""
+        return self.call("KVM_GET_VCPU_MMAP_SIZE", uapi.KVM_GET_VCPU_MMAP_SIZE)
+
+    def supported_cpuid(self) -> list[CpuidEntry]:
+        """The CPUID leaves that KVM can give a guest on this host."""
+        count = 128
+        while True:
+            buffer = pack_cpuid([], room=count)
+            try:
+                self.call("KVM_GET_SUPPORTED_CPUID", uapi.KVM_GET_SUPPORTED_CPUID, buffer)
+            except KernelError as error:
+                if error.errno != errno.E2BIG or count >= 4096:
+                    raise
+                count *= 2
+                continue
+            return unpack_cpuid(buffer)
+
+    def create_vm(self) -> Vm:
+        """A new VM of the default type (``KVM_X86_DEFAULT_VM``)."""
+        while True:
+            try:
+                fd = self.call("KVM_CREATE_VM", uapi.KVM_CREATE_VM, 0)
+            except KernelError as error:
+                if error.errno == errno.EINTR:  # a signal during the long allocation; the kernel asks to try again
+                    continue
+                raise
+            return Vm(fd, self.vcpu_mmap_size())

@@ -1,0 +1,91 @@
+"""A KVM virtual machine: memory slots, interrupt controllers, vCPUs."""
+
+from ctypes import c_uint64
+
+from offmap.kvm.handle import Handle
+from offmap.kvm.vcpu import Vcpu
+from offmap.uapi import kvm as uapi
+
+__all__ = ["Vm"]
+
+
+class Vm(Handle):
+    """Owns a VM fd; KVM frees the VM when this and every vCPU fd are closed."""
+
+    def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+        super().__init__(fd)
+        self._vcpu_mmap_size = vcpu_mmap_size
+
+    def check_extension(self, capability: int) -> int:
+        """The value of `capability` for this VM: 0 where it does not have it."""
+        return self.call("KVM_CHECK_EXTENSION", uapi.KVM_CHECK_EXTENSION, capability)
+
+    def set_user_memory_region(self, slot: int, guest_phys_addr: int, size: int, userspace_addr: int) -> None:
+        """Map `size` bytes of our memory at `userspace_addr` into the guest; a size of 0 removes the slot."""
+        region = uapi.kvm_userspace_memory_region(slot, 0, guest_phys_addr, size, userspace_addr)
+        self.call("KVM_SET_USER_MEMORY_REGION", uapi.KVM_SET_USER_MEMORY_REGION, region)
+
+    def set_user_memory_region2(
+        self,
+        slot: int,
+        guest_phys_addr: int,
+        size: int,
+        userspace_addr: int,
+        guest_memfd: int,
+        guest_memfd_offset: int,
+    ) -> None:
+        """The same, with the pages of a guest_memfd (``KVM_MEM_GUEST_MEMFD``; KVM_CAP_USER_MEMORY2)."""
+        region = uapi.kvm_userspace_memory_region2(
+            slot,
+            uapi.KVM_MEM_GUEST_MEMFD,
+            guest_phys_addr,
+            size,
+            userspace_addr,
+            guest_memfd_offset,
+            guest_memfd,
+        )
+        self.call("KVM_SET_USER_MEMORY_REGION2", uapi.KVM_SET_USER_MEMORY_REGION2, region)
+
+    def create_guest_memfd(self, size: int, flags: int) -> int:
+        """A new guest_memfd of `size` bytes; returns its fd, which the caller owns."""
+        return self.call(
+            "KVM_CREATE_GUEST_MEMFD", uapi.KVM_CREATE_GUEST_MEMFD, uapi.kvm_create_guest_memfd(size, flags)
+        )
+
+    def set_tss_addr(self, address: int) -> None:
+        """Where VMX may put three pages of TSS for real mode (Intel without unrestricted guest)."""
+        self.call("KVM_SET_TSS_ADDR", uapi.KVM_SET_TSS_ADDR, address)
+
+    def set_identity_map_addr(self, address: int) -> None:
+        """Where VMX may put its one-page identity map (the same processors)."""
+        self.call("KVM_SET_IDENTITY_MAP_ADDR", uapi.KVM_SET_IDENTITY_MAP_ADDR, c_uint64(address))
+
+    def create_irqchip(self) -> None:
+        """In-kernel PIC, IO-APIC and, per vCPU, local APIC."""
+        self.call("KVM_CREATE_IRQCHIP", uapi.KVM_CREATE_IRQCHIP)
+
+    def create_pit2(self) -> None:
+        """In-kernel i8254, with port 0x61 answered in the kernel too."""
+        self.call("KVM_CREATE_PIT2", uapi.KVM_CREATE_PIT2, uapi.kvm_pit_config(uapi.KVM_PIT_SPEAKER_DUMMY))
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        """Drive an interrupt line of the in-kernel irqchip."""
+        self.call("KVM_IRQ_LINE", uapi.KVM_IRQ_LINE, uapi.kvm_irq_level(gsi, level))
+
+    def irqfd(self, eventfd: int, gsi: int) -> None:
+        """Pulse `gsi` whenever `eventfd` is signalled."""
+        self.call("KVM_IRQFD", uapi.KVM_IRQFD, uapi.kvm_irqfd(eventfd, gsi))
+
+    def ioeventfd(
+        self, eventfd: int, address: int, length: int, datamatch: int | None = None, pio: bool = False
+    ) -> None:
+        """Signal `eventfd` when the guest writes `length` bytes (only `datamatch`, where given) to `address`."""
+        flags = uapi.KVM_IOEVENTFD_FLAG_PIO if pio else 0
+        if datamatch is not None:
+            flags |= uapi.KVM_IOEVENTFD_FLAG_DATAMATCH
+        argument = uapi.kvm_ioeventfd(datamatch or 0, address, length, eventfd, flags)
+        self.call("KVM_IOEVENTFD", uapi.KVM_IOEVENTFD, argument)
+
+    def create_vcpu(self, number: int) -> Vcpu:
+        """vCPU `number`, which is also its APIC id."""
+        return Vcpu(self.call("KVM_CREATE_VCPU", uapi.KVM_CREATE_VCPU, number), number, self._vcpu_mmap_size)

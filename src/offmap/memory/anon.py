@@ -1,0 +1,21 @@
+"""Private anonymous memory: what most VMMs use. A baseline: the kernel maps every page of it."""
+
+import mmap
+
+from offmap.kvm import Vm
+from offmap.memory.backend import Backend, check_host_has
+from offmap.memory.backing import Backing, map_backing
+from offmap.uapi.mman import MADV_HUGEPAGE, MAP_NORESERVE
+
+__all__ = ["Anon"]
+
+
+class Anon(Backend):
+    name = "anon"
+
+    def allocate(self, vm: Vm, size: int) -> list[Backing]:
+        check_host_has(size)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+        backing = map_backing("anonymous memory", -1, size, flags=flags)
+        backing.madvise(MADV_HUGEPAGE)  # as QEMU does; a host without THP says no and nothing is lost
+        return [backing]

@@ -1,0 +1,106 @@
+"""A piece of host memory, mapped into this process, that becomes guest RAM."""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from offmap.errors import KernelError
+
+__all__ = ["Backing", "map_backing"]
+
+
+class Backing:
+    """Owns a mapping; `on_close` runs first, while the memory is still mapped.
+
+    Attributes:
+        size: bytes.
+        address: where it is mapped in this process.
+        view: its bytes.
+        guest_memfd: the fd for KVM_SET_USER_MEMORY_REGION2, or None where the memslot goes by `address`.
+    """
+
+    def __init__(
+        self,
+        mapping: mmap.mmap,
+        *,
+        guest_memfd: int | None = None,
+        on_close: Callable[["Backing"], None] | None = None,
+    ) -> None:
+        self._mapping = mapping
+        self._on_close = on_close
+        self.size = len(mapping)
+        self.view = memoryview(mapping)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        self.guest_memfd = guest_memfd
+
+    def madvise(self, advice: int) -> bool:
+        """Advise the kernel on all of it; False where it does not know or want the advice."""
+        try:
+            self._mapping.madvise(advice)
+        except OSError:
+            return False
+        return True
+
+    def zero(self) -> None:
+        """Fill it with zeroes, which also gives every page a frame. The kernel does the writing, at memory speed.
+
+        Raises:
+            KernelError: EFAULT where the backend could not give a page.
+        """
+        fd = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            done = 0
+            while done < self.size:
+                # Linux moves at most MAX_RW_COUNT (2 GiB less a page) in one call.
+                done += os.readv(fd, [self.view[done : done + (1 << 30)]])
+        except OSError as error:
+            raise KernelError("populating guest RAM", error) from None
+        finally:
+            os.close(fd)
+
+    def close(self) -> None:
+        if self._mapping.closed:
+            return
+        try:
+            if self._on_close is not None:
+                self._on_close(self)
+        finally:
+            self.view.release()
+            self._mapping.close()
+            if self.guest_memfd is not None:
+                os.close(self.guest_memfd)
+                self.guest_memfd = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def map_backing(
+    what: str,
+    fd: int,
+    size: int,
+    *,
+    flags: int = mmap.MAP_SHARED,
+    offset: int = 0,
+    remedy: str = "",
+    guest_memfd: int | None = None,
+    on_close: Callable[[Backing], None] | None = None,
+) -> Backing:
+    """Map `size` bytes of `fd` (-1: anonymous memory) readable and writable.
+
+    Raises:
+        KernelError: with "mmap of `what`" as the operation.
+    """
+    try:
+        mapping = mmap.mmap(fd, size, flags, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+    except OSError as error:
+        raise KernelError(f"mmap of {size >> 20} MiB of {what}", error, remedy) from None
+    return Backing(mapping, guest_memfd=guest_memfd, on_close=on_close)

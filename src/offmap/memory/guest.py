@@ -1,0 +1,126 @@
+"""Guest memory: the one, bounds-checked way to the bytes of a guest."""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from offmap.errors import OffmapError
+from offmap.memory.backing import Backing
+
+__all__ = ["GuestAddressError", "GuestMemory", "Region", "layout"]
+
+PAGE_SIZE = 4096
+
+MMIO_HOLE_START = 3 << 30
+"""RAM stops here and goes on at 4 GiB: the local APICs, the IO-APIC and virtio-mmio live between (as on a PC)."""
+
+MMIO_HOLE_END = 4 << 30
+
+
+class GuestAddressError(OffmapError):
+    """An access outside the guest's RAM."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A run of guest-physical addresses and the host memory that holds it.
+
+    Attributes:
+        guest_phys_addr: where the guest sees it, in bytes.
+        size: bytes.
+        backing: the host memory.
+        offset: where in `backing` it starts, in bytes.
+    """
+
+    guest_phys_addr: int
+    size: int
+    backing: Backing
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.guest_phys_addr + self.size
+
+    @property
+    def userspace_addr(self) -> int:
+        """Where it is mapped in this process."""
+        return self.backing.address + self.offset
+
+
+def layout(backings: Iterable[Backing]) -> list[Region]:
+    """Lay `backings` out from guest-physical 0 upwards, around the MMIO hole from 3 to 4 GiB."""
+    regions: list[Region] = []
+    gpa = 0
+    for backing in backings:
+        offset = 0
+        while offset < backing.size:
+            size = backing.size - offset
+            if gpa < MMIO_HOLE_START:
+                size = min(size, MMIO_HOLE_START - gpa)
+            regions.append(Region(gpa, size, backing, offset))
+            gpa += size
+            offset += size
+            if gpa == MMIO_HOLE_START:
+                gpa = MMIO_HOLE_END
+    return regions
+
+
+class GuestMemory:
+    """All RAM of one guest; owns the backings.
+
+    Args:
+        backings: host memory, in the order of guest-physical addresses.
+    """
+
+    def __init__(self, backings: Iterable[Backing]) -> None:
+        self._owned = ExitStack()
+        self.backings = [self._owned.enter_context(backing) for backing in backings]
+        self.regions = layout(self.backings)
+
+    @property
+    def size(self) -> int:
+        """Bytes of RAM."""
+        return sum(region.size for region in self.regions)
+
+    def view(self, guest_phys_addr: int, size: int) -> memoryview:
+        """A writable view of `size` bytes, for the kernel to read into or write from.
+
+        Raises:
+            GuestAddressError: not all of it is RAM, or it crosses from one region into another.
+        """
+        for region in self.regions:
+            offset = guest_phys_addr - region.guest_phys_addr
+            if offset >= 0 and size >= 0 and offset + size <= region.size:
+                start = region.offset + offset
+                return region.backing.view[start : start + size]
+        raise GuestAddressError(f"guest-physical {guest_phys_addr:#x}, {size} bytes, is not in the guest's RAM")
+
+    def read(self, guest_phys_addr: int, size: int) -> bytes:
+        """A copy of `size` bytes.
+
+        Raises:
+            GuestAddressError: as `view`.
+        """
+        return bytes(self.view(guest_phys_addr, size))
+
+    def write(self, guest_phys_addr: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` into the guest.
+
+        Raises:
+            GuestAddressError: as `view`.
+        """
+        self.view(guest_phys_addr, len(data))[:] = data
+
+    def close(self) -> None:
+        """Give the memory back, in the way of its backend."""
+        self._owned.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.close()

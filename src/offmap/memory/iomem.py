@@ -1,0 +1,102 @@
+"""What physical memory is: /proc/iomem, the ``memmap=`` of the host's command line, the firmware's own map.
+
+Pure functions over the text of these files.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from offmap.errors import OffmapError
+from offmap.units import parse_size
+
+__all__ = ["PhysicalRange", "intersect", "memmap_reservations", "parse_iomem", "subtract"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PhysicalRange:
+    """Physical addresses from `start` up to, not including, `end`."""
+
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    def aligned(self, page_size: int) -> "PhysicalRange":
+        """The whole pages inside it (empty where there is none)."""
+        start = -(-self.start // page_size) * page_size
+        return PhysicalRange(start, max(start, self.end // page_size * page_size))
+
+
+_IOMEM_LINE = re.compile(r"(?P<indent> *)(?P<start>[0-9a-f]+)-(?P<last>[0-9a-f]+) : (?P<name>.*)")
+
+
+def parse_iomem(text: str, name: str) -> list[PhysicalRange]:
+    """The top-level resources called `name` in the text of /proc/iomem.
+
+    Raises:
+        OffmapError: every address is 0, as the kernel shows them to a process without CAP_SYS_ADMIN.
+    """
+    found = []
+    addresses_seen = False
+    for line in text.splitlines():
+        match = _IOMEM_LINE.fullmatch(line)
+        if match is None:
+            continue
+        start, last = int(match["start"], 16), int(match["last"], 16)
+        addresses_seen |= last != 0
+        if not match["indent"] and match["name"] == name:
+            found.append(PhysicalRange(start, last + 1))
+    if text and not addresses_seen:
+        raise OffmapError("/proc/iomem shows no addresses to this user", "run as root (CAP_SYS_ADMIN)")
+    return found
+
+
+def memmap_reservations(command_line: str) -> list[PhysicalRange]:
+    """The ranges that ``memmap=nn$ss`` on a kernel command line reserves (admin-guide/kernel-parameters)."""
+    ranges = []
+    for word in command_line.split():
+        key, _, value = word.partition("=")
+        if key != "memmap":
+            continue
+        for item in value.split(","):
+            size, dollar, start = item.partition("$")
+            if not dollar:
+                continue  # nn@ss, nn#ss, nn!ss and exactmap mean other things
+            try:
+                ranges.append(PhysicalRange(parse_size(start), parse_size(start) + parse_size(size)))
+            except OffmapError:
+                continue  # the kernel ignored it too
+    return ranges
+
+
+def intersect(left: Iterable[PhysicalRange], right: Iterable[PhysicalRange]) -> list[PhysicalRange]:
+    """What is in both, in order."""
+    right = list(right)
+
+    def pieces() -> Iterator[PhysicalRange]:
+        for a in left:
+            for b in right:
+                start, end = max(a.start, b.start), min(a.end, b.end)
+                if start < end:
+                    yield PhysicalRange(start, end)
+
+    return sorted(pieces())
+
+
+def subtract(ranges: Iterable[PhysicalRange], taken: Iterable[PhysicalRange]) -> list[PhysicalRange]:
+    """What is in `ranges` and not in `taken`, in order."""
+    rest = sorted(ranges)
+    for t in taken:
+        rest = [
+            piece
+            for r in rest
+            for piece in (
+                PhysicalRange(r.start, min(r.end, max(r.start, t.start))),
+                PhysicalRange(max(r.start, min(r.end, t.end)), r.end),
+            )
+            if piece.size > 0
+        ]
+    return sorted(set(rest))

@@ -1,0 +1,89 @@
+"""Arbitration between VMMs of one host: locks on ranges of physical addresses.
+
+A byte of the lock file stands for the byte of physical memory at that address. The locks are open-file-description
+locks (fcntl(2), F_OFD_SETLK): the kernel drops them with the last fd of a VMM, however that VMM ended.
+"""
+
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from offmap.errors import KernelError
+from offmap.memory.iomem import PhysicalRange
+from offmap.uapi.mman import F_OFD_GETLK, F_OFD_SETLK
+
+__all__ = ["RangeLock"]
+
+LOCK_FILE = Path("/run/offmap/reserved.lock")
+
+_FLOCK = struct.Struct("<hhxxxxqqixxxx")  # struct flock on x86-64: l_type, l_whence, l_start, l_len, l_pid
+
+
+class RangeLock:
+    """Holds locks on ranges of physical memory until it is closed.
+
+    Raises:
+        KernelError: the lock file cannot be made.
+    """
+
+    def __init__(self, path: Path = LOCK_FILE) -> None:
+        try:
+            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise KernelError(f"open of {path}", error, "run as root") from None
+
+    def take(self, free: list[PhysicalRange], size: int, alignment: int) -> PhysicalRange | None:
+        """Lock `size` bytes somewhere in `free` that nobody holds; None where there is no such run."""
+        for candidate in free:
+            start = -(-candidate.start // alignment) * alignment
+            while start + size <= candidate.end:
+                holder = self._conflict(start, size)
+                if holder is None:
+                    if self._lock(start, size):
+                        return PhysicalRange(start, start + size)
+                    continue  # somebody was faster: ask again who
+                start = -(-holder.end // alignment) * alignment
+        return None
+
+    def held_by_others(self, within: PhysicalRange) -> list[PhysicalRange]:
+        """The parts of `within` that other VMMs hold now."""
+        held = []
+        start = within.start
+        while start < within.end and (holder := self._conflict(start, within.end - start)) is not None:
+            held.append(PhysicalRange(max(holder.start, start), min(holder.end, within.end)))
+            start = holder.end
+        return held
+
+    def _conflict(self, start: int, size: int) -> PhysicalRange | None:
+        question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, size, 0)
+        kind, _, found, length, _ = _FLOCK.unpack(fcntl.fcntl(self._fd, F_OFD_GETLK, question))
+        if kind == fcntl.F_UNLCK:
+            return None
+        return PhysicalRange(found, found + length if length else 1 << 62)
+
+    def _lock(self, start: int, size: int) -> bool:
+        try:
+            fcntl.fcntl(self._fd, F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, size, 0))
+        except OSError as error:
+            if error.errno in {errno.EAGAIN, errno.EACCES}:
+                return False
+            raise KernelError("F_OFD_SETLK", error) from None
+        return True
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.close()

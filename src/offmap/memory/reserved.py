@@ -1,0 +1,149 @@
+"""Physical memory that Linux never owned (``memmap=SIZE$START`` on the host's command line), through /dev/mem.
+
+It has no struct page and is not in the direct map. Nobody zeroes it and nobody arbitrates it, so this does both: VMMs
+of one host take disjoint, locked sub-ranges, and each is zeroed before its guest sees it and after its guest is gone.
+"""
+
+import errno
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from offmap.errors import BackendRefused, KernelError, OffmapError
+from offmap.kvm import Vm
+from offmap.memory.backend import Backend
+from offmap.memory.backing import Backing, map_backing
+from offmap.memory.iomem import PhysicalRange, intersect, memmap_reservations, parse_iomem, subtract
+from offmap.memory.range_lock import RangeLock
+from offmap.units import format_size, parse_size
+
+__all__ = ["Reserved", "reserved_ranges"]
+
+_DEV_MEM = "/dev/mem"
+_DEV_MEM_REMEDY = {
+    errno.EACCES: "run as root",
+    errno.EPERM: "run as root; a host in lockdown mode (Secure Boot) allows nobody",
+    errno.ENOENT: "use a kernel with CONFIG_DEVMEM",
+}
+_ALIGNMENT = 2 << 20  # so that a later, larger mapping of the same range can be one of whole 2M pages
+_PAGE_SIZE = 4096
+
+
+class Reserved(Backend):
+    """``reserved[,base=ADDRESS]``: somewhere in what is reserved, or exactly at physical `base`."""
+
+    name = "reserved"
+    hides = True
+
+    def __init__(self, base: int | None = None) -> None:
+        self.base = base
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> Self:
+        rest = dict(options)
+        base = parse_size(rest.pop("base")) if "base" in rest else None
+        if rest:
+            raise OffmapError(
+                f"memory backend reserved has no option {next(iter(rest))!r}", "its option is base=ADDRESS"
+            )
+        if base is not None and base % _PAGE_SIZE:
+            raise OffmapError(f"base={base:#x} is not the address of a page", f"use a multiple of {_PAGE_SIZE:#x}")
+        return cls(base)
+
+    def allocate(self, vm: Vm, size: int) -> list[Backing]:
+        ranges = reserved_ranges()
+        if not ranges:
+            raise BackendRefused(
+                "this host has no physical memory reserved for guests",
+                rf"reboot it with, for example, memmap={max(size >> 20, 1)}M\$START on its command line",
+            )
+        free = ranges
+        if self.base is not None:
+            free = intersect(ranges, [PhysicalRange(self.base, self.base + size)])
+        lock = RangeLock()
+        try:
+            taken = lock.take(free, size, _PAGE_SIZE if self.base is not None else _ALIGNMENT)
+            if taken is None and self.base is None:
+                taken = lock.take(free, size, _PAGE_SIZE)
+            if taken is None:
+                raise self._refusal(ranges, lock, size)
+            return [_map(taken, lock)]
+        except BaseException:
+            lock.close()
+            raise
+
+    def _refusal(self, ranges: list[PhysicalRange], lock: RangeLock, size: int) -> BackendRefused:
+        held = [h for r in ranges for h in lock.held_by_others(r)]
+        largest = max((r.size for r in subtract(ranges, held)), default=0)
+        where = "" if self.base is None else f" at {self.base:#x}"
+        reserved, in_use = sum(r.size for r in ranges), sum(h.size for h in held)
+        return BackendRefused(
+            f"no {format_size(size)} of reserved physical memory are free{where}: {format_size(reserved)} reserved, "
+            f"{format_size(in_use)} of it in use, largest free run {format_size(largest)}",
+            "ask for less, stop another guest, or reserve more with memmap=",
+        )
+
+
+def reserved_ranges() -> list[PhysicalRange]:
+    """The physical memory that the host's command line took from Linux, whole pages, in order.
+
+    Only what the firmware reports as RAM, ``memmap=`` reserves and /proc/iomem shows as Reserved: a range that the
+    firmware reserved for itself is never touched.
+
+    Raises:
+        OffmapError: /proc/iomem hides its addresses from this user.
+    """
+    asked = memmap_reservations(Path("/proc/cmdline").read_text())
+    if not asked:
+        return []
+    iomem = Path("/proc/iomem").read_text()
+    ranges = intersect(asked, parse_iomem(iomem, "Reserved"))
+    ranges = subtract(ranges, parse_iomem(iomem, "System RAM"))
+    if firmware := list(_firmware_ram()):
+        ranges = intersect(ranges, firmware)
+    return [r for r in (r.aligned(_PAGE_SIZE) for r in ranges) if r.size]
+
+
+def _firmware_ram() -> list[PhysicalRange]:
+    """RAM as the firmware reported it, before the command line changed the map (/sys/firmware/memmap)."""
+    found = []
+    for entry in Path("/sys/firmware/memmap").glob("*"):
+        if (entry / "type").read_text().strip() == "System RAM":
+            start, last = (int((entry / name).read_text(), 16) for name in ("start", "end"))
+            found.append(PhysicalRange(start, last + 1))
+    return _merged(found)
+
+
+def _merged(ranges: list[PhysicalRange]) -> list[PhysicalRange]:
+    merged: list[PhysicalRange] = []
+    for r in sorted(ranges):
+        if merged and r.start <= merged[-1].end:
+            merged[-1] = PhysicalRange(merged[-1].start, max(merged[-1].end, r.end))
+        else:
+            merged.append(r)
+    return merged
+
+
+def _map(taken: PhysicalRange, lock: RangeLock) -> Backing:
+    try:
+        fd = os.open(_DEV_MEM, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise BackendRefused(
+            str(KernelError(f"open of {_DEV_MEM}", error)), _DEV_MEM_REMEDY.get(error.errno or 0, "")
+        ) from None
+
+    def give_back(backing: Backing) -> None:
+        try:
+            backing.zero()  # the next user of the range must not read this guest
+        finally:
+            lock.close()
+
+    try:
+        backing = map_backing(f"{_DEV_MEM} at {taken.start:#x}", fd, taken.size, offset=taken.start, on_close=give_back)
+    except KernelError as error:
+        raise BackendRefused(error.what, _DEV_MEM_REMEDY.get(error.errno, "")) from None
+    finally:
+        os.close(fd)
+    backing.zero()  # a VMM that was killed could not
+    return backing

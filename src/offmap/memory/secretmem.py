@@ -1,0 +1,108 @@
+"""memfd_secret straight into the memslot: pages that leave the direct map when they are first touched.
+
+Works only on a kernel whose GUP lets KVM have such pages: stock kernels refuse them (check_vma_flags in mm/gup.c, since
+commit 1507f51255c9), so every allocation is tried out with a guest of one instruction before anything is promised.
+"""
+
+import ctypes
+import errno
+import os
+import resource
+
+from offmap.errors import BackendRefused, KernelError
+from offmap.kvm import Vm
+from offmap.memory.backend import Backend, check_host_has
+from offmap.memory.backing import Backing, map_backing
+from offmap.memory.probe import run_one_instruction
+from offmap.uapi.mman import SYS_memfd_secret
+from offmap.units import format_size
+
+__all__ = ["Secretmem"]
+
+_REMEDY = {
+    errno.ENOSYS: "boot the host with secretmem.enable=1, on a kernel with CONFIG_SECRETMEM and an unbroken direct map",
+}
+
+
+class Secretmem(Backend):
+    name = "secretmem"
+    hides = True
+
+    def allocate(self, vm: Vm, size: int) -> list[Backing]:
+        check_host_has(size)
+        backing = secret_backing(size)
+        try:
+            probe()
+            backing.zero()
+        except BaseException:
+            backing.close()
+            raise
+        return [backing]
+
+
+def memfd_secret() -> int:
+    """memfd_secret(2): a new fd, which the caller owns.
+
+    Raises:
+        BackendRefused: this kernel has none, or not now.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd: int = libc.syscall(SYS_memfd_secret, os.O_CLOEXEC)
+    if fd < 0:
+        error = KernelError("memfd_secret", ctypes.get_errno())
+        raise BackendRefused(error.what, _REMEDY.get(error.errno, ""))
+    return fd
+
+
+def raise_memlock(size: int) -> None:
+    """Let this process lock `size` bytes more than it may now (RLIMIT_MEMLOCK is enforced when a page is touched).
+
+    Raises:
+        BackendRefused: the hard limit is lower and we may not raise it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = resource.RLIM_INFINITY if hard == resource.RLIM_INFINITY else max(hard, soft + size)
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (wanted, wanted if wanted > hard >= 0 else hard))
+    except (ValueError, OSError):
+        raise BackendRefused(
+            f"memfd_secret memory counts as locked, and RLIMIT_MEMLOCK allows {format_size(hard)}",
+            f"run with CAP_SYS_RESOURCE (root), or allow more first: ulimit -l {size + soft >> 10}",
+        ) from None
+
+
+def secret_backing(size: int) -> Backing:
+    """`size` bytes of memfd_secret memory, not yet populated.
+
+    Raises:
+        BackendRefused: this host has none to give.
+    """
+    raise_memlock(size)
+    fd = memfd_secret()
+    try:
+        os.ftruncate(fd, size)
+        return map_backing("memfd_secret memory", fd, size, remedy="raise RLIMIT_MEMLOCK, or ask for less")
+    except (OSError, KernelError) as error:
+        raise BackendRefused(str(error)) from None
+    finally:
+        os.close(fd)
+
+
+def probe() -> None:
+    """Run one instruction of a guest from a page of memfd_secret memory.
+
+    Raises:
+        BackendRefused: this kernel's GUP refuses the page.
+    """
+    with secret_backing(4096) as page:
+        try:
+            run_one_instruction(page)
+        except KernelError as error:
+            if error.errno != errno.EFAULT:
+                raise
+            raise BackendRefused(
+                "this kernel's GUP refuses memfd_secret pages to KVM (KVM_RUN: EFAULT)",
+                "use --memory reserved, or a kernel patched to allow it",
+            ) from None

@@ -1,0 +1,339 @@
+"""KVM's user-space ABI for x86: include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm{,_para}.h.
+
+Structures and constants are spelled as the headers spell them. Only what offmap uses is declared; tests compare sizes,
+offsets and numbers with the installed headers where those are new enough to have them.
+"""
+
+from ctypes import Structure, Union, c_int, c_uint8, c_uint16, c_uint32, c_uint64
+
+from offmap.uapi.ioctl import io, ior, iow, iowr
+
+KVMIO = 0xAE
+KVM_API_VERSION = 12
+
+# --- exit reasons (struct kvm_run.exit_reason) -----------------------------------------------------------------------
+KVM_EXIT_UNKNOWN = 0
+KVM_EXIT_EXCEPTION = 1
+KVM_EXIT_IO = 2
+KVM_EXIT_HYPERCALL = 3
+KVM_EXIT_DEBUG = 4
+KVM_EXIT_HLT = 5
+KVM_EXIT_MMIO = 6
+KVM_EXIT_IRQ_WINDOW_OPEN = 7
+KVM_EXIT_SHUTDOWN = 8
+KVM_EXIT_FAIL_ENTRY = 9
+KVM_EXIT_INTR = 10
+KVM_EXIT_INTERNAL_ERROR = 17
+KVM_EXIT_SYSTEM_EVENT = 24
+KVM_EXIT_X86_RDMSR = 29
+KVM_EXIT_X86_WRMSR = 30
+KVM_EXIT_MEMORY_FAULT = 39
+
+KVM_EXIT_IO_IN = 0
+KVM_EXIT_IO_OUT = 1
+
+# --- capabilities ----------------------------------------------------------------------------------------------------
+KVM_CAP_IRQCHIP = 0
+KVM_CAP_USER_MEMORY = 3
+KVM_CAP_NR_VCPUS = 9
+KVM_CAP_NR_MEMSLOTS = 10
+KVM_CAP_IRQFD = 32
+KVM_CAP_PIT2 = 33
+KVM_CAP_IOEVENTFD = 36
+KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
+KVM_CAP_TSC_CONTROL = 60
+KVM_CAP_GET_TSC_KHZ = 61
+KVM_CAP_MAX_VCPUS = 66
+KVM_CAP_TSC_DEADLINE_TIMER = 72
+KVM_CAP_X2APIC_API = 129
+KVM_CAP_IMMEDIATE_EXIT = 136
+KVM_CAP_X86_DISABLE_EXITS = 143
+KVM_CAP_ENFORCE_PV_FEATURE_CPUID = 190
+KVM_CAP_USER_MEMORY2 = 231
+KVM_CAP_MEMORY_FAULT_INFO = 232
+KVM_CAP_GUEST_MEMFD = 234
+KVM_CAP_VM_TYPES = 235
+KVM_CAP_GUEST_MEMFD_FLAGS = 244
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
+KVM_MEM_READONLY = 1 << 1
+KVM_MEM_GUEST_MEMFD = 1 << 2
+
+GUEST_MEMFD_FLAG_MMAP = 1 << 0
+GUEST_MEMFD_FLAG_INIT_SHARED = 1 << 1
+
+# --- CPUID leaves and the PV features in them (asm/kvm_para.h) -------------------------------------------------------
+KVM_CPUID_SIGNATURE = 0x40000000
+KVM_CPUID_FEATURES = 0x40000001
+KVM_FEATURE_CLOCKSOURCE = 0
+KVM_FEATURE_NOP_IO_DELAY = 1
+KVM_FEATURE_CLOCKSOURCE2 = 3
+KVM_FEATURE_ASYNC_PF = 4
+KVM_FEATURE_STEAL_TIME = 5
+KVM_FEATURE_PV_EOI = 6
+KVM_FEATURE_PV_UNHALT = 7
+KVM_FEATURE_ASYNC_PF_INT = 14
+KVM_FEATURE_CLOCKSOURCE_STABLE_BIT = 24
+
+MSR_KVM_WALL_CLOCK_NEW = 0x4B564D00
+MSR_KVM_SYSTEM_TIME_NEW = 0x4B564D01
+
+KVM_IRQCHIP_IOAPIC = 2
+KVM_IRQFD_FLAG_DEASSIGN = 1 << 0
+KVM_IRQFD_FLAG_RESAMPLE = 1 << 1
+KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
+KVM_IOEVENTFD_FLAG_PIO = 1 << 1
+KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
+
+KVM_PIT_SPEAKER_DUMMY = 1
+
+
+class kvm_userspace_memory_region(Structure):
+    _fields_ = [
+        ("slot", c_uint32),
+        ("flags", c_uint32),
+        ("guest_phys_addr", c_uint64),
+        ("memory_size", c_uint64),
+        ("userspace_addr", c_uint64),
+    ]
+
+
+class kvm_userspace_memory_region2(Structure):
+    _fields_ = [
+        ("slot", c_uint32),
+        ("flags", c_uint32),
+        ("guest_phys_addr", c_uint64),
+        ("memory_size", c_uint64),
+        ("userspace_addr", c_uint64),
+        ("guest_memfd_offset", c_uint64),
+        ("guest_memfd", c_uint32),
+        ("pad1", c_uint32),
+        ("pad2", c_uint64 * 14),
+    ]
+
+
+class kvm_create_guest_memfd(Structure):
+    _fields_ = [("size", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 6)]
+
+
+class kvm_enable_cap(Structure):
+    _fields_ = [("cap", c_uint32), ("flags", c_uint32), ("args", c_uint64 * 4), ("pad", c_uint8 * 64)]
+
+
+class kvm_irq_level(Structure):
+    _fields_ = [("irq", c_uint32), ("level", c_uint32)]
+
+
+class kvm_irqfd(Structure):
+    _fields_ = [
+        ("fd", c_uint32),
+        ("gsi", c_uint32),
+        ("flags", c_uint32),
+        ("resamplefd", c_uint32),
+        ("pad", c_uint8 * 16),
+    ]
+
+
+class kvm_ioeventfd(Structure):
+    _fields_ = [
+        ("datamatch", c_uint64),
+        ("addr", c_uint64),
+        ("len", c_uint32),
+        ("fd", c_int),
+        ("flags", c_uint32),
+        ("pad", c_uint8 * 36),
+    ]
+
+
+class kvm_pit_config(Structure):
+    _fields_ = [("flags", c_uint32), ("pad", c_uint32 * 15)]
+
+
+class kvm_regs(Structure):
+    _fields_ = [
+        (name, c_uint64)
+        for name in (
+            "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()  # noqa: SIM905
+        )
+    ]
+
+
+class kvm_segment(Structure):
+    _fields_ = [
+        ("base", c_uint64),
+        ("limit", c_uint32),
+        ("selector", c_uint16),
+        ("type", c_uint8),
+        ("present", c_uint8),
+        ("dpl", c_uint8),
+        ("db", c_uint8),
+        ("s", c_uint8),
+        ("l", c_uint8),
+        ("g", c_uint8),
+        ("avl", c_uint8),
+        ("unusable", c_uint8),
+        ("padding", c_uint8),
+    ]
+
+
+class kvm_dtable(Structure):
+    _fields_ = [("base", c_uint64), ("limit", c_uint16), ("padding", c_uint16 * 3)]
+
+
+KVM_NR_INTERRUPTS = 256
+
+
+class kvm_sregs(Structure):
+    _fields_ = [
+        ("cs", kvm_segment),
+        ("ds", kvm_segment),
+        ("es", kvm_segment),
+        ("fs", kvm_segment),
+        ("gs", kvm_segment),
+        ("ss", kvm_segment),
+        ("tr", kvm_segment),
+        ("ldt", kvm_segment),
+        ("gdt", kvm_dtable),
+        ("idt", kvm_dtable),
+        ("cr0", c_uint64),
+        ("cr2", c_uint64),
+        ("cr3", c_uint64),
+        ("cr4", c_uint64),
+        ("cr8", c_uint64),
+        ("efer", c_uint64),
+        ("apic_base", c_uint64),
+        ("interrupt_bitmap", c_uint64 * ((KVM_NR_INTERRUPTS + 63) // 64)),
+    ]
+
+
+class kvm_lapic_state(Structure):
+    _fields_ = [("regs", c_uint8 * 0x400)]
+
+
+class kvm_cpuid_entry2(Structure):
+    _fields_ = [
+        ("function", c_uint32),
+        ("index", c_uint32),
+        ("flags", c_uint32),
+        ("eax", c_uint32),
+        ("ebx", c_uint32),
+        ("ecx", c_uint32),
+        ("edx", c_uint32),
+        ("padding", c_uint32 * 3),
+    ]
+
+
+KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # the header's own spelling
+
+
+class kvm_cpuid2(Structure):
+    """The header, without its flexible array ``entries[]``."""
+
+    _fields_ = [("nent", c_uint32), ("padding", c_uint32)]
+
+
+class kvm_msr_entry(Structure):
+    _fields_ = [("index", c_uint32), ("reserved", c_uint32), ("data", c_uint64)]
+
+
+class kvm_msrs(Structure):
+    """The header, without its flexible array ``entries[]``."""
+
+    _fields_ = [("nmsrs", c_uint32), ("pad", c_uint32)]
+
+
+class kvm_run_io(Structure):
+    _fields_ = [
+        ("direction", c_uint8),
+        ("size", c_uint8),
+        ("port", c_uint16),
+        ("count", c_uint32),
+        ("data_offset", c_uint64),
+    ]
+
+
+class kvm_run_mmio(Structure):
+    _fields_ = [("phys_addr", c_uint64), ("data", c_uint8 * 8), ("len", c_uint32), ("is_write", c_uint8)]
+
+
+class kvm_run_internal(Structure):
+    _fields_ = [("suberror", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16)]
+
+
+class kvm_run_fail_entry(Structure):
+    _fields_ = [("hardware_entry_failure_reason", c_uint64), ("cpu", c_uint32)]
+
+
+class kvm_run_system_event(Structure):
+    _fields_ = [("type", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16)]
+
+
+class kvm_run_memory_fault(Structure):
+    _fields_ = [("flags", c_uint64), ("gpa", c_uint64), ("size", c_uint64)]
+
+
+class _kvm_run_exit(Union):
+    _fields_ = [
+        ("io", kvm_run_io),
+        ("mmio", kvm_run_mmio),
+        ("internal", kvm_run_internal),
+        ("fail_entry", kvm_run_fail_entry),
+        ("system_event", kvm_run_system_event),
+        ("memory_fault", kvm_run_memory_fault),
+        ("padding", c_uint8 * 256),
+    ]
+
+
+class kvm_run(Structure):
+    """The head of ``struct kvm_run``, up to the end of its union of exits."""
+
+    _anonymous_ = ("exit",)
+    _fields_ = [
+        ("request_interrupt_window", c_uint8),
+        ("immediate_exit", c_uint8),
+        ("padding1", c_uint8 * 6),
+        ("exit_reason", c_uint32),
+        ("ready_for_interrupt_injection", c_uint8),
+        ("if_flag", c_uint8),
+        ("flags", c_uint16),
+        ("cr8", c_uint64),
+        ("apic_base", c_uint64),
+        ("exit", _kvm_run_exit),
+    ]
+
+
+# --- ioctls on /dev/kvm ----------------------------------------------------------------------------------------------
+KVM_GET_API_VERSION = io(KVMIO, 0x00)
+KVM_CREATE_VM = io(KVMIO, 0x01)
+KVM_CHECK_EXTENSION = io(KVMIO, 0x03)
+KVM_GET_VCPU_MMAP_SIZE = io(KVMIO, 0x04)
+KVM_GET_SUPPORTED_CPUID = iowr(KVMIO, 0x05, kvm_cpuid2)
+
+# --- ioctls on a VM fd -----------------------------------------------------------------------------------------------
+KVM_CREATE_VCPU = io(KVMIO, 0x41)
+KVM_SET_USER_MEMORY_REGION = iow(KVMIO, 0x46, kvm_userspace_memory_region)
+KVM_SET_TSS_ADDR = io(KVMIO, 0x47)
+KVM_SET_IDENTITY_MAP_ADDR = iow(KVMIO, 0x48, c_uint64)
+KVM_SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, kvm_userspace_memory_region2)
+KVM_CREATE_IRQCHIP = io(KVMIO, 0x60)
+KVM_IRQ_LINE = iow(KVMIO, 0x61, kvm_irq_level)
+KVM_IRQFD = iow(KVMIO, 0x76, kvm_irqfd)
+KVM_CREATE_PIT2 = iow(KVMIO, 0x77, kvm_pit_config)
+KVM_IOEVENTFD = iow(KVMIO, 0x79, kvm_ioeventfd)
+KVM_CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, kvm_create_guest_memfd)
+
+# --- ioctls on a vCPU fd (KVM_ENABLE_CAP also on a VM fd) ------------------------------------------------------------
+KVM_RUN = io(KVMIO, 0x80)
+KVM_GET_REGS = ior(KVMIO, 0x81, kvm_regs)
+KVM_SET_REGS = iow(KVMIO, 0x82, kvm_regs)
+KVM_GET_SREGS = ior(KVMIO, 0x83, kvm_sregs)
+KVM_SET_SREGS = iow(KVMIO, 0x84, kvm_sregs)
+KVM_GET_MSRS = iowr(KVMIO, 0x88, kvm_msrs)
+KVM_SET_MSRS = iow(KVMIO, 0x89, kvm_msrs)
+KVM_GET_LAPIC = ior(KVMIO, 0x8E, kvm_lapic_state)
+KVM_SET_LAPIC = iow(KVMIO, 0x8F, kvm_lapic_state)
+KVM_SET_CPUID2 = iow(KVMIO, 0x90, kvm_cpuid2)
+KVM_SET_TSC_KHZ = io(KVMIO, 0xA2)
+KVM_GET_TSC_KHZ = io(KVMIO, 0xA3)
+KVM_ENABLE_CAP = iow(KVMIO, 0xA3, kvm_enable_cap)
