@@ -1,0 +1,240 @@
+"""/proc/kcore: the kernel's own view of memory, read by virtual or by physical address.
+
+Source: ``fs/proc/kcore.c``. A read of what cannot be read (a hole, an offline or poisoned page, a page that is not
+in the direct map) succeeds and gives zeroes, so a zero that was read proves nothing: every caller decides from
+page-table entries and page flags, and proves the reader itself with a positive control.
+"""
+
+import errno
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.audit.pageflags import PageFlags
+from offmap.audit.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo, find_note
+from offmap.errors import Undetermined
+from offmap.uapi.elf import (
+    ELF64_EHDR,
+    ELF64_PHDR,
+    ELFMAG,
+    EM_X86_64,
+    ET_CORE,
+    PT_LOAD,
+    PT_NOTE,
+    Elf64_Ehdr,
+    Elf64_Phdr,
+)
+
+__all__ = ["Kcore", "Segment", "direct_map_base", "parse_program_headers"]
+
+PAGE = 4096
+_NO_PADDR = (1 << 64) - 1  # p_paddr of a segment that is not physically contiguous (elf_kcore: -1)
+_HEADER_LIMIT = 1 << 20  # far above what PN_XNUM program headers would take
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A PT_LOAD of /proc/kcore: ``pa`` is None where the range is not physically contiguous (vmalloc, vmemmap)."""
+
+    va: int
+    pa: int | None
+    size: int
+    offset: int
+
+    @property
+    def is_ram(self) -> bool:
+        """Part of the direct map (KCORE_RAM), rather than the kernel image or a virtual area."""
+        return self.pa is not None and self.va < START_KERNEL_MAP
+
+
+def parse_program_headers(data: bytes, path: str = "/proc/kcore") -> list[Elf64_Phdr]:
+    """Program headers of an x86-64 ELF core whose first bytes are ``data``.
+
+    Raises:
+        Undetermined: not an x86-64 core file, or ``data`` ends before the headers do.
+    """
+    if len(data) < ELF64_EHDR.size or not data.startswith(ELFMAG):
+        raise Undetermined(f"{path} is not an ELF file")
+    header = Elf64_Ehdr._make(ELF64_EHDR.unpack_from(data))
+    if header.e_type != ET_CORE or header.e_machine != EM_X86_64 or header.e_phentsize != ELF64_PHDR.size:
+        raise Undetermined(f"{path} is not an x86-64 core file")
+    if header.e_phoff + header.e_phnum * ELF64_PHDR.size > len(data):
+        raise Undetermined(f"{path} ends within its program headers")
+    return [
+        Elf64_Phdr._make(ELF64_PHDR.unpack_from(data, header.e_phoff + index * ELF64_PHDR.size))
+        for index in range(header.e_phnum)
+    ]
+
+
+def direct_map_base(segments: Sequence[Segment]) -> int:
+    """``page_offset_base``: what the direct map adds to a physical address.
+
+    VMCOREINFO does not name it; it is the difference that most of the RAM segments have in common.
+
+    Raises:
+        Undetermined: no RAM segment.
+    """
+    bases = Counter(segment.va - segment.pa for segment in segments if segment.is_ram and segment.pa is not None)
+    if not bases:
+        raise Undetermined("/proc/kcore has no RAM segment, so the direct map cannot be found")
+    return bases.most_common(1)[0][0]
+
+
+class Kcore:
+    """An open /proc/kcore together with /proc/kpageflags. Reads go into buffers of the caller.
+
+    Raises:
+        Undetermined: there is no /proc/kcore, it may not be read, or it lacks what a walk needs.
+    """
+
+    def __init__(self, path: str = "/proc/kcore", page_flags: str = "/proc/kpageflags") -> None:
+        self._path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _cannot_open(path, error) from None
+        try:
+            self._headers = self._read_headers()
+            self.segments: tuple[Segment, ...] = tuple(
+                Segment(h.p_vaddr, None if h.p_paddr == _NO_PADDR else h.p_paddr, h.p_memsz, h.p_offset)
+                for h in self._headers
+                if h.p_type == PT_LOAD
+            )
+            self.vmcoreinfo = self._read_vmcoreinfo()
+            self.page_offset_base = direct_map_base(self.segments)
+            ram = sorted(
+                (s.pa, s.size, s.offset)
+                for s in self.segments
+                if s.is_ram and s.pa is not None and s.va - s.pa == self.page_offset_base
+            )
+            self._ram_start = np.array([pa for pa, _, _ in ram], dtype=np.uint64)
+            self._ram_end = np.array([pa + size for pa, size, _ in ram], dtype=np.uint64)
+            self._ram_offset = [offset - pa for pa, _, offset in ram]
+            self._flags = PageFlags(page_flags)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    @property
+    def page_flags(self) -> PageFlags:
+        """The open /proc/kpageflags."""
+        return self._flags
+
+    @property
+    def ram(self) -> list[tuple[int, int]]:
+        """Physical ranges [start, end) that the kernel calls RAM and that kcore offers."""
+        return [(int(start), int(end)) for start, end in zip(self._ram_start, self._ram_end, strict=True)]
+
+    def close(self) -> None:
+        self._flags.close()
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def changed(self) -> bool:
+        """Whether the program headers differ from those of the opening: memory was hot-plugged meanwhile."""
+        return self._read_headers() != self._headers
+
+    def read_virtual(self, va: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes at kernel virtual address ``va``; zeroes where they cannot be read.
+
+        Raises:
+            Undetermined: no segment of kcore covers the range, or the read fails.
+        """
+        for segment in self.segments:
+            if segment.va <= va and va + len(buffer) <= segment.va + segment.size:
+                self._pread(segment.offset + va - segment.va, buffer)
+                return
+        raise Undetermined(f"/proc/kcore does not offer {len(buffer)} bytes at {va:#x}")
+
+    def in_ram(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Whether each page (by its physical address) lies in a RAM segment, so that it can be read."""
+        index = np.searchsorted(self._ram_start, pa, side="right").astype(np.intp) - 1
+        inside = index >= 0
+        inside[inside] = pa[inside] + np.uint64(PAGE) <= self._ram_end[index[inside]]
+        return np.asarray(inside, dtype=np.bool_)
+
+    def read_pages(self, pa: NDArray[np.uint64], out: NDArray[np.uint64]) -> None:
+        """Read whole pages into the rows of ``out`` (shape n x 512), neighbours in one system call.
+
+        Args:
+            pa: n page-aligned physical addresses, all ``in_ram``, in ascending order.
+            out: C-contiguous.
+
+        Raises:
+            Undetermined: the read fails.
+        """
+        if not len(pa):
+            return
+        view = out.reshape(-1).view(np.uint8).data
+        segment = np.searchsorted(self._ram_start, pa, side="right") - 1
+        breaks = np.flatnonzero((np.diff(pa) != PAGE) | (np.diff(segment) != 0)) + 1
+        starts = [0, *breaks.tolist()]
+        ends = [*breaks.tolist(), len(pa)]
+        for start, end in zip(starts, ends, strict=True):
+            offset = self._ram_offset[int(segment[start])] + int(pa[start])
+            self._pread(offset, view[start * PAGE : end * PAGE])
+
+    def zero_filled(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Whether kcore hands out zeroes for each of these pages, as their page flags say."""
+        return self._flags.zero_filled(pa >> np.uint64(12))
+
+    def _pread(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise Undetermined(f"reading {self._path} failed: {error.strerror}") from None
+            if got == 0:
+                raise Undetermined(f"{self._path} ended at offset {offset + done:#x}", "run the audit again")
+            done += got
+
+    def _read_headers(self) -> list[Elf64_Phdr]:
+        size = ELF64_EHDR.size
+        start = os.pread(self._fd, size, 0)
+        if len(start) == size and start.startswith(ELFMAG):
+            header = Elf64_Ehdr._make(ELF64_EHDR.unpack_from(start))
+            size = min(header.e_phoff + header.e_phnum * ELF64_PHDR.size, _HEADER_LIMIT)
+            start = os.pread(self._fd, size, 0)
+        return parse_program_headers(start, self._path)
+
+    def _read_vmcoreinfo(self) -> VmcoreInfo:
+        for header in self._headers:
+            if header.p_type == PT_NOTE:
+                notes = os.pread(self._fd, min(header.p_filesz, _HEADER_LIMIT), header.p_offset)
+                text = find_note(notes, b"VMCOREINFO")
+                if text is not None:
+                    return VmcoreInfo.parse(text.decode("ascii", "replace"))
+        raise Undetermined(
+            f"{self._path} has no VMCOREINFO note, so the kernel's page tables cannot be found",
+            "audit a kernel built with CONFIG_VMCORE_INFO (CONFIG_CRASH_CORE before 6.9)",
+        )
+
+
+def _cannot_open(path: str, error: OSError) -> Undetermined:
+    """Say why kcore could not be opened and what to do about it."""
+    what = f"cannot open {path}: {error.strerror}"
+    if error.errno == errno.ENOENT:
+        return Undetermined(what, "audit on a kernel with CONFIG_PROC_KCORE; this one does not show its page tables")
+    lockdown = Path("/sys/kernel/security/lockdown")
+    try:
+        locked = "[none]" not in lockdown.read_text(encoding="ascii")
+    except OSError:
+        locked = False
+    if locked:
+        return Undetermined(what, "boot the host without kernel lockdown (lockdown=confidentiality forbids kcore)")
+    return Undetermined(what, "run the audit as root with CAP_SYS_RAWIO")

@@ -1,0 +1,101 @@
+"""What a walk found: runs of kernel mappings, and whether a physical page lies in one of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["RUN", "KernelMappings", "Span", "covered", "merge_runs"]
+
+PAGE_SHIFT = np.uint64(12)
+
+# One stretch of mappings, contiguous in virtual and physical addresses, of one page size and one set of permissions.
+RUN = np.dtype(
+    [
+        ("va", np.uint64),
+        ("pa", np.uint64),
+        ("bytes", np.uint64),
+        ("level", np.uint8),  # 1: 4 KiB pages, 2: 2 MiB, 3: 1 GiB
+        ("writable", np.bool_),
+        ("nx", np.bool_),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of kernel addresses whose page tables could not be read, and why."""
+
+    va: int
+    bytes: int
+    reason: str
+
+
+def merge_runs(runs: NDArray[np.void]) -> NDArray[np.void]:
+    """Runs in order of their address, neighbours that continue each other made one."""
+    if len(runs) < 2:
+        return runs
+    runs = runs[np.argsort(runs["va"], kind="stable")]
+    before, after = runs[:-1], runs[1:]
+    joins = (
+        (before["va"] + before["bytes"] == after["va"])
+        & (before["pa"] + before["bytes"] == after["pa"])
+        & (before["level"] == after["level"])
+        & (before["writable"] == after["writable"])
+        & (before["nx"] == after["nx"])
+    )
+    first = np.concatenate(([True], ~joins))
+    merged = runs[first].copy()
+    merged["bytes"] = np.add.reduceat(runs["bytes"], np.flatnonzero(first))
+    return merged
+
+
+def covered(runs: NDArray[np.void], pfns: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each page frame lies in at least one of the runs, by physical address.
+
+    Takes time in the number of runs and of pages, not in the number of bytes mapped.
+    """
+    order = np.argsort(pfns, kind="stable")
+    ordered = pfns[order]
+    low = np.searchsorted(ordered, runs["pa"] >> PAGE_SHIFT)
+    high = np.searchsorted(ordered, (runs["pa"] + runs["bytes"]) >> PAGE_SHIFT)
+    depth = np.bincount(low, minlength=len(pfns) + 1) - np.bincount(high, minlength=len(pfns) + 1)
+    result = np.empty(len(pfns), dtype=np.bool_)
+    result[order] = np.cumsum(depth)[: len(pfns)] > 0
+    return result
+
+
+@dataclass(frozen=True)
+class KernelMappings:
+    """Every present mapping in the kernel half of the page tables.
+
+    Args:
+        runs: array of RUN, in order of ``va``.
+        unreadable: what could not be walked; unless this is empty, a page that no run covers is unknown, not absent.
+        tables: page tables read, by level (5 the top).
+        direct_map_base: ``page_offset_base``; a run is of the direct map when ``va - pa`` equals it.
+        surplus_references: references to shared tables that were not expanded (the first sixteen of each were).
+        seconds: time the walk took.
+    """
+
+    runs: NDArray[np.void]
+    unreadable: tuple[Span, ...]
+    tables: dict[int, int]
+    direct_map_base: int
+    surplus_references: int = 0
+    seconds: float = 0.0
+
+    @property
+    def is_direct(self) -> NDArray[np.bool_]:
+        """Of each run: is it of the direct map; everything else is an alias."""
+        return np.asarray(self.runs["va"] - self.runs["pa"] == np.uint64(self.direct_map_base), dtype=np.bool_)
+
+    @property
+    def direct(self) -> NDArray[np.void]:
+        """The runs of the direct map."""
+        return self.runs[self.is_direct]
+
+    @property
+    def aliases(self) -> NDArray[np.void]:
+        """The runs outside the direct map."""
+        return self.runs[~self.is_direct]

@@ -1,0 +1,99 @@
+"""VMCOREINFO: what the running kernel says of its own layout, in a note of /proc/kcore.
+
+Source: ``kernel/vmcore_info.c`` and ``arch/x86/kernel/vmcore_info_64.c``; the note's text is one ``KEY=VALUE`` a line.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from offmap.errors import Undetermined
+from offmap.uapi.elf import ELF64_NHDR, Elf64_Nhdr
+
+__all__ = ["START_KERNEL_MAP", "VmcoreInfo", "find_note"]
+
+# arch/x86/include/asm/page_64_types.h, __START_KERNEL_map: the kernel image is mapped from here up.
+START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
+
+# arch/x86/include/asm/page_64_types.h, KERNEL_IMAGE_SIZE without CONFIG_RANDOMIZE_BASE.
+_KERNEL_IMAGE_SIZE = 512 << 20
+
+
+def find_note(notes: bytes, name: bytes) -> bytes | None:
+    """The descriptor of the first note of this name in a PT_NOTE segment, or None."""
+    position = 0
+    while position + ELF64_NHDR.size <= len(notes):
+        header = Elf64_Nhdr._make(ELF64_NHDR.unpack_from(notes, position))
+        name_at = position + ELF64_NHDR.size
+        descriptor_at = name_at + (header.n_namesz + 3 & ~3)
+        if notes[name_at : name_at + header.n_namesz].rstrip(b"\0") == name:
+            return notes[descriptor_at : descriptor_at + header.n_descsz]
+        position = descriptor_at + (header.n_descsz + 3 & ~3)
+    return None
+
+
+@dataclass(frozen=True)
+class VmcoreInfo:
+    """The few facts of VMCOREINFO that a walk of the page tables needs.
+
+    Addresses are virtual unless they are called ``pa``. ``vmalloc_start`` and ``vmemmap`` are None on kernels that do
+    not export them.
+    """
+
+    release: str
+    init_top_pgt: int
+    phys_base: int
+    pgtable_l5_enabled: bool
+    sme_mask: int
+    kernel_offset: int
+    kernel_image_size: int
+    vmalloc_start: int | None
+    vmemmap: int | None
+
+    @property
+    def root_pa(self) -> int:
+        """Physical address of the kernel's top-level page table (``__pa_symbol``)."""
+        return self.init_top_pgt - START_KERNEL_MAP + self.phys_base
+
+    @property
+    def levels(self) -> int:
+        """Depth of the page tables: 5 with LA57, else 4."""
+        return 5 if self.pgtable_l5_enabled else 4
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Parse the note's text.
+
+        Raises:
+            Undetermined: a line that the walk depends on is missing or malformed; nothing is guessed.
+        """
+        facts = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+        def number(key: str, base: int) -> int | None:
+            value = facts.get(key)
+            if value is None:
+                return None
+            try:
+                return int(value, base)
+            except ValueError:
+                raise Undetermined(f"VMCOREINFO has {key}={value!r}, which is not a number") from None
+
+        def needed(value: int | None, key: str) -> int:
+            if value is None:
+                raise Undetermined(f"VMCOREINFO of this kernel has no {key}, so its page tables cannot be found")
+            return value
+
+        top = number("SYMBOL(init_top_pgt)", 16)
+        if top is None:
+            top = number("SYMBOL(swapper_pg_dir)", 16)
+        return cls(
+            release=facts.get("OSRELEASE", ""),
+            init_top_pgt=needed(top, "SYMBOL(init_top_pgt)"),
+            phys_base=needed(number("NUMBER(phys_base)", 10), "NUMBER(phys_base)"),
+            pgtable_l5_enabled=bool(needed(number("NUMBER(pgtable_l5_enabled)", 10), "NUMBER(pgtable_l5_enabled)")),
+            # Absent where the kernel is built without AMD memory encryption: then no bit of an entry is the C-bit.
+            sme_mask=(number("NUMBER(sme_mask)", 10) or 0) & (1 << 64) - 1,
+            kernel_offset=number("KERNELOFFSET", 16) or 0,
+            kernel_image_size=number("NUMBER(KERNEL_IMAGE_SIZE)", 10) or _KERNEL_IMAGE_SIZE,
+            vmalloc_start=number("NUMBER(VMALLOC_START)", 16),
+            vmemmap=number("SYMBOL(vmemmap)", 16),
+        )
