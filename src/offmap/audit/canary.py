@@ -1,0 +1,77 @@
+"""Canaries: secrets that are planted in a guest's RAM and searched for in the kernel's.
+
+A canary is the text ``OFFMAPCANARY1:`` ID ``:`` NONCE ``:`` CHECK, where ID is 4 and NONCE 32 lower-case hex digits and
+CHECK is the SHA-256, in hex, of the text ``KEY:ID:NONCE``. KEY is 32 hex digits, fresh for each run, and is never part
+of a canary: so the searcher needs to hold nothing but the prefix, what an earlier run left in memory does not count, and
+a guest can make canaries with a shell and ``sha256sum``.
+"""
+
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass
+from typing import NewType
+
+from offmap.errors import OffmapError
+
+__all__ = ["CANARY_LENGTH", "PREFIX", "Canary", "CanaryKey", "make_canary", "new_key", "parse_canary", "parse_key"]
+
+CanaryKey = NewType("CanaryKey", str)
+
+PREFIX = b"OFFMAPCANARY1:"
+CANARY_LENGTH = len(PREFIX) + 4 + 1 + 32 + 1 + 64
+_FORM = re.compile(PREFIX + rb"([0-9a-f]{4}):([0-9a-f]{32}):([0-9a-f]{64})")
+_KEY_FORM = re.compile("[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A valid canary that was found; the number and nonce tell it from others."""
+
+    number: int
+    nonce: str
+
+
+def new_key() -> CanaryKey:
+    """A fresh random key."""
+    return CanaryKey(secrets.token_hex(16))
+
+
+def parse_key(text: str) -> CanaryKey:
+    """Check a key that a user gave.
+
+    Raises:
+        OffmapError: not 32 hex digits.
+    """
+    key = text.lower()
+    if not _KEY_FORM.fullmatch(key):
+        raise OffmapError(f"{text!r} is not a canary key", "give the 32 hex digits that the canaries were made with")
+    return CanaryKey(key)
+
+
+def _check(key: CanaryKey, number: str, nonce: str) -> str:
+    return hashlib.sha256(f"{key}:{number}:{nonce}".encode("ascii")).hexdigest()
+
+
+def make_canary(key: CanaryKey, number: int) -> bytes:
+    """A new canary of CANARY_LENGTH bytes.
+
+    Args:
+        key: the run's key.
+        number: 0 to 65535, to be told apart by.
+    """
+    if not 0 <= number <= 0xFFFF:
+        raise ValueError(f"canary number {number} does not fit 4 hex digits")
+    text, nonce = f"{number:04x}", secrets.token_hex(16)
+    return PREFIX + f"{text}:{nonce}:{_check(key, text, nonce)}".encode("ascii")
+
+
+def parse_canary(data: bytes | bytearray | memoryview, key: CanaryKey) -> Canary | None:
+    """The canary that ``data`` starts with, or None if it is none of this key's."""
+    match = _FORM.match(data)
+    if match is None:
+        return None
+    number, nonce, check = (part.decode("ascii") for part in match.groups())
+    if _check(key, number, nonce) != check:
+        return None
+    return Canary(int(number, 16), nonce)

@@ -1,0 +1,171 @@
+"""Where a process keeps its guest's RAM.
+
+Our convention, which any VMM may adopt: the VMM holds open a memfd named ``offmap-memslots`` with the JSON text ::
+
+    {"schema": "offmap-memslots/1",
+     "slots": [{"guest_phys_addr": 0, "memory_size": 268435456, "userspace_addr": 140737353940992, "backend": "anon"}],
+     "excluded": [[guest_phys_addr, size], ...]}
+
+Auditors find it by its link in /proc/PID/fd; it vanishes with the process. ``excluded`` ranges are kept from the guest
+(reserved in its E820 map). The claim says *where* to look and nothing else: ``backend`` is only repeated to the reader.
+
+Of a VMM that does not, the large writable mappings are taken, and called guesses: a guess can show that RAM is
+exposed, never that it is hidden.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from offmap.audit.maps import Mapping
+from offmap.audit.process import Process
+from offmap.errors import Undetermined
+
+__all__ = ["GuestRam", "RamRange", "Source", "find_guest_ram", "guess_ranges", "parse_memslots"]
+
+PAGE = 4096
+MEMSLOTS_LINK = "/memfd:offmap-memslots (deleted)"
+MEMSLOTS_SCHEMA = "offmap-memslots/1"
+_MEMSLOTS_LIMIT = 1 << 20  # far more than KVM_USER_MEM_SLOTS of them take
+_GUESS_MINIMUM = 16 << 20  # smaller mappings are heaps, stacks and libraries more often than RAM
+_KVM_VM_LINK = "anon_inode:kvm-vm"
+
+
+class Source(Enum):
+    """How it is known that a range is guest RAM."""
+
+    MEMSLOT = "memslot"  # the VMM says so
+    REQUESTED = "range"  # the user says so
+    GUESS = "guess"  # a large mapping of a process that holds a VM
+
+
+@dataclass(frozen=True)
+class RamRange:
+    """A range of the process's addresses that is to be audited; page-aligned."""
+
+    va: int
+    bytes: int
+    source: Source
+    guest_phys_addr: int | None = None
+    backend: str = ""
+
+    @property
+    def pages(self) -> int:
+        return self.bytes // PAGE
+
+
+@dataclass(frozen=True)
+class GuestRam:
+    """All ranges of a process that are to be audited, and the guest-physical ranges that the guest does not get."""
+
+    ranges: tuple[RamRange, ...]
+    excluded: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def guessed(self) -> bool:
+        return any(part.source is Source.GUESS for part in self.ranges)
+
+
+def _number(value: Any, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
+        raise Undetermined(f"the process's offmap-memslots list is malformed: {what} is {value!r}")
+    return value
+
+
+def parse_memslots(text: bytes) -> GuestRam:
+    """Parse the content of an ``offmap-memslots`` memfd.
+
+    Raises:
+        Undetermined: malformed; nothing is guessed in its place.
+    """
+    try:
+        claim = json.loads(text)
+    except ValueError:
+        raise Undetermined("the process's offmap-memslots list is not JSON") from None
+    if not isinstance(claim, dict) or claim.get("schema") != MEMSLOTS_SCHEMA:
+        raise Undetermined(f"the process's offmap-memslots list is not of schema {MEMSLOTS_SCHEMA}")
+    slots, excluded = claim.get("slots"), claim.get("excluded", [])
+    if not isinstance(slots, list) or not isinstance(excluded, list):
+        raise Undetermined("the process's offmap-memslots list has no list of slots")
+    ranges = []
+    for slot in slots:
+        if not isinstance(slot, dict):
+            raise Undetermined(f"the process's offmap-memslots list is malformed: a slot is {slot!r}")
+        part = RamRange(
+            va=_number(slot.get("userspace_addr"), "userspace_addr"),
+            bytes=_number(slot.get("memory_size"), "memory_size"),
+            source=Source.MEMSLOT,
+            guest_phys_addr=_number(slot.get("guest_phys_addr"), "guest_phys_addr"),
+            backend=str(slot.get("backend", "")),
+        )
+        if not part.bytes or (part.va | part.bytes | (part.guest_phys_addr or 0)) % PAGE or part.va + part.bytes >> 64:
+            raise Undetermined(f"the process's offmap-memslots list is malformed: slot {slot!r} is not made of pages")
+        ranges.append(part)
+    holes = []
+    for pair in excluded:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Undetermined(f"the process's offmap-memslots list is malformed: excluded range {pair!r}")
+        holes.append((_number(pair[0], "excluded"), _number(pair[1], "excluded")))
+    if not ranges:
+        raise Undetermined("the process's offmap-memslots list is empty")
+    return GuestRam(tuple(ranges), tuple(holes))
+
+
+def guess_ranges(mappings: Sequence[Mapping]) -> tuple[RamRange, ...]:
+    """The large writable mappings, neighbours with the same backing taken as one."""
+    merged: list[tuple[int, int, tuple[str, int, str]]] = []
+    for mapping in mappings:
+        if not mapping.writable:
+            continue
+        backing = (mapping.device, mapping.inode, mapping.path)
+        if merged and merged[-1][1] == mapping.start and merged[-1][2] == backing:
+            merged[-1] = (merged[-1][0], mapping.end, backing)
+        else:
+            merged.append((mapping.start, mapping.end, backing))
+    return tuple(
+        RamRange(start, end - start, Source.GUESS, backend=backing[2] or "anonymous")
+        for start, end, backing in merged
+        if end - start >= _GUESS_MINIMUM
+    )
+
+
+def find_guest_ram(process: Process) -> GuestRam:
+    """Find the guest RAM of a process: what its VMM says, else guesses for a process that holds a KVM VM.
+
+    Raises:
+        Undetermined: the process holds no VM, has no mapping that could be RAM, or its claim is malformed.
+    """
+    links = process.descriptors()
+    claims = [number for number, link in sorted(links.items()) if link == MEMSLOTS_LINK]
+    parts = []
+    seen = set()
+    for number in claims:
+        fd = process.open(f"fd/{number}")
+        try:
+            status = os.fstat(fd)
+            if status.st_size > _MEMSLOTS_LIMIT:
+                raise Undetermined("the process's offmap-memslots list is malformed: it is larger than 1 MiB")
+            if status.st_ino not in seen:  # a duplicated fd is one claim
+                seen.add(status.st_ino)
+                parts.append(parse_memslots(os.pread(fd, _MEMSLOTS_LIMIT, 0)))
+        finally:
+            os.close(fd)
+    if parts:
+        ranges = tuple(dict.fromkeys(part for claim in parts for part in claim.ranges))
+        return GuestRam(ranges, tuple(hole for claim in parts for hole in claim.excluded))
+    if _KVM_VM_LINK not in links.values():
+        raise Undetermined(
+            f"process {process.pid} holds no KVM VM and no offmap-memslots list",
+            "say which addresses to audit with --range VA:LENGTH",
+        )
+    guesses = guess_ranges(process.maps())
+    if not guesses:
+        raise Undetermined(
+            f"process {process.pid} holds a KVM VM but no mapping of {_GUESS_MINIMUM >> 20} MiB or more that could be"
+            " its RAM",
+            "say which addresses to audit with --range VA:LENGTH",
+        )
+    return GuestRam(guesses)

@@ -1,0 +1,134 @@
+"""/proc/PID/pagemap: which page frame stands behind a virtual page (Documentation/admin-guide/mm/pagemap.rst)."""
+
+import ctypes
+import mmap
+import os
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.errors import Undetermined
+
+__all__ = ["OwnPage", "pfn", "present", "read_pagemap", "require_pfns", "swapped"]
+
+PAGE = 4096
+_libc = ctypes.CDLL(None, use_errno=True)
+_PFN = np.uint64((1 << 55) - 1)  # bits 0-54, if present
+_SWAPPED = np.uint64(1 << 62)
+_PRESENT = np.uint64(1 << 63)
+_CHUNK = 1 << 17  # entries a read: 1 MiB
+
+
+def present(entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether a page is mapped in the process's page tables."""
+    return np.asarray(entries & _PRESENT != 0, dtype=np.bool_)
+
+
+def swapped(entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether a page is swapped out, or under migration (the kernel reports both by this bit)."""
+    return np.asarray((entries & _SWAPPED != 0) & ~present(entries), dtype=np.bool_)
+
+
+def pfn(entries: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The page frame numbers; only meaningful where ``present``."""
+    return entries & _PFN
+
+
+def read_pagemap(fd: int, va: int, pages: int) -> NDArray[np.uint64]:
+    """Entries of ``pages`` pages from page-aligned ``va`` on.
+
+    Args:
+        fd: an open /proc/PID/pagemap.
+
+    Raises:
+        Undetermined: the process has ended or lost its address space.
+    """
+    entries = np.zeros(pages, dtype=np.uint64)
+    view = entries.view(np.uint8).data
+    done = 0
+    while done < pages:
+        step = min(_CHUNK, pages - done)
+        try:
+            got = os.preadv(fd, [view[8 * done : 8 * (done + step)]], (va // PAGE + done) * 8)
+        except OSError as error:
+            raise Undetermined(f"reading pagemap failed: {error.strerror}") from None
+        if got < 8:
+            raise Undetermined("the process ended during the audit, or its pagemap ends before its mappings do")
+        done += got // 8
+    return entries
+
+
+def require_pfns() -> None:
+    """Make sure that pagemap tells page frames: without CAP_SYS_ADMIN it says 0 for each.
+
+    Raises:
+        Undetermined: it does not.
+    """
+    with OwnPage() as page:
+        page.pfn()
+
+
+def zero_page_pfn() -> int:
+    """Frame of the zeroes that stand behind anonymous memory read before it is written; 0 if it cannot be told."""
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        page[0]
+        entries = _own_entries(ctypes.addressof(ctypes.c_char.from_buffer(page)), 1)
+    return int(pfn(entries)[0]) if present(entries)[0] else 0
+
+
+def _own_entries(va: int, pages: int) -> NDArray[np.uint64]:
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Undetermined(
+            f"cannot open /proc/self/pagemap: {error.strerror}", "audit on a kernel with CONFIG_PROC_PAGE_MONITOR"
+        ) from None
+    try:
+        return read_pagemap(fd, va, pages)
+    finally:
+        os.close(fd)
+
+
+class OwnPage:
+    """A page of our own anonymous memory, written to and locked, whose page frame can be asked for.
+
+    Raises:
+        Undetermined: the page cannot be had.
+    """
+
+    def __init__(self) -> None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+        self._map = mmap.mmap(-1, PAGE, flags=flags)
+        self._map[:] = bytes(PAGE)
+        self.va = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        # Best effort: a page that moves all the same is noticed, as its frame is asked for again.
+        _libc.mlock(ctypes.c_void_p(self.va), ctypes.c_size_t(PAGE))
+
+    def close(self) -> None:
+        self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, data: bytes) -> None:
+        """Put ``data`` at the page's start."""
+        self._map[: len(data)] = data
+
+    def pfn(self) -> int:
+        """The page's frame number now.
+
+        Raises:
+            Undetermined: pagemap cannot be opened or hides it.
+        """
+        entries = _own_entries(self.va, 1)
+        frame = int(pfn(entries)[0])
+        if not present(entries)[0] or frame == 0:
+            raise Undetermined("/proc/PID/pagemap hides page frame numbers", "run the audit as root with CAP_SYS_ADMIN")
+        return frame

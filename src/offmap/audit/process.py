@@ -1,0 +1,93 @@
+"""A process as /proc shows it, held open so that a reused PID cannot take its place."""
+
+import os
+from types import TracebackType
+from typing import Self
+
+from offmap.audit.maps import Mapping, parse_maps
+from offmap.errors import OffmapError, Undetermined
+
+__all__ = ["NoSuchProcess", "Process"]
+
+
+class NoSuchProcess(OffmapError):
+    """There is no process with this PID."""
+
+
+class Process:
+    """An open /proc/PID folder. It names the same process for as long as it is open, even if the PID is used again.
+
+    Raises:
+        NoSuchProcess: no such process.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        try:
+            self._fd = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError):
+            raise NoSuchProcess(f"there is no process {pid}", "give the PID of a running VMM") from None
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def open(self, name: str, flags: int = os.O_RDONLY) -> int:
+        """Open a file below /proc/PID; the caller owns the fd.
+
+        Raises:
+            Undetermined: the process has ended, or its file may not be opened.
+        """
+        try:
+            return os.open(name, flags | os.O_CLOEXEC, dir_fd=self._fd)
+        except (FileNotFoundError, ProcessLookupError):
+            raise Undetermined(f"process {self.pid} ended during the audit") from None
+        except OSError as error:
+            raise Undetermined(
+                f"cannot open /proc/{self.pid}/{name}: {error.strerror}",
+                "run the audit as root with CAP_SYS_PTRACE and CAP_SYS_ADMIN",
+            ) from None
+
+    def read(self, name: str) -> bytes:
+        """The whole of a file below /proc/PID (raises as ``open`` does)."""
+        with os.fdopen(self.open(name), "rb") as file:
+            try:
+                return file.read()
+            except ProcessLookupError:
+                raise Undetermined(f"process {self.pid} ended during the audit") from None
+
+    def maps(self) -> list[Mapping]:
+        """Its mappings now."""
+        return parse_maps(self.read("maps").decode("utf-8", "replace"))
+
+    def name(self) -> str:
+        """Its command name (comm)."""
+        return self.read("comm").decode("utf-8", "replace").rstrip("\n")
+
+    def descriptors(self) -> dict[int, str]:
+        """Its open file descriptors and what each link says; those closed meanwhile are left out."""
+        folder = self.open("fd", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            links = {}
+            for name in os.listdir(folder):  # noqa: PTH208 (a Path cannot be made of an fd)
+                try:
+                    links[int(name)] = os.readlink(name, dir_fd=folder)
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+            return links
+        finally:
+            os.close(folder)
+
+    def stat(self, name: str) -> os.stat_result | None:
+        """stat() through a link below /proc/PID (``fd/3``, ``map_files/…``); None where it leads nowhere."""
+        try:
+            return os.stat(name, dir_fd=self._fd)
+        except OSError:
+            return None

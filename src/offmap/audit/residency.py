@@ -1,0 +1,137 @@
+"""Pages of a file-backed mapping that the process itself does not have in its page tables.
+
+Their file may hold them all the same: put there by another mapping, or dropped from this one by reclaim. The file is
+opened a second time, mapped read-only, and asked with mincore(2), which brings nothing in; only pages that are resident
+already are touched, so that our own pagemap tells their frames. Nothing is written, and no page is allocated.
+"""
+
+import ctypes
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.audit import pagemap
+from offmap.audit.maps import Mapping
+from offmap.audit.process import Process
+from offmap.errors import Undetermined
+
+__all__ = ["allocated_bytes", "open_backing", "resident_frames"]
+
+PAGE = 4096
+_SYS_PIDFD_GETFD = 438  # arch/x86/entry/syscalls/syscall_64.tbl
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def allocated_bytes(process: Process, mapping: Mapping) -> int | None:
+    """Bytes that the mapping's file holds (``st_blocks``), in memory or swapped; None where it cannot be asked.
+
+    shmem and hugetlbfs count theirs page by page; secretmem does not count and says 0.
+    """
+    status = process.stat(f"map_files/{mapping.start:x}-{mapping.end:x}")
+    return None if status is None else status.st_blocks * 512
+
+
+@contextmanager
+def open_backing(process: Process, mapping: Mapping) -> Iterator[int | None]:
+    """A second handle on a mapping's file, or None where there is no way to one.
+
+    /proc/PID/map_files serves memfd, tmpfs and ordinary files; a memfd_secret inode cannot be opened again, so its
+    descriptor is duplicated from the process if it is still open there.
+    """
+    fd = None
+    with suppress(Undetermined):
+        fd = process.open(f"map_files/{mapping.start:x}-{mapping.end:x}")
+    if fd is None:
+        fd = _duplicate(process, mapping)
+    try:
+        yield fd
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _duplicate(process: Process, mapping: Mapping) -> int | None:
+    major, minor = (int(part, 16) for part in mapping.device.split(":"))
+    for number in process.descriptors():
+        status = process.stat(f"fd/{number}")
+        if status is None or (status.st_dev, status.st_ino) != (os.makedev(major, minor), mapping.inode):
+            continue
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            return None
+        try:
+            copy = int(_libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0))
+        finally:
+            os.close(pidfd)
+        if copy >= 0:
+            again = os.fstat(copy)
+            if (again.st_dev, again.st_ino) == (status.st_dev, status.st_ino):
+                return copy
+            os.close(copy)
+    return None
+
+
+def resident_frames(
+    fd: int, offset: int, pages: int, wanted: NDArray[np.bool_], counts_holes: bool
+) -> tuple[NDArray[np.uint64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """Where the wanted pages of a file are.
+
+    Args:
+        fd: the file; page ``i`` is at byte ``offset + i * 4096``.
+        wanted: which of the ``pages`` pages to look for.
+        counts_holes: whether a page that is not resident and lies in a hole (SEEK_DATA) holds nothing; False for
+            files where not resident means not there at all (memfd_secret is never swapped).
+
+    Returns:
+        frames, and two masks: resident (the frame is valid) and empty (the file has no such page).
+
+    Raises:
+        OSError: the file cannot be mapped or asked.
+    """
+    frames = np.zeros(pages, dtype=np.uint64)
+    resident = np.zeros(pages, dtype=np.bool_)
+    # MAP_NORESERVE: a hugetlb file must not lose huge pages to our reservation.
+    flags = mmap.MAP_SHARED | mmap.MAP_NORESERVE
+    with mmap.mmap(fd, pages * PAGE, flags=flags, prot=mmap.PROT_READ, offset=offset) as view:
+        # A read-only mmap exports no writable buffer, so its address is asked of numpy, which does not keep it.
+        address = int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
+        vector = np.zeros(pages, dtype=np.uint8)
+        if _libc.mincore(
+            ctypes.c_void_p(address), ctypes.c_size_t(pages * PAGE), vector.ctypes.data_as(ctypes.c_void_p)
+        ):
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        here = np.flatnonzero((vector & 1 != 0) & wanted)
+        for index in here.tolist():
+            view[index * PAGE]
+        own = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            entries = pagemap.read_pagemap(own, address, pages)
+        finally:
+            os.close(own)
+    mapped = pagemap.present(entries[here])
+    resident[here] = mapped
+    frames[here] = pagemap.pfn(entries[here])
+    empty = wanted & (vector & 1 == 0)
+    if counts_holes:
+        empty &= ~_data(fd, offset, pages)
+    return frames, resident, empty
+
+
+def _data(fd: int, offset: int, pages: int) -> NDArray[np.bool_]:
+    """Which pages lie in data rather than in a hole of the file."""
+    data = np.zeros(pages, dtype=np.bool_)
+    position, end = offset, offset + pages * PAGE
+    while position < end:
+        try:
+            start = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError:  # ENXIO: no data from here on
+            break
+        position = os.lseek(fd, start, os.SEEK_HOLE)
+        data[max(start - offset, 0) // PAGE : max(-(-(position - offset) // PAGE), 0)] = True
+    return data
