@@ -1,0 +1,151 @@
+"""``offmap lab``: disposable hosts."""
+
+import argparse
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from offmap.errors import OffmapError
+
+if TYPE_CHECKING:
+    from offmap.lab.command import LabCommand
+    from offmap.lab.host import LabHost
+
+__all__ = ["add_lab_options", "add_parser"]
+
+SIGINT = 2
+DEFAULT_OUT = Path("out/lab")
+
+
+def add_lab_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe a disposable host (shared by every command that starts one)."""
+    parser.add_argument(
+        "--host-kernel", metavar="KERNEL", help="debian:6.12, running, or a bzImage (default: debian:6.12 where apt is)"
+    )
+    parser.add_argument("--modules", type=Path, metavar="DIR", help="lib/modules/RELEASE folder of a bzImage")
+    parser.add_argument("--memory", default="2G", metavar="SIZE", help="RAM of the host (default: %(default)s)")
+    parser.add_argument("--host-cmdline", default="", metavar="TEXT", help="added to the host's kernel command line")
+    parser.add_argument(
+        "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="default: KVM if a host really boots under it"
+    )
+    parser.add_argument("--console", type=Path, metavar="FILE", help="copy the host's kernel console to FILE")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register ``offmap lab`` and its own subcommands."""
+    lab = subparsers.add_parser("lab", help="disposable hosts", description="Disposable hosts under QEMU.")
+    commands = lab.add_subparsers(metavar="COMMAND", required=True)
+    run = commands.add_parser(
+        "exec",
+        help="run a command in a disposable host",
+        description="Run COMMAND as root in a disposable host that has this machine's files. "
+        "Its changes to them are lost. Its output is streamed and its exit status returned; "
+        "$OFFMAP_OUT is a folder that survives.",
+    )
+    add_lab_options(run)
+    run.add_argument("--timeout", type=_seconds, metavar="S", help="end the command and the host after S seconds")
+    run.add_argument("--out", type=Path, metavar="DIR", help=f"the folder that survives (default: {DEFAULT_OUT})")
+    run.add_argument("--verbose", action="store_true", help="show progress even when stderr is no terminal")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="program and arguments")
+    run.set_defaults(run=run_exec)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return seconds
+
+
+def run_exec(args: argparse.Namespace) -> int:
+    """Run ``offmap lab exec``; return the command's exit status."""
+    from offmap.lab.host import BOOT_TIMEOUT, LabHost
+    from offmap.lab.provision import host_kernel
+
+    argv = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not argv:
+        raise OffmapError("no command to run", "write it after --: offmap lab exec -- uname -a")
+    began = time.monotonic()
+    say = _progress(args.verbose)
+    with ExitStack() as stack:
+        out = _out_folder(args.out)
+        console = _console_file(args.console, stack)
+        say("offmap: getting the host kernel")
+        kernel = host_kernel(args.host_kernel, args.modules)
+        say(f"offmap: booting {kernel.release}")
+        left = args.timeout if args.timeout is not None else BOOT_TIMEOUT
+        host = stack.enter_context(
+            LabHost.start(
+                kernel,
+                memory=args.memory,
+                cmdline=args.host_cmdline,
+                out=out,
+                accel=args.accel,
+                console=console,
+                timeout=min(left, BOOT_TIMEOUT),
+            )
+        )
+        say(f"offmap: {host.release} up after {time.monotonic() - began:.1f} s ({host.options.accel})")
+        deadline = None if args.timeout is None else began + args.timeout
+        return _run(host, argv, deadline)
+
+
+def _progress(verbose: bool) -> "_Say":
+    return _Say(verbose or sys.stderr.isatty())
+
+
+class _Say:
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted
+
+    def __call__(self, line: str) -> None:
+        if self._wanted:
+            print(line, file=sys.stderr, flush=True)
+
+
+def _out_folder(chosen: Path | None) -> Path:
+    folder = chosen or DEFAULT_OUT
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OffmapError(
+            f"cannot make the output folder {folder}: {error.strerror}", "give another one with --out"
+        ) from error
+    return folder
+
+
+def _console_file(path: Path | None, stack: ExitStack) -> BinaryIO | None:
+    if path is None:
+        return None
+    try:
+        return stack.enter_context(path.open("wb"))
+    except OSError as error:
+        raise OffmapError(f"cannot write the console file {path}: {error.strerror}") from error
+
+
+def _run(host: "LabHost", argv: list[str], deadline: float | None) -> int:
+    from offmap.lab.terminal import is_interactive, raw_terminal, terminal_size
+
+    def left() -> float | None:
+        return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+    if is_interactive():
+        command = host.popen(argv, stdin=0, stdout=1, terminal=terminal_size())
+        with raw_terminal(command.resize):
+            return command.wait(left())
+    command = host.popen(argv, stdin=0, stdout=1, stderr=2)
+    try:
+        return command.wait(left())
+    except KeyboardInterrupt:
+        return _interrupted(command, left())
+
+
+def _interrupted(command: "LabCommand", timeout: float | None) -> int:
+    """First Ctrl-C: the command's to handle. A second one ends it, and with it the host."""
+    command.send_signal(SIGINT)
+    try:
+        return command.wait(timeout)
+    except KeyboardInterrupt:
+        return 128 + SIGINT

@@ -1,0 +1,49 @@
+"""Whether to run a disposable host under KVM or in emulation.
+
+Some /dev/kvm run no ordinary kernel, and many have no nested virtualisation, which a lab host needs for /dev/kvm of
+its own. Neither can be told from outside, so a small host is booted; the answer holds until this machine reboots.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from offmap.lab.cache import cache_folder, write_atomically
+from offmap.lab.kernel import HostKernel
+from offmap.lab.qemu import find_qemu
+
+__all__ = ["ACCELS", "NESTED_PROBE", "PROBE_SECONDS", "SIGN_OF_LIFE_SECONDS", "choose"]
+
+ACCELS = ("auto", "tcg", "kvm")
+SIGN_OF_LIFE_SECONDS = 5.0  # to the first byte on the console; under a working KVM it is 0.3
+PROBE_SECONDS = 30.0  # to the agent; under a working KVM it is 2
+
+# Run inside the probed host: KVM_GET_API_VERSION, KVM_CREATE_VM (_IO(0xAE, 0x00 and 0x01), linux/kvm.h).
+NESTED_PROBE = (
+    "import fcntl, os; fd = os.open('/dev/kvm', os.O_RDWR); "
+    "raise SystemExit(not (fcntl.ioctl(fd, 0xAE00, 0) == 12 and fcntl.ioctl(fd, 0xAE01, 0) > 0))"
+)
+_DEVICE = Path("/dev/kvm")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def choose(kernel: HostKernel, probe: Callable[[], bool]) -> str:
+    """Return ``kvm`` or ``tcg``; ``probe`` is asked at most once per boot, kernel and QEMU."""
+    if not os.access(_DEVICE, os.R_OK | os.W_OK):
+        return "tcg"
+    memory = cache_folder() / "accel.json"
+    version = subprocess.run([find_qemu(), "--version"], capture_output=True, text=True, check=False).stdout.split(
+        "\n", 1
+    )[0]
+    key = f"{_BOOT_ID.read_text().strip()} {kernel.release} {version}"
+    try:
+        known = json.loads(memory.read_text())
+        if known["key"] == key and isinstance(known["kvm"], bool):
+            return "kvm" if known["kvm"] else "tcg"
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # nothing known, or unreadable: ask again
+    works = probe()
+    write_atomically(memory, json.dumps({"key": key, "kvm": works}).encode())
+    return "kvm" if works else "tcg"

@@ -1,0 +1,97 @@
+"""The QEMU command line of a disposable host."""
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from offmap.lab.errors import LabError
+
+__all__ = ["QEMU", "HostOptions", "command_line", "find_qemu", "parse_size"]
+
+QEMU = "qemu-system-x86_64"
+
+# console: loglevel 5 is quiet until something is wrong, and then shows all of an oops.
+# panic=-1 with -no-reboot: a panic ends QEMU at once. oops=panic: a host that oopsed proves nothing any more.
+# tsc=reliable, no_timer_check: an emulated CPU is too uneven for the watchdogs of clocks.
+# edd=off: no BIOS disk calls; random.trust_cpu: no wait for entropy.
+CMDLINE = (
+    "console=ttyS0 loglevel=5 panic=-1 oops=panic tsc=reliable no_timer_check edd=off"
+    " random.trust_cpu=on nmi_watchdog=0"
+)
+
+ACCEL = {
+    # One thread: with thread=multi and 2 CPUs a 6.12 host oopsed in __schedule (QEMU 7.2).
+    "tcg": ["-accel", "tcg,thread=single", "-cpu", "max,+svm,+npt"],
+    "kvm": ["-accel", "kvm", "-cpu", "host"],
+}
+
+_UNITS = {"": 20, "K": 10, "M": 20, "G": 30, "T": 40}  # QEMU's own: a bare number is MiB
+MIN_MEMORY = 128 << 20  # a Debian kernel with this initramfs does not come up in less
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """What a disposable host is made of.
+
+    Attributes:
+        memory: its RAM, in bytes.
+        cmdline: appended to its kernel command line, as it is.
+        out: folder shared writable, or None.
+        accel: ``tcg`` or ``kvm``.
+    """
+
+    memory: int
+    cmdline: str = ""
+    out: Path | None = None
+    accel: str = "tcg"
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size as QEMU writes it: ``2G``, ``512M``, or a number of MiB.
+
+    Raises:
+        LabError: it is not a size, or too small for a host.
+    """
+    match = re.fullmatch(r"(\d{1,9})([KMGT]?)", text.strip().upper())
+    if not match:
+        raise LabError(f"{text!r} is no memory size", "write it as 2G or 512M")
+    size = int(match[1]) << _UNITS[match[2]]
+    if size < MIN_MEMORY:
+        raise LabError(f"{text} is too little memory for a host", "give at least 128M")
+    return size
+
+
+def find_qemu() -> str:
+    """Return the path of QEMU.
+
+    Raises:
+        LabError: it is not installed.
+    """
+    path = shutil.which(QEMU)
+    if path is None:
+        raise LabError(f"no {QEMU} command", "install qemu-system-x86")
+    return path
+
+
+def command_line(qemu: str, vmlinuz: str, initrd: str, agent_fd: int, options: HostOptions) -> list[str]:
+    """Compose QEMU's arguments; console on its standard output, agent on the socket ``agent_fd``."""
+    argv = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    argv += ["-machine", "q35,usb=off,vmport=off,smm=off", *ACCEL[options.accel], "-smp", "1"]
+    argv += ["-m", f"{options.memory >> 10}k"]
+    argv += ["-kernel", vmlinuz, "-initrd", initrd, "-append", f"{CMDLINE} {options.cmdline}".strip()]
+    argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
+    argv += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,fd={agent_fd}"]
+    argv += ["-device", "virtserialport,chardev=agent,name=offmap.agent"]
+    argv += _share("root", Path("/"), "readonly=on")
+    if options.out is not None:
+        argv += _share("out", options.out, "readonly=off")
+    return argv
+
+
+def _share(name: str, path: Path, access: str) -> list[str]:
+    quoted = str(path).replace(",", ",,")  # QEMU's own way to write a comma
+    # security_model=none: files keep the owner they have here, and a chown that we may not do is not an error.
+    # multidevs=remap: inode numbers of different file systems below the folder do not collide.
+    fsdev = f"local,id={name},path={quoted},security_model=none,multidevs=remap,{access}"
+    return ["-fsdev", fsdev, "-device", f"virtio-9p-pci,fsdev={name},mount_tag=offmap-{name}"]
