@@ -1,5 +1,6 @@
 """An owned file descriptor whose ioctls fail with the operation's own name."""
 
+import ctypes
 import os
 from fcntl import ioctl
 from types import TracebackType
@@ -8,6 +9,17 @@ from typing import Any, Self
 from offmap.errors import KernelError
 
 __all__ = ["Handle"]
+
+_INT_MAX = (1 << 31) - 1
+
+
+def _ioctl_unsigned_long(fd: int, request: int, argument: int) -> int:
+    """What fcntl.ioctl, which passes an int, cannot: an argument by value of more than 31 bits."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    result: int = libc.ioctl(fd, ctypes.c_ulong(request), ctypes.c_ulong(argument))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
 
 
 class Handle:
@@ -23,6 +35,8 @@ class Handle:
             KernelError: with `name` as the operation.
         """
         try:
+            if isinstance(argument, int) and argument > _INT_MAX:
+                return _ioctl_unsigned_long(self.fd, request, argument)
             result: int = ioctl(self.fd, request, argument)
         except OSError as error:
             raise KernelError(name, error, remedy) from None

@@ -1,5 +1,6 @@
 """A piece of host memory, mapped into this process, that becomes guest RAM."""
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -69,7 +70,9 @@ class Backing:
                 self._on_close(self)
         finally:
             self.view.release()
-            self._mapping.close()
+            # A view that somebody still holds (the frames of a traceback do) keeps the mapping until it goes.
+            with contextlib.suppress(BufferError):
+                self._mapping.close()
             if self.guest_memfd is not None:
                 os.close(self.guest_memfd)
                 self.guest_memfd = None

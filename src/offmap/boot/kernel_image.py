@@ -1,0 +1,190 @@
+"""Guest kernels: bzImage (by its 64-bit entry) and ELF vmlinux.
+
+Parsing works on the first bytes of the file; loading lets the kernel move the rest from the file into guest memory.
+Sources: Documentation/arch/x86/boot.rst; the ELF specification.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from offmap.boot.memory_map import MemoryMap
+from offmap.errors import KernelError, OffmapError
+from offmap.memory.guest import GuestMemory
+from offmap.uapi import bootparam as bp
+from offmap.uapi.elf import (
+    ELF64_EHDR,
+    ELF64_PHDR,
+    ELFCLASS64,
+    ELFDATA2LSB,
+    ELFMAG,
+    EM_X86_64,
+    ET_EXEC,
+    PT_LOAD,
+    Elf64_Ehdr,
+    Elf64_Phdr,
+)
+
+__all__ = ["LoadedKernel", "check_kernel", "load_kernel", "read_into"]
+
+_HEAD = 0x10000  # enough for the setup header and for the program headers of a vmlinux
+_REMEDY = "give a bzImage (like /boot/vmlinuz-…) or an ELF vmlinux for x86-64"
+_DEFAULT_INITRD_ADDR_MAX = 0x7FFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKernel:
+    """A kernel in guest memory.
+
+    Attributes:
+        entry: where the boot CPU starts, in long mode.
+        setup_header: for boot_params, from offset 0x1f1 on.
+        initrd_addr_max: the highest address that a byte of the initrd may have.
+        cmdline_size: the longest command line it takes, in bytes without the final zero.
+    """
+
+    entry: int
+    setup_header: bytes
+    initrd_addr_max: int
+    cmdline_size: int
+
+
+def read_into(file: int, what: str, offset: int, view: memoryview) -> None:
+    """Fill `view` from `file`; the kernel does the copying.
+
+    Raises:
+        OffmapError: the file ends before.
+        KernelError: it cannot be read.
+    """
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(file, [view[done:]], offset + done)
+        except OSError as error:
+            raise KernelError(f"reading {what}", error) from None
+        if count == 0:
+            raise OffmapError(
+                f"{what} is truncated: {offset + len(view)} bytes are expected and {offset + done} are there"
+            )
+        done += count
+
+
+def check_kernel(path: Path) -> None:
+    """Look at the file's first bytes, before anything expensive is done for the guest.
+
+    Raises:
+        OffmapError: it is missing, empty, or of another format.
+    """
+    with _opened(path) as (_, head):
+        _is_elf(path, head)
+
+
+def load_kernel(path: Path, memory: GuestMemory, memory_map: MemoryMap) -> LoadedKernel:
+    """Load the kernel at `path`, and take its place in `memory_map`.
+
+    Raises:
+        OffmapError: it is missing, empty, truncated, no x86-64 kernel, or does not fit.
+    """
+    with _opened(path) as (file, head):
+        load = _load_elf if _is_elf(path, head) else _load_bzimage
+        return load(file, f"guest kernel {path}", head, memory, memory_map)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The file's fd and its first bytes."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(f"open of the guest kernel {path}", error, _REMEDY) from None
+    try:
+        try:
+            head = os.pread(file, _HEAD, 0)
+        except OSError as error:
+            raise KernelError(f"reading the guest kernel {path}", error, _REMEDY) from None
+        yield file, head
+    finally:
+        os.close(file)
+
+
+def _is_elf(path: Path, head: bytes) -> bool:
+    if head[:4] == ELFMAG:
+        return True
+    if head[bp.HEADER : bp.HEADER + 4] == bp.HEADER_MAGIC:
+        return False
+    if not head:
+        raise OffmapError(f"guest kernel {path} is empty", _REMEDY)
+    raise OffmapError(f"guest kernel {path} is neither a bzImage nor an ELF file", _REMEDY)
+
+
+def _load_bzimage(file: int, what: str, head: bytes, memory: GuestMemory, memory_map: MemoryMap) -> LoadedKernel:
+    if len(head) < bp.INIT_SIZE + 4:
+        raise OffmapError(f"{what} is truncated: its setup header ends after {len(head)} bytes", _REMEDY)
+
+    def field(fmt: str, offset: int) -> int:
+        value: int = struct.unpack_from(fmt, head, offset)[0]
+        return value
+
+    version = field("<H", bp.VERSION)
+    if version < 0x20C or not field("<H", bp.XLOADFLAGS) & bp.XLF_KERNEL_64:
+        raise OffmapError(
+            f"{what} has no 64-bit entry (boot protocol {version >> 8}.{version & 0xFF})",
+            "use an x86-64 kernel since 3.8",
+        )
+    code_offset = ((field("<B", bp.SETUP_SECTS) or 4) + 1) * 512
+    code_size = field("<I", bp.SYSSIZE) * 16
+    # The decompressor needs init_size bytes from where it runs; it was built for pref_address.
+    init_size = max(field("<I", bp.INIT_SIZE), code_size)
+    preferred = field("<Q", bp.PREF_ADDRESS)
+    try:
+        address = memory_map.take("the guest kernel", init_size, at=preferred)
+    except OffmapError:
+        if not field("<B", bp.RELOCATABLE_KERNEL):
+            raise
+        address = memory_map.take("the guest kernel", init_size, alignment=field("<I", bp.KERNEL_ALIGNMENT) or 1 << 21)
+    read_into(file, what, code_offset, memory.view(address, code_size))
+    header_end = bp.HEADER + head[bp.JUMP + 1]
+    return LoadedKernel(
+        entry=address + bp.ENTRY_64_OFFSET,
+        setup_header=head[bp.SETUP_HEADER : header_end],
+        initrd_addr_max=field("<I", bp.INITRD_ADDR_MAX),
+        cmdline_size=field("<I", bp.CMDLINE_SIZE) or 255,
+    )
+
+
+def _load_elf(file: int, what: str, head: bytes, memory: GuestMemory, memory_map: MemoryMap) -> LoadedKernel:
+    if len(head) < ELF64_EHDR.size:
+        raise OffmapError(f"{what} is truncated: its ELF header ends after {len(head)} bytes", _REMEDY)
+    ehdr = Elf64_Ehdr._make(ELF64_EHDR.unpack_from(head))
+    if ehdr.e_ident[4] != ELFCLASS64 or ehdr.e_ident[5] != ELFDATA2LSB or ehdr.e_machine != EM_X86_64:
+        raise OffmapError(f"{what} is an ELF file for another machine than x86-64", _REMEDY)
+    if ehdr.e_type != ET_EXEC:
+        raise OffmapError(f"{what} is an ELF file, but no kernel (e_type {ehdr.e_type}, not ET_EXEC)", _REMEDY)
+    table_end = ehdr.e_phoff + ehdr.e_phnum * ELF64_PHDR.size
+    if ehdr.e_phentsize != ELF64_PHDR.size or ehdr.e_phnum == 0 or table_end > len(head):
+        raise OffmapError(f"{what} has no program headers in its first {_HEAD} bytes", _REMEDY)
+    loads = [
+        phdr
+        for n in range(ehdr.e_phnum)
+        if (phdr := Elf64_Phdr._make(ELF64_PHDR.unpack_from(head, ehdr.e_phoff + n * ELF64_PHDR.size))).p_type
+        == PT_LOAD
+        and phdr.p_memsz
+    ]
+    if not loads or not any(p.p_paddr <= ehdr.e_entry < p.p_paddr + p.p_memsz for p in loads):
+        raise OffmapError(f"{what} has no loadable segment at its entry {ehdr.e_entry:#x}", _REMEDY)
+    if any(phdr.p_filesz > phdr.p_memsz for phdr in loads):
+        raise OffmapError(f"{what} has a segment that is larger in the file than in memory", _REMEDY)
+    start = min(phdr.p_paddr for phdr in loads) & ~0xFFF
+    end = max(phdr.p_paddr + phdr.p_memsz for phdr in loads)
+    memory_map.take("the guest kernel", end - start, at=start)
+    for phdr in loads:
+        read_into(file, what, phdr.p_offset, memory.view(phdr.p_paddr, phdr.p_filesz))
+    # What a boot loader would have copied from a bzImage (boot.rst, "The real-mode kernel header").
+    header = bytearray(bp.INIT_SIZE + 4 - bp.SETUP_HEADER)
+    struct.pack_into("<H", header, bp.BOOT_FLAG - bp.SETUP_HEADER, bp.BOOT_FLAG_MAGIC)
+    struct.pack_into("<4sH", header, bp.HEADER - bp.SETUP_HEADER, bp.HEADER_MAGIC, 0x20F)
+    header[bp.LOADFLAGS - bp.SETUP_HEADER] = bp.LOADED_HIGH
+    return LoadedKernel(ehdr.e_entry, bytes(header), _DEFAULT_INITRD_ADDR_MAX, bp.COMMAND_LINE_SIZE - 1)

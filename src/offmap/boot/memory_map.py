@@ -1,0 +1,90 @@
+"""Where things go in guest-physical memory: free ranges, placements, and the E820 map that the guest is given."""
+
+from collections.abc import Iterable
+
+from offmap.errors import OffmapError
+from offmap.memory.iomem import PhysicalRange, intersect, subtract
+from offmap.uapi.bootparam import E820_ACPI, E820_MAX_ENTRIES_ZEROPAGE, E820_RAM, E820_RESERVED
+from offmap.units import format_size
+
+__all__ = ["ACPI_AREA", "MemoryMap"]
+
+PAGE_SIZE = 4096
+
+LOW_MEMORY_END = 0x9F000
+"""Conventional memory ends here, below where a PC keeps its EBDA and VGA."""
+
+HIGH_MEMORY_START = 0x100000
+
+ACPI_AREA = PhysicalRange(0xE0000, 0x100000)
+"""ACPI tables, where a PC's BIOS has its own."""
+
+
+class MemoryMap:
+    """What is RAM, what of it is taken, and what is kept from the guest.
+
+    Args:
+        ram: guest-physical ranges of RAM.
+        excluded: pages kept from the guest; nothing is placed in them and E820 reserves them.
+
+    Raises:
+        OffmapError: pages below 1 MiB are excluded, or more of them than E820 can say.
+    """
+
+    def __init__(self, ram: Iterable[PhysicalRange], excluded: Iterable[PhysicalRange] = ()) -> None:
+        self.excluded = intersect(ram := list(ram), excluded)
+        if self.excluded and self.excluded[0].start < HIGH_MEMORY_START:
+            raise OffmapError(
+                f"the page at guest-physical {self.excluded[0].start:#x} is needed to boot and may not be used",
+                "start the guest again: it gets other memory",
+            )
+        usable = [PhysicalRange(PAGE_SIZE, LOW_MEMORY_END), PhysicalRange(HIGH_MEMORY_START, 1 << 62)]
+        self.ram = intersect(ram, usable)
+        self.free = subtract(self.ram, self.excluded)
+
+    def take(
+        self, what: str, size: int, *, at: int | None = None, alignment: int = PAGE_SIZE, below: int = 1 << 32
+    ) -> int:
+        """Take `size` bytes: exactly `at` that address, or else as high as possible under `below`.
+
+        Returns:
+            The guest-physical address.
+
+        Raises:
+            OffmapError: there is no such room.
+        """
+        size = max(-(-size // PAGE_SIZE) * PAGE_SIZE, PAGE_SIZE)
+        if at is not None:
+            if any(r.start <= at and at + size <= r.end for r in self.free):
+                return self._taken(at, size)
+        else:
+            for r in reversed(self.free):
+                start = (min(r.end, below) - size) // alignment * alignment
+                if start >= r.start:
+                    return self._taken(start, size)
+        total = sum(r.size for r in self.ram)
+        raise OffmapError(
+            f"{what} needs {format_size(size)} in one piece and does not fit into {format_size(total)} of RAM",
+            "give the guest more with --memory-size",
+        )
+
+    def _taken(self, start: int, size: int) -> int:
+        self.free = subtract(self.free, [PhysicalRange(start, start + size)])
+        return start
+
+    def e820(self) -> list[tuple[int, int, int]]:
+        """(address, size, type) of every entry, in order.
+
+        Raises:
+            OffmapError: more entries than boot_params has room for.
+        """
+        entries = [(r.start, r.size, E820_RAM) for r in subtract(self.ram, self.excluded)]
+        entries += [(r.start, r.size, E820_RESERVED) for r in self.excluded]
+        entries.append((ACPI_AREA.start, ACPI_AREA.size, E820_ACPI))
+        if len(entries) > E820_MAX_ENTRIES_ZEROPAGE:
+            raise OffmapError(
+                f"the pages kept from the guest make {len(entries)} entries of its E820 map, and"
+                f" {E820_MAX_ENTRIES_ZEROPAGE} fit",
+                "start the guest again: it gets other memory",
+            )
+        return sorted(entries)

@@ -1,0 +1,77 @@
+"""``offmap``: the command line. One module per command; this one only finds it and turns errors into one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from offmap import __version__
+from offmap.errors import ExitStatus, OffmapError
+
+__all__ = ["main"]
+
+_COMMANDS = {
+    "run": "run a guest on RAM of the kind you choose",
+    "audit": "say which pages of a VM the host kernel can reach",
+    "lab": "run a command in a disposable host",
+    "demo": "boot guests on plain and on hidden RAM, and prove which is which",
+}
+"""Each is a module of offmap.cli with `add_parser`; only the one that was asked for is imported."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(ExitStatus.FAILED)
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="offmap",
+        description="KVM guests whose memory the host kernel cannot read, and the proof of it.",
+        epilog="Exit status: 0 done (an audit: hidden), 1 exposed, 2 failed or used wrongly, 3 cannot be determined.",
+    )
+    parser.add_argument("--version", action="version", version=f"offmap {__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, summary in _COMMANDS.items():
+        if name == command:
+            import_module(f"offmap.cli.{name}").add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's own) asks for.
+
+    Returns:
+        The exit status (offmap.errors.ExitStatus); for ``lab exec`` that of the command.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if any(stream is None for stream in (sys.stdin, sys.stdout, sys.stderr)):
+        # The next file opened would become the missing stream, and the guest's console would write into it.
+        if sys.stderr is not None:
+            print("offmap: a standard stream is closed; redirect it from or to /dev/null instead", file=sys.stderr)
+        return ExitStatus.FAILED
+    command = next((word for word in arguments if not word.startswith("-")), None)
+    args = _parser(command).parse_args(arguments)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except OffmapError as error:
+        print(f"offmap {command}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"offmap {command}: interrupted", file=sys.stderr)
+        return ExitStatus.FAILED
+    except BrokenPipeError:
+        # Nobody reads our output any more. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.FAILED
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""``offmap run``: one guest, its console on standard input and output, everything else on standard error."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from offmap.boot.linux import BootSource
+from offmap.errors import ExitStatus
+from offmap.memory.backend import BACKENDS, parse_backend
+from offmap.units import format_size, parse_size
+from offmap.vmm.config import MAX_VCPUS, MachineConfig
+from offmap.vmm.machine import Machine
+from offmap.vmm.outcome import Outcome
+from offmap.vmm.session import Session
+from offmap.vmm.vcpu_loop import ExitCounts
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``run``."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run a guest on RAM of the kind you choose",
+        description="Run a guest. Its console is on standard input and output; Ctrl-A x quits.",
+    )
+    parser.add_argument("--kernel", required=True, type=Path, help="bzImage (/boot/vmlinuz-…) or ELF vmlinux")
+    parser.add_argument("--initrd", type=Path, help="initial RAM disk")
+    parser.add_argument(
+        "--cmdline", default="console=ttyS0", help="the guest kernel's command line (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--memory",
+        default="anon",
+        metavar="BACKEND[,option=value…]",
+        help=f"where the RAM comes from: {', '.join(BACKENDS)} (default: %(default)s)",
+    )
+    parser.add_argument("--memory-size", default="256M", metavar="SIZE", help="bytes of RAM (default: %(default)s)")
+    parser.add_argument("--vcpus", type=int, default=1, metavar="N", help=f"1 to {MAX_VCPUS} (default: %(default)s)")
+    parser.add_argument(
+        "--kvm-clock",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="offer kvm-clock (auto: unless RAM is hidden)",
+    )
+    parser.add_argument(
+        "--audit",
+        action="store_true",
+        help="once the guest is up, audit this process and print the verdict on standard error",
+    )
+    parser.add_argument("--stats", action="store_true", help="at the end, print times and VM exits on standard error")
+    parser.set_defaults(run=run)
+
+
+def _say(line: str) -> None:
+    print(f"offmap run: {line}", file=sys.stderr, flush=True)
+
+
+class _SelfAudit:
+    """``offmap audit`` of this process, as a process of its own: the audit must not stop, or be, what it looks at."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, _machine: Machine) -> None:
+        command = [sys.executable, "-m", "offmap", "audit", str(os.getpid())]
+        # Its report is for people and goes where all that is not the guest's goes.
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
+
+    def finish(self) -> int | None:
+        """Its exit status; a guest that ends before its audit does takes it along, and there is no verdict."""
+        if self._process is None:
+            return None
+        if self._process.poll() is None:
+            self._process.terminate()
+        return self._process.wait()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it.
+
+    Returns:
+        0 when the guest powered off, rebooted, or was quit from the terminal; with --audit, the audit's status where
+        the guest itself ended well.
+
+    Raises:
+        OffmapError: it could not be started, or it failed.
+    """
+    config = MachineConfig(
+        source=BootSource(args.kernel, args.initrd, args.cmdline),
+        backend=parse_backend(args.memory),
+        memory_size=parse_size(args.memory_size),
+        vcpus=args.vcpus,
+        kvm_clock={"auto": None, "on": True, "off": False}[args.kvm_clock],
+        count_exits=args.stats,
+    )
+    # SIGPIPE would kill us without giving the memory back; Python ignores it unless somebody changed that.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    audit = _SelfAudit()
+    started = time.monotonic()
+    up_after: list[float] = []
+
+    def on_up(machine: Machine) -> None:
+        up_after.append(time.monotonic() - started)
+        if args.audit:
+            audit.start(machine)
+
+    def on_end(machine: Machine) -> None:
+        if args.stats:
+            _print_stats(machine, up_after[0] if up_after else None)
+
+    try:
+        stop = Session(config, say=_say, on_up=on_up, on_end=on_end).run()
+    finally:
+        audited = audit.finish()
+    if stop.error is not None:
+        raise stop.error
+    if args.audit and stop.outcome is not Outcome.QUIT:
+        if audited is None or audited < 0:
+            _say("the guest ended before its audit did: no verdict")
+            return ExitStatus.UNDETERMINED
+        return audited
+    return ExitStatus.DONE
+
+
+def _print_stats(machine: Machine, up_after: float | None) -> None:
+    _say(f"{format_size(machine.memory.size)} of RAM ready in {machine.populate_seconds:.3f} s")
+    if up_after is not None:
+        _say(f"init after {up_after:.3f} s")
+    counts = machine.exit_counts or ExitCounts()
+    _say(f"{sum(counts.values())} exits to user space")
+    for (kind, where, direction), count in sorted(counts.items(), key=lambda item: -item[1])[:20]:
+        _say(f"{count:>9} {kind} {where:#x} {direction}")

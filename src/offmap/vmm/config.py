@@ -1,0 +1,59 @@
+"""What a machine is made of, and the checks that need nothing of this host."""
+
+from dataclasses import dataclass
+
+from offmap.boot.linux import BootSource
+from offmap.errors import OffmapError
+from offmap.memory.backend import Backend
+from offmap.units import format_size
+
+__all__ = ["MAX_VCPUS", "MachineConfig"]
+
+MAX_VCPUS = 16
+MAX_MEMORY = (
+    1 << 40
+)  # what the E820 map and the boot page tables are tested for, and more than any host of today's fleet
+_PAGE_SIZE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """One guest.
+
+    Attributes:
+        source: kernel, initrd, command line.
+        backend: where its RAM comes from.
+        memory_size: bytes of RAM, whole pages.
+        vcpus: 1 to MAX_VCPUS.
+        kvm_clock: offer the pvclock; None: unless the RAM is hidden.
+        count_exits: keep statistics of VM exits.
+
+    Raises:
+        OffmapError: a value that no host could satisfy.
+    """
+
+    source: BootSource
+    backend: Backend
+    memory_size: int
+    vcpus: int = 1
+    kvm_clock: bool | None = None
+    count_exits: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.memory_size <= MAX_MEMORY or self.memory_size % _PAGE_SIZE:
+            raise OffmapError(
+                f"a guest cannot have {format_size(self.memory_size)} of RAM",
+                f"give --memory-size a whole number of pages up to {format_size(MAX_MEMORY)}, like 256M",
+            )
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise OffmapError(f"a guest cannot have {self.vcpus} vCPUs", f"ask for 1 to {MAX_VCPUS}")
+        if self.kvm_clock and self.backend.hides:
+            raise OffmapError(
+                f"kvm-clock cannot be offered on {self.backend.name} memory: the host kernel must map its page",
+                "leave --kvm-clock out",
+            )
+
+    @property
+    def offers_kvm_clock(self) -> bool:
+        """Whether the guest gets kvm-clock."""
+        return not self.backend.hides if self.kvm_clock is None else self.kvm_clock

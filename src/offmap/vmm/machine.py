@@ -1,0 +1,235 @@
+"""The machine: guest memory, vCPUs and devices put together, started, and taken apart again."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+from offmap.boot.acpi import build_tables
+from offmap.boot.cpu_state import enter_64bit
+from offmap.boot.linux import load_linux
+from offmap.devices.acpi_pm import AcpiPm
+from offmap.devices.bus import MmioBus, PioBus
+from offmap.devices.i8042 import I8042
+from offmap.devices.legacy import SystemControlPortB
+from offmap.devices.rtc import Rtc
+from offmap.devices.serial import Serial16550A
+from offmap.errors import OffmapError
+from offmap.kvm import Kvm, Vcpu, Vm
+from offmap.uapi import kvm as uapi
+from offmap.uapi.pc import COM1_IRQ, RTC_IRQ
+from offmap.vmm.clock import clock_parameters
+from offmap.vmm.config import MachineConfig
+from offmap.vmm.cpuid import guest_cpuid
+from offmap.vmm.memslots import publish_memslots
+from offmap.vmm.outcome import Outcome, Stop
+from offmap.vmm.vcpu_loop import ExitCounts, VcpuLoop
+
+__all__ = ["Machine"]
+
+# The last pages below the BIOS's own space at the top of 4 GiB, where QEMU has them too; outside all RAM.
+_IDENTITY_MAP_ADDR = 0xFFFBC000
+_TSS_ADDR = 0xFFFBD000
+
+_KICK = signal.SIGUSR1
+"""Interrupts KVM_RUN of the thread it is sent to; its handler does nothing."""
+
+
+class _VmIrqLine:
+    """An input of the in-kernel interrupt controllers."""
+
+    def __init__(self, vm: Vm, gsi: int) -> None:
+        self._vm = vm
+        self._gsi = gsi
+
+    def set(self, level: bool) -> None:
+        self._vm.irq_line(self._gsi, level)
+
+
+class Machine:
+    """One guest, from its making to its end. A context manager: leaving it leaves no thread, fd or mapping behind.
+
+    What runs when: the constructor makes everything and loads the guest; `start` lets the vCPUs go, each on a thread
+    of its own; somebody waits for `stopped_fd` and calls `tick` and the console's `flush` in between; `close` takes it
+    apart.
+
+    Args:
+        config: what to build.
+        output: takes what the guest writes to its console.
+        on_open: called once when the guest opens its console for input, as Linux does just before init.
+        on_event: called (on any thread) when `console.flush`, `tick`, or `console.feed` may be due.
+
+    Attributes:
+        console: the guest's first serial port.
+        stopped_fd: an eventfd that becomes readable when the machine has stopped.
+        populate_seconds: how long it took to get the RAM.
+        exit_counts: VM exits, where the config asked for them.
+
+    Raises:
+        OffmapError: this host cannot make it, or a file is no good.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        output: Callable[[bytes], None],
+        *,
+        on_open: Callable[[], None] = lambda: None,
+        on_event: Callable[[], None] = lambda: None,
+    ) -> None:
+        config.source.check(config.memory_size)
+        self.config = config
+        self.exit_counts: ExitCounts | None = ExitCounts() if config.count_exits else None
+        self._stop: Stop | None = None
+        self._stop_lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        with ExitStack() as building:
+            kvm = building.enter_context(Kvm())
+            self._vm = building.enter_context(kvm.create_vm())
+            self._vm.set_identity_map_addr(_IDENTITY_MAP_ADDR)
+            self._vm.set_tss_addr(_TSS_ADDR)
+            self._vm.create_irqchip()
+            started = time.monotonic()
+            self.memory = building.enter_context(config.backend.guest_memory(self._vm, config.memory_size))
+            self.populate_seconds = time.monotonic() - started
+            self._map_memory()
+            vcpus = [building.enter_context(self._vm.create_vcpu(n)) for n in range(config.vcpus)]
+            self._set_cpuid(kvm, vcpus)
+            self.stopped_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            building.callback(os.close, self.stopped_fd)
+
+            self.console = Serial16550A(
+                _VmIrqLine(self._vm, COM1_IRQ), output, on_open=on_open, on_pending=on_event, on_room=on_event
+            )
+            self._rtc = Rtc(_VmIrqLine(self._vm, RTC_IRQ), on_deadline=on_event)
+            pio, mmio = PioBus(), MmioBus()
+            for device in (
+                self.console,
+                self._rtc,
+                I8042(lambda: self.stop(Outcome.RESET)),
+                AcpiPm(lambda: self.stop(Outcome.POWERED_OFF), lambda: self.stop(Outcome.RESET)),
+                SystemControlPortB(),
+            ):
+                pio.attach(device)
+            self._loops = [VcpuLoop(vcpu, pio, mmio, self.exit_counts) for vcpu in vcpus]
+
+            source = config.source
+            if not config.offers_kvm_clock:
+                extra = clock_parameters(vcpus[0].tsc_khz(), source.command_line)
+                source = replace(source, command_line=f"{source.command_line} {extra}".strip())
+            entry = load_linux(source, self.memory, build_tables(config.vcpus))
+            enter_64bit(vcpus[0], self.memory, entry)
+            building.callback(os.close, publish_memslots(self.memory, config.backend.name))
+            self._owned = building.pop_all()
+
+    def _map_memory(self) -> None:
+        for slot, region in enumerate(self.memory.regions):
+            backing = region.backing
+            if backing.guest_memfd is None:
+                self._vm.set_user_memory_region(slot, region.guest_phys_addr, region.size, region.userspace_addr)
+            else:
+                self._vm.set_user_memory_region2(
+                    slot,
+                    region.guest_phys_addr,
+                    region.size,
+                    region.userspace_addr,
+                    backing.guest_memfd,
+                    region.offset,
+                )
+
+    def _set_cpuid(self, kvm: Kvm, vcpus: list[Vcpu]) -> None:
+        supported = kvm.supported_cpuid()
+        tsc_deadline = bool(kvm.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER))
+        hides = self.config.backend.hides
+        if hides and not kvm.check_extension(uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID):
+            raise OffmapError(
+                "this kernel has no KVM_CAP_ENFORCE_PV_FEATURE_CPUID: a guest could register a pvclock page, which on "
+                "hidden RAM would crash the host",
+                "use Linux 5.10 or later",
+            )
+        for vcpu in vcpus:
+            if hides:
+                # Leaving the features out of CPUID only hides them; this makes the MSRs fault.
+                vcpu.enable_cap(uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
+            vcpu.set_cpuid(
+                guest_cpuid(
+                    supported,
+                    vcpu=vcpu.number,
+                    vcpus=len(vcpus),
+                    kvm_clock=self.config.offers_kvm_clock,
+                    nested=not hides,
+                    tsc_deadline=tsc_deadline,
+                )
+            )
+
+    def start(self) -> None:
+        """Let the vCPUs run. To be called once, on the process's main thread (it installs a signal handler)."""
+        self._previous_handler = signal.signal(_KICK, lambda *_: None)
+        self._owned.callback(signal.signal, _KICK, self._previous_handler)
+        self._owned.callback(self._join)
+        for loop in self._loops:
+            thread = threading.Thread(target=self._run, args=(loop,), name=f"vcpu{loop.vcpu.number}")
+            self._threads.append(thread)
+            thread.start()
+
+    def _run(self, loop: VcpuLoop) -> None:
+        try:
+            stop = loop.run()
+        except OffmapError as error:
+            stop = Stop(Outcome.FAILED, error)
+        except BaseException:
+            self.stop(Outcome.FAILED, OffmapError(f"the thread of vCPU {loop.vcpu.number} died"))
+            raise
+        if stop is not None:
+            self.stop(stop.outcome, stop.error)
+
+    def stop(self, outcome: Outcome, error: OffmapError | None = None) -> None:
+        """Stop every vCPU; the first call decides what the end was. May be called on any thread, at any time."""
+        with self._stop_lock:
+            if self._stop is not None:
+                return
+            self._stop = Stop(outcome, error)
+            for loop in self._loops:
+                loop.request_stop()
+        for thread in self._threads:
+            if thread is not threading.current_thread() and thread.ident is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pthread_kill(thread.ident, _KICK)
+        os.eventfd_write(self.stopped_fd, 1)
+
+    @property
+    def stopped(self) -> Stop | None:
+        """How it ended, or None while it runs."""
+        return self._stop
+
+    def next_event(self) -> float | None:
+        """When `tick` is due next (as time.time()), or None."""
+        return self._rtc.next_event()
+
+    def tick(self) -> None:
+        """Let the devices see what has become due."""
+        self._rtc.tick()
+
+    def _join(self) -> None:
+        self.stop(Outcome.QUIT)
+        for thread in self._threads:
+            thread.join()
+        self.console.flush()
+
+    def close(self) -> None:
+        """Stop it if it runs, and free everything."""
+        self._owned.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.close()

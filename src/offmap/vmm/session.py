@@ -1,0 +1,158 @@
+"""Run one machine to its end at this process's terminal: the event loop of ``offmap run``."""
+
+import contextlib
+import os
+import selectors
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+from offmap.errors import KernelError, OffmapError
+from offmap.vmm.config import MachineConfig
+from offmap.vmm.machine import Machine
+from offmap.vmm.outcome import Outcome, Stop
+from offmap.vmm.terminal import EscapeKey, RawTerminal, Typed
+
+__all__ = ["Session"]
+
+_LINE_DELAY = 0.003  # seconds that a character may wait for the rest of its line, so that the line costs one write
+_READ_SIZE = 4096
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Session:
+    """A machine between `stdin` and `stdout` (fds).
+
+    Args:
+        say: takes a line for the user, which must not mix with the guest's output.
+        on_up: called on this thread once the guest has opened its console, as Linux does just before init.
+        on_end: called when the guest has stopped, before the machine is taken apart.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        *,
+        stdin: int = 0,
+        stdout: int = 1,
+        say: Callable[[str], None],
+        on_up: Callable[[Machine], None] = lambda _: None,
+        on_end: Callable[[Machine], None] = lambda _: None,
+    ) -> None:
+        self._config = config
+        self._stdin = stdin
+        self._stdout = stdout
+        self._say = say
+        self._on_up = on_up
+        self._on_end = on_end
+        self._up = False
+        self._machine: Machine | None = None
+        self._output_error: OSError | None = None
+
+    def run(self) -> Stop:
+        """Build the machine, run it to its end, take it apart. On the process's main thread, as it handles signals.
+
+        Returns:
+            How it ended; an outcome of FAILED carries the error.
+
+        Raises:
+            OffmapError: it could not be built, or a signal came before it was.
+        """
+        self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            with (
+                self._quit_on_signals(),
+                Machine(self._config, self._write, on_open=self._opened, on_event=self._wake) as machine,
+            ):
+                self._machine = machine
+                with RawTerminal(self._stdin):
+                    machine.start()
+                    self._loop(machine)
+                self._on_end(machine)
+            return machine.stopped or Stop(Outcome.QUIT)
+        finally:
+            os.close(self._events)
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._events, 1)
+
+    def _opened(self) -> None:
+        self._up = True
+        self._wake()
+
+    def _write(self, data: bytes) -> None:
+        """Write all of it; a reader that has gone away ends the machine from the loop, not from a vCPU's thread."""
+        view = memoryview(data)
+        while view and self._output_error is None:
+            try:
+                view = view[os.write(self._stdout, view) :]
+            except BlockingIOError:
+                with selectors.PollSelector() as writable:
+                    writable.register(self._stdout, selectors.EVENT_WRITE)
+                    writable.select()
+            except OSError as error:
+                self._output_error = error
+                self._wake()
+
+    @contextlib.contextmanager
+    def _quit_on_signals(self) -> Iterator[None]:
+        def quit_(number: int, _frame: object) -> None:
+            reason = OffmapError(f"stopped by {signal.Signals(number).name}")
+            if self._machine is None:
+                raise reason  # while it is being built: unwind what there is
+            self._machine.stop(Outcome.QUIT, reason)
+
+        saved = {number: signal.signal(number, quit_) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in saved.items():
+                signal.signal(number, handler)
+
+    def _loop(self, machine: Machine) -> None:
+        escape = EscapeKey()
+        pending = b""  # read, and not yet taken by the guest
+        at_end = announced = False
+        # poll(2), because epoll refuses regular files, and a guest's input may come from one.
+        with selectors.PollSelector() as selector, selectors.PollSelector() as stopped:
+            selector.register(machine.stopped_fd, selectors.EVENT_READ)
+            selector.register(self._events, selectors.EVENT_READ)
+            stopped.register(machine.stopped_fd, selectors.EVENT_READ)
+            reading = False
+            while machine.stopped is None:
+                if reading != (not pending and not at_end):
+                    reading = not reading
+                    if reading:
+                        selector.register(self._stdin, selectors.EVENT_READ)
+                    else:
+                        selector.unregister(self._stdin)
+                due = machine.next_event()
+                ready = {key.fd for key, _ in selector.select(None if due is None else max(due - time.time(), 0))}
+                if self._events in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(self._events)
+                    stopped.select(_LINE_DELAY)
+                    machine.console.flush()
+                if self._output_error is not None:
+                    error = KernelError("writing what the guest's console says", self._output_error)
+                    machine.stop(Outcome.FAILED, error)
+                if reading and self._stdin in ready:
+                    data = self._read_stdin()
+                    at_end = not data
+                    pending, asked = escape.filter(data)
+                    if asked is Typed.QUIT:
+                        machine.stop(Outcome.QUIT)
+                    elif asked is Typed.HELP:
+                        self._say("Ctrl-A x: quit; Ctrl-A a: send Ctrl-A; Ctrl-A h: this help")
+                if pending:
+                    pending = pending[machine.console.feed(pending) :]
+                machine.tick()
+                if self._up and not announced:
+                    announced = True
+                    self._on_up(machine)
+
+    def _read_stdin(self) -> bytes:
+        try:
+            return os.read(self._stdin, _READ_SIZE)
+        except OSError:
+            return b""  # the terminal has hung up: no more input, and the guest goes on

@@ -1,0 +1,141 @@
+"""The vCPU's inner loop: enter the guest, answer its exit, enter it again.
+
+The interpreter's share of an exit is what this costs beyond the same loop in C (benchmarks/exit_cost.py), so the path
+of a port access is one ioctl, one unpack and two lookups.
+"""
+
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from fcntl import ioctl
+
+from offmap.devices.bus import MmioBus, PioBus
+from offmap.errors import KernelError, OffmapError
+from offmap.kvm import Vcpu
+from offmap.uapi import kvm as uapi
+from offmap.vmm.outcome import Outcome, Stop
+
+__all__ = ["ExitCounts", "VcpuLoop"]
+
+ExitCounts = Counter[tuple[str, int, str]]
+"""How often the guest left, by (reason, port or address, direction)."""
+
+# struct kvm_run: exit_reason at 8, the exit's own union at 32.
+_EXIT_IO = struct.Struct("<I20xBBHIQ")  # exit_reason, io.direction, .size, .port, .count, .data_offset
+_EXIT_REASON_OFFSET = 8
+_EXIT_MMIO = struct.Struct("<Q8sIB")  # mmio.phys_addr, .data, .len, .is_write
+_EXIT_UNION_OFFSET = 32
+_MMIO_DATA_OFFSET = 40
+_IMMEDIATE_EXIT_OFFSET = 1
+_SIZES: Mapping[int, struct.Struct] = {1: struct.Struct("<B"), 2: struct.Struct("<H"), 4: struct.Struct("<I")}
+
+_KVM_SYSTEM_EVENT_NAMES = {1: "SHUTDOWN", 2: "RESET", 3: "CRASH"}
+_KVM_INTERNAL_ERROR_NAMES = {
+    1: "emulation",
+    2: "simultaneous exceptions",
+    3: "delivery of an event",
+    4: "unexpected exit",
+}
+
+
+class VcpuLoop:
+    """Runs one vCPU until the machine stops.
+
+    Args:
+        counts: where to count exits, or None not to.
+    """
+
+    def __init__(self, vcpu: Vcpu, pio: PioBus, mmio: MmioBus, counts: ExitCounts | None = None) -> None:
+        self.vcpu = vcpu
+        self._pio = pio
+        self._mmio = mmio
+        self._counts = counts
+        self._stop = False
+
+    def request_stop(self) -> None:
+        """Make `run` return; the caller then sends the thread a signal, in case it is in the guest."""
+        self._stop = True
+        # The kernel looks at this before it enters the guest, so that a signal that came before KVM_RUN is not lost.
+        self.vcpu.area[_IMMEDIATE_EXIT_OFFSET] = 1
+
+    def run(self) -> Stop | None:
+        """Run the guest on this vCPU.
+
+        Returns:
+            Why the guest stopped by itself, or None if `request_stop` ended it.
+        """
+        fd, area, kvm_run = self.vcpu.fd, self.vcpu.area, uapi.KVM_RUN
+        unpack, exit_io, exit_io_out, sizes = _EXIT_IO.unpack_from, uapi.KVM_EXIT_IO, uapi.KVM_EXIT_IO_OUT, _SIZES
+        pio_read, pio_write = self._pio.read, self._pio.write
+        counts = self._counts
+        while not self._stop:
+            try:
+                ioctl(fd, kvm_run, 0)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                return self._run_failed(error)
+            reason, direction, size, port, count, offset = unpack(area, _EXIT_REASON_OFFSET)
+            if reason == exit_io:
+                data = sizes[size]
+                if counts is not None:
+                    counts["io", port, "out" if direction else "in"] += count
+                for position in range(offset, offset + size * count, size):
+                    if direction == exit_io_out:
+                        pio_write(port, size, data.unpack_from(area, position)[0])
+                    else:
+                        data.pack_into(area, position, pio_read(port, size))
+            elif reason == uapi.KVM_EXIT_MMIO:
+                self._mmio_exit()
+            elif stop := self._other_exit(reason):
+                return stop
+        return None
+
+    def _mmio_exit(self) -> None:
+        address, data, length, is_write = _EXIT_MMIO.unpack_from(self.vcpu.area, _EXIT_UNION_OFFSET)
+        if self._counts is not None:
+            self._counts["mmio", address & ~0xFFF, "out" if is_write else "in"] += 1
+        if is_write:
+            self._mmio.write(address, length, int.from_bytes(data[:length], "little"))
+        else:
+            value = self._mmio.read(address, length)
+            self.vcpu.area[_MMIO_DATA_OFFSET : _MMIO_DATA_OFFSET + length] = value.to_bytes(length, "little")
+
+    def _other_exit(self, reason: int) -> Stop | None:
+        if self._counts is not None:
+            self._counts["exit", reason, ""] += 1
+        match reason:
+            case uapi.KVM_EXIT_INTR:
+                return None
+            case uapi.KVM_EXIT_SHUTDOWN:
+                return self._failed("the guest triple-faulted", "check that its kernel suits this CPU, or try another")
+            case uapi.KVM_EXIT_FAIL_ENTRY:
+                code = self.vcpu.exit_state().fail_entry.hardware_entry_failure_reason
+                return self._failed(f"the processor refused to enter the guest (reason {code:#x})")
+            case uapi.KVM_EXIT_INTERNAL_ERROR:
+                code = self.vcpu.exit_state().internal.suberror
+                name = _KVM_INTERNAL_ERROR_NAMES.get(code, str(code))
+                return self._failed(f"KVM gave up on the guest: internal error, {name}")
+            case uapi.KVM_EXIT_SYSTEM_EVENT:
+                code = self.vcpu.exit_state().system_event.type
+                return self._failed(f"KVM reports the system event {_KVM_SYSTEM_EVENT_NAMES.get(code, code)}")
+            case uapi.KVM_EXIT_MEMORY_FAULT:
+                fault = self.vcpu.exit_state().memory_fault
+                return self._failed(f"KVM could not get the guest's memory at {fault.gpa:#x}")
+            case _:
+                return self._failed(f"the guest left with KVM exit {reason}, which offmap does not know")
+
+    def _run_failed(self, error: OSError) -> Stop:
+        state = self.vcpu.exit_state()
+        if state.exit_reason == uapi.KVM_EXIT_MEMORY_FAULT:
+            return self._failed(
+                f"KVM could not get the guest's memory at {state.memory_fault.gpa:#x}: {KernelError('KVM_RUN', error)}"
+            )
+        return Stop(Outcome.FAILED, KernelError(f"KVM_RUN of vCPU {self.vcpu.number}", error))
+
+    def _failed(self, what: str, remedy: str = "") -> Stop:
+        try:
+            where = f" (vCPU {self.vcpu.number} at rip {self.vcpu.get_regs().rip:#x})"
+        except KernelError:
+            where = f" (vCPU {self.vcpu.number})"
+        return Stop(Outcome.FAILED, OffmapError(what + where, remedy))
