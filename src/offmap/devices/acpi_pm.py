@@ -6,12 +6,9 @@ and GPE blocks, the PM timer, the switch into ACPI mode, and with Linux also the
 
 from collections.abc import Callable, Sequence
 
-from offmap.uapi.pc import ACPI_RESET_PORT, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT
+from offmap.uapi.pc import ACPI_RESET_PORT, ACPI_S5_SLEEP_TYPE, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT
 
-__all__ = ["S5_SLEEP_TYPE", "AcpiPm"]
-
-# What \_S5 tells the guest to put into SLP_TYP (boot/acpi says the same, and a test compares them).
-S5_SLEEP_TYPE = 5
+__all__ = ["AcpiPm"]
 
 SLP_EN = 0x20  # ACPI 6.4, table 4.20: SLEEP_CONTROL_REG
 SLP_TYP_SHIFT = 2
@@ -50,7 +47,7 @@ class AcpiPm:
     def write(self, port: int, size: int, value: int) -> None:
         """Sleep, or reset. Sleep types other than S5 are not offered and not obeyed."""
         if port == ACPI_SLEEP_CONTROL_PORT:
-            if value & SLP_EN and value >> SLP_TYP_SHIFT & SLP_TYP_MASK == S5_SLEEP_TYPE:
+            if value & SLP_EN and value >> SLP_TYP_SHIFT & SLP_TYP_MASK == ACPI_S5_SLEEP_TYPE:
                 self._power_off()
         elif port == ACPI_RESET_PORT:
             rising = value & ~self._reset_control & RST_CPU

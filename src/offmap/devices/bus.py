@@ -87,21 +87,22 @@ class PioBus:
 
     def read(self, port: int, size: int) -> int:
         """What the guest's ``in`` of ``size`` bytes at ``port`` sees."""
+        reader = self._readers.get(port)
+        if reader is None:
+            return (1 << 8 * size) - 1
         if size == 1 or port in self._wide:
-            reader = self._readers.get(port)
-            return (1 << 8 * size) - 1 if reader is None else reader(port, size)
+            return reader(port, size)
         return sum(self.read(port + i & 0xFFFF, 1) << 8 * i for i in range(size))
 
     def write(self, port: int, size: int, value: int) -> None:
         """Do the guest's ``out`` of ``size`` bytes at ``port``."""
-        if size == 1 or port in self._wide:
-            writer = self._writers.get(port)
-            if writer is not None:
-                writer(port, size, value)
+        writer = self._writers.get(port)
+        # A wide access that starts where nobody is belongs to whoever sits there on real hardware, not to the
+        # neighbours: PCI's configuration address (0xcf8, 4 bytes) spans the reset register at 0xcf9.
+        if writer is None:
             return
-        if port not in self._devices:
-            # A wide write that starts beside every device is for whoever sits there on real hardware (the PCI
-            # configuration address at 0xcf8, 4 bytes, spans the reset register at 0xcf9), not for its neighbours.
+        if size == 1 or port in self._wide:
+            writer(port, size, value)
             return
         for i in range(size):
             self.write(port + i & 0xFFFF, 1, value >> 8 * i & 0xFF)

@@ -87,7 +87,12 @@ class Rtc:
         if port == RTC_PORT:
             return 0xFF
         with self._lock:
-            return self._read(self._index)
+            index = self._index
+            value = self._read(index)
+            rearmed = index == RTC_REG_C and self._next_event() is not None
+        if rearmed:
+            self._on_deadline()
+        return value
 
     def write(self, port: int, size: int, value: int) -> None:
         """Select a register, or write the selected one."""

@@ -8,6 +8,10 @@ modem lines of the far end (CTS, DSR, DCD) are up. The line is infinitely fast a
   an overrun cannot happen. Linux raises RTS when a process opens the port, after it has emptied the FIFOs, and lowers
   it when the last one closes it (and, under CRTSCTS, when its own buffers fill up). Honouring RTS therefore keeps
   what is typed while the guest boots, or between two logins, instead of having it flushed.
+
+An infinitely fast line must not keep an interrupt handler busy for as long as someone pastes (Linux drains the FIFO and
+looks again, with interrupts off). So while the receive interrupt is enabled the FIFO is refilled when the guest has
+read "no interrupt" from IIR, which a driver on the edge-triggered ISA bus must do before it returns.
 """
 
 from collections import deque
@@ -90,6 +94,7 @@ class Serial16550A:
         self._rx: deque[int] = deque()
         self._waiting: deque[int] = deque()  # the host's side of the line
         self._refused = False
+        self._seen_empty = False  # the guest has polled an empty FIFO while input was waiting
         self._overrun = False
         self._thre_pending = False  # the THRE interrupt's latch
         self._msr = FAR_END_UP
@@ -122,7 +127,7 @@ class Serial16550A:
     def read(self, port: int, size: int) -> int:
         """One register."""
         register = port - self._base
-        if register == UART_LSR and not self._ier & UART_IER_RLSI and not self._overrun:
+        if register == UART_LSR and not self._overrun and not self._waiting:
             # What a polling console reads once per character: it changes nothing, so it needs no lock.
             return UART_LSR_THRE | UART_LSR_TEMT | (UART_LSR_DR if self._rx else 0)
         room = False
@@ -163,7 +168,8 @@ class Serial16550A:
         match register:
             case 0:  # UART_RX
                 value = self._rx.popleft() if self._rx else 0
-                self._receive()
+                if not self._ier & UART_IER_RDI:
+                    self._receive()
                 self._update_irq()
                 return value
             case 1:  # UART_IER
@@ -172,6 +178,9 @@ class Serial16550A:
                 source = self._interrupt()
                 if source == UART_IIR_THRI:
                     self._thre_pending = False  # reading it is the acknowledgement
+                    self._update_irq()
+                elif source == UART_IIR_NO_INT and self._waiting:
+                    self._receive()
                     self._update_irq()
                 return source | (UART_IIR_FIFO_ENABLED if self._fifo_enabled else 0)
             case 3:  # UART_LCR
@@ -184,6 +193,13 @@ class Serial16550A:
                     value |= UART_LSR_OE
                     self._overrun = False
                     self._update_irq()
+                if self._waiting and not self._rx:
+                    # Seen once, it is how an interrupt handler ends. Seen twice, it is someone who polls (kgdb).
+                    if self._seen_empty:
+                        self._receive()
+                        self._update_irq()
+                    else:
+                        self._seen_empty = True
                 return value
             case 6:  # UART_MSR
                 value = self._msr
@@ -265,6 +281,7 @@ class Serial16550A:
             room = (FIFO_SIZE if self._fifo_enabled else 1) - len(self._rx)
             for _ in range(min(room, len(self._waiting))):
                 self._rx.append(self._waiting.popleft())
+            self._seen_empty = False
 
     def _interrupt(self) -> int:
         """IIR bits 3:0, the pending interrupt of highest priority."""

@@ -8,6 +8,7 @@ The ACPI tables describe these places and the devices answer there, so both take
 __all__ = [
     "ACPI_RESET_PORT",
     "ACPI_RESET_VALUE",
+    "ACPI_S5_SLEEP_TYPE",
     "ACPI_SLEEP_CONTROL_PORT",
     "ACPI_SLEEP_STATUS_PORT",
     "COM1_IRQ",
@@ -35,6 +36,7 @@ I8042_COMMAND_PORT = 0x64
 # Ours to choose; outside 0x000-0x3ff (ISA) and where PC chipsets put their ACPI block (PIIX4: 0x600).
 ACPI_SLEEP_CONTROL_PORT = 0x600
 ACPI_SLEEP_STATUS_PORT = 0x601
+ACPI_S5_SLEEP_TYPE = 5  # SLP_TYP for "off": what \_S5 says and the sleep control register obeys
 # The reset control register of PC chipsets: what `reboot=pci` writes to, so one register serves both methods.
 ACPI_RESET_PORT = 0xCF9
 ACPI_RESET_VALUE = 0x06  # SYS_RST | RST_CPU

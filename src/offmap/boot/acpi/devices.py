@@ -15,8 +15,6 @@ from offmap.uapi.pc import COM1_IRQ, COM1_PORT, RTC_IRQ, RTC_PORT, UART_PORTS
 
 __all__ = ["AcpiDevice", "com1", "processor", "rtc", "virtio_mmio"]
 
-PRESENT_ENABLED_SHOWN_WORKING = 0x0F  # _STA, ACPI 6.4 section 6.3.7
-
 
 @dataclass(frozen=True)
 class AcpiDevice:

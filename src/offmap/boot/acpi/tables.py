@@ -15,10 +15,9 @@ from offmap.boot.acpi.devices import AcpiDevice, com1, processor, rtc
 from offmap.errors import OffmapError
 from offmap.uapi import pc
 
-__all__ = ["ACPI_BASE", "S5_SLEEP_TYPE", "AcpiImage", "build_tables"]
+__all__ = ["ACPI_BASE", "AcpiImage", "build_tables"]
 
 ACPI_BASE = 0xE0000  # start of the BIOS read-only area in which an RSDP is also searched for (5.2.5.1)
-S5_SLEEP_TYPE = 5  # SLP_TYP that devices/acpi_pm.py understands as "off"
 MAX_VCPUS = 254  # local APIC entries hold 8-bit ids, 255 is broadcast
 
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"OFFMAP", b"OFFMAPVM", b"OFFM"
@@ -174,6 +173,6 @@ def _madt(vcpus: int) -> bytes:
 
 
 def _dsdt(devices: Sequence[AcpiDevice]) -> bytes:
-    sleep = aml.package(aml.integer(S5_SLEEP_TYPE), aml.integer(0), aml.integer(0), aml.integer(0))
+    sleep = aml.package(aml.integer(pc.ACPI_S5_SLEEP_TYPE), aml.integer(0), aml.integer(0), aml.integer(0))
     body = aml.name(r"\_S5", sleep) + aml.scope(r"\_SB", *(device.aml() for device in devices))
     return _table(b"DSDT", 2, body)
