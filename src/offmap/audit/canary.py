@@ -2,8 +2,8 @@
 
 A canary is the text ``OFFMAPCANARY1:`` ID ``:`` NONCE ``:`` CHECK, where ID is 4 and NONCE 32 lower-case hex digits and
 CHECK is the SHA-256, in hex, of the text ``KEY:ID:NONCE``. KEY is 32 hex digits, fresh for each run, and is never part
-of a canary: so the searcher needs to hold nothing but the prefix, what an earlier run left in memory does not count, and
-a guest can make canaries with a shell and ``sha256sum``.
+of a canary: so the searcher needs to hold nothing but the prefix, what an earlier run left in memory does not count,
+and a guest can make canaries with a shell and ``sha256sum``.
 """
 
 import hashlib

@@ -154,11 +154,15 @@ class Kcore:
         Raises:
             Undetermined: no segment of kcore covers the range, or the read fails.
         """
-        for segment in self.segments:
-            if segment.va <= va and va + len(buffer) <= segment.va + segment.size:
-                self._pread(segment.offset + va - segment.va, buffer)
-                return
-        raise Undetermined(f"/proc/kcore does not offer {len(buffer)} bytes at {va:#x}")
+        done = 0
+        while done < len(buffer):
+            at = va + done
+            segment = next((s for s in self.segments if s.va <= at < s.va + s.size), None)
+            if segment is None:
+                raise Undetermined(f"/proc/kcore does not offer {len(buffer) - done} bytes at {at:#x}")
+            step = min(len(buffer) - done, segment.va + segment.size - at)
+            self._pread(segment.offset + at - segment.va, buffer[done : done + step])
+            done += step
 
     def in_ram(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Whether each page (by its physical address) lies in a RAM segment, so that it can be read."""

@@ -84,3 +84,7 @@ class PageFlags:
     def zero_filled(self, pfns: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Whether /proc/kcore zero-fills each of these pages rather than reading it."""
         return np.asarray(self.of(pfns) & _ZERO_FILLED != 0, dtype=np.bool_)
+
+    def zero_filled_range(self, first_pfn: int, count: int) -> NDArray[np.bool_]:
+        """The same for ``count`` neighbouring pages."""
+        return np.asarray(self.range(first_pfn, count) & _ZERO_FILLED != 0, dtype=np.bool_)

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from offmap.errors import Undetermined
 
-__all__ = ["OwnPage", "pfn", "present", "read_pagemap", "require_pfns", "swapped"]
+__all__ = ["OwnPage", "pfn", "present", "private", "read_pagemap", "require_pfns", "swapped"]
 
 PAGE = 4096
 _libc = ctypes.CDLL(None, use_errno=True)
 _PFN = np.uint64((1 << 55) - 1)  # bits 0-54, if present
+_FILE = np.uint64(1 << 61)
 _SWAPPED = np.uint64(1 << 62)
 _PRESENT = np.uint64(1 << 63)
 _CHUNK = 1 << 17  # entries a read: 1 MiB
@@ -24,6 +25,11 @@ _CHUNK = 1 << 17  # entries a read: 1 MiB
 def present(entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Whether a page is mapped in the process's page tables."""
     return np.asarray(entries & _PRESENT != 0, dtype=np.bool_)
+
+
+def private(entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether a page is present and neither a file's nor shared."""
+    return np.asarray(present(entries) & (entries & _FILE == 0), dtype=np.bool_)
 
 
 def swapped(entries: NDArray[np.uint64]) -> NDArray[np.bool_]:

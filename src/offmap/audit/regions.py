@@ -82,6 +82,7 @@ class Layout:
     """The running kernel's map of its own addresses: names ranges, never decides a verdict."""
 
     def __init__(self, ranges: Sequence[tuple[int, int, str]]) -> None:
+        self.vmemmap = next((start for start, _, name in ranges if name == VMEMMAP), _VADDR_END)
         self._ranges = sorted(ranges)
         self._starts = [start for start, _, _ in self._ranges]
 

@@ -23,6 +23,7 @@ __all__ = ["allocated_bytes", "open_backing", "resident_frames"]
 
 PAGE = 4096
 _SYS_PIDFD_GETFD = 438  # arch/x86/entry/syscalls/syscall_64.tbl
+_MAP_NORESERVE = 0x4000  # asm-generic/mman.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -96,7 +97,7 @@ def resident_frames(
     frames = np.zeros(pages, dtype=np.uint64)
     resident = np.zeros(pages, dtype=np.bool_)
     # MAP_NORESERVE: a hugetlb file must not lose huge pages to our reservation.
-    flags = mmap.MAP_SHARED | mmap.MAP_NORESERVE
+    flags = mmap.MAP_SHARED | _MAP_NORESERVE
     with mmap.mmap(fd, pages * PAGE, flags=flags, prot=mmap.PROT_READ, offset=offset) as view:
         # A read-only mmap exports no writable buffer, so its address is asked of numpy, which does not keep it.
         address = int(np.frombuffer(view, dtype=np.uint8).ctypes.data)

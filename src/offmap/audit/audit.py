@@ -1,0 +1,231 @@
+"""One audit of one process, from its PID to a verdict."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+import offmap
+from offmap.audit.canary import CanaryKey
+from offmap.audit.control import check_control
+from offmap.audit.frames import resolve
+from offmap.audit.guest_ram import GuestRam, RamRange, find_guest_ram
+from offmap.audit.host import HostFacts, host_facts
+from offmap.audit.kcore import Kcore
+from offmap.audit.mappings import KernelMappings
+from offmap.audit.pagemap import OwnPage
+from offmap.audit.process import Process
+from offmap.audit.regions import Layout
+from offmap.audit.scan import ScanResult, scan_memory
+from offmap.audit.verdict import Alias, PageCounts, Verdict, alias_ranges, classify, excluded_pages
+from offmap.audit.walk import walk_kernel_half
+from offmap.errors import Undetermined
+
+__all__ = ["AuditResult", "Progress", "Stage", "audit_process"]
+
+SCHEMA = "offmap-audit/1"
+_ATTEMPTS = 3  # memory hot-plugged in mid-audit changes kcore's segments
+
+
+class Stage(Enum):
+    """What the audit is doing."""
+
+    FRAMES = "finding guest RAM"
+    WALK = "walking the kernel's page tables"
+    SCAN = "scanning what the kernel has mapped"
+
+
+# Called with the stage and the share of it that is done, 0 to 1.
+Progress = Callable[[Stage, float], None]
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What was found of one process's guest RAM.
+
+    ``pages`` are the counts the verdict rests on, ``aliases`` the mappings outside the direct map, ``scan`` what a
+    canary scan found (None if none was asked for), ``notes`` what a reader must know about the verdict.
+    """
+
+    pid: int
+    process: str
+    host: HostFacts
+    ram: GuestRam
+    pages: PageCounts
+    aliases: tuple[Alias, ...]
+    mappings: KernelMappings
+    levels: int
+    scan: ScanResult | None
+    verdict: Verdict
+    notes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def alias_pages_by_region(self) -> dict[str, int]:
+        """Aliased 4 KiB pages, by the name of the region the alias is in (a page counts once for each mapping)."""
+        regions: dict[str, int] = {}
+        for alias in self.aliases:
+            regions[alias.region] = regions.get(alias.region, 0) + alias.bytes // 4096
+        return regions
+
+    @property
+    def canaries_found(self) -> int | None:
+        """Distinct valid canaries that were read; None without a scan."""
+        return None if self.scan is None else len(self.scan.found)
+
+    def to_json(self) -> dict[str, Any]:
+        """The result in the words of docs/design.md, ready for json.dumps."""
+        pages: dict[str, Any] = asdict(self.pages)
+        pages["unknown_reasons"] = pages.pop("reasons")
+        pages["canaries_found"] = self.canaries_found
+        return {
+            "schema": SCHEMA,
+            "offmap": offmap.__version__,
+            "host": self.host.to_json(),
+            "pid": self.pid,
+            "process": self.process,
+            "verdict": self.verdict.value,
+            "notes": list(self.notes),
+            "pages": pages,
+            "ranges": [
+                {
+                    "va": f"{part.va:#x}",
+                    "bytes": part.bytes,
+                    "source": part.source.value,
+                    "guest_phys_addr": part.guest_phys_addr,
+                    "backend": part.backend,
+                }
+                for part in self.ram.ranges
+            ],
+            "aliases": [{**asdict(alias), "va": f"{alias.va:#x}", "pa": f"{alias.pa:#x}"} for alias in self.aliases],
+            "walk": {
+                "levels": self.levels,
+                "seconds": round(self.mappings.seconds, 4),
+                "tables": {str(level): count for level, count in self.mappings.tables.items()},
+                "runs": len(self.mappings.runs),
+                "unreadable": [
+                    {"va": f"{span.va:#x}", "bytes": span.bytes, "reason": span.reason}
+                    for span in self.mappings.unreadable
+                ],
+            },
+            "scan": None if self.scan is None else _scan_json(self.scan),
+            "seconds": round(self.seconds, 4),
+        }
+
+
+def _scan_json(scan: ScanResult) -> dict[str, Any]:
+    return {
+        "canaries_found": len(scan.found),
+        "bytes_scanned": scan.bytes_scanned,
+        "bytes_unread": scan.bytes_unread,
+        "frames_unread": scan.frames_unread,
+        "seconds": round(scan.seconds, 3),
+        # The nonces stay out: a report must not become one more place that the canaries are found in.
+        "found": [
+            {
+                "canary": canary.number,
+                "places": [
+                    {
+                        "va": f"{place.va:#x}",
+                        "pa": f"{place.pa:#x}",
+                        "region": place.region,
+                        "in_guest": place.in_guest,
+                    }
+                    for place in places
+                ],
+            }
+            for canary, places in sorted(scan.found.items(), key=lambda item: item[0].number)
+        ],
+    }
+
+
+def audit_process(
+    pid: int,
+    *,
+    scan: CanaryKey | None = None,
+    ranges: Sequence[RamRange] | None = None,
+    progress: Progress | None = None,
+) -> AuditResult:
+    """Find which pages of a process's guest RAM the host kernel has mapped.
+
+    The process is neither stopped nor written to.
+
+    Args:
+        pid: of the VMM.
+        scan: if given, also scan all that the kernel has mapped for canaries of this key.
+        ranges: audit these addresses instead of what is found to be guest RAM.
+        progress: told how far the audit is.
+
+    Raises:
+        NoSuchProcess: no such process.
+        Undetermined: this host does not let the question be answered, or the process ended meanwhile.
+    """
+    tell: Progress = progress or (lambda stage, share: None)
+    with Process(pid) as process:
+        for _ in range(_ATTEMPTS):
+            with Kcore() as kcore:
+                result = _audit(process, kcore, scan, ranges, tell)
+                if not kcore.changed():
+                    return result
+    raise Undetermined("memory was hot-plugged or removed during each attempt", "run the audit again")
+
+
+def _audit(
+    process: Process, kcore: Kcore, scan: CanaryKey | None, ranges: Sequence[RamRange] | None, tell: Progress
+) -> AuditResult:
+    started = time.monotonic()
+    info = kcore.vmcoreinfo
+    layout = Layout.of(info, kcore.page_offset_base, kcore.segments)
+    with OwnPage() as control:
+        tell(Stage.FRAMES, 0.0)
+        control.pfn()  # fails here, and loudly, where pagemap hides frames
+        ram = GuestRam(tuple(ranges)) if ranges else find_guest_ram(process)
+        before = resolve(process, ram.ranges, kcore.page_flags)
+        tell(Stage.WALK, 0.0)
+        mappings = walk_kernel_half(kcore, info.root_pa, info.levels, kcore.page_offset_base, info.sme_mask)
+        check_control(control, kcore, mappings)
+        after = resolve(process, ram.ranges, kcore.page_flags)
+    pages, frames = classify(before, after, excluded_pages(ram), mappings)
+    tell(Stage.WALK, 1.0)
+    scanned = None
+    if scan is not None:
+        devices = sorted({*before.device_ranges, *after.device_ranges})
+        scanned = scan_memory(kcore, mappings, layout, scan, frames, devices, lambda share: tell(Stage.SCAN, share))
+    verdict, notes = _judge(pages, ram, scanned)
+    return AuditResult(
+        pid=process.pid,
+        process=process.name(),
+        host=host_facts(),
+        ram=ram,
+        pages=pages,
+        aliases=tuple(alias_ranges(frames, mappings, layout)),
+        mappings=mappings,
+        levels=info.levels,
+        scan=scanned,
+        verdict=verdict,
+        notes=notes,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _judge(pages: PageCounts, ram: GuestRam, scan: ScanResult | None) -> tuple[Verdict, tuple[str, ...]]:
+    """The verdict, and what must be said beside it."""
+    verdict = pages.verdict(ram.guessed)
+    notes = []
+    if ram.guessed:
+        notes.append("the ranges are guesses (large mappings of a process with a KVM VM); --range names them for sure")
+    if verdict is Verdict.UNKNOWN and not pages.pages_populated:
+        notes.append("no page of the guest's RAM was found populated")
+    if pages.excluded_mapped_pages:
+        notes.append(f"{pages.excluded_mapped_pages} mapped pages are kept from the guest and do not count")
+    if scan is not None:
+        elsewhere = sum(not any(place.in_guest for place in places) for places in scan.found.values())
+        if elsewhere:
+            notes.append(f"{elsewhere} canaries were read outside the guest's own pages only: copies")
+        if scan.found and verdict is not Verdict.EXPOSED:
+            # A planted secret was read: whatever the page tables say, it is not hidden.
+            verdict = Verdict.EXPOSED
+        if scan.frames_unread:
+            notes.append(f"{scan.frames_unread} mapped pages of RAM were not scanned: /proc/kcore cannot read them")
+    return verdict, tuple(notes)

@@ -1,0 +1,84 @@
+"""``offmap audit``: which pages of a VM can the host kernel reach."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from offmap.errors import OffmapError
+from offmap.units import parse_size
+
+if TYPE_CHECKING:
+    from offmap.audit.audit import Stage
+    from offmap.audit.guest_ram import RamRange
+
+__all__ = ["add_parser"]
+
+PAGE = 4096
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "audit",
+        help="prove which pages of a running VM the host kernel has mapped",
+        description="Find which pages of a VM's RAM the host kernel has mapped, in its direct map or anywhere else.",
+        epilog="Exit status: 0 hidden, 1 exposed, 2 it failed or was used wrongly, 3 cannot be determined.",
+    )
+    parser.add_argument("pid", type=int, metavar="PID", help="the VMM's process")
+    parser.add_argument("--scan", action="store_true", help="also read all that the kernel has mapped, for canaries")
+    parser.add_argument("--canary-key", metavar="HEX", help="the key that the canaries were made with (32 hex digits)")
+    parser.add_argument(
+        "--range",
+        action="append",
+        metavar="VA:LENGTH",
+        help="audit these addresses of the process instead of its guest RAM (may be given several times)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audit one process; the exit status is the verdict's."""
+    import json
+
+    from offmap.audit.audit import audit_process
+    from offmap.audit.canary import parse_key
+    from offmap.report.text import render_audit
+
+    if args.scan and args.canary_key is None:
+        raise OffmapError("--scan needs to know the canaries", "give their key with --canary-key HEX")
+    if args.canary_key is not None and not args.scan:
+        raise OffmapError("--canary-key is of use only to a scan", "add --scan")
+    key = parse_key(args.canary_key) if args.scan else None
+    ranges = [parse_range(text) for text in args.range] if args.range else None
+    result = audit_process(args.pid, scan=key, ranges=ranges, progress=_show_progress if sys.stderr.isatty() else None)
+    print(json.dumps(result.to_json(), indent=2) if args.json else render_audit(result))
+    return int(result.verdict.exit_status)
+
+
+def parse_range(text: str) -> "RamRange":
+    """``VA:LENGTH`` as whole pages.
+
+    Raises:
+        OffmapError: malformed, empty or not made of pages.
+    """
+    from offmap.audit.guest_ram import RamRange, Source
+
+    address, colon, length = text.partition(":")
+    try:
+        va = int(address, 16)
+    except ValueError:
+        raise OffmapError(f"{text!r} is not a range", "write VA:LENGTH, like 0x7f0000000000:256M") from None
+    if not colon:
+        raise OffmapError(f"{text!r} is not a range", "write VA:LENGTH, like 0x7f0000000000:256M")
+    size = parse_size(length)
+    # The user half of 5-level page tables ends at 2^56 (Documentation/arch/x86/x86_64/mm.rst).
+    if va < 0 or size <= 0 or (va | size) % PAGE or va + size > 1 << 56:
+        raise OffmapError(f"{text!r} is not made of whole pages of a process", "give multiples of 4096")
+    return RamRange(va, size, Source.REQUESTED)
+
+
+def _show_progress(stage: "Stage", share: float) -> None:
+    """One line on a terminal's stderr, rewritten as the audit goes on and cleared at the end of a stage."""
+    text = f"{stage.value} {share:4.0%}" if share < 1 else ""
+    print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
