@@ -112,12 +112,3 @@ def test_port_b_reports_no_nmi_reason_and_its_timer_has_expired(machine: Machine
     assert first & 0xE0 == 0x20
     machine.outb(0xFF, 0x61)
     assert machine.inb(0x61) & 0xCF == 0x0F
-
-
-def test_measuring_the_cpu_by_the_missing_timer_ends_at_once(machine: Machine) -> None:
-    """quick_pit_calibrate: the high byte must start at 0xff; if it stays there, that is 50,000 pairs of reads."""
-    machine.outb(machine.inb(0x61) & ~0x02 | 0x01, 0x61)
-    for value, port in ((0xB0, 0x43), (0xFF, 0x42), (0xFF, 0x42)):
-        machine.outb(value, port)
-    assert machine.inb(0x42) != 0xFF
-    assert machine.inb(0x42) != 0xFF
