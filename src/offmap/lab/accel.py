@@ -37,13 +37,16 @@ def choose(kernel: HostKernel, probe: Callable[[], bool]) -> str:
     version = subprocess.run([find_qemu(), "--version"], capture_output=True, text=True, check=False).stdout.split(
         "\n", 1
     )[0]
-    key = f"{_BOOT_ID.read_text().strip()} {kernel.release} {version}"
+    boot = _BOOT_ID.read_text().strip()
+    key = f"{kernel.release} {version}"
+    known: dict[str, bool] = {}
     try:
-        known = json.loads(memory.read_text())
-        if known["key"] == key and isinstance(known["kvm"], bool):
-            return "kvm" if known["kvm"] else "tcg"
+        content = json.loads(memory.read_text())
+        if content["boot"] == boot:
+            known = dict(content["kvm"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing known, or unreadable: ask again
-    works = probe()
-    write_atomically(memory, json.dumps({"key": key, "kvm": works}).encode())
-    return "kvm" if works else "tcg"
+    if not isinstance(known.get(key), bool):
+        known[key] = probe()
+        write_atomically(memory, json.dumps({"boot": boot, "kvm": known}).encode())
+    return "kvm" if known[key] else "tcg"

@@ -81,6 +81,8 @@ def _debian(spec: str, series: str) -> HostKernel:
             if not apt.have_apt():
                 raise LabError(f"cannot download {spec}: this machine has no apt-get and dpkg-deb", ELSEWHERE)
             store.mkdir(exist_ok=True)
+            for leftover in store.glob(".*"):  # of a run that was killed; we hold the lock
+                shutil.rmtree(leftover)
             _unpack(_package_file(series, store), tree)
         release = _release(tree)
     return HostKernel(spec, release, tree / "boot" / f"vmlinuz-{release}", tree / "lib/modules" / release)
@@ -170,9 +172,11 @@ def damaged(tree: Path) -> str:
 
 
 def _run(*argv: str) -> None:
-    if not shutil.which(argv[0]):
+    # depmod is in a folder that users do not have in their PATH.
+    program = shutil.which(argv[0], path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+    if program is None:
         raise LabError(f"no {argv[0]} command", f"install {'kmod' if argv[0] == 'depmod' else 'dpkg'}")
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = subprocess.run([program, *argv[1:]], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise LabError(f"{argv[0]} failed: {reason}", "check that the cache folder's disk is not full")

@@ -1,0 +1,34 @@
+# The work is done by scripts/ and by offmap itself; see README.md.
+
+PYTHON = .venv/bin/python
+PYTEST = $(PYTHON) -m pytest
+SUITE = tests/unit tests/kvm tests/lab
+
+.PHONY: demo test test-all slow setup setup-tests lint bench
+
+demo: setup
+	.venv/bin/offmap demo
+
+setup:
+	@scripts/setup
+
+setup-tests:
+	@scripts/setup --tests
+
+lint: setup
+	@.venv/bin/ruff check --quiet .
+	@.venv/bin/ruff format --quiet --check .
+	@.venv/bin/mypy --no-error-summary
+	@.venv/bin/lint-imports --no-logo >/dev/null || .venv/bin/lint-imports
+
+test: setup-tests lint
+	OFFMAP_NO_SKIP=1 $(PYTEST) -m "not slow" $(SUITE)
+
+# Patched and older host kernels too.
+test-all: test slow
+
+slow: setup-tests
+	@scripts/slow-tests $(SUITE)
+
+bench: setup
+	@for benchmark in benchmarks/*.py; do $(PYTHON) $$benchmark || exit; done

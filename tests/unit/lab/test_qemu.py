@@ -1,0 +1,79 @@
+"""QEMU's arguments, sizes, and the choice between KVM and emulation."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from offmap.lab import accel
+from offmap.lab.errors import LabError
+from offmap.lab.kernel import HostKernel
+from offmap.lab.qemu import HostOptions, command_line, parse_size
+
+KERNEL = HostKernel("test", "6.12.1", Path("/k"), Path("/m"))
+
+
+@pytest.mark.parametrize(("text", "size"), [("2G", 2 << 30), ("512M", 512 << 20), ("300", 300 << 20), ("1g", 1 << 30)])
+def test_size(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "1", "64M", "x", "-1G", "2GiB", "99999999999999G"])
+def test_bad_size(text: str) -> None:
+    with pytest.raises(LabError):
+        parse_size(text)
+
+
+def test_command_line_is_verbatim() -> None:
+    options = HostOptions(2 << 30, "memmap=256M$0x60000000", Path("/a,b"))
+    argv = command_line("qemu", "/k", "/i", 7, options)
+    assert argv[argv.index("-append") + 1].endswith(" memmap=256M$0x60000000")
+    assert argv[argv.index("-m") + 1] == f"{2 << 20}k"
+    assert "socket,id=agent,fd=7" in argv
+    assert "-no-reboot" in argv
+    assert "-nodefaults" in argv
+    shares = [argv[at + 1] for at, word in enumerate(argv) if word == "-fsdev"]
+    assert "path=/," in shares[0]
+    assert "readonly=on" in shares[0]
+    assert "path=/a,,b," in shares[1]
+
+
+def test_no_out_share_unless_asked() -> None:
+    assert command_line("qemu", "/k", "/i", 7, HostOptions(1 << 30)).count("-fsdev") == 1
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with QEMU and something at /dev/kvm."""
+    monkeypatch.setenv("OFFMAP_CACHE", str(tmp_path))
+    path = tmp_path / "kvm"
+    path.touch()
+    monkeypatch.setattr(accel, "_DEVICE", path)
+    monkeypatch.setattr(accel, "find_qemu", lambda: "/bin/true")
+    return path
+
+
+def test_no_device_means_emulation(device: Path) -> None:
+    device.unlink()
+    assert accel.choose(KERNEL, lambda: True) == "tcg"
+
+
+@pytest.mark.parametrize(("works", "choice"), [(True, "kvm"), (False, "tcg")])
+def test_probe_is_asked_once(device: Path, works: bool, choice: str) -> None:
+    calls: list[int] = []
+
+    def probe() -> bool:
+        calls.append(1)
+        return works
+
+    assert [accel.choose(KERNEL, probe) for _ in range(3)] == [choice] * 3
+    assert len(calls) == 1
+    other = HostKernel("test", "6.13.0", Path("/k"), Path("/m"))
+    assert [accel.choose(kernel, probe) for kernel in (other, KERNEL)] == [choice] * 2
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", json.dumps({"boot": "x", "kvm": {"6.12.1 ": True}})])
+def test_unreadable_memory_is_asked_again(device: Path, content: str) -> None:
+    (device.parent / "accel.json").write_text(content)
+    assert accel.choose(KERNEL, lambda: False) == "tcg"
