@@ -1,0 +1,123 @@
+"""Finding guest RAM: the memslots convention, guesses, and maps."""
+
+import json
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offmap.audit.guest_ram import Source, find_guest_ram, guess_ranges, parse_memslots
+from offmap.audit.maps import find_mapping, parse_maps
+from offmap.audit.process import NoSuchProcess, Process
+from offmap.errors import OffmapError, Undetermined
+
+MAPS = """\
+55d0c0000000-55d0c0021000 rw-p 00000000 00:00 0                          [heap]
+7f0000000000-7f0008000000 rw-s 60000000 00:06 7                          /dev/mem
+7f0010000000-7f0010800000 rw-p 00000000 00:00 0 
+7f0010800000-7f0011800000 rw-p 00000000 00:00 0 
+7f0020000000-7f0024000000 r--p 00000000 fd:00 1234                       /usr/lib/a file.so
+7f0030000000-7f0032000000 rw-s 00000000 00:01 99                         /memfd:ram (deleted)
+ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]
+"""  # noqa: W291 (the kernel pads an unnamed mapping's line)
+
+
+def claim(**changes: object) -> bytes:
+    slot = {"guest_phys_addr": 0, "memory_size": 4096, "userspace_addr": 0x7F00_0000_0000, "backend": "anon"}
+    return json.dumps({"schema": "offmap-memslots/1", "slots": [slot | changes]}).encode()
+
+
+def test_maps_lines() -> None:
+    mappings = parse_maps(MAPS)
+    assert len(mappings) == 7
+    memory = mappings[1]
+    assert (memory.size, memory.offset, memory.shared, memory.path) == (128 << 20, 0x6000_0000, True, "/dev/mem")
+    assert mappings[2].path == "" and mappings[2].anonymous and mappings[0].anonymous
+    assert mappings[4].path == "/usr/lib/a file.so" and not mappings[4].writable
+    assert find_mapping(mappings, 0x7F00_0800_0000) is None
+    assert find_mapping(mappings, 0x7F00_07FF_FFFF) is memory
+
+
+@given(st.text(max_size=200))
+def test_maps_of_any_text_do_not_fail(text: str) -> None:
+    parse_maps(text)
+
+
+def test_guesses_are_the_large_writable_mappings_joined_where_they_touch() -> None:
+    guesses = guess_ranges(parse_maps(MAPS))
+    assert [(part.va, part.bytes >> 20, part.backend) for part in guesses] == [
+        (0x7F00_0000_0000, 128, "/dev/mem"),
+        (0x7F00_1000_0000, 24, "anonymous"),
+        (0x7F00_3000_0000, 32, "/memfd:ram (deleted)"),
+    ]
+    assert all(part.source is Source.GUESS for part in guesses)
+
+
+def test_memslots_claim() -> None:
+    text = json.loads(claim())
+    text["excluded"] = [[0x1000, 0x2000]]
+    ram = parse_memslots(json.dumps(text).encode())
+    assert ram.excluded == ((0x1000, 0x2000),) and not ram.guessed
+    assert (ram.ranges[0].va, ram.ranges[0].pages, ram.ranges[0].guest_phys_addr) == (0x7F00_0000_0000, 1, 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b"{}",
+        b'{"schema": "offmap-memslots/2", "slots": []}',
+        b'{"schema": "offmap-memslots/1"}',
+        b'{"schema": "offmap-memslots/1", "slots": []}',
+        b'{"schema": "offmap-memslots/1", "slots": [7]}',
+        b'{"schema": "offmap-memslots/1", "slots": [], "excluded": 3}',
+        claim(memory_size=0),
+        claim(memory_size=4095),
+        claim(memory_size=True),
+        claim(memory_size="4096"),
+        claim(userspace_addr=-4096),
+        claim(userspace_addr=1 << 64),
+        claim(userspace_addr=(1 << 64) - 4096, memory_size=8192),
+        claim(guest_phys_addr=None),
+    ],
+)
+def test_malformed_claim_is_undetermined_and_never_replaced_by_a_guess(text: bytes) -> None:
+    with pytest.raises(Undetermined):
+        parse_memslots(text)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda x: st.lists(x) | st.dictionaries(st.sampled_from(["schema", "slots", "excluded", "memory_size"]), x),
+        max_leaves=8,
+    )
+)
+def test_any_json_is_a_claim_or_undetermined(value: object) -> None:
+    text = json.dumps({"schema": "offmap-memslots/1", "slots": value, "excluded": value}).encode()
+    with pytest.raises(Undetermined):
+        parse_memslots(text)
+
+
+def test_own_memslots_memfd_is_found_by_its_name() -> None:
+    fd = os.memfd_create("offmap-memslots")
+    try:
+        os.write(fd, claim())
+        with Process(os.getpid()) as process:
+            assert find_guest_ram(process).ranges[0].source is Source.MEMSLOT
+    finally:
+        os.close(fd)
+
+
+def test_process_without_a_vm_is_undetermined() -> None:
+    with Process(os.getpid()) as process, pytest.raises(Undetermined, match="holds no KVM VM"):
+        find_guest_ram(process)
+
+
+def test_no_such_process() -> None:
+    with pytest.raises(NoSuchProcess) as caught:
+        Process(1 << 30)
+    assert isinstance(caught.value, OffmapError) and caught.value.exit_status == 2

@@ -1,0 +1,120 @@
+"""The scan: what is read, and that a canary is found wherever it stands."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offmap.audit import scan
+from offmap.audit.canary import CANARY_LENGTH, PREFIX, make_canary, new_key
+from offmap.audit.kcore import Segment
+from offmap.audit.mappings import RUN, KernelMappings
+from offmap.audit.scan import Piece, clip, read_plan, search
+
+PAGE = 4096
+BASE = 0xFFFF_8880_0000_0000
+VMALLOC = 0xFFFF_C900_0000_0000
+VMEMMAP = 0xFFFF_EA00_0000_0000
+KEY = new_key()
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 100), st.integers(1, 30)), max_size=6),
+    st.lists(st.integers(0, 140), unique=True, max_size=8).map(sorted),
+)
+def test_clip_divides_every_byte_once(pieces: list[tuple[int, int]], edges: list[int]) -> None:
+    intervals = list(zip(edges[::2], edges[1::2], strict=False))
+    inside, outside = clip([Piece(1000 + pa, pa, size) for pa, size in pieces], intervals)
+
+    def addresses(parts: list[Piece]) -> list[int]:
+        return sorted(pa for part in parts for pa in range(part.pa, part.pa + part.bytes))
+
+    wanted = [pa for start, size in pieces for pa in range(start, start + size)]
+    is_in = [any(start <= pa < end for start, end in intervals) for pa in wanted]
+    assert addresses(inside) == sorted(pa for pa, hit in zip(wanted, is_in, strict=True) if hit)
+    assert addresses(outside) == sorted(pa for pa, hit in zip(wanted, is_in, strict=True) if not hit)
+    assert all(part.va - part.pa == 1000 for part in inside + outside)
+
+
+def test_what_is_read_and_what_is_not() -> None:
+    runs = np.zeros(6, dtype=RUN)
+    runs[0] = (BASE, 0, 100 * PAGE, 1, True, True)
+    runs[1] = (VMALLOC, 10 * PAGE, PAGE, 1, True, True)  # a page that is in the direct map too
+    runs[2] = (VMALLOC + PAGE, 200 * PAGE, PAGE, 1, True, True)  # one that is not: must not be asked for
+    runs[3] = (VMALLOC + 2 * PAGE, 11 * PAGE, PAGE, 1, True, True)  # an ioremap area
+    runs[4] = (VMALLOC + 3 * PAGE, 900 * PAGE, PAGE, 1, True, True)  # a device: no RAM
+    runs[5] = (0xFFFF_FE00_0000_0000, 12 * PAGE, PAGE, 1, True, True)  # cpu_entry_area: in no segment
+    segments = [
+        Segment(BASE, 0, 300 * PAGE, 0),
+        Segment(VMALLOC, None, 32 << 40, 0),
+    ]
+    readable, unread = read_plan(
+        KernelMappings(runs, (), {}, BASE),
+        [(0, 300 * PAGE)],
+        segments,
+        VMEMMAP,
+        [(50 * PAGE, 51 * PAGE)],
+        [(VMALLOC + 2 * PAGE, VMALLOC + 4 * PAGE)],
+    )
+    assert readable == [
+        Piece(BASE, 0, 50 * PAGE),
+        Piece(BASE + 51 * PAGE, 51 * PAGE, 49 * PAGE),
+        Piece(VMALLOC, 10 * PAGE, PAGE),
+    ]
+    assert sorted(piece.pa // PAGE for piece in unread) == [11, 12, 50, 200]
+
+
+class Memory:
+    """Kernel memory from ``va`` on."""
+
+    def __init__(self, size: int, va: int = BASE) -> None:
+        self.va, self.bytes = va, bytearray(size)
+
+    def read(self, va: int, buffer: memoryview) -> None:
+        at = va - self.va
+        buffer[:] = self.bytes[at : at + len(buffer)]
+
+
+@pytest.mark.parametrize("buffer", [PAGE, 2 * PAGE])
+def test_canary_is_found_at_any_offset_of_a_page_and_across_two(buffer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_BUFFER", buffer)
+    for offset in [0, 1, 7, PAGE - CANARY_LENGTH, *range(PAGE - CANARY_LENGTH + 1, PAGE + 1, 5), 2 * PAGE - 1]:
+        memory = Memory(4 * PAGE)
+        memory.bytes[offset : offset + CANARY_LENGTH] = make_canary(KEY, 5)
+        hits = search([Piece(BASE, 0x7000, 4 * PAGE)], memory.read, [KEY])
+        assert [(va, pa, canary.number) for va, pa, _, canary in hits] == [(BASE + offset, 0x7000 + offset, 5)]
+
+
+def test_canary_is_found_once_where_pieces_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_BUFFER", PAGE)
+    memory = Memory(3 * PAGE)
+    memory.bytes[2 * PAGE - 10 : 2 * PAGE - 10 + CANARY_LENGTH] = make_canary(KEY, 1)
+    memory.bytes[0:CANARY_LENGTH] = make_canary(KEY, 2)
+    pieces = [Piece(BASE, 0x9000, 2 * PAGE), Piece(BASE + 2 * PAGE, 0x20_0000, PAGE)]
+    hits = search(pieces, memory.read, [KEY])
+    assert [(pa, canary.number) for _, pa, _, canary in hits] == [(0x9000, 2), (0x9000 + 2 * PAGE - 10, 1)]
+
+
+def test_halves_on_both_sides_of_a_gap_are_no_canary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "_BUFFER", PAGE)
+    canary = make_canary(KEY, 1)
+    memory = Memory(4 * PAGE)
+    memory.bytes[PAGE - 20 : PAGE] = canary[:20]
+    memory.bytes[2 * PAGE : 2 * PAGE + len(canary) - 20] = canary[20:]
+    assert search([Piece(BASE, 0, PAGE), Piece(BASE + 2 * PAGE, 0x9000, PAGE)], memory.read, [KEY]) == []
+
+
+def test_prefix_alone_other_keys_and_nested_prefixes() -> None:
+    memory = Memory(2 * PAGE)
+    memory.bytes[0 : len(PREFIX)] = PREFIX
+    memory.bytes[100 : 100 + CANARY_LENGTH] = make_canary(new_key(), 1)
+    memory.bytes[300 - len(PREFIX) : 300] = PREFIX
+    memory.bytes[300 : 300 + CANARY_LENGTH] = make_canary(KEY, 9)
+    hits = search([Piece(BASE, 0, 2 * PAGE)], memory.read, [KEY])
+    assert [(pa, canary.number) for _, pa, _, canary in hits] == [(300, 9)]
+
+
+def test_progress_ends_at_all() -> None:
+    shares: list[float] = []
+    search([Piece(BASE, 0, 8 << 20)], Memory(8 << 20).read, [KEY], shares.append)
+    assert shares == sorted(shares) and shares[-1] == 1.0
