@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -114,11 +115,13 @@ class LabHost:
     def _works_under_kvm(cls, kernel: HostKernel) -> bool:
         """Boot a small host under KVM and see whether it gets as far as having KVM itself."""
         first_sign = threading.Event()
-        host = cls(
-            kernel,
-            HostOptions(parse_size("512M"), "earlyprintk=ttyS0", None, "kvm"),
-            Console(None, lambda _: first_sign.set()),
-        )
+
+        def heard(line: str) -> None:
+            if not line.startswith("qemu-system"):  # its warnings are no sign of life
+                first_sign.set()
+
+        options = HostOptions(parse_size("512M"), "earlyprintk=ttyS0", None, "kvm")
+        host = cls(kernel, options, Console(None, heard))
         try:
             host._launch()
             if not first_sign.wait(acceleration.SIGN_OF_LIFE_SECONDS):
@@ -178,8 +181,10 @@ class LabHost:
                 file.write(archive)
             fds = (initrd, self._qemu_socket.fileno())
             argv = command_line(qemu, str(self.kernel.vmlinuz), f"/proc/self/fd/{initrd}", fds[1], self.options)
-            # A kill -9 of this process kills QEMU too; setpriv is in util-linux.
-            argv = ["setpriv", "--pdeathsig", "KILL", *argv]
+            # A kill -9 of this process kills QEMU too; setpriv is in util-linux. Without it, the agent sees the end
+            # of its socket and powers the host off.
+            if setpriv := shutil.which("setpriv"):
+                argv = [setpriv, "--pdeathsig", "KILL", *argv]
             self._process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,

@@ -1,0 +1,42 @@
+"""Disposable hosts for tests: one that serves the whole session, and the kernel for those that need their own."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from offmap.lab.host import LabHost
+from offmap.lab.kernel import HostKernel
+from offmap.lab.provision import host_kernel
+from offmap.lab.qemu import QEMU
+
+RESERVED = "memmap=256M$0x60000000"  # RAM that the host kernel never owns: what the backend `reserved` needs
+
+
+@pytest.fixture(scope="session")
+def lab_kernel() -> HostKernel:
+    """Give the kernel that lab hosts run (and, in them, guests)."""
+    # make test has installed it: there, its absence is a failure and no reason to skip.
+    if not shutil.which(QEMU) and not os.environ.get("OFFMAP_NO_SKIP"):
+        pytest.skip(f"no {QEMU}: nothing that needs a host of its own is tested (install qemu-system-x86)")
+    return host_kernel()
+
+
+@pytest.fixture(scope="session")
+def lab_host(lab_kernel: HostKernel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
+    """Give the host that all tests share: 2 GiB of RAM, 256 MiB of it reserved, an output folder.
+
+    A test must leave it as it found it, and must not crash it. Files made on this machine after its start may not be
+    seen in it, except in its output folder (``lab_host.options.out``).
+    """
+    with LabHost.start(lab_kernel, memory="2G", cmdline=RESERVED, out=tmp_path_factory.mktemp("out")) as host:
+        yield host
+
+
+@pytest.fixture
+def lab_out(lab_host: LabHost) -> Path:
+    """Give the shared host's output folder, writable on both sides at the same path."""
+    assert lab_host.options.out is not None
+    return lab_host.options.out
