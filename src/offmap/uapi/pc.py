@@ -16,8 +16,9 @@ __all__ = [
     "I8042_COMMAND_PORT",
     "I8042_DATA_PORT",
     "IO_APIC_BASE",
-    "IO_APIC_ID_AFTER_CPUS",
+    "IO_APIC_ID",
     "LOCAL_APIC_BASE",
+    "PIT_PORT",
     "RTC_IRQ",
     "RTC_PORT",
     "UART_PORTS",
@@ -29,6 +30,8 @@ UART_PORTS = 8  # registers of a 16550A
 
 RTC_PORT = 0x70  # index at 0x70, data at 0x71
 RTC_IRQ = 8
+
+PIT_PORT = 0x40  # counters at 0x40 to 0x42, mode at 0x43
 
 I8042_DATA_PORT = 0x60
 I8042_COMMAND_PORT = 0x64
@@ -43,4 +46,4 @@ ACPI_RESET_VALUE = 0x06  # SYS_RST | RST_CPU
 
 LOCAL_APIC_BASE = 0xFEE0_0000  # APIC_DEFAULT_PHYS_BASE
 IO_APIC_BASE = 0xFEC0_0000  # IO_APIC_DEFAULT_PHYS_BASE; where KVM_CREATE_IRQCHIP puts it
-IO_APIC_ID_AFTER_CPUS = 0  # KVM's I/O APIC comes up with id 0 and never compares ids; Linux renumbers on collision
+IO_APIC_ID = 0  # what the id register of KVM's I/O APIC reads after reset

@@ -2,8 +2,9 @@
 
 The machine is described as hardware-reduced (ACPI 6.4, section 4.1): no SCI, no PM1 or GPE blocks, no PM timer, no
 FACS. To Linux on x86 that also means no 8259 and no PIT (``acpi_generic_reduced_hw_init``), so the guest needs its TSC
-frequency and a TSC-deadline timer from the VMM. Flags say what else is absent, so that it is not probed for: VGA,
-keyboard controller, PCI's MSI are not there; the CMOS clock is. Layouts: ACPI 6.4, chapter 5.2.
+frequency and a TSC-deadline timer from the VMM. And it reboots such a machine through EFI or else through the BIOS, not
+by the reset register: boot/reset_vector.py must be in place. Flags say what else is absent, so that it is not probed
+for: VGA, keyboard controller, PCI's MSI are not there; the CMOS clock is. Layouts: ACPI 6.4, chapter 5.2.
 """
 
 import struct
@@ -166,7 +167,7 @@ def _madt(vcpus: int) -> bytes:
     body = struct.pack("<II", pc.LOCAL_APIC_BASE, ACPI_MADT_PCAT_COMPAT)
     for number in range(vcpus):
         body += struct.pack("<BBBBI", LOCAL_APIC, 8, number, number, ACPI_MADT_ENABLED)
-    body += struct.pack("<BBBBII", IO_APIC, 12, pc.IO_APIC_ID_AFTER_CPUS, 0, pc.IO_APIC_BASE, 0)
+    body += struct.pack("<BBBBII", IO_APIC, 12, pc.IO_APIC_ID, 0, pc.IO_APIC_BASE, 0)
     body += struct.pack("<BBBBIH", INTERRUPT_OVERRIDE, 10, 0, TIMER_IRQ, TIMER_GSI, 0)
     body += struct.pack("<BBBHB", LOCAL_APIC_NMI, 6, ALL_PROCESSORS, 0, 1)  # on LINT1, as on a PC
     return _table(b"APIC", MADT_REVISION, body)

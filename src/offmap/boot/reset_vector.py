@@ -1,0 +1,23 @@
+"""The only firmware of our machine: what runs when a guest jumps to a PC's BIOS entry point to reboot.
+
+Linux does that (``machine_real_restart`` in arch/x86/kernel/reboot.c) whenever ACPI is hardware-reduced and there is no
+EFI: ``reboot_init`` then chooses the EFI reset, which comes to nothing, and falls back to the BIOS, not to ACPI. It
+switches to real mode and jumps to f000:fff0. The code there writes to the reset register that the FADT also names.
+"""
+
+from offmap.uapi.pc import ACPI_RESET_PORT, ACPI_RESET_VALUE
+
+__all__ = ["RESET_CODE", "RESET_VECTOR"]
+
+RESET_VECTOR = 0xFFFF0
+"""Guest-physical address of f000:fff0; 16 bytes to the end of the first MiB."""
+
+RESET_CODE = (
+    b"\xfa"  # cli
+    + (b"\xba" + ACPI_RESET_PORT.to_bytes(2, "little"))  # mov dx, ACPI_RESET_PORT
+    + (b"\xb0" + ACPI_RESET_VALUE.to_bytes(1, "little"))  # mov al, ACPI_RESET_VALUE
+    + b"\xee"  # out dx, al
+    + b"\xf4"  # hlt
+    + b"\xeb\xfd"  # jmp to the hlt
+)
+"""16-bit code, independent of any segment or stack."""
