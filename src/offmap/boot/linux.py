@@ -10,6 +10,7 @@ from pathlib import Path
 from offmap.boot.acpi import AcpiImage
 from offmap.boot.kernel_image import check_kernel, load_kernel, read_into
 from offmap.boot.memory_map import MemoryMap
+from offmap.boot.reset_vector import RESET_CODE, RESET_VECTOR
 from offmap.errors import KernelError, OffmapError
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
@@ -86,6 +87,7 @@ def load_linux(source: BootSource, memory: GuestMemory, acpi: AcpiImage, exclude
         struct.pack_into(bp.E820_ENTRY_FORMAT, params, offset, start, size, kind)
     memory.write(BOOT_PARAMS, params)
     memory.write(acpi.base, acpi.blob)
+    memory.write(RESET_VECTOR, RESET_CODE)
     return kernel.entry
 
 

@@ -18,13 +18,14 @@ from offmap.devices.acpi_pm import AcpiPm
 from offmap.devices.bus import MmioBus, PioBus
 from offmap.devices.i8042 import I8042
 from offmap.devices.legacy import SystemControlPortB
+from offmap.devices.pit import AbsentPit
 from offmap.devices.rtc import Rtc
 from offmap.devices.serial import Serial16550A
 from offmap.errors import OffmapError
 from offmap.kvm import Kvm, Vcpu, Vm
 from offmap.uapi import kvm as uapi
 from offmap.uapi.pc import COM1_IRQ, RTC_IRQ
-from offmap.vmm.clock import clock_parameters
+from offmap.vmm.command_line import with_machine_parameters
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.cpuid import guest_cpuid
 from offmap.vmm.memslots import publish_memslots
@@ -115,15 +116,16 @@ class Machine:
                 I8042(lambda: self.stop(Outcome.RESET)),
                 AcpiPm(lambda: self.stop(Outcome.POWERED_OFF), lambda: self.stop(Outcome.RESET)),
                 SystemControlPortB(),
+                AbsentPit(),
             ):
                 pio.attach(device)
             self._loops = [VcpuLoop(vcpu, pio, mmio, self.exit_counts) for vcpu in vcpus]
 
-            source = config.source
-            if not config.offers_kvm_clock:
-                extra = clock_parameters(vcpus[0].tsc_khz(), source.command_line)
-                source = replace(source, command_line=f"{source.command_line} {extra}".strip())
-            entry = load_linux(source, self.memory, build_tables(config.vcpus))
+            tsc_khz = None if config.offers_kvm_clock else vcpus[0].tsc_khz()
+            command_line = with_machine_parameters(config.source.command_line, tsc_khz)
+            entry = load_linux(
+                replace(config.source, command_line=command_line), self.memory, build_tables(config.vcpus)
+            )
             enter_64bit(vcpus[0], self.memory, entry)
             building.callback(os.close, publish_memslots(self.memory, config.backend.name))
             self._owned = building.pop_all()

@@ -71,8 +71,8 @@ class VcpuLoop:
         while not self._stop:
             try:
                 ioctl(fd, kvm_run, 0)
-            except InterruptedError:
-                continue
+            except (InterruptedError, BlockingIOError):
+                continue  # a signal; or (EAGAIN) a vCPU that waits for its SIPI was woken
             except OSError as error:
                 return self._run_failed(error)
             reason, direction, size, port, count, offset = unpack(area, _EXIT_REASON_OFFSET)

@@ -1,0 +1,39 @@
+"""The small guest that offmap boots to prove a point: busybox in an initramfs that can plant canaries."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+
+from offmap.audit.canary import CanaryKey
+from offmap.lab.cpio import Entry, char_device, directory, newc, regular
+from offmap.lab.initramfs import busybox
+
+__all__ = ["PLANTED", "READY", "canary_parameters", "guest_initramfs"]
+
+READY = "offmap-guest: ready"
+"""What its console says once init has done all it was asked to."""
+
+PLANTED = "offmap-guest: {} canaries planted"
+
+
+def guest_initramfs(extra: Sequence[Entry] = ()) -> bytes:
+    """An uncompressed cpio archive of busybox, its init, and `extra`.
+
+    Raises:
+        OffmapError: no static busybox is installed.
+    """
+    init = files("offmap.compare").joinpath("guest_init.sh").read_bytes()
+    return newc(
+        [
+            directory("bin"),
+            directory("dev"),
+            char_device("dev/console", 5, 1),
+            regular("bin/busybox", busybox(), 0o755),
+            regular("init", init, 0o755),
+            *extra,
+        ]
+    )
+
+
+def canary_parameters(key: CanaryKey, count: int) -> str:
+    """What makes it plant `count` canaries, for its kernel's command line."""
+    return f"OFFMAP_CANARIES={count} OFFMAP_CANARY_KEY={key}"

@@ -1,0 +1,41 @@
+#!/bin/busybox sh
+# Init of the small guest that offmap boots: plant canaries if asked to, say so, and give a shell.
+# The kernel hands NAME=VALUE words of its command line that it does not know to init as environment variables:
+#   OFFMAP_CANARIES=N       how many canaries to plant, one a page
+#   OFFMAP_CANARY_KEY=HEX   the key that their checksums are made with (offmap.audit.canary)
+/bin/busybox mkdir -p /proc /sys /dev /tmp /canaries
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sysfs /sys
+/bin/busybox mount -t devtmpfs devtmpfs /dev
+/bin/busybox --install -s /bin
+export PATH=/bin:/sbin HOME=/ PS1='offmap-guest# '
+
+plant() {
+    mkdir -p /tmp/parts
+    number=0
+    # 32 hex digits a line, from one process: on an emulated host every fork shows.
+    head -c $((OFFMAP_CANARIES * 16)) /dev/urandom | hexdump -v -e '16/1 "%02x" "\n"' >/tmp/nonces
+    while read -r nonce; do
+        id=$(printf %04x $number)
+        echo -n "$OFFMAP_CANARY_KEY:$id:$nonce" >/tmp/parts/$id
+        number=$((number + 1))
+    done </tmp/nonces
+    cd /tmp/parts || return
+    sha256sum * >/tmp/checks
+    cd / || return
+    # A file of less than a page in the root file system, which is in RAM, has a page of its own.
+    while read -r check id && IFS= read -r nonce <&3; do
+        echo -n "OFFMAPCANARY1:$id:$nonce:$check" >/canaries/$id
+    done </tmp/checks 3</tmp/nonces
+    rm -r /tmp/parts /tmp/checks /tmp/nonces
+    set -- /canaries/*
+    echo "offmap-guest: $# canaries planted"
+}
+
+if [ "${OFFMAP_CANARIES:-0}" -gt 0 ]; then
+    plant
+fi
+echo "offmap-guest: ready, Linux $(uname -r)"
+while :; do
+    setsid cttyhack sh
+done
