@@ -34,6 +34,7 @@ class Package:
     name: str
     version: str
     sha256: str
+    depends: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,16 +130,23 @@ def _debian_sources(suites: Sequence[str]) -> str:
     return "".join(lines)
 
 
-def find_kernel(view: AptView, series: str) -> Package | None:
-    """Return the newest generic amd64 kernel image of ``series`` (``6.12``) that ``view`` knows, or None."""
+def find_kernel(view: AptView, series: str) -> tuple[Package, ...]:
+    """Return the packages of the newest generic amd64 kernel of ``series`` (``6.12``) in ``view``, if there is one."""
     pattern = rf"^linux-image-{re.escape(series)}\.[0-9].*-amd64$"
     names = [line.split(" ", 1)[0] for line in view.run("apt-cache", "search", "--names-only", pattern).splitlines()]
     # 6.12.117+deb12-amd64 and 6.1.0-40-amd64, but not -cloud-amd64, -rt-amd64, -amd64-unsigned or -amd64-dbg.
     generic = re.compile(rf"linux-image-{re.escape(series)}\.[^-]+(-\d+)?-amd64")
     names = [name for name in names if generic.fullmatch(name)]
     if not names:
-        return None
-    return newest(parse_packages(view.run("apt-cache", "show", "--all-versions", *names)))
+        return ()
+    image = newest(parse_packages(view.run("apt-cache", "show", "--all-versions", *names)))
+    if image is None:
+        return ()
+    # Debian's 7.x kernels come in parts on which linux-image-R depends: base (configuration), binary, modules.
+    release = image.name.removeprefix("linux-image-")
+    exactly = rf"(linux-(?:base|binary|modules)-{re.escape(release)}) \(= {re.escape(image.version)}\)"
+    parts = [f"{name}={image.version}" for name in re.findall(exactly, image.depends)]
+    return (image, *(parse_packages(view.run("apt-cache", "show", *parts)) if parts else ()))
 
 
 def parse_packages(text: str) -> list[Package]:
@@ -147,7 +155,7 @@ def parse_packages(text: str) -> list[Package]:
     for stanza in text.split("\n\n"):
         fields = dict(line.split(": ", 1) for line in stanza.splitlines() if not line.startswith(" ") and ": " in line)
         if {"Package", "Version", "SHA256"} <= fields.keys():
-            packages.append(Package(fields["Package"], fields["Version"], fields["SHA256"]))
+            packages.append(Package(fields["Package"], fields["Version"], fields["SHA256"], fields.get("Depends", "")))
     return packages
 
 
@@ -171,7 +179,7 @@ def download(view: AptView, package: Package, folder: Path) -> Path:
         LabError: apt failed, or what came is not what the index promised.
     """
     view.run("apt-get", "download", f"{package.name}={package.version}", cwd=folder)
-    files = list(folder.glob("*.deb"))
+    files = list(folder.glob(f"{package.name}_*.deb"))
     if len(files) != 1 or sha256_of(files[0]) != package.sha256:
         raise LabError(
             f"the download of {package.name} {package.version} is not what apt's index promised", "try again"

@@ -123,6 +123,7 @@ class LabCommand:
         self._keep_stdin = keep_stdin
         self._status: int | None = None
         self._start_errno = 0
+        self._in_folder = 1
         self._over = threading.Event()  # ended, or its host did
         self._credit = WINDOW
         self._credit_given = threading.Condition()
@@ -168,7 +169,7 @@ class LabCommand:
             self._status = status if status >= 0 else 128 - status
             self.abandon()
         elif kind == FAILED:
-            self._start_errno = to_i32(payload)[0]
+            self._start_errno, self._in_folder = to_i32(payload)
             self.abandon()
 
     def abandon(self) -> None:
@@ -238,7 +239,8 @@ class LabCommand:
             self._stdin_thread.join()
         self._close_wake()
         if self._start_errno:
-            raise LabError(f"cannot run {self.name} in the lab host: {os.strerror(self._start_errno)}")
+            what = f"run {self.name}" if self._in_folder else f"enter the folder in which to run {self.name}"
+            raise LabError(f"cannot {what} in the lab host: {os.strerror(self._start_errno)}")
         for pump in self._pumps.values():
             if isinstance(pump.error, OSError) and not isinstance(pump.error, BrokenPipeError):
                 raise LabError(f"cannot write the output of {self.name}: {pump.error.strerror}") from pump.error

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from offmap.lab import apt
-from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of, write_atomically
+from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import HostKernel, image_release
 
@@ -22,7 +22,8 @@ __all__ = ["DEFAULT_SERIES", "damaged", "default_spec", "host_kernel", "write_ma
 
 DEFAULT_SERIES = "6.12"
 MANIFEST = "manifest.json"  # {"sha256": {relative path: digest}}
-RECORD = "package.json"  # what the manifest was made from: name, version, sha256 of the .deb
+RECORD = "packages.json"  # {file name: sha256} of the .deb files that the tree is unpacked from
+BOOT_FILES = ("vmlinuz", "config", "System.map")
 ELSEWHERE = "give --host-kernel FILE (a bzImage; --modules DIR for its modules), or --host-kernel running"
 
 
@@ -83,50 +84,65 @@ def _debian(spec: str, series: str) -> HostKernel:
             store.mkdir(exist_ok=True)
             for leftover in store.glob(".*"):  # of a run that was killed; we hold the lock
                 shutil.rmtree(leftover)
-            _unpack(_package_file(series, store), tree)
+            try:
+                _unpack(_packages(series, store), tree)
+            except OSError as error:
+                raise LabError(
+                    f"cannot store {spec} in {store}: {error.strerror}", "check the disk and its rights"
+                ) from error
         release = _release(tree)
     return HostKernel(spec, release, tree / "boot" / f"vmlinuz-{release}", tree / "lib/modules" / release)
 
 
-def _package_file(series: str, store: Path) -> Path:
-    """Return the verified .deb of ``store``, downloading it if it is absent or not what was recorded."""
-    deb, record = store / "image.deb", store / RECORD
+def _packages(series: str, store: Path) -> list[Path]:
+    """Return the verified .deb files of ``store``, downloading them if any is absent or not what was recorded."""
+    debs = store / "packages"
     try:
-        recorded = json.loads(record.read_text())["sha256"]
-        if deb.is_file() and sha256_of(deb) == recorded:
-            return deb
-    except (OSError, ValueError, KeyError, TypeError):
+        recorded = json.loads((debs / RECORD).read_text())
+        if recorded and all(sha256_of(debs / name) == digest for name, digest in recorded.items()):
+            return [debs / name for name in recorded]
+    except (OSError, ValueError, TypeError, AttributeError):
         pass  # no record, or half of one: download again
     failures = []
     for view in apt.views(series, cache_folder("apt")):
         try:
             view.update()
-            package = apt.find_kernel(view, series)
-            if package is None:
+            packages = apt.find_kernel(view, series)
+            if not packages:
                 failures.append(f"{view.label} have none")
                 continue
-            with scratch_folder(deb) as scratch:
-                apt.download(view, package, scratch).replace(deb)
-            write_atomically(record, json.dumps(vars(package)).encode())
-            return deb
+            with scratch_folder(debs) as scratch:
+                names = [apt.download(view, package, scratch).name for package in packages]
+                digests = {name: package.sha256 for name, package in zip(names, packages, strict=True)}
+                (scratch / RECORD).write_text(json.dumps(digests))
+                replace_folder(scratch, debs)
+            return [debs / name for name in names]
         except LabError as error:
             failures.append(f"{view.label}: {error.what}")
     raise LabError(f"cannot get a Debian {series} kernel: {'; '.join(failures)}", f"check the network, or {ELSEWHERE}")
 
 
-def _unpack(deb: Path, tree: Path) -> None:
+def _unpack(debs: Iterable[Path], tree: Path) -> None:
     """Unpack the image, its configuration and its modules to ``tree``, index the modules, and write the manifest."""
     with scratch_folder(tree) as scratch:
         raw, new = scratch / "raw", scratch / "new"
-        _run("dpkg-deb", "-x", str(deb), str(raw))
+        for deb in debs:
+            _run("dpkg-deb", "-x", str(deb), str(raw))
         (new / "lib").mkdir(parents=True)
-        (raw / "boot").rename(new / "boot")
         # Since trixie the modules are packaged below /usr/lib.
         found = next((folder for folder in (raw / "lib/modules", raw / "usr/lib/modules") if folder.is_dir()), None)
         if found is None:
-            raise LabError(f"the package {deb} holds no kernel modules", "remove it from the cache and try again")
+            raise LabError(f"the packages in {tree.parent} hold no kernel modules", ELSEWHERE)
         found.rename(new / "lib/modules")
         release = _release(new)
+        (new / "boot").mkdir()
+        for name in BOOT_FILES:
+            # Since 7.1 they are packaged beside the modules.
+            places = (raw / "boot" / f"{name}-{release}", new / "lib/modules" / release / name)
+            for place in places:
+                if place.is_file():
+                    place.rename(new / "boot" / f"{name}-{release}")
+        image_release(new / "boot" / f"vmlinuz-{release}")
         # Some builds of kmod look below usr/lib only.
         (new / "usr").mkdir()
         (new / "usr/lib").symlink_to("../lib")
@@ -145,8 +161,7 @@ def _release(tree: Path) -> str:
 def used_files(tree: Path, release: str) -> list[Path]:
     """List the files that matter: the image, its configuration, the module index and every module."""
     modules = tree / "lib/modules" / release
-    boot = [tree / "boot" / f"{name}-{release}" for name in ("vmlinuz", "config")]
-    return [*boot, *sorted(modules.glob("modules.*")), *sorted(modules.rglob("*.ko*"))]
+    return [*sorted((tree / "boot").iterdir()), *sorted(modules.glob("modules.*")), *sorted(modules.rglob("*.ko*"))]
 
 
 def write_manifest(tree: Path, files: Iterable[Path]) -> None:

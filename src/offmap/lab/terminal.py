@@ -13,8 +13,8 @@ __all__ = ["is_interactive", "raw_terminal", "terminal_size"]
 
 
 def is_interactive() -> bool:
-    """Say whether our input and output are both terminals."""
-    return all(os.isatty(fd) for fd in (0, 1))
+    """Say whether our input and output are both terminals, and ours to use (not a background job's)."""
+    return all(os.isatty(fd) for fd in (0, 1)) and os.tcgetpgrp(0) == os.getpgrp()
 
 
 def terminal_size() -> tuple[int, int]:

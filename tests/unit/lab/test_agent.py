@@ -55,12 +55,14 @@ class Line:
     def kill(self) -> None:
         self.ours.shutdown(socket.SHUT_RDWR)
 
-    def start(self, *argv: str, stdin: bytes | int | None = None, keep_stdin: bool = False) -> "Running":
+    def start(
+        self, *argv: str, stdin: bytes | int | None = None, keep_stdin: bool = False, cwd: bytes = b"/"
+    ) -> "Running":
         channel = len(self.commands) + 1
         out, err = bytearray(), bytearray()
         command = LabCommand(self, channel, argv[0], out.extend, err.extend, stdin, keep_stdin)
         self.commands[channel] = command
-        self.send(START, channel, encode_start(Start([word.encode() for word in argv], ENV, b"/")))
+        self.send(START, channel, encode_start(Start([word.encode() for word in argv], ENV, cwd)))
         command.begin()
         return Running(command, out, err)
 
@@ -143,6 +145,11 @@ def test_timeout_kills(line: Line) -> None:
 def test_unknown_program_is_an_error(line: Line) -> None:
     with pytest.raises(LabError, match="cannot run nonesuch-program in the lab host: No such file"):
         line.start("nonesuch-program").command.wait(10)
+
+
+def test_unknown_folder_is_an_error(line: Line) -> None:
+    with pytest.raises(LabError, match="cannot enter the folder in which to run true"):
+        line.start("true", cwd=b"/nonesuch").command.wait(10)
 
 
 def test_input_from_a_descriptor_left_open(line: Line) -> None:

@@ -1,5 +1,6 @@
 """A cached kernel is checked, never trusted; a kernel file is looked at before it is booted."""
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from offmap.lab import apt, provision
-from offmap.lab.cache import sha256_of
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import image_release
 
@@ -81,9 +81,10 @@ def test_tampered_cache_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_tampered_package_is_downloaded_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = cache / "kernels/debian-6.12"
-    store.mkdir(parents=True)
-    (store / "image.deb").write_bytes(b"evil")
-    (store / provision.RECORD).write_text(json.dumps({"sha256": "0" * 64}))
+    debs = store / "packages"
+    debs.mkdir(parents=True)
+    (debs / "new.deb").write_bytes(b"evil")
+    (debs / provision.RECORD).write_text(json.dumps({"new.deb": "0" * 64}))
     good = b"good package"
     calls: list[str] = []
 
@@ -92,13 +93,13 @@ def test_tampered_package_is_downloaded_again(cache: Path, monkeypatch: pytest.M
         (folder / "new.deb").write_bytes(good)
         return folder / "new.deb"
 
-    def unpack(deb: Path, folder: Path) -> None:
-        assert deb.read_bytes() == good
-        tree(folder)
+    def unpack(files: list[Path], folder: Path) -> None:
+        assert [deb.read_bytes() for deb in files] == [good]
+        provision.replace_folder(tree(store / "new"), folder)
 
-    package = apt.Package(f"linux-image-{RELEASE}", "6.12.9-1", "")
+    package = apt.Package(f"linux-image-{RELEASE}", "6.12.9-1", hashlib.sha256(good).hexdigest())
     monkeypatch.setattr(apt, "views", lambda _series, _folder: [apt.AptView("test", ())])
-    monkeypatch.setattr(apt, "find_kernel", lambda _view, _series: package)
+    monkeypatch.setattr(apt, "find_kernel", lambda _view, _series: (package,))
     monkeypatch.setattr(apt, "download", download)
     monkeypatch.setattr(apt, "have_apt", lambda: True)
     monkeypatch.setattr(provision, "_unpack", unpack)
@@ -107,11 +108,7 @@ def test_tampered_package_is_downloaded_again(cache: Path, monkeypatch: pytest.M
     assert calls == [package.name]
     # The leftover of an interrupted run does not stay, and a good package is not downloaded again.
     (store / "tree" / provision.MANIFEST).write_text("")
-    (store / provision.RECORD).write_text(json.dumps({"sha256": sha256_of(store / "image.deb")}))
     (store / ".tree.leftover").mkdir()
-    monkeypatch.setattr(
-        provision, "_unpack", lambda deb, folder: provision.replace_folder(tree(deb.parent / "n"), folder)
-    )
     provision.host_kernel("debian:6.12")
     assert calls == [package.name]
     assert not list(store.glob(".tree.*"))
@@ -147,8 +144,24 @@ def test_newest_generic_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(apt.AptView, "run", run)
     monkeypatch.setattr(apt, "_is_newer", lambda one, other: one > other)
     found = apt.find_kernel(apt.AptView("test", ()), "6.12")
-    assert found
-    assert found.name == "linux-image-6.12.117+deb12-amd64"
+    assert [package.name for package in found] == ["linux-image-6.12.117+deb12-amd64"]
+
+
+def test_image_and_modules_in_packages_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    release, version = "7.3.4+deb13-amd64", "7.3.4-1~bpo13+1"
+    parts = [f"linux-{part}-{release}" for part in ("base", "binary", "modules")]
+    depends = ", ".join(["linux-initramfs-tool", *(f"{part} (= {version})" for part in parts)])
+
+    def run(_self: apt.AptView, *command: str, cwd: Path | None = None) -> str:
+        if command[1] == "search":
+            return f"linux-image-{release} - Linux\n"
+        names = [word.split("=")[0] for word in command[2:] if not word.startswith("--")]
+        stanza = "Package: {}\nVersion: {}\nSHA256: aa\nDepends: {}\n"
+        return "\n".join(stanza.format(name, version, depends) for name in names)
+
+    monkeypatch.setattr(apt.AptView, "run", run)
+    found = apt.find_kernel(apt.AptView("test", ()), "7.3")
+    assert [package.name for package in found] == [f"linux-image-{release}", *parts]
 
 
 def test_stanza_without_a_digest_is_left_out() -> None:

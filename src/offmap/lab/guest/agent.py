@@ -165,7 +165,7 @@ class Agent:
             _exec(start, child_fds, report_write)
         for fd in {*child_fds, report_write}:
             os.close(fd)
-        failure = os.read(report_read, 4)
+        failure = os.read(report_read, 8)
         os.close(report_read)
         if failure:
             os.waitpid(pid, 0)
@@ -296,6 +296,7 @@ def _set_size(fd: int, rows: int, columns: int) -> None:
 
 def _exec(start: Start, child_fds: tuple[int, int, int], report: int) -> None:
     """In the forked child: become the command, or report why not."""
+    in_folder = 0
     try:
         for number in (signal.SIGPIPE, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
@@ -306,10 +307,11 @@ def _exec(start: Start, child_fds: tuple[int, int, int], report: int) -> None:
             for target, fd in enumerate(child_fds):
                 os.dup2(fd, target)
         os.chdir(start.cwd)
+        in_folder = 1
         env = dict(string.split(b"=", 1) for string in start.env)
         os.execvpe(start.argv[0], start.argv, env)
     except OSError as error:
-        os.write(report, i32(error.errno or errno.EIO))
+        os.write(report, i32(error.errno or errno.EIO, in_folder))
     finally:
         os._exit(127)
 

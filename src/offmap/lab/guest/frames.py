@@ -38,7 +38,7 @@ HELLO = 1  # once, when commands may come: "release=… kvm=…" as text
 STDOUT = 2
 STDERR = 3
 EXIT = 4  # i32: exit status, or minus the signal's number
-FAILED = 5  # i32 errno: the command could not be started
+FAILED = 5  # i32 errno, i32 whether its folder could be entered: the command could not be started
 # From the outer end.
 START = 16  # see encode_start
 STDIN = 17
