@@ -104,6 +104,7 @@ class AuditResult:
                 "seconds": round(self.mappings.seconds, 4),
                 "tables": {str(level): count for level, count in self.mappings.tables.items()},
                 "runs": len(self.mappings.runs),
+                "direct_map_bytes": self.mappings.direct_bytes(),
                 "unreadable": [
                     {"va": f"{span.va:#x}", "bytes": span.bytes, "reason": span.reason}
                     for span in self.mappings.unreadable
@@ -181,6 +182,7 @@ def _audit(
         tell(Stage.FRAMES, 0.0)
         control.pfn()  # fails here, and loudly, where pagemap hides frames
         ram = GuestRam(tuple(ranges)) if ranges else find_guest_ram(process)
+        name = process.name()
         before = resolve(process, ram.ranges, kcore.page_flags)
         tell(Stage.WALK, 0.0)
         mappings = walk_kernel_half(kcore, info.root_pa, info.levels, kcore.page_offset_base, info.sme_mask)
@@ -195,7 +197,7 @@ def _audit(
     verdict, notes = _judge(pages, ram, scanned)
     return AuditResult(
         pid=process.pid,
-        process=process.name(),
+        process=name,
         host=host_facts(),
         ram=ram,
         pages=pages,

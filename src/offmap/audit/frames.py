@@ -17,7 +17,7 @@ from offmap.audit.guest_ram import RamRange
 from offmap.audit.maps import Mapping
 from offmap.audit.pageflags import KPF_ZERO_PAGE, PageFlags
 from offmap.audit.process import Process
-from offmap.audit.residency import allocated_bytes, open_backing, resident_frames
+from offmap.audit.residency import Backing, allocated_bytes, backing_of, link, open_backing, resident_frames
 
 __all__ = ["EMPTY", "POPULATED", "UNKNOWN", "Frames", "resolve"]
 
@@ -25,7 +25,6 @@ PAGE = 4096
 UNKNOWN, EMPTY, POPULATED = 0, 1, 2
 
 _DEV_MEM = os.makedev(1, 1)  # Documentation/admin-guide/devices.txt: char 1:1, physical memory access
-_SECRETMEM = "/secretmem (deleted)"  # mm/secretmem.c, alloc_file_pseudo
 
 
 @dataclass
@@ -96,7 +95,7 @@ def _resolve_range(
 def _resolve_piece(process: Process, fd: int, mapping: Mapping, va: int, piece: Frames) -> None:
     """Fill in a stretch of one mapping; ``piece`` holds views on the whole."""
     pages = len(piece.state)
-    status = None if mapping.inode == 0 else process.stat(f"map_files/{mapping.start:x}-{mapping.end:x}")
+    status = None if mapping.inode == 0 else process.stat(link(mapping))
     if status is not None and stat.S_ISCHR(status.st_mode) and status.st_rdev == _DEV_MEM and mapping.shared:
         # VM_PFNMAP: pagemap shows a hole, but the file's offset is the physical address (drivers/char/mem.c).
         first = mapping.offset + va - mapping.start
@@ -129,25 +128,28 @@ def _resolve_missing(
 ) -> None:
     """Pages that are not in the process's page tables, though their file may have them."""
     count = int(np.count_nonzero(missing))
-    secret = mapping.path == _SECRETMEM
-    name = f"map_files/{mapping.start:x}-{mapping.end:x}"
-    status = process.stat(name)
-    if not secret and (status is None or not stat.S_ISREG(status.st_mode)):
+    kind = backing_of(process, mapping)
+    if kind is Backing.OTHER:
         piece.unexplained(f"in no page table of the process ({mapping.path or 'unnamed mapping'})", count)
         return
-    if not secret:
+    if kind in {Backing.SHMEM, Backing.HUGETLB} and mapping.shared:
         held = allocated_bytes(process, mapping)
-        distinct = len(np.unique(pagemap.pfn(entries[~missing])))
-        if mapping.shared and held is not None and held <= distinct * PAGE:
+        distinct = len(np.unique(pagemap.pfn(entries[pagemap.present(entries)])))
+        if held is not None and held <= distinct * PAGE:
             piece.state[missing] = EMPTY  # the file holds nothing beyond what the process has mapped here
             return
+    if kind is Backing.HUGETLB:
+        piece.unexplained(f"in no page table of the process, but {mapping.path} holds pages elsewhere", count)
+        return
     offset = mapping.offset + va - mapping.start
     with open_backing(process, mapping) as backing:
         if backing is None:
             piece.unexplained(f"in no page table of the process, and its file ({mapping.path}) is closed", count)
             return
         try:
-            frames, resident, empty = resident_frames(backing, offset, len(missing), missing, not secret)
+            frames, resident, empty = resident_frames(
+                backing, offset, len(missing), missing, kind is not Backing.UNSWAPPABLE
+            )
         except (OSError, ValueError) as error:
             piece.unexplained(f"in no page table of the process, and its file cannot be asked ({error})", count)
             return

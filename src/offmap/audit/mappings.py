@@ -95,6 +95,14 @@ class KernelMappings:
         """The runs of the direct map."""
         return self.runs[self.is_direct]
 
+    def direct_bytes(self) -> dict[str, int]:
+        """Bytes of the direct map by page size; how far it is split (``DirectMap4k`` of /proc/meminfo)."""
+        direct = self.direct
+        return {
+            name: int(direct["bytes"][direct["level"] == level].sum())
+            for level, name in enumerate(("4K", "2M", "1G"), 1)
+        }
+
     @property
     def aliases(self) -> NDArray[np.void]:
         """The runs outside the direct map."""

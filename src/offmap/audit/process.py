@@ -1,5 +1,6 @@
 """A process as /proc shows it, held open so that a reused PID cannot take its place."""
 
+import ctypes
 import os
 from types import TracebackType
 from typing import Self
@@ -8,6 +9,8 @@ from offmap.audit.maps import Mapping, parse_maps
 from offmap.errors import OffmapError, Undetermined
 
 __all__ = ["NoSuchProcess", "Process"]
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NoSuchProcess(OffmapError):
@@ -84,6 +87,14 @@ class Process:
             return links
         finally:
             os.close(folder)
+
+    def file_system(self, name: str) -> int | None:
+        """Magic number of the file system that a link below /proc/PID leads to; None where it leads nowhere."""
+        # struct statfs begins with f_type, a long; 256 bytes are more than all of it.
+        buffer = ctypes.create_string_buffer(256)
+        if _libc.statfs(f"/proc/self/fd/{self._fd}/{name}".encode(), buffer):
+            return None
+        return int.from_bytes(buffer.raw[:8], "little")
 
     def stat(self, name: str) -> os.stat_result | None:
         """stat() through a link below /proc/PID (``fd/3``, ``map_files/…``); None where it leads nowhere."""

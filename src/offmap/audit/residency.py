@@ -8,8 +8,10 @@ already are touched, so that our own pagemap tells their frames. Nothing is writ
 import ctypes
 import mmap
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from offmap.audit.maps import Mapping
 from offmap.audit.process import Process
 from offmap.errors import Undetermined
 
-__all__ = ["allocated_bytes", "open_backing", "resident_frames"]
+__all__ = ["Backing", "allocated_bytes", "backing_of", "link", "open_backing", "resident_frames"]
 
 PAGE = 4096
 _SYS_PIDFD_GETFD = 438  # arch/x86/entry/syscalls/syscall_64.tbl
@@ -27,12 +29,41 @@ _MAP_NORESERVE = 0x4000  # asm-generic/mman.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def allocated_bytes(process: Process, mapping: Mapping) -> int | None:
-    """Bytes that the mapping's file holds (``st_blocks``), in memory or swapped; None where it cannot be asked.
+class Backing(Enum):
+    """What kind of file stands behind a mapping: each keeps account of its pages in its own way."""
 
-    shmem and hugetlbfs count theirs page by page; secretmem does not count and says 0.
-    """
-    status = process.stat(f"map_files/{mapping.start:x}-{mapping.end:x}")
+    SHMEM = "shmem"  # counts every page in st_blocks, swapped ones too; holes tell what was never written
+    HUGETLB = "hugetlbfs"  # counts in st_blocks; mincore(2) sees only the caller's own page tables
+    UNSWAPPABLE = "unswappable"  # memfd_secret, guest_memfd: st_blocks says 0; what is not resident does not exist
+    FILE = "file"  # a disk file: dirty pages may not be counted yet
+    OTHER = "other"  # a device, or anything that cannot be asked
+
+
+_MAGIC = {  # include/uapi/linux/magic.h
+    0x01021994: Backing.SHMEM,  # TMPFS_MAGIC
+    0x958458F6: Backing.HUGETLB,  # HUGETLBFS_MAGIC
+    0x5345434D: Backing.UNSWAPPABLE,  # SECRETMEM_MAGIC
+    0x474D454D: Backing.UNSWAPPABLE,  # GUEST_MEMFD_MAGIC
+}
+
+
+def backing_of(process: Process, mapping: Mapping) -> Backing:
+    """The kind of file behind a mapping, by its file system's magic number."""
+    status = process.stat(link(mapping))
+    if status is None or not stat.S_ISREG(status.st_mode):
+        return Backing.OTHER
+    magic = process.file_system(link(mapping))
+    return _MAGIC.get(magic, Backing.FILE) if magic else Backing.OTHER
+
+
+def link(mapping: Mapping) -> str:
+    """Name of a mapping's file below /proc/PID."""
+    return f"map_files/{mapping.start:x}-{mapping.end:x}"
+
+
+def allocated_bytes(process: Process, mapping: Mapping) -> int | None:
+    """Bytes that the mapping's file holds (``st_blocks``); None where it cannot be asked."""
+    status = process.stat(link(mapping))
     return None if status is None else status.st_blocks * 512
 
 
@@ -45,7 +76,7 @@ def open_backing(process: Process, mapping: Mapping) -> Iterator[int | None]:
     """
     fd = None
     with suppress(Undetermined):
-        fd = process.open(f"map_files/{mapping.start:x}-{mapping.end:x}")
+        fd = process.open(link(mapping))
     if fd is None:
         fd = _duplicate(process, mapping)
     try:
