@@ -217,6 +217,10 @@ def _judge(pages: PageCounts, ram: GuestRam, scan: ScanResult | None) -> tuple[V
     notes = []
     if ram.guessed:
         notes.append("the ranges are guesses (large mappings of a process with a KVM VM); --range names them for sure")
+    if ram.unseen_guest_memfd:
+        notes.append("the process holds guest_memfd memory that is not mapped, so its pages cannot be found")
+        if verdict is Verdict.HIDDEN:
+            verdict = Verdict.UNKNOWN
     if verdict is Verdict.UNKNOWN and not pages.pages_populated:
         notes.append("no page of the guest's RAM was found populated")
     if pages.excluded_mapped_pages:

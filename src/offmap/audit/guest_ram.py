@@ -15,12 +15,12 @@ exposed, never that it is hidden.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from offmap.audit.maps import Mapping
+from offmap.audit.maps import Mapping, find_mapping
 from offmap.audit.process import Process
 from offmap.errors import Undetermined
 
@@ -31,6 +31,7 @@ MEMSLOTS_LINK = "/memfd:offmap-memslots (deleted)"
 MEMSLOTS_SCHEMA = "offmap-memslots/1"
 _MEMSLOTS_LIMIT = 1 << 20  # far more than KVM_USER_MEM_SLOTS of them take
 _GUESS_MINIMUM = 16 << 20  # smaller mappings are heaps, stacks and libraries more often than RAM
+_GUEST_MEMFD = "[kvm-gmem]"  # virt/kvm/guest_memfd.c, __kvm_gmem_create
 _KVM_VM_LINK = "anon_inode:kvm-vm"
 
 
@@ -59,10 +60,15 @@ class RamRange:
 
 @dataclass(frozen=True)
 class GuestRam:
-    """All ranges of a process that are to be audited, and the guest-physical ranges that the guest does not get."""
+    """All ranges of a process that are to be audited, and the guest-physical ranges that the guest does not get.
+
+    ``unseen_guest_memfd``: the process holds guest_memfd memory that none of the ranges shows. Its pages may be in no
+    process's page tables, so there is no telling where they are.
+    """
 
     ranges: tuple[RamRange, ...]
     excluded: tuple[tuple[int, int], ...] = ()
+    unseen_guest_memfd: bool = False
 
     @property
     def guessed(self) -> bool:
@@ -155,17 +161,30 @@ def find_guest_ram(process: Process) -> GuestRam:
             os.close(fd)
     if parts:
         ranges = tuple(dict.fromkeys(part for claim in parts for part in claim.ranges))
-        return GuestRam(ranges, tuple(hole for claim in parts for hole in claim.excluded))
+        return GuestRam(
+            ranges,
+            tuple(hole for claim in parts for hole in claim.excluded),
+            _unseen_guest_memfd(links.values(), ranges, process.maps()),
+        )
     if _KVM_VM_LINK not in links.values():
         raise Undetermined(
             f"process {process.pid} holds no KVM VM and no offmap-memslots list",
             "say which addresses to audit with --range VA:LENGTH",
         )
-    guesses = guess_ranges(process.maps())
+    mappings = process.maps()
+    guesses = guess_ranges(mappings)
     if not guesses:
         raise Undetermined(
             f"process {process.pid} holds a KVM VM but no mapping of {_GUESS_MINIMUM >> 20} MiB or more that could be"
             " its RAM",
             "say which addresses to audit with --range VA:LENGTH",
         )
-    return GuestRam(guesses)
+    return GuestRam(guesses, unseen_guest_memfd=_unseen_guest_memfd(links.values(), guesses, mappings))
+
+
+def _unseen_guest_memfd(links: Iterable[str], ranges: Iterable[RamRange], mappings: Sequence[Mapping]) -> bool:
+    """Whether a guest_memfd is open, and not one of the ranges is a mapping of one."""
+    if not any(_GUEST_MEMFD in link for link in links):
+        return False
+    backings = (find_mapping(mappings, part.va) for part in ranges)
+    return not any(mapping is not None and _GUEST_MEMFD in mapping.path for mapping in backings)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmap.audit.guest_ram import Source, find_guest_ram, guess_ranges, parse_memslots
+from offmap.audit.guest_ram import RamRange, Source, _unseen_guest_memfd, find_guest_ram, guess_ranges, parse_memslots
 from offmap.audit.maps import find_mapping, parse_maps
 from offmap.audit.process import NoSuchProcess, Process
 from offmap.errors import OffmapError, Undetermined
@@ -110,6 +110,15 @@ def test_own_memslots_memfd_is_found_by_its_name() -> None:
             assert find_guest_ram(process).ranges[0].source is Source.MEMSLOT
     finally:
         os.close(fd)
+
+
+def test_guest_memfd_that_no_range_shows_is_noticed() -> None:
+    mappings = parse_maps(MAPS + "7f0040000000-7f0044000000 rw-s 00000000 00:0f 1  /[kvm-gmem] (deleted)\n")
+    shown, other = (RamRange(va, 4096, Source.MEMSLOT) for va in (0x7F00_4000_0000, 0x7F00_1000_0000))
+    links = ["/dev/kvm", "anon_inode:[kvm-gmem]"]
+    assert _unseen_guest_memfd(links, [other], mappings)
+    assert not _unseen_guest_memfd(links, [other, shown], mappings)
+    assert not _unseen_guest_memfd(links[:1], [other], mappings)
 
 
 def test_process_without_a_vm_is_undetermined() -> None:

@@ -1,0 +1,104 @@
+"""An audit's result as text and as JSON, and the command's arguments."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from offmap.audit.audit import AuditResult, _judge
+from offmap.audit.canary import Canary
+from offmap.audit.guest_ram import GuestRam, RamRange, Source
+from offmap.audit.host import HostFacts
+from offmap.audit.mappings import RUN, KernelMappings
+from offmap.audit.regions import KERNEL_TEXT
+from offmap.audit.scan import Place, ScanResult
+from offmap.audit.verdict import Alias, PageCounts, Verdict
+from offmap.cli.audit import add_parser, parse_range
+from offmap.errors import ExitStatus, OffmapError
+from offmap.report.text import render_audit, verdict_line
+
+HOST = HostFacts("6.12.0", "A CPU", "0x1", "quiet", 2 << 30, True)
+RAM = GuestRam((RamRange(0x7F00_0000_0000, 100 * 4096, Source.MEMSLOT, 0, "anon"),))
+WALKED = KernelMappings(np.zeros(0, dtype=RUN), (), {4: 1, 3: 2}, 0xFFFF_8880_0000_0000)
+HIDDEN = PageCounts(ram_pages=100, pages_populated=100)
+EXPOSED = PageCounts(ram_pages=100, pages_populated=100, direct_map_pages=99, alias_pages=2, mapped_pages=100)
+NONCE = "0123456789abcdef" * 2
+
+
+def result(pages: PageCounts, scan: ScanResult | None = None, ram: GuestRam = RAM) -> AuditResult:
+    verdict, notes = _judge(pages, ram, scan)
+    aliases = (Alias(0xFFFF_FFFF_8200_0000, 0x200_0000, 8192, KERNEL_TEXT, 4096, True, False),) * pages.alias_pages
+    return AuditResult(7, "vmm", HOST, ram, pages, aliases, WALKED, 4, scan, verdict, notes, 1.0)
+
+
+def scanned(in_guest: bool) -> ScanResult:
+    place = Place(0xFFFF_8880_0000_1000, 0x1000, "direct mapping of all physical memory", in_guest)
+    return ScanResult({Canary(1, NONCE): [place]}, 1 << 30, 4096, 1)
+
+
+def test_first_line_is_the_verdict() -> None:
+    assert verdict_line(result(HIDDEN)).startswith("HIDDEN: none of the 100 guest pages of vmm (7)")
+    assert verdict_line(result(EXPOSED)).startswith("EXPOSED: 100 of 100 guest pages of vmm (7) (400 KiB)")
+    assert verdict_line(result(PageCounts(ram_pages=100))).startswith("UNKNOWN")
+    assert render_audit(result(EXPOSED)).splitlines()[0] == verdict_line(result(EXPOSED))
+
+
+def test_canary_that_was_read_is_never_hidden() -> None:
+    judged = result(HIDDEN, scanned(in_guest=False))
+    assert judged.verdict is Verdict.EXPOSED
+    assert "though no mapping" in verdict_line(judged)
+    assert any("copies" in note for note in judged.notes)
+
+
+def test_clean_scan_says_what_it_could_not_read() -> None:
+    judged = result(HIDDEN, ScanResult({}, 1 << 30, 4096, 1))
+    assert judged.verdict is Verdict.HIDDEN and judged.canaries_found == 0
+    assert "1 mapped pages of RAM were not scanned" in render_audit(judged)
+
+
+def test_unseen_guest_memfd_is_never_hidden() -> None:
+    assert result(HIDDEN, ram=GuestRam(RAM.ranges, (), True)).verdict is Verdict.UNKNOWN
+
+
+def test_text_names_regions_reasons_and_excluded_pages() -> None:
+    pages = PageCounts(ram_pages=9, pages_populated=5, alias_pages=2, mapped_pages=2, unknown_pages=3)
+    pages.excluded_pages, pages.excluded_mapped_pages, pages.reasons = 1, 1, {"swapped out": 3}
+    text = render_audit(result(pages))
+    assert f"{KERNEL_TEXT}: 4" in text
+    assert "unknown: swapped out (3 pages)" in text
+    assert "1 of them mapped" in text
+
+
+def test_json_has_the_words_of_the_design_and_no_canary() -> None:
+    text = json.dumps(result(EXPOSED, scanned(in_guest=True)).to_json())
+    assert NONCE not in text
+    data = json.loads(text)
+    assert {"schema", "offmap", "host", "pages", "verdict"} <= data.keys()
+    assert data["pages"]["direct_map_pages"] == 99 and data["pages"]["canaries_found"] == 1
+    assert data["scan"]["found"][0]["places"][0]["in_guest"] is True
+    assert data["host"]["lab"] is True
+    assert json.loads(json.dumps(result(HIDDEN).to_json()))["pages"]["canaries_found"] is None
+
+
+def test_range_argument() -> None:
+    part = parse_range("0x7f0000000000:256M")
+    assert (part.va, part.bytes, part.source) == (0x7F00_0000_0000, 256 << 20, Source.REQUESTED)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "7f00", "x:1M", "0x1000:", "0x1001:4096", "0x1000:1", "0x1000:0", "-1000:4K", "f" * 17 + ":4K"]
+)
+def test_bad_range_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(OffmapError) as caught:
+        parse_range(text)
+    assert caught.value.exit_status is ExitStatus.FAILED and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["--scan"], ["--canary-key", "0" * 32], ["--scan", "--canary-key", "short"]])
+def test_scan_and_key_go_together(words: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    args = parser.parse_args(["audit", "1", *words])
+    with pytest.raises(OffmapError, match="key"):
+        args.run(args)
