@@ -51,7 +51,12 @@ def run(args: argparse.Namespace) -> int:
         raise OffmapError("--canary-key is of use only to a scan", "add --scan")
     key = parse_key(args.canary_key) if args.scan else None
     ranges = [parse_range(text) for text in args.range] if args.range else None
-    result = audit_process(args.pid, scan=key, ranges=ranges, progress=_show_progress if sys.stderr.isatty() else None)
+    shows = sys.stderr.isatty()
+    try:
+        result = audit_process(args.pid, scan=key, ranges=ranges, progress=_show_progress if shows else None)
+    finally:
+        if shows:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     print(json.dumps(result.to_json(), indent=2) if args.json else render_audit(result))
     return int(result.verdict.exit_status)
 
@@ -79,6 +84,5 @@ def parse_range(text: str) -> "RamRange":
 
 
 def _show_progress(stage: "Stage", share: float) -> None:
-    """One line on a terminal's stderr, rewritten as the audit goes on and cleared at the end of a stage."""
-    text = f"{stage.value} {share:4.0%}" if share < 1 else ""
-    print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    """One line on a terminal's stderr, rewritten as the audit goes on."""
+    print(f"\r\x1b[K{stage.value} {share:4.0%}", end="", file=sys.stderr, flush=True)

@@ -27,7 +27,8 @@ def verdict_line(result: AuditResult) -> str:
     else:
         line = f"UNKNOWN: it cannot be determined whether the guest pages of {who} are mapped in the host kernel"
     if result.scan is not None:
-        line += f"; {len(result.scan.found)} canaries found"
+        count = len(result.scan.found)
+        line += f"; {count} {'canary' if count == 1 else 'canaries'} found"
     return line
 
 
