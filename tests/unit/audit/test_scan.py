@@ -9,7 +9,8 @@ from offmap.audit import scan
 from offmap.audit.canary import CANARY_LENGTH, PREFIX, make_canary, new_key
 from offmap.audit.kcore import Segment
 from offmap.audit.mappings import RUN, KernelMappings
-from offmap.audit.scan import Piece, clip, read_plan, search
+from offmap.audit.readable import Piece, clip, read_plan
+from offmap.audit.scan import search
 
 PAGE = 4096
 BASE = 0xFFFF_8880_0000_0000
