@@ -236,6 +236,15 @@ def test_full_disk_is_the_commands_own_problem(lab_kernel: HostKernel, small_dis
         assert host.output(["echo", "still here"]).stdout == b"still here\n"
 
 
+def test_command_that_uses_up_all_memory(lab_kernel: HostKernel) -> None:
+    with LabHost.start(lab_kernel, memory="512M") as host:
+        hog = "a = []\nwhile True: a.append(bytearray(1 << 24))"
+        done = host.output([sys.executable, "-c", hog], timeout=PATIENCE)
+        assert done.status in (1, 128 + signal.SIGKILL)  # MemoryError, or the out-of-memory killer
+        assert host.output(["echo", "still here"]).stdout == b"still here\n"
+        assert "invoked oom-killer" in host.console.text or b"MemoryError" in done.stderr
+
+
 def test_exec_deadline_leaves_nothing(tmp_path: Path, launched: list[Launched]) -> None:
     launch = Launched(tmp_path, "sh", "-c", "echo ready; exec sleep 1000", options=("--timeout", "10"))
     launched.append(launch)

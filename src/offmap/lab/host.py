@@ -2,34 +2,31 @@
 
 import itertools
 import os
-import shutil
 import socket
-import subprocess
+import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-import offmap
 from offmap.lab import accel as acceleration
 from offmap.lab.bytecode import ensure_bytecode
 from offmap.lab.command import LabCommand, Sink
-from offmap.lab.console import Console, panic_report
-from offmap.lab.errors import LabEnded, LabError, LabPanic, LabTimeout
+from offmap.lab.console import Console
+from offmap.lab.errors import LabEnded, LabError, LabTimeout
 from offmap.lab.guest.frames import HELLO, MAX_PAYLOAD, START, Decoder, Start, encode_start, frame
-from offmap.lab.initramfs import initramfs
 from offmap.lab.kernel import HostKernel
-from offmap.lab.qemu import HostOptions, command_line, find_qemu, parse_size
+from offmap.lab.process import PANIC_GRACE, QemuProcess
+from offmap.lab.qemu import HostOptions, parse_size
 
 __all__ = ["Completed", "LabHost"]
 
 BOOT_TIMEOUT = 120.0  # seconds; 3 are usual under emulation on an idle machine
-PANIC_GRACE = 5.0  # seconds from the panic's first line to the end of QEMU, before it is ended by force
-MOUNTED_OVER = ("/proc", "/sys", "/dev", "/run")  # what the lab host has of its own
+HUNG_SECONDS = 30  # a host whose agent takes no frame for so long hangs
+_TIMEVAL = struct.Struct("@ll")  # struct timeval
 
 
 @dataclass(frozen=True)
@@ -58,15 +55,16 @@ class LabHost:
         self.console = console
         self.release = ""
         self.has_kvm = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket, self._qemu_socket = socket.socketpair()
+        self._qemu = QemuProcess(kernel, options, console, self._over)
+        self._socket = self._qemu.socket
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(HUNG_SECONDS, 0))
+        self._reader = threading.Thread(target=self._read, name="lab-agent", daemon=True)
         self._send_lock = threading.Lock()
         self._commands: dict[int, LabCommand] = {}
         self._channels = itertools.count(1)
         self._progress = threading.Condition()  # guards the three below
         self._ready = False
         self._failure: LabError | None = None
-        self._threads: list[threading.Thread] = []
 
     @classmethod
     def start(
@@ -127,9 +125,8 @@ class LabHost:
             if not first_sign.wait(acceleration.SIGN_OF_LIFE_SECONDS):
                 return False
             host._await_ready(acceleration.PROBE_SECONDS)
-            return (
-                host.has_kvm and host.output([sys.executable, "-I", "-S", "-c", acceleration.NESTED_PROBE]).status == 0
-            )
+            argv = [sys.executable, "-I", "-S", "-c", acceleration.NESTED_PROBE]
+            return host.has_kvm and host.output(argv, timeout=acceleration.PROBE_SECONDS).status == 0
         except LabError:
             return False
         finally:
@@ -140,89 +137,9 @@ class LabHost:
         self._launch()
         self._await_ready(timeout)
 
-    def _settings(self) -> dict[str, str]:
-        source = Path(offmap.__file__).resolve().parent.parent
-        for path in (source, Path(sys.executable), self.options.out):
-            if path is not None and str(path).startswith(tuple(f"{prefix}/" for prefix in MOUNTED_OVER)):
-                raise LabError(
-                    f"{path} cannot be seen in a lab host, which has its own {path.parts[1]}", "move it elsewhere"
-                )
-        return {
-            "PYTHON": str(Path(sys.executable).resolve()),
-            "SOURCE": str(source),
-            "MODULES": str(self.kernel.modules.resolve()),
-            "OUT": str(self.options.out or ""),
-        }
-
     def _launch(self) -> None:
-        qemu = find_qemu()
-        archive = initramfs(self.kernel, self._settings())
-        started: threading.Event = threading.Event()
-        errors: list[OSError] = []
-        # QEMU is the child of a thread that lives as long as it does: its death signal is tied to that thread.
-        keeper = threading.Thread(
-            target=self._keep, args=(qemu, archive, started, errors), name="lab-qemu", daemon=True
-        )
-        reader = threading.Thread(target=self._read, name="lab-agent", daemon=True)
-        self._threads = [keeper]
-        keeper.start()
-        started.wait()
-        if errors:
-            raise LabError(f"cannot start {qemu}: {errors[0].strerror}")
-        reader.start()
-        self._threads.append(reader)
-
-    def _keep(self, qemu: str, archive: bytes, started: threading.Event, errors: list[OSError]) -> None:
-        """Start QEMU, take its console until it ends, and say why it did."""
-        initrd = os.memfd_create("offmap-initramfs")  # nothing to clean up, however we end
-        console, console_end = os.pipe()
-        try:
-            with os.fdopen(os.dup(initrd), "wb") as file:
-                file.write(archive)
-            fds = (initrd, self._qemu_socket.fileno())
-            argv = command_line(qemu, str(self.kernel.vmlinuz), f"/proc/self/fd/{initrd}", fds[1], self.options)
-            # A kill -9 of this process kills QEMU too; setpriv is in util-linux. Without it, the agent sees the end
-            # of its socket and powers the host off.
-            if setpriv := shutil.which("setpriv"):
-                argv = [setpriv, "--pdeathsig", "KILL", *argv]
-            self._process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=console_end,
-                stderr=subprocess.STDOUT,
-                pass_fds=fds,
-                start_new_session=True,
-            )
-        except OSError as error:
-            os.close(console)
-            errors.append(error)
-            return
-        finally:
-            os.close(initrd)
-            os.close(console_end)
-            self._qemu_socket.close()
-            started.set()
-        timer: threading.Timer | None = None
-        with os.fdopen(console, "rb", buffering=0) as stdout:
-            while data := stdout.read(65536):
-                if self.console.feed(data) and timer is None:
-                    timer = threading.Timer(PANIC_GRACE, self.kill)
-                    timer.daemon = True
-                    timer.start()
-        status = self._process.wait()
-        if timer:
-            timer.cancel()
-        self._over(self._diagnose(status))
-
-    def _diagnose(self, status: int) -> LabError:
-        text = self.console.text
-        if report := panic_report(text):
-            return LabPanic(report)
-        own = [line for line in text.splitlines() if line.startswith(("offmap-lab:", "qemu-system"))]
-        if own:
-            return LabEnded(f"the lab host could not run: {own[-1]}", self.console.tail())
-        how = f"QEMU was killed by signal {-status}" if status < 0 else f"QEMU ended with status {status}"
-        return LabEnded(f"the lab host ended by itself ({how}): it was powered off or reset", self.console.tail())
+        self._qemu.start()
+        self._reader.start()
 
     def _over(self, failure: LabError) -> None:
         with self._progress:
@@ -276,8 +193,14 @@ class LabHost:
 
     def send(self, kind: int, channel: int, payload: bytes = b"") -> None:
         """Send one frame; a host that is gone says so by `failure`, not here."""
-        with self._send_lock, suppress(OSError):
-            self._socket.sendall(frame(kind, channel, payload))
+        with self._send_lock:
+            try:
+                self._socket.sendall(frame(kind, channel, payload))
+            except BlockingIOError:  # SO_SNDTIMEO
+                self._over(LabEnded(f"the lab host hung for {HUNG_SECONDS} s and was ended", self.console.tail()))
+                self.kill()
+            except OSError:
+                pass
 
     def failure(self) -> LabError:
         """Say why the host has ended; waits for the diagnosis if it is just ending."""
@@ -287,8 +210,7 @@ class LabHost:
 
     def kill(self) -> None:
         """End QEMU now."""
-        if self._process is not None:
-            self._process.kill()
+        self._qemu.kill()
 
     # For the user.
 
@@ -376,13 +298,10 @@ class LabHost:
     def close(self) -> None:
         """End the host; what its commands wrote to the output folder has already left it."""
         self._over(LabEnded("the lab host was closed", ""))
-        self.kill()
-        with suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
+        self._qemu.close()
+        if self._reader.is_alive():
+            self._reader.join()
         self._socket.close()
-        self._qemu_socket.close()
 
     def __enter__(self) -> Self:
         return self

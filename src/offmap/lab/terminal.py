@@ -14,7 +14,12 @@ __all__ = ["is_interactive", "raw_terminal", "terminal_size"]
 
 def is_interactive() -> bool:
     """Say whether our input and output are both terminals, and ours to use (not a background job's)."""
-    return all(os.isatty(fd) for fd in (0, 1)) and os.tcgetpgrp(0) == os.getpgrp()
+    if not all(os.isatty(fd) for fd in (0, 1)):
+        return False
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:  # not our controlling terminal: then there is no job control either
+        return True
 
 
 def terminal_size() -> tuple[int, int]:

@@ -290,6 +290,15 @@ class Agent:
         self.send(EXIT, command.channel, i32(command.status))
 
 
+def _oom_score_adj(value: int) -> None:
+    """Say how likely the out-of-memory killer takes this process (proc(5)); -1000 is never."""
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:  # noqa: PTH123 - as does pathlib
+            file.write(str(value))
+    except PermissionError:  # not root: in tests of the agent itself
+        pass
+
+
 def _set_size(fd: int, rows: int, columns: int) -> None:
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("<HHHH", rows, columns, 0, 0))
 
@@ -306,6 +315,7 @@ def _exec(start: Start, child_fds: tuple[int, int, int], report: int) -> None:
             os.setsid()
             for target, fd in enumerate(child_fds):
                 os.dup2(fd, target)
+        _oom_score_adj(0)
         os.chdir(start.cwd)
         in_folder = 1
         env = dict(string.split(b"=", 1) for string in start.env)
@@ -337,6 +347,8 @@ def _open_port(path: str) -> int:
 
 def main(path: str) -> None:
     """Serve the port at ``path``; return when the outer end is gone."""
+    # A command may use up all memory; without its agent the host could not even say so.
+    _oom_score_adj(-1000)
     agent = Agent(_open_port(path))
     kvm = int(os.path.exists("/dev/kvm"))  # noqa: PTH110 - pathlib is 30 ms of imports in an emulated host
     agent.send(HELLO, 0, f"release={os.uname().release} kvm={kvm}".encode())

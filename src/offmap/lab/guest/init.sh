@@ -68,7 +68,7 @@ $b cat >run/offmap-lab/serve <<'END'
 b=/run/offmap-lab/busybox
 . /run/offmap-lab/lab.conf
 "$PYTHON" -I -S -c 'import sys; sys.path.insert(0, sys.argv[1]); from offmap.lab.guest.agent import main; main(sys.argv[2])' \
-	"$SOURCE" /dev/vport0p1 </dev/null
+	"$SOURCE" /dev/vport0p1 </dev/null || echo "offmap-lab: the agent ended with status $?"
 $b poweroff -f
 END
 exec $b switch_root /newroot /run/offmap-lab/busybox sh /run/offmap-lab/serve

@@ -1,0 +1,161 @@
+"""QEMU as a process: started, its console taken, its end diagnosed; never outlives this process."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import offmap
+from offmap.lab.console import Console, panic_report
+from offmap.lab.errors import LabEnded, LabError, LabPanic
+from offmap.lab.initramfs import initramfs
+from offmap.lab.kernel import HostKernel
+from offmap.lab.qemu import HostOptions, command_line, find_qemu
+
+__all__ = ["PANIC_GRACE", "QemuProcess", "diagnose", "settings"]
+
+PANIC_GRACE = 5.0  # seconds from the panic's first line to the end of QEMU, before it is ended by force
+MOUNTED_OVER = ("/proc", "/sys", "/dev", "/run")  # what a lab host has of its own
+
+
+def settings(kernel: HostKernel, options: HostOptions) -> dict[str, str]:
+    """Return the variables of guest/init.sh.
+
+    Raises:
+        LabError: something that the host needs lies where it has a file system of its own.
+    """
+    source = Path(offmap.__file__).resolve().parent.parent
+    for path in (source, Path(sys.executable), options.out):
+        if path is not None and str(path).startswith(tuple(f"{prefix}/" for prefix in MOUNTED_OVER)):
+            raise LabError(
+                f"{path} cannot be seen in a lab host, which has its own /{path.parts[1]}", "move it elsewhere"
+            )
+    return {
+        "PYTHON": str(Path(sys.executable).resolve()),
+        "SOURCE": str(source),
+        "MODULES": str(kernel.modules.resolve()),
+        "OUT": str(options.out or ""),
+    }
+
+
+def diagnose(console: Console, status: int) -> LabError:
+    """Say why QEMU ended, from what the console showed and its exit status (negative for a signal)."""
+    text = console.text
+    if report := panic_report(text):
+        return LabPanic(report)
+    own = [line for line in text.splitlines() if line.startswith(("offmap-lab:", "qemu-system"))]
+    if own:
+        return LabEnded(f"the lab host could not run: {own[-1]}", console.tail())
+    how = f"QEMU was killed by signal {-status}" if status < 0 else f"QEMU ended with status {status}"
+    return LabEnded(f"the lab host ended by itself ({how}): it was powered off or reset", console.tail())
+
+
+class QemuProcess:
+    """One QEMU.
+
+    Args:
+        kernel, options: what to run in it.
+        console: gets its console, and its own messages.
+        on_end: called once, from another thread, with the reason when it has ended.
+
+    Attributes:
+        socket: our end of the agent's port.
+    """
+
+    def __init__(
+        self, kernel: HostKernel, options: HostOptions, console: Console, on_end: Callable[[LabError], None]
+    ) -> None:
+        self._kernel = kernel
+        self._options = options
+        self._console = console
+        self._on_end = on_end
+        self._process: subprocess.Popen[bytes] | None = None
+        self.socket, self._its_socket = socket.socketpair()
+        self._started = threading.Event()
+        self._error: OSError | None = None
+        # QEMU is the child of a thread that lives as long as it does: its death signal is tied to that thread.
+        self._keeper: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start QEMU.
+
+        Raises:
+            LabError: it, or what it needs, is missing.
+        """
+        qemu = find_qemu()
+        archive = initramfs(self._kernel, settings(self._kernel, self._options))
+        self._keeper = threading.Thread(target=self._keep, args=(qemu, archive), name="lab-qemu", daemon=True)
+        self._keeper.start()
+        self._started.wait()
+        if self._error:
+            raise LabError(f"cannot start {qemu}: {self._error.strerror}")
+
+    def kill(self) -> None:
+        """End QEMU now; its console is still read to the end."""
+        if self._process is not None:
+            self._process.kill()
+
+    def close(self) -> None:
+        """End QEMU and wait until nothing of it is left."""
+        self.kill()
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        if self._keeper:
+            self._keeper.join()
+        self._its_socket.close()
+
+    def _keep(self, qemu: str, archive: bytes) -> None:
+        """Start QEMU, take its console until it ends, and say why it did."""
+        try:
+            console = self._spawn(qemu, archive)
+        except OSError as error:
+            self._error = error
+            return
+        finally:
+            self._its_socket.close()
+            self._started.set()
+        timer: threading.Timer | None = None
+        with os.fdopen(console, "rb", buffering=0) as stdout:
+            while data := stdout.read(65536):
+                if self._console.feed(data) and timer is None:
+                    timer = threading.Timer(PANIC_GRACE, self.kill)
+                    timer.daemon = True
+                    timer.start()
+        status = self._process.wait() if self._process else 0
+        if timer:
+            timer.cancel()
+        self._on_end(diagnose(self._console, status))
+
+    def _spawn(self, qemu: str, archive: bytes) -> int:
+        """Start QEMU and return the descriptor on which its console comes."""
+        initrd = os.memfd_create("offmap-initramfs")  # nothing to clean up, however we end
+        console, console_end = os.pipe()
+        try:
+            with os.fdopen(os.dup(initrd), "wb") as file:
+                file.write(archive)
+            fds = (initrd, self._its_socket.fileno())
+            argv = command_line(qemu, str(self._kernel.vmlinuz), f"/proc/self/fd/{initrd}", fds[1], self._options)
+            # A kill -9 of this process kills QEMU too; setpriv is in util-linux. Without it, the agent sees the end
+            # of its socket and powers the host off.
+            if setpriv := shutil.which("setpriv"):
+                argv = [setpriv, "--pdeathsig", "KILL", *argv]
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=console_end,
+                stderr=subprocess.STDOUT,
+                pass_fds=fds,
+                start_new_session=True,
+            )
+        except OSError:
+            os.close(console)
+            raise
+        finally:
+            os.close(initrd)
+            os.close(console_end)
+        return console
