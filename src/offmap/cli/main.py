@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from offmap import __version__
-from offmap.errors import ExitStatus, OffmapError
+from offmap.errors import BackendRefused, ExitStatus, OffmapError
 
 __all__ = ["main"]
 
@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
     except OffmapError as error:
-        print(f"offmap {command}: {error}", file=sys.stderr)
+        # Scripts tell "this host cannot" from "it failed" by this word.
+        refused = "refused: " if isinstance(error, BackendRefused) else ""
+        print(f"offmap {command}: {refused}{error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print(f"offmap {command}: interrupted", file=sys.stderr)

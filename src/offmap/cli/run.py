@@ -1,6 +1,7 @@
 """``offmap run``: one guest, its console on standard input and output, everything else on standard error."""
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -8,8 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from offmap import __version__
 from offmap.boot.linux import BootSource
-from offmap.errors import ExitStatus
+from offmap.errors import ExitStatus, OffmapError
 from offmap.memory.backend import BACKENDS, parse_backend
 from offmap.units import format_size, parse_size
 from offmap.vmm.config import MAX_VCPUS, MachineConfig
@@ -53,6 +55,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="once the guest is up, audit this process and print the verdict on standard error",
     )
     parser.add_argument("--stats", action="store_true", help="at the end, print times and VM exits on standard error")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="at the end, write what was measured to FILE (JSON)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -96,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         memory_size=parse_size(args.memory_size),
         vcpus=args.vcpus,
         kvm_clock={"auto": None, "on": True, "off": False}[args.kvm_clock],
-        count_exits=args.stats,
+        count_exits=args.stats or args.report is not None,
     )
     # SIGPIPE would kill us without giving the memory back; Python ignores it unless somebody changed that.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -112,6 +117,8 @@ def run(args: argparse.Namespace) -> int:
     def on_end(machine: Machine) -> None:
         if args.stats:
             _print_stats(machine, up_after[0] if up_after else None)
+        if args.report is not None:
+            _write_report(args.report, machine, up_after[0] if up_after else None)
 
     try:
         stop = Session(config, say=_say, on_up=on_up, on_end=on_end).run()
@@ -125,6 +132,27 @@ def run(args: argparse.Namespace) -> int:
             return ExitStatus.UNDETERMINED
         return audited
     return ExitStatus.DONE
+
+
+def _write_report(path: Path, machine: Machine, up_after: float | None) -> None:
+    """What was measured of one run; `init_seconds` is from the start of the command to the guest's init."""
+    counts = machine.exit_counts or ExitCounts()
+    report = {
+        "schema": "offmap-run/1",
+        "offmap": __version__,
+        "backend": machine.config.backend.name,
+        "ram_bytes": machine.memory.size,
+        "vcpus": machine.config.vcpus,
+        "kvm_clock": machine.config.offers_kvm_clock,
+        "outcome": machine.stopped.outcome.value if machine.stopped else None,
+        "populate_seconds": round(machine.populate_seconds, 4),
+        "init_seconds": None if up_after is None else round(up_after, 4),
+        "exits": {" ".join((kind, f"{where:#x}", way)).strip(): n for (kind, where, way), n in counts.most_common()},
+    }
+    try:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+    except OSError as error:
+        raise OffmapError(f"cannot write the report {path}: {error.strerror}", "give another file") from None
 
 
 def _print_stats(machine: Machine, up_after: float | None) -> None:

@@ -88,7 +88,7 @@ class Machine:
         self.config = config
         self.exit_counts: ExitCounts | None = ExitCounts() if config.count_exits else None
         self._stop: Stop | None = None
-        self._stop_lock = threading.Lock()
+        self._stop_lock = threading.RLock()  # a signal handler may call stop() inside stop()
         self._threads: list[threading.Thread] = []
         with ExitStack() as building:
             kvm = building.enter_context(Kvm())

@@ -1,0 +1,57 @@
+"""``offmap demo``: see for yourself, in one disposable host."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from offmap.errors import ExitStatus
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``demo``."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="boot guests on plain and on hidden RAM, and prove which is which",
+        description="Boot a disposable host, and in it a real guest on each kind of RAM. Each guest plants secrets in "
+        "its RAM; the audit then walks the host kernel's page tables and reads all that they map.",
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--host-kernel", metavar="KERNEL", help="debian:6.12, running, or a bzImage")
+    parser.add_argument("--modules", type=Path, metavar="DIR", help="lib/modules/RELEASE folder of a bzImage")
+    parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="of the disposable host")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it.
+
+    Returns:
+        0 if every kind of RAM came out as claimed; see DemoResult.exit_status.
+    """
+    from rich.console import Console
+
+    from offmap.compare.cell import Outcome
+    from offmap.compare.demo import Demo, run_demo
+    from offmap.report.demo import DemoProgress, cells_table
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    with DemoProgress(console) as progress:
+        result = run_demo(Demo(args.out, args.host_kernel, args.modules, args.accel), progress.event)
+    console.print()
+    facts = result.host
+    console.print(
+        f"On Linux {facts.get('kernel', '?')}, {facts.get('memory_bytes', 0) >> 20} MiB, {facts.get('cpu', '?')}:"
+    )
+    console.print()
+    console.print(cells_table(result.cells))
+    for cell in result.cells:
+        if cell.outcome is not Outcome.BOOTED:
+            console.print(f"{cell.backend} {cell.outcome.value}: {cell.reason}", markup=False)
+    for surprise in result.surprises:
+        console.print(f"not as claimed: {surprise.backend} {surprise.what}", markup=False)
+    if result.exit_status is ExitStatus.DONE:
+        console.print("All as claimed: what was to be found was found, and nothing of what was to be hidden.")
+    console.print(f"Report: {args.out / 'report.json'}", markup=False)
+    return result.exit_status
