@@ -4,6 +4,7 @@ Parsing works on the first bytes of the file; loading lets the kernel move the r
 Sources: Documentation/arch/x86/boot.rst; the ELF specification.
 """
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from offmap.uapi.elf import (
 __all__ = ["LoadedKernel", "check_kernel", "load_kernel", "read_into"]
 
 _HEAD = 0x10000  # enough for the setup header and for the program headers of a vmlinux
+_BOUNCE = 1 << 20
 _REMEDY = "give a bzImage (like /boot/vmlinuz-…) or an ELF vmlinux for x86-64"
 _DEFAULT_INITRD_ADDR_MAX = 0x7FFFFFFF
 
@@ -64,12 +66,27 @@ def read_into(file: int, what: str, offset: int, view: memoryview) -> None:
         try:
             count = os.preadv(file, [view[done:]], offset + done)
         except OSError as error:
-            raise KernelError(f"reading {what}", error) from None
+            if error.errno != errno.EFAULT:
+                raise KernelError(f"reading {what}", error) from None
+            count = _read_bounced(file, what, offset + done, view[done:])
         if count == 0:
             raise OffmapError(
                 f"{what} is truncated: {offset + len(view)} bytes are expected and {offset + done} are there"
             )
         done += count
+
+
+def _read_bounced(file: int, what: str, offset: int, view: memoryview) -> int:
+    """Read through ordinary memory, for file systems that read into the caller's pages by GUP.
+
+    GUP refuses hidden RAM (VM_PFNMAP and memfd_secret mappings alike); uncached 9p and direct I/O use it.
+    """
+    try:
+        data = os.pread(file, min(len(view), _BOUNCE), offset)
+    except OSError as error:
+        raise KernelError(f"reading {what}", error) from None
+    view[: len(data)] = data
+    return len(data)
 
 
 def check_kernel(path: Path) -> None:
