@@ -194,7 +194,9 @@ def _audit(
     if scan is not None:
         devices = sorted({*before.device_ranges, *after.device_ranges})
         scanned = scan_memory(kcore, mappings, layout, scan, frames, devices, lambda share: tell(Stage.SCAN, share))
-    verdict, notes = _judge(pages, ram, scanned)
+    # Slots that came during the audit were not looked at.
+    moved = not ranges and not ram.guessed and find_guest_ram(process) != ram
+    verdict, notes = _judge(pages, ram, scanned, moved)
     return AuditResult(
         pid=process.pid,
         process=name,
@@ -211,7 +213,9 @@ def _audit(
     )
 
 
-def _judge(pages: PageCounts, ram: GuestRam, scan: ScanResult | None) -> tuple[Verdict, tuple[str, ...]]:
+def _judge(
+    pages: PageCounts, ram: GuestRam, scan: ScanResult | None, moved: bool = False
+) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict, and what must be said beside it."""
     verdict = pages.verdict(ram.guessed)
     notes = []
@@ -219,6 +223,10 @@ def _judge(pages: PageCounts, ram: GuestRam, scan: ScanResult | None) -> tuple[V
         notes.append("the ranges are guesses (large mappings of a process with a KVM VM); --range names them for sure")
     if ram.unseen_guest_memfd:
         notes.append("the process holds guest_memfd memory that is not mapped, so its pages cannot be found")
+        if verdict is Verdict.HIDDEN:
+            verdict = Verdict.UNKNOWN
+    if moved:
+        notes.append("the process changed its memory slots during the audit; run it again")
         if verdict is Verdict.HIDDEN:
             verdict = Verdict.UNKNOWN
     if verdict is Verdict.UNKNOWN and not pages.pages_populated:

@@ -61,6 +61,11 @@ def test_unseen_guest_memfd_is_never_hidden() -> None:
     assert result(HIDDEN, ram=GuestRam(RAM.ranges, (), True)).verdict is Verdict.UNKNOWN
 
 
+def test_slots_that_changed_are_never_hidden() -> None:
+    assert _judge(HIDDEN, RAM, None, moved=True)[0] is Verdict.UNKNOWN
+    assert _judge(EXPOSED, RAM, None, moved=True)[0] is Verdict.EXPOSED
+
+
 def test_text_names_regions_reasons_and_excluded_pages() -> None:
     pages = PageCounts(ram_pages=9, pages_populated=5, alias_pages=2, mapped_pages=2, unknown_pages=3)
     pages.excluded_pages, pages.excluded_mapped_pages, pages.reasons = 1, 1, {"swapped out": 3}
