@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(cells_table(result.cells))
     for cell in result.cells:
         if cell.outcome is not Outcome.BOOTED:
-            console.print(f"{cell.backend} {cell.outcome.value}: {cell.reason}", markup=False)
+            console.print(f"{cell.backend} {cell.outcome.value}: {cell.reason}", markup=False, soft_wrap=True)
     for surprise in result.surprises:
-        console.print(f"not as claimed: {surprise.backend} {surprise.what}", markup=False)
+        console.print(f"not as claimed: {surprise.backend} {surprise.what}", markup=False, soft_wrap=True)
     if result.exit_status is ExitStatus.DONE:
         console.print("All as claimed: what was to be found was found, and nothing of what was to be hidden.")
     console.print(f"Report: {args.out / 'report.json'}", markup=False)

@@ -50,13 +50,13 @@ class DemoProgress:
         if stage != self._stage:
             self._line(f"{prefix}{stage}")
             self._share = 0.0
-        elif share is not None and share - self._share >= _SHARE_STEP:
+        elif share is not None and share < 1 and share - self._share >= _SHARE_STEP:
             self._line(f"{prefix}{stage}{percent}")
             self._share = share
         self._stage = stage
 
     def _line(self, text: str) -> None:
-        self._console.print(f"[{time.monotonic() - self._began:6.1f} s] {text}", markup=False, highlight=False)
+        self._console.print(f"[{time.monotonic() - self._began:6.1f} s] {text}", markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         if self._status is not None:
@@ -91,7 +91,7 @@ def cells_table(cells: Iterable[Cell]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("guest RAM", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for title in ("pages", "in direct\nmap", "aliased", "unknown", "canaries\nfound", "RAM\nready s", "boot s"):
+    for title in ("pages\nin use", "in direct\nmap", "aliased", "unknown", "canaries\nfound", "RAM\nready s", "boot s"):
         table.add_column(title, justify="right", no_wrap=True)
     for cell in cells:
         if cell.outcome is Outcome.BOOTED and cell.verdict is not None:
