@@ -41,10 +41,10 @@ def shared(kind: str, size: int) -> int:
     return int(fd)
 
 
-def plant(memory: mmap.mmap, key: str, size: int) -> None:
-    for number in range(CANARIES):
+def plant(memory: mmap.mmap, key: str, size: int, canaries: int) -> None:
+    for number in range(canaries):
         nonce = secrets.token_hex(16)
-        position = number * (size // CANARIES) + 16 * number
+        position = number * (size // canaries) + 16 * (number % 200)  # anywhere in its page, but not across two
         for part in (
             b"OFFMAPCANARY1",
             b":%04x" % number,
@@ -68,7 +68,7 @@ def main() -> int:
     if kind not in {"memfd", "hugetlb"}:
         for position in range(0, size, PAGE):
             memory[position] = 1
-    plant(memory, key, size)
+    plant(memory, key, size, size // PAGE if where == "full" else CANARIES)
     # "-elsewhere": the claim names a second mapping, in which no page was ever touched.
     claimed = mmap.mmap(fd, size) if where == "elsewhere" else memory
     slot = {"guest_phys_addr": 0, "memory_size": size, "userspace_addr": address(claimed), "backend": kind}
