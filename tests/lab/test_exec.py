@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 import uuid
 from collections.abc import Iterator
@@ -311,19 +312,24 @@ def test_reader_of_the_output_that_leaves(tmp_path: Path, launched: list[Launche
 def test_exec_on_a_terminal(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "offmap.cli.main", "lab", "exec", "--out", str(tmp_path), "--", "sh"]
     ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
     process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
     seen = bytearray()
     try:
         _await(ours, seen, b"# ")
+        os.write(ours, b"sh -c 'echo $((20+3)); exec sleep 1000'\r")
+        _await(ours, seen, b"\r\n23\r\n")
+        os.write(ours, b"\x03")  # Ctrl-C is the command's, not ours
         os.write(ours, b"tty; echo $((6*7)); exit 5\r")
         _await(ours, seen, b"\r\n42\r\n")
         assert process.wait(PATIENCE) == 5
         assert b"/dev/pts/0" in seen
+        assert termios.tcgetattr(theirs) == before
     finally:
         process.kill()
         process.wait()
         os.close(ours)
+        os.close(theirs)
 
 
 def _await(fd: int, seen: bytearray, text: bytes) -> None:
