@@ -7,7 +7,8 @@ from offmap.errors import OffmapError
 __all__ = ["format_size", "parse_size"]
 
 _SUFFIXES = "KMGTPE"
-_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+)([KMGTPEkmgtpe]?)(?:i?[Bb])?")
+# No leading zeros: memparse() takes them for octal, and people for nothing. No more digits than 64 bits can have.
+_SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19})([KMGTPEkmgtpe]?)(?:i?[Bb])?")
 
 
 def parse_size(text: str) -> int:
