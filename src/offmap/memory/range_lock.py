@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from offmap.errors import KernelError
-from offmap.memory.iomem import PhysicalRange
+from offmap.memory.iomem import PhysicalRange, intersect, subtract
 from offmap.uapi.mman import F_OFD_GETLK, F_OFD_SETLK
 
 __all__ = ["RangeLock"]
@@ -51,13 +51,17 @@ class RangeLock:
         return None
 
     def held_by_others(self, within: PhysicalRange) -> list[PhysicalRange]:
-        """The parts of `within` that other VMMs hold now."""
+        """The parts of `within` that other VMMs hold now, in order."""
         held = []
-        start = within.start
-        while start < within.end and (holder := self._conflict(start, within.end - start)) is not None:
-            held.append(PhysicalRange(max(holder.start, start), min(holder.end, within.end)))
-            start = holder.end
-        return held
+        ask = [within]
+        while ask:
+            part = ask.pop()
+            holder = self._conflict(part.start, part.size)
+            if holder is not None:
+                held += intersect([part], [holder])
+                # The kernel names one of those that are in the way, and not always the lowest.
+                ask += subtract([part], [holder])
+        return sorted(held)
 
     def _conflict(self, start: int, size: int) -> PhysicalRange | None:
         question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, size, 0)
