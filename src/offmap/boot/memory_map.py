@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from offmap.errors import OffmapError
-from offmap.memory.iomem import PhysicalRange, intersect, subtract
+from offmap.memory.iomem import PhysicalRange, intersect, merged, subtract
 from offmap.uapi.bootparam import E820_ACPI, E820_MAX_ENTRIES_ZEROPAGE, E820_RAM, E820_RESERVED
 from offmap.units import format_size
 
@@ -32,7 +32,7 @@ class MemoryMap:
     """
 
     def __init__(self, ram: Iterable[PhysicalRange], excluded: Iterable[PhysicalRange] = ()) -> None:
-        self.excluded = intersect(ram := list(ram), excluded)
+        self.excluded = merged(intersect(ram := list(ram), excluded))  # page by page they would not fit into E820
         if self.excluded and self.excluded[0].start < HIGH_MEMORY_START:
             raise OffmapError(
                 f"the page at guest-physical {self.excluded[0].start:#x} is needed to boot and may not be used",

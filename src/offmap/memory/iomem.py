@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from offmap.errors import OffmapError
 from offmap.units import parse_size
 
-__all__ = ["PhysicalRange", "intersect", "memmap_reservations", "parse_iomem", "subtract"]
+__all__ = ["PhysicalRange", "intersect", "memmap_reservations", "merged", "parse_iomem", "subtract"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -100,3 +100,14 @@ def subtract(ranges: Iterable[PhysicalRange], taken: Iterable[PhysicalRange]) ->
             if piece.size > 0
         ]
     return sorted(set(rest))
+
+
+def merged(ranges: Iterable[PhysicalRange]) -> list[PhysicalRange]:
+    """The same addresses in as few ranges as can be, in order."""
+    result: list[PhysicalRange] = []
+    for r in sorted(ranges):
+        if result and r.start <= result[-1].end:
+            result[-1] = PhysicalRange(result[-1].start, max(result[-1].end, r.end))
+        else:
+            result.append(r)
+    return result

@@ -14,7 +14,7 @@ from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing, map_backing
-from offmap.memory.iomem import PhysicalRange, intersect, memmap_reservations, parse_iomem, subtract
+from offmap.memory.iomem import PhysicalRange, intersect, memmap_reservations, merged, parse_iomem, subtract
 from offmap.memory.range_lock import RangeLock
 from offmap.units import format_size, parse_size
 
@@ -112,17 +112,7 @@ def _firmware_ram() -> list[PhysicalRange]:
         if (entry / "type").read_text().strip() == "System RAM":
             start, last = (int((entry / name).read_text(), 16) for name in ("start", "end"))
             found.append(PhysicalRange(start, last + 1))
-    return _merged(found)
-
-
-def _merged(ranges: list[PhysicalRange]) -> list[PhysicalRange]:
-    merged: list[PhysicalRange] = []
-    for r in sorted(ranges):
-        if merged and r.start <= merged[-1].end:
-            merged[-1] = PhysicalRange(merged[-1].start, max(merged[-1].end, r.end))
-        else:
-            merged.append(r)
-    return merged
+    return merged(found)
 
 
 def _map(taken: PhysicalRange, lock: RangeLock) -> Backing:

@@ -1,11 +1,13 @@
 """What physical memory is: /proc/iomem, memmap=, and the arithmetic of ranges against a model of sets."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offmap.errors import OffmapError
-from offmap.memory.iomem import PhysicalRange, intersect, memmap_reservations, parse_iomem, subtract
+from offmap.memory.iomem import PhysicalRange, intersect, memmap_reservations, merged, parse_iomem, subtract
 
 TOP = 64
 RANGES = st.lists(
@@ -48,6 +50,13 @@ def test_disjoint_ranges_give_disjoint_results(left: list[PhysicalRange], right:
         disjoint += subtract([r], disjoint)
     for result in (subtract(disjoint, right), intersect(disjoint, [PhysicalRange(3, 40)])):
         assert sum(r.size for r in result) == len(addresses(result))
+
+
+@given(RANGES)
+def test_merged_ranges_do_not_touch(ranges: list[PhysicalRange]) -> None:
+    result = merged(ranges)
+    assert addresses(result) == addresses(ranges)
+    assert all(before.end < after.start for before, after in pairwise(result))
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 64))
