@@ -33,6 +33,7 @@ __all__ = ["LoadedKernel", "check_kernel", "load_kernel", "read_into"]
 
 _HEAD = 0x10000  # enough for the setup header and for the program headers of a vmlinux
 _BOUNCE = 1 << 20
+_OFF_T_MAX = (1 << 63) - 1
 _REMEDY = "give a bzImage (like /boot/vmlinuz-…) or an ELF vmlinux for x86-64"
 _DEFAULT_INITRD_ADDR_MAX = 0x7FFFFFFF
 
@@ -62,6 +63,8 @@ def read_into(file: int, what: str, offset: int, view: memoryview) -> None:
         KernelError: it cannot be read.
     """
     done = 0
+    if offset + len(view) > _OFF_T_MAX:
+        raise OffmapError(f"{what} is truncated: its headers point beyond any file's end")
     while done < len(view):
         try:
             count = os.preadv(file, [view[done:]], offset + done)
@@ -70,9 +73,8 @@ def read_into(file: int, what: str, offset: int, view: memoryview) -> None:
                 raise KernelError(f"reading {what}", error) from None
             count = _read_bounced(file, what, offset + done, view[done:])
         if count == 0:
-            raise OffmapError(
-                f"{what} is truncated: {offset + len(view)} bytes are expected and {offset + done} are there"
-            )
+            size = os.fstat(file).st_size
+            raise OffmapError(f"{what} is truncated: {offset + len(view)} bytes are expected and {size} are there")
         done += count
 
 
@@ -114,7 +116,8 @@ def load_kernel(path: Path, memory: GuestMemory, memory_map: MemoryMap) -> Loade
 def _opened(path: Path) -> Iterator[tuple[int, bytes]]:
     """The file's fd and its first bytes."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: a FIFO must not keep us waiting for somebody to write to it.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise KernelError(f"open of the guest kernel {path}", error, _REMEDY) from None
     try:

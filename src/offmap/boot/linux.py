@@ -65,10 +65,12 @@ def load_linux(source: BootSource, memory: GuestMemory, acpi: AcpiImage, exclude
     memory_map.take("the boot data", _CMDLINE + bp.COMMAND_LINE_SIZE - 0x1000, at=0x1000)
     kernel = load_kernel(source.kernel, memory, memory_map)
 
-    command_line = source.command_line.encode()
-    if len(command_line) > min(kernel.cmdline_size, bp.COMMAND_LINE_SIZE - 1):
+    command_line = os.fsencode(source.command_line)  # what is no text in our locale goes to the guest as it came
+    room = min(kernel.cmdline_size, bp.COMMAND_LINE_SIZE - 1)
+    if len(command_line) > room:
         raise OffmapError(
-            f"the kernel command line has {len(command_line)} bytes and this kernel takes {kernel.cmdline_size}"
+            f"the guest kernel's command line has {len(command_line)} bytes and this kernel takes {room}",
+            "shorten --cmdline",
         )
     memory.write(_CMDLINE, command_line + b"\0")
 
@@ -94,7 +96,8 @@ def load_linux(source: BootSource, memory: GuestMemory, acpi: AcpiImage, exclude
 def _open_initrd(path: Path) -> tuple[int, int]:
     """Its fd, which the caller owns, and its size in bytes."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # O_NONBLOCK: a FIFO must not keep us waiting for somebody to write to it.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise KernelError(f"open of the initrd {path}", error) from None
     status = os.fstat(file)
