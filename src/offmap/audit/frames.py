@@ -18,6 +18,7 @@ from offmap.audit.maps import Mapping
 from offmap.audit.pageflags import KPF_ZERO_PAGE, PageFlags
 from offmap.audit.process import Process
 from offmap.audit.residency import Backing, allocated_bytes, backing_of, link, open_backing, resident_frames
+from offmap.audit.unplugged import is_offmap_device, physical_ranges
 
 __all__ = ["EMPTY", "POPULATED", "UNKNOWN", "Frames", "resolve"]
 
@@ -103,6 +104,9 @@ def _resolve_piece(process: Process, fd: int, mapping: Mapping, va: int, piece: 
         piece.state[:] = POPULATED
         piece.device_ranges.append((first, first + pages * PAGE))
         return
+    if status is not None and stat.S_ISCHR(status.st_mode) and is_offmap_device(status.st_rdev):
+        _resolve_unplugged(process, va, piece)
+        return
     entries = pagemap.read_pagemap(fd, va, pages)
     here = pagemap.present(entries)
     piece.pfn[here] = pagemap.pfn(entries[here])
@@ -116,6 +120,23 @@ def _resolve_piece(process: Process, fd: int, mapping: Mapping, va: int, piece: 
         piece.state[missing] = EMPTY
         return
     _resolve_missing(process, mapping, va, entries, missing, piece)
+
+
+def _resolve_unplugged(process: Process, va: int, piece: Frames) -> None:
+    """Memory that the offmap module took from the kernel; no page table but the process's own shows it."""
+    pages = len(piece.state)
+    try:
+        ranges = physical_ranges(process.pid, va, pages * PAGE)
+    except OSError as error:
+        piece.unexplained(f"the offmap module did not say where it is ({error.strerror or error})", pages)
+        return
+    at = 0
+    for start, size in ranges:
+        count = size // PAGE
+        piece.pfn[at : at + count] = np.arange(start // PAGE, start // PAGE + count, dtype=np.uint64)
+        at += count
+    piece.state[:] = POPULATED
+    piece.device_ranges += [(start, start + size) for start, size in ranges]
 
 
 def _resolve_missing(

@@ -20,6 +20,7 @@ BACKENDS: Mapping[str, str] = {
     "memfd": "Memfd",
     "hugetlb": "Hugetlb",
     "reserved": "Reserved",
+    "unplugged": "Unplugged",
     "secretmem": "Secretmem",
     "guest_memfd": "GuestMemfd",
 }

@@ -56,7 +56,8 @@ class DemoProgress:
         self._stage = stage
 
     def _line(self, text: str) -> None:
-        self._console.print(f"[{time.monotonic() - self._began:6.1f} s] {text}", markup=False, highlight=False, soft_wrap=True)
+        line = f"[{time.monotonic() - self._began:6.1f} s] {text}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         if self._status is not None:

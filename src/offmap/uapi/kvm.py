@@ -88,6 +88,8 @@ KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
 
 KVM_PIT_SPEAKER_DUMMY = 1
 
+KVM_PIO_PAGE_OFFSET = 1  # asm/kvm.h: where the data of port accesses is in the vCPU's mapping, in pages
+
 
 class kvm_userspace_memory_region(Structure):
     _fields_ = [

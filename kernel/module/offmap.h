@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */
+/*
+ * /dev/offmap: guest memory that the kernel has no mapping of.
+ *
+ * Open it, map N bytes of it shared, and run a guest from that. All calls need
+ * CAP_SYS_ADMIN.
+ */
+#ifndef _UAPI_OFFMAP_H
+#define _UAPI_OFFMAP_H
+
+#include <linux/ioctl.h>
+#include <linux/types.h>
+
+#define OFFMAP_ANY_NODE (-1)
+
+/*
+ * Take memory blocks away from the kernel, for this open file. A mapping of a
+ * file that has none yet does the same by itself, on any node.
+ *
+ * @size: in: bytes wanted, out: bytes taken, a whole number of memory blocks.
+ *        On -ENOMEM: how many the kernel could have spared.
+ * @node: NUMA node to take from, or OFFMAP_ANY_NODE.
+ */
+struct offmap_unplug {
+	__u64 size;
+	__s32 node;
+	__u32 flags;	/* must be 0 */
+};
+
+/*
+ * Where a mapping of /dev/offmap is in physical memory, for auditors: no page
+ * table dump of the process shows it.
+ *
+ * @pid:    process, in the caller's PID namespace.
+ * @addr:   in: address in that process.
+ * @phys:   out: its physical address.
+ * @length: out: how many bytes from there are contiguous in both.
+ */
+struct offmap_translate {
+	__s32 pid;
+	__u32 flags;	/* must be 0 */
+	__u64 addr;
+	__u64 phys;
+	__u64 length;
+};
+
+#define OFFMAP_UNPLUG		_IOWR(0xb7, 0x80, struct offmap_unplug)
+#define OFFMAP_TRANSLATE	_IOWR(0xb7, 0x81, struct offmap_translate)
+
+#endif /* _UAPI_OFFMAP_H */

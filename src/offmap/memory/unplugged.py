@@ -1,0 +1,71 @@
+"""Memory blocks taken away from the running kernel by the offmap module, and given back when the guest is gone.
+
+No struct page, no direct map, no alias; mapped by 2M pages. The module zeroes the blocks before it hands them out and
+before it gives them back, however this process ends (kernel/module/unplug.c).
+"""
+
+import errno
+import os
+from collections.abc import Mapping
+from typing import Self
+
+from offmap.errors import BackendRefused, KernelError, OffmapError
+from offmap.kvm import Vm
+from offmap.kvm.handle import Handle
+from offmap.memory.backend import Backend
+from offmap.memory.backing import Backing, map_backing
+from offmap.uapi import offmap_module as uapi
+from offmap.units import format_size
+
+__all__ = ["Unplugged"]
+
+_OPEN_REMEDY = {
+    errno.ENOENT: "load the module first: offmap module load",
+    errno.EACCES: "run as root",
+    errno.EPERM: "run with CAP_SYS_ADMIN (root)",
+}
+
+
+class Unplugged(Backend):
+    """``unplugged[,node=N]``: memory of NUMA node N, or of any."""
+
+    name = "unplugged"
+    hides = True
+
+    def __init__(self, node: int = uapi.OFFMAP_ANY_NODE) -> None:
+        self.node = node
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> Self:
+        rest = dict(options)
+        node = rest.pop("node", str(uapi.OFFMAP_ANY_NODE))
+        if rest:
+            raise OffmapError(f"memory backend unplugged has no option {next(iter(rest))!r}", "its option is node=N")
+        if not node.lstrip("-").isdecimal() or int(node) < uapi.OFFMAP_ANY_NODE or int(node) >= 1 << 31:
+            raise OffmapError(f"node={node} is not a NUMA node", "see /sys/devices/system/node")
+        return cls(int(node))
+
+    def allocate(self, vm: Vm, size: int) -> list[Backing]:
+        try:
+            fd = os.open(uapi.DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            reason = str(KernelError(f"open of {uapi.DEVICE}", error))
+            raise BackendRefused(reason, _OPEN_REMEDY.get(error.errno or 0, "")) from None
+        with Handle(fd) as device:
+            request = uapi.offmap_unplug(size, self.node, 0)
+            try:
+                device.call("OFFMAP_UNPLUG", uapi.OFFMAP_UNPLUG, request)
+            except KernelError as error:
+                raise self._refusal(error, size, request.size) from None
+            # The mapping holds the file, and with the mapping's end the memory goes back.
+            return [map_backing(uapi.DEVICE, fd, size)]
+
+    def _refusal(self, error: KernelError, wanted: int, spare: int) -> BackendRefused:
+        if error.errno != errno.ENOMEM:
+            return BackendRefused(error.what)
+        where = "" if self.node == uapi.OFFMAP_ANY_NODE else f" on node {self.node}"
+        return BackendRefused(
+            f"the host could spare {format_size(spare)} in whole memory blocks{where}, not {format_size(wanted)}: the "
+            "rest is in use, or holds pages that cannot be moved",
+            "ask for less, free memory, or boot the host with movablecore=",
+        )

@@ -1,0 +1,29 @@
+"""The offmap kernel module's own ABI: kernel/module/offmap.h."""
+
+from ctypes import Structure, c_int32, c_uint32, c_uint64
+
+from offmap.uapi.ioctl import iowr
+
+__all__ = ["DEVICE", "OFFMAP_ANY_NODE", "OFFMAP_TRANSLATE", "OFFMAP_UNPLUG", "offmap_translate", "offmap_unplug"]
+
+DEVICE = "/dev/offmap"
+OFFMAP_ANY_NODE = -1
+_OFFMAP = 0xB7
+
+
+class offmap_unplug(Structure):
+    _fields_ = [("size", c_uint64), ("node", c_int32), ("flags", c_uint32)]
+
+
+class offmap_translate(Structure):
+    _fields_ = [
+        ("pid", c_int32),
+        ("flags", c_uint32),
+        ("addr", c_uint64),
+        ("phys", c_uint64),
+        ("length", c_uint64),
+    ]
+
+
+OFFMAP_UNPLUG = iowr(_OFFMAP, 0x80, offmap_unplug)
+OFFMAP_TRANSLATE = iowr(_OFFMAP, 0x81, offmap_translate)
