@@ -50,6 +50,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     run.add_argument("--verbose", action="store_true", help="show progress even when stderr is no terminal")
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="program and arguments")
     run.set_defaults(run=run_exec)
+    kernel = commands.add_parser("kernel", help="the kernels of disposable hosts", description="Kernels for hosts.")
+    kernels = kernel.add_subparsers(metavar="COMMAND", required=True)
+    path = kernels.add_parser(
+        "path",
+        help="get a kernel and print where its bzImage is",
+        description="Get a host kernel and print the path of its bzImage, which boots as a guest too.",
+    )
+    path.add_argument("kernel", nargs="?", metavar="KERNEL", help="debian:6.12, running, … (default: as for lab exec)")
+    path.set_defaults(run=run_kernel_path)
+
+
+def run_kernel_path(args: argparse.Namespace) -> int:
+    """Run ``offmap lab kernel path``."""
+    from offmap.lab.provision import host_kernel
+
+    print(host_kernel(args.kernel).vmlinuz)
+    return 0
 
 
 def _seconds(text: str) -> float:
