@@ -6,6 +6,8 @@ __all__ = ["with_machine_parameters"]
 def with_machine_parameters(command_line: str, tsc_khz: int | None) -> str:
     """`command_line`, and after it what this machine adds; a parameter that the user gave is left to the user.
 
+    What stands behind ``--`` is for init (admin-guide/kernel-parameters) and stays there.
+
     Args:
         tsc_khz: the TSC's frequency, for a guest that gets no kvm-clock; else None.
 
@@ -19,6 +21,8 @@ def with_machine_parameters(command_line: str, tsc_khz: int | None) -> str:
     parameters = {"pci": "off"}
     if tsc_khz is not None:
         parameters |= {"tsc_early_khz": str(tsc_khz), "tsc": "reliable"}
-    given = {word.partition("=")[0] for word in command_line.split()}
+    words = command_line.split(" ")
+    end = words.index("--") if "--" in words else len(words)
+    given = {word.partition("=")[0] for word in words[:end]}
     added = [f"{name}={value}" for name, value in parameters.items() if name not in given]
-    return " ".join([command_line, *added]).strip()
+    return " ".join([*words[:end], *added, *words[end:]]).strip()
