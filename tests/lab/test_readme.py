@@ -1,0 +1,131 @@
+"""Every command in the README works as it stands there."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from offmap.compare.guest import guest_initramfs
+from offmap.lab.host import LabHost
+from offmap.lab.kernel import HostKernel
+
+pytestmark = pytest.mark.lab
+
+ROOT = Path(__file__).parents[2]
+_MARKED = re.compile(r"<!-- test: (\w+) -->\n```sh\n(.*?)```", re.DOTALL)
+_ANY = re.compile(r"^```sh$", re.MULTILINE)
+
+
+def blocks() -> dict[str, str]:
+    return dict(_MARKED.findall((ROOT / "README.md").read_text()))
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder where the README's relative paths lead to this checkout, and what they write goes elsewhere."""
+    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    return tmp_path
+
+
+def converse(process: subprocess.Popen[bytes], until: bytes, answer: bytes) -> bytes:
+    """Read standard error up to `until`, then type `answer`; all of standard error at the end."""
+    seen = bytearray()
+    if process.stderr is None or process.stdin is None or process.stdout is None:
+        pytest.fail("the process has no pipes")
+    drain = threading.Thread(target=process.stdout.read)
+    drain.start()
+    for line in process.stderr:
+        seen += line
+        if until in line:
+            process.stdin.write(answer)
+            process.stdin.flush()
+    drain.join()
+    process.wait(60)
+    return bytes(seen)
+
+
+def test_every_command_is_tested() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(_ANY.findall(text)) == len(blocks())
+    assert set(blocks()) == {"demo", "test", "lab", "run", "audit"}
+
+
+def test_make_test_is_what_ci_runs() -> None:
+    assert blocks()["test"].strip() == "make test"
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_make_demo() -> None:
+    done = subprocess.run(["sh", "-c", blocks()["demo"]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All as claimed" in done.stdout
+    report = json.loads((ROOT / "out" / "demo" / "report.json").read_text())
+    cells = {cell["backend"]: cell for cell in report["cells"]}
+    assert {name: cell["verdict"] for name, cell in cells.items()} == {
+        "anon": "exposed",
+        "memfd": "exposed",
+        "reserved": "hidden",
+        "secretmem": None,
+    }
+    assert cells["anon"]["canaries_found"] == cells["memfd"]["canaries_found"] == 64
+    assert cells["reserved"]["canaries_found"] == cells["reserved"]["direct_map_pages"] == 0
+    assert cells["reserved"]["alias_pages"] == cells["reserved"]["unknown_pages"] == 0
+    assert cells["reserved"]["scanned_bytes"] > 1 << 30
+    assert "GUP" in cells["secretmem"]["reason"]
+
+
+def test_a_guest_in_a_disposable_host(checkout: Path) -> None:
+    with subprocess.Popen(
+        ["sh", "-c", blocks()["lab"]],
+        cwd=checkout,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        said = converse(process, b"  walk ", b"poweroff -f\n")
+    assert process.returncode == 0, said.decode()
+    assert b"HIDDEN: none of the 65536 guest pages" in said
+
+
+def test_a_guest_of_ones_own(lab_host: LabHost, lab_kernel: HostKernel, lab_out: Path) -> None:
+    initrd = lab_out / "readme.img"
+    initrd.write_bytes(guest_initramfs())
+    environment = {**os.environ, "KERNEL": str(lab_kernel.vmlinuz), "INITRD": str(initrd)}
+    said = bytearray()
+    console = bytearray()
+    command = lab_host.popen(
+        ["sh", "-c", blocks()["run"]],
+        stdout=console.extend,
+        stderr=_until(said, b"  walk ", lambda: command.write(b"nproc; poweroff -f\n")),
+        env=environment,
+        cwd=ROOT,
+        keep_stdin=True,
+    )
+    assert command.wait(120) == 0, said.decode()
+    assert b"HIDDEN: none of the 65536 guest pages" in said
+    assert b"\n2\r\n" in console
+
+
+def _until(seen: bytearray, mark: bytes, act: Callable[[], object]) -> Callable[[bytes], None]:
+    """A sink that gathers into `seen` and acts once when `mark` has come by."""
+
+    def sink(data: bytes) -> None:
+        before = mark in seen
+        seen.extend(data)
+        if not before and mark in seen:
+            act()
+
+    return sink
+
+
+def test_an_audit_of_qemu(checkout: Path) -> None:
+    done = subprocess.run(["sh", "-c", blocks()["audit"]], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("EXPOSED: ")
+    assert "of qemu-system-x86" in done.stdout
