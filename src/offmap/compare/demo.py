@@ -163,7 +163,13 @@ class _Lines:
     def feed(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            self._event(json.loads(line))
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = None
+            if not isinstance(event, dict):
+                raise LabError(f"the trial in the disposable host said {line[:80]!r}, which is no event")
+            self._event(event)
 
 
 def check(cells: Iterable[Cell], backends: Iterable[str] = BACKENDS) -> Iterable[Surprise]:
@@ -178,10 +184,12 @@ def check(cells: Iterable[Cell], backends: Iterable[str] = BACKENDS) -> Iterable
             yield Surprise(backend, "was not tried", ExitStatus.FAILED)
         elif backend == "secretmem":
             if cell.outcome is not Outcome.REFUSED or "GUP" not in cell.reason:
-                text = f"was to be refused by GUP, but {cell.outcome.value}: {cell.reason or 'no reason given'}"
+                text = f"was to be refused by GUP, but {cell.outcome.value}: {_first_line(cell.reason)}"
                 yield Surprise(backend, text, ExitStatus.FAILED)
+        elif backend == "reserved" and (cell.verdict is Verdict.EXPOSED or cell.canaries_found):
+            yield from _check_hidden(cell)  # graver than whatever else went wrong
         elif cell.outcome is not Outcome.BOOTED:
-            yield Surprise(backend, f"{cell.outcome.value}: {cell.reason.splitlines()[0]}", ExitStatus.FAILED)
+            yield Surprise(backend, f"{cell.outcome.value}: {_first_line(cell.reason)}", ExitStatus.FAILED)
         elif cell.canaries_planted != CANARIES:
             yield Surprise(backend, f"planted {cell.canaries_planted} canaries, not {CANARIES}", ExitStatus.FAILED)
         elif backend == "reserved":
@@ -196,4 +204,9 @@ def _check_hidden(cell: Cell) -> Iterable[Surprise]:
         text = f"is exposed: {cell.direct_map_pages} pages in the direct map, {cell.alias_pages} aliased, "
         yield Surprise(cell.backend, text + f"{cell.canaries_found} canaries found", ExitStatus.EXPOSED)
     elif cell.verdict is not Verdict.HIDDEN or cell.canaries_found is None:
-        yield Surprise(cell.backend, f"cannot be said to be hidden: {cell.reason}", ExitStatus.UNDETERMINED)
+        text = f"cannot be said to be hidden: {_first_line(cell.reason)}"
+        yield Surprise(cell.backend, text, ExitStatus.UNDETERMINED)
+
+
+def _first_line(reason: str) -> str:
+    return next(iter(reason.splitlines()), "no reason given")
