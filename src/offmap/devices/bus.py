@@ -5,7 +5,7 @@ console. What nobody claims reads as all-ones and swallows writes, as an ISA bus
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from offmap.errors import OffmapError
@@ -84,6 +84,14 @@ class PioBus:
             self._writers[port] = device.write
             if not device.byte_wide:
                 self._wide.add(port)
+
+    def claimed(self) -> Iterator[tuple[int, Callable[[int, int], int], Callable[[int, int, int], None]]]:
+        """Each port that a device answers at, with its `read` and `write`, for a caller that looks ports up itself.
+
+        They may be called with a size of 1 only: what a wider access means is for `read` and `write` of the bus.
+        """
+        for port, reader in self._readers.items():
+            yield port, reader, self._writers[port]
 
     def read(self, port: int, size: int) -> int:
         """What the guest's ``in`` of ``size`` bytes at ``port`` sees."""
