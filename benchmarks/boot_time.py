@@ -1,0 +1,149 @@
+"""From the start of the VMM's process to the guest's init: `offmap run` on hidden RAM against QEMU's microvm.
+
+Both run by turns in one disposable host, with the same kernel, initrd, command line and size: ours on `reserved`, QEMU
+on ordinary RAM. A run is timed from just before the VMM is forked to the line that the guest's init prints first.
+"""
+
+import argparse
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from figure import Figure, Limit
+from lab import GUEST_SIZE, run_in_lab
+from offmap.compare.guest import READY
+from offmap.errors import OffmapError
+from offmap.lab.qemu import find_qemu
+
+COMMAND_LINE = "console=ttyS0 quiet"
+DEADLINE = 120.0  # seconds for one boot
+PEER = "qemu-system-x86_64 -M microvm,acpi=on -accel kvm, on ordinary RAM"
+
+
+def time_to(expected: bytes, argv: Sequence[str]) -> float:
+    """Seconds from just before ``argv`` is started until it has printed ``expected``; it is then ended.
+
+    Raises:
+        OffmapError: it ended, or a time passed in which any guest boots, without it.
+    """
+    with tempfile.TemporaryFile() as errors:
+        started = time.monotonic()
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, bufsize=0)
+        try:
+            said = _read_until(expected, process, started + DEADLINE)
+            seconds = time.monotonic() - started
+        finally:
+            process.terminate()  # both give their memory back and go
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        if expected not in said:
+            errors.seek(0)
+            last = (errors.read() + said).decode(errors="replace").strip().splitlines()[-1:]
+            raise OffmapError(f"{argv[0]} did not get its guest to init: {''.join(last)}")
+    return seconds
+
+
+def _read_until(expected: bytes, process: subprocess.Popen[bytes], deadline: float) -> bytes:
+    said = b""
+    console = process.stdout
+    if console is None:
+        return said
+    with selectors.DefaultSelector() as selector:
+        selector.register(console, selectors.EVENT_READ)
+        while expected not in said and (left := deadline - time.monotonic()) > 0 and selector.select(left):
+            data = os.read(console.fileno(), 65536)
+            if not data:
+                break
+            said += data
+    return said
+
+
+def offmap_command(kernel: str, initrd: str, memory: str, *more: str) -> list[str]:
+    """`offmap run` with this guest."""
+    argv = [sys.executable, "-m", "offmap", "run", "--kernel", kernel, "--initrd", initrd]
+    return [*argv, "--cmdline", COMMAND_LINE, "--memory", memory, "--memory-size", GUEST_SIZE, *more]
+
+
+def qemu_command(kernel: str, initrd: str) -> list[str]:
+    """QEMU's quickest machine with the same guest. ``pci=off`` is what offmap adds for its own: neither has PCI."""
+    argv = [find_qemu(), "-M", "microvm,acpi=on", "-accel", "kvm", "-cpu", "host", "-m", GUEST_SIZE, "-smp", "1"]
+    argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]
+    return [*argv, "-kernel", kernel, "-initrd", initrd, "-append", f"{COMMAND_LINE} pci=off"]
+
+
+def split(kernel: str, initrd: str, rounds: int) -> tuple[list[float], list[float]]:
+    """Where our time goes: seconds until Python has imported `offmap run`, and until the RAM is ready (apart)."""
+    ready = READY.encode()
+    imports, populate = [], []
+    hello = "import offmap.cli.main, offmap.cli.run; print('imported', flush=True)"
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        for _ in range(rounds):
+            imports.append(time_to(b"imported", [sys.executable, "-c", hello]))
+            time_to(ready, offmap_command(kernel, initrd, "reserved", "--report", str(report)))
+            with suppress(FileNotFoundError):
+                measured: dict[str, Any] = json.loads(report.read_text())
+                populate.append(measured["populate_seconds"])
+    return imports, populate
+
+
+def inside(kernel: str, initrd: str, rounds: int) -> int:
+    """Measure, in the disposable host."""
+    ready = READY.encode()
+    reserved, anon = (offmap_command(kernel, initrd, memory) for memory in ("reserved", "anon"))
+    qemu = qemu_command(kernel, initrd)
+    ours: list[float] = []
+    peer: list[float] = []
+    plain: list[float] = []
+    for number in range(rounds + 1):
+        # The first round fills the page cache for both.
+        samples = time_to(ready, reserved), time_to(ready, qemu), time_to(ready, anon)
+        if number:
+            for kept, seconds in zip((ours, peer, plain), samples, strict=True):
+                kept.append(seconds)
+    facts = {"memory": GUEST_SIZE, "qemu": _qemu_version(), "guest_kernel": Path(kernel).name}
+    name = "process start to init, 256M"
+    Figure("boot_time", f"{name}, reserved", "s", ours, PEER, peer, Limit("ratio", 1.0), facts).print()
+    Figure("boot_time", f"{name}, anon", "s", plain, PEER, peer, facts=facts).print()
+    imports, populate = split(kernel, initrd, 1 if rounds < 5 else 3)
+    Figure("boot_time", "of that, Python and its imports", "s", imports, facts=facts).print()
+    if populate:
+        Figure("boot_time", "of that, reserved RAM locked, mapped and zeroed", "s", populate, facts=facts).print()
+    return 0
+
+
+def _qemu_version() -> str:
+    done = subprocess.run([find_qemu(), "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[0] if done.stdout else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="2 rounds")
+    for hidden in ("--guest-kernel", "--guest-initrd"):
+        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    rounds = 2 if args.quick else args.rounds
+    try:
+        if args.inside:
+            return inside(args.guest_kernel, args.guest_initrd, rounds)
+        return run_in_lab(__file__, ["--rounds", str(rounds)])
+    except OffmapError as error:
+        print(f"boot_time: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

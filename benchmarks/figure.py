@@ -1,0 +1,83 @@
+"""One measured figure with its peer's beside it, as the line of JSON that every benchmark prints."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from offmap import __version__
+from offmap.audit.host import host_facts
+
+__all__ = ["Figure", "Limit"]
+
+SCHEMA = "offmap-benchmark/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a figure must reach: ``of`` names the field (``ours`` or ``ratio``) that must be at most ``at_most``."""
+
+    of: str
+    at_most: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """Medians of the samples that one run took of us and of the peer, by turns.
+
+    Attributes:
+        benchmark, name: what was measured.
+        unit: of every sample.
+        ours: our samples, at least one.
+        peer_is: what the peer is; empty where a figure has none.
+        peer: the peer's samples, from the same run.
+        limit: what it must reach, if anything.
+        facts: what else a reader needs to judge it.
+    """
+
+    benchmark: str
+    name: str
+    unit: str
+    ours: Sequence[float]
+    peer_is: str = ""
+    peer: Sequence[float] = ()
+    limit: Limit | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps; ``ratio`` is ours over the peer's, ``spread`` the least and the greatest sample."""
+        ours = median(self.ours)
+        peer = median(self.peer) if self.peer else None
+        ratio = None if peer is None else ours / peer
+        result: dict[str, Any] = {
+            "schema": SCHEMA,
+            "offmap": __version__,
+            "benchmark": self.benchmark,
+            "figure": self.name,
+            "unit": self.unit,
+            "ours": _round(ours),
+            "peer": _round(peer),
+            "peer_is": self.peer_is or None,
+            "ratio": _round(ratio),
+            "n": len(self.ours),
+            "spread": {"ours": _spread(self.ours), "peer": _spread(self.peer)},
+        }
+        if self.limit is not None:
+            value = {"ours": ours, "ratio": ratio}[self.limit.of]
+            met = value is not None and value <= self.limit.at_most
+            result["limit"] = {"of": self.limit.of, "at_most": self.limit.at_most, "met": met}
+        return {**result, **self.facts, "host": host_facts().to_json()}
+
+    def print(self) -> None:
+        """One line on standard output."""
+        print(json.dumps(self.to_json()), flush=True)
+
+
+def _round(value: float | None) -> float | None:
+    """Four significant digits: more than any of these measurements has."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def _spread(samples: Sequence[float]) -> list[float | None] | None:
+    return [_round(min(samples)), _round(max(samples))] if samples else None

@@ -1,0 +1,48 @@
+"""The line of JSON that a benchmark prints."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def figure() -> ModuleType:
+    path = Path(__file__).parents[3] / "benchmarks" / "figure.py"
+    spec = importlib.util.spec_from_file_location("offmap_benchmarks_figure", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_medians_spread_and_ratio(figure: ModuleType) -> None:
+    data = figure.Figure("b", "f", "s", [3.0, 1.0, 2.0], "other", [4.0, 4.0, 5.0]).to_json()
+    assert (data["ours"], data["peer"], data["ratio"], data["n"]) == (2.0, 4.0, 0.5, 3)
+    assert data["spread"] == {"ours": [1.0, 3.0], "peer": [4.0, 5.0]}
+    assert "limit" not in data
+
+
+@pytest.mark.parametrize(("of", "at_most", "met"), [("ratio", 0.5, True), ("ratio", 0.4, False), ("ours", 1.9, False)])
+def test_limit(figure: ModuleType, of: str, at_most: float, met: bool) -> None:
+    data = figure.Figure("b", "f", "s", [2.0], "other", [4.0], figure.Limit(of, at_most)).to_json()
+    assert data["limit"] == {"of": of, "at_most": at_most, "met": met}
+
+
+def test_a_limit_without_a_peer_is_not_met(figure: ModuleType) -> None:
+    data = figure.Figure("b", "f", "s", [2.0], limit=figure.Limit("ratio", 1.0)).to_json()
+    assert data["ratio"] is None
+    assert data["limit"]["met"] is False
+
+
+def test_one_line_of_json_with_the_hosts_facts(figure: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    figure.Figure("b", "f", "s", [1 / 3], facts={"exits": 7}).print()
+    (line,) = capsys.readouterr().out.splitlines()
+    data = json.loads(line)
+    assert data["ours"] == 0.3333
+    assert data["exits"] == 7
+    assert {"kernel", "cpu", "memory_bytes"} <= set(data["host"])
