@@ -7,7 +7,9 @@ commit 1507f51255c9), so every allocation is tried out with a guest of one instr
 import ctypes
 import errno
 import os
+import re
 import resource
+from pathlib import Path
 
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
@@ -55,22 +57,30 @@ def memfd_secret() -> int:
 
 
 def raise_memlock(size: int) -> None:
-    """Let this process lock `size` bytes more than it may now (RLIMIT_MEMLOCK is enforced when a page is touched).
+    """Let this process lock `size` bytes more than it has locked (RLIMIT_MEMLOCK is enforced when a page is touched).
 
     Raises:
         BackendRefused: the hard limit is lower and we may not raise it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY:
+    needed = _locked_bytes() + size
+    if soft == resource.RLIM_INFINITY or soft >= needed:
         return
-    wanted = resource.RLIM_INFINITY if hard == resource.RLIM_INFINITY else max(hard, soft + size)
+    enough = hard == resource.RLIM_INFINITY or hard >= needed
+    wanted = hard if enough else needed
     try:
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (wanted, wanted if wanted > hard >= 0 else hard))
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (wanted, wanted))
     except (ValueError, OSError):
         raise BackendRefused(
             f"memfd_secret memory counts as locked, and RLIMIT_MEMLOCK allows {format_size(hard)}",
-            f"run with CAP_SYS_RESOURCE (root), or allow more first: ulimit -l {size + soft >> 10}",
+            f"run with CAP_SYS_RESOURCE (root), or allow more first: ulimit -l {-(-needed // 1024)}",
         ) from None
+
+
+def _locked_bytes() -> int:
+    """What this process has locked already (proc(5), VmLck)."""
+    match = re.search(r"^VmLck:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(match[1]) << 10 if match else 0
 
 
 def secret_backing(size: int) -> Backing:

@@ -276,6 +276,8 @@ INF = resource.RLIM_INFINITY
         (8 * MIB, 8 * MIB, True, 64 * MIB, True),
         (8 * MIB, 128 * MIB, False, 64 * MIB, True),
         (0, 0, True, MIB, True),
+        (8 * MIB, 8 * MIB, False, 8 * MIB, True),
+        (8 * MIB, 8 * MIB, False, 8 * MIB + 4096, False),
         (8 * MIB, 8 * MIB, False, 64 * MIB, False),
         (0, 0, False, 4096, False),
     ],
@@ -286,6 +288,7 @@ def test_memlock_is_raised_or_refused(
     limits = Limits(soft, hard, may_raise)
     monkeypatch.setattr(resource, "getrlimit", limits.get)
     monkeypatch.setattr(resource, "setrlimit", limits.set)
+    monkeypatch.setattr(secretmem, "_locked_bytes", lambda: 0)
     if enough:
         raise_memlock(size)
         assert limits.now[0] == INF or limits.now[0] >= size
@@ -293,6 +296,16 @@ def test_memlock_is_raised_or_refused(
         with pytest.raises(BackendRefused, match=r"RLIMIT_MEMLOCK allows .*ulimit -l \d+"):
             raise_memlock(size)
         assert limits.now == (soft, hard)
+
+
+def test_what_is_locked_already_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(8 * MIB, 8 * MIB, may_raise=False)
+    monkeypatch.setattr(resource, "getrlimit", limits.get)
+    monkeypatch.setattr(resource, "setrlimit", limits.set)
+    monkeypatch.setattr(secretmem, "_locked_bytes", lambda: 5 * MIB)
+    raise_memlock(3 * MIB)
+    with pytest.raises(BackendRefused, match="ulimit -l 9216"):
+        raise_memlock(4 * MIB)
 
 
 @pytest.fixture
