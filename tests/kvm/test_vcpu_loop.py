@@ -73,9 +73,12 @@ class Rig:
         self.counts = ExitCounts()
         pio, mmio = PioBus(), MmioBus()
         pio.attach(self.device)
-        pio.attach(End(self.loop.request_stop))
+        pio.attach(End(self._end))
         mmio.attach(0x20000, 0x1000, self.mmio)
-        self.loop: VcpuLoop = VcpuLoop(vcpu, pio, mmio, self.counts)
+        self.loop = VcpuLoop(vcpu, pio, mmio, self.counts)
+
+    def _end(self) -> None:
+        self.loop.request_stop()
 
     def run(self) -> Stop | None:
         return self.loop.run()
