@@ -4,17 +4,25 @@
 
 #include <linux/types.h>
 
-/* Physically contiguous memory that the kernel does not own now. */
-struct offmap_piece {
-	phys_addr_t start;
-	u64 size;
-	int nid;
+struct offmap_memory;
+
+/* A source of pages. */
+struct offmap_source {
+	const char *name;
+	/* Whether it has runs that are worth a large page. */
+	bool large;
+	/*
+	 * Where @offset of it is in physical memory, and in @length how many
+	 * bytes are contiguous from there: 0 beyond the end.
+	 */
+	phys_addr_t (*phys)(const struct offmap_memory *mem, u64 offset, u64 *length);
+	/* Give it back. Nothing may map it any more. */
+	void (*release)(struct offmap_memory *mem);
 };
 
-/* What one open file has taken: @pieces in the order of its file offsets. */
+/* What one open file has. */
 struct offmap_memory {
-	struct offmap_piece *pieces;
-	unsigned int nr;
+	const struct offmap_source *source;
 	u64 size;
 };
 
@@ -24,14 +32,11 @@ struct offmap_memory {
  * held, as memory notifiers (KSM's) wait for those who take it.
  */
 struct offmap_memory *offmap_unplug(u64 *size, int nid);
+bool offmap_unplug_active(void);
+int offmap_unplug_init(void);
+void offmap_unplug_exit(void);
 
-/*
- * Where @offset of it is in physical memory, and in @length how many bytes are
- * contiguous from there: 0 beyond the end.
- */
-phys_addr_t offmap_phys(const struct offmap_memory *mem, u64 offset, u64 *length);
-
-/* Zero it and give it back to the kernel. Nothing may map it any more. */
-void offmap_replug(struct offmap_memory *mem);
+/* All pages of the secretmem file @fd. */
+struct offmap_memory *offmap_bind_secretmem(int fd);
 
 #endif /* _OFFMAP_INTERNAL_H */

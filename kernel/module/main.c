@@ -8,49 +8,87 @@
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
 #include <linux/capability.h>
+#include <linux/cc_platform.h>
 #include <linux/completion.h>
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/kref.h>
 #include <linux/kthread.h>
+#include <linux/list.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
-#include <linux/pfn_t.h>
+#include <linux/nodemask.h>
 #include <linux/pid.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/suspend.h>
+#include <linux/sysfs.h>
 #include <linux/uaccess.h>
 
+#include "compat.h"
 #include "internal.h"
 #include "offmap.h"
 
 struct offmap_file {
 	struct mutex lock;		/* guards mem until it is set, once */
 	struct offmap_memory *mem;
+	struct list_head node;		/* of files, under files_lock */
+	pid_t opener;
+	char comm[TASK_COMM_LEN];
+	/* For the list of holders, which may not look at mem: it can go. */
+	const char *source;
+	u64 size;
 };
 
-/* --- taking memory ------------------------------------------------------ */
+/* Every open file, until what it had is back. */
+static LIST_HEAD(files);
+static DEFINE_MUTEX(files_lock);
+
+/* --- getting memory ------------------------------------------------------ */
+
+/* With of->lock held, and no mem. */
+static int offmap_file_set(struct offmap_file *of, struct offmap_memory *mem)
+{
+	if (IS_ERR(mem))
+		return PTR_ERR(mem);
+	mutex_lock(&files_lock);
+	of->source = mem->source->name;
+	of->size = mem->size;
+	mutex_unlock(&files_lock);
+	/* Pairs with offmap_mmap(): who sees mem sees what it points to. */
+	smp_store_release(&of->mem, mem);
+	return 0;
+}
 
 static int offmap_file_unplug(struct offmap_file *of, u64 *size, int nid)
 {
-	struct offmap_memory *mem;
 	int ret;
 
 	ret = mutex_lock_interruptible(&of->lock);
 	if (ret)
 		return ret;
-	if (of->mem) {
+	if (of->mem)
 		ret = -EBUSY;
-	} else {
-		mem = offmap_unplug(size, nid);
-		if (IS_ERR(mem))
-			ret = PTR_ERR(mem);
-		else
-			smp_store_release(&of->mem, mem);
-	}
+	else
+		ret = offmap_file_set(of, offmap_unplug(size, nid));
+	mutex_unlock(&of->lock);
+	return ret;
+}
+
+static int offmap_file_bind(struct offmap_file *of, int fd)
+{
+	int ret;
+
+	ret = mutex_lock_interruptible(&of->lock);
+	if (ret)
+		return ret;
+	if (of->mem)
+		ret = -EBUSY;
+	else
+		ret = offmap_file_set(of, offmap_bind_secretmem(fd));
 	mutex_unlock(&of->lock);
 	return ret;
 }
@@ -82,7 +120,8 @@ static int unplug_thread(void *arg)
 	struct unplug_request *request = arg;
 
 	allow_signal(SIGKILL);
-	request->ret = offmap_file_unplug(request->file->private_data, &request->size, OFFMAP_ANY_NODE);
+	request->ret = offmap_file_unplug(request->file->private_data, &request->size,
+					  OFFMAP_ANY_NODE);
 	complete(&request->done);
 	fput(request->file);
 	kref_put(&request->ref, free_request);
@@ -134,18 +173,18 @@ static phys_addr_t vma_phys(struct vm_area_struct *vma, unsigned long addr, u64 
 {
 	struct offmap_file *of = vma->vm_file->private_data;
 	u64 offset = ((u64)vma->vm_pgoff << PAGE_SHIFT) + (addr - vma->vm_start);
-	phys_addr_t phys = offmap_phys(of->mem, offset, length);
+	phys_addr_t phys = of->mem->source->phys(of->mem, offset, length);
 
 	*length = min_t(u64, *length, vma->vm_end - addr);
 	return phys;
 }
 
-static vm_fault_t offmap_huge_fault(struct vm_fault *vmf, unsigned int order)
+/* Map the aligned 2^@order pages around the fault, if they are that in physical memory too. */
+static vm_fault_t insert_pages(struct vm_fault *vmf, unsigned int order)
 {
 	unsigned long size = PAGE_SIZE << order;
 	unsigned long addr = ALIGN_DOWN(vmf->address, size);
 	struct vm_area_struct *vma = vmf->vma;
-	bool write = vmf->flags & FAULT_FLAG_WRITE;
 	phys_addr_t phys;
 	u64 length;
 
@@ -157,30 +196,64 @@ static vm_fault_t offmap_huge_fault(struct vm_fault *vmf, unsigned int order)
 	switch (order) {
 	case 0:
 		return vmf_insert_pfn(vma, addr, PHYS_PFN(phys));
-#ifdef CONFIG_ARCH_SUPPORTS_PMD_PFNMAP
+#ifdef OFFMAP_HUGE_PFNMAP
 	case PMD_ORDER:
-		return vmf_insert_pfn_pmd(vmf, phys_to_pfn_t(phys, 0), write);
-#endif
+		return vmf_insert_pfn_pmd(vmf, offmap_pfn(phys), vmf->flags & FAULT_FLAG_WRITE);
 #ifdef CONFIG_ARCH_SUPPORTS_PUD_PFNMAP
 	case PUD_ORDER:
-		return vmf_insert_pfn_pud(vmf, phys_to_pfn_t(phys, 0), write);
+		return vmf_insert_pfn_pud(vmf, offmap_pfn(phys), vmf->flags & FAULT_FLAG_WRITE);
+#endif
 #endif
 	default:
 		return VM_FAULT_FALLBACK;
 	}
 }
 
+/*
+ * A large page could not be had, so a fault would come for each small one: map
+ * the others of its page table as well.
+ */
 static vm_fault_t offmap_fault(struct vm_fault *vmf)
 {
-	vm_fault_t ret = offmap_huge_fault(vmf, 0);
+	struct vm_area_struct *vma = vmf->vma;
+	vm_fault_t ret = insert_pages(vmf, 0);
+	unsigned long addr, end;
+	phys_addr_t phys;
+	u64 length;
 
-	return ret == VM_FAULT_FALLBACK ? VM_FAULT_SIGBUS : ret;
+	if (ret != VM_FAULT_NOPAGE)
+		return ret == VM_FAULT_FALLBACK ? VM_FAULT_SIGBUS : ret;
+	addr = max(ALIGN_DOWN(vmf->address, PMD_SIZE), vma->vm_start);
+	end = min(ALIGN_DOWN(vmf->address, PMD_SIZE) + PMD_SIZE, vma->vm_end);
+	while (addr < end) {
+		phys = vma_phys(vma, addr, &length);
+		if (!length)
+			break;
+		for (length = min_t(u64, length, end - addr); length; length -= PAGE_SIZE) {
+			if (vmf_insert_pfn(vma, addr, PHYS_PFN(phys)) != VM_FAULT_NOPAGE)
+				return ret;
+			addr += PAGE_SIZE;
+			phys += PAGE_SIZE;
+		}
+	}
+	return ret;
 }
+
+#ifdef OFFMAP_HUGE_PFNMAP
+static vm_fault_t offmap_huge_fault(struct vm_fault *vmf, unsigned int order)
+{
+	struct offmap_file *of = vmf->vma->vm_file->private_data;
+
+	return of->mem->source->large ? insert_pages(vmf, order) : VM_FAULT_FALLBACK;
+}
+#endif
 
 /* No ->access: ptrace and process_vm_readv() are to stay out. */
 static const struct vm_operations_struct offmap_vm_ops = {
 	.fault = offmap_fault,
+#ifdef OFFMAP_HUGE_PFNMAP
 	.huge_fault = offmap_huge_fault,
+#endif
 };
 
 static int offmap_mmap(struct file *file, struct vm_area_struct *vma)
@@ -190,8 +263,12 @@ static int offmap_mmap(struct file *file, struct vm_area_struct *vma)
 	u64 size = vma->vm_end - vma->vm_start;
 	int ret;
 
+	/* A private copy of a page would be ordinary memory. */
 	if (!(vma->vm_flags & VM_SHARED))
 		return -EINVAL;
+	if (vma->vm_flags & VM_EXEC)
+		return -EPERM;
+	/* Pairs with offmap_file_set(). */
 	if (!smp_load_acquire(&of->mem)) {
 		if (offset)
 			return -EINVAL;
@@ -202,7 +279,10 @@ static int offmap_mmap(struct file *file, struct vm_area_struct *vma)
 	}
 	if (size > of->mem->size || offset > of->mem->size - size)
 		return -EINVAL;
-	vm_flags_set(vma, VM_PFNMAP | VM_IO | VM_DONTEXPAND | VM_DONTDUMP | VM_DONTCOPY);
+	offmap_vm_flags_clear(vma, VM_MAYEXEC);
+	/* VM_HUGEPAGE: for hosts whose THP setting is "madvise". */
+	offmap_vm_flags_set(vma, VM_PFNMAP | VM_IO | VM_DONTEXPAND | VM_DONTDUMP | VM_DONTCOPY |
+			    (of->mem->source->large ? VM_HUGEPAGE : 0));
 	vma->vm_ops = &offmap_vm_ops;
 	return 0;
 }
@@ -219,7 +299,12 @@ static int offmap_open(struct inode *inode, struct file *file)
 	if (!of)
 		return -ENOMEM;
 	mutex_init(&of->lock);
+	of->opener = task_tgid_nr(current);
+	get_task_comm(of->comm, current);
 	file->private_data = of;
+	mutex_lock(&files_lock);
+	list_add_tail(&of->node, &files);
+	mutex_unlock(&files_lock);
 	return 0;
 }
 
@@ -227,7 +312,11 @@ static int offmap_release(struct inode *inode, struct file *file)
 {
 	struct offmap_file *of = file->private_data;
 
-	offmap_replug(of->mem);
+	if (of->mem)
+		of->mem->source->release(of->mem);
+	mutex_lock(&files_lock);
+	list_del(&of->node);
+	mutex_unlock(&files_lock);
 	kfree(of);
 	return 0;
 }
@@ -240,7 +329,9 @@ static long ioctl_unplug(struct offmap_file *of, struct offmap_unplug __user *ar
 
 	if (copy_from_user(&arg, argp, sizeof(arg)))
 		return -EFAULT;
-	if (arg.flags || arg.node < OFFMAP_ANY_NODE)
+	if (arg.flags || arg.node < OFFMAP_ANY_NODE || arg.node >= MAX_NUMNODES)
+		return -EINVAL;
+	if (arg.node != OFFMAP_ANY_NODE && !node_online(arg.node))
 		return -EINVAL;
 	size = arg.size;
 	ret = offmap_file_unplug(of, &size, arg.node);
@@ -290,13 +381,33 @@ static long ioctl_translate(struct offmap_translate __user *argp)
 	return ret;
 }
 
+static long ioctl_bind_secretmem(struct offmap_file *of, struct offmap_secretmem __user *argp)
+{
+	struct offmap_secretmem arg;
+	int ret;
+
+	if (copy_from_user(&arg, argp, sizeof(arg)))
+		return -EFAULT;
+	if (arg.flags)
+		return -EINVAL;
+	ret = offmap_file_bind(of, arg.fd);
+	if (ret)
+		return ret;
+	return put_user(of->mem->size, &argp->size);
+}
+
 static long offmap_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
+	/* A file that was handed to somebody else can be mapped, not commanded. */
+	if (!capable(CAP_SYS_ADMIN))
+		return -EPERM;
 	switch (cmd) {
 	case OFFMAP_UNPLUG:
 		return ioctl_unplug(file->private_data, (void __user *)arg);
 	case OFFMAP_TRANSLATE:
 		return ioctl_translate((void __user *)arg);
+	case OFFMAP_BIND_SECRETMEM:
+		return ioctl_bind_secretmem(file->private_data, (void __user *)arg);
 	default:
 		return -ENOTTY;
 	}
@@ -313,15 +424,86 @@ static const struct file_operations offmap_fops = {
 	.llseek = noop_llseek,
 };
 
+/* /sys/class/misc/offmap/holders: "PID SOURCE BYTES COMMAND" of whoever opened each file. */
+static ssize_t holders_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	struct offmap_file *of;
+	int len = 0;
+
+	mutex_lock(&files_lock);
+	list_for_each_entry(of, &files, node)
+		if (of->size)
+			len += sysfs_emit_at(buf, len, "%d %s %llu %s\n", of->opener, of->source,
+					     of->size, of->comm);
+	mutex_unlock(&files_lock);
+	return len;
+}
+static DEVICE_ATTR_ADMIN_RO(holders);
+
+static struct attribute *offmap_attrs[] = {
+	&dev_attr_holders.attr,
+	NULL
+};
+ATTRIBUTE_GROUPS(offmap);
+
 static struct miscdevice offmap_device = {
 	.minor = MISC_DYNAMIC_MINOR,
 	.name = "offmap",
 	.fops = &offmap_fops,
+	.groups = offmap_groups,
 	.mode = 0600,
 };
 
-module_misc_device(offmap_device);
+/* What has no struct page is not in the image, and a guest cannot do without. */
+static int offmap_pm_notify(struct notifier_block *nb, unsigned long event, void *unused)
+{
+	if (event == PM_HIBERNATION_PREPARE && offmap_unplug_active()) {
+		pr_warn("no hibernation while guests run on memory taken from the kernel\n");
+		return notifier_from_errno(-EBUSY);
+	}
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block offmap_pm_notifier = {
+	.notifier_call = offmap_pm_notify,
+};
+
+static int __init offmap_init(void)
+{
+	int ret;
+
+	/* Zeroes written without the encryption bit are not zeroes with it. */
+	if (cc_platform_has(CC_ATTR_MEM_ENCRYPT)) {
+		pr_err("this host encrypts its memory (SME or SEV), which is not supported\n");
+		return -EOPNOTSUPP;
+	}
+	ret = offmap_unplug_init();
+	if (ret)
+		return ret;
+	ret = register_pm_notifier(&offmap_pm_notifier);
+	if (ret)
+		goto unplug_exit;
+	ret = misc_register(&offmap_device);
+	if (ret)
+		goto unregister_notifier;
+	return 0;
+unregister_notifier:
+	unregister_pm_notifier(&offmap_pm_notifier);
+unplug_exit:
+	offmap_unplug_exit();
+	return ret;
+}
+module_init(offmap_init);
+
+static void __exit offmap_exit(void)
+{
+	misc_deregister(&offmap_device);
+	unregister_pm_notifier(&offmap_pm_notifier);
+	offmap_unplug_exit();
+}
+module_exit(offmap_exit);
 
 MODULE_AUTHOR("The offmap authors");
 MODULE_DESCRIPTION("Guest memory that the kernel has no mapping of");
+MODULE_VERSION("0.1.0");
 MODULE_LICENSE("GPL");

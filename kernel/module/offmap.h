@@ -20,6 +20,8 @@
  * @size: in: bytes wanted, out: bytes taken, a whole number of memory blocks.
  *        On -ENOMEM: how many the kernel could have spared.
  * @node: NUMA node to take from, or OFFMAP_ANY_NODE.
+ *
+ * -EBUSY: the file has memory already. -EINVAL: no size, or no such node.
  */
 struct offmap_unplug {
 	__u64 size;
@@ -35,6 +37,8 @@ struct offmap_unplug {
  * @addr:   in: address in that process.
  * @phys:   out: its physical address.
  * @length: out: how many bytes from there are contiguous in both.
+ *
+ * -ESRCH: no such process. -ENXIO: @addr is not in a mapping of /dev/offmap.
  */
 struct offmap_translate {
 	__s32 pid;
@@ -44,7 +48,24 @@ struct offmap_translate {
 	__u64 length;
 };
 
+/*
+ * Offer the pages of a memfd_secret file for mapping, in the order they have
+ * there. The file may be closed and unmapped afterwards.
+ *
+ * @fd:   the file.
+ * @size: out: bytes, which is its size.
+ *
+ * -EINVAL: not a memfd_secret, or no whole number of pages. -ENODATA: a page of
+ * it was never touched. -EBUSY: it is bound, or this open file has memory.
+ */
+struct offmap_secretmem {
+	__s32 fd;
+	__u32 flags;	/* must be 0 */
+	__u64 size;
+};
+
 #define OFFMAP_UNPLUG		_IOWR(0xb7, 0x80, struct offmap_unplug)
 #define OFFMAP_TRANSLATE	_IOWR(0xb7, 0x81, struct offmap_translate)
+#define OFFMAP_BIND_SECRETMEM	_IOWR(0xb7, 0x82, struct offmap_secretmem)
 
 #endif /* _UAPI_OFFMAP_H */

@@ -13,9 +13,15 @@
  *    System RAM is looked up in the memtype tree when it is mapped, and is
  *    uncached where the tree has nothing to say. So the reservation that
  *    ioremap_cache() makes for zeroing stays until the memory goes back.
+ *
+ *  - Its addresses must stay ours: they are claimed in the resource tree, or
+ *    they would look free to PCI and to other hotplug. /dev/mem is kept out too.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/atomic.h>
+#include <linux/delay.h>
+#include <linux/fs.h>
 #include <linux/io.h>
 #include <linux/ioport.h>
 #include <linux/memory.h>
@@ -32,8 +38,29 @@
 #include "internal.h"
 #include "offmap.h"
 
+/* Physically contiguous memory that the kernel does not own now. */
+struct piece {
+	phys_addr_t start;
+	u64 size;
+	int nid;
+	bool movable;		/* was in ZONE_MOVABLE, and shall be again */
+};
+
+struct unplugged {
+	struct offmap_memory mem;
+	struct piece *pieces;	/* in the order of file offsets */
+	unsigned int nr;
+};
+
 /* One taker at a time: two would take turns at half of what either wants. */
 static DEFINE_MUTEX(unplug_lock);
+static struct workqueue_struct *workqueue;
+static atomic_t pieces_out = ATOMIC_INIT(0);
+
+bool offmap_unplug_active(void)
+{
+	return atomic_read(&pieces_out) > 0;
+}
 
 /* --- zeroing ----------------------------------------------------------- */
 
@@ -73,7 +100,7 @@ static void zero_mapping(void *start, u64 size)
 		works[i].start = start + i * share;
 		works[i].size = min(share, size - i * share);
 		INIT_WORK(&works[i].work, zero_range);
-		queue_work(system_unbound_wq, &works[i].work);
+		queue_work(workqueue, &works[i].work);
 	}
 	while (i--)
 		flush_work(&works[i].work);
@@ -84,7 +111,7 @@ static void zero_mapping(void *start, u64 size)
  * Zero @piece. With @keep, leave its memory type reserved; without, it must
  * have been and is not any more.
  */
-static int zero_piece(const struct offmap_piece *piece, bool keep)
+static int zero_piece(const struct piece *piece, bool keep)
 {
 	void *va = (void __force *)ioremap_cache(piece->start, piece->size);
 
@@ -101,36 +128,116 @@ static int zero_piece(const struct offmap_piece *piece, bool keep)
 	return 0;
 }
 
-/* --- taking and giving back -------------------------------------------- */
+/* --- giving back --------------------------------------------------------- */
 
-static void replug_piece(const struct offmap_piece *piece)
+/*
+ * The kernel onlines added memory, or not, as the host's policy for new memory
+ * says. But this is not new: it was online, and maybe where only movable pages
+ * go. Nothing exported sets that; what does is a file of sysfs. It is written by
+ * a kernel thread, as the caller may be exiting and have no root folder.
+ */
+struct online_work {
+	struct work_struct work;
+	const struct piece *piece;
+	int ret;
+};
+
+static int set_block_state(u64 block, const char *state)
 {
-	phys_addr_t end = piece->start + piece->size - 1;
+	struct file *file;
+	char path[64];
+	loff_t pos = 0;
+	ssize_t ret;
+
+	snprintf(path, sizeof(path), "/sys/devices/system/memory/memory%llu/state", block);
+	file = filp_open(path, O_WRONLY, 0);
+	if (IS_ERR(file))
+		return PTR_ERR(file);
+	/* What a system call would be restarted for: the hotplug lock was taken. */
+	while ((ret = kernel_write(file, state, strlen(state), &pos)) == -ERESTARTNOINTR)
+		msleep(20);
+	filp_close(file, NULL);
+	return ret < 0 ? ret : 0;
+}
+
+static void online_piece(struct work_struct *work)
+{
+	struct online_work *online = container_of(work, struct online_work, work);
+	const struct piece *piece = online->piece;
+	u64 block = memory_block_size_bytes();
+	struct page *page;
+	phys_addr_t start;
 	int ret;
 
-	while ((ret = zero_piece(piece, false)) == -ENOMEM) {
+	for (start = piece->start; start < piece->start + piece->size; start += block) {
+		page = pfn_to_online_page(PHYS_PFN(start));
+		if (page && is_zone_movable_page(page) == piece->movable)
+			continue;
+		ret = page ? set_block_state(div64_u64(start, block), "offline") : 0;
+		if (!ret)
+			ret = set_block_state(div64_u64(start, block),
+					      piece->movable ? "online_movable" : "online_kernel");
+		if (ret)
+			online->ret = ret;
+	}
+}
+
+/* Adding memory takes memory, for its struct pages: wait so long for some. */
+#define ADD_ATTEMPTS	30
+
+/* What @piece holds must be harmless. */
+static void add_piece(const struct piece *piece)
+{
+	phys_addr_t end = piece->start + piece->size - 1;
+	struct online_work online = { .piece = piece };
+	unsigned int attempts = ADD_ATTEMPTS;
+	int ret;
+
+	release_mem_region(piece->start, piece->size);
+	atomic_dec(&pieces_out);
+	while ((ret = add_memory(piece->nid, piece->start, piece->size, MHP_MERGE_RESOURCE)) ==
+	       -ENOMEM && --attempts)
+		schedule_timeout_uninterruptible(HZ);
+	if (ret) {
+		pr_err("cannot give %pa-%pa back to the kernel: %d; it is lost until the next boot\n",
+		       &piece->start, &end, ret);
+		return;
+	}
+	INIT_WORK_ONSTACK(&online.work, online_piece);
+	queue_work(workqueue, &online.work);
+	flush_work(&online.work);
+	destroy_work_on_stack(&online.work);
+	if (online.ret)
+		pr_err("%pa-%pa is back, but not all online: %d; see /sys/devices/system/memory\n",
+		       &piece->start, &end, online.ret);
+}
+
+static void replug_piece(const struct piece *piece)
+{
+	phys_addr_t end = piece->start + piece->size - 1;
+
+	while (zero_piece(piece, false)) {
 		/* Never give a guest's secrets back; wait for address space. */
-		pr_warn_ratelimited("no address space to zero %pa-%pa, trying again\n", &piece->start, &end);
+		pr_warn_ratelimited("no address space to zero %pa-%pa, trying again\n",
+				    &piece->start, &end);
 		schedule_timeout_uninterruptible(HZ);
 	}
-	ret = add_memory(piece->nid, piece->start, piece->size, MHP_NONE);
-	if (ret)
-		pr_err("cannot give %pa-%pa back to the kernel: %d\n", &piece->start, &end, ret);
+	add_piece(piece);
 }
 
-void offmap_replug(struct offmap_memory *mem)
+static void unplugged_release(struct offmap_memory *mem)
 {
-	unsigned int i;
+	struct unplugged *unplugged = container_of(mem, struct unplugged, mem);
 
-	if (!mem)
-		return;
 	mutex_lock(&unplug_lock);
-	for (i = 0; i < mem->nr; i++)
-		replug_piece(&mem->pieces[i]);
+	while (unplugged->nr)
+		replug_piece(&unplugged->pieces[--unplugged->nr]);
 	mutex_unlock(&unplug_lock);
-	kvfree(mem->pieces);
-	kfree(mem);
+	kvfree(unplugged->pieces);
+	kfree(unplugged);
 }
+
+/* --- taking -------------------------------------------------------------- */
 
 /* How the direct map maps @start: with which size of page. */
 static u64 direct_map_page_size(phys_addr_t start)
@@ -156,7 +263,8 @@ static int collect(struct resource *res, void *arg)
 	struct candidates *found = arg;
 	phys_addr_t start;
 
-	for (start = round_up(res->start, found->unit); start + found->unit - 1 <= res->end; start += found->unit) {
+	for (start = round_up(res->start, found->unit); start + found->unit - 1 <= res->end;
+	     start += found->unit) {
 		if (found->start) {
 			if (found->nr == found->room)
 				return 1;
@@ -231,10 +339,11 @@ static void attach_children(const struct children *detached)
 
 	for (i = 0; i < detached->nr; i++)
 		if (insert_resource(&iomem_resource, detached->res[i]))
-			pr_warn("lost %pR (%s) from the resource tree\n", detached->res[i], detached->res[i]->name);
+			pr_warn("lost %pR (%s) from the resource tree\n", detached->res[i],
+				detached->res[i]->name);
 }
 
-static bool remove_block(phys_addr_t start, u64 size)
+static bool remove_memory_at(phys_addr_t start, u64 size)
 {
 	struct children detached;
 	int ret;
@@ -245,43 +354,47 @@ static bool remove_block(phys_addr_t start, u64 size)
 	attach_children(&detached);
 	if (ret)
 		return false;
-	if (region_intersects(start, size, IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) != REGION_DISJOINT) {
-		pr_err("the block at %pa was removed and still counts as RAM: it is lost until the next boot\n", &start);
+	if (region_intersects(start, size, IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) !=
+	    REGION_DISJOINT) {
+		pr_err("the block at %pa was removed and still counts as RAM; it is lost until the next boot\n",
+		       &start);
 		return false;
 	}
+	atomic_inc(&pieces_out);
+	if (!request_mem_region_exclusive(start, size, KBUILD_MODNAME))
+		pr_warn("somebody else claims the memory at %pa\n", &start);
 	return true;
 }
 
 /* Try to take @size bytes at @start, which are whole memory blocks. */
-static bool take(struct offmap_memory *mem, phys_addr_t start, u64 size, int nid)
+static void take(struct unplugged *unplugged, phys_addr_t start, u64 size, int nid)
 {
-	struct offmap_piece piece = { .start = start, .size = size };
+	struct piece piece = { .start = start, .size = size };
 	struct page *page = pfn_to_online_page(PHYS_PFN(start));
 
 	if (!page)
-		return false;
+		return;
 	piece.nid = page_to_nid(page);
+	piece.movable = is_zone_movable_page(page);
 	if (nid != OFFMAP_ANY_NODE && piece.nid != nid)
-		return false;
-	if (!remove_block(start, size))
-		return false;
+		return;
+	if (!remove_memory_at(start, size))
+		return;
 	if (zero_piece(&piece, true)) {
 		/* It holds what it held before; nobody but the kernel has seen it. */
-		if (add_memory(piece.nid, start, size, MHP_NONE))
-			pr_err("cannot give the block at %pa back to the kernel\n", &start);
-		return false;
+		add_piece(&piece);
+		return;
 	}
-	mem->pieces[mem->nr++] = piece;
-	mem->size += size;
-	return true;
+	unplugged->pieces[unplugged->nr++] = piece;
+	unplugged->mem.size += size;
 }
 
 /*
- * Take units of @unit bytes, from the top of memory down, where the direct map
- * has pages of at most @unit: remove_pud_table() follows a 1 GiB leaf as if it
- * were a table when less than all of it is removed.
+ * Take units of @unit bytes, from the top of memory down. remove_pud_table()
+ * follows a 1 GiB leaf of the direct map as if it were a table when less than
+ * all of it is removed: so whole gigabytes there, and blocks elsewhere.
  */
-static int take_units(struct offmap_memory *mem, u64 want, u64 unit, int nid)
+static int take_units(struct unplugged *unplugged, u64 want, u64 unit, bool leaves, int nid)
 {
 	struct candidates found;
 	int ret = find_candidates(&found, unit);
@@ -289,14 +402,13 @@ static int take_units(struct offmap_memory *mem, u64 want, u64 unit, int nid)
 
 	if (ret)
 		return ret;
-	for (i = found.nr; i-- && mem->size < want;) {
+	for (i = found.nr; i-- && unplugged->mem.size < want;) {
 		if (signal_pending(current)) {
 			ret = -EINTR;
 			break;
 		}
-		if (direct_map_page_size(found.start[i]) > unit)
-			continue;
-		take(mem, found.start[i], unit, nid);
+		if ((direct_map_page_size(found.start[i]) == PUD_SIZE) == leaves)
+			take(unplugged, found.start[i], unit, nid);
 	}
 	kvfree(found.start);
 	return ret;
@@ -304,19 +416,20 @@ static int take_units(struct offmap_memory *mem, u64 want, u64 unit, int nid)
 
 static int by_start(const void *a, const void *b)
 {
-	const struct offmap_piece *p = a, *q = b;
+	const struct piece *p = a, *q = b;
 
 	return p->start < q->start ? -1 : p->start > q->start;
 }
 
-phys_addr_t offmap_phys(const struct offmap_memory *mem, u64 offset, u64 *length)
+static phys_addr_t unplugged_phys(const struct offmap_memory *mem, u64 offset, u64 *length)
 {
+	struct unplugged *unplugged = container_of(mem, struct unplugged, mem);
 	phys_addr_t phys = 0;
 	unsigned int i;
 
 	*length = 0;
-	for (i = 0; i < mem->nr; i++) {
-		const struct offmap_piece *piece = &mem->pieces[i];
+	for (i = 0; i < unplugged->nr; i++) {
+		const struct piece *piece = &unplugged->pieces[i];
 
 		if (*length) {
 			if (piece->start != phys + *length)
@@ -332,54 +445,84 @@ phys_addr_t offmap_phys(const struct offmap_memory *mem, u64 offset, u64 *length
 	return phys;
 }
 
+static const struct offmap_source unplugged_source = {
+	.name = "unplugged",
+	.large = true,
+	.phys = unplugged_phys,
+	.release = unplugged_release,
+};
+
+/* With unplug_lock held. */
+static int take_memory(struct unplugged *unplugged, u64 want, u64 block, int nid)
+{
+	u64 spare = max(si_mem_available(), 0L) << PAGE_SHIFT;
+	int ret;
+
+	/* Do not starve the host only to find out that it is too much. */
+	if (want > spare) {
+		unplugged->mem.size = round_down(spare, block);
+		return -ENOMEM;
+	}
+	if (block >= PUD_SIZE) {
+		ret = take_units(unplugged, want, block, true, nid);
+		if (!ret)
+			ret = take_units(unplugged, want, block, false, nid);
+	} else {
+		ret = take_units(unplugged, want, block, false, nid);
+		if (!ret)
+			ret = take_units(unplugged, want, PUD_SIZE, true, nid);
+	}
+	if (!ret && unplugged->mem.size < want)
+		ret = -ENOMEM;
+	return ret;
+}
+
 struct offmap_memory *offmap_unplug(u64 *size, int nid)
 {
 	u64 block = memory_block_size_bytes();
-	struct offmap_memory *mem;
+	struct unplugged *unplugged;
 	u64 want = *size;
 	int ret;
 
 	*size = 0;
-	if (!want || want > U64_MAX - block)
-		return ERR_PTR(-EINVAL);
+	if (!want || want > (u64)totalram_pages() << PAGE_SHIFT)
+		return ERR_PTR(want ? -ENOMEM : -EINVAL);
 	want = round_up(want, block);
-	mem = kzalloc(sizeof(*mem), GFP_KERNEL);
-	if (!mem)
+	unplugged = kzalloc(sizeof(*unplugged), GFP_KERNEL);
+	if (!unplugged)
 		return ERR_PTR(-ENOMEM);
-	if (div64_u64(want, block) > UINT_MAX) {
-		ret = -EINVAL;
+	unplugged->mem.source = &unplugged_source;
+	ret = -ENOMEM;
+	unplugged->pieces = kvcalloc(div64_u64(want, block), sizeof(*unplugged->pieces),
+				     GFP_KERNEL);
+	if (!unplugged->pieces)
 		goto fail;
-	}
-	mem->pieces = kvcalloc(div64_u64(want, block), sizeof(*mem->pieces), GFP_KERNEL);
-	if (!mem->pieces) {
-		ret = -ENOMEM;
-		goto fail;
-	}
-	/* Do not starve the host only to find out that it is too much. */
-	*size = max(si_mem_available(), 0L) << PAGE_SHIFT;
-	if (want > *size) {
-		ret = -ENOMEM;
-		goto fail;
-	}
 	ret = mutex_lock_killable(&unplug_lock);
 	if (ret)
 		goto fail;
-	ret = take_units(mem, want, block, nid);
-	if (!ret && mem->size < want && block < PUD_SIZE)
-		ret = take_units(mem, want, PUD_SIZE, nid);
+	ret = take_memory(unplugged, want, block, nid);
 	mutex_unlock(&unplug_lock);
-	*size = mem->size;
-	if (!ret && mem->size < want)
-		ret = -ENOMEM;
+	*size = unplugged->mem.size;
 	if (ret)
 		goto fail;
 	/* Neighbours next to each other, so that one large page can map both. */
-	sort(mem->pieces, mem->nr, sizeof(*mem->pieces), by_start, NULL);
+	sort(unplugged->pieces, unplugged->nr, sizeof(*unplugged->pieces), by_start, NULL);
 	/* The mappings used for zeroing are gone, but maybe not from every TLB. */
 	vm_unmap_aliases();
-	pr_debug("%llu MiB taken from the kernel in %u pieces\n", mem->size >> 20, mem->nr);
-	return mem;
+	pr_debug("%llu MiB taken from the kernel in %u pieces\n", *size >> 20, unplugged->nr);
+	return &unplugged->mem;
 fail:
-	offmap_replug(mem);
+	unplugged_release(&unplugged->mem);
 	return ERR_PTR(ret);
+}
+
+int offmap_unplug_init(void)
+{
+	workqueue = alloc_workqueue("offmap", WQ_UNBOUND, 0);
+	return workqueue ? 0 : -ENOMEM;
+}
+
+void offmap_unplug_exit(void)
+{
+	destroy_workqueue(workqueue);
 }

@@ -4,7 +4,16 @@ from ctypes import Structure, c_int32, c_uint32, c_uint64
 
 from offmap.uapi.ioctl import iowr
 
-__all__ = ["DEVICE", "OFFMAP_ANY_NODE", "OFFMAP_TRANSLATE", "OFFMAP_UNPLUG", "offmap_translate", "offmap_unplug"]
+__all__ = [
+    "DEVICE",
+    "OFFMAP_ANY_NODE",
+    "OFFMAP_BIND_SECRETMEM",
+    "OFFMAP_TRANSLATE",
+    "OFFMAP_UNPLUG",
+    "offmap_secretmem",
+    "offmap_translate",
+    "offmap_unplug",
+]
 
 DEVICE = "/dev/offmap"
 OFFMAP_ANY_NODE = -1
@@ -25,5 +34,10 @@ class offmap_translate(Structure):
     ]
 
 
+class offmap_secretmem(Structure):
+    _fields_ = [("fd", c_int32), ("flags", c_uint32), ("size", c_uint64)]
+
+
 OFFMAP_UNPLUG = iowr(_OFFMAP, 0x80, offmap_unplug)
 OFFMAP_TRANSLATE = iowr(_OFFMAP, 0x81, offmap_translate)
+OFFMAP_BIND_SECRETMEM = iowr(_OFFMAP, 0x82, offmap_secretmem)
