@@ -30,5 +30,6 @@ test-all: test slow
 slow: setup-tests
 	@scripts/slow-tests $(SUITE)
 
+# make bench BENCH=--quick
 bench: setup
-	@for benchmark in benchmarks/*.py; do $(PYTHON) $$benchmark || exit; done
+	@for benchmark in exit_cost walk boot_time; do $(PYTHON) benchmarks/$$benchmark.py $(BENCH) || exit; done
