@@ -4,6 +4,7 @@ import hashlib
 import lzma
 import random
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -109,10 +110,11 @@ def test_linux_on_reserved_memory(lab_host: LabHost, lab_kernel: HostKernel, ini
         assert "kvm-clock" not in guest.shell(f"cat {clock}/available_clocksource")
         log = guest.shell("dmesg")
         assert "kvm-clock" not in log
-        # The processor's frequency is still tried for against a PIT, which is absent and says so in a few exits; the
-        # TSC's was handed over. tsc_early_init in arch/x86/kernel/tsc.c.
-        failures = {line.partition("] ")[2] for line in log.splitlines() if "alibrat" in line and "ail" in line}
-        assert failures <= {"tsc: Fast TSC calibration failed"}
+        # The TSC's frequency was handed over. The processor's is still tried for against a PIT, which is absent, and
+        # that costs a few exits (tsc_early_init in arch/x86/kernel/tsc.c). The delay loop of a second processor without
+        # constant_tsc, as this emulated one, is timed by itself, which a starved host can spoil; not looked at here.
+        tsc = {line.partition("] ")[2] for line in log.splitlines() if "TSC" in line or "tsc" in line}
+        assert {line for line in tsc if "fail" in line or "nable" in line} <= {"tsc: Fast TSC calibration failed"}
         assert "tsc: Detected" in log
         assert not [line for line in log.splitlines() if "unstable" in line]
         flags = guest.shell("grep -m1 ^flags /proc/cpuinfo").split()
@@ -126,7 +128,8 @@ def test_linux_on_reserved_memory(lab_host: LabHost, lab_kernel: HostKernel, ini
         assert min(abs(slept(guest) - 2) for _ in range(2)) < 0.3
 
         paste(guest)
-        guest.keys("sleep 1000\n")
+        guest.keys('echo "sleep"ing; sleep 1000\n')
+        guest.expect("sleeping\r\n")
         guest.keys("\x03")
         assert guest.shell("echo still here") == "still here"
         guest.keys("poweroff -f\n")
@@ -148,6 +151,7 @@ def paste(guest: Guest) -> None:
     letters = random.Random(7)
     text = "".join(f"{letters.randbytes(31).hex()}\n" for _ in range(280))
     assert len(text) > 16 << 10
+    # Through the shell's line editor, which echoes each letter by itself: the slowest way there is.
     guest.keys(f"cat >/tmp/pasted <<'END'\n{text}END\n")
     assert guest.shell("md5sum /tmp/pasted").split()[0] == hashlib.md5(text.encode()).hexdigest()
 
@@ -299,3 +303,35 @@ def test_reserved_memory_is_not_for_everybody(lab_host: LabHost, monitor: Path, 
     text = refused(lab_host, 2, "--kernel", str(monitor), "--memory", "reserved", wrapper=wrapper)
     assert message in text
     assert "run as root" in text
+
+
+# A full disk
+
+
+def on_a_full_disk(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run offmap where `folder` is a file system of 64 KiB."""
+    folder.mkdir()
+    mount = f'mount -t tmpfs -o size=64k none {folder} && exec "$@"'
+    command = ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, "-m", "offmap", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"a full output folder was not tested: no mount namespace for this user ({done.stderr.strip()})")
+    return done
+
+
+def test_a_full_output_folder_is_the_commands_own_error(lab_kernel: HostKernel, tmp_path: Path) -> None:
+    out = tmp_path / "full"
+    done = on_a_full_disk(
+        out, *("lab", "exec", "--out", str(out), "--", "sh", "-c", "head -c 1M /dev/zero >$OFFMAP_OUT/x; echo alive")
+    )
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+    assert "No space left on device" in done.stderr
+
+
+def test_a_full_output_folder_ends_the_demo_in_one_line(lab_kernel: HostKernel, tmp_path: Path) -> None:
+    out = tmp_path / "full"
+    done = on_a_full_disk(out, "demo", "--out", str(out))
+    assert done.returncode == 2
+    assert (
+        done.stderr == f"offmap demo: cannot write to {out}: No space left on device; give another folder with --out\n"
+    )
