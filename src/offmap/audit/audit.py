@@ -18,7 +18,7 @@ from offmap.audit.pagemap import OwnPage
 from offmap.audit.process import Process
 from offmap.audit.regions import Layout
 from offmap.audit.scan import ScanResult, scan_memory
-from offmap.audit.verdict import Alias, PageCounts, Verdict, alias_ranges, classify, excluded_pages
+from offmap.audit.verdict import Alias, PageCounts, Verdict, alias_ranges, classify, excluded_pages, mapped_guest_ranges
 from offmap.audit.walk import walk_kernel_half
 from offmap.errors import Undetermined
 
@@ -45,7 +45,8 @@ class AuditResult:
     """What was found of one process's guest RAM.
 
     ``pages`` are the counts the verdict rests on, ``aliases`` the mappings outside the direct map, ``scan`` what a
-    canary scan found (None if none was asked for), ``notes`` what a reader must know about the verdict.
+    canary scan found (None if none was asked for), ``notes`` what a reader must know about the verdict, ``mapped`` the
+    guest-physical (address, bytes) of all that is mapped, where a VMM has told its memory slots.
     """
 
     pid: int
@@ -60,6 +61,7 @@ class AuditResult:
     verdict: Verdict
     notes: tuple[str, ...]
     seconds: float
+    mapped: tuple[tuple[int, int], ...] = ()
 
     @property
     def alias_pages_by_region(self) -> dict[str, int]:
@@ -99,6 +101,7 @@ class AuditResult:
                 for part in self.ram.ranges
             ],
             "aliases": [{**asdict(alias), "va": f"{alias.va:#x}", "pa": f"{alias.pa:#x}"} for alias in self.aliases],
+            "mapped_guest_ranges": [list(part) for part in self.mapped],
             "walk": {
                 "levels": self.levels,
                 "seconds": round(self.mappings.seconds, 4),
@@ -204,6 +207,7 @@ def _audit(
         ram=ram,
         pages=pages,
         aliases=tuple(alias_ranges(frames, mappings, layout)),
+        mapped=tuple(mapped_guest_ranges(before, ram, mappings)),
         mappings=mappings,
         levels=info.levels,
         scan=scanned,

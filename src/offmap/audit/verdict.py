@@ -17,7 +17,7 @@ from offmap.audit.mappings import KernelMappings, covered
 from offmap.audit.regions import Layout
 from offmap.errors import ExitStatus
 
-__all__ = ["Alias", "PageCounts", "Verdict", "alias_ranges", "classify", "excluded_pages"]
+__all__ = ["Alias", "PageCounts", "Verdict", "alias_ranges", "classify", "excluded_pages", "mapped_guest_ranges"]
 
 PAGE = 4096
 
@@ -146,6 +146,22 @@ def classify(
     return counts, np.unique(before.pfn[known & guest])
 
 
+def mapped_guest_ranges(before: Frames, ram: GuestRam, mappings: KernelMappings) -> list[tuple[int, int]]:
+    """Guest-physical (address, bytes) of all pages that the kernel maps, merged, where their address is known."""
+    mapped = (before.state == POPULATED) & (
+        covered(mappings.direct, before.pfn) | covered(mappings.aliases, before.pfn)
+    )
+    found: list[tuple[int, int]] = []
+    position = 0
+    for part in ram.ranges:
+        pages = np.flatnonzero(mapped[position : position + part.pages]).astype(np.uint64)
+        position += part.pages
+        if part.guest_phys_addr is None or not len(pages):
+            continue
+        found += [(part.guest_phys_addr + first * PAGE, (end - first) * PAGE) for first, end in _stretches(pages)]
+    return sorted(found)
+
+
 def alias_ranges(frames: NDArray[np.uint64], mappings: KernelMappings, layout: Layout) -> list[Alias]:
     """Every mapping outside the direct map of these frames (sorted, distinct), in order of address."""
     aliases = mappings.aliases
@@ -173,7 +189,7 @@ def alias_ranges(frames: NDArray[np.uint64], mappings: KernelMappings, layout: L
 
 
 def _stretches(frames: NDArray[np.uint64]) -> Sequence[tuple[int, int]]:
-    """Sorted frames as [first, last + 1) stretches."""
+    """Sorted, distinct numbers as [first, last + 1) stretches."""
     breaks = np.flatnonzero(np.diff(frames) != 1) + 1
     starts = frames[np.concatenate(([0], breaks))]
     ends = frames[np.concatenate((breaks - 1, [len(frames) - 1]))]

@@ -1,14 +1,19 @@
 """``offmap audit``: which pages of a VM can the host kernel reach."""
 
 import argparse
+import signal
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offmap.errors import OffmapError
+from offmap.errors import OffmapError, Undetermined
 from offmap.units import parse_size
 
 if TYPE_CHECKING:
-    from offmap.audit.audit import Stage
+    from collections.abc import Callable
+
+    from offmap.audit.audit import AuditResult, Stage
     from offmap.audit.guest_ram import RamRange
 
 __all__ = ["add_parser"]
@@ -33,6 +38,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="VA:LENGTH",
         help="audit these addresses of the process instead of its guest RAM (may be given several times)",
     )
+    parser.add_argument(
+        "--watch",
+        type=float,
+        metavar="SECONDS",
+        help="audit again every SECONDS until the process ends, and report what changes; the exit status is the worst",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)
 
@@ -45,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     from offmap.audit.canary import parse_key
     from offmap.report.text import render_audit
 
+    if args.watch is not None and (args.json or not 0 < args.watch < float("inf")):
+        raise OffmapError("--watch takes a number of seconds above 0, and no --json", "give seconds, like --watch 10")
     if args.scan and args.canary_key is None:
         raise OffmapError("--scan needs to know the canaries", "give their key with --canary-key HEX")
     if args.canary_key is not None and not args.scan:
@@ -52,13 +65,55 @@ def run(args: argparse.Namespace) -> int:
     key = parse_key(args.canary_key) if args.scan else None
     ranges = [parse_range(text) for text in args.range] if args.range else None
     shows = sys.stderr.isatty()
-    try:
-        result = audit_process(args.pid, scan=key, ranges=ranges, progress=_show_progress if shows else None)
-    finally:
-        if shows:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def once() -> "AuditResult":
+        try:
+            return audit_process(args.pid, scan=key, ranges=ranges, progress=_show_progress if shows else None)
+        finally:
+            if shows:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    if args.watch is not None:
+        return _watch(args.pid, args.watch, once)
+    result = once()
     print(json.dumps(result.to_json(), indent=2) if args.json else render_audit(result))
     return int(result.verdict.exit_status)
+
+
+def _watch(pid: int, seconds: float, once: "Callable[[], AuditResult]") -> int:
+    """Audit until the process ends. SIGTERM ends it too: with the worst that was seen, as its parent asked."""
+    from offmap.audit.process import NoSuchProcess
+    from offmap.audit.verdict import Verdict
+    from offmap.report.text import render_audit, verdict_line
+
+    worst, seen = Verdict.HIDDEN, None
+    gravity = (Verdict.HIDDEN, Verdict.UNKNOWN, Verdict.EXPOSED)
+
+    class Stopped(Exception):
+        """SIGTERM."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        while True:
+            result = once()
+            if seen is None:
+                print(render_audit(result), flush=True)
+            elif (result.verdict, result.pages.mapped_pages, result.aliases) != seen:
+                print(f"{time.strftime('%H:%M:%S')} changed: {verdict_line(result)}", flush=True)
+            seen = (result.verdict, result.pages.mapped_pages, result.aliases)
+            worst = max(worst, result.verdict, key=gravity.index)
+            time.sleep(seconds)
+    except (Stopped, KeyboardInterrupt):
+        pass
+    except (NoSuchProcess, Undetermined):
+        if seen is None or Path(f"/proc/{pid}").exists():
+            raise
+    if seen is None:
+        raise Undetermined("the watch ended before its first audit did", "let it run longer")
+    return int(worst.exit_status)
 
 
 def parse_range(text: str) -> "RamRange":

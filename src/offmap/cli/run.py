@@ -2,15 +2,14 @@
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 from offmap import __version__
 from offmap.boot.linux import BootSource
+from offmap.cli.self_audit import SelfAudit, keep_from_guest
 from offmap.errors import ExitStatus, OffmapError
 from offmap.memory.backend import BACKENDS, parse_backend
 from offmap.units import format_size, parse_size
@@ -51,8 +50,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--audit",
-        action="store_true",
-        help="once the guest is up, audit this process and print the verdict on standard error",
+        nargs="?",
+        choices=("once", "watch"),
+        const="once",
+        help="once the guest is up, audit this process and print the verdict on standard error; watch: again and again",
     )
     parser.add_argument("--stats", action="store_true", help="at the end, print times and VM exits on standard error")
     parser.add_argument(
@@ -65,26 +66,6 @@ def _say(line: str) -> None:
     print(f"offmap run: {line}", file=sys.stderr, flush=True)
 
 
-class _SelfAudit:
-    """``offmap audit`` of this process, as a process of its own: the audit must not stop, or be, what it looks at."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, _machine: Machine) -> None:
-        command = [sys.executable, "-m", "offmap", "audit", str(os.getpid())]
-        # Its report is for people and goes where all that is not the guest's goes.
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
-
-    def finish(self) -> int | None:
-        """Its exit status; a guest that ends before its audit does takes it along, and there is no verdict."""
-        if self._process is None:
-            return None
-        if self._process.poll() is None:
-            self._process.terminate()
-        return self._process.wait()
-
-
 def run(args: argparse.Namespace) -> int:
     """Run it.
 
@@ -95,26 +76,29 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         OffmapError: it could not be started, or it failed.
     """
+    backend = parse_backend(args.memory)
     config = MachineConfig(
         source=BootSource(args.kernel, args.initrd, args.cmdline),
-        backend=parse_backend(args.memory),
+        backend=backend,
         memory_size=parse_size(args.memory_size),
         vcpus=args.vcpus,
+        vet=lambda: keep_from_guest(backend, _say) if backend.hides and backend.may_be_aliased else (),
         kvm_clock={"auto": None, "on": True, "off": False}[args.kvm_clock],
         count_exits=args.stats or args.report is not None,
     )
     # SIGPIPE would kill us without giving the memory back; Python ignores it unless somebody changed that.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    audit = _SelfAudit()
+    audit = SelfAudit(watch=args.audit == "watch")
     started = time.monotonic()
     up_after: list[float] = []
 
     def on_up(machine: Machine) -> None:
         up_after.append(time.monotonic() - started)
         if args.audit:
-            audit.start(machine)
+            audit.start()
 
     def on_end(machine: Machine) -> None:
+        audit.finish()  # before there is no guest RAM left to look at
         if args.stats:
             _print_stats(machine, up_after[0] if up_after else None)
         if args.report is not None:
@@ -127,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if stop.error is not None:
         raise stop.error
     if args.audit and stop.outcome is not Outcome.QUIT:
-        if audited is None or audited < 0:
+        if audited is None:
             _say("the guest ended before its audit did: no verdict")
             return ExitStatus.UNDETERMINED
         return audited
@@ -145,6 +129,7 @@ def _write_report(path: Path, machine: Machine, up_after: float | None) -> None:
         "vcpus": machine.config.vcpus,
         "kvm_clock": machine.config.offers_kvm_clock,
         "outcome": machine.stopped.outcome.value if machine.stopped else None,
+        "excluded_pages": sum(r.size for r in machine.excluded) // 4096,
         "populate_seconds": round(machine.populate_seconds, 4),
         "init_seconds": None if up_after is None else round(up_after, 4),
         "exits": {" ".join((kind, f"{where:#x}", way)).strip(): n for (kind, where, way), n in counts.most_common()},

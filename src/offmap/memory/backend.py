@@ -32,10 +32,14 @@ class Backend(ABC):
     Attributes:
         name: as ``--memory`` spells it.
         hides: whether it promises RAM that the host kernel does not map. The promise is the audit's to check.
+        may_be_aliased: whether its pages have a struct page: they came from Linux's allocator, which may have kernel
+            mappings of them beside the direct map (freed parts of the kernel image). Such RAM is audited before the
+            guest gets it.
     """
 
     name: ClassVar[str]
     hides: ClassVar[bool] = False
+    may_be_aliased: ClassVar[bool] = True
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self:

@@ -35,6 +35,7 @@ class Reserved(Backend):
 
     name = "reserved"
     hides = True
+    may_be_aliased = False
 
     def __init__(self, base: int | None = None) -> None:
         self.base = base

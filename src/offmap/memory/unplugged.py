@@ -31,6 +31,7 @@ class Unplugged(Backend):
 
     name = "unplugged"
     hides = True
+    may_be_aliased = False
 
     def __init__(self, node: int = uapi.OFFMAP_ANY_NODE) -> None:
         self.node = node

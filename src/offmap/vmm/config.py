@@ -1,10 +1,12 @@
 """What a machine is made of, and the checks that need nothing of this host."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
 from offmap.memory.backend import Backend
+from offmap.memory.iomem import PhysicalRange
 from offmap.units import format_size
 
 __all__ = ["MAX_VCPUS", "MachineConfig"]
@@ -27,6 +29,8 @@ class MachineConfig:
         vcpus: 1 to MAX_VCPUS.
         kvm_clock: offer the pvclock; None: unless the RAM is hidden.
         count_exits: keep statistics of VM exits.
+        vet: looks at the RAM of this process, whose memory slots are published by then, before anything of the guest
+            is in it; returns the guest-physical pages to keep from the guest, or raises to refuse the RAM.
 
     Raises:
         OffmapError: a value that no host could satisfy.
@@ -38,6 +42,7 @@ class MachineConfig:
     vcpus: int = 1
     kvm_clock: bool | None = None
     count_exits: bool = False
+    vet: Callable[[], Sequence[PhysicalRange]] = tuple
 
     def __post_init__(self) -> None:
         if not 0 < self.memory_size <= MAX_MEMORY or self.memory_size % _PAGE_SIZE:

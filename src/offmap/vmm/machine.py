@@ -70,6 +70,7 @@ class Machine:
         console: the guest's first serial port.
         stopped_fd: an eventfd that becomes readable when the machine has stopped.
         populate_seconds: how long it took to get the RAM.
+        excluded: guest-physical pages that are kept from the guest, because the host kernel maps them.
         exit_counts: VM exits, where the config asked for them.
 
     Raises:
@@ -100,6 +101,11 @@ class Machine:
             self.memory = building.enter_context(config.backend.guest_memory(self._vm, config.memory_size))
             self.populate_seconds = time.monotonic() - started
             self._map_memory()
+            # Published before anything of the guest is in it, so that it can be looked at first.
+            with ExitStack() as statement:
+                statement.callback(os.close, publish_memslots(self.memory, config.backend.name))
+                self.excluded = list(config.vet())
+            building.callback(os.close, publish_memslots(self.memory, config.backend.name, self.excluded))
             vcpus = [building.enter_context(self._vm.create_vcpu(n)) for n in range(config.vcpus)]
             self._set_cpuid(kvm, vcpus)
             self.stopped_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -124,10 +130,12 @@ class Machine:
             tsc_khz = None if config.offers_kvm_clock else vcpus[0].tsc_khz()
             command_line = with_machine_parameters(config.source.command_line, tsc_khz)
             entry = load_linux(
-                replace(config.source, command_line=command_line), self.memory, build_tables(config.vcpus)
+                replace(config.source, command_line=command_line),
+                self.memory,
+                build_tables(config.vcpus),
+                self.excluded,
             )
             enter_64bit(vcpus[0], self.memory, entry)
-            building.callback(os.close, publish_memslots(self.memory, config.backend.name))
             self._owned = building.pop_all()
 
     def _map_memory(self) -> None:

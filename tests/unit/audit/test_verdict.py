@@ -8,7 +8,7 @@ from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
 from offmap.audit.mappings import RUN, KernelMappings, Span
 from offmap.audit.regions import VMALLOC, Layout
-from offmap.audit.verdict import PageCounts, Verdict, alias_ranges, classify, excluded_pages
+from offmap.audit.verdict import PageCounts, Verdict, alias_ranges, classify, excluded_pages, mapped_guest_ranges
 from offmap.errors import ExitStatus
 
 PAGE = 4096
@@ -169,3 +169,19 @@ def test_hidden_is_said_only_where_every_page_was_seen_and_unmapped(
 
 def test_default_counts_are_unknown() -> None:
     assert PageCounts().verdict(False) is Verdict.UNKNOWN
+
+
+def test_mapped_pages_are_named_by_guest_physical_address() -> None:
+    """What the VMM is to keep from its guest: merged, by slot, and only where the slot's address is known."""
+    slots = (
+        RamRange(0x10000, 4 * PAGE, Source.MEMSLOT, guest_phys_addr=0),
+        RamRange(0x90000, 2 * PAGE, Source.MEMSLOT, guest_phys_addr=4 << 30),
+        RamRange(0xF0000, PAGE, Source.REQUESTED),
+    )
+    seen = frames(
+        *((100, POPULATED), (500, POPULATED), (501, POPULATED), (102, UNKNOWN)),
+        *((103, POPULATED), (502, POPULATED), (503, POPULATED)),
+    )
+    found = mappings([(103, 1)], [(500, 4)])
+    assert mapped_guest_ranges(seen, GuestRam(slots), found) == [(PAGE, 2 * PAGE), (4 << 30, 2 * PAGE)]
+    assert mapped_guest_ranges(seen, GuestRam(slots), mappings([], [])) == []

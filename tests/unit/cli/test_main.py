@@ -170,15 +170,17 @@ def test_errors_become_one_line_and_a_status(
     assert capsys.readouterr().err == text
 
 
-def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bugs_keep_their_traceback_and_never_say_exposed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     import offmap.cli.run
 
     def fails(_: object) -> int:
         raise ZeroDivisionError
 
     monkeypatch.setattr(offmap.cli.run, "run", fails)
-    with pytest.raises(ZeroDivisionError):
-        main(["run", "--kernel", "k"])
+    assert main(["run", "--kernel", "k"]) == ExitStatus.FAILED
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_statuses_are_what_the_design_says() -> None:

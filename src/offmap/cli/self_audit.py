@@ -1,0 +1,81 @@
+"""A VMM's audits of itself: ``offmap audit`` as a process of its own, so that what is looked at is not what looks."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from offmap.errors import BackendRefused, ExitStatus
+from offmap.memory.backend import Backend
+from offmap.memory.iomem import PhysicalRange
+
+__all__ = ["SelfAudit", "keep_from_guest"]
+
+
+def _command(*options: str) -> list[str]:
+    return [sys.executable, "-m", "offmap", "audit", str(os.getpid()), *options]
+
+
+def keep_from_guest(backend: Backend, say: Callable[[str], None]) -> Sequence[PhysicalRange]:
+    """Audit this process's guest RAM, which must be hidden and hold nothing yet.
+
+    Returns:
+        The guest-physical pages that the host kernel maps all the same (aliases), which the guest must not get.
+
+    Raises:
+        BackendRefused: the memory is in the direct map, or it has struct pages, which may be aliased, and cannot be
+            audited here.
+    """
+    done = subprocess.run(
+        _command("--json"), stdin=subprocess.DEVNULL, capture_output=True, check=False, text=True, errors="replace"
+    )
+    if done.returncode not in {ExitStatus.DONE, ExitStatus.EXPOSED} or not done.stdout:
+        lines = done.stderr.strip().splitlines() or [f"the audit ended with status {done.returncode}"]
+        reason = lines[-1].removeprefix("offmap audit: ")
+        if backend.may_be_aliased:
+            raise BackendRefused(
+                f"the aliases of {backend.name} memory cannot be found and kept from the guest: {reason}"
+            )
+        say(f"the guest's RAM is not verified: {reason}")
+        return ()
+    result = json.loads(done.stdout)
+    if in_direct_map := result["pages"]["direct_map_pages"]:
+        raise BackendRefused(
+            f"{in_direct_map} of {result['pages']['ram_pages']} pages of the {backend.name} memory that this host gave "
+            "are in its direct map",
+            "use another backend",
+        )
+    excluded = [PhysicalRange(start, start + size) for start, size in result["mapped_guest_ranges"]]
+    if excluded:
+        pages = sum(r.size for r in excluded) // 4096
+        say(f"{pages} pages of the guest's RAM are aliased in the host kernel and kept from the guest")
+    return excluded
+
+
+class SelfAudit:
+    """The audit that ``--audit`` asks for; its report goes to standard error, with all else that is not the guest's.
+
+    Args:
+        watch: go on until the guest ends, and report what changes.
+    """
+
+    def __init__(self, watch: bool) -> None:
+        self._watch = watch
+        self._process: subprocess.Popen[bytes] | None = None
+        self._status: int | None = None
+
+    def start(self) -> None:
+        """Begin, without waiting for it."""
+        options = ("--watch", "10") if self._watch else ()
+        self._process = subprocess.Popen(_command(*options), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
+
+    def finish(self) -> int | None:
+        """Its exit status, once the guest has ended; None if it had not come to a verdict by then."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.terminate()
+            status = self._process.wait()
+            self._process = None
+            self._status = status if status >= 0 else None
+        return self._status
