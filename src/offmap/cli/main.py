@@ -17,6 +17,7 @@ _COMMANDS = {
     "run": "run a guest on RAM of the kind you choose",
     "audit": "say which pages of a VM the host kernel can reach",
     "image": "make a file system for a guest",
+    "module": "build and load the kernel module behind some kinds of RAM",
     "lab": "run a command in a disposable host",
     "demo": "boot guests on plain and on hidden RAM, and prove which is which",
 }

@@ -16,14 +16,24 @@ from pathlib import Path
 from offmap.lab.cache import sha256_of
 from offmap.lab.errors import LabError
 
-__all__ = ["AptView", "Package", "download", "find_kernel", "have_apt", "newest", "parse_packages", "views"]
+__all__ = [
+    "AptView",
+    "Package",
+    "download",
+    "download_closure",
+    "find_kernel",
+    "have_apt",
+    "newest",
+    "parse_packages",
+    "views",
+]
 
 # Where each kernel series lives in Debian. A machine's own suites are tried before these.
 SUITES: dict[str, tuple[str, ...]] = {
     "6.1": ("bookworm", "bookworm-security"),
     "6.12": ("trixie", "trixie-security"),
 }
-NEWER_SUITES = ("trixie-backports",)  # any series that is not listed above
+NEWER_SUITES = ("trixie-backports", "trixie")  # any series that is not listed above
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")  # of the package debian-archive-keyring
 
 
@@ -185,3 +195,29 @@ def download(view: AptView, package: Package, folder: Path) -> Path:
             f"the download of {package.name} {package.version} is not what apt's index promised", "try again"
         )
     return files[0]
+
+
+def download_closure(view: AptView, names: Sequence[str], folder: Path) -> list[Path]:
+    """Download the newest packages of these names and all that they depend on, as if nothing were installed here.
+
+    apt checks each against its signed index.
+
+    Raises:
+        LabError: apt failed, or knows no such package.
+    """
+    archives = folder / "archives"
+    (archives / "partial").mkdir(parents=True)
+    nothing = folder / "status"
+    nothing.touch()
+    options = _flags(
+        (
+            f"Dir::State::status={nothing}",
+            f"Dir::Cache::Archives={archives}",
+            "APT::Sandbox::User=root",
+            "Debug::NoLocking=true",  # the machine's own apt may be at work; we change nothing of it
+            "APT::Get::AllowUnauthenticated=false",
+        )
+    )
+    flags = ("--download-only", "--assume-yes", "--no-install-recommends")
+    AptView(view.label, (*view.options, *options)).run("apt-get", "install", *flags, *names)
+    return sorted(archives.glob("*.deb"))

@@ -1,0 +1,88 @@
+"""``offmap module``: build, load and unload the kernel module, and say what it has out."""
+
+import argparse
+import json
+import os
+from typing import Any
+
+from offmap.errors import OffmapError
+from offmap.units import format_size
+
+__all__ = ["add_parser"]
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register ``offmap module`` and its own subcommands."""
+    module = subparsers.add_parser(
+        "module",
+        help="build and load the kernel module behind unplugged and secretmem-bridge",
+        description="The kernel module behind the memory backends unplugged and secretmem-bridge.",
+    )
+    commands = module.add_subparsers(metavar="COMMAND", required=True)
+    build = commands.add_parser("build", help="build it for the running kernel and print where it is")
+    build.add_argument("--release", metavar="RELEASE", help="for this kernel instead, as uname -r says it")
+    build.add_argument("--again", action="store_true", help="even if that has been done")
+    build.set_defaults(run=run_build)
+    load = commands.add_parser("load", help="build it if need be, and load it")
+    load.set_defaults(run=run_load)
+    unload = commands.add_parser("unload", help="unload it; refused while memory is out")
+    unload.set_defaults(run=run_unload)
+    status = commands.add_parser("status", help="whether it is loaded, and who has how much out")
+    status.add_argument("--json", action="store_true", help="as JSON")
+    status.set_defaults(run=run_status)
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Run ``offmap module build``."""
+    from offmap.kmod.build import build
+
+    print(build(args.release, again=args.again))
+    return 0
+
+
+def run_load(args: argparse.Namespace) -> int:
+    """Run ``offmap module load``."""
+    from offmap.kmod.build import build
+    from offmap.kmod.loaded import load
+
+    load(build())
+    return 0
+
+
+def run_unload(args: argparse.Namespace) -> int:
+    """Run ``offmap module unload``."""
+    from offmap.kmod.loaded import unload
+
+    unload()
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Run ``offmap module status``; status 2 if it is not loaded."""
+    from offmap.kmod.build import built_module
+    from offmap.kmod.loaded import holders, loaded_module
+    from offmap.kmod.modinfo import modinfo
+
+    module = built_module(os.uname().release)
+    built = module.is_file()
+    there = loaded_module()
+    out = holders() if there else []
+    current = bool(built and there and modinfo(module).get("srcversion") == there.srcversion)
+    if args.json:
+        result: dict[str, Any] = {
+            "loaded": there is not None,
+            "version": there.version if there else None,
+            "current": current,
+            "built": str(module) if built else None,
+            "holders": [{"pid": h.pid, "source": h.source, "bytes": h.size, "command": h.command} for h in out],
+        }
+        print(json.dumps(result, indent=2))
+        return 0 if there else OffmapError.exit_status
+    if there is None:
+        raise OffmapError("the module is not loaded", f"run: offmap module load{'' if built else ' (it builds it)'}")
+    print(f"offmap {there.version} is loaded{'' if current else '; not the build of these sources'}")
+    for holder in out:
+        print(f"{format_size(holder.size):>12}  {holder.source:<10}  opened by {holder.command} ({holder.pid})")
+    taken = sum(holder.size for holder in out if holder.source == "unplugged")
+    print(f"{format_size(taken)} taken from the kernel")
+    return 0

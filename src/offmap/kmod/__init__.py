@@ -1,0 +1,1 @@
+"""The offmap kernel module: finding its sources, building it, loading it."""

@@ -1,0 +1,88 @@
+"""Building the module for a kernel of this machine, against the headers that its distribution installed."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from offmap.errors import OffmapError
+from offmap.kmod.modinfo import release_of
+from offmap.kmod.source import MODULE, copy_sources, source_folder, source_hash
+from offmap.lab.cache import cache_folder, locked, scratch_folder
+
+__all__ = ["build", "built_module", "why_make_failed"]
+
+_COMPILER = re.compile(r"((?:[\w+.-]+-)?(?:gcc|clang|cc)(?:-[\d.]+)?): (?:not found|No such file|command not found)")
+_TOOL = re.compile(r"\b(\w+): (?:not found|No such file|command not found)")
+
+
+def built_module(release: str) -> Path:
+    """Where the module for kernel `release`, made from these sources, is or would be."""
+    return cache_folder("modules") / f"{release}-{source_hash(source_folder())}" / f"{MODULE}.ko"
+
+
+def build(release: str | None = None, *, again: bool = False) -> Path:
+    """Build the module for kernel `release` (default: the running one), unless that has been done.
+
+    Args:
+        release: as ``uname -r`` says it.
+        again: build it even so.
+
+    Raises:
+        OffmapError: with what is missing, and how to get it.
+    """
+    release = release or os.uname().release
+    module = built_module(release)
+    with locked(module.parent.with_name(f"{module.parent.name}.lock")):
+        if again or not module.is_file():
+            _make(release, module)
+    made_for = release_of(module)
+    if made_for != release:
+        raise OffmapError(
+            f"the headers in /lib/modules/{release}/build are of kernel {made_for}",
+            "install those of the running kernel, or boot the kernel that they are of",
+        )
+    return module
+
+
+def _make(release: str, module: Path) -> None:
+    headers = Path("/lib/modules") / release / "build"
+    if not (headers / "Makefile").is_file():
+        raise OffmapError(
+            f"the headers of kernel {release} are not installed ({headers} is missing)",
+            f"run: apt-get install linux-headers-{release} (Fedora: dnf install kernel-devel-{release})",
+        )
+    if shutil.which("make") is None:
+        raise OffmapError("there is no make to build the module with", "run: apt-get install make gcc")
+    module.parent.mkdir(exist_ok=True)
+    with scratch_folder(module.parent) as scratch:
+        copy_sources(source_folder(), scratch)
+        done = subprocess.run(
+            ["make", "-C", str(headers), f"M={scratch}", "modules"],
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+        if done.returncode != 0:
+            raise why_make_failed(release, done.stdout + done.stderr)
+        (scratch / module.name).replace(module)
+
+
+def why_make_failed(release: str, output: str) -> OffmapError:
+    """The error that make's output tells of: a missing compiler or tool, or the first complaint."""
+    if missing := _COMPILER.search(output):
+        compiler = missing[1].removeprefix("x86_64-linux-gnu-")
+        return OffmapError(
+            f"the compiler that kernel {release} was built with is not installed ({missing[1]})",
+            f"run: apt-get install {compiler}",
+        )
+    if missing := _TOOL.search(output):
+        return OffmapError(f"{missing[1]} is needed to build the module and is not installed", "install it")
+    lines = [line.strip() for line in output.splitlines() if re.search(r"error|\*\*\*", line, re.IGNORECASE)]
+    return OffmapError(
+        f"the module does not build for kernel {release}: {lines[0] if lines else 'make failed and did not say why'}",
+        "offmap supports kernels from 6.1 to 7.3; report others",
+    )

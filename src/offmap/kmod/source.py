@@ -1,0 +1,47 @@
+"""Where the module's sources are, in a checkout or in an installed package, and what identifies them."""
+
+import hashlib
+from pathlib import Path
+
+import offmap
+from offmap.errors import OffmapError
+
+__all__ = ["MODULE", "copy_sources", "source_folder", "source_hash"]
+
+MODULE = "offmap"
+_PACKAGED = "_kernel_module"  # pyproject.toml puts kernel/module there when it makes a wheel
+_KINDS = (".c", ".h")
+_BUILD_FILES = ("Kbuild", "Makefile")
+
+
+def source_folder() -> Path:
+    """The folder that holds the module's sources.
+
+    Raises:
+        OffmapError: this installation has none.
+    """
+    package = Path(offmap.__file__).parent
+    for folder in (package / _PACKAGED, package.parents[1] / "kernel/module"):
+        if (folder / "Kbuild").is_file():
+            return folder
+    raise OffmapError("this installation of offmap holds no sources of its kernel module", "install offmap again")
+
+
+def _sources(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in _KINDS or path.name in _BUILD_FILES)
+
+
+def source_hash(folder: Path) -> str:
+    """Sixteen hexadecimal digits that change with any of the sources."""
+    digest = hashlib.sha256()
+    for path in _sources(folder):
+        data = path.read_bytes()
+        digest.update(f"{path.name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:16]
+
+
+def copy_sources(folder: Path, to: Path) -> None:
+    """Copy the sources, and nothing that a build may have left among them."""
+    to.mkdir(parents=True, exist_ok=True)
+    for path in _sources(folder):
+        (to / path.name).write_bytes(path.read_bytes())
