@@ -11,8 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from offmap.audit.pageflags import PageFlags
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo, find_note
 from offmap.errors import Undetermined
+from offmap.owned import Owned
 from offmap.uapi.elf import (
     ELF64_EHDR,
     ELF64_PHDR,
@@ -87,7 +86,7 @@ def direct_map_base(segments: Sequence[Segment]) -> int:
     return bases.most_common(1)[0][0]
 
 
-class Kcore:
+class Kcore(Owned):
     """An open /proc/kcore together with /proc/kpageflags. Reads go into buffers of the caller.
 
     Raises:
@@ -135,14 +134,6 @@ class Kcore:
     def close(self) -> None:
         self._flags.close()
         os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def changed(self) -> bool:
         """Whether the program headers differ from those of the opening: memory was hot-plugged meanwhile."""

@@ -4,13 +4,12 @@ The audit asks one thing of it: would /proc/kcore hand out zeroes for this page 
 """
 
 import os
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmap.errors import Undetermined
+from offmap.owned import Owned
 
 __all__ = ["KPF_HWPOISON", "KPF_NOPAGE", "KPF_OFFLINE", "KPF_ZERO_PAGE", "PageFlags"]
 
@@ -26,7 +25,7 @@ _ZERO_FILLED = np.uint64(1 << KPF_HWPOISON | 1 << KPF_NOPAGE | 1 << KPF_OFFLINE)
 _CHUNK = 1 << 17  # flags a read: 1 MiB
 
 
-class PageFlags:
+class PageFlags(Owned):
     """An open /proc/kpageflags.
 
     Raises:
@@ -44,14 +43,6 @@ class PageFlags:
 
     def close(self) -> None:
         os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def range(self, first_pfn: int, count: int) -> NDArray[np.uint64]:
         """Flags of ``count`` pages from ``first_pfn`` on; pages past the end of all RAM read as KPF_NOPAGE."""

@@ -3,13 +3,12 @@
 import ctypes
 import mmap
 import os
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmap.errors import Undetermined
+from offmap.owned import Owned
 
 __all__ = ["OwnPage", "pfn", "present", "private", "read_pagemap", "require_pfns", "swapped"]
 
@@ -97,7 +96,7 @@ def _own_entries(va: int, pages: int) -> NDArray[np.uint64]:
         os.close(fd)
 
 
-class OwnPage:
+class OwnPage(Owned):
     """A page of our own anonymous memory, written to and locked, whose page frame can be asked for.
 
     Raises:
@@ -114,14 +113,6 @@ class OwnPage:
 
     def close(self) -> None:
         self._map.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def write(self, data: bytes) -> None:
         """Put ``data`` at the page's start."""

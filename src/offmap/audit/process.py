@@ -2,11 +2,10 @@
 
 import ctypes
 import os
-from types import TracebackType
-from typing import Self
 
 from offmap.audit.maps import Mapping, parse_maps
 from offmap.errors import OffmapError, Undetermined
+from offmap.owned import Owned
 
 __all__ = ["NoSuchProcess", "Process"]
 
@@ -17,7 +16,7 @@ class NoSuchProcess(OffmapError):
     """There is no process with this PID."""
 
 
-class Process:
+class Process(Owned):
     """An open /proc/PID folder. It names the same process for as long as it is open, even if the PID is used again.
 
     Raises:
@@ -33,14 +32,6 @@ class Process:
 
     def close(self) -> None:
         os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
         """Open a file below /proc/PID; the caller owns the fd.

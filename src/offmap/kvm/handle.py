@@ -3,10 +3,10 @@
 import ctypes
 import os
 from fcntl import ioctl
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from offmap.errors import KernelError
+from offmap.owned import Owned
 
 __all__ = ["Handle"]
 
@@ -22,7 +22,7 @@ def _ioctl_unsigned_long(fd: int, request: int, argument: int) -> int:
     return result
 
 
-class Handle:
+class Handle(Owned):
     """Owns `fd` and closes it on `close()` or at the end of a ``with`` block."""
 
     def __init__(self, fd: int) -> None:
@@ -46,11 +46,3 @@ class Handle:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
-    ) -> None:
-        self.close()

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 
 from offmap.lab import accel as acceleration
@@ -21,6 +20,7 @@ from offmap.lab.guest.frames import HELLO, MAX_PAYLOAD, START, Decoder, Start, e
 from offmap.lab.kernel import HostKernel
 from offmap.lab.process import PANIC_GRACE, QemuProcess
 from offmap.lab.qemu import HostOptions, parse_size
+from offmap.owned import Owned
 
 __all__ = ["Completed", "LabHost"]
 
@@ -38,7 +38,7 @@ class Completed:
     stderr: bytes
 
 
-class LabHost:
+class LabHost(Owned):
     """A running disposable host; a context manager that ends it.
 
     Attributes:
@@ -302,11 +302,3 @@ class LabHost:
         if self._reader.is_alive():
             self._reader.join()
         self._socket.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -5,15 +5,14 @@ import ctypes
 import mmap
 import os
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 from offmap.errors import KernelError
+from offmap.owned import Owned
 
 __all__ = ["Backing", "map_backing"]
 
 
-class Backing:
+class Backing(Owned):
     """Owns a mapping; `on_close` runs first, while the memory is still mapped.
 
     Attributes:
@@ -76,14 +75,6 @@ class Backing:
             if self.guest_memfd is not None:
                 os.close(self.guest_memfd)
                 self.guest_memfd = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def map_backing(

@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from offmap.errors import OffmapError
 from offmap.memory.backing import Backing
+from offmap.owned import Owned
 
 __all__ = ["GuestAddressError", "GuestMemory", "Region", "layout"]
 
@@ -67,7 +66,7 @@ def layout(backings: Iterable[Backing]) -> list[Region]:
     return regions
 
 
-class GuestMemory:
+class GuestMemory(Owned):
     """All RAM of one guest; owns the backings.
 
     Args:
@@ -116,11 +115,3 @@ class GuestMemory:
     def close(self) -> None:
         """Give the memory back, in the way of its backend."""
         self._owned.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
-    ) -> None:
-        self.close()

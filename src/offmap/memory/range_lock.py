@@ -9,11 +9,10 @@ import fcntl
 import os
 import struct
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from offmap.errors import KernelError
 from offmap.memory.iomem import PhysicalRange, intersect, subtract
+from offmap.owned import Owned
 from offmap.uapi.mman import F_OFD_GETLK, F_OFD_SETLK
 
 __all__ = ["RangeLock"]
@@ -23,7 +22,7 @@ LOCK_FILE = Path("/run/offmap/reserved.lock")
 _FLOCK = struct.Struct("<hhxxxxqqixxxx")  # struct flock on x86-64: l_type, l_whence, l_start, l_len, l_pid
 
 
-class RangeLock:
+class RangeLock(Owned):
     """Holds locks on ranges of physical memory until it is closed.
 
     Raises:
@@ -83,11 +82,3 @@ class RangeLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
-    ) -> None:
-        self.close()

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
-from typing import Self
 
 from offmap.boot.acpi import build_tables
 from offmap.boot.cpu_state import enter_64bit
@@ -23,6 +21,7 @@ from offmap.devices.rtc import Rtc
 from offmap.devices.serial import Serial16550A
 from offmap.errors import OffmapError
 from offmap.kvm import Kvm, Vcpu, Vm
+from offmap.owned import Owned
 from offmap.uapi import kvm as uapi
 from offmap.uapi.pc import COM1_IRQ, RTC_IRQ
 from offmap.vmm.command_line import with_machine_parameters
@@ -53,7 +52,7 @@ class _VmIrqLine:
         self._vm.irq_line(self._gsi, level)
 
 
-class Machine:
+class Machine(Owned):
     """One guest, from its making to its end. A context manager: leaving it leaves no thread, fd or mapping behind.
 
     What runs when: the constructor makes everything and loads the guest; `start` lets the vCPUs go, each on a thread
@@ -235,11 +234,3 @@ class Machine:
     def close(self) -> None:
         """Stop it if it runs, and free everything."""
         self._owned.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
-    ) -> None:
-        self.close()

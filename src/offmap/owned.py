@@ -1,0 +1,20 @@
+"""What owns something (an fd, a mapping, a process) and gives it back at the end of a ``with`` block."""
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+__all__ = ["Owned"]
+
+
+class Owned(ABC):
+    """A context manager that closes itself."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what is owned. A second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
