@@ -296,7 +296,7 @@ def test_every_page_is_found_mapped_exactly_if_an_entry_maps_it(
         pa = 8 * GIB + (frame * PAGE if level == 1 else (frame & 7) * SIZE[2])
         image.map(va, pa, level, RW | (NX if nx else 0))
         entries[va, level] = pa
-    expected = set()
+    expected: set[int] = set()
     for (_, level), pa in entries.items():
         expected.update(range(pa // PAGE, (pa + SIZE[level]) // PAGE))
     result = image.walk()

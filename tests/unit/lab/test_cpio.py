@@ -21,7 +21,8 @@ ENTRIES = [
 
 def read_newc(archive: bytes) -> list[Entry]:
     """Parse as buffer-format.rst says it."""
-    entries, at = [], 0
+    entries: list[Entry] = []
+    at = 0
     while True:
         assert archive[at : at + 6] == b"070701"
         assert at % 4 == 0

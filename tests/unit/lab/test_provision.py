@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from offmap.lab import apt, provision
+from offmap.lab.cache import replace_folder
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import image_release
 
@@ -95,7 +96,7 @@ def test_tampered_package_is_downloaded_again(cache: Path, monkeypatch: pytest.M
 
     def unpack(files: list[Path], folder: Path) -> None:
         assert [deb.read_bytes() for deb in files] == [good]
-        provision.replace_folder(tree(store / "new"), folder)
+        replace_folder(tree(store / "new"), folder)
 
     package = apt.Package(f"linux-image-{RELEASE}", "6.12.9-1", hashlib.sha256(good).hexdigest())
     monkeypatch.setattr(apt, "views", lambda _series, _folder: [apt.AptView("test", ())])
