@@ -13,7 +13,7 @@ from offmap.lab.host import LabHost
 
 __all__ = ["PATIENCE", "Guest"]
 
-PATIENCE = 60.0  # seconds for what takes 10 on an idle machine
+PATIENCE = 120.0  # seconds for what takes 10 on an idle machine
 PRINT_PID = ("sh", "-c", 'echo "pid $$" >&2; exec "$@"', "sh")
 
 
