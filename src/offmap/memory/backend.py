@@ -15,13 +15,14 @@ from offmap.units import format_size
 __all__ = ["BACKENDS", "Backend", "parse_backend"]
 
 BACKENDS: Mapping[str, str] = {
-    # name: the class, in the module of that name
+    # name: the class, in the module of that name (with _ for -)
     "anon": "Anon",
     "memfd": "Memfd",
     "hugetlb": "Hugetlb",
     "reserved": "Reserved",
     "unplugged": "Unplugged",
     "secretmem": "Secretmem",
+    "secretmem-bridge": "SecretmemBridge",
     "guest_memfd": "GuestMemfd",
 }
 
@@ -81,7 +82,7 @@ def parse_backend(text: str) -> Backend:
         if not equals or not key:
             raise OffmapError(f"{pair!r} is not an option of a memory backend", "write option=value")
         options[key] = value
-    backend: type[Backend] = getattr(import_module(f"offmap.memory.{name}"), class_name)
+    backend: type[Backend] = getattr(import_module(f"offmap.memory.{name.replace('-', '_')}"), class_name)
     return backend.from_options(options)
 
 

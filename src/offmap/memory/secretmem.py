@@ -19,7 +19,7 @@ from offmap.memory.probe import run_one_instruction
 from offmap.uapi.mman import SYS_memfd_secret
 from offmap.units import format_size
 
-__all__ = ["Secretmem"]
+__all__ = ["Secretmem", "map_secret", "secret_file"]
 
 _REMEDY = {
     errno.ENOSYS: "boot the host with secretmem.enable=1, on a kernel with CONFIG_SECRETMEM and an unbroken direct map",
@@ -83,8 +83,8 @@ def _locked_bytes() -> int:
     return int(match[1]) << 10 if match else 0
 
 
-def secret_backing(size: int) -> Backing:
-    """`size` bytes of memfd_secret memory, not yet populated.
+def secret_file(size: int) -> int:
+    """A memfd_secret file of `size` bytes, not yet populated: its fd, which the caller owns.
 
     Raises:
         BackendRefused: this host has none to give.
@@ -93,9 +93,33 @@ def secret_backing(size: int) -> Backing:
     fd = memfd_secret()
     try:
         os.ftruncate(fd, size)
+    except OSError as error:
+        os.close(fd)
+        raise BackendRefused(str(KernelError("ftruncate of memfd_secret memory", error))) from None
+    return fd
+
+
+def map_secret(fd: int, size: int) -> Backing:
+    """Map a memfd_secret file.
+
+    Raises:
+        BackendRefused: it may not be.
+    """
+    try:
         return map_backing("memfd_secret memory", fd, size, remedy="raise RLIMIT_MEMLOCK, or ask for less")
-    except (OSError, KernelError) as error:
+    except KernelError as error:
         raise BackendRefused(str(error)) from None
+
+
+def secret_backing(size: int) -> Backing:
+    """`size` bytes of memfd_secret memory, not yet populated.
+
+    Raises:
+        BackendRefused: this host has none to give.
+    """
+    fd = secret_file(size)
+    try:
+        return map_secret(fd, size)
     finally:
         os.close(fd)
 

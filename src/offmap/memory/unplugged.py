@@ -5,25 +5,18 @@ before it gives them back, however this process ends (kernel/module/unplug.c).
 """
 
 import errno
-import os
 from collections.abc import Mapping
 from typing import Self
 
 from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.kvm import Vm
-from offmap.kvm.handle import Handle
 from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing, map_backing
+from offmap.memory.module_device import open_device
 from offmap.uapi import offmap_module as uapi
 from offmap.units import format_size
 
 __all__ = ["Unplugged"]
-
-_OPEN_REMEDY = {
-    errno.ENOENT: "load the module first: offmap module load",
-    errno.EACCES: "run as root",
-    errno.EPERM: "run with CAP_SYS_ADMIN (root)",
-}
 
 
 class Unplugged(Backend):
@@ -47,21 +40,18 @@ class Unplugged(Backend):
         return cls(int(node))
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
-        try:
-            fd = os.open(uapi.DEVICE, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            reason = str(KernelError(f"open of {uapi.DEVICE}", error))
-            raise BackendRefused(reason, _OPEN_REMEDY.get(error.errno or 0, "")) from None
-        with Handle(fd) as device:
+        with open_device() as device:
             request = uapi.offmap_unplug(size, self.node, 0)
             try:
                 device.call("OFFMAP_UNPLUG", uapi.OFFMAP_UNPLUG, request)
             except KernelError as error:
                 raise self._refusal(error, size, request.size) from None
             # The mapping holds the file, and with the mapping's end the memory goes back.
-            return [map_backing(uapi.DEVICE, fd, size)]
+            return [map_backing(uapi.DEVICE, device.fd, size)]
 
     def _refusal(self, error: KernelError, wanted: int, spare: int) -> BackendRefused:
+        if error.errno == errno.EINVAL and self.node != uapi.OFFMAP_ANY_NODE:
+            return BackendRefused(f"this host has no NUMA node {self.node}", "see /sys/devices/system/node")
         if error.errno != errno.ENOMEM:
             return BackendRefused(error.what)
         where = "" if self.node == uapi.OFFMAP_ANY_NODE else f" on node {self.node}"

@@ -1,0 +1,46 @@
+"""memfd_secret memory on a stock kernel: the guest runs from the offmap module's view of the same pages.
+
+GUP refuses secret memory, so KVM cannot run from it (secretmem.py). The module holds the pages and maps them as
+VM_PFNMAP, which KVM takes without GUP (kernel/module/bridge.c). Some pages may keep a mapping in the kernel's image:
+they are found by the audit, and kept from the guest.
+"""
+
+import errno
+import os
+
+from offmap.errors import BackendRefused, KernelError
+from offmap.kvm import Vm
+from offmap.memory.backend import Backend, check_host_has
+from offmap.memory.backing import Backing, map_backing
+from offmap.memory.module_device import open_device
+from offmap.memory.populate import populate
+from offmap.memory.secretmem import map_secret, secret_file
+from offmap.uapi import offmap_module as uapi
+
+__all__ = ["SecretmemBridge"]
+
+# Measured on two busy cores: 6.0 µs a page with one thread, 5.9 with two. Each page is a change of the direct map under
+# one lock and a TLB flush; only what is around that goes on side by side.
+POPULATE_THREADS = 2
+
+
+class SecretmemBridge(Backend):
+    name = "secretmem-bridge"
+    hides = True
+
+    def allocate(self, vm: Vm, size: int) -> list[Backing]:
+        check_host_has(size)
+        with open_device() as device:
+            fd = secret_file(size)
+            try:
+                with map_secret(fd, size) as secret:
+                    populate(secret, min(POPULATE_THREADS, os.cpu_count() or 1))
+                request = uapi.offmap_secretmem(fd, 0, 0)
+                device.call("OFFMAP_BIND_SECRETMEM", uapi.OFFMAP_BIND_SECRETMEM, request)
+            except KernelError as error:
+                remedy = "ask for less, or free memory" if error.errno == errno.EFAULT else ""
+                raise BackendRefused(error.what, remedy) from None
+            finally:
+                os.close(fd)
+            # The mapping holds the device's file, and that the secret one: the pages go back with the mapping.
+            return [map_backing(uapi.DEVICE, device.fd, size)]
