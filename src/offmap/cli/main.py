@@ -16,6 +16,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "run": "run a guest on RAM of the kind you choose",
     "audit": "say which pages of a VM the host kernel can reach",
+    "doctor": "say which kinds of RAM this host can give, and which of them hide",
     "image": "make a file system for a guest",
     "module": "build and load the kernel module behind some kinds of RAM",
     "lab": "run a command in a disposable host",

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from offmap.errors import OffmapError
 from offmap.units import parse_size
 
-__all__ = ["PhysicalRange", "intersect", "memmap_reservations", "merged", "parse_iomem", "subtract"]
+__all__ = [
+    "PhysicalRange",
+    "intersect",
+    "memmap_reservations",
+    "merged",
+    "parse_iomem",
+    "subtract",
+    "suggest_reservation",
+]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -70,6 +78,26 @@ def memmap_reservations(command_line: str) -> list[PhysicalRange]:
             except OffmapError:
                 continue  # the kernel ignored it too
     return ranges
+
+
+def suggest_reservation(iomem: str) -> PhysicalRange | None:
+    """A range worth reserving for guests on the host whose /proc/iomem this is; None where there is none.
+
+    A quarter of the largest stretch of System RAM (256 MiB to 16 GiB, a power of two), at its top, aligned so that huge
+    pages could map it. The kernel image's place is no obstacle: KASLR avoids what ``memmap=`` reserves. A crash
+    kernel's place is.
+    """
+    lines = [match for match in map(_IOMEM_LINE.fullmatch, iomem.splitlines()) if match is not None]
+    crash = [PhysicalRange(int(m["start"], 16), int(m["last"], 16) + 1) for m in lines if m["name"] == "Crash kernel"]
+    legacy = PhysicalRange(0, 1 << 24)  # firmware, and the DMA zone
+    largest = max(subtract(parse_iomem(iomem, "System RAM"), [legacy, *crash]), key=lambda r: r.size, default=None)
+    if largest is None:
+        return None
+    quarter = 1 << max((largest.size // 4).bit_length() - 1, 0)
+    size = min(max(quarter, 256 << 20), 16 << 30)
+    alignment = min(size, 1 << 30)
+    start = (largest.end - size) // alignment * alignment
+    return PhysicalRange(start, start + size) if start >= largest.start else None
 
 
 def intersect(left: Iterable[PhysicalRange], right: Iterable[PhysicalRange]) -> list[PhysicalRange]:

@@ -14,7 +14,15 @@ from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing, map_backing
-from offmap.memory.iomem import PhysicalRange, intersect, memmap_reservations, merged, parse_iomem, subtract
+from offmap.memory.iomem import (
+    PhysicalRange,
+    intersect,
+    memmap_reservations,
+    merged,
+    parse_iomem,
+    subtract,
+    suggest_reservation,
+)
 from offmap.memory.range_lock import RangeLock
 from offmap.units import format_size, parse_size
 
@@ -55,10 +63,7 @@ class Reserved(Backend):
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         ranges = reserved_ranges()
         if not ranges:
-            raise BackendRefused(
-                "this host has no physical memory reserved for guests",
-                rf"reboot it with, for example, memmap={max(size >> 20, 1)}M\$START on its command line",
-            )
+            raise BackendRefused("this host has no physical memory reserved for guests", _how_to_reserve())
         free = ranges
         if self.base is not None:
             free = intersect(ranges, [PhysicalRange(self.base, self.base + size)])
@@ -104,6 +109,18 @@ def reserved_ranges() -> list[PhysicalRange]:
     if firmware := list(_firmware_ram()):
         ranges = intersect(ranges, firmware)
     return [r for r in (r.aligned(_PAGE_SIZE) for r in ranges) if r.size]
+
+
+def _how_to_reserve() -> str:
+    """The boot parameter, with addresses of this host."""
+    try:
+        there = suggest_reservation(Path("/proc/iomem").read_text())
+    except OffmapError:  # addresses are for root only
+        there = None
+    if there is None:
+        return "boot it with memmap=SIZE$START, a range of its RAM, on its kernel command line"
+    parameter = f"memmap={there.size >> 20}M${there.start:#x}"
+    return f"boot it with {parameter} on its kernel command line (in a GRUB file, write the $ as \\$)"
 
 
 def _firmware_ram() -> list[PhysicalRange]:

@@ -21,6 +21,7 @@ from offmap.devices.rtc import Rtc
 from offmap.devices.serial import Serial16550A
 from offmap.errors import OffmapError
 from offmap.kvm import Kvm, Vcpu, Vm
+from offmap.memory.slots import map_into
 from offmap.owned import Owned
 from offmap.uapi import kvm as uapi
 from offmap.uapi.pc import COM1_IRQ, RTC_IRQ
@@ -99,7 +100,7 @@ class Machine(Owned):
             started = time.monotonic()
             self.memory = building.enter_context(config.backend.guest_memory(self._vm, config.memory_size))
             self.populate_seconds = time.monotonic() - started
-            self._map_memory()
+            map_into(self._vm, self.memory)
             # Published before anything of the guest is in it, so that it can be looked at first.
             with ExitStack() as statement:
                 statement.callback(os.close, publish_memslots(self.memory, config.backend.name))
@@ -136,21 +137,6 @@ class Machine(Owned):
             )
             enter_64bit(vcpus[0], self.memory, entry)
             self._owned = building.pop_all()
-
-    def _map_memory(self) -> None:
-        for slot, region in enumerate(self.memory.regions):
-            backing = region.backing
-            if backing.guest_memfd is None:
-                self._vm.set_user_memory_region(slot, region.guest_phys_addr, region.size, region.userspace_addr)
-            else:
-                self._vm.set_user_memory_region2(
-                    slot,
-                    region.guest_phys_addr,
-                    region.size,
-                    region.userspace_addr,
-                    backing.guest_memfd,
-                    region.offset,
-                )
 
     def _set_cpuid(self, kvm: Kvm, vcpus: list[Vcpu]) -> None:
         supported = kvm.supported_cpuid()

@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offmap.errors import OffmapError
-from offmap.memory.iomem import PhysicalRange, intersect, memmap_reservations, merged, parse_iomem, subtract
+from offmap.memory.iomem import (
+    PhysicalRange,
+    intersect,
+    memmap_reservations,
+    merged,
+    parse_iomem,
+    subtract,
+    suggest_reservation,
+)
 
 TOP = 64
 RANGES = st.lists(
@@ -115,3 +123,26 @@ def test_memmap_reservations(command_line: str, ranges: list[tuple[int, int]]) -
 def test_memmap_takes_any_text(text: str) -> None:
     for r in memmap_reservations(f"memmap={text}"):
         assert r.size >= 0
+
+
+def test_suggestion_is_at_the_top_of_the_largest_stretch() -> None:
+    text = """00001000-0009fbff : System RAM
+00100000-7ffdffff : System RAM
+  01000000-01ffffff : Kernel code
+100000000-27fffffff : System RAM
+"""
+    there = suggest_reservation(text)
+    assert there == PhysicalRange(0x240000000, 0x280000000)
+
+
+def test_suggestion_avoids_the_crash_kernel() -> None:
+    text = """00100000-7fffffff : System RAM
+  60000000-7fffffff : Crash kernel
+"""
+    there = suggest_reservation(text)
+    assert there is not None
+    assert there.end <= 0x60000000
+
+
+def test_no_suggestion_for_a_tiny_host() -> None:
+    assert suggest_reservation("00100000-0fffffff : System RAM\n") is None

@@ -1,0 +1,93 @@
+"""What this host can do: each backend tried out, and what came of it audited."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from offmap.audit.audit import AuditResult, audit_process
+from offmap.audit.guest_ram import RamRange, Source
+from offmap.audit.verdict import Verdict
+from offmap.errors import ExitStatus, OffmapError, Undetermined
+from offmap.kvm import Kvm
+from offmap.memory.backend import BACKENDS, parse_backend
+from offmap.memory.probe import try_out
+
+__all__ = ["Diagnosis", "Health", "examine", "exit_status"]
+
+_SIZE = 4 << 20  # bytes of RAM to try with: whole huge pages, and little enough for any host
+
+
+class Health(Enum):
+    """How a backend is here. Only what the audit saw counts as hiding."""
+
+    HIDING = "usable, and hides"
+    MOSTLY = "usable, and hides what is left when aliased pages are kept from the guest"
+    PLAIN = "usable, and does not hide"
+    UNVERIFIED = "usable; whether it hides cannot be verified here"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """One backend on this host.
+
+    Attributes:
+        promises: whether it is meant to hide.
+        reason: why it was refused or not verified, or what the audit found mapped; may be empty.
+        remedy: what to do about it, as a command or a boot parameter; may be empty.
+    """
+
+    backend: str
+    promises: bool
+    health: Health
+    reason: str = ""
+    remedy: str = ""
+
+
+def examine(backends: Iterable[str] = BACKENDS) -> Iterator[Diagnosis]:
+    """Try each backend: get RAM from it, run a guest of one instruction there, audit it, give it back."""
+    for name in backends:
+        yield _examine(name)
+
+
+def _examine(name: str) -> Diagnosis:
+    backend = parse_backend(name)
+    try:
+        with Kvm() as kvm, kvm.create_vm() as vm, backend.guest_memory(vm, _SIZE) as memory:
+            for backing in memory.backings:
+                backing.zero()
+            try_out(vm, memory)
+            ranges = [RamRange(r.userspace_addr, r.size, Source.REQUESTED) for r in memory.regions]
+            try:
+                result = audit_process(os.getpid(), ranges=ranges)
+            except Undetermined as error:
+                health = Health.UNVERIFIED if backend.hides else Health.PLAIN
+                return Diagnosis(name, backend.hides, health, f"not audited: {error.what}", error.remedy)
+    except OffmapError as error:
+        return Diagnosis(name, backend.hides, Health.REFUSED, error.what, error.remedy)
+    return Diagnosis(name, backend.hides, _health(result), _what_was_seen(result))
+
+
+def _health(result: AuditResult) -> Health:
+    if result.verdict is Verdict.HIDDEN:
+        return Health.HIDING
+    if result.verdict is Verdict.UNKNOWN:
+        return Health.UNVERIFIED
+    return Health.PLAIN if result.pages.direct_map_pages else Health.MOSTLY
+
+
+def _what_was_seen(result: AuditResult) -> str:
+    pages = result.pages
+    return (
+        f"of {pages.pages_populated} pages, {pages.direct_map_pages} are in the direct map, "
+        f"{pages.alias_pages} aliased, {pages.unknown_pages} unknown"
+    )
+
+
+def exit_status(diagnoses: Iterable[Diagnosis]) -> ExitStatus:
+    """0 if something hides here, 3 if that could not be verified, 1 if nothing does."""
+    seen = {d.health for d in diagnoses if d.promises}
+    if seen & {Health.HIDING, Health.MOSTLY}:
+        return ExitStatus.DONE
+    return ExitStatus.UNDETERMINED if Health.UNVERIFIED in seen else ExitStatus.EXPOSED
