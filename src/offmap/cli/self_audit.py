@@ -1,5 +1,6 @@
 """A VMM's audits of itself: ``offmap audit`` as a process of its own, so that what is looked at is not what looks."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,9 @@ from offmap.memory.backend import Backend
 from offmap.memory.iomem import PhysicalRange
 
 __all__ = ["SelfAudit", "keep_from_guest"]
+
+
+_GRACE = 2.0  # seconds
 
 
 def _command(*options: str) -> list[str]:
@@ -73,6 +77,10 @@ class SelfAudit:
     def finish(self) -> int | None:
         """Its exit status, once the guest has ended; None if it had not come to a verdict by then."""
         if self._process is not None:
+            if not self._watch:
+                # It may have spoken already, and only be on its way out.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_GRACE)
             if self._process.poll() is None:
                 self._process.terminate()
             status = self._process.wait()
