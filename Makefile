@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest
 SUITE = tests/unit tests/kvm tests/lab
 
-.PHONY: demo test test-all slow setup setup-tests lint bench
+.PHONY: demo test test-all slow setup setup-tests setup-slow lint bench
 
 demo: setup
 	.venv/bin/offmap demo
@@ -14,6 +14,9 @@ setup:
 
 setup-tests:
 	@scripts/setup --tests
+
+setup-slow:
+	@scripts/setup --slow
 
 lint: setup
 	@.venv/bin/ruff check --quiet .
@@ -27,7 +30,7 @@ test: setup-tests lint
 # Patched and older host kernels too.
 test-all: test slow
 
-slow: setup-tests
+slow: setup-slow
 	@scripts/slow-tests $(SUITE)
 
 # make bench BENCH=--quick

@@ -22,7 +22,9 @@ DEFAULT_OUT = Path("out/lab")
 def add_lab_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that describe a disposable host (shared by every command that starts one)."""
     parser.add_argument(
-        "--host-kernel", metavar="KERNEL", help="debian:6.12, running, or a bzImage (default: debian:6.12 where apt is)"
+        "--host-kernel",
+        metavar="KERNEL",
+        help="debian:6.12, patched:7.3, running, or a bzImage (default: debian:6.12 where apt is)",
     )
     parser.add_argument("--modules", type=Path, metavar="DIR", help="lib/modules/RELEASE folder of a bzImage")
     parser.add_argument("--memory", default="2G", metavar="SIZE", help="RAM of the host (default: %(default)s)")
@@ -59,6 +61,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     path.add_argument("kernel", nargs="?", metavar="KERNEL", help="debian:6.12, running, … (default: as for lab exec)")
     path.set_defaults(run=run_kernel_path)
+    build = kernels.add_parser(
+        "build",
+        help="build a kernel with offmap's patches and print where its bzImage is",
+        description="Build a kernel with offmap's patches from Debian's source, unless that has been done.",
+    )
+    build.add_argument("kernel", nargs="?", metavar="KERNEL", help="patched:7.3 (default: the newest there is)")
+    build.set_defaults(run=run_kernel_build)
+    names = kernels.add_parser("list", help="the patched kernels, their patches, and whether they have been built")
+    names.set_defaults(run=run_kernel_list)
 
 
 def run_kernel_path(args: argparse.Namespace) -> int:
@@ -66,6 +77,29 @@ def run_kernel_path(args: argparse.Namespace) -> int:
     from offmap.lab.provision import host_kernel
 
     print(host_kernel(args.kernel).vmlinuz)
+    return 0
+
+
+def run_kernel_build(args: argparse.Namespace) -> int:
+    """Run ``offmap lab kernel build``."""
+    from offmap.lab.build import patched_kernel
+    from offmap.lab.series import all_series
+
+    spec = args.kernel or max(all_series(), key=lambda series: [int(part) for part in series.name.split(".")]).spec
+    print(patched_kernel(spec, lambda line: print(f"offmap: {line}", file=sys.stderr, flush=True)).vmlinuz)
+    return 0
+
+
+def run_kernel_list(_args: argparse.Namespace) -> int:
+    """Run ``offmap lab kernel list``."""
+    from offmap.lab.build import built_tree
+    from offmap.lab.series import all_series
+
+    for series in all_series():
+        tree = built_tree(series)
+        print(f"{series.spec}  {next((tree / 'boot').glob('vmlinuz-*')) if tree else 'not built'}")
+        for subject in series.subjects():
+            print(f"    {subject}")
     return 0
 
 
@@ -93,7 +127,7 @@ def run_exec(args: argparse.Namespace) -> int:
         out = _out_folder(args.out)
         console = _console_file(args.console, stack)
         say("offmap: getting the host kernel")
-        kernel = host_kernel(args.host_kernel, args.modules)
+        kernel = host_kernel(args.host_kernel, args.modules, lambda line: say(f"offmap: {line}"))
         say(f"offmap: booting {kernel.release}")
         left = args.timeout if args.timeout is not None else BOOT_TIMEOUT
         host = stack.enter_context(

@@ -1,4 +1,4 @@
-"""Getting a host kernel: a Debian one by download, or one that is already on this machine.
+"""Getting a host kernel: a Debian one by download, one that is already on this machine, or one built with our patches.
 
 ``debian:SERIES`` is downloaded with apt, checked against apt's signed index, and unpacked below the cache folder; it is
 not installed. The cache is checked at each use, never trusted: what the lab is going to boot or load must match the
@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from offmap.lab import apt
@@ -32,19 +32,26 @@ def default_spec() -> str:
     return f"debian:{DEFAULT_SERIES}" if apt.have_apt() else "running"
 
 
-def host_kernel(spec: str | None = None, modules: Path | None = None) -> HostKernel:
-    """Find or download the kernel that ``spec`` names; with a warm cache this needs no network.
+def host_kernel(
+    spec: str | None = None, modules: Path | None = None, say: Callable[[str], None] = lambda _: None
+) -> HostKernel:
+    """Find, download or build the kernel that ``spec`` names; with a warm cache this needs no network.
 
     Args:
-        spec: ``debian:6.12`` (any series that Debian has), ``running``, or the path of a bzImage.
+        spec: ``debian:6.12`` (any series that Debian has), ``patched:7.3``, ``running``, or the path of a bzImage.
         modules: its ``lib/modules/RELEASE`` folder, for a path; looked for around it by default.
+        say: takes a line for the user at each step of a build.
 
     Raises:
-        LabError: there is no such kernel, or it could not be downloaded or read.
+        LabError: there is no such kernel, or it could not be downloaded, built or read.
     """
     spec = spec or default_spec()
     if spec == "running":
         return _running(modules)
+    if spec.startswith("patched:"):
+        from offmap.lab.build import patched_kernel  # which keeps its results as this module does
+
+        return patched_kernel(spec, say)
     if spec.startswith("debian:"):
         series = spec.removeprefix("debian:")
         if not re.fullmatch(r"\d+\.\d+", series):

@@ -31,7 +31,7 @@ def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
         seen.update(argv=argv, deadline=deadline)
         return 5
 
-    def kernel(spec: str | None, modules: Path | None) -> HostKernel:
+    def kernel(spec: str | None, modules: Path | None, _say: object = None) -> HostKernel:
         seen.update(spec=spec, modules=modules)
         return KERNEL
 

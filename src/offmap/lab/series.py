@@ -1,0 +1,96 @@
+"""offmap's kernel patches, by the kernel series that they are made for, and the configuration to build with them."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import offmap
+from offmap.lab.errors import LabError
+
+__all__ = ["PatchSeries", "all_series", "config_options", "missing_options", "patch_series"]
+
+_PACKAGED = "_kernel"  # pyproject.toml puts kernel/ there when it makes a wheel
+_SUBJECT = re.compile(r"^Subject: (?:\[PATCH[^\]]*\] )?(.*(?:\n .*)*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class PatchSeries:
+    """What turns a Debian kernel into one of ours.
+
+    Attributes:
+        name: the kernel series, ``7.3``.
+        patches: in the order in which they apply.
+        config: a Kconfig fragment: what is not named in it is off.
+    """
+
+    name: str
+    patches: tuple[Path, ...]
+    config: Path
+
+    @property
+    def spec(self) -> str:
+        """How a user asks for the kernel: ``patched:7.3``."""
+        return f"patched:{self.name}"
+
+    def key(self, source_version: str) -> str:
+        """Sixteen hexadecimal digits that change with the source, the configuration and each patch."""
+        digest = hashlib.sha256(f"{source_version}\n".encode())
+        for path in (self.config, *self.patches):
+            data = path.read_bytes()
+            digest.update(f"{path.name} {len(data)}\n".encode() + data)
+        return digest.hexdigest()[:16]
+
+    def subjects(self) -> list[str]:
+        """The patches' subjects, in order."""
+        return [_subject(path) for path in self.patches]
+
+
+def _subject(patch: Path) -> str:
+    match = _SUBJECT.search(patch.read_text())
+    return " ".join(match[1].split()) if match else patch.name
+
+
+def _kernel_folder() -> Path:
+    package = Path(offmap.__file__).parent
+    for folder in (package / _PACKAGED, package.parents[1] / "kernel"):
+        if (folder / "lab.config").is_file():
+            return folder
+    raise LabError("this installation of offmap holds no kernel patches", "install offmap again")
+
+
+def all_series() -> Iterator[PatchSeries]:
+    """Yield each series that offmap has.
+
+    Raises:
+        LabError: this installation has none at all.
+    """
+    folder = _kernel_folder()
+    for patches in sorted((folder / "patches").iterdir()):
+        if patches.is_dir():
+            yield PatchSeries(patches.name, tuple(sorted(patches.glob("*.patch"))), folder / "lab.config")
+
+
+def patch_series(spec: str) -> PatchSeries:
+    """The series that `spec` (``patched:7.3``) asks for.
+
+    Raises:
+        LabError: there is no such series.
+    """
+    known = {series.spec: series for series in all_series()}
+    if spec not in known:
+        raise LabError(f"offmap has no patches for {spec}", f"choose {' or '.join(known)}")
+    return known[spec]
+
+
+def config_options(fragment: str) -> dict[str, str]:
+    """The options that a Kconfig fragment sets: ``{"CONFIG_KVM": "y"}``."""
+    pairs = (line.split("=", 1) for line in fragment.splitlines() if line.startswith("CONFIG_") and "=" in line)
+    return {name: value.strip() for name, value in pairs}
+
+
+def missing_options(wanted: str, config: str) -> Sequence[str]:
+    """The lines of the fragment `wanted` that a finished `.config` does not have as they are."""
+    have = config_options(config)
+    return [f"{name}={value}" for name, value in config_options(wanted).items() if have.get(name, "n") != value]

@@ -1,0 +1,100 @@
+"""A Debian kernel's source: the package linux-source-SERIES, fetched once, unpacked where it is wanted."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from offmap.lab import apt
+from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of
+from offmap.lab.errors import LabError
+
+__all__ = ["KernelSource", "kernel_source"]
+
+_RECORD = "package.json"
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """A verified source package in the cache.
+
+    Attributes:
+        version: Debian's, ``7.3.4-1~bpo13+1``.
+        deb: the package.
+    """
+
+    version: str
+    deb: Path
+
+    def unpack(self, folder: Path) -> None:
+        """Unpack the kernel's source tree so that `folder`, which must exist, is its top.
+
+        Raises:
+            LabError: it cannot be unpacked.
+        """
+        # The package holds little but one tarball, which is large: no detour by a file.
+        with (
+            subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(self.deb)], stdout=subprocess.PIPE) as package,
+            subprocess.Popen(
+                ["tar", "-xO", "--wildcards", "./usr/src/linux-source-*.tar.xz"],
+                stdin=package.stdout,
+                stdout=subprocess.PIPE,
+            ) as tarball,
+        ):
+            done = subprocess.run(
+                ["tar", "-xJ", "-C", str(folder), "--strip-components=1", "--no-same-owner"],
+                stdin=tarball.stdout,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        if done.returncode != 0 or not (folder / "Kbuild").is_file():
+            reason = (done.stderr.strip().splitlines() or ["it holds no kernel source"])[-1]
+            raise LabError(f"cannot unpack {self.deb.name}: {reason}", "check that the cache folder's disk is not full")
+
+
+def kernel_source(series: str) -> KernelSource:
+    """Find the source of Debian's `series` (``7.3``) in the cache, or download the newest.
+
+    Raises:
+        LabError: there is none to be had.
+    """
+    store = cache_folder("sources") / f"linux-source-{series}"
+    with locked(store.with_name(f"{store.name}.lock")):
+        try:
+            record = json.loads((store / _RECORD).read_text())
+            source = KernelSource(record["version"], store / record["file"])
+            if sha256_of(source.deb) == record["sha256"]:
+                return source
+        except (OSError, ValueError, TypeError, KeyError):
+            pass  # absent or damaged: download it
+        return _download(series, store)
+
+
+def _download(series: str, store: Path) -> KernelSource:
+    if not apt.have_apt() or shutil.which("xz") is None:
+        raise LabError(
+            f"cannot get the source of Debian's kernel {series}: this machine has no apt-get, dpkg-deb or xz",
+            "use a machine that has, and copy its cache folder",
+        )
+    name = f"linux-source-{series}"
+    failures = []
+    for leftover in store.parent.glob(f".{store.name}.*"):  # of a run that was killed; we hold the lock
+        shutil.rmtree(leftover, ignore_errors=True)
+    for view in apt.views(series, cache_folder("apt")):
+        try:
+            view.update()
+            package = apt.newest(apt.parse_packages(view.run("apt-cache", "show", "--all-versions", name)))
+            if package is None:
+                failures.append(f"{view.label} have none")
+                continue
+            with scratch_folder(store) as scratch:
+                deb = apt.download(view, package, scratch)
+                record = {"version": package.version, "file": deb.name, "sha256": package.sha256}
+                (scratch / _RECORD).write_text(json.dumps(record))
+                replace_folder(scratch, store)
+            return KernelSource(package.version, store / deb.name)
+        except LabError as error:
+            failures.append(f"{view.label}: {error.what}")
+    raise LabError(f"cannot get {name}: {'; '.join(failures)}", "check the network")

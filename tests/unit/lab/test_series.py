@@ -1,0 +1,77 @@
+"""The project's own patches and configuration, and what identifies a kernel built from them."""
+
+from pathlib import Path
+
+import pytest
+
+from offmap.lab.errors import LabError
+from offmap.lab.series import PatchSeries, all_series, config_options, missing_options, patch_series
+
+PATCH = """From 0000000000000000000000000000000000000000 Mon Sep 17 00:00:00 2001
+From: Somebody <somebody@example.org>
+Subject: [PATCH 1/2] mm: a subject that is long enough to be continued on a
+ second line
+
+Why.
+"""
+
+
+def series(folder: Path, *patches: str, config: str = "CONFIG_KVM=y\n") -> PatchSeries:
+    (folder / "lab.config").write_text(config)
+    paths = []
+    for number, text in enumerate(patches, 1):
+        paths.append(folder / f"{number:04}-x.patch")
+        paths[-1].write_text(text)
+    return PatchSeries("7.3", tuple(paths), folder / "lab.config")
+
+
+def test_every_series_of_the_project_is_numbered_signed_and_has_a_message() -> None:
+    found = list(all_series())
+    assert [s.name for s in found] == ["7.3"]
+    for s in found:
+        assert s.patches, s.name
+        assert patch_series(s.spec) == s
+        assert [path.name[:4] for path in s.patches] == [f"{n:04}" for n in range(1, len(s.patches) + 1)]
+        for path in s.patches:
+            message, _, diff = path.read_text().partition("\n---\n")
+            assert "Signed-off-by: The offmap authors <" in message, path
+            assert len(message.splitlines()) > 12, f"{path}: say why"
+            assert "diff --git a/" in diff, path
+        assert all(": " in subject for subject in s.subjects())
+
+
+def test_the_configuration_names_each_option_once_and_nothing_of_a_machine() -> None:
+    text = next(iter(all_series())).config.read_text()
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert all(line.startswith("CONFIG_") and line.endswith(("=y", "=16")) for line in lines)
+    assert len(config_options(text)) == len(lines)
+
+
+def test_an_unknown_series_is_refused() -> None:
+    with pytest.raises(LabError, match=r"offmap has no patches for patched:6\.1; choose patched:7\.3"):
+        patch_series("patched:6.1")
+
+
+def test_subjects(tmp_path: Path) -> None:
+    assert series(tmp_path, PATCH, "no header").subjects() == [
+        "mm: a subject that is long enough to be continued on a second line",
+        "0002-x.patch",
+    ]
+
+
+def test_the_key_changes_with_all_that_a_kernel_is_made_from(tmp_path: Path) -> None:
+    keys = {series(tmp_path, PATCH).key("1")}
+    keys.add(series(tmp_path, PATCH).key("1"))
+    assert len(keys) == 1
+    keys.add(series(tmp_path, PATCH).key("2"))
+    keys.add(series(tmp_path, PATCH + "\n").key("1"))
+    keys.add(series(tmp_path, PATCH, "").key("1"))
+    keys.add(series(tmp_path, "", PATCH).key("1"))
+    keys.add(series(tmp_path, PATCH, config="CONFIG_KVM=m\n").key("1"))
+    assert len(keys) == 6
+
+
+def test_options_that_kconfig_dropped_are_named() -> None:
+    wanted = "# a comment\nCONFIG_A=y\nCONFIG_B=y\nCONFIG_C=n\nCONFIG_D=16\nCONFIG_E=n\n"
+    config = "CONFIG_A=y\n# CONFIG_B is not set\n# CONFIG_C is not set\nCONFIG_D=8\n"
+    assert missing_options(wanted, config) == ["CONFIG_B=y", "CONFIG_D=16"]
