@@ -24,6 +24,7 @@ BACKENDS: Mapping[str, str] = {
     "secretmem": "Secretmem",
     "secretmem-bridge": "SecretmemBridge",
     "guest_memfd": "GuestMemfd",
+    "guest_memfd-unmapped": "GuestMemfdUnmapped",
 }
 
 

@@ -8,9 +8,10 @@ from offmap.memory.backend import Backend, check_host_has
 from offmap.memory.backing import Backing, map_backing
 from offmap.uapi import kvm as uapi
 
-__all__ = ["GuestMemfd"]
+__all__ = ["MAPPABLE", "GuestMemfd", "guest_memfd_flags", "map_guest_memfd"]
 
-_FLAGS = uapi.GUEST_MEMFD_FLAG_MMAP | uapi.GUEST_MEMFD_FLAG_INIT_SHARED
+MAPPABLE = uapi.GUEST_MEMFD_FLAG_MMAP | uapi.GUEST_MEMFD_FLAG_INIT_SHARED
+"""What makes it memory that a VMM can map, from the first moment on."""
 
 
 class GuestMemfd(Backend):
@@ -18,21 +19,41 @@ class GuestMemfd(Backend):
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
-        if not vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD) or not vm.check_extension(uapi.KVM_CAP_USER_MEMORY2):
-            raise BackendRefused(
-                "this kernel's KVM has no guest_memfd", "use Linux 6.18 or later, built with CONFIG_KVM_GUEST_MEMFD"
-            )
-        if vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD_FLAGS) & _FLAGS != _FLAGS:
-            raise BackendRefused(
-                "this kernel's guest_memfd cannot be mapped by a VMM (no GUEST_MEMFD_FLAG_MMAP and _INIT_SHARED)",
-                "use Linux 6.18 or later",
-            )
+        guest_memfd_flags(vm)
         try:
-            fd = vm.create_guest_memfd(size, _FLAGS)
+            return [map_guest_memfd(vm, size, MAPPABLE)]
         except KernelError as error:
             raise BackendRefused(error.what) from None
-        try:
-            return [map_backing("guest_memfd memory", fd, size, guest_memfd=fd)]
-        except KernelError:
-            os.close(fd)
-            raise
+
+
+def guest_memfd_flags(vm: Vm) -> int:
+    """The flags that `vm` takes for its guest_memfd, among them those of MAPPABLE.
+
+    Raises:
+        BackendRefused: this kernel has no guest_memfd that a VMM can map.
+    """
+    if not vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD) or not vm.check_extension(uapi.KVM_CAP_USER_MEMORY2):
+        raise BackendRefused(
+            "this kernel's KVM has no guest_memfd", "use Linux 6.18 or later, built with CONFIG_KVM_GUEST_MEMFD"
+        )
+    flags = vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
+    if flags & MAPPABLE != MAPPABLE:
+        raise BackendRefused(
+            "this kernel's guest_memfd cannot be mapped by a VMM (no GUEST_MEMFD_FLAG_MMAP and _INIT_SHARED)",
+            "use Linux 6.18 or later",
+        )
+    return flags
+
+
+def map_guest_memfd(vm: Vm, size: int, flags: int) -> Backing:
+    """A new guest_memfd of `vm`, mapped; nothing of it has a frame yet.
+
+    Raises:
+        KernelError: this kernel does not give it.
+    """
+    fd = vm.create_guest_memfd(size, flags)
+    try:
+        return map_backing("guest_memfd memory", fd, size, guest_memfd=fd)
+    except KernelError:
+        os.close(fd)
+        raise

@@ -1,0 +1,108 @@
+"""guest_memfd that leaves the kernel's direct map: a flag that no released kernel has, and patched ones have variously.
+
+Of the flags that this kernel's KVM_CAP_GUEST_MEMFD_FLAGS advertises beyond those of Linux 6.18, each is tried out with
+a guest of one instruction. That a flag does what is hoped is not assumed: the RAM is audited before the guest gets it.
+offmap's own patch (kernel/patches/) makes it bit 2 and takes 2 MiB at a time off the direct map for fallocate.
+"""
+
+import ctypes
+import os
+from collections.abc import Iterator, Mapping
+from typing import Self
+
+from offmap.errors import BackendRefused, KernelError, OffmapError
+from offmap.kvm import Kvm, Vm
+from offmap.memory.backend import Backend, check_host_has
+from offmap.memory.backing import Backing
+from offmap.memory.guest import GuestMemory
+from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_memfd
+from offmap.memory.populate import populate
+from offmap.memory.probe import try_out
+
+__all__ = ["GuestMemfdUnmapped", "unknown_flags"]
+
+FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
+_PROBE_SIZE = 2 * 4096  # bytes; the probe's instruction is in the second page
+_POPULATE_THREADS = 2
+
+
+class GuestMemfdUnmapped(Backend):
+    """Attributes:
+    bit: of the flag to use; None: the first that works.
+    """
+
+    name = "guest_memfd-unmapped"
+    hides = True
+
+    def __init__(self, bit: int | None = None) -> None:
+        self.bit = bit
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, str]) -> Self:
+        for option, value in options.items():
+            if option != "bit" or not value.isdecimal() or not 2 <= int(value) < 64:
+                raise OffmapError(
+                    f"memory backend {cls.name} has no option {option}={value}", "bit=N chooses a flag, from 2 to 63"
+                )
+        return cls(int(options["bit"]) if "bit" in options else None)
+
+    def allocate(self, vm: Vm, size: int) -> list[Backing]:
+        check_host_has(size)
+        flags = MAPPABLE | self._probe(guest_memfd_flags(vm))
+        try:
+            backing = map_guest_memfd(vm, size, flags)
+        except KernelError as error:
+            raise BackendRefused(error.what) from None
+        try:
+            if backing.guest_memfd is not None:
+                _allocate_frames(backing.guest_memfd, size)
+            # Every page into our page tables: an audit sees none that is not there.
+            populate(backing, min(_POPULATE_THREADS, os.cpu_count() or 1))
+        except KernelError as error:
+            backing.close()
+            raise BackendRefused(error.what, "ask for less, or free memory") from None
+        except BaseException:
+            backing.close()
+            raise
+        return [backing]
+
+    def _probe(self, advertised: int) -> int:
+        candidates = list(unknown_flags(advertised))
+        if self.bit is not None:
+            candidates = [flag for flag in candidates if flag == 1 << self.bit]
+        reasons = []
+        for flag in candidates:
+            try:
+                with (
+                    Kvm() as kvm,
+                    kvm.create_vm() as vm,
+                    GuestMemory([map_guest_memfd(vm, _PROBE_SIZE, MAPPABLE | flag)]) as memory,
+                ):
+                    try_out(vm, memory)
+                return flag
+            except OffmapError as error:
+                reasons.append(f"flag {flag:#x}: {error.what}")
+        raise BackendRefused(
+            "this kernel's guest_memfd has no flag to leave the direct map"
+            + (f" that works ({'; '.join(reasons)})" if reasons else ""),
+            "use --memory reserved or unplugged, or a patched kernel (offmap lab kernel build makes one)",
+        )
+
+
+def unknown_flags(advertised: int) -> Iterator[int]:
+    """Yield those of the `advertised` flags, lowest first, whose meaning no released kernel has fixed."""
+    extra = advertised & ~MAPPABLE
+    while extra:
+        yield extra & -extra
+        extra &= extra - 1
+
+
+def _allocate_frames(fd: int, size: int) -> None:
+    """fallocate(2), in the only mode that guest_memfd has; where a kernel flushes TLBs once a page, it is no slower.
+
+    Raises:
+        KernelError: the host has not so much memory.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, FALLOC_FL_KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(size)) != 0:
+        raise KernelError("fallocate of guest_memfd", ctypes.get_errno())
