@@ -1,5 +1,6 @@
 """Whole machines with a guest of a few hundred bytes: every end there is, and what is left after it."""
 
+import contextlib
 import os
 import pty
 import select
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,13 @@ def monitor(payload: Callable[[str], Path], kvm: Kvm) -> Path:
 
 def config(kernel: Path, backend: Backend | None = None, vcpus: int = 1, size: int = 32 * MIB) -> MachineConfig:
     return MachineConfig(BootSource(kernel, None, ""), backend or Anon(), size, vcpus)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # of another process's threads nothing tells
 
 
 def threads() -> set[str]:
@@ -238,6 +247,42 @@ def test_a_reader_that_goes_away_ends_it(command: Callable[..., Command]) -> Non
     status, errors = one.finish()
     assert status == 2
     assert errors == "offmap run: writing what the guest's console says failed: Broken pipe (EPIPE)\n"
+
+
+@pytest.mark.parametrize("how", ["signal", "keys"])
+def test_a_reader_that_reads_nothing_does_not_keep_it_alive(command: Callable[..., Command], how: str) -> None:
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(4096))
+        os.set_blocking(writer, True)
+        one = command("--vcpus", "2", stdout=writer)
+        one.keys(b"abc" * 500)
+        pidfile = Path(f"/proc/{one.process.pid}/task")
+        wait_until(lambda: len(list(pidfile.iterdir())) > 1)
+        if how == "signal":
+            one.process.send_signal(signal.SIGTERM)
+            assert one.finish() == (2, "offmap run: stopped by SIGTERM\n")
+        else:
+            one.keys(b"\x01x")
+            assert one.finish() == (0, "")
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_slow_reader_gets_everything(command: Callable[..., Command]) -> None:
+    text = b"0123456789abcdegijlnopuvwxy\n" * 300
+    one = command()
+    one.keys(text + b"q")
+    assert one.process.stdin
+    assert one.process.stdout
+    assert one.process.stdout.read(1) == b"U"
+    assert os.get_blocking(one.process.stdout.fileno())
+    said, _ = one.process.communicate(timeout=PATIENCE)
+    assert said == text
 
 
 def test_a_full_disk_ends_it(command: Callable[..., Command]) -> None:

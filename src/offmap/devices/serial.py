@@ -116,13 +116,21 @@ class Serial16550A:
             self._update_irq()
         return taken
 
-    def flush(self) -> None:
-        """Hand on the output gathered so far."""
-        with self._output_lock:
+    def flush(self, *, wait: bool = True) -> None:
+        """Hand on the output gathered so far.
+
+        Args:
+            wait: for whoever is handing on output now; otherwise it is left to them (``on_pending`` comes again).
+        """
+        if not self._output_lock.acquire(blocking=wait):
+            return
+        try:
             with self._lock:
                 data, self._tx = bytes(self._tx), bytearray()
             if data:
                 self._output(data)
+        finally:
+            self._output_lock.release()
 
     def read(self, port: int, size: int) -> int:
         """One register."""
@@ -152,6 +160,8 @@ class Serial16550A:
         if after != before:
             if value == NEWLINE or after >= FLUSH_AT:
                 self.flush()
+                if self._tx:  # from another vCPU, while we may have been in the way of whoever was told of it
+                    self._on_pending()
             elif before == 0:
                 self._on_pending()
         elif opened:

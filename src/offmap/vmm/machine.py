@@ -164,14 +164,24 @@ class Machine(Owned):
             )
 
     def start(self) -> None:
-        """Let the vCPUs run. To be called once, on the process's main thread (it installs a signal handler)."""
+        """Let the vCPUs run. To be called once, on the process's main thread (it installs a signal handler).
+
+        Raises:
+            OffmapError: this process may start no more threads.
+        """
         self._previous_handler = signal.signal(_KICK, lambda *_: None)
         self._owned.callback(signal.signal, _KICK, self._previous_handler)
         self._owned.callback(self._join)
         for loop in self._loops:
             thread = threading.Thread(target=self._run, args=(loop,), name=f"vcpu{loop.vcpu.number}")
             self._threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                self._threads.remove(thread)
+                raise OffmapError(
+                    f"this process may start no thread for vCPU {loop.vcpu.number}", "raise RLIMIT_NPROC (ulimit -u)"
+                ) from None
 
     def _run(self, loop: VcpuLoop) -> None:
         try:
@@ -183,6 +193,8 @@ class Machine(Owned):
             raise
         if stop is not None:
             self.stop(stop.outcome, stop.error)
+        with self._stop_lock:
+            pass  # a thread that has ended may not be sent a signal any more, so outlast whoever is in stop()
 
     def stop(self, outcome: Outcome, error: OffmapError | None = None) -> None:
         """Stop every vCPU; the first call decides what the end was. May be called on any thread, at any time."""
@@ -192,10 +204,10 @@ class Machine(Owned):
             self._stop = Stop(outcome, error)
             for loop in self._loops:
                 loop.request_stop()
-        for thread in self._threads:
-            if thread is not threading.current_thread() and thread.ident is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pthread_kill(thread.ident, _KICK)
+            for thread in self._threads:
+                if thread is not threading.current_thread() and thread.ident is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pthread_kill(thread.ident, _KICK)
         os.eventfd_write(self.stopped_fd, 1)
 
     @property

@@ -11,12 +11,14 @@ from offmap.errors import KernelError, OffmapError
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.machine import Machine
 from offmap.vmm.outcome import Outcome, Stop
+from offmap.vmm.output import ConsoleOutput
 from offmap.vmm.terminal import EscapeKey, RawTerminal, Typed
 
 __all__ = ["Session"]
 
 _LINE_DELAY = 0.003  # seconds that a character may wait for the rest of its line, so that the line costs one write
 _READ_SIZE = 4096
+_DAY = 86400.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -42,6 +44,7 @@ class Session:
         self._config = config
         self._stdin = stdin
         self._stdout = stdout
+        self._output: ConsoleOutput | None = None
         self._say = say
         self._on_up = on_up
         self._on_end = on_end
@@ -61,13 +64,14 @@ class Session:
         self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             with (
+                ConsoleOutput(self._stdout) as self._output,
                 self._quit_on_signals(),
                 Machine(self._config, self._write, on_open=self._opened, on_event=self._wake) as machine,
             ):
                 self._machine = machine
                 with RawTerminal(self._stdin):
                     machine.start()
-                    self._loop(machine)
+                    self._loop(machine, self._output)
                 self._on_end(machine)
             return machine.stopped or Stop(Outcome.QUIT)
         finally:
@@ -82,25 +86,32 @@ class Session:
 
     def _write(self, data: bytes) -> None:
         """Write all of it; a reader that has gone away ends the machine from the loop, not from a vCPU's thread."""
-        view = memoryview(data)
-        while view and self._output_error is None:
-            try:
-                view = view[os.write(self._stdout, view) :]
-            except BlockingIOError:
-                with selectors.PollSelector() as writable:
-                    writable.register(self._stdout, selectors.EVENT_WRITE)
-                    writable.select()
-            except OSError as error:
-                self._output_error = error
-                self._wake()
+        if self._output is None or self._output_error is not None:
+            return
+        try:
+            self._output.write(data)
+        except OSError as error:
+            self._output_error = error
+            self._wake()
+
+    def _quit(self, machine: Machine, reason: OffmapError | None = None) -> None:
+        """End it as the user asked, whether or not somebody reads what it has said."""
+        if self._output is not None:
+            self._output.abandon()
+        machine.stop(Outcome.QUIT, reason)
 
     @contextlib.contextmanager
     def _quit_on_signals(self) -> Iterator[None]:
+        unwinding = False
+
         def quit_(number: int, _frame: object) -> None:
+            nonlocal unwinding
             reason = OffmapError(f"stopped by {signal.Signals(number).name}")
-            if self._machine is None:
+            if self._machine is not None:
+                self._quit(self._machine, reason)
+            elif not unwinding:
+                unwinding = True  # a second signal must not stop what gives the memory back
                 raise reason  # while it is being built: unwind what there is
-            self._machine.stop(Outcome.QUIT, reason)
 
         saved = {number: signal.signal(number, quit_) for number in _SIGNALS}
         try:
@@ -109,10 +120,10 @@ class Session:
             for number, handler in saved.items():
                 signal.signal(number, handler)
 
-    def _loop(self, machine: Machine) -> None:
+    def _loop(self, machine: Machine, output: ConsoleOutput) -> None:
         escape = EscapeKey()
         pending = b""  # read, and not yet taken by the guest
-        at_end = announced = False
+        at_end = announced = flush_due = writing = False
         # poll(2), because epoll refuses regular files, and a guest's input may come from one.
         with selectors.PollSelector() as selector, selectors.PollSelector() as stopped:
             selector.register(machine.stopped_fd, selectors.EVENT_READ)
@@ -126,13 +137,25 @@ class Session:
                         selector.register(self._stdin, selectors.EVENT_READ)
                     else:
                         selector.unregister(self._stdin)
+                if writing != flush_due:
+                    writing = not writing
+                    if writing:
+                        selector.register(output.fd, selectors.EVENT_WRITE)
+                    else:
+                        selector.unregister(output.fd)
                 due = machine.next_event()
-                ready = {key.fd for key, _ in selector.select(None if due is None else max(due - time.time(), 0))}
+                # No longer than a day: poll(2) takes an int of milliseconds, and the host's clock may have been set.
+                timeout = None if due is None else min(max(due - time.time(), 0), _DAY)
+                ready = {key.fd for key, _ in selector.select(timeout)}
                 if self._events in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._events)
                     stopped.select(_LINE_DELAY)
-                    machine.console.flush()
+                    flush_due = True
+                if flush_due and output.ready():
+                    # Never wait here, for a reader or for a vCPU that waits for one: Ctrl-A x must be seen.
+                    flush_due = False
+                    machine.console.flush(wait=False)
                 if self._output_error is not None:
                     error = KernelError("writing what the guest's console says", self._output_error)
                     machine.stop(Outcome.FAILED, error)
@@ -141,7 +164,7 @@ class Session:
                     at_end = not data
                     pending, asked = escape.filter(data)
                     if asked is Typed.QUIT:
-                        machine.stop(Outcome.QUIT)
+                        self._quit(machine)
                     elif asked is Typed.HELP:
                         self._say("Ctrl-A x: quit; Ctrl-A a: send Ctrl-A; Ctrl-A h: this help")
                 if pending:

@@ -63,12 +63,11 @@ class RawTerminal:
 
     def __enter__(self) -> Self:
         if os.isatty(self._fd):
-            saved = termios.tcgetattr(self._fd)
+            self._saved = termios.tcgetattr(self._fd)
             tty.setraw(self._fd, termios.TCSADRAIN)
             raw = termios.tcgetattr(self._fd)
             raw[1] |= termios.OPOST | termios.ONLCR
             termios.tcsetattr(self._fd, termios.TCSADRAIN, raw)
-            self._saved = saved
         return self
 
     def __exit__(
