@@ -46,6 +46,7 @@ TIME_REGISTERS = (
 )
 ALARM_REGISTERS = (RTC_SECONDS_ALARM, RTC_MINUTES_ALARM, RTC_HOURS_ALARM)
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+FIRST, LAST = ((end.replace(microsecond=0, tzinfo=UTC) - EPOCH).total_seconds() for end in (datetime.min, datetime.max))
 
 
 def _nothing() -> None:
@@ -297,4 +298,5 @@ class Rtc:
 
 
 def _moment(seconds: float) -> datetime:
-    return EPOCH + timedelta(seconds=math.floor(seconds))
+    """The date, held at either end of what datetime can say: a guest may set its clock to the last second of 9999."""
+    return EPOCH + timedelta(seconds=math.floor(min(max(seconds, FIRST), LAST)))

@@ -221,3 +221,36 @@ def test_a_host_clock_that_goes_back_raises_nothing() -> None:
     guest.rtc.tick()
     assert not guest.line.level
     assert guest.rtc.next_event() == guest.now + 1
+
+
+@pytest.mark.parametrize(("year", "step"), [(9999, 3600.0), (1, -3600.0)])
+def test_a_guest_at_the_end_of_time(year: int, step: float) -> None:
+    guest = Guest()
+    guest[0x0B] = SET | H24 | BINARY | AIE | PIE
+    last = {0: 59, 2: 59, 4: 23, 7: 31, 8: 12} if year > 1 else {0: 0, 2: 0, 4: 0, 7: 1, 8: 1}
+    for register, value in {**last, 9: year % 100, CENTURY: year // 100}.items():
+        guest[register] = value
+    guest[0x0B] = H24 | BINARY | AIE | PIE
+    assert guest.moment().year == year
+    guest.now += step  # the host's clock may be set back, too
+    guest.rtc.tick()
+    assert guest.moment().year == year
+    guest[0] = 0
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*range(14), CENTURY]), st.integers(0, 255), st.sampled_from([0.0, 0.5, 1.0, 86400.0, -5.0])
+        ),
+        max_size=60,
+    )
+)
+def test_nothing_a_guest_writes_upsets_it(writes: list[tuple[int, int, float]]) -> None:
+    guest = Guest()
+    for register, value, step in writes:
+        guest[register] = value
+        guest.now += step
+        guest.rtc.tick()
+        guest.rtc.next_event()
+        assert all(0 <= guest[other] <= 0xFF for other in (0, 4, 9, CENTURY))
