@@ -71,12 +71,17 @@ def test_make_demo() -> None:
         "anon": "exposed",
         "memfd": "exposed",
         "reserved": "hidden",
+        "unplugged": "hidden",
+        "secretmem-bridge": "hidden",
+        "qemu-unplugged": "hidden",
         "secretmem": None,
     }
     assert cells["anon"]["canaries_found"] == cells["memfd"]["canaries_found"] == 64
-    assert cells["reserved"]["canaries_found"] == cells["reserved"]["direct_map_pages"] == 0
-    assert cells["reserved"]["alias_pages"] == cells["reserved"]["unknown_pages"] == 0
-    assert cells["reserved"]["scanned_bytes"] > 1 << 30
+    for cell in (cells["reserved"], cells["unplugged"], cells["secretmem-bridge"], cells["qemu-unplugged"]):
+        assert cell["canaries_planted"] == 64
+        assert cell["canaries_found"] == cell["direct_map_pages"] == 0
+        assert cell["alias_pages"] == cell["unknown_pages"] == 0
+        assert cell["scanned_bytes"] > 1 << 30
     assert "GUP" in cells["secretmem"]["reason"]
 
 

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     for cell in result.cells:
         if cell.outcome is not Outcome.BOOTED:
             console.print(f"{cell.backend} {cell.outcome.value}: {cell.reason}", markup=False, soft_wrap=True)
+    if result.left_out:
+        console.print(result.left_out, markup=False, soft_wrap=True)
     for surprise in result.surprises:
         console.print(f"not as claimed: {surprise.backend} {surprise.what}", markup=False, soft_wrap=True)
     if result.exit_status is ExitStatus.DONE:

@@ -12,15 +12,24 @@ from offmap import __version__
 from offmap.audit.verdict import Verdict
 from offmap.compare.cell import Cell, Outcome
 from offmap.compare.guest import guest_initramfs
+from offmap.compare.vm_process import QEMU
 from offmap.errors import ExitStatus, OffmapError
+from offmap.kmod.lab_module import lab_module
 from offmap.lab.errors import LabError, LabPanic
 from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
 
-__all__ = ["BACKENDS", "Demo", "DemoResult", "Surprise", "check", "run_demo"]
+__all__ = ["BACKENDS", "HIDING", "Demo", "DemoResult", "Surprise", "check", "run_demo"]
 
 SCHEMA = "offmap-demo/1"
-BACKENDS = ("anon", "memfd", "reserved", "secretmem")
+PLAIN = ("anon", "memfd")
+"""The positive control."""
+OF_THE_MODULE = ("unplugged", "secretmem-bridge", QEMU)
+"""Need offmap.ko in the host."""
+HIDING = ("reserved", *OF_THE_MODULE)
+REFUSED = ("secretmem",)
+"""By every stock kernel's GUP."""
+BACKENDS = (*PLAIN, *HIDING, *REFUSED)
 CANARIES = 64
 
 _MEMORY_SIZE = "256M"
@@ -60,12 +69,16 @@ class Demo:
 
 @dataclass(frozen=True, slots=True)
 class DemoResult:
-    """All cells, the facts of the host they ran on, and what did not come out as claimed."""
+    """All cells, the facts of the host they ran on, and what did not come out as claimed.
+
+    `left_out` says what could not be tried here and why, or is empty.
+    """
 
     host: dict[str, Any]
     cells: tuple[Cell, ...]
     surprises: tuple[Surprise, ...]
     report: Path
+    left_out: str = ""
 
     @property
     def exit_status(self) -> ExitStatus:
@@ -107,13 +120,25 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
             cells.append(Cell.from_json(data["cell"]))
         report(data)
 
+    backends = demo.backends
+    left_out = ""
+    module: Path | None = None
+    if set(backends) & set(OF_THE_MODULE):
+        report({"stage": "building the offmap module for it"})
+        try:
+            module = lab_module(kernel)
+        except OffmapError as error:
+            backends = tuple(b for b in backends if b not in OF_THE_MODULE)
+            left_out = f"{', '.join(b for b in demo.backends if b in OF_THE_MODULE)} left out: {error}"
     report({"stage": f"booting a disposable host, Linux {kernel.release}"})
     try:
         with LabHost.start(kernel, memory=_HOST_MEMORY, cmdline=_HOST_CMDLINE, out=out, accel=demo.accel) as lab:
+            if module is not None and lab.run(["insmod", str(module)], stdout=2) != 0:
+                raise LabError(f"the disposable host does not load {module}", "see why on its console")
             argv: list[str] = [
                 *(sys.executable, "-m", "offmap.compare.trial", "--kernel", str(kernel.vmlinuz)),
                 *("--initrd", str(initrd), "--memory-size", _MEMORY_SIZE, "--canaries", str(CANARIES)),
-                *demo.backends,
+                *backends,
             ]
             lines = _Lines(event)
             errors = bytearray()
@@ -136,7 +161,7 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
                 ).to_json()
             }
         )
-    surprises = tuple(check(cells, demo.backends))
+    surprises = tuple(check(cells, backends))
     path = out / "report.json"
     result = {
         "schema": SCHEMA,
@@ -144,13 +169,14 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": host,
         "cells": [cell.to_json() for cell in cells],
+        "left_out": left_out,
         "surprises": [{"backend": s.backend, "what": s.what} for s in surprises],
     }
     try:
         path.write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise OffmapError(f"cannot write {path}: {error.strerror}", "give another folder with --out") from None
-    return DemoResult(host, tuple(cells), surprises, path)
+    return DemoResult(host, tuple(cells), surprises, path, left_out)
 
 
 class _Lines:
@@ -182,17 +208,17 @@ def check(cells: Iterable[Cell], backends: Iterable[str] = BACKENDS) -> Iterable
         cell = by_backend.get(backend)
         if cell is None:
             yield Surprise(backend, "was not tried", ExitStatus.FAILED)
-        elif backend == "secretmem":
+        elif backend in REFUSED:
             if cell.outcome is not Outcome.REFUSED or "GUP" not in cell.reason:
                 text = f"was to be refused by GUP, but {cell.outcome.value}: {_first_line(cell.reason)}"
                 yield Surprise(backend, text, ExitStatus.FAILED)
-        elif backend == "reserved" and (cell.verdict is Verdict.EXPOSED or cell.canaries_found):
+        elif backend in HIDING and (cell.verdict is Verdict.EXPOSED or cell.canaries_found):
             yield from _check_hidden(cell)  # graver than whatever else went wrong
         elif cell.outcome is not Outcome.BOOTED:
             yield Surprise(backend, f"{cell.outcome.value}: {_first_line(cell.reason)}", ExitStatus.FAILED)
         elif cell.canaries_planted != CANARIES:
             yield Surprise(backend, f"planted {cell.canaries_planted} canaries, not {CANARIES}", ExitStatus.FAILED)
-        elif backend == "reserved":
+        elif backend in HIDING:
             yield from _check_hidden(cell)
         elif cell.verdict is not Verdict.EXPOSED or cell.canaries_found != CANARIES:
             text = f"the positive control failed: {cell.verdict and cell.verdict.value}, {cell.canaries_found} canaries"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from offmap.audit.canary import new_key
 from offmap.audit.verdict import Verdict
-from offmap.compare import trial
+from offmap.compare import trial, vm_process
 from offmap.compare.cell import Cell, Outcome
-from offmap.compare.demo import BACKENDS, CANARIES, DemoResult, Surprise, _Lines, check
+from offmap.compare.demo import BACKENDS, CANARIES, HIDING, DemoResult, Surprise, _Lines, check
 from offmap.compare.guest import PLANTED, READY, canary_parameters, guest_initramfs
 from offmap.errors import ExitStatus, OffmapError
 from offmap.lab.cpio import regular
@@ -44,7 +44,12 @@ REFUSED = Cell(
     outcome=Outcome.REFUSED,
     reason="this kernel's GUP refuses memfd_secret pages to KVM",
 )
-GOOD = {"anon": PLAIN, "memfd": dataclasses.replace(PLAIN, backend="memfd"), "reserved": HIDDEN, "secretmem": REFUSED}
+GOOD = {
+    "anon": PLAIN,
+    "memfd": dataclasses.replace(PLAIN, backend="memfd"),
+    **{backend: dataclasses.replace(HIDDEN, backend=backend) for backend in HIDING},
+    "secretmem": REFUSED,
+}
 
 
 def status(cells: dict[str, Cell]) -> ExitStatus:
@@ -77,6 +82,9 @@ def test_all_as_claimed_is_done() -> None:
         ("reserved", {"outcome": Outcome.FAILED, "reason": ""}, ExitStatus.FAILED),
         ("reserved", {"outcome": Outcome.FAILED, "reason": "r", "verdict": Verdict.EXPOSED}, ExitStatus.EXPOSED),
         ("reserved", {"canaries_planted": 63, "canaries_found": 1}, ExitStatus.EXPOSED),
+        ("unplugged", {"verdict": Verdict.EXPOSED, "alias_pages": 1}, ExitStatus.EXPOSED),
+        ("secretmem-bridge", {"verdict": Verdict.UNKNOWN}, ExitStatus.UNDETERMINED),
+        ("qemu-unplugged", {"canaries_found": 1}, ExitStatus.EXPOSED),
         ("anon", {"verdict": Verdict.HIDDEN}, ExitStatus.UNDETERMINED),
         ("anon", {"verdict": Verdict.UNKNOWN}, ExitStatus.UNDETERMINED),
         ("anon", {"verdict": None, "canaries_found": None}, ExitStatus.UNDETERMINED),
@@ -186,7 +194,7 @@ def test_ready_and_planted_are_found_in_a_console() -> None:
     ready, planted = trial._READY.search(console), trial._PLANTED.search(console)
     assert ready and ready[1] == "6.12.1-amd64"
     assert planted and planted[1] == "64"
-    assert trial._NOTHING.search(console) is None
+    assert vm_process._NEVER.search(console) is None
 
 
 def test_the_guest_says_what_is_listened_for() -> None:
