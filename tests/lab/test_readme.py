@@ -53,7 +53,7 @@ def converse(process: subprocess.Popen[bytes], until: bytes, answer: bytes) -> b
 def test_every_command_is_tested() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(_ANY.findall(text)) == len(blocks())
-    assert set(blocks()) == {"demo", "test", "lab", "run", "audit"}
+    assert set(blocks()) == {"demo", "test", "lab", "run", "audit", "doctor"}
 
 
 def test_make_test_is_what_ci_runs() -> None:
@@ -134,3 +134,14 @@ def test_an_audit_of_qemu(checkout: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert done.stdout.startswith("EXPOSED: ")
     assert "of qemu-system-x86" in done.stdout
+
+
+def test_doctor_on_this_host_and_in_the_lab(lab_host: LabHost) -> None:
+    """What hides is said only where it was seen: the shared lab host has reserved memory, and no module."""
+    done = lab_host.output(["sh", "-c", blocks()["doctor"]], cwd=ROOT)
+    said = done.stdout.decode()
+    assert done.status == 0, said + done.stderr.decode()
+    assert "reserved:         usable, and hides\n" in said
+    assert "anon:             usable, and does not hide\n" in said
+    assert "secretmem:        refused\n" in said
+    assert "do: load the module first: offmap module load" in said
