@@ -75,6 +75,12 @@ class Process(Owned):
                     links[int(name)] = os.readlink(name, dir_fd=folder)
                 except (FileNotFoundError, ProcessLookupError):
                     continue
+                except PermissionError as error:
+                    # The folder opens for its owner, its links take ptrace rights (proc_pid_readlink).
+                    raise Undetermined(
+                        f"the descriptors of process {self.pid} cannot be read: {error.strerror}",
+                        "run the audit as root with CAP_SYS_PTRACE and CAP_SYS_ADMIN",
+                    ) from None
             return links
         finally:
             os.close(folder)

@@ -30,13 +30,11 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 if every kind of RAM came out as claimed; see DemoResult.exit_status.
     """
-    from rich.console import Console
-
     from offmap.compare.cell import Outcome
     from offmap.compare.demo import Demo, run_demo
-    from offmap.report.demo import DemoProgress, cells_table
+    from offmap.report.demo import DemoProgress, PipedConsole, cells_table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 100)
     with DemoProgress(console) as progress:
         result = run_demo(Demo(args.out, args.host_kernel, args.modules, args.accel), progress.event)
     console.print()

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,8 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
         out.mkdir(parents=True, exist_ok=True)
         initrd = out / "guest.initramfs"
         initrd.write_bytes(guest_initramfs())
+        path = out / "report.json"
+        path.unlink(missing_ok=True)  # an earlier run's, which would outlive an interrupted one
     except OSError as error:
         raise OffmapError(f"cannot write to {out}: {error.strerror}", "give another folder with --out") from None
 
@@ -162,7 +164,7 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
             }
         )
     surprises = tuple(check(cells, backends))
-    path = out / "report.json"
+    cells = without_control(cells)
     result = {
         "schema": SCHEMA,
         "offmap": __version__,
@@ -232,6 +234,19 @@ def _check_hidden(cell: Cell) -> Iterable[Surprise]:
     elif cell.verdict is not Verdict.HIDDEN or cell.canaries_found is None:
         text = f"cannot be said to be hidden: {_first_line(cell.reason)}"
         yield Surprise(cell.backend, text, ExitStatus.UNDETERMINED)
+
+
+def without_control(cells: Iterable[Cell]) -> list[Cell]:
+    """`cells`, where nothing is called hidden unless the same means found all of a plain guest's canaries."""
+    cells = list(cells)
+    controls = [cell for cell in cells if cell.backend in PLAIN and cell.outcome is Outcome.BOOTED]
+    if controls and all(c.verdict is Verdict.EXPOSED and c.canaries_found == c.canaries_planted for c in controls):
+        return cells
+    reason = "the positive control failed, so what was not found proves nothing"
+    return [
+        replace(cell, verdict=Verdict.UNKNOWN, reason=reason) if cell.verdict is Verdict.HIDDEN else cell
+        for cell in cells
+    ]
 
 
 def _first_line(reason: str) -> str:

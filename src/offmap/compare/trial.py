@@ -29,8 +29,8 @@ from offmap.errors import ExitStatus, OffmapError, Undetermined
 __all__ = ["Trial", "main"]
 
 _BOOT_DEADLINE = 120.0  # seconds; a guest under emulation takes 3 to 20
-_READY = re.compile(re.escape(READY) + r", Linux (\S+)")
-_PLANTED = re.compile(PLANTED.format(r"(\d+)"))
+_READY = re.compile(re.escape(READY) + r", Linux (\S+)\r?\n")
+_PLANTED = re.compile(PLANTED.format(r"(\d+)") + r"\r?\n")
 
 Report = Callable[[dict[str, Any]], None]
 

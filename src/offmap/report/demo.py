@@ -13,11 +13,19 @@ from rich.table import Table
 from offmap.audit.verdict import Verdict
 from offmap.compare.cell import Cell, Outcome
 
-__all__ = ["DemoProgress", "cells_table"]
+__all__ = ["DemoProgress", "PipedConsole", "cells_table"]
 
 _VERDICT_STYLE = {Verdict.HIDDEN: "bold green", Verdict.EXPOSED: "bold red", Verdict.UNKNOWN: "bold yellow"}
 _NOT_MEASURED = "-"
 _SHARE_STEP = 0.25  # how often a long stage is mentioned where nothing can be redrawn
+
+
+class PipedConsole(Console):
+    """A console whose reader may go away. rich would end the process with status 1, which here means "exposed"."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line."""
+        raise BrokenPipeError
 
 
 class DemoProgress:

@@ -15,7 +15,7 @@ from offmap.audit.canary import new_key
 from offmap.audit.verdict import Verdict
 from offmap.compare import trial, vm_process
 from offmap.compare.cell import Cell, Outcome
-from offmap.compare.demo import BACKENDS, CANARIES, HIDING, DemoResult, Surprise, _Lines, check
+from offmap.compare.demo import BACKENDS, CANARIES, HIDING, DemoResult, Surprise, _Lines, check, without_control
 from offmap.compare.guest import PLANTED, READY, canary_parameters, guest_initramfs
 from offmap.errors import ExitStatus, OffmapError
 from offmap.lab.cpio import regular
@@ -103,6 +103,16 @@ def test_each_thing_that_can_go_wrong(backend: str, changes: dict[str, Any], exp
     assert surprise.exit_status is expected
     assert "\n" not in surprise.what
     assert status(cells) is expected
+
+
+def test_a_failed_control_takes_back_what_was_called_hidden() -> None:
+    """Not only in the exit status: no row of the table and of the report may say it."""
+    assert without_control(GOOD.values()) == list(GOOD.values())
+    for spoiler in ({"canaries_found": 63}, {"verdict": Verdict.HIDDEN}):
+        judged = without_control(spoilt("anon", **spoiler).values())
+        assert {cell.verdict for cell in judged if cell.backend in HIDING} == {Verdict.UNKNOWN}
+    no_controls = {name: cell for name, cell in GOOD.items() if name in HIDING}
+    assert {cell.verdict for cell in without_control(no_controls.values())} == {Verdict.UNKNOWN}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
