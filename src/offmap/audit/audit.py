@@ -235,6 +235,10 @@ def _judge(
             verdict = Verdict.UNKNOWN
     if verdict is Verdict.UNKNOWN and not pages.pages_populated:
         notes.append("no page of the guest's RAM was found populated")
+    if pages.excluded_direct_pages:
+        notes.append(
+            f"{pages.excluded_direct_pages} pages that are said to be kept from the guest are in the direct map"
+        )
     if pages.excluded_mapped_pages:
         notes.append(f"{pages.excluded_mapped_pages} mapped pages are kept from the guest and do not count")
     if scan is not None:

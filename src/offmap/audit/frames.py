@@ -19,11 +19,17 @@ from offmap.audit.pageflags import KPF_ZERO_PAGE, PageFlags
 from offmap.audit.process import Process
 from offmap.audit.residency import Backing, allocated_bytes, backing_of, link, open_backing, resident_frames
 from offmap.audit.unplugged import is_offmap_device, physical_ranges
+from offmap.errors import Undetermined
+from offmap.units import format_size
 
 __all__ = ["EMPTY", "POPULATED", "UNKNOWN", "Frames", "resolve"]
 
 PAGE = 4096
 UNKNOWN, EMPTY, POPULATED = 0, 1, 2
+
+# Times the RAM that the host has for itself (a guest may be larger, as reserved memory is not of it): the arrays of an
+# audit, some 50 bytes a page, would take nearly half of that.
+_MOST_RAM = 32
 
 _DEV_MEM = os.makedev(1, 1)  # Documentation/admin-guide/devices.txt: char 1:1, physical memory access
 
@@ -60,9 +66,15 @@ def resolve(process: Process, ranges: Iterable[RamRange], flags: PageFlags) -> F
         flags: tells the shared zero page, which holds nothing of the guest's.
 
     Raises:
-        Undetermined: the process has ended.
+        Undetermined: the process has ended, or the ranges are larger than any guest here can be.
     """
     wanted = list(ranges)
+    pages, host = sum(part.pages for part in wanted), os.sysconf("SC_PHYS_PAGES")
+    if pages > _MOST_RAM * host:
+        raise Undetermined(
+            f"the ranges to audit are {format_size(pages * PAGE)}, and this host has {format_size(host * PAGE)} of RAM",
+            "name those that are RAM with --range VA:LENGTH",
+        )
     frames = Frames.unknown(sum(part.pages for part in wanted))
     mappings = process.maps()
     fd = process.open("pagemap")

@@ -15,12 +15,13 @@ exposed, never that it is hidden.
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from offmap.audit.maps import Mapping, find_mapping
+from offmap.audit.maps import Mapping as Vma
 from offmap.audit.process import Process
 from offmap.errors import Undetermined
 
@@ -89,7 +90,7 @@ def parse_memslots(text: bytes) -> GuestRam:
     """
     try:
         claim = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Undetermined("the process's offmap-memslots list is not JSON") from None
     if not isinstance(claim, dict) or claim.get("schema") != MEMSLOTS_SCHEMA:
         raise Undetermined(f"the process's offmap-memslots list is not of schema {MEMSLOTS_SCHEMA}")
@@ -120,7 +121,7 @@ def parse_memslots(text: bytes) -> GuestRam:
     return GuestRam(tuple(ranges), tuple(holes))
 
 
-def guess_ranges(mappings: Sequence[Mapping]) -> tuple[RamRange, ...]:
+def guess_ranges(mappings: Sequence[Vma]) -> tuple[RamRange, ...]:
     """The large writable mappings, neighbours with the same backing taken as one."""
     merged: list[tuple[int, int, tuple[str, int, str]]] = []
     for mapping in mappings:
@@ -149,9 +150,12 @@ def find_guest_ram(process: Process) -> GuestRam:
     parts = []
     seen = set()
     for number in claims:
-        fd = process.open(f"fd/{number}")
+        # Whatever has got that name: a FIFO must not keep us waiting.
+        fd = process.open(f"fd/{number}", os.O_RDONLY | os.O_NONBLOCK)
         try:
             status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise Undetermined("the process's offmap-memslots list is malformed: it is not a file")
             if status.st_size > _MEMSLOTS_LIMIT:
                 raise Undetermined("the process's offmap-memslots list is malformed: it is larger than 1 MiB")
             if status.st_ino not in seen:  # a duplicated fd is one claim
@@ -164,7 +168,7 @@ def find_guest_ram(process: Process) -> GuestRam:
         return GuestRam(
             ranges,
             tuple(hole for claim in parts for hole in claim.excluded),
-            _unseen_guest_memfd(links.values(), ranges, process.maps()),
+            _unseen_guest_memfd(_guest_memfds(process, links), ranges, process.maps()),
         )
     if _KVM_VM_LINK not in links.values():
         raise Undetermined(
@@ -179,12 +183,44 @@ def find_guest_ram(process: Process) -> GuestRam:
             " its RAM",
             "say which addresses to audit with --range VA:LENGTH",
         )
-    return GuestRam(guesses, unseen_guest_memfd=_unseen_guest_memfd(links.values(), guesses, mappings))
+    return GuestRam(guesses, unseen_guest_memfd=_unseen_guest_memfd(_guest_memfds(process, links), guesses, mappings))
 
 
-def _unseen_guest_memfd(links: Iterable[str], ranges: Iterable[RamRange], mappings: Sequence[Mapping]) -> bool:
-    """Whether a guest_memfd is open, and not one of the ranges is a mapping of one."""
-    if not any(_GUEST_MEMFD in link for link in links):
-        return False
-    backings = (find_mapping(mappings, part.va) for part in ranges)
-    return not any(mapping is not None and _GUEST_MEMFD in mapping.path for mapping in backings)
+def _guest_memfds(process: Process, links: Mapping[int, str]) -> dict[tuple[str, int], int]:
+    """Every guest_memfd that is open: its size, by device and inode as maps shows them (0 if it cannot be asked)."""
+    files = {}
+    for number, link in links.items():
+        if _GUEST_MEMFD in link:
+            status = process.stat(f"fd/{number}")
+            if status is None:
+                files["", 0] = 0
+            else:
+                device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+                files[device, status.st_ino] = status.st_size
+    return files
+
+
+def _unseen_guest_memfd(
+    files: Mapping[tuple[str, int], int], ranges: Iterable[RamRange], mappings: Sequence[Vma]
+) -> bool:
+    """Whether a part of a guest_memfd is in none of the ranges.
+
+    Args:
+        files: bytes of each, by device and inode.
+    """
+    shown: dict[tuple[str, int], list[tuple[int, int]]] = {file: [] for file in files}
+    for part in ranges:
+        for vma in mappings:
+            start, end = max(vma.start, part.va), min(vma.end, part.va + part.bytes)
+            if start < end and (vma.device, vma.inode) in shown:
+                offset = vma.offset + start - vma.start
+                shown[vma.device, vma.inode].append((offset, offset + end - start))
+    for file, size in files.items():
+        seen = 0
+        for start, end in sorted(shown[file]):
+            if start > seen:
+                break
+            seen = max(seen, end)
+        if seen < size or not seen:
+            return True
+    return False

@@ -8,7 +8,8 @@ __all__ = ["Mapping", "find_mapping", "parse_maps"]
 
 _LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<perms>[-r][-w][-x][sp]) (?P<offset>[0-9a-f]+) "
-    r"(?P<device>[0-9a-f]+:[0-9a-f]+) (?P<inode>\d+)(?: +(?P<path>.*))?"
+    r"(?P<device>[0-9a-f]+:[0-9a-f]+) (?P<inode>\d+)(?: +(?P<path>.*))?",
+    re.DOTALL,
 )
 
 
@@ -45,7 +46,9 @@ class Mapping:
 def parse_maps(text: str) -> list[Mapping]:
     """The mappings of a maps file, in order of address; lines of another form (none are known) are left out."""
     found = []
-    for line in text.splitlines():
+    # The kernel escapes only the newline in a file's name: for splitlines() a carriage return in one would end the
+    # line too, and a VMM could make up mappings.
+    for line in text.split("\n"):
         match = _LINE.fullmatch(line)
         if match:
             found.append(

@@ -6,6 +6,7 @@ already are touched, so that our own pagemap tells their frames. Nothing is writ
 """
 
 import ctypes
+import errno
 import mmap
 import os
 import stat
@@ -162,8 +163,10 @@ def _data(fd: int, offset: int, pages: int) -> NDArray[np.bool_]:
     while position < end:
         try:
             start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: no data from here on
-            break
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here on
+                break
+            raise  # it cannot be asked, which is not the same as a hole
         position = os.lseek(fd, start, os.SEEK_HOLE)
         data[max(start - offset, 0) // PAGE : max(-(-(position - offset) // PAGE), 0)] = True
     return data

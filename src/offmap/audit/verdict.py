@@ -56,10 +56,10 @@ class PageCounts:
     """How many pages of guest RAM are what.
 
     ``ram_pages`` is all; of these ``excluded_pages`` are kept from the guest and judged apart
-    (``excluded_mapped_pages`` of them are mapped). The rest is ``pages_populated`` (their frame is known),
-    ``not_populated_pages`` (there is no page) or unknown. ``direct_map_pages`` and ``alias_pages`` may overlap;
-    ``mapped_pages`` are their union. ``unknown_pages`` also counts populated pages that no mapping was found of while
-    part of the page tables could not be read.
+    (``excluded_mapped_pages`` of them are mapped, ``excluded_direct_pages`` in the direct map). The rest is
+    ``pages_populated`` (their frame is known), ``not_populated_pages`` (there is no page) or unknown.
+    ``direct_map_pages`` and ``alias_pages`` may overlap; ``mapped_pages`` are their union. ``unknown_pages`` also
+    counts populated pages that no mapping was found of while part of the page tables could not be read.
     """
 
     ram_pages: int = 0
@@ -71,13 +71,18 @@ class PageCounts:
     unknown_pages: int = 0
     excluded_pages: int = 0
     excluded_mapped_pages: int = 0
+    excluded_direct_pages: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
 
     def verdict(self, guessed: bool) -> Verdict:
-        """Judge. Ranges that were guessed can be found exposed, never hidden: there may be more RAM elsewhere."""
+        """Judge. Ranges that were guessed can be found exposed, never hidden: there may be more RAM elsewhere.
+
+        Pages kept from the guest for being aliased are nobody's. But who says that it keeps a page of the direct map
+        from its guest may say so of any page, and nothing here can check it.
+        """
         if self.mapped_pages:
             return Verdict.EXPOSED
-        if self.unknown_pages or guessed or not self.pages_populated:
+        if self.unknown_pages or guessed or self.excluded_direct_pages or not self.pages_populated:
             return Verdict.UNKNOWN
         return Verdict.HIDDEN
 
@@ -132,6 +137,7 @@ def classify(
         unknown_pages=count((unknown | blind) & guest),
         excluded_pages=count(excluded),
         excluded_mapped_pages=count(mapped & excluded),
+        excluded_direct_pages=count(direct & excluded),
     )
     if count(unknown & ~changed & guest):
         counts.reasons.update(after.reasons or before.reasons)

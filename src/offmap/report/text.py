@@ -14,7 +14,7 @@ _SHOWN = 8  # lines of detail per list; --json has them all
 def verdict_line(result: AuditResult) -> str:
     """The verdict of one audit, with the figures it rests on."""
     pages = result.pages
-    who = f"{result.process} ({result.pid})"
+    who = f"{_plain(result.process)} ({result.pid})"
     if result.verdict is Verdict.HIDDEN:
         line = f"HIDDEN: none of the {pages.pages_populated} guest pages of {who} is mapped in the host kernel"
     elif result.verdict is Verdict.EXPOSED and pages.mapped_pages:
@@ -69,7 +69,12 @@ def render_audit(result: AuditResult) -> str:
     if result.scan is not None:
         lines += _scan(result.scan)
     lines += [f"  note     {note}" for note in result.notes]
-    return "\n".join(lines)
+    return "\n".join(_plain(line) for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Without what moves a terminal's cursor: names that the audited process chose must not write another verdict."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _regions(result: AuditResult) -> str:

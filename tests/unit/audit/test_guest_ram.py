@@ -114,11 +114,30 @@ def test_own_memslots_memfd_is_found_by_its_name() -> None:
 
 def test_guest_memfd_that_no_range_shows_is_noticed() -> None:
     mappings = parse_maps(MAPS + "7f0040000000-7f0044000000 rw-s 00000000 00:0f 1  /[kvm-gmem] (deleted)\n")
-    shown, other = (RamRange(va, 4096, Source.MEMSLOT) for va in (0x7F00_4000_0000, 0x7F00_1000_0000))
-    links = ["/dev/kvm", "anon_inode:[kvm-gmem]"]
-    assert _unseen_guest_memfd(links, [other], mappings)
-    assert not _unseen_guest_memfd(links, [other, shown], mappings)
-    assert not _unseen_guest_memfd(links[:1], [other], mappings)
+    shown, half, other = (
+        RamRange(va, size, Source.MEMSLOT)
+        for va, size in ((0x7F00_4000_0000, 64 << 20), (0x7F00_4000_0000, 32 << 20), (0x7F00_1000_0000, 4096))
+    )
+    file = {("00:0f", 1): 64 << 20}
+    assert _unseen_guest_memfd(file, [other], mappings)
+    assert not _unseen_guest_memfd(file, [other, shown], mappings)
+    assert not _unseen_guest_memfd({}, [other], mappings)
+    # Part of it, another one beside it, and one that cannot be asked about.
+    assert _unseen_guest_memfd(file, [half], mappings)
+    assert _unseen_guest_memfd(file | {("00:0f", 2): 4096}, [shown], mappings)
+    assert _unseen_guest_memfd({("", 0): 0}, [shown], mappings)
+
+
+def test_a_name_cannot_make_up_a_mapping() -> None:
+    for end in "\r\x0b\x0c\x1c\x85\u2028":
+        made_up = f"7f0030000000-7f0032000000 rw-p 00000000 00:00 0 {end}"
+        (only,) = parse_maps(f"7f0030000000-7f0032000000 rw-s 00000000 00:01 99  /memfd:{end}{made_up}x\n")
+        assert only.inode == 99 and made_up in only.path
+
+
+def test_a_claim_nested_without_end_is_refused() -> None:
+    with pytest.raises(Undetermined, match="not JSON"):
+        parse_memslots(b"[" * 500_000)
 
 
 def test_process_without_a_vm_is_undetermined() -> None:

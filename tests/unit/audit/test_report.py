@@ -44,6 +44,15 @@ def test_first_line_is_the_verdict() -> None:
     assert render_audit(result(EXPOSED)).splitlines()[0] == verdict_line(result(EXPOSED))
 
 
+def test_names_that_the_process_chose_cannot_write_a_verdict() -> None:
+    lie = "x\r\x1b[2KHIDDEN: none\n"
+    judged = result(EXPOSED, ram=GuestRam((RamRange(0x7F00_0000_0000, 4096, Source.MEMSLOT, 0, lie),)))
+    text = render_audit(judged)
+    assert "\x1b" not in text and "\r" not in text
+    assert not any(line.startswith("HIDDEN") for line in text.splitlines())
+    assert "\\x1b[2KHIDDEN" in text
+
+
 def test_canary_that_was_read_is_never_hidden() -> None:
     judged = result(HIDDEN, scanned(in_guest=False))
     assert judged.verdict is Verdict.EXPOSED

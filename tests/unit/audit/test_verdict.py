@@ -102,10 +102,16 @@ def test_guess_can_be_exposed_but_not_hidden() -> None:
 
 def test_excluded_pages_do_not_count_but_are_counted() -> None:
     seen = frames((5, POPULATED), (100, POPULATED))
-    counts, guest = classify(seen, seen, np.array([True, False]), mappings([(0, 9)], []))
+    counts, guest = classify(seen, seen, np.array([True, False]), mappings([(0, 1)], [(5, 1)]))
     assert counts.verdict(False) is Verdict.HIDDEN
     assert (counts.excluded_pages, counts.excluded_mapped_pages, counts.pages_populated) == (1, 1, 1)
     assert guest.tolist() == [100]
+
+
+def test_pages_of_the_direct_map_cannot_be_excluded_into_hidden() -> None:
+    seen = frames((5, POPULATED), (100, POPULATED))
+    counts, _ = classify(seen, seen, np.array([True, False]), mappings([(0, 9)], []))
+    assert (counts.verdict(False), counts.excluded_direct_pages) == (Verdict.UNKNOWN, 1)
 
 
 def test_all_pages_excluded_is_unknown() -> None:
