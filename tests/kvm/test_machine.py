@@ -340,7 +340,8 @@ def test_statistics(command: Callable[..., Command], tmp_path: Path) -> None:
     assert '"schema": "offmap-run/1"' in (tmp_path / "report.json").read_text()
 
 
-def test_audit_that_can_see_nothing_here_is_undetermined(command: Callable[..., Command]) -> None:
+@pytest.mark.parametrize("quit_by_user", [False, True])
+def test_audit_that_can_see_nothing_here_is_undetermined(command: Callable[..., Command], quit_by_user: bool) -> None:
     if Path("/proc/kcore").exists():
         pytest.skip("this machine has a /proc/kcore, so its absence was not tested (the lab does)")
     one = command("--audit")
@@ -355,5 +356,5 @@ def test_audit_that_can_see_nothing_here_is_undetermined(command: Callable[..., 
         assert select.select([pidfd], [], [], PATIENCE)[0]
     finally:
         os.close(pidfd)
-    one.keys(b"q")
+    one.keys(b"\x01x" if quit_by_user else b"q")
     assert one.finish() == (3, "")

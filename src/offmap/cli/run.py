@@ -15,7 +15,6 @@ from offmap.memory.backend import BACKENDS, parse_backend
 from offmap.units import format_size, parse_size
 from offmap.vmm.config import MAX_VCPUS, MachineConfig
 from offmap.vmm.machine import Machine
-from offmap.vmm.outcome import Outcome
 from offmap.vmm.session import Session
 from offmap.vmm.vcpu_loop import ExitCounts
 
@@ -70,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
     """Run it.
 
     Returns:
-        0 when the guest powered off, rebooted, or was quit from the terminal; with --audit, the audit's status where
-        the guest itself ended well.
+        0 when the guest powered off, rebooted, or was quit from the terminal; with --audit, the audit's status in
+        these cases.
 
     Raises:
         OffmapError: it could not be started, or it failed.
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         audited = audit.finish()
     if stop.error is not None:
         raise stop.error
-    if args.audit and stop.outcome is not Outcome.QUIT:
+    if args.audit:
         if audited is None:
             _say("the guest ended before its audit did: no verdict")
             return ExitStatus.UNDETERMINED

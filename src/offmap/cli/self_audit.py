@@ -50,10 +50,19 @@ def keep_from_guest(backend: Backend, say: Callable[[str], None]) -> Sequence[Ph
             "are in its direct map",
             "use another backend",
         )
+    pages = result["pages"]
+    # One mapped page makes the verdict "exposed", whatever could not be seen of the others.
+    if unseen := pages["unknown_pages"] + pages["not_populated_pages"]:
+        reason = next(iter(pages["unknown_reasons"]), "they are not populated")
+        raise BackendRefused(
+            f"{unseen} of {pages['ram_pages']} pages of the {backend.name} memory that this host gave could not be "
+            f"audited: {reason}",
+            "try again, or use another backend",
+        )
     excluded = [PhysicalRange(start, start + size) for start, size in result["mapped_guest_ranges"]]
     if excluded:
-        pages = sum(r.size for r in excluded) // 4096
-        say(f"{pages} pages of the guest's RAM are aliased in the host kernel and kept from the guest")
+        count = sum(r.size for r in excluded) // 4096
+        say(f"{count} pages of the guest's RAM are aliased in the host kernel and kept from the guest")
     return excluded
 
 
