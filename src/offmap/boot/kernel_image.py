@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from offmap.boot.memory_map import MemoryMap
@@ -197,6 +198,10 @@ def _load_elf(file: int, what: str, head: bytes, memory: GuestMemory, memory_map
         raise OffmapError(f"{what} has no loadable segment at its entry {ehdr.e_entry:#x}", _REMEDY)
     if any(phdr.p_filesz > phdr.p_memsz for phdr in loads):
         raise OffmapError(f"{what} has a segment that is larger in the file than in memory", _REMEDY)
+    loads.sort(key=lambda phdr: phdr.p_paddr)
+    if any(low.p_paddr + low.p_memsz > high.p_paddr for low, high in pairwise(loads)):
+        # Also keeps a small file from making us copy all of RAM a thousand times over.
+        raise OffmapError(f"{what} has segments that overlap in memory", _REMEDY)
     start = min(phdr.p_paddr for phdr in loads) & ~0xFFF
     end = max(phdr.p_paddr + phdr.p_memsz for phdr in loads)
     memory_map.take("the guest kernel", end - start, at=start)

@@ -208,6 +208,8 @@ IDENT_MSB[5] = 2
         (vmlinux(phdrs=(TEXT, DATA._replace(p_memsz=1 << 40))), "does not fit into"),
         (vmlinux(phdrs=(TEXT, DATA._replace(p_paddr=(1 << 64) - 0x8000))), "does not fit into"),
         (vmlinux(phdrs=(TEXT, DATA._replace(p_paddr=0))), "does not fit into"),
+        (vmlinux(phdrs=(TEXT, DATA._replace(p_paddr=TEXT.p_paddr + 0x1000))), "segments that overlap in memory"),
+        (vmlinux(phdrs=(TEXT,) * 1000), "segments that overlap in memory"),
         (vmlinux(phdrs=(TEXT, DATA._replace(p_offset=1 << 62))), "is truncated"),
         (vmlinux(phdrs=(TEXT, DATA._replace(p_offset=(1 << 64) - 1))), "is truncated"),
         (vmlinux(phdrs=(TEXT._replace(p_type=PT_NOTE), DATA)), "no loadable segment at its entry"),
