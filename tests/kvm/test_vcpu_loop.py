@@ -12,6 +12,7 @@ from offmap.devices.bus import MmioBus, PioBus
 from offmap.kvm import Vm
 from offmap.memory.guest import GuestMemory
 from offmap.uapi import kvm as uapi
+from offmap.vmm import vcpu_loop
 from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.vcpu_loop import ExitCounts, VcpuLoop
 
@@ -227,3 +228,14 @@ def test_memory_that_goes_away(rig: Callable[[bytes], Rig]) -> None:
     machine.memory.close()
     # EFAULT from KVM_RUN; where KVM emulates every instruction, an internal error.
     assert "KVM" in failure(machine.run())
+
+
+def test_counts_of_what_a_guest_touches_stay_few(rig: Callable[[bytes], Rig], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vcpu_loop, "_MOST_COUNTS", 4)
+    # mov ax, 0x3000 + n * 0x100; mov ds, ax; mov [0], al: eight pages where nothing is
+    code = b"".join(bytes((0xB8, 0x00, 0x30 + n, 0x8E, 0xD8, 0xA2, 0x00, 0x00)) for n in range(8))
+    machine = rig(code + END)
+    assert machine.run() is None
+    pages = [key for key in machine.counts if key[0] == "mmio"]
+    assert len(pages) == 4
+    assert machine.counts["mmio elsewhere", 0, "out"] == 4
