@@ -7,9 +7,11 @@
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/anon_inodes.h>
 #include <linux/capability.h>
 #include <linux/cc_platform.h>
 #include <linux/completion.h>
+#include <linux/delay.h>
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/kref.h>
@@ -21,6 +23,7 @@
 #include <linux/mutex.h>
 #include <linux/nodemask.h>
 #include <linux/pid.h>
+#include <linux/rcupdate.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
@@ -33,8 +36,9 @@
 #include "offmap.h"
 
 struct offmap_file {
-	struct mutex lock;		/* guards mem until it is set, once */
+	struct mutex lock;		/* guards mem and keeper until they are set, once */
 	struct offmap_memory *mem;
+	struct file *keeper;		/* its release gives mem back */
 	struct list_head node;		/* of files, under files_lock */
 	pid_t opener;
 	char comm[TASK_COMM_LEN];
@@ -47,13 +51,75 @@ struct offmap_file {
 static LIST_HEAD(files);
 static DEFINE_MUTEX(files_lock);
 
+/* --- giving memory back -------------------------------------------------- */
+
+/*
+ * KVM must be gone before. It maps the page of a guest's clock for itself, by
+ * memremap() as there is no struct page, and unmaps it according to what
+ * pfn_valid() says then: for a page that is back already, not at all.
+ *
+ * A process that ends closes its files in an order that nobody promises. The
+ * release of a file that is dropped within a release comes after those that are
+ * pending for the same thread: hence the keeper. And if not the thread that
+ * drops the last of the files drops the last mapping, it has to wait for it.
+ */
+#define EXIT_PATIENCE	HZ
+
+static bool others_live(void)
+{
+	struct task_struct *task;
+	bool found = false;
+
+	rcu_read_lock();
+	for_each_thread(current, task)
+		if (task != current && !READ_ONCE(task->exit_state))
+			found = true;
+	rcu_read_unlock();
+	return found;
+}
+
+static void free_file(struct offmap_file *of)
+{
+	mutex_lock(&files_lock);
+	list_del(&of->node);
+	mutex_unlock(&files_lock);
+	kfree(of);
+}
+
+static int keeper_release(struct inode *inode, struct file *file)
+{
+	unsigned long deadline = jiffies + EXIT_PATIENCE;
+	struct offmap_file *of = file->private_data;
+
+	/* Not longer: they may wait for us just as well. */
+	if (current->flags & PF_EXITING)
+		while (others_live() && time_before(jiffies, deadline))
+			msleep(20);
+	of->mem->source->release(of->mem);
+	free_file(of);
+	return 0;
+}
+
+static const struct file_operations keeper_fops = {
+	.owner = THIS_MODULE,
+	.release = keeper_release,
+};
+
 /* --- getting memory ------------------------------------------------------ */
 
 /* With of->lock held, and no mem. */
 static int offmap_file_set(struct offmap_file *of, struct offmap_memory *mem)
 {
+	struct file *keeper;
+
 	if (IS_ERR(mem))
 		return PTR_ERR(mem);
+	keeper = anon_inode_getfile("[offmap]", &keeper_fops, of, O_RDONLY);
+	if (IS_ERR(keeper)) {
+		mem->source->release(mem);
+		return PTR_ERR(keeper);
+	}
+	of->keeper = keeper;
 	mutex_lock(&files_lock);
 	of->source = mem->source->name;
 	of->size = mem->size;
@@ -312,12 +378,10 @@ static int offmap_release(struct inode *inode, struct file *file)
 {
 	struct offmap_file *of = file->private_data;
 
-	if (of->mem)
-		of->mem->source->release(of->mem);
-	mutex_lock(&files_lock);
-	list_del(&of->node);
-	mutex_unlock(&files_lock);
-	kfree(of);
+	if (of->keeper)
+		fput(of->keeper);
+	else
+		free_file(of);
 	return 0;
 }
 

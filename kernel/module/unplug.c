@@ -452,15 +452,20 @@ static const struct offmap_source unplugged_source = {
 	.release = unplugged_release,
 };
 
+/* At most so much can go; how much really can is known by trying only. */
+static u64 spare(u64 block)
+{
+	return round_down((u64)max(si_mem_available(), 0L) << PAGE_SHIFT, block);
+}
+
 /* With unplug_lock held. */
 static int take_memory(struct unplugged *unplugged, u64 want, u64 block, int nid)
 {
-	u64 spare = max(si_mem_available(), 0L) << PAGE_SHIFT;
 	int ret;
 
 	/* Do not starve the host only to find out that it is too much. */
-	if (want > spare) {
-		unplugged->mem.size = round_down(spare, block);
+	if (want > spare(block)) {
+		unplugged->mem.size = spare(block);
 		return -ENOMEM;
 	}
 	if (block >= PUD_SIZE) {
@@ -485,8 +490,12 @@ struct offmap_memory *offmap_unplug(u64 *size, int nid)
 	int ret;
 
 	*size = 0;
-	if (!want || want > (u64)totalram_pages() << PAGE_SHIFT)
-		return ERR_PTR(want ? -ENOMEM : -EINVAL);
+	if (!want)
+		return ERR_PTR(-EINVAL);
+	if (want > (u64)totalram_pages() << PAGE_SHIFT) {
+		*size = spare(block);
+		return ERR_PTR(-ENOMEM);
+	}
 	want = round_up(want, block);
 	unplugged = kzalloc(sizeof(*unplugged), GFP_KERNEL);
 	if (!unplugged)

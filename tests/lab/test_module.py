@@ -1,0 +1,336 @@
+"""The offmap module on real kernels: what it gives, what it refuses, and what it leaves behind."""
+
+import itertools
+import json
+import random
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offmap.audit.canary import new_key
+from offmap.compare.guest import READY, canary_parameters, guest_initramfs
+from offmap.kmod.lab_module import lab_module
+from offmap.lab.host import LabHost
+from offmap.lab.kernel import HostKernel
+from offmap.lab.provision import host_kernel
+
+from .console import Guest
+
+pytestmark = pytest.mark.lab
+
+TARGET = str(Path(__file__).with_name("module_target.py"))
+AUDIT_TARGET = str(Path(__file__).with_name("audit_target.py"))
+OFFMAP = (sys.executable, "-m", "offmap")
+MIB = 1 << 20
+SIZE = 256 * MIB
+CMDLINE = "console=ttyS0 quiet"
+PATIENCE = 120.0
+
+
+def insert(host: LabHost, module: Path, out: Path) -> None:
+    """Load the module in a host that may not see files made after its start, but for those in its output folder."""
+    there = out / "offmap.ko"
+    shutil.copy(module, there)
+    done = host.output(["sh", "-c", f"grep -q ^offmap /proc/modules || insmod {there}"])
+    assert done.status == 0, done.stderr
+    host.output(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"])
+
+
+@pytest.fixture(scope="module")
+def host(lab_host: LabHost) -> Iterator[LabHost]:
+    """Give the shared host with the module loaded; it must go again without a complaint."""
+    assert lab_host.options.out is not None
+    insert(lab_host, lab_module(lab_host.kernel), lab_host.options.out)
+    yield lab_host
+    done = lab_host.output([*OFFMAP, "module", "unload"])
+    assert done.status == 0, done.stderr
+    log = lab_host.output(["dmesg"]).stdout.decode()
+    assert not re.search(r"WARNING:|BUG:|lost|cannot give|counts as RAM", log), log
+
+
+def ask(host: LabHost, what: str) -> Any:
+    done = host.output([sys.executable, TARGET, what], timeout=PATIENCE)
+    assert done.status == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+class Holding:
+    """A process of the host that has memory out; a context manager that ends it."""
+
+    def __init__(self, host: LabHost) -> None:
+        self._host = host
+        self._out = bytearray()
+        self._heard = threading.Event()
+        self._command = host.popen([sys.executable, TARGET, "hold"], stdout=self._take, keep_stdin=True)
+
+    def _take(self, data: bytes) -> None:
+        self._out += data
+        if b"\n" in self._out:
+            self._heard.set()
+
+    def __enter__(self) -> Any:
+        assert self._heard.wait(PATIENCE)
+        return json.loads(self._out)
+
+    def __exit__(self, *_: object) -> None:
+        self._command.close_stdin()
+        self._command.wait(PATIENCE)
+
+
+def given_back(host: LabHost, before: Any) -> None:
+    """Check that the host has all that it had."""
+    after = ask(host, "state")
+    assert after["claimed"] == []
+    assert after["offline"] == ""
+    assert after["blocks"] == before["blocks"]
+    assert after["memtypes"] == before["memtypes"]
+    # What described the blocks was in them, and is not given back with them but allocated: the total may grow by it.
+    assert 0 <= after["total_kib"] - before["total_kib"] <= before["total_kib"] // 64
+
+
+def test_what_is_out_is_gone_from_the_host_and_comes_back(host: LabHost) -> None:
+    before = ask(host, "state")
+    with Holding(host) as out:
+        assert sum(length for _, length in out["ranges"]) == SIZE
+        # What describes the blocks, a 64th of them, lies in them and never counted.
+        assert before["total_kib"] - out["total_kib"] >= (SIZE - SIZE // 64) >> 10
+        taken = int(before["direct_map"]["DirectMap2M"]) - int(out["direct_map"]["DirectMap2M"])
+        assert taken == SIZE >> 10
+        assert out["direct_map"]["DirectMap4k"] == before["direct_map"]["DirectMap4k"]  # nothing was split
+        claimed = [tuple(int(end, 16) for end in part.split("-")) for part in out["claimed"]]
+        assert sum(end + 1 - start for start, end in claimed) == SIZE
+        # Mapped write-back, for no other reason than this entry.
+        for start, end in claimed:
+            assert f"PAT: [mem 0x{start:016x}-0x{end + 1:016x}] write-back" in out["memtypes"]
+        assert [holder[:3] for holder in out["holders"]] == [[str(out["pid"]), "unplugged", str(SIZE)]]
+    given_back(host, before)
+    assert ask(host, "state")["direct_map"] == before["direct_map"]
+
+
+def test_leftovers_are_zeroed_before_and_after(host: LabHost) -> None:
+    found = ask(host, "leftovers")
+    assert found["leftovers"] > 0  # the control: there was something to zero
+    assert found["zero_before"]
+    assert found["control"] == MIB // 4096  # and what is there is found
+    assert (found["pages"], found["guests_after"]) == (SIZE // 4096, 0)
+
+
+def test_two_takers_get_disjoint_memory(host: LabHost) -> None:
+    found = ask(host, "takers")
+    ranges = sorted((start, start + length) for part in found["ranges"] for start, length in part)
+    assert ranges
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ranges))
+    assert sum(end - start for start, end in ranges) == SIZE * len(found["ranges"])
+    assert set(found["errors"]) <= {"", "ENOMEM"}
+    assert found["holders"] == len(found["ranges"])
+
+
+def test_more_than_the_host_can_spare_is_refused_with_a_figure(host: LabHost) -> None:
+    before = ask(host, "state")
+    found = ask(host, "refusal")
+    assert found["error"] == "ENOMEM"
+    assert 0 < found["spare"] < 1900 * MIB
+    assert (found["holders"], found["then"]) == ([], SIZE)
+    given_back(host, before)
+
+
+def test_hostile_use_is_refused(host: LabHost) -> None:
+    assert ask(host, "hostile") == {
+        "private": "EINVAL",
+        "exec": "EPERM",
+        "offset": "EINVAL",
+        "no size": "EINVAL",
+        "2^63": "ENOMEM",
+        "no such node": "EINVAL",
+        "negative node": "EINVAL",
+        "flags": "EINVAL",
+        "bad pointer": "EFAULT",
+        "unknown": "ENOTTY",
+        "translate nothing": "ENXIO",
+        "translate nobody": "ESRCH",
+        "nothing taken yet": "[]",
+        "twice": "EBUSY",
+        "too large": "EINVAL",
+        "beyond": "EINVAL",
+        "read-only": "EINVAL",
+        "mprotect exec": "EACCES",
+        "expand": "EFAULT",
+        "duplicate": "EFAULT",
+        "dontneed": "EINVAL",
+        "dofork": "EINVAL",
+        "/proc/self/mem": "EIO",
+        "process_vm_readv": "EFAULT",
+        "fork": "SIGSEGV",
+        "moved": "42",
+        "unprivileged": "EPERM",
+    }
+
+
+def test_secretmem_files_that_cannot_be_held_are_refused(host: LabHost) -> None:
+    assert ask(host, "secrets") == {
+        "no fd": "EBADF",
+        "the device itself": "EINVAL",
+        "memfd": "EINVAL",
+        "empty": "EINVAL",
+        "half a page": "EINVAL",
+        "a page missing": "ENODATA",
+        "bound": str(4 * MIB),
+        "grow": "EINVAL",
+        "truncate": "EINVAL",
+        "twice": "EBUSY",
+        "by another": "EBUSY",
+        "private": "EINVAL",
+        "too large": "EINVAL",
+        "beyond": "EINVAL",
+        "content": "True",  # after drop_caches and compaction, with nothing else holding the file
+        "translated": "True",
+        "holders": f"[['secretmem', '{4 * MIB}']]",
+    }
+
+
+def test_unload_is_refused_while_memory_is_out(host: LabHost) -> None:
+    with Holding(host) as out:
+        done = host.output([*OFFMAP, "module", "unload"])
+        assert done.status == 2
+        assert re.search(rf"in use by python\S* \({out['pid']}\): 256 MiB", done.stderr.decode())
+        status = json.loads(host.output([*OFFMAP, "module", "status", "--json"]).stdout)
+        (holder,) = status["holders"]
+        assert (holder["pid"], holder["source"], holder["bytes"]) == (out["pid"], "unplugged", SIZE)
+    assert host.output(["rmmod", "offmap"]).status == 0
+    refused = host.output([*OFFMAP, "module", "status"])
+    assert (refused.status, refused.stderr.count(b"\n")) == (2, 1)
+    assert host.options.out is not None
+    insert(host, lab_module(host.kernel), host.options.out)
+
+
+@pytest.mark.parametrize("backend", ["unplugged", "secretmem-bridge"])
+def test_guest_is_hidden(host: LabHost, lab_out: Path, backend: str) -> None:
+    initrd = lab_out / "module-guest.initramfs"
+    initrd.write_bytes(guest_initramfs())
+    options = ("--memory", backend, "--initrd", str(initrd), "--cmdline", CMDLINE)
+    with Guest(host, host.kernel.vmlinuz, *options) as guest:
+        guest.expect(READY)
+        done = host.output([*OFFMAP, "audit", str(guest.pid), "--json"])
+        assert done.status == 0, done.stdout
+        pages = json.loads(done.stdout)["pages"]
+        assert (pages["direct_map_pages"], pages["alias_pages"], pages["unknown_pages"]) == (0, 0, 0)
+        assert pages["pages_populated"] + pages["excluded_pages"] >= SIZE // 4096
+
+
+KILLS = 20
+
+
+@pytest.mark.parametrize("backend", ["unplugged", "secretmem-bridge"])
+def test_killed_at_any_moment_nothing_stays_out(lab_kernel: HostKernel, tmp_path: Path, backend: str) -> None:
+    key = new_key()
+    initrd = tmp_path / "guest.initramfs"
+    initrd.write_bytes(guest_initramfs())
+    with LabHost.start(lab_kernel, memory="1G", out=tmp_path) as host:
+        insert(host, lab_module(lab_kernel), tmp_path)
+        before = ask(host, "state")
+        command = [*OFFMAP, "run", "--memory", backend, "--memory-size", "128M"]
+        command += ["--kernel", str(lab_kernel.vmlinuz), "--initrd", str(initrd)]
+        command += ["--cmdline", f"{CMDLINE} {canary_parameters(key, 64)}"]
+        chance = random.Random(7)
+        stages = set()
+        for _ in range(KILLS):
+            heard = bytearray()
+            vmm = host.popen(command, stdout=heard.extend, stderr=heard.extend, keep_stdin=True)
+            # Taking begins after some 0.7 s here, the guest after 1.2, and its init is ready after 4.
+            time.sleep(chance.uniform(0.3, 5.0))
+            out = host.output(["cat", "/sys/class/misc/offmap/holders"]).stdout
+            vmm.send_signal(9)
+            vmm.wait(PATIENCE)
+            stages.add((bool(out), READY.encode() in heard))
+        # Some died before they had memory or while they got it, some with a guest that was booting or had booted.
+        assert len(stages) >= 2, stages
+        assert host.output(["cat", "/sys/class/misc/offmap/holders"]).stdout == b""
+        after = ask(host, "state")
+        assert (after["claimed"], after["offline"]) == ([], "")
+        assert after["blocks"] == before["blocks"]
+        assert after["memtypes"] == before["memtypes"]
+        assert after["total_kib"] >= before["total_kib"]
+        # No page is out of the direct map that was in it.
+        assert sum(int(size) for size in after["direct_map"].values()) == sum(
+            int(size) for size in before["direct_map"].values()
+        )
+        # Nor do any of the guests' canaries stand anywhere in memory, while another key's are found.
+        for wanted, count in ((str(key), 0), ("own", 64)):
+            own = str(new_key())
+            arguments = ["--json", "--scan", "--canary-key", own if wanted == "own" else wanted]
+            done = host.output([sys.executable, AUDIT_TARGET, "anon", own, "1", *arguments], timeout=PATIENCE)
+            assert len({hit["canary"] for hit in json.loads(done.stdout)["scan"]["found"]}) == count
+        assert host.output(["rmmod", "offmap"]).status == 0
+
+
+QEMU = """
+exec qemu-system-x86_64 -nodefaults -no-user-config -display none -accel kvm -m 256M \
+    -object memory-backend-file,id=ram,size=256M,mem-path=/dev/offmap,share=on \
+    -M {machine},memory-backend=ram -cpu host{features} \
+    -kernel {kernel} -initrd {initrd} -append '{cmdline}' -serial stdio
+"""
+
+
+def test_unmodified_qemu_is_hidden(host: LabHost, lab_out: Path) -> None:
+    initrd = lab_out / "module-guest.initramfs"
+    initrd.write_bytes(guest_initramfs())
+    before = ask(host, "state")
+    script = QEMU.format(
+        machine="microvm,acpi=on",
+        features="",
+        kernel=host.kernel.vmlinuz,
+        initrd=initrd,
+        cmdline=f"{CMDLINE} reboot=t",
+    )
+    heard = bytearray()
+    ready = threading.Event()
+
+    def listen(data: bytes) -> None:
+        heard.extend(data)
+        if READY.encode() in heard:
+            ready.set()
+
+    vmm = host.popen(["sh", "-c", f"echo pid $$ >&2; {script}"], stdout=listen, stderr=listen, keep_stdin=True)
+    try:
+        assert ready.wait(PATIENCE), heard
+        found = re.search(rb"pid (\d+)", heard)
+        assert found
+        pid = int(found[1])
+        maps = host.output(["grep", "/dev/offmap", f"/proc/{pid}/maps"]).stdout.decode().split()
+        start, end = (int(part, 16) for part in maps[0].split("-"))
+        assert end - start == SIZE
+        done = host.output([*OFFMAP, "audit", str(pid), "--json", "--range", f"{start:#x}:{end - start:#x}"])
+        result = json.loads(done.stdout)
+        pages = result["pages"]
+        assert (pages["pages_populated"], pages["unknown_pages"]) == (SIZE // 4096, 0)
+        assert pages["direct_map_pages"] == 0
+        # kvm-clock is on: KVM maps the page that the guest registered for it, and the audit names it.
+        assert (done.status, pages["alias_pages"]) in ((0, 0), (1, 1), (1, 2)), result["aliases"]
+        assert {alias["region"] for alias in result["aliases"]} <= {"vmalloc/ioremap space"}
+    finally:
+        vmm.kill()
+        vmm.wait(PATIENCE)
+    given_back(host, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("series", ["6.1", "7.3"])
+def test_other_kernels(series: str, tmp_path: Path) -> None:
+    kernel = host_kernel(f"debian:{series}")
+    with LabHost.start(kernel, memory="2G", cmdline="secretmem.enable=1", out=tmp_path) as host:
+        insert(host, lab_module(kernel), tmp_path)
+        test_what_is_out_is_gone_from_the_host_and_comes_back(host)
+        test_leftovers_are_zeroed_before_and_after(host)
+        test_two_takers_get_disjoint_memory(host)
+        test_hostile_use_is_refused(host)
+        test_secretmem_files_that_cannot_be_held_are_refused(host)
+        for backend in ("unplugged", "secretmem-bridge"):
+            test_guest_is_hidden(host, tmp_path, backend)
+        assert host.output(["rmmod", "offmap"]).status == 0
