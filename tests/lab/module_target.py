@@ -6,11 +6,13 @@ import fcntl
 import json
 import mmap
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -280,6 +282,42 @@ def refusal() -> Any:
     return {"error": error, "spare": request.size, "holders": holders(), "then": take(fd, SIZE)}
 
 
+def kills() -> Any:
+    """Kill 20 takers and 20 binders while they are at it; how many had what, and what is left."""
+    chance = random.Random(11)
+    had = {}
+    for name, get in (("unplugged", get_blocks), ("secretmem", get_secret)):
+        had[name] = 0
+        for _ in range(20):
+            ready, go = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.write(go, b"x")
+                get()
+                signal.pause()
+            os.read(ready, 1)
+            time.sleep(chance.uniform(0, 0.4))
+            had[name] += bool(holders())
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(ready)
+            os.close(go)
+    return {"had": had, "holders": holders()}
+
+
+def get_blocks() -> None:
+    fd = open_device()
+    words(mmap.mmap(fd, SIZE))[:: PAGE // 8] = GUESTS  # the mapping takes them
+
+
+def get_secret() -> None:
+    fd = open_device()
+    secret = secret_file(16 * MIB)
+    words(mmap.mmap(secret, 16 * MIB))[:: PAGE // 8] = GUESTS
+    bind(fd, secret)
+    words(mmap.mmap(fd, 16 * MIB))[:: PAGE // 8] = GUESTS
+
+
 def meminfo() -> dict[str, str]:
     with open("/proc/meminfo") as file:  # noqa: PTH123
         return dict(line.split(":") for line in file)
@@ -324,5 +362,5 @@ def hold() -> Any:
 
 
 if __name__ == "__main__":
-    actions = (leftovers, hostile, secrets, takers, refusal, state, hold)
+    actions = (leftovers, hostile, secrets, takers, refusal, kills, state, hold)
     print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]]()))
