@@ -1,7 +1,9 @@
 """Arbitration between VMMs of one host: locks on ranges of physical addresses.
 
-A byte of the lock file stands for the byte of physical memory at that address. The locks are open-file-description
-locks (fcntl(2), F_OFD_SETLK): the kernel drops them with the last fd of a VMM, however that VMM ended.
+A byte of the locked file stands for the byte of physical memory at that address: it is /dev/mem itself, as a file below
+/run can be deleted under its holders, and is another one in every mount namespace. The locks are open-file-description
+locks (fcntl(2), F_OFD_SETLK), which a device takes like any file; the kernel drops them with the last fd of a VMM,
+however that VMM ended.
 """
 
 import errno
@@ -17,7 +19,7 @@ from offmap.uapi.mman import F_OFD_GETLK, F_OFD_SETLK
 
 __all__ = ["RangeLock"]
 
-LOCK_FILE = Path("/run/offmap/reserved.lock")
+LOCK_FILE = Path("/dev/mem")
 
 _FLOCK = struct.Struct("<hhxxxxqqixxxx")  # struct flock on x86-64: l_type, l_whence, l_start, l_len, l_pid
 
@@ -26,13 +28,12 @@ class RangeLock(Owned):
     """Holds locks on ranges of physical memory until it is closed.
 
     Raises:
-        KernelError: the lock file cannot be made.
+        KernelError: the file to lock cannot be opened.
     """
 
     def __init__(self, path: Path = LOCK_FILE) -> None:
         try:
-            path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
             raise KernelError(f"open of {path}", error, "run as root") from None
 

@@ -67,7 +67,10 @@ class Reserved(Backend):
         free = ranges
         if self.base is not None:
             free = intersect(ranges, [PhysicalRange(self.base, self.base + size)])
-        lock = RangeLock()
+        try:
+            lock = RangeLock(Path(_DEV_MEM))
+        except KernelError as error:
+            raise BackendRefused(error.what, _DEV_MEM_REMEDY.get(error.errno, "")) from None
         try:
             taken = lock.take(free, size, _PAGE_SIZE if self.base is not None else _ALIGNMENT)
             if taken is None and self.base is None:
@@ -153,5 +156,9 @@ def _map(taken: PhysicalRange, lock: RangeLock) -> Backing:
         raise BackendRefused(error.what, _DEV_MEM_REMEDY.get(error.errno, "")) from None
     finally:
         os.close(fd)
-    backing.zero()  # a VMM that was killed could not
+    try:
+        backing.zero()  # a VMM that was killed could not
+    except BaseException:
+        backing.close()
+        raise
     return backing

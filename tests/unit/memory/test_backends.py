@@ -20,7 +20,6 @@ from offmap.memory.backing import Backing, map_backing
 from offmap.memory.hugetlb import Hugetlb
 from offmap.memory.iomem import PhysicalRange
 from offmap.memory.memfd import Memfd, map_memfd
-from offmap.memory.range_lock import RangeLock
 from offmap.memory.reserved import Reserved
 from offmap.memory.secretmem import Secretmem, memfd_secret, raise_memlock
 
@@ -180,10 +179,8 @@ def memory_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give a file that stands for physical memory, of which 1 to 5 MiB are reserved."""
     device = tmp_path / "mem"
     device.write_bytes(b"\xaa" * (6 * MIB))
-    lock_file = tmp_path / "lock"
     monkeypatch.setattr(reserved, "_DEV_MEM", str(device))
     monkeypatch.setattr(reserved, "reserved_ranges", lambda: [PhysicalRange(MIB, 5 * MIB)])
-    monkeypatch.setattr(reserved, "RangeLock", lambda: RangeLock(lock_file))
     return device
 
 

@@ -49,7 +49,9 @@ class Holder:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    return tmp_path / "run" / "reserved.lock"
+    file = tmp_path / "mem"
+    file.touch()
+    return file
 
 
 @pytest.fixture
@@ -135,6 +137,7 @@ def test_ranges_are_disjoint_aligned_and_given_whenever_there_is_room(
         for n, (start, size) in enumerate(pieces)
     ]
     path = tmp_path_factory.mktemp("locks") / "lock"
+    path.touch()
     held: list[tuple[RangeLock, PhysicalRange]] = []
     try:
         for pages, alignment, frees_one in requests:
@@ -163,10 +166,18 @@ def test_ranges_are_disjoint_aligned_and_given_whenever_there_is_room(
             lock.close()
 
 
-def test_no_folder_for_the_lock_file_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+def test_no_file_to_lock_is_one_line_and_none_is_made(tmp_path: Path) -> None:
     with pytest.raises(KernelError, match=r"open of .*run as root"):
-        RangeLock(tmp_path / "file" / "lock")
+        RangeLock(tmp_path / "mem")
+    assert not (tmp_path / "mem").exists()
+
+
+def test_a_device_can_be_locked() -> None:
+    device = Path("/dev/full")  # as /dev/mem is no file of any folder that could be cleaned
+    with RangeLock(device) as one, RangeLock(device) as other:
+        assert one.take(ALL, 256 * MIB, 4096)
+        assert other.take(ALL, 4096, 4096) is None
+        assert other.held_by_others(ALL[0]) == ALL
 
 
 def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
