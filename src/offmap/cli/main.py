@@ -1,6 +1,7 @@
 """``offmap``: the command line. One module per command; this one only finds it and turns errors into one line."""
 
 import argparse
+import errno
 import os
 import sys
 import traceback
@@ -60,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("offmap: a standard stream is closed; redirect it from or to /dev/null instead", file=sys.stderr)
         return ExitStatus.FAILED
     command = next((word for word in arguments if not word.startswith("-")), None)
-    args = _parser(command).parse_args(arguments)
     try:
+        args = _parser(command).parse_args(arguments)  # imports the command, which takes long enough for a Ctrl-C
         status: int = args.run(args)
         sys.stdout.flush()
     except OffmapError as error:
@@ -76,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Nobody reads our output any more. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitStatus.FAILED
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"offmap {command}: cannot write the output: {error.strerror}; make room", file=sys.stderr)
+            return ExitStatus.FAILED
         # A bug. Python's own status for it is 1, which would say "exposed".
         traceback.print_exc()
         return ExitStatus.FAILED

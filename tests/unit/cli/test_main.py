@@ -170,6 +170,26 @@ def test_errors_become_one_line_and_a_status(
     assert capsys.readouterr().err == text
 
 
+def test_a_full_disk_behind_the_output_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        argv = [sys.executable, "-m", "offmap", "doctor", "--json"]
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("cannot write the output: No space left on device; make room")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupt_while_a_command_is_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("offmap.cli.main.import_module", interrupted)
+    assert main(["run"]) == ExitStatus.FAILED
+    assert capsys.readouterr().err == "offmap run: interrupted\n"
+
+
 def test_bugs_keep_their_traceback_and_never_say_exposed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
