@@ -235,6 +235,10 @@ def _judge(
             verdict = Verdict.UNKNOWN
     if verdict is Verdict.UNKNOWN and not pages.pages_populated:
         notes.append("no page of the guest's RAM was found populated")
+    if verdict is Verdict.HIDDEN and pages.not_populated_pages:
+        notes.append(
+            f"{pages.not_populated_pages} pages are not populated: whether they will be hidden is known once they are"
+        )
     if pages.excluded_direct_pages:
         notes.append(
             f"{pages.excluded_direct_pages} pages that are said to be kept from the guest are in the direct map"

@@ -70,6 +70,15 @@ def test_unseen_guest_memfd_is_never_hidden() -> None:
     assert result(HIDDEN, ram=GuestRam(RAM.ranges, (), True)).verdict is Verdict.UNKNOWN
 
 
+def test_pages_to_come_are_not_promised() -> None:
+    some = PageCounts(ram_pages=100, pages_populated=60, not_populated_pages=40)
+    verdict, notes = _judge(some, RAM, None)
+    assert verdict is Verdict.HIDDEN and notes == (
+        "40 pages are not populated: whether they will be hidden is known once they are",
+    )
+    assert _judge(HIDDEN, RAM, None)[1] == ()
+
+
 def test_slots_that_changed_are_never_hidden() -> None:
     assert _judge(HIDDEN, RAM, None, moved=True)[0] is Verdict.UNKNOWN
     assert _judge(EXPOSED, RAM, None, moved=True)[0] is Verdict.EXPOSED
