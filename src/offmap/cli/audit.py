@@ -45,6 +45,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="audit again every SECONDS until the process ends, and report what changes; the exit status is the worst",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress, even on a terminal")
     parser.set_defaults(run=run)
 
 
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raise OffmapError("--canary-key is of use only to a scan", "add --scan")
     key = parse_key(args.canary_key) if args.scan else None
     ranges = [parse_range(text) for text in args.range] if args.range else None
-    shows = sys.stderr.isatty()
+    shows = sys.stderr.isatty() and not args.no_progress
 
     def once() -> "AuditResult":
         try:
@@ -134,7 +135,10 @@ def parse_range(text: str) -> "RamRange":
     size = parse_size(length)
     # The user half of 5-level page tables ends at 2^56 (Documentation/arch/x86/x86_64/mm.rst).
     if va < 0 or size <= 0 or (va | size) % PAGE or va + size > 1 << 56:
-        raise OffmapError(f"{text!r} is not made of whole pages of a process", "give multiples of 4096")
+        raise OffmapError(
+            f"{text!r} is not a range of whole pages of a process",
+            "give an address below 2^56 and a length above 0, both multiples of 4096",
+        )
     return RamRange(va, size, Source.REQUESTED)
 
 

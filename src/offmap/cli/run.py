@@ -28,10 +28,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="run a guest on RAM of the kind you choose",
         description="Run a guest. Its console is on standard input and output; Ctrl-A x quits.",
     )
-    parser.add_argument("--kernel", required=True, type=Path, help="bzImage (/boot/vmlinuz-…) or ELF vmlinux")
-    parser.add_argument("--initrd", type=Path, help="initial RAM disk")
+    parser.add_argument("--kernel", required=True, type=_file, help="bzImage (/boot/vmlinuz-…) or ELF vmlinux")
+    parser.add_argument("--initrd", type=_file, help="initial RAM disk")
     parser.add_argument(
-        "--cmdline", default="console=ttyS0", help="the guest kernel's command line (default: %(default)s)"
+        "--cmdline", default="console=ttyS0 quiet", help="the guest kernel's command line (default: %(default)s)"
     )
     parser.add_argument(
         "--memory",
@@ -56,9 +56,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--stats", action="store_true", help="at the end, print times and VM exits on standard error")
     parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="at the end, write what was measured to FILE (JSON)"
+        "--report", type=_file, metavar="FILE", help="at the end, write what was measured to FILE (JSON)"
     )
     parser.set_defaults(run=run)
+
+
+def _file(text: str) -> Path:
+    if not text:  # an unset variable, which Path would make the current folder
+        raise argparse.ArgumentTypeError("is an empty name")
+    return Path(text)
 
 
 def _say(line: str) -> None:

@@ -18,7 +18,7 @@ _GRACE = 2.0  # seconds
 
 
 def _command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "offmap", "audit", str(os.getpid()), *options]
+    return [sys.executable, "-m", "offmap", "audit", "--no-progress", str(os.getpid()), *options]
 
 
 def keep_from_guest(backend: Backend, say: Callable[[str], None]) -> Sequence[PhysicalRange]:

@@ -163,7 +163,10 @@ class VcpuLoop:
             case uapi.KVM_EXIT_INTERNAL_ERROR:
                 code = self.vcpu.exit_state().internal.suberror
                 name = _KVM_INTERNAL_ERROR_NAMES.get(code, str(code))
-                return self._failed(f"KVM gave up on the guest: internal error, {name}")
+                return self._failed(
+                    f"KVM gave up on the guest: internal error, {name}",
+                    "if other guests do not run under this KVM either, try a disposable host: offmap lab exec",
+                )
             case uapi.KVM_EXIT_SYSTEM_EVENT:
                 code = self.vcpu.exit_state().system_event.type
                 return self._failed(f"KVM reports the system event {_KVM_SYSTEM_EVENT_NAMES.get(code, code)}")
