@@ -461,6 +461,7 @@ static u64 spare(u64 block)
 /* With unplug_lock held. */
 static int take_memory(struct unplugged *unplugged, u64 want, u64 block, int nid)
 {
+	unsigned int i;
 	int ret;
 
 	/* Do not starve the host only to find out that it is too much. */
@@ -479,6 +480,18 @@ static int take_memory(struct unplugged *unplugged, u64 want, u64 block, int nid
 	}
 	if (!ret && unplugged->mem.size < want)
 		ret = -ENOMEM;
+	/* A gigabyte at the end may have made blocks from before it too many. */
+	for (i = 0; !ret && i < unplugged->nr;) {
+		struct piece piece = unplugged->pieces[i];
+
+		if (unplugged->mem.size - piece.size < want) {
+			i++;
+			continue;
+		}
+		unplugged->pieces[i] = unplugged->pieces[--unplugged->nr];
+		unplugged->mem.size -= piece.size;
+		replug_piece(&piece);
+	}
 	return ret;
 }
 

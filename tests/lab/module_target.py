@@ -274,6 +274,26 @@ def takers() -> Any:
     return {"errors": results, "ranges": where, "holders": len(holders())}
 
 
+def gigabytes() -> Any:
+    """So much that a gigabyte which the direct map has as one page must go: the host before, meanwhile, after."""
+    size = 4 << 30
+    before = state()
+    fd = open_device()
+    taken = take(fd, size)
+    memory = mmap.mmap(fd, taken)
+    view = words(memory)
+    result = {
+        "taken": taken,
+        "zero": not view[:: PAGE // 8].any(),
+        "ranges": physical_ranges(os.getpid(), address(memory), taken),
+        "out": state(),
+    }
+    view[:: PAGE // 8 * 64] = GUESTS
+    del view, memory
+    os.close(fd)
+    return {**result, "before": before, "after": state()}
+
+
 def refusal() -> Any:
     """More than the host can spare: how much it says it could."""
     fd = open_device()
@@ -362,5 +382,5 @@ def hold() -> Any:
 
 
 if __name__ == "__main__":
-    actions = (leftovers, hostile, secrets, takers, refusal, kills, state, hold)
+    actions = (leftovers, hostile, secrets, takers, refusal, kills, gigabytes, state, hold)
     print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]]()))

@@ -221,16 +221,34 @@ def test_killed_while_it_gets_its_memory(host: LabHost) -> None:
 
 @pytest.mark.parametrize("backend", ["unplugged", "secretmem-bridge"])
 def test_guest_is_hidden(host: LabHost, lab_out: Path, backend: str) -> None:
-    initrd = lab_out / "module-guest.initramfs"
+    check_guest_is_hidden(host, host.kernel, lab_out, backend)
+
+
+def check_guest_is_hidden(host: LabHost, kernel: HostKernel, out: Path, backend: str) -> None:
+    initrd = out / "module-guest.initramfs"
     initrd.write_bytes(guest_initramfs())
     options = ("--memory", backend, "--initrd", str(initrd), "--cmdline", CMDLINE)
-    with Guest(host, host.kernel.vmlinuz, *options) as guest:
+    with Guest(host, kernel.vmlinuz, *options) as guest:
         guest.expect(READY)
         done = host.output([*OFFMAP, "audit", str(guest.pid), "--json"])
         assert done.status == 0, done.stdout
         pages = json.loads(done.stdout)["pages"]
         assert (pages["direct_map_pages"], pages["alias_pages"], pages["unknown_pages"]) == (0, 0, 0)
         assert pages["pages_populated"] + pages["excluded_pages"] >= SIZE // 4096
+
+
+def test_under_a_gigabyte_leaf_the_whole_gigabyte_goes_or_nothing(lab_kernel: HostKernel, tmp_path: Path) -> None:
+    with LabHost.start(lab_kernel, memory="6G", cmdline="no5lvl nokaslr", out=tmp_path) as host:
+        insert(host, lab_module(lab_kernel), tmp_path)
+        found = ask(host, "gigabytes")
+        assert found["zero"]
+        leaves = [int(found[when]["direct_map"]["DirectMap1G"]) >> 20 for when in ("before", "out", "after")]
+        assert leaves[0] == leaves[2] > leaves[1]  # the control: there were such leaves, and one had to go
+        assert found["after"]["direct_map"] == found["before"]["direct_map"]
+        assert (found["after"]["claimed"], found["after"]["offline"]) == ([], "")
+        assert 4 << 30 <= found["taken"] < (4 << 30) + (128 << 20)
+        assert host.output(["rmmod", "offmap"]).status == 0
+        assert b"BUG" not in host.output(["dmesg"]).stdout
 
 
 KILLS = 20
@@ -331,7 +349,7 @@ def test_unmodified_qemu_is_hidden(host: LabHost, lab_out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("series", ["6.1", "7.3"])
-def test_other_kernels(series: str, tmp_path: Path) -> None:
+def test_other_kernels(lab_kernel: HostKernel, series: str, tmp_path: Path) -> None:
     kernel = host_kernel(f"debian:{series}")
     with LabHost.start(kernel, memory="2G", cmdline="secretmem.enable=1", out=tmp_path) as host:
         insert(host, lab_module(kernel), tmp_path)
@@ -342,5 +360,5 @@ def test_other_kernels(series: str, tmp_path: Path) -> None:
         test_killed_while_it_gets_its_memory(host)
         test_secretmem_files_that_cannot_be_held_are_refused(host)
         for backend in ("unplugged", "secretmem-bridge"):
-            test_guest_is_hidden(host, tmp_path, backend)
+            check_guest_is_hidden(host, lab_kernel, tmp_path, backend)
         assert host.output(["rmmod", "offmap"]).status == 0
