@@ -4,11 +4,13 @@ About five minutes on two processors; afterwards it is in the cache, by what it 
 the lab and is never installed.
 """
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder
@@ -98,6 +100,7 @@ def _build(series: PatchSeries, source: KernelSource, store: Path, say: Say) -> 
     store.mkdir(exist_ok=True)
     for leftover in store.glob(".*"):  # of a run that was killed; we hold the lock
         shutil.rmtree(leftover, ignore_errors=True)
+    sweep(store.parent)
     (store / "version").write_text(f"{source.version}\n")
     log = store / "build.log"
     with scratch_folder(store / "work") as work:
@@ -108,6 +111,16 @@ def _build(series: PatchSeries, source: KernelSource, store: Path, say: Say) -> 
         apply_patches(tree, series.patches, say)
         compile_kernel(tree, series, series.key(source.version), new, log, say)
         replace_folder(new, store / "tree")
+
+
+def sweep(kernels: Path) -> None:
+    """Remove what other builds left behind that were killed: a gigabyte each, of patches that have changed since."""
+    for leftover in kernels.glob("patched-*/.*"):
+        store = leftover.parent
+        with store.with_name(f"{store.name}.lock").open("a") as lock, suppress(BlockingIOError):
+            # A build in progress holds its lock; so do we ours, by another description of the file than this one.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def apply_patches(tree: Path, patches: Sequence[Path], say: Say = lambda _: None) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from offmap.lab import apt, build
-from offmap.lab.build import apply_patches, built_tree, first_complaint, missing_packages
-from offmap.lab.cache import sha256_of
+from offmap.lab.build import apply_patches, built_tree, first_complaint, missing_packages, sweep
+from offmap.lab.cache import locked, sha256_of
 from offmap.lab.errors import LabError
 from offmap.lab.provision import write_manifest
 from offmap.lab.series import PatchSeries
@@ -132,3 +132,14 @@ def test_a_source_package_is_unpacked_to_the_tree_it_holds(tmp_path: Path) -> No
     (tmp_path / "again").mkdir()
     with pytest.raises(LabError, match=r"cannot unpack s\.deb"):
         KernelSource("1", deb).unpack(tmp_path / "again")
+
+
+def test_what_killed_builds_left_behind_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    for key in "ab":
+        (tmp_path / f"patched-7.3-{key}/.work.x/source").mkdir(parents=True)
+        (tmp_path / f"patched-7.3-{key}/tree").mkdir()
+    (tmp_path / "debian-7.3/.tree.x").mkdir(parents=True)
+    with locked(tmp_path / "patched-7.3-b.lock"):  # a build in progress
+        sweep(tmp_path)
+    kept = {str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*")}
+    assert kept == {"patched-7.3-a/tree", "patched-7.3-b/.work.x", "patched-7.3-b/tree", "debian-7.3/.tree.x"}
