@@ -1,0 +1,195 @@
+"""The patched kernel: its patches one by one, then guests on the two kinds of RAM that need them."""
+
+import json
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offmap.compare.guest import READY, guest_initramfs
+from offmap.lab.build import patched_kernel
+from offmap.lab.host import LabHost
+from offmap.lab.kernel import HostKernel
+
+from .console import PATIENCE, Guest
+
+# The first test may have to build the kernel.
+pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+KINDS = ("secretmem", "unmapped")
+BACKENDS = ("secretmem", "guest_memfd-unmapped")
+TARGET = str(Path(__file__).with_name("patched_target.py"))
+CANARIES = 64
+BY_GUP = (
+    *("O_DIRECT write", "O_DIRECT read", "process_vm_readv", "process_vm_writev", "vmsplice"),
+    *("io_uring fixed buffer", "/proc/self/mem read", "/proc/self/mem write"),
+)
+
+
+@pytest.fixture(scope="module")
+def patched_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
+    """Give a disposable host that runs the patched kernel."""
+    kernel = patched_kernel("patched:7.3")
+    with LabHost.start(kernel, memory="2G", out=tmp_path_factory.mktemp("patched")) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def initrd(patched_host: LabHost) -> Path:
+    """Give the small guest's initramfs, where the host can see it."""
+    assert patched_host.options.out is not None
+    path = patched_host.options.out / "guest.initramfs"
+    path.write_bytes(guest_initramfs())
+    return path
+
+
+@pytest.fixture(scope="module")
+def guest_kernel(patched_host: LabHost, lab_kernel: HostKernel) -> Path:
+    """Give the guest's kernel, where the host can see it."""
+    assert patched_host.options.out is not None
+    return Path(shutil.copy(lab_kernel.vmlinuz, patched_host.options.out / "guest-kernel"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_went_wrong(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check after each test that the host's kernel has warned of nothing."""
+    yield
+    if "patched_host" in request.fixturenames:
+        host: LabHost = request.getfixturevalue("patched_host")
+        log = host.output(["dmesg"]).stdout.decode()
+        assert not re.search(r"\b(WARNING|BUG|Oops|rcu: INFO|soft lockup)\b", log), log
+
+
+def target(host: LabHost, what: str, kind: str = "") -> Any:
+    done = host.output([sys.executable, TARGET, what, kind], timeout=PATIENCE)
+    assert done.status == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_but_kvm_is_refused(patched_host: LabHost, kind: str) -> None:
+    result = target(patched_host, "refusals", kind)
+    assert {name: result.pop(name) for name in BY_GUP} == {
+        name: "EIO" if name.startswith("/proc") else "EFAULT" for name in BY_GUP
+    }
+    assert result == {"read": "", "write": ""}  # by user address
+
+
+def test_the_same_calls_work_on_plain_memory(patched_host: LabHost) -> None:
+    assert set(target(patched_host, "refusals", "memfd").values()) == {""}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_direct_map_comes_back_whatever_the_end(patched_host: LabHost, kind: str) -> None:
+    result = target(patched_host, "restored", kind)
+    pages = result.pop("pages")
+    assert pages == 2048
+    expected = {"used": 0, "closed": pages, "held": 0, "killed": pages}
+    if kind == "unmapped":
+        expected |= {"punched": pages // 2, "not punched": 0}
+    assert result == expected
+
+
+def test_plain_memory_is_mapped_all_along(patched_host: LabHost) -> None:
+    assert set(target(patched_host, "restored", "memfd").values()) == {2048}
+
+
+def test_a_poisoned_page_comes_back_only_when_it_is_good_again(patched_host: LabHost) -> None:
+    result = target(patched_host, "poisoned")
+    others = result.pop("pages") - 1
+    assert result == {
+        "poisoned": 0,
+        "others": 0,
+        "poisoned, closed": 0,
+        "others, closed": others,
+        "unpoisoned": 1,
+    }
+
+
+def test_populating_flushes_once_in_2_mib_and_is_hardly_slower(patched_host: LabHost) -> None:
+    result = target(patched_host, "populating")
+    flushes = {name: statistics.median(each[1] for each in runs) for name, runs in result.items()}
+    spent = {name: statistics.median(each[0] for each in runs) for name, runs in result.items()}
+    assert flushes["flagged, by faults"] >= 1  # the control: this is how they are counted
+    assert flushes["flagged"] < 2 / 512
+    assert spent["flagged"] <= 1.5 * spent["plain"], spent
+
+
+@pytest.mark.parametrize("kind", ("memfd", *KINDS))
+def test_a_clock_is_kept_at_a_good_address_and_a_bad_one_harms_nobody(patched_host: LabHost, kind: str) -> None:
+    result = target(patched_host, "clock", kind)
+    assert len(result) == 10
+    for name, seen in result.items():
+        assert seen["halted"], name
+        if name.startswith("good"):
+            assert seen["version"] and seen["version"] % 2 == 0, name
+            assert seen["multiplier"], name
+
+
+def cells(host: LabHost, kernel: Path, initrd: Path, clock: str, *backends: str) -> dict[str, Any]:
+    """What ``offmap.compare.trial`` says of each backend."""
+    argv = [
+        *(sys.executable, "-m", "offmap.compare.trial", "--kernel", str(kernel), "--initrd", str(initrd)),
+        *("--memory-size", "256M", "--canaries", str(CANARIES), "--kvm-clock", clock, *backends),
+    ]
+    done = host.output(argv, timeout=3 * PATIENCE)
+    assert done.status == 0, done.stderr.decode()
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    return {event["cell"]["backend"]: event["cell"] for event in events if "cell" in event}
+
+
+@pytest.mark.parametrize("clock", ["off", "on"])
+def test_guests_boot_and_are_hidden(patched_host: LabHost, guest_kernel: Path, initrd: Path, clock: str) -> None:
+    for name, cell in cells(patched_host, guest_kernel, initrd, clock, *BACKENDS).items():
+        assert (cell["outcome"], cell["verdict"]) == ("booted", "hidden"), (name, cell)
+        assert cell["pages_populated"] == cell["ram_pages"] == 65536, (name, cell)
+        assert cell["direct_map_pages"] == cell["alias_pages"] == cell["unknown_pages"] == 0, (name, cell)
+        assert (cell["canaries_planted"], cell["canaries_found"]) == (CANARIES, 0), (name, cell)
+
+
+def test_the_same_guest_is_exposed_on_plain_guest_memfd(
+    patched_host: LabHost, guest_kernel: Path, initrd: Path
+) -> None:
+    (cell,) = cells(patched_host, guest_kernel, initrd, "auto", "guest_memfd").values()
+    assert (cell["outcome"], cell["verdict"]) == ("booted", "exposed"), cell
+    assert cell["canaries_found"] == CANARIES, cell
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_guest_keeps_time_by_kvm_clock_and_stays_hidden(
+    patched_host: LabHost, guest_kernel: Path, initrd: Path, backend: str
+) -> None:
+    options = ("--initrd", str(initrd), "--cmdline", "console=ttyS0 quiet", "--memory", backend, "--kvm-clock", "on")
+    with Guest(patched_host, guest_kernel, *options, "--vcpus", "2", "--audit") as guest:
+        guest.expect(READY)
+        clock = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
+        assert guest.shell(f"cat {clock}") == "kvm-clock"
+        guest.expect_error("^HIDDEN: ")
+        # What reclaims and moves memory leaves a guest's alone.
+        guest.shell("dd if=/dev/urandom of=/kept bs=1M count=32 2>/dev/null; sync")
+        before = guest.shell("sha256sum /kept")
+        churn = "echo 3 >/proc/sys/vm/drop_caches; echo 1 >/proc/sys/vm/compact_memory"
+        assert patched_host.output(["sh", "-c", churn]).status == 0
+        assert guest.shell("sha256sum /kept") == before
+        again = patched_host.output([sys.executable, "-m", "offmap", "audit", str(guest.pid)], timeout=PATIENCE)
+        assert again.status == 0, again.stdout.decode()
+        now = int(patched_host.output(["date", "+%s"]).stdout)
+        assert abs(int(guest.shell("date +%s")) - now) <= 3
+        guest.keys("poweroff -f\n")
+        assert guest.end() == 0, guest.errors
+
+
+def test_a_stock_kernel_gives_neither(lab_host: LabHost, lab_kernel: HostKernel) -> None:
+    for options, why in (
+        (("--memory", "guest_memfd-unmapped"), "guest_memfd"),
+        (("--memory", "secretmem", "--kvm-clock", "on"), "kvm-clock cannot be offered on secretmem memory"),
+    ):
+        argv = [sys.executable, "-m", "offmap", "run", "--kernel", str(lab_kernel.vmlinuz), *options]
+        done = lab_host.output(argv, timeout=PATIENCE)
+        assert (done.status, done.stderr.count(b"\n")) == (2, 1), done.stderr
+        assert why in done.stderr.decode()
