@@ -135,6 +135,9 @@ static int zero_piece(const struct piece *piece, bool keep)
  * says. But this is not new: it was online, and maybe where only movable pages
  * go. Nothing exported sets that; what does is a file of sysfs. It is written by
  * a kernel thread, as the caller may be exiting and have no root folder.
+ *
+ * Among the zones for kernel memory the kernel chooses, by what still spans the
+ * block: one from the very end of ZONE_DMA32 comes back in ZONE_NORMAL.
  */
 struct online_work {
 	struct work_struct work;
