@@ -8,12 +8,11 @@
 /bin/busybox mount -t sysfs sysfs /sys
 /bin/busybox mount -t devtmpfs devtmpfs /dev
 /bin/busybox --install -s /bin
-# busybox's own would only send a signal to this script.
+# busybox's own would only send a signal to this script. As functions, since its shell prefers applets to files.
 for command in poweroff reboot halt; do
-    /bin/busybox rm -f /bin/$command
-    printf '#!/bin/sh\nexec /bin/busybox %s -f "$@"\n' $command >/bin/$command
-    /bin/busybox chmod 755 /bin/$command
-done
+    echo "$command() { /bin/busybox $command -f \"\$@\"; }"
+done >/shell-functions
+export ENV=/shell-functions
 export PATH=/bin:/sbin HOME=/ PS1='offmap-guest# '
 
 plant() {
