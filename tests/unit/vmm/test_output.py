@@ -3,6 +3,7 @@
 import os
 import pty
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -41,6 +42,9 @@ def test_abandoned_it_waits_for_nobody(pair: Callable[[], tuple[int, int]]) -> N
         thread = threading.Thread(target=output.write, args=(b"x" * 1_000_000,))
         thread.start()
         os.read(reader, 1)
+        deadline = time.monotonic() + 10
+        while output.ready() and time.monotonic() < deadline:  # until what it writes to is full
+            time.sleep(0.001)
         assert thread.is_alive()
         output.abandon()
         thread.join(10)
