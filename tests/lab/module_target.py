@@ -308,16 +308,23 @@ def kills() -> Any:
     had = {}
     for name, get in (("unplugged", get_blocks), ("secretmem", get_secret)):
         had[name] = 0
-        for _ in range(20):
+        takes = 0.0  # seconds, of a first child that is left to finish: the kills are spread around that
+        for number in range(21):
             ready, go = os.pipe()
             child = os.fork()
             if child == 0:
                 os.write(go, b"x")
                 get()
+                os.write(go, b"x")
                 signal.pause()
             os.read(ready, 1)
-            time.sleep(chance.uniform(0, 0.4))
-            had[name] += bool(holders())
+            if number == 0:
+                began = time.monotonic()
+                os.read(ready, 1)
+                takes = time.monotonic() - began
+            else:
+                time.sleep(chance.uniform(0, 1.5 * takes))
+                had[name] += bool(holders())
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             os.close(ready)
