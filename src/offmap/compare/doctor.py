@@ -72,9 +72,11 @@ def _examine(name: str) -> Diagnosis:
 def _health(result: AuditResult) -> Health:
     if result.verdict is Verdict.HIDDEN:
         return Health.HIDING
-    if result.verdict is Verdict.UNKNOWN:
-        return Health.UNVERIFIED
-    return Health.PLAIN if result.pages.direct_map_pages else Health.MOSTLY
+    if result.pages.direct_map_pages:
+        return Health.PLAIN
+    # One alias makes the verdict "exposed" whatever else could not be seen: what was not seen is not hidden.
+    unseen = result.pages.unknown_pages or not result.pages.alias_pages or not result.pages.pages_populated
+    return Health.UNVERIFIED if unseen else Health.MOSTLY
 
 
 def _what_was_seen(result: AuditResult) -> str:

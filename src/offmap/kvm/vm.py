@@ -60,6 +60,11 @@ class Vm(Handle):
         """Where VMX may put its one-page identity map (the same processors)."""
         self.call("KVM_SET_IDENTITY_MAP_ADDR", uapi.KVM_SET_IDENTITY_MAP_ADDR, c_uint64(address))
 
+    def reserve_vmx_pages(self) -> None:
+        """Give VMX the pages of the two calls above: the last below a PC's BIOS at 4 GiB, where no RAM is."""
+        self.set_identity_map_addr(0xFFFBC000)
+        self.set_tss_addr(0xFFFBD000)
+
     def create_irqchip(self) -> None:
         """In-kernel PIC, IO-APIC and, per vCPU, local APIC."""
         self.call("KVM_CREATE_IRQCHIP", uapi.KVM_CREATE_IRQCHIP)

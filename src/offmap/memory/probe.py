@@ -41,8 +41,7 @@ def try_out(vm: Vm, memory: GuestMemory) -> None:
 
 
 def _halt(vm: Vm) -> None:
-    vm.set_tss_addr(0xFFFBD000)
-    vm.set_identity_map_addr(0xFFFBC000)
+    vm.reserve_vmx_pages()
     with vm.create_vcpu(0) as vcpu:
         sregs = vcpu.get_sregs()
         sregs.cs.base, sregs.cs.selector = 0, 0

@@ -34,10 +34,6 @@ from offmap.vmm.vcpu_loop import ExitCounts, VcpuLoop
 
 __all__ = ["Machine"]
 
-# The last pages below the BIOS's own space at the top of 4 GiB, where QEMU has them too; outside all RAM.
-_IDENTITY_MAP_ADDR = 0xFFFBC000
-_TSS_ADDR = 0xFFFBD000
-
 _KICK = signal.SIGUSR1
 """Interrupts KVM_RUN of the thread it is sent to; its handler does nothing."""
 
@@ -94,8 +90,7 @@ class Machine(Owned):
         with ExitStack() as building:
             kvm = building.enter_context(Kvm())
             self._vm = building.enter_context(kvm.create_vm())
-            self._vm.set_identity_map_addr(_IDENTITY_MAP_ADDR)
-            self._vm.set_tss_addr(_TSS_ADDR)
+            self._vm.reserve_vmx_pages()
             self._vm.create_irqchip()
             started = time.monotonic()
             self.memory = building.enter_context(config.backend.guest_memory(self._vm, config.memory_size))

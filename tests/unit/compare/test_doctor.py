@@ -1,8 +1,12 @@
 """The doctor's exit status: what hides, what does not, what cannot be said."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from offmap.compare.doctor import Diagnosis, Health, exit_status
+from offmap.audit.verdict import PageCounts, Verdict
+from offmap.compare.doctor import Diagnosis, Health, _health, exit_status
 from offmap.errors import ExitStatus
 
 
@@ -23,3 +27,19 @@ def test_exit_status(healths: list[Health], status: ExitStatus) -> None:
 
 def test_a_plain_backend_never_counts_as_hiding() -> None:
     assert exit_status([Diagnosis("anon", False, Health.HIDING)]) is ExitStatus.EXPOSED
+
+
+@pytest.mark.parametrize(
+    ("verdict", "pages", "health"),
+    [
+        (Verdict.HIDDEN, PageCounts(pages_populated=9), Health.HIDING),
+        (Verdict.EXPOSED, PageCounts(pages_populated=9, direct_map_pages=1), Health.PLAIN),
+        (Verdict.EXPOSED, PageCounts(pages_populated=9, alias_pages=1), Health.MOSTLY),
+        (Verdict.EXPOSED, PageCounts(pages_populated=9, alias_pages=1, unknown_pages=1), Health.UNVERIFIED),
+        (Verdict.EXPOSED, PageCounts(pages_populated=9), Health.UNVERIFIED),
+        (Verdict.UNKNOWN, PageCounts(pages_populated=9, unknown_pages=1), Health.UNVERIFIED),
+    ],
+)
+def test_what_was_not_seen_is_never_called_hiding(verdict: Verdict, pages: PageCounts, health: Health) -> None:
+    result: Any = SimpleNamespace(verdict=verdict, pages=pages)
+    assert _health(result) is health
