@@ -1,0 +1,59 @@
+"""vhost: virtqueues served by the host kernel (linux/vhost.h, linux/vhost_types.h)."""
+
+from ctypes import Structure, c_int, c_uint, c_uint32, c_uint64
+
+from offmap.uapi.ioctl import io, ior, iow, iowr
+
+__all__ = ["vhost_memory", "vhost_memory_region", "vhost_vring_addr", "vhost_vring_file", "vhost_vring_state"]
+
+VHOST_VIRTIO = 0xAF
+VHOST_PAGE_SIZE = 0x1000
+VHOST_FILE_UNBIND = -1
+
+
+class vhost_vring_state(Structure):
+    _fields_ = [("index", c_uint), ("num", c_uint)]
+
+
+class vhost_vring_file(Structure):
+    _fields_ = [("index", c_uint), ("fd", c_int)]
+
+
+class vhost_vring_addr(Structure):
+    _fields_ = [
+        ("index", c_uint),
+        ("flags", c_uint),
+        ("desc_user_addr", c_uint64),
+        ("used_user_addr", c_uint64),
+        ("avail_user_addr", c_uint64),
+        ("log_guest_addr", c_uint64),
+    ]
+
+
+class vhost_memory_region(Structure):
+    _fields_ = [
+        ("guest_phys_addr", c_uint64),
+        ("memory_size", c_uint64),
+        ("userspace_addr", c_uint64),
+        ("flags_padding", c_uint64),
+    ]
+
+
+class vhost_memory(Structure):
+    """Its head; the regions follow it."""
+
+    _fields_ = [("nregions", c_uint32), ("padding", c_uint32)]
+
+
+VHOST_GET_FEATURES = ior(VHOST_VIRTIO, 0x00, c_uint64)
+VHOST_SET_FEATURES = iow(VHOST_VIRTIO, 0x00, c_uint64)
+VHOST_SET_OWNER = io(VHOST_VIRTIO, 0x01)
+VHOST_SET_MEM_TABLE = iow(VHOST_VIRTIO, 0x03, vhost_memory)
+VHOST_SET_VRING_NUM = iow(VHOST_VIRTIO, 0x10, vhost_vring_state)
+VHOST_SET_VRING_ADDR = iow(VHOST_VIRTIO, 0x11, vhost_vring_addr)
+VHOST_SET_VRING_BASE = iow(VHOST_VIRTIO, 0x12, vhost_vring_state)
+VHOST_GET_VRING_BASE = iowr(VHOST_VIRTIO, 0x12, vhost_vring_state)
+VHOST_SET_VRING_KICK = iow(VHOST_VIRTIO, 0x20, vhost_vring_file)
+VHOST_SET_VRING_CALL = iow(VHOST_VIRTIO, 0x21, vhost_vring_file)
+VHOST_SET_VRING_ERR = iow(VHOST_VIRTIO, 0x22, vhost_vring_file)
+VHOST_NET_SET_BACKEND = iow(VHOST_VIRTIO, 0x30, vhost_vring_file)
