@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -16,15 +16,16 @@ from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.pagemap import OwnPage
 from offmap.audit.process import Process
+from offmap.audit.reach import Kind, PhysicalMap, Reach, ReachTotal, Sharing, VmmFacts
 from offmap.audit.regions import Layout
 from offmap.audit.scan import ScanResult, scan_memory
-from offmap.audit.verdict import Alias, PageCounts, Verdict, alias_ranges, classify, excluded_pages, mapped_guest_ranges
+from offmap.audit.verdict import PageCounts, Verdict, alias_ranges, classify, excluded_pages, mapped_guest_ranges
 from offmap.audit.walk import walk_kernel_half
 from offmap.errors import Undetermined
 
 __all__ = ["AuditResult", "Progress", "Stage", "audit_process"]
 
-SCHEMA = "offmap-audit/1"
+SCHEMA = "offmap-audit/2"
 _ATTEMPTS = 3  # memory hot-plugged in mid-audit changes kcore's segments
 
 
@@ -44,9 +45,19 @@ Progress = Callable[[Stage, float], None]
 class AuditResult:
     """What was found of one process's guest RAM.
 
-    ``pages`` are the counts the verdict rests on, ``aliases`` the mappings outside the direct map, ``scan`` what a
-    canary scan found (None if none was asked for), ``notes`` what a reader must know about the verdict, ``mapped`` the
-    guest-physical (address, bytes) of all that is mapped, where a VMM has told its memory slots.
+    Attributes:
+        pages: the counts the verdict rests on.
+        aliases: kernel mappings outside the direct map, in order of kernel address; at most LISTED.
+        scan: what a canary scan found (None if none was asked for).
+        notes: what a reader must know about the verdict.
+        mapped: guest-physical (address, bytes) of all that is mapped, where a VMM has told its memory slots.
+        reach: how many pages are reached by what: complete, whatever the lists leave out.
+        direct_map_ranges: the direct map's mappings of guest RAM, in order of kernel address; at most LISTED.
+        omitted: entries that were left out of ``aliases`` and of ``direct_map_ranges``.
+        physical: where in physical memory the guest's pages are, and what reaches them there.
+        sharing: other processes that map them; None if it could not be counted.
+        vmm: what the process calls itself.
+        partial: why the audit ended early (the process exited, …) and what it counts is a part; empty otherwise.
     """
 
     pid: int
@@ -54,7 +65,7 @@ class AuditResult:
     host: HostFacts
     ram: GuestRam
     pages: PageCounts
-    aliases: tuple[Alias, ...]
+    aliases: tuple[Reach, ...]
     mappings: KernelMappings
     levels: int
     scan: ScanResult | None
@@ -62,13 +73,21 @@ class AuditResult:
     notes: tuple[str, ...]
     seconds: float
     mapped: tuple[tuple[int, int], ...] = ()
+    reach: tuple[ReachTotal, ...] = ()
+    direct_map_ranges: tuple[Reach, ...] = ()
+    omitted: tuple[int, int] = (0, 0)
+    physical: PhysicalMap = field(default_factory=PhysicalMap)
+    sharing: Sharing | None = None
+    vmm: VmmFacts = field(default_factory=VmmFacts)
+    partial: str = ""
 
     @property
     def alias_pages_by_region(self) -> dict[str, int]:
         """Aliased 4 KiB pages, by the name of the region the alias is in (a page counts once for each mapping)."""
         regions: dict[str, int] = {}
-        for alias in self.aliases:
-            regions[alias.region] = regions.get(alias.region, 0) + alias.bytes // 4096
+        for total in self.reach:
+            if total.kind is not Kind.DIRECT_MAP:
+                regions[total.region] = regions.get(total.region, 0) + total.pages
         return regions
 
     @property
@@ -87,8 +106,10 @@ class AuditResult:
             "host": self.host.to_json(),
             "pid": self.pid,
             "process": self.process,
+            "vmm": self.vmm.to_json(),
             "verdict": self.verdict.value,
             "notes": list(self.notes),
+            "partial": self.partial or None,
             "pages": pages,
             "ranges": [
                 {
@@ -100,7 +121,13 @@ class AuditResult:
                 }
                 for part in self.ram.ranges
             ],
-            "aliases": [{**asdict(alias), "va": f"{alias.va:#x}", "pa": f"{alias.pa:#x}"} for alias in self.aliases],
+            "reach": [total.to_json() for total in self.reach],
+            "aliases": [alias.to_json() for alias in self.aliases],
+            "aliases_omitted": self.omitted[0],
+            "direct_map_ranges": [direct.to_json() for direct in self.direct_map_ranges],
+            "direct_map_ranges_omitted": self.omitted[1],
+            "physical": self.physical.to_json(),
+            "sharing": None if self.sharing is None else self.sharing.to_json(),
             "mapped_guest_ranges": [list(part) for part in self.mapped],
             "walk": {
                 "levels": self.levels,
@@ -200,13 +227,15 @@ def _audit(
     # Slots that came during the audit were not looked at.
     moved = not ranges and not ram.guessed and find_guest_ram(process) != ram
     verdict, notes = _judge(pages, ram, scanned, moved)
+    aliases = alias_ranges(frames, mappings, layout)
     return AuditResult(
         pid=process.pid,
         process=name,
         host=host_facts(),
         ram=ram,
         pages=pages,
-        aliases=tuple(alias_ranges(frames, mappings, layout)),
+        aliases=tuple(aliases),
+        reach=_totals(aliases),
         mapped=tuple(mapped_guest_ranges(before, ram, mappings)),
         mappings=mappings,
         levels=info.levels,
@@ -214,6 +243,17 @@ def _audit(
         verdict=verdict,
         notes=notes,
         seconds=time.monotonic() - started,
+    )
+
+
+def _totals(ranges: Sequence[Reach]) -> tuple[ReachTotal, ...]:
+    groups: dict[tuple[Kind, str, int, bool, bool, str], list[int]] = {}
+    for each in ranges:
+        key = (each.kind, each.region, each.page_size, each.writable, each.executable, each.caller)
+        groups.setdefault(key, []).append(each.bytes // 4096)
+    return tuple(
+        ReachTotal(kind, region, size, writable, executable, caller, sum(pages), len(pages))
+        for (kind, region, size, writable, executable, caller), pages in groups.items()
     )
 
 

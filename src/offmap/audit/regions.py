@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offmap.audit.kcore import Segment
+from offmap.audit.reach import Kind
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo
 
 __all__ = ["CPU_ENTRY_AREA", "DIRECT_MAP", "FIXMAP", "KERNEL_TEXT", "MODULES", "VMALLOC", "VMEMMAP", "Layout"]
@@ -27,6 +28,21 @@ MODULES = "module mapping space"
 FIXMAP = "kernel-internal fixmap range"
 VSYSCALL = "legacy vsyscall ABI"
 HOLE = "unused hole"
+
+_KINDS = {
+    LDT_REMAP: Kind.LDT_REMAP,
+    DIRECT_MAP: Kind.OTHER,  # within that region, but at another place than the direct map has the page
+    VMALLOC: Kind.VMALLOC_SPACE,
+    VMEMMAP: Kind.VMEMMAP,
+    KASAN: Kind.KASAN,
+    CPU_ENTRY_AREA: Kind.CPU_ENTRY_AREA,
+    ESPFIX: Kind.ESPFIX,
+    EFI: Kind.EFI,
+    KERNEL_TEXT: Kind.KERNEL_IMAGE,
+    MODULES: Kind.MODULE,
+    FIXMAP: Kind.FIXMAP,
+    VSYSCALL: Kind.VSYSCALL,
+}
 
 _TOP = 1 << 64
 # mm.rst, the part that is the same for 4 and 5 levels; vaddr_end for KASLR is where it starts.
@@ -94,6 +110,10 @@ class Layout:
             if va < end:
                 return name
         return HOLE
+
+    def kind(self, va: int) -> Kind:
+        """What a mapping at this address is, if it is not the direct map's own."""
+        return _KINDS.get(self.name(va), Kind.OTHER)
 
     @classmethod
     def of(cls, info: VmcoreInfo, page_offset_base: int, segments: Sequence[Segment] = ()) -> "Layout":

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
 from offmap.audit.guest_ram import GuestRam
 from offmap.audit.mappings import KernelMappings, covered
+from offmap.audit.reach import Reach
 from offmap.audit.regions import Layout
 from offmap.errors import ExitStatus
 
-__all__ = ["Alias", "PageCounts", "Verdict", "alias_ranges", "classify", "excluded_pages", "mapped_guest_ranges"]
+__all__ = ["PageCounts", "Verdict", "alias_ranges", "classify", "excluded_pages", "mapped_guest_ranges"]
 
 PAGE = 4096
 
@@ -36,19 +37,6 @@ class Verdict(Enum):
             Verdict.EXPOSED: ExitStatus.EXPOSED,
             Verdict.UNKNOWN: ExitStatus.UNDETERMINED,
         }[self]
-
-
-@dataclass(frozen=True)
-class Alias:
-    """Guest pages that the kernel maps outside the direct map: contiguous in both addresses."""
-
-    va: int
-    pa: int
-    bytes: int
-    region: str
-    page_size: int
-    writable: bool
-    executable: bool
 
 
 @dataclass
@@ -168,7 +156,7 @@ def mapped_guest_ranges(before: Frames, ram: GuestRam, mappings: KernelMappings)
     return sorted(found)
 
 
-def alias_ranges(frames: NDArray[np.uint64], mappings: KernelMappings, layout: Layout) -> list[Alias]:
+def alias_ranges(frames: NDArray[np.uint64], mappings: KernelMappings, layout: Layout) -> list[Reach]:
     """Every mapping outside the direct map of these frames (sorted, distinct), in order of address."""
     aliases = mappings.aliases
     low = np.searchsorted(frames, aliases["pa"] >> np.uint64(12))
@@ -181,10 +169,11 @@ def alias_ranges(frames: NDArray[np.uint64], mappings: KernelMappings, layout: L
             pa = stretch[0] * PAGE
             va = int(run["va"]) + pa - int(run["pa"])
             found.append(
-                Alias(
+                Reach(
                     va,
                     pa,
                     (stretch[1] - stretch[0]) * PAGE,
+                    layout.kind(va),
                     layout.name(va),
                     PAGE << 9 * (int(run["level"]) - 1),
                     bool(run["writable"]),

@@ -11,9 +11,10 @@ from offmap.audit.canary import Canary
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
 from offmap.audit.host import HostFacts
 from offmap.audit.mappings import RUN, KernelMappings
+from offmap.audit.reach import Kind, Reach, ReachTotal
 from offmap.audit.regions import KERNEL_TEXT
 from offmap.audit.scan import Place, ScanResult
-from offmap.audit.verdict import Alias, PageCounts, Verdict
+from offmap.audit.verdict import PageCounts, Verdict
 from offmap.cli.audit import add_parser, parse_range
 from offmap.errors import ExitStatus, OffmapError
 from offmap.report.text import render_audit, verdict_line
@@ -28,8 +29,11 @@ NONCE = "0123456789abcdef" * 2
 
 def result(pages: PageCounts, scan: ScanResult | None = None, ram: GuestRam = RAM) -> AuditResult:
     verdict, notes = _judge(pages, ram, scan)
-    aliases = (Alias(0xFFFF_FFFF_8200_0000, 0x200_0000, 8192, KERNEL_TEXT, 4096, True, False),) * pages.alias_pages
-    return AuditResult(7, "vmm", HOST, ram, pages, aliases, WALKED, 4, scan, verdict, notes, 1.0)
+    aliases = (
+        Reach(0xFFFF_FFFF_8200_0000, 0x200_0000, 8192, Kind.KERNEL_IMAGE, KERNEL_TEXT, 4096, True, False),
+    ) * pages.alias_pages
+    reach = (ReachTotal(Kind.KERNEL_IMAGE, KERNEL_TEXT, 4096, True, False, "", 2 * len(aliases), len(aliases)),)
+    return AuditResult(7, "vmm", HOST, ram, pages, aliases, WALKED, 4, scan, verdict, notes, 1.0, reach=reach)
 
 
 def scanned(in_guest: bool) -> ScanResult:

@@ -1,0 +1,68 @@
+"""The words of an audit of every VM on a host: one result each, or why there is none, and the worst of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import offmap
+from offmap.audit.audit import AuditResult
+from offmap.audit.host import HostFacts
+from offmap.audit.reach import VmmFacts
+from offmap.audit.verdict import Verdict
+from offmap.errors import ExitStatus
+
+__all__ = ["EveryVm", "NotAudited"]
+
+SCHEMA = "offmap-audit-all/1"
+_GRAVITY = (ExitStatus.DONE, ExitStatus.FAILED, ExitStatus.UNDETERMINED, ExitStatus.EXPOSED)
+
+
+@dataclass(frozen=True)
+class NotAudited:
+    """A process that holds a KVM VM and could not be audited, and why; its VM is unknown, never left out."""
+
+    pid: int
+    process: str
+    vmm: VmmFacts
+    reason: str
+    exit_status: ExitStatus = ExitStatus.UNDETERMINED
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "pid": self.pid,
+            "process": self.process,
+            "vmm": self.vmm.to_json(),
+            "verdict": Verdict.UNKNOWN.value,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class EveryVm:
+    """All VMs of a host, in order of their PIDs.
+
+    ``not_judged`` are reasons why there may be more VMs than were found: processes whose descriptors cannot be read.
+    """
+
+    host: HostFacts
+    results: tuple[AuditResult, ...]
+    failures: tuple[NotAudited, ...] = ()
+    not_judged: tuple[str, ...] = ()
+
+    @property
+    def exit_status(self) -> ExitStatus:
+        """The worst: exposed before undetermined before failed before hidden. No VM at all is nothing exposed."""
+        found = [result.verdict.exit_status for result in self.results] + [each.exit_status for each in self.failures]
+        if self.not_judged:
+            found.append(ExitStatus.UNDETERMINED)
+        return max(found, key=_GRAVITY.index, default=ExitStatus.DONE)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "offmap": offmap.__version__,
+            "host": self.host.to_json(),
+            "exit_status": int(self.exit_status),
+            "vms": [result.to_json() for result in self.results],
+            "not_audited": [each.to_json() for each in self.failures],
+            "notes": list(self.not_judged),
+        }
