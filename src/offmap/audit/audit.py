@@ -11,7 +11,7 @@ from offmap.audit.canary import CanaryKey
 from offmap.audit.control import check_control
 from offmap.audit.frames import resolve
 from offmap.audit.guest_ram import GuestRam, RamRange, find_guest_ram
-from offmap.audit.host import HostFacts, host_facts
+from offmap.audit.host import HostFacts, host_facts, utc_now
 from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.pagemap import OwnPage
@@ -58,6 +58,7 @@ class AuditResult:
         sharing: other processes that map them; None if it could not be counted.
         vmm: what the process calls itself.
         partial: why the audit ended early (the process exited, …) and what it counts is a part; empty otherwise.
+        time: when it ended, as utc_now says it.
     """
 
     pid: int
@@ -80,6 +81,7 @@ class AuditResult:
     sharing: Sharing | None = None
     vmm: VmmFacts = field(default_factory=VmmFacts)
     partial: str = ""
+    time: str = field(default_factory=utc_now)
 
     @property
     def alias_pages_by_region(self) -> dict[str, int]:
@@ -103,6 +105,7 @@ class AuditResult:
         return {
             "schema": SCHEMA,
             "offmap": offmap.__version__,
+            "time": self.time,
             "host": self.host.to_json(),
             "pid": self.pid,
             "process": self.process,

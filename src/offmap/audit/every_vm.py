@@ -1,11 +1,11 @@
 """The words of an audit of every VM on a host: one result each, or why there is none, and the worst of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import offmap
 from offmap.audit.audit import AuditResult
-from offmap.audit.host import HostFacts
+from offmap.audit.host import HostFacts, utc_now
 from offmap.audit.reach import VmmFacts
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus
@@ -47,6 +47,7 @@ class EveryVm:
     results: tuple[AuditResult, ...]
     failures: tuple[NotAudited, ...] = ()
     not_judged: tuple[str, ...] = ()
+    time: str = field(default_factory=utc_now)
 
     @property
     def exit_status(self) -> ExitStatus:
@@ -60,6 +61,7 @@ class EveryVm:
         return {
             "schema": SCHEMA,
             "offmap": offmap.__version__,
+            "time": self.time,
             "host": self.host.to_json(),
             "exit_status": int(self.exit_status),
             "vms": [result.to_json() for result in self.results],

@@ -3,16 +3,17 @@
 import os
 import platform
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
-__all__ = ["HostFacts", "host_facts"]
+__all__ = ["HostFacts", "host_facts", "utc_now"]
 
 _LAB_MARK = "offmap.lab"  # on the kernel command line of a disposable host
 
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Kernel release, CPU model, kernel command line, memory in bytes, and whether this is a disposable lab host."""
+    """Kernel release, CPU model, kernel command line, memory in bytes, whether this is a disposable lab host, its name."""
 
     kernel: str
     cpu: str
@@ -20,6 +21,7 @@ class HostFacts:
     cmdline: str
     memory_bytes: int
     lab: bool
+    name: str = ""
 
     def to_json(self) -> dict[str, str | int | bool]:
         return asdict(self)
@@ -54,4 +56,10 @@ def host_facts() -> HostFacts:
         cmdline=cmdline,
         memory_bytes=int(memory[0]) * 1024 if memory and memory[0].isdigit() else 0,
         lab=marked or bool(os.environ.get("OFFMAP_LAB")),
+        name=platform.node(),
     )
+
+
+def utc_now() -> str:
+    """The time that a result is stamped with, to the second: ``2026-11-22T22:50:26Z``."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
