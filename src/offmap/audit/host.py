@@ -13,7 +13,7 @@ _LAB_MARK = "offmap.lab"  # on the kernel command line of a disposable host
 
 @dataclass(frozen=True)
 class HostFacts:
-    """Kernel release, CPU model, kernel command line, memory in bytes, whether this is a disposable lab host, its name."""
+    """Kernel release, CPU model, kernel command line, memory in bytes, whether it is a lab host, and its name."""
 
     kernel: str
     cpu: str
