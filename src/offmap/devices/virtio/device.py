@@ -1,0 +1,123 @@
+"""What a virtio device is to the transport, and what the machine makes it from.
+
+A device is written for one thread: every method but the constructor is called on the device's own worker thread, one
+at a time. It never sees the transport's registers, only queues.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from offmap.devices.virtio.queue import Queue
+from offmap.devices.virtio.worker import Worker
+from offmap.kvm import Vm
+from offmap.memory.guest import GuestMemory
+from offmap.owned import Owned
+
+__all__ = ["Activation", "DeviceSpec", "SharedMemory", "Surroundings", "VirtioDevice"]
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What a device gets when the driver is ready (DRIVER_OK).
+
+    Attributes:
+        queues: by number; None where the driver left one out.
+        features: bit mask of what was negotiated.
+        worker: for watching host fds; what was watched must be unwatched in `reset`.
+        config_changed: to be called when `config()` has changed: the driver is told.
+    """
+
+    queues: Sequence[Queue | None]
+    features: int
+    worker: Worker
+    config_changed: Callable[[], None]
+
+    def has(self, feature: int) -> bool:
+        """Whether bit number `feature` was negotiated."""
+        return bool(self.features >> feature & 1)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """A shared memory region (virtio 1.2, 2.10) that the machine maps for the device: guest-physical, in bytes."""
+
+    address: int
+    size: int
+
+
+class VirtioDevice(Owned, ABC):
+    """A device, without its transport.
+
+    Attributes:
+        device_id: VIRTIO_ID_*.
+        queue_sizes: the largest size of each queue, powers of two.
+        features: bit mask of the device's own features; the transport adds those of queues and of virtio 1.
+        shared_memory: regions by their id.
+    """
+
+    device_id: ClassVar[int]
+    queue_sizes: Sequence[int] = (256,)
+    features: int = 0
+    shared_memory: Sequence[SharedMemory] = ()
+
+    def config(self) -> bytes:
+        """The device's configuration space as it is now."""
+        return b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver has written `data` there. Where the device has nothing writable, nothing happens."""
+
+    @abstractmethod
+    def activate(self, activation: Activation) -> None:
+        """The driver is ready. Kicks may come from now on, and buffers may be there already: `handle` is called once
+        for each queue after this.
+
+        Raises:
+            DriverError: the driver has left out what the device cannot do without.
+        """
+
+    @abstractmethod
+    def handle(self, queue: int) -> None:
+        """The driver has made buffers available in queue number `queue`.
+
+        Raises:
+            DriverError: the driver broke the rules; the transport then sets DEVICE_NEEDS_RESET, and the device is idle
+                until the driver resets it.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget the queues and everything about the driver; nothing of the guest's memory may be held afterwards."""
+
+    def close(self) -> None:
+        """Give back what the device owns on the host. The worker thread has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a device may need of the machine it is built into.
+
+    Attributes:
+        memory: the guest's RAM.
+        hidden: whether it promises to be hidden: GUP then refuses it, and with it direct I/O.
+        vm: for devices that have memory slots of their own.
+        say: takes a line for the user. A device says what goes wrong once, not with each request.
+    """
+
+    memory: GuestMemory
+    hidden: bool
+    vm: Vm
+    say: Callable[[str], None] = field(default=lambda _: None)
+
+
+class DeviceSpec(Protocol):
+    """What the user asked for: a frozen dataclass, checked as far as can be without the machine."""
+
+    def build(self, surroundings: Surroundings) -> VirtioDevice:
+        """Make the device; opens its host files.
+
+        Raises:
+            OffmapError: it cannot be had here, with the reason and the remedy.
+        """

@@ -1,0 +1,61 @@
+"""What of guest memory a device may reach: RAM, less the pages that are kept from the guest.
+
+Pages kept from the guest are mapped by the host kernel (memory/backend.py), so nothing of the guest may come to be in
+them: an honest driver never names one.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+
+from offmap.memory.guest import Region
+from offmap.memory.iomem import PhysicalRange, merged, subtract
+
+__all__ = ["Dma", "DriverError"]
+
+
+class DriverError(Exception):
+    """The guest's driver did what the specification forbids. The device then needs a reset; the VMM goes on."""
+
+
+class Dma:
+    """Bounds-checked views of the memory that a guest may name to its devices.
+
+    Args:
+        regions: the guest's RAM.
+        excluded: guest-physical ranges that are kept from the guest.
+    """
+
+    def __init__(self, regions: Iterable[Region], excluded: Iterable[PhysicalRange] = ()) -> None:
+        self._starts: list[int] = []
+        self._pieces: list[tuple[int, int, memoryview]] = []
+        excluded = merged(excluded)
+        for region in sorted(regions, key=lambda r: r.guest_phys_addr):
+            whole = PhysicalRange(region.guest_phys_addr, region.end)
+            for piece in subtract([whole], excluded):
+                start = region.offset + piece.start - region.guest_phys_addr
+                self._starts.append(piece.start)
+                self._pieces.append((piece.start, piece.end, region.backing.view[start : start + piece.size]))
+        self._last = self._pieces[0] if self._pieces else (0, 0, memoryview(b""))
+
+    def view(self, address: int, size: int) -> memoryview:
+        """A writable view of `size` bytes at guest-physical `address`, for the kernel to read into or write from.
+
+        Raises:
+            DriverError: not all of it is RAM of the guest, in one region.
+        """
+        start, end, view = self._last
+        if not start <= address <= end - size:
+            at = bisect_right(self._starts, address) - 1
+            start, end, view = self._pieces[at]
+            if at < 0 or address + size > end:
+                raise DriverError(f"names {size} bytes at {address:#x}, which are not all in the guest's RAM")
+            self._last = start, end, view
+        return view[address - start : address - start + size]
+
+    def release(self) -> None:
+        """Let go of the memory, which may then be unmapped."""
+        self._last = (0, 0, memoryview(b""))
+        for _, _, view in self._pieces:
+            view.release()
+        self._pieces.clear()
+        self._starts.clear()

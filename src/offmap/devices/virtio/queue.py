@@ -1,0 +1,225 @@
+"""The split virtqueue, the device's side of it (virtio 1.2, section 2.7).
+
+The rings are in guest memory, and a hostile driver may write anything to them at any time. So each field is read once,
+checked as a local copy, and what cannot be is a DriverError: the queue is then dead until the driver resets the device.
+What moves the data is the kernel: a chain is lists of views straight into guest memory, for preadv and its like.
+
+Memory ordering. x86 lets no store pass a store, no load pass a load, and CPython executes them in program order; what
+it does allow is that a later load is done before an earlier store can be seen. Two places depend on that not
+happening: publishing the used index and then reading where the driver wants its interrupt (`notify`), and publishing
+where we want to be kicked and then looking for more (`chains`). Both take and release a lock of our own in between:
+that is a LOCK-prefixed instruction in the interpreter (sem_trywait, sem_post), which on x86 is a full fence.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+
+from offmap.devices.virtio.dma import Dma, DriverError
+from offmap.uapi.virtio.ring import (
+    VRING_AVAIL_ALIGN_SIZE,
+    VRING_AVAIL_F_NO_INTERRUPT,
+    VRING_DESC_ALIGN_SIZE,
+    VRING_DESC_F_INDIRECT,
+    VRING_DESC_F_NEXT,
+    VRING_DESC_F_WRITE,
+    VRING_USED_ALIGN_SIZE,
+)
+
+__all__ = ["Chain", "DriverError", "Queue"]
+
+MAX_QUEUE_SIZE = 1 << 15  # virtio 1.2, 2.7: "The maximum Queue Size value is 32768"
+
+# A descriptor as two 64-bit words: the address; the length, and above it flags and next.
+_FLAGS_SHIFT = 32
+_NEXT_SHIFT = 48
+_NEXT = VRING_DESC_F_NEXT << _FLAGS_SHIFT
+_WRITE = VRING_DESC_F_WRITE << _FLAGS_SHIFT
+_INDIRECT = VRING_DESC_F_INDIRECT << _FLAGS_SHIFT
+_LENGTH = (1 << 32) - 1
+
+
+class Chain:
+    """A buffer that the driver has made available: views into guest memory, in order.
+
+    Attributes:
+        head: what `Queue.push` gives back to the driver.
+        readable: what the driver has written for the device.
+        writable: what the device may write.
+        readable_bytes, writable_bytes: their sizes.
+    """
+
+    __slots__ = ("head", "readable", "readable_bytes", "writable", "writable_bytes")
+
+    def __init__(
+        self,
+        head: int,
+        readable: list[memoryview],
+        writable: list[memoryview],
+        readable_bytes: int,
+        writable_bytes: int,
+    ) -> None:
+        self.head = head
+        self.readable = readable
+        self.writable = writable
+        self.readable_bytes = readable_bytes
+        self.writable_bytes = writable_bytes
+
+
+class Queue:
+    """One virtqueue that the driver has set up. To be used on one thread.
+
+    Args:
+        dma: the guest's memory.
+        size: descriptors.
+        desc, avail, used: guest-physical addresses of the three parts.
+        interrupt: tells the driver that there are used buffers.
+        event_idx: VIRTIO_RING_F_EVENT_IDX was negotiated.
+        indirect: VIRTIO_RING_F_INDIRECT_DESC was negotiated.
+
+    Raises:
+        DriverError: a size or an address that the specification forbids.
+    """
+
+    def __init__(
+        self,
+        dma: Dma,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        interrupt: Callable[[], None],
+        event_idx: bool = False,
+        indirect: bool = False,
+    ) -> None:
+        if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
+            raise DriverError(f"sets up a queue of size {size}, which is not a power of two")
+        for name, address, alignment in (
+            ("descriptor table", desc, VRING_DESC_ALIGN_SIZE),
+            ("available ring", avail, VRING_AVAIL_ALIGN_SIZE),
+            ("used ring", used, VRING_USED_ALIGN_SIZE),
+        ):
+            if address % alignment:
+                raise DriverError(f"puts a {name} at {address:#x}, which is not aligned to {alignment}")
+        self.size = size
+        self._mask = size - 1
+        self._dma = dma
+        self._interrupt = interrupt
+        self._event_idx = event_idx
+        self._indirect = indirect
+        # le64 addr, then len | flags << 32 | next << 48
+        self._desc = dma.view(desc, 16 * size).cast("Q")
+        # le16 flags, idx, ring[size], used_event
+        self._avail = dma.view(avail, 6 + 2 * size).cast("H")
+        # le16 flags, idx; {le32 id, len} ring[size]; le16 avail_event
+        used_bytes = dma.view(used, 6 + 8 * size)
+        self._used = used_bytes.cast("H")
+        self._used_elements = used_bytes[4 : 4 + 8 * size].cast("I")
+        self._avail_event_at = 2 + 4 * size
+        self._used_event_at = 2 + size
+        self._last_avail = 0
+        self._used_idx = 0
+        self._signalled = 0  # used idx at the last decision to interrupt or not
+        self._lock = threading.Lock()
+
+    def pop(self) -> Chain | None:
+        """The next buffer that the driver has made available, or None.
+
+        Raises:
+            DriverError: it is none that the specification allows.
+        """
+        last = self._last_avail
+        avail = self._avail
+        ahead = avail[1] - last & 0xFFFF
+        if not ahead:
+            return None
+        size = self.size
+        if ahead > size:
+            raise DriverError(f"makes {ahead} buffers available in a queue of {size}")
+        head = index = avail[2 + (last & self._mask)]
+        self._last_avail = last + 1 & 0xFFFF
+        table = self._desc
+        count = left = size  # descriptors in `table`, and how many more the chain may have
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        readable_bytes = writable_bytes = 0
+        view = self._dma.view
+        while True:
+            if index >= count:
+                raise DriverError(f"names descriptor {index} of {count}")
+            if not left:
+                raise DriverError(f"makes a chain of more than {size} descriptors, or a loop")
+            left -= 1
+            word = table[2 * index + 1]
+            length = word & _LENGTH
+            if word & _INDIRECT:
+                # At the end of a chain, and only one deep. Its write flag means nothing (2.7.5.3.2).
+                if table is not self._desc or not self._indirect or word & _NEXT:
+                    raise DriverError("uses an indirect descriptor where it may not")
+                if not length or length % 16:
+                    raise DriverError(f"uses an indirect table of {length} bytes")
+                table = view(table[2 * index], length).cast("Q")
+                index = 0
+                count = length // 16
+                continue
+            if word & _WRITE:
+                writable.append(view(table[2 * index], length))
+                writable_bytes += length
+            else:
+                if writable:
+                    raise DriverError("puts a readable descriptor behind a writable one")
+                readable.append(view(table[2 * index], length))
+                readable_bytes += length
+            if not word & _NEXT:
+                return Chain(head, readable, writable, readable_bytes, writable_bytes)
+            index = word >> _NEXT_SHIFT
+
+    def push(self, chain: Chain, written: int) -> None:
+        """Give `chain` back to the driver; the device has written the first `written` bytes of its writable part."""
+        used_idx = self._used_idx
+        element = 2 * (used_idx & self._mask)
+        elements = self._used_elements
+        elements[element] = chain.head
+        elements[element + 1] = written
+        self._used_idx = self._used[1] = used_idx + 1 & 0xFFFF
+
+    def notify(self) -> None:
+        """Interrupt the driver, if it wants to be, for what was pushed since the last call."""
+        new, old = self._used_idx, self._signalled
+        if new == old:
+            return
+        self._signalled = new
+        self._fence()
+        if self._event_idx:
+            # vring_need_event(): is used_event among old ... new - 1?
+            if new - self._avail[self._used_event_at] - 1 & 0xFFFF < new - old & 0xFFFF:
+                self._interrupt()
+        elif not self._avail[0] & VRING_AVAIL_F_NO_INTERRUPT:
+            self._interrupt()
+
+    def rearm(self) -> bool:
+        """Ask for a kick with the next buffer; whether there is one already, so that no kick may come for it."""
+        if self._event_idx:
+            self._used[self._avail_event_at] = self._last_avail
+            self._fence()
+        return self._avail[1] != self._last_avail
+
+    def chains(self) -> Iterator[Chain]:
+        """All buffers that are available; at the end, the driver has been asked for a kick with the next one.
+
+        Raises:
+            DriverError: as `pop`.
+        """
+        while True:
+            while (chain := self.pop()) is not None:
+                yield chain
+            if not self.rearm():
+                return
+
+    def undo_pop(self) -> None:
+        """Put the buffer that was popped last back, so that the next `pop` gives it again."""
+        self._last_avail = self._last_avail - 1 & 0xFFFF
+
+    def _fence(self) -> None:
+        with self._lock:
+            pass
