@@ -15,7 +15,7 @@ from offmap.memory.memfd import Memfd
 from offmap.memory.probe import run_one_instruction
 from offmap.memory.secretmem import memfd_secret, secret_backing
 from offmap.uapi import kvm as uapi
-from offmap.vmm.cpuid import PVCLOCK_FEATURES, guest_cpuid
+from offmap.vmm.cpuid import PVCLOCK_FEATURES, enabled_xstate, guest_cpuid
 
 from .conftest import descriptors
 from .real_mode import CODE, load, point_at
@@ -58,6 +58,18 @@ def test_registers_and_cpuid_come_back_as_they_were_set(kvm: Kvm, vm: Vm) -> Non
 def test_msrs_that_are_not_taken_are_named(vm: Vm) -> None:
     with vm.create_vcpu(0) as vcpu, pytest.raises(KernelError, match=r"KVM_SET_MSRS of MSR 0xdead0001"):
         vcpu.set_msrs({0x1A0: 1, 0xDEAD0001: 1})
+
+
+def test_state_components_that_the_cpuid_has_can_be_enabled(kvm: Kvm, vm: Vm) -> None:
+    cpuid = kvm.supported_cpuid()
+    xcr0 = enabled_xstate(cpuid)
+    if xcr0 is None:
+        pytest.skip("this processor has no XSAVE: its state components could not be enabled")
+    with vm.create_vcpu(0) as vcpu:
+        vcpu.set_cpuid(cpuid)
+        vcpu.set_xcr0(xcr0)
+        with pytest.raises(KernelError, match="KVM_SET_XCRS failed: Invalid argument"):
+            vcpu.set_xcr0(xcr0 | 1 << 62)
 
 
 def test_pv_features_can_be_enforced(kvm: Kvm, vm: Vm) -> None:

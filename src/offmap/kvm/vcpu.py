@@ -80,6 +80,16 @@ class Vcpu(Handle):
             index = list(values)[done]
             raise KernelError(f"KVM_SET_MSRS of MSR {index:#x}", 22)
 
+    def set_xcr0(self, value: int) -> None:
+        """Set which of its state components (Intel SDM volume 1, chapter 13) the vCPU has enabled.
+
+        Raises:
+            KernelError: EINVAL, for a component that its CPUID does not have.
+        """
+        xcrs = uapi.kvm_xcrs(nr_xcrs=1)
+        xcrs.xcrs[0].value = value
+        self.call("KVM_SET_XCRS", uapi.KVM_SET_XCRS, xcrs)
+
     def get_lapic(self) -> bytearray:
         """The local APIC's registers, 0x400 bytes."""
         state = uapi.kvm_lapic_state()

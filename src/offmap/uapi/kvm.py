@@ -245,6 +245,22 @@ class kvm_msrs(Structure):
     _fields_ = [("nmsrs", c_uint32), ("pad", c_uint32)]
 
 
+KVM_MAX_XCRS = 16
+
+
+class kvm_xcr(Structure):
+    _fields_ = [("xcr", c_uint32), ("reserved", c_uint32), ("value", c_uint64)]
+
+
+class kvm_xcrs(Structure):
+    _fields_ = [
+        ("nr_xcrs", c_uint32),
+        ("flags", c_uint32),
+        ("xcrs", kvm_xcr * KVM_MAX_XCRS),
+        ("padding", c_uint64 * 16),
+    ]
+
+
 class kvm_run_io(Structure):
     _fields_ = [
         ("direction", c_uint8),
@@ -339,3 +355,4 @@ KVM_SET_CPUID2 = iow(KVMIO, 0x90, kvm_cpuid2)
 KVM_SET_TSC_KHZ = io(KVMIO, 0xA2)
 KVM_GET_TSC_KHZ = io(KVMIO, 0xA3)
 KVM_ENABLE_CAP = iow(KVMIO, 0xA3, kvm_enable_cap)
+KVM_SET_XCRS = iow(KVMIO, 0xA7, kvm_xcrs)

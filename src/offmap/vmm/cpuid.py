@@ -8,7 +8,7 @@ from dataclasses import replace
 from offmap.kvm import CpuidEntry
 from offmap.uapi import kvm as uapi
 
-__all__ = ["PVCLOCK_FEATURES", "guest_cpuid"]
+__all__ = ["PVCLOCK_FEATURES", "enabled_xstate", "guest_cpuid"]
 
 PVCLOCK_FEATURES = (
     1 << uapi.KVM_FEATURE_CLOCKSOURCE
@@ -20,6 +20,7 @@ oopses the host where there is none."""
 
 _LEAF1_ECX_VMX = 1 << 5
 _LEAF1_ECX_TSC_DEADLINE = 1 << 24
+_LEAF1_ECX_XSAVE = 1 << 26
 _LEAF1_ECX_HYPERVISOR = 1 << 31
 _LEAF80000001_ECX_SVM = 1 << 2
 
@@ -65,6 +66,19 @@ def guest_cpuid(
                 pass
         guest.append(e)
     return guest + _extended_topology(0xB, vcpu, vcpus)
+
+
+def enabled_xstate(guest: list[CpuidEntry]) -> int | None:
+    """XCR0 of a vCPU that starts with every state component of its CPUID enabled, or None if it has no XSAVE.
+
+    Linux enables them all itself (fpu__init_system_xstate in arch/x86/kernel/fpu/xstate.c), so a vCPU may as well have
+    them from the start. KVM answers leaf 0xD's sizes by the XCR0 that it knows of, and puts that one back at each
+    entry. QEMU's emulation of nested SVM does not intercept XSETBV, so there KVM would go on knowing the reset value:
+    Linux 6.12 warns of an "XSAVE consistency problem" and has no AVX, Linux 7.3 panics.
+    """
+    if not any(e.function == 0x1 and e.ecx & _LEAF1_ECX_XSAVE for e in guest):
+        return None
+    return next((e.edx << 32 | e.eax for e in guest if e.function == 0xD and e.index == 0), None)
 
 
 def _package_bits(vcpus: int) -> int:

@@ -27,7 +27,7 @@ from offmap.uapi import kvm as uapi
 from offmap.uapi.pc import COM1_IRQ, RTC_IRQ
 from offmap.vmm.command_line import with_machine_parameters
 from offmap.vmm.config import MachineConfig
-from offmap.vmm.cpuid import guest_cpuid
+from offmap.vmm.cpuid import enabled_xstate, guest_cpuid
 from offmap.vmm.memslots import publish_memslots
 from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.vcpu_loop import ExitCounts, VcpuLoop
@@ -147,16 +147,17 @@ class Machine(Owned):
             if hides:
                 # Leaving the features out of CPUID only hides them; this makes the MSRs fault.
                 vcpu.enable_cap(uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
-            vcpu.set_cpuid(
-                guest_cpuid(
-                    supported,
-                    vcpu=vcpu.number,
-                    vcpus=len(vcpus),
-                    kvm_clock=self.config.offers_kvm_clock,
-                    nested=not hides,
-                    tsc_deadline=tsc_deadline,
-                )
+            cpuid = guest_cpuid(
+                supported,
+                vcpu=vcpu.number,
+                vcpus=len(vcpus),
+                kvm_clock=self.config.offers_kvm_clock,
+                nested=not hides,
+                tsc_deadline=tsc_deadline,
             )
+            vcpu.set_cpuid(cpuid)
+            if (xcr0 := enabled_xstate(cpuid)) is not None:
+                vcpu.set_xcr0(xcr0)
 
     def start(self) -> None:
         """Let the vCPUs run. To be called once, on the process's main thread (it installs a signal handler).

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from offmap.kvm.cpuid import CpuidEntry, pack_cpuid, unpack_cpuid
 from offmap.uapi import kvm as uapi
-from offmap.vmm.cpuid import guest_cpuid
+from offmap.vmm.cpuid import enabled_xstate, guest_cpuid
 
 ALL = 0xFFFFFFFF
 INDEXED = uapi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
@@ -90,6 +90,14 @@ def test_hypervisor_bit_and_tsc_deadline() -> None:
     for tsc_deadline in (False, True):
         cpuid = guest_cpuid(bare, vcpu=0, vcpus=1, kvm_clock=False, nested=False, tsc_deadline=tsc_deadline)
         assert leaf(cpuid, 1).ecx == 1 << 31 | tsc_deadline << 24
+
+
+def test_all_state_components_are_enabled_from_the_start() -> None:
+    xsave = CpuidEntry(0x1, ecx=1 << 26)
+    components = [CpuidEntry(0xD, 0, INDEXED, eax=0x207, ebx=576, edx=1), CpuidEntry(0xD, 1, INDEXED, eax=0xF)]
+    assert enabled_xstate([xsave, *components]) == 0x1_0000_0207
+    assert enabled_xstate([CpuidEntry(0x1), *components]) is None, "a CPU without XSAVE has no XCR0"
+    assert enabled_xstate([xsave]) is None
 
 
 def test_what_kvm_said_is_not_changed() -> None:
