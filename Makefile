@@ -4,10 +4,14 @@ PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest
 SUITE = tests/unit tests/kvm tests/lab
 
-.PHONY: demo test test-all slow setup setup-tests setup-slow lint bench
+.PHONY: demo demo-patched test test-all slow setup setup-tests setup-slow lint bench
 
 demo: setup
 	.venv/bin/offmap demo
+
+# The kinds of RAM that need a patched kernel, which is built the first time.
+demo-patched: setup-slow
+	.venv/bin/offmap demo --host-kernel patched:7.3 --out out/demo-patched
 
 setup:
 	@scripts/setup

@@ -53,7 +53,7 @@ def converse(process: subprocess.Popen[bytes], until: bytes, answer: bytes) -> b
 def test_every_command_is_tested() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(_ANY.findall(text)) == len(blocks())
-    assert set(blocks()) == {"demo", "test", "lab", "run", "audit", "doctor"}
+    assert set(blocks()) == {"demo", "patched", "test", "lab", "run", "audit", "doctor"}
 
 
 def test_make_test_is_what_ci_runs() -> None:
@@ -83,6 +83,28 @@ def test_make_demo() -> None:
         assert cell["alias_pages"] == cell["unknown_pages"] == 0
         assert cell["scanned_bytes"] > 1 << 30
     assert "GUP" in cells["secretmem"]["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # it may have to build the kernel
+def test_make_demo_patched() -> None:
+    done = subprocess.run(["sh", "-c", blocks()["patched"]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All as claimed" in done.stdout
+    report = json.loads((ROOT / "out" / "demo-patched" / "report.json").read_text())
+    cells = {(cell["backend"], cell["kvm_clock"]): cell for cell in report["cells"]}
+    verdicts = {guest: (cell["verdict"], cell["clocksource"]) for guest, cell in cells.items()}
+    hiding = [(name, clock) for name in ("secretmem", "guest_memfd-unmapped") for clock in ("off", "on")]
+    assert verdicts == {
+        **{(name, "auto"): ("exposed", "kvm-clock") for name in ("anon", "memfd", "guest_memfd")},
+        **{(name, clock): ("hidden", "kvm-clock" if clock == "on" else "tsc") for name, clock in hiding},
+    }
+    for guest, cell in cells.items():
+        assert cell["canaries_planted"] == 64
+        assert cell["canaries_found"] == (0 if guest in hiding else 64)
+        if guest in hiding:
+            assert cell["direct_map_pages"] == cell["alias_pages"] == cell["unknown_pages"] == 0
+            assert cell["pages_populated"] == cell["ram_pages"] == 65536
 
 
 def test_a_guest_in_a_disposable_host(checkout: Path) -> None:

@@ -18,7 +18,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "its RAM; the audit then walks the host kernel's page tables and reads all that they map.",
     )
     parser.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--host-kernel", metavar="KERNEL", help="debian:6.12, running, or a bzImage")
+    parser.add_argument(
+        "--host-kernel",
+        metavar="KERNEL",
+        help="debian:6.12, running, or a bzImage; patched:7.3: the kinds of RAM that need its patches",
+    )
     parser.add_argument("--modules", type=Path, metavar="DIR", help="lib/modules/RELEASE folder of a bzImage")
     parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="of the disposable host")
     parser.set_defaults(run=run)
@@ -34,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from offmap.compare.demo import Demo, run_demo
     from offmap.report.demo import DemoProgress, PipedConsole, cells_table
 
-    console = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 100)
+    console = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
     with DemoProgress(console) as progress:
         result = run_demo(Demo(args.out, args.host_kernel, args.modules, args.accel), progress.event)
     console.print()
@@ -46,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(cells_table(result.cells))
     for cell in result.cells:
         if cell.outcome is not Outcome.BOOTED:
-            console.print(f"{cell.backend} {cell.outcome.value}: {cell.reason}", markup=False, soft_wrap=True)
+            console.print(f"{cell.name} {cell.outcome.value}: {cell.reason}", markup=False, soft_wrap=True)
     if result.left_out:
         console.print(result.left_out, markup=False, soft_wrap=True)
     for surprise in result.surprises:

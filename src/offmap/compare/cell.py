@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from offmap.audit.verdict import Verdict
 
-__all__ = ["Cell", "Outcome"]
+__all__ = ["Cell", "Outcome", "guest_name", "parse_guest_name"]
 
 
 class Outcome(Enum):
@@ -18,11 +18,31 @@ class Outcome(Enum):
     OOPS = "oops"  # of the host kernel
 
 
+def guest_name(backend: str, kvm_clock: str) -> str:
+    """What tells a guest from others on the same host: its RAM and, where that was chosen, its clock."""
+    return backend if kvm_clock == "auto" else f"{backend}:kvm-clock={kvm_clock}"
+
+
+def parse_guest_name(name: str) -> tuple[str, str]:
+    """The backend and the kvm_clock of a `guest_name`.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    backend, _, clock = name.partition(":kvm-clock=")
+    if guest_name(backend, clock or "auto") != name or clock not in {"", "on", "off"}:
+        raise ValueError(f"{name!r} names no guest")
+    return backend, clock or "auto"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One result, in the words of docs/design.md. None means "was not measured", never 0.
 
     Attributes:
+        kvm_clock: whether the guest was offered kvm-clock, as ``offmap run`` takes it: on, off, or auto.
+        clocksource: what the guest keeps time by, in its own words. It was told to prefer kvm-clock unless `kvm_clock`
+            is auto.
         reason: why it was refused or failed, or the host's oops; empty otherwise.
         verdict: the audit's, while the guest ran.
         canaries_planted: what the guest says it planted in its RAM.
@@ -38,6 +58,8 @@ class Cell:
     host_kernel: str
     guest_kernel: str
     outcome: Outcome
+    kvm_clock: str = "auto"
+    clocksource: str | None = None
     reason: str = ""
     verdict: Verdict | None = None
     ram_pages: int | None = None
@@ -54,6 +76,11 @@ class Cell:
     populate_seconds: float | None = None
     boot_seconds: float | None = None
     direct_map_4k_delta_kib: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its `guest_name`."""
+        return guest_name(self.backend, self.kvm_clock)
 
     def to_json(self) -> dict[str, Any]:
         """For json.dumps."""

@@ -2,15 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from offmap import __version__
-from offmap.audit.verdict import Verdict
-from offmap.compare.cell import Cell, Outcome
+from offmap.compare.cell import Cell, Outcome, parse_guest_name
+from offmap.compare.claims import CANARIES, PATCHED, STOCK, Row, Surprise, check, without_control
 from offmap.compare.guest import guest_initramfs
 from offmap.compare.vm_process import QEMU
 from offmap.errors import ExitStatus, OffmapError
@@ -19,18 +19,11 @@ from offmap.lab.errors import LabError, LabPanic
 from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
 
-__all__ = ["BACKENDS", "HIDING", "Demo", "DemoResult", "Surprise", "check", "run_demo"]
+__all__ = ["Demo", "DemoResult", "claimed_rows", "run_demo"]
 
 SCHEMA = "offmap-demo/1"
-PLAIN = ("anon", "memfd")
-"""The positive control."""
 OF_THE_MODULE = ("unplugged", "secretmem-bridge", QEMU)
 """Need offmap.ko in the host."""
-HIDING = ("reserved", *OF_THE_MODULE)
-REFUSED = ("secretmem",)
-"""By every stock kernel's GUP."""
-BACKENDS = (*PLAIN, *HIDING, *REFUSED)
-CANARIES = 64
 
 _MEMORY_SIZE = "256M"
 _HOST_MEMORY = "1536M"
@@ -40,13 +33,9 @@ _DEADLINE = 600.0
 Report = Callable[[dict[str, Any]], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Surprise:
-    """Something that did not come out as the demonstration claims."""
-
-    backend: str
-    what: str
-    exit_status: ExitStatus
+def claimed_rows(kernel_spec: str | None) -> tuple[Row, ...]:
+    """Which guests to try on a host kernel (offmap.lab.provision.host_kernel), and what is claimed of each."""
+    return PATCHED if (kernel_spec or "").startswith("patched:") else STOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +44,15 @@ class Demo:
 
     Attributes:
         out: folder for the report and the guest's initramfs.
-        kernel_spec: the host kernel (offmap.lab.provision.host_kernel), which is the guest's too.
+        kernel_spec: the host kernel (offmap.lab.provision.host_kernel). A stock one is the guest's too; the guest of a
+            patched one is stock.
         accel: of the disposable host: auto, tcg or kvm.
-        backends: which to try, in order.
     """
 
     out: Path
     kernel_spec: str | None = None
     modules: Path | None = None
     accel: str = "auto"
-    backends: tuple[str, ...] = BACKENDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +86,9 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
         OffmapError: the disposable host could not be made, or the report not be written.
     """
     report({"stage": "getting the host kernel"})
-    kernel = host_kernel(demo.kernel_spec, demo.modules)
+    rows = claimed_rows(demo.kernel_spec)
+    kernel = host_kernel(demo.kernel_spec, demo.modules, lambda line: report({"stage": line}))
+    guest_kernel = host_kernel() if rows is PATCHED else kernel
     out = demo.out.resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -122,25 +112,25 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
             cells.append(Cell.from_json(data["cell"]))
         report(data)
 
-    backends = demo.backends
     left_out = ""
     module: Path | None = None
-    if set(backends) & set(OF_THE_MODULE):
+    of_the_module = [row for row in rows if row.backend in OF_THE_MODULE]
+    if of_the_module:
         report({"stage": "building the offmap module for it"})
         try:
             module = lab_module(kernel)
         except OffmapError as error:
-            backends = tuple(b for b in backends if b not in OF_THE_MODULE)
-            left_out = f"{', '.join(b for b in demo.backends if b in OF_THE_MODULE)} left out: {error}"
+            rows = tuple(row for row in rows if row not in of_the_module)
+            left_out = f"{', '.join(row.name for row in of_the_module)} left out: {error}"
     report({"stage": f"booting a disposable host, Linux {kernel.release}"})
     try:
         with LabHost.start(kernel, memory=_HOST_MEMORY, cmdline=_HOST_CMDLINE, out=out, accel=demo.accel) as lab:
             if module is not None and lab.run(["insmod", str(module)], stdout=2) != 0:
                 raise LabError(f"the disposable host does not load {module}", "see why on its console")
             argv: list[str] = [
-                *(sys.executable, "-m", "offmap.compare.trial", "--kernel", str(kernel.vmlinuz)),
+                *(sys.executable, "-m", "offmap.compare.trial", "--kernel", str(guest_kernel.vmlinuz)),
                 *("--initrd", str(initrd), "--memory-size", _MEMORY_SIZE, "--canaries", str(CANARIES)),
-                *backends,
+                *(row.name for row in rows),
             ]
             lines = _Lines(event)
             errors = bytearray()
@@ -152,10 +142,12 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
         # The oops is a result: of the backend that was being tried.
         if not tried:
             raise
+        backend, kvm_clock = parse_guest_name(tried[-1])
         event(
             {
                 "cell": Cell(
-                    backend=tried[-1],
+                    backend=backend,
+                    kvm_clock=kvm_clock,
                     host_kernel=kernel.release,
                     guest_kernel="",
                     outcome=Outcome.OOPS,
@@ -163,8 +155,8 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
                 ).to_json()
             }
         )
-    surprises = tuple(check(cells, backends))
-    cells = without_control(cells)
+    surprises = tuple(check(cells, rows))
+    cells = without_control(cells, rows)
     result = {
         "schema": SCHEMA,
         "offmap": __version__,
@@ -198,56 +190,3 @@ class _Lines:
             if not isinstance(event, dict):
                 raise LabError(f"the trial in the disposable host said {line[:80]!r}, which is no event")
             self._event(event)
-
-
-def check(cells: Iterable[Cell], backends: Iterable[str] = BACKENDS) -> Iterable[Surprise]:
-    """Hold what was measured against what is claimed: of each kind of RAM, on a stock kernel.
-
-    The plain kinds are the positive control: where their canaries are not found, nothing that was not found counts.
-    """
-    by_backend = {cell.backend: cell for cell in cells}
-    for backend in backends:
-        cell = by_backend.get(backend)
-        if cell is None:
-            yield Surprise(backend, "was not tried", ExitStatus.FAILED)
-        elif backend in REFUSED:
-            if cell.outcome is not Outcome.REFUSED or "GUP" not in cell.reason:
-                text = f"was to be refused by GUP, but {cell.outcome.value}: {_first_line(cell.reason)}"
-                yield Surprise(backend, text, ExitStatus.FAILED)
-        elif backend in HIDING and (cell.verdict is Verdict.EXPOSED or cell.canaries_found):
-            yield from _check_hidden(cell)  # graver than whatever else went wrong
-        elif cell.outcome is not Outcome.BOOTED:
-            yield Surprise(backend, f"{cell.outcome.value}: {_first_line(cell.reason)}", ExitStatus.FAILED)
-        elif cell.canaries_planted != CANARIES:
-            yield Surprise(backend, f"planted {cell.canaries_planted} canaries, not {CANARIES}", ExitStatus.FAILED)
-        elif backend in HIDING:
-            yield from _check_hidden(cell)
-        elif cell.verdict is not Verdict.EXPOSED or cell.canaries_found != CANARIES:
-            text = f"the positive control failed: {cell.verdict and cell.verdict.value}, {cell.canaries_found} canaries"
-            yield Surprise(backend, text, ExitStatus.UNDETERMINED)
-
-
-def _check_hidden(cell: Cell) -> Iterable[Surprise]:
-    if cell.verdict is Verdict.EXPOSED or cell.canaries_found:
-        text = f"is exposed: {cell.direct_map_pages} pages in the direct map, {cell.alias_pages} aliased, "
-        yield Surprise(cell.backend, text + f"{cell.canaries_found} canaries found", ExitStatus.EXPOSED)
-    elif cell.verdict is not Verdict.HIDDEN or cell.canaries_found is None:
-        text = f"cannot be said to be hidden: {_first_line(cell.reason)}"
-        yield Surprise(cell.backend, text, ExitStatus.UNDETERMINED)
-
-
-def without_control(cells: Iterable[Cell]) -> list[Cell]:
-    """`cells`, where nothing is called hidden unless the same means found all of a plain guest's canaries."""
-    cells = list(cells)
-    controls = [cell for cell in cells if cell.backend in PLAIN and cell.outcome is Outcome.BOOTED]
-    if controls and all(c.verdict is Verdict.EXPOSED and c.canaries_found == c.canaries_planted for c in controls):
-        return cells
-    reason = "the positive control failed, so what was not found proves nothing"
-    return [
-        replace(cell, verdict=Verdict.UNKNOWN, reason=reason) if cell.verdict is Verdict.HIDDEN else cell
-        for cell in cells
-    ]
-
-
-def _first_line(reason: str) -> str:
-    return next(iter(reason.splitlines()), "no reason given")

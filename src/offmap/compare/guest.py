@@ -7,12 +7,15 @@ from offmap.audit.canary import CanaryKey
 from offmap.lab.cpio import Entry, char_device, directory, newc, regular
 from offmap.lab.initramfs import busybox
 
-__all__ = ["PLANTED", "READY", "canary_parameters", "guest_initramfs"]
+__all__ = ["CLOCKSOURCE", "PLANTED", "READY", "canary_parameters", "guest_initramfs"]
 
 READY = "offmap-guest: ready"
 """What its console says once init has done all it was asked to."""
 
 PLANTED = "offmap-guest: {} canaries planted"
+
+CLOCKSOURCE = "offmap-guest: clocksource"
+"""Followed by what it keeps time by."""
 
 
 def guest_initramfs(extra: Sequence[Entry] = ()) -> bytes:

@@ -40,6 +40,7 @@ plant() {
 if [ "${OFFMAP_CANARIES:-0}" -gt 0 ]; then
     plant
 fi
+echo "offmap-guest: clocksource $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 echo "offmap-guest: ready, Linux $(uname -r)"
 while :; do
     setsid cttyhack sh

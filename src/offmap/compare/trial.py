@@ -1,7 +1,8 @@
 """Try one backend on the host this runs on: boot a guest, have it plant canaries, audit it while it lives, end it.
 
 Runs inside the disposable host (``python -m offmap.compare.trial``), and reports each step as a line of JSON on
-standard output: ``{"stage": …, "share": …}`` as it goes, ``{"cell": …}`` at the end of each backend.
+standard output: ``{"backend": …}`` at the beginning of each guest, ``{"stage": …, "share": …}`` as it goes, and
+``{"cell": …}`` at its end.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from offmap.audit.canary import CanaryKey, new_key
 from offmap.audit.guest_ram import RamRange
 from offmap.audit.host import host_facts
 from offmap.audit.verdict import Verdict
-from offmap.compare.cell import Cell, Outcome
-from offmap.compare.guest import PLANTED, READY, canary_parameters
+from offmap.compare.cell import Cell, Outcome, guest_name, parse_guest_name
+from offmap.compare.claims import KVM_CLOCK
+from offmap.compare.guest import CLOCKSOURCE, PLANTED, READY, canary_parameters
 from offmap.compare.vm_process import QEMU, Boot, VmProcess, device_ranges, offmap_command, qemu_command
 from offmap.errors import ExitStatus, OffmapError, Undetermined
 
@@ -31,6 +33,7 @@ __all__ = ["Trial", "main"]
 _BOOT_DEADLINE = 120.0  # seconds; a guest under emulation takes 3 to 20
 _READY = re.compile(re.escape(READY) + r", Linux (\S+)\r?\n")
 _PLANTED = re.compile(PLANTED.format(r"(\d+)") + r"\r?\n")
+_CLOCKSOURCE = re.compile(re.escape(CLOCKSOURCE) + r" (\S+)\r?\n")
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -56,6 +59,9 @@ class Trial:
         key = new_key()
         with tempfile.TemporaryDirectory() as folder:
             command_line = f"console=ttyS0 quiet {canary_parameters(key, self.canaries)}"
+            if self.kvm_clock != "auto":
+                # A guest that has both may prefer the TSC: what it uses shall tell what it has.
+                command_line += f" clocksource={KVM_CLOCK}"
             boot = Boot(self.kernel, self.initrd, self.memory_size, command_line, self.kvm_clock)
             argv = qemu_command(boot) if backend == QEMU else offmap_command(boot, backend, Path(folder))
             guest = VmProcess(argv, Path(folder))
@@ -67,6 +73,7 @@ class Trial:
                     return self._not_booted(backend, guest)
                 boot_seconds = time.monotonic() - guest.started
                 planted = _PLANTED.search(console)
+                clocksource = _CLOCKSOURCE.search(console)
                 ranges = device_ranges(guest.pid) if backend == QEMU else None
                 audit, blind = self._audit(guest.pid, key, ranges, report)
                 report({"stage": "ending"})
@@ -97,6 +104,8 @@ class Trial:
             host_kernel=platform.release(),
             guest_kernel=booted[1],
             outcome=Outcome.BOOTED if status == ExitStatus.DONE else Outcome.FAILED,
+            kvm_clock=self.kvm_clock,
+            clocksource=clocksource[1] if clocksource else None,
             reason=reason,
             canaries_planted=int(planted[1]) if planted else 0,
             populate_seconds=measured.get("populate_seconds"),
@@ -130,6 +139,7 @@ class Trial:
             host_kernel=platform.release(),
             guest_kernel="",
             outcome=Outcome.REFUSED if refused else Outcome.FAILED,
+            kvm_clock=self.kvm_clock,
             reason=reason,
         )
 
@@ -146,18 +156,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--initrd", type=Path, required=True)
     parser.add_argument("--memory-size", required=True)
     parser.add_argument("--canaries", type=int, required=True)
-    parser.add_argument("--kvm-clock", choices=("auto", "on", "off"), default="auto")
-    parser.add_argument("backends", nargs="+")
+    parser.add_argument("--kvm-clock", choices=("auto", "on", "off"), default="auto", help="where a guest names none")
+    parser.add_argument("guests", nargs="+", type=parse_guest_name, metavar="BACKEND[:kvm-clock=on]")
     args = parser.parse_args(argv)
 
     def report(event: dict[str, Any]) -> None:
         print(json.dumps(event), flush=True)
 
     report({"host": host_facts().to_json()})
-    trial = Trial(args.kernel, args.initrd, args.memory_size, args.canaries, args.kvm_clock)
-    for backend in args.backends:
-        report({"backend": backend})
+    for backend, named in args.guests:
+        clock = args.kvm_clock if named == "auto" else named
+        report({"backend": guest_name(backend, clock)})
         try:
+            trial = Trial(args.kernel, args.initrd, args.memory_size, args.canaries, clock)
             cell = trial.run(backend, report)
         except OffmapError as error:
             cell = Cell(
@@ -165,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 host_kernel=platform.release(),
                 guest_kernel="",
                 outcome=Outcome.FAILED,
+                kvm_clock=clock,
                 reason=str(error),
             )
         report({"cell": cell.to_json()})

@@ -81,12 +81,10 @@ class DemoProgress:
 
 def _summary(cell: Cell) -> str:
     if cell.outcome is not Outcome.BOOTED:
-        return (
-            f"{cell.backend}: {cell.outcome.value}: {cell.reason.splitlines()[0] if cell.reason else 'no reason given'}"
-        )
+        return f"{cell.name}: {cell.outcome.value}: {cell.reason.splitlines()[0] if cell.reason else 'no reason given'}"
     verdict = cell.verdict.value if cell.verdict else "not audited"
     found = f"{cell.canaries_found} of {cell.canaries_planted} canaries found through the host kernel"
-    return f"{cell.backend}: {verdict}, {found}"
+    return f"{cell.name}: {verdict}, {found}"
 
 
 def _number(value: int | float | None) -> str:
@@ -96,9 +94,13 @@ def _number(value: int | float | None) -> str:
 
 
 def cells_table(cells: Iterable[Cell]) -> Table:
-    """One row a backend. A dash is "not measured"; a 0 was measured."""
+    """One row a guest. A dash is "not measured"; a 0 was measured."""
+    cells = list(cells)
+    clocks = any(cell.kvm_clock != "auto" for cell in cells)  # of interest where rows differ by it
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("guest RAM", no_wrap=True)
+    if clocks:
+        table.add_column("guest's\nclock", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
     for title in ("pages\nin use", "in direct\nmap", "aliased", "unknown", "canaries\nfound", "RAM\nready s", "boot s"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -110,6 +112,7 @@ def cells_table(cells: Iterable[Cell]) -> Table:
         found = _NOT_MEASURED if cell.canaries_found is None else f"{cell.canaries_found} of {cell.canaries_planted}"
         table.add_row(
             cell.backend,
+            *([cell.clocksource or _NOT_MEASURED] if clocks else []),
             said,
             _number(cell.pages_populated),
             _number(cell.direct_map_pages),

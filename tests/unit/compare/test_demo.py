@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from offmap.audit.canary import new_key
 from offmap.audit.verdict import Verdict
 from offmap.compare import trial, vm_process
-from offmap.compare.cell import Cell, Outcome
-from offmap.compare.demo import BACKENDS, CANARIES, HIDING, DemoResult, Surprise, _Lines, check, without_control
-from offmap.compare.guest import PLANTED, READY, canary_parameters, guest_initramfs
+from offmap.compare.cell import Cell, Outcome, guest_name, parse_guest_name
+from offmap.compare.claims import CANARIES, PATCHED, STOCK, Claim, Row, Surprise, check, without_control
+from offmap.compare.demo import DemoResult, _Lines, claimed_rows
+from offmap.compare.guest import CLOCKSOURCE, PLANTED, READY, canary_parameters, guest_initramfs
 from offmap.errors import ExitStatus, OffmapError
 from offmap.lab.cpio import regular
 
@@ -44,12 +45,19 @@ REFUSED = Cell(
     outcome=Outcome.REFUSED,
     reason="this kernel's GUP refuses memfd_secret pages to KVM",
 )
-GOOD = {
-    "anon": PLAIN,
-    "memfd": dataclasses.replace(PLAIN, backend="memfd"),
-    **{backend: dataclasses.replace(HIDDEN, backend=backend) for backend in HIDING},
-    "secretmem": REFUSED,
-}
+HIDING = [row.backend for row in STOCK if row.claim is Claim.HIDDEN]
+CLOCKS = {"auto": None, "on": "kvm-clock", "off": "tsc"}
+BY_CLAIM = {Claim.EXPOSED: PLAIN, Claim.HIDDEN: HIDDEN, Claim.REFUSED: REFUSED}
+
+
+def as_claimed(row: Row) -> Cell:
+    return dataclasses.replace(
+        BY_CLAIM[row.claim], backend=row.backend, kvm_clock=row.kvm_clock, clocksource=CLOCKS[row.kvm_clock]
+    )
+
+
+GOOD = {row.name: as_claimed(row) for row in STOCK}
+GOOD_PATCHED = {row.name: as_claimed(row) for row in PATCHED}
 
 
 def status(cells: dict[str, Cell]) -> ExitStatus:
@@ -115,7 +123,63 @@ def test_a_failed_control_takes_back_what_was_called_hidden() -> None:
     assert {cell.verdict for cell in without_control(no_controls.values())} == {Verdict.UNKNOWN}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# On a patched kernel
+
+
+def test_a_patched_kernel_has_claims_of_its_own() -> None:
+    assert claimed_rows("patched:7.3") is PATCHED
+    assert {claimed_rows(spec) for spec in (None, "debian:7.3", "/boot/vmlinuz-patched:7.3")} == {STOCK}
+    assert list(check(GOOD_PATCHED.values(), PATCHED)) == []
+    # Each of them is what the other kind of kernel must not give.
+    assert {s.backend for s in check(GOOD_PATCHED.values(), STOCK)} == {*HIDING, "secretmem"}
+    hidden = {(row.backend, row.kvm_clock) for row in PATCHED if row.claim is Claim.HIDDEN}
+    assert hidden == {(name, clock) for name in ("secretmem", "guest_memfd-unmapped") for clock in ("on", "off")}
+    assert not any(row.claim is Claim.REFUSED for row in PATCHED)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("secretmem:kvm-clock=on", {"clocksource": "tsc"}, ExitStatus.FAILED),
+        ("secretmem:kvm-clock=on", {"clocksource": None}, ExitStatus.FAILED),
+        ("secretmem:kvm-clock=on", {"clocksource": "tsc", "canaries_found": 1}, ExitStatus.EXPOSED),
+        ("secretmem:kvm-clock=off", {"clocksource": "kvm-clock"}, ExitStatus.FAILED),
+        ("secretmem:kvm-clock=off", {"clocksource": None}, ExitStatus.FAILED),
+        ("secretmem:kvm-clock=off", {"outcome": Outcome.REFUSED, "reason": "this kernel's GUP"}, ExitStatus.FAILED),
+        ("guest_memfd-unmapped:kvm-clock=on", {"verdict": Verdict.EXPOSED, "alias_pages": 1}, ExitStatus.EXPOSED),
+        ("guest_memfd-unmapped:kvm-clock=off", {"verdict": Verdict.UNKNOWN}, ExitStatus.UNDETERMINED),
+        ("guest_memfd", {"verdict": Verdict.HIDDEN, "canaries_found": 0}, ExitStatus.UNDETERMINED),
+    ],
+)
+def test_each_thing_that_can_go_wrong_on_a_patched_kernel(
+    name: str, changes: dict[str, Any], expected: ExitStatus
+) -> None:
+    cells = GOOD_PATCHED | {name: dataclasses.replace(GOOD_PATCHED[name], **changes)}
+    (surprise,) = check(cells.values(), PATCHED)
+    assert (surprise.backend, surprise.exit_status) == (name, expected)
+
+
+def test_a_guest_that_was_tried_with_the_other_clock_only_was_not_tried() -> None:
+    cells = [cell for cell in GOOD_PATCHED.values() if cell.kvm_clock != "on"]
+    assert [(s.backend, s.what) for s in check(cells, PATCHED)] == [
+        ("secretmem:kvm-clock=on", "was not tried"),
+        ("guest_memfd-unmapped:kvm-clock=on", "was not tried"),
+    ]
+
+
+@pytest.mark.parametrize("row", [*STOCK, *PATCHED])
+def test_a_guest_is_found_by_its_name(row: Row) -> None:
+    assert parse_guest_name(row.name) == (row.backend, row.kvm_clock)
+    assert guest_name(row.backend, row.kvm_clock) == row.name == as_claimed(row).name
+
+
+@pytest.mark.parametrize("name", ["anon:kvm-clock=", "anon:kvm-clock=auto", "anon:kvm-clock=yes"])
+def test_what_is_no_name_of_a_guest(name: str) -> None:
+    with pytest.raises(ValueError, match="names no guest"):
+        parse_guest_name(name)
+
+
+@pytest.mark.parametrize("backend", [row.backend for row in STOCK])
 def test_what_was_not_tried_is_no_success(backend: str) -> None:
     cells = {name: cell for name, cell in GOOD.items() if name != backend}
     assert list(check(cells.values())) == [Surprise(backend, "was not tried", ExitStatus.FAILED)]
@@ -200,8 +264,11 @@ def test_a_line_that_is_no_event_is_said_in_one_line(line: bytes) -> None:
 
 
 def test_ready_and_planted_are_found_in_a_console() -> None:
-    console = f"[    1.2] random\r\n{PLANTED.format(64)}\r\n{READY}, Linux 6.12.1-amd64\r\noffmap-guest# "
+    console = f"[    1.2] random\r\n{PLANTED.format(64)}\r\n{CLOCKSOURCE} kvm-clock\r\n"
+    console += f"{READY}, Linux 6.12.1-amd64\r\noffmap-guest# "
     ready, planted = trial._READY.search(console), trial._PLANTED.search(console)
+    clocksource = trial._CLOCKSOURCE.search(console)
+    assert clocksource and clocksource[1] == "kvm-clock"
     assert ready and ready[1] == "6.12.1-amd64"
     assert planted and planted[1] == "64"
     assert vm_process._NEVER.search(console) is None
@@ -210,6 +277,7 @@ def test_ready_and_planted_are_found_in_a_console() -> None:
 def test_the_guest_says_what_is_listened_for() -> None:
     archive = guest_initramfs((regular("extra", b"found"),))
     assert f'echo "{READY}, Linux $(uname -r)"'.encode() in archive
+    assert f'echo "{CLOCKSOURCE} $('.encode() in archive
     assert re.search(PLANTED.format(r"\$#").encode(), archive)
     assert b"extra\0" in archive and b"found" in archive
     key = new_key()
