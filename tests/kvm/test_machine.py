@@ -1,6 +1,7 @@
 """Whole machines with a guest of a few hundred bytes: every end there is, and what is left after it."""
 
 import contextlib
+import json
 import os
 import pty
 import select
@@ -337,7 +338,10 @@ def test_statistics(command: Callable[..., Command], tmp_path: Path) -> None:
     assert status == 0
     assert "32 MiB of RAM ready in" in errors
     assert "io 0x600 out" in errors
-    assert '"schema": "offmap-run/1"' in (tmp_path / "report.json").read_text()
+    assert "nested page tables: " in errors
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["schema"] == "offmap-run/1"
+    assert report["nested_pages"] is None or set(report["nested_pages"]) == {"4K", "2M", "1G"}
 
 
 @pytest.mark.parametrize("quit_by_user", [False, True])

@@ -1,8 +1,11 @@
 """A KVM virtual machine: memory slots, interrupt controllers, vCPUs."""
 
+import os
 from ctypes import c_uint64
 
+from offmap.errors import KernelError
 from offmap.kvm.handle import Handle
+from offmap.kvm.stats import MappedPages, read_stats
 from offmap.kvm.vcpu import Vcpu
 from offmap.uapi import kvm as uapi
 
@@ -90,6 +93,31 @@ class Vm(Handle):
             flags |= uapi.KVM_IOEVENTFD_FLAG_DATAMATCH
         argument = uapi.kvm_ioeventfd(datamatch or 0, address, length, eventfd, flags)
         self.call("KVM_IOEVENTFD", uapi.KVM_IOEVENTFD, argument)
+
+    def stats(self) -> dict[str, tuple[int, ...]]:
+        """KVM's statistics of this VM by name, as they are now (``KVM_CAP_BINARY_STATS_FD``, Linux 5.14).
+
+        Raises:
+            KernelError: this KVM has none.
+        """
+        fd = self.call("KVM_GET_STATS_FD", uapi.KVM_GET_STATS_FD)
+        try:
+            return read_stats(lambda size, offset: os.pread(fd, size, offset))
+        except OSError as error:
+            raise KernelError("read of KVM's statistics", error) from None
+        finally:
+            os.close(fd)
+
+    def mapped_pages(self) -> MappedPages | None:
+        """How the page tables that translate guest-physical addresses (EPT, NPT, or shadow ones) map the guest now.
+
+        Returns:
+            None where this KVM does not tell.
+        """
+        try:
+            return MappedPages.of(self.stats())
+        except KernelError:
+            return None
 
     def create_vcpu(self, number: int) -> Vcpu:
         """vCPU `number`, which is also its APIC id."""
