@@ -109,6 +109,20 @@ def test_interrupt_controllers(vm: Vm) -> None:
             os.close(event)
 
 
+def test_statistics_describe_themselves(kvm: Kvm, vm: Vm) -> None:
+    if not kvm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
+        with pytest.raises(KernelError, match="KVM_GET_STATS_FD failed"):
+            vm.stats()
+        assert vm.mapped_pages() is None
+        pytest.skip("this KVM has no KVM_CAP_BINARY_STATS_FD: its statistics were not read")
+    before = descriptors()
+    stats = vm.stats()
+    assert {"pages_4k", "pages_2m", "pages_1g", "remote_tlb_flush"} <= set(stats)
+    assert all(len(values) == 1 for name, values in stats.items() if name.startswith("pages_"))
+    assert str(vm.mapped_pages()) == "nothing mapped"  # there is no memory yet
+    assert descriptors() == before
+
+
 def test_closing_twice_is_harmless_and_complete(kvm: Kvm) -> None:
     before = descriptors()
     vm = kvm.create_vm()

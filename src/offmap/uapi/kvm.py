@@ -4,7 +4,7 @@ Structures and constants are spelled as the headers spell them. Only what offmap
 offsets and numbers with the installed headers where those are new enough to have them.
 """
 
-from ctypes import Structure, Union, c_int, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import Structure, Union, c_int, c_int16, c_uint8, c_uint16, c_uint32, c_uint64
 
 from offmap.uapi.ioctl import io, ior, iow, iowr
 
@@ -49,6 +49,7 @@ KVM_CAP_X2APIC_API = 129
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_X86_DISABLE_EXITS = 143
 KVM_CAP_ENFORCE_PV_FEATURE_CPUID = 190
+KVM_CAP_BINARY_STATS_FD = 203
 KVM_CAP_USER_MEMORY2 = 231
 KVM_CAP_MEMORY_FAULT_INFO = 232
 KVM_CAP_GUEST_MEMFD = 234
@@ -321,6 +322,24 @@ class kvm_run(Structure):
     ]
 
 
+class kvm_stats_header(Structure):
+    _fields_ = [
+        (name, c_uint32) for name in ("flags", "name_size", "num_desc", "id_offset", "desc_offset", "data_offset")
+    ]
+
+
+class kvm_stats_desc(Structure):
+    """The descriptor, without its flexible array ``name[]`` of ``kvm_stats_header.name_size`` bytes."""
+
+    _fields_ = [
+        ("flags", c_uint32),
+        ("exponent", c_int16),
+        ("size", c_uint16),
+        ("offset", c_uint32),
+        ("bucket_size", c_uint32),
+    ]
+
+
 # --- ioctls on /dev/kvm ----------------------------------------------------------------------------------------------
 KVM_GET_API_VERSION = io(KVMIO, 0x00)
 KVM_CREATE_VM = io(KVMIO, 0x01)
@@ -339,6 +358,7 @@ KVM_IRQ_LINE = iow(KVMIO, 0x61, kvm_irq_level)
 KVM_IRQFD = iow(KVMIO, 0x76, kvm_irqfd)
 KVM_CREATE_PIT2 = iow(KVMIO, 0x77, kvm_pit_config)
 KVM_IOEVENTFD = iow(KVMIO, 0x79, kvm_ioeventfd)
+KVM_GET_STATS_FD = io(KVMIO, 0xCE)  # on a vCPU fd too
 KVM_CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, kvm_create_guest_memfd)
 
 # --- ioctls on a vCPU fd (KVM_ENABLE_CAP also on a VM fd) ------------------------------------------------------------

@@ -21,6 +21,7 @@ from offmap.devices.rtc import Rtc
 from offmap.devices.serial import Serial16550A
 from offmap.errors import OffmapError
 from offmap.kvm import Kvm, Vcpu, Vm
+from offmap.kvm.stats import MappedPages
 from offmap.memory.slots import map_into
 from offmap.owned import Owned
 from offmap.uapi import kvm as uapi
@@ -210,6 +211,10 @@ class Machine(Owned):
     def stopped(self) -> Stop | None:
         """How it ended, or None while it runs."""
         return self._stop
+
+    def mapped_pages(self) -> MappedPages | None:
+        """How KVM's nested page tables map the guest now; None where this KVM does not tell. Not after `close`."""
+        return self._vm.mapped_pages()
 
     def next_event(self) -> float | None:
         """When `tick` is due next (as time.time()), or None."""
