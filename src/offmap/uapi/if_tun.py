@@ -25,13 +25,20 @@ TUN_F_UFO = 0x10
 
 SIOCGIFFLAGS = 0x8913
 SIOCSIFFLAGS = 0x8914
+SIOCSIFADDR = 0x8916
+SIOCSIFNETMASK = 0x891C
 SIOCSIFMTU = 0x8922
 
 
 class _ifr_ifru(Union):
     """As much of the union as is used, padded to its whole size (struct ifmap's, 24 bytes)."""
 
-    _fields_ = [("ifru_flags", c_short), ("ifru_mtu", c_int), ("padding", c_uint8 * 24)]
+    _fields_ = [
+        ("ifru_addr", c_uint8 * 16),  # struct sockaddr
+        ("ifru_flags", c_short),
+        ("ifru_mtu", c_int),
+        ("padding", c_uint8 * 24),
+    ]
 
 
 class ifreq(Structure):

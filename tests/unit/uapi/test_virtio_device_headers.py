@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from offmap.uapi import if_tun, vhost, virtio_balloon, virtio_net, virtio_vsock
+from offmap.uapi import if_tun, vhost
+from offmap.uapi.virtio import balloon, net, vsock
 
 HEADERS = """
 #include <stddef.h>
@@ -28,13 +29,13 @@ HEADERS = """
 #include <linux/vm_sockets.h>
 """
 
-MODULES = (if_tun, vhost, virtio_balloon, virtio_net, virtio_vsock)
+MODULES = (if_tun, vhost, balloon, net, vsock)
 
 LONGER = {"virtio_net_config", "vhost_memory"}  # in the header: what we declare is their beginning
 
 PACKED = {
-    "virtio_vsock_hdr": (virtio_vsock.VIRTIO_VSOCK_HDR.format, virtio_vsock.virtio_vsock_hdr._fields),
-    "virtio_balloon_stat": (virtio_balloon.VIRTIO_BALLOON_STAT.format, ("tag", "val")),
+    "virtio_vsock_hdr": (vsock.VIRTIO_VSOCK_HDR.format, vsock.virtio_vsock_hdr._fields),
+    "virtio_balloon_stat": (balloon.VIRTIO_BALLOON_STAT.format, ("tag", "val")),
 }
 
 
@@ -51,6 +52,8 @@ def questions() -> Iterator[tuple[str, int]]:
                 yield f"offsetof(struct {name}, {field})", getattr(value, field).offset
                 yield f"sizeof(((struct {name} *)0)->{field})", getattr(value, field).size
     yield "offsetof(struct ifreq, ifr_flags)", if_tun.ifreq.ifru_flags.offset
+    yield "offsetof(struct ifreq, ifr_addr)", if_tun.ifreq.ifru_addr.offset
+    yield "sizeof(((struct ifreq *)0)->ifr_addr)", if_tun.ifreq.ifru_addr.size
     yield "offsetof(struct ifreq, ifr_mtu)", if_tun.ifreq.ifru_mtu.offset
     for name, (text, fields) in PACKED.items():
         yield f"sizeof(struct {name})", struct.calcsize(text)
