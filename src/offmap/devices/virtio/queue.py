@@ -12,7 +12,7 @@ that is a LOCK-prefixed instruction in the interpreter (sem_trywait, sem_post), 
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from offmap.devices.virtio.dma import Dma, DriverError
 from offmap.uapi.virtio.ring import (
@@ -182,6 +182,17 @@ class Queue:
         elements[element] = chain.head
         elements[element + 1] = written
         self._used_idx = self._used[1] = used_idx + 1 & 0xFFFF
+
+    def push_all(self, chains: Sequence[tuple[Chain, int]]) -> None:
+        """The same for several, which the driver gets to see all at once."""
+        used_idx = self._used_idx
+        elements = self._used_elements
+        for chain, written in chains:
+            element = 2 * (used_idx & self._mask)
+            elements[element] = chain.head
+            elements[element + 1] = written
+            used_idx += 1
+        self._used_idx = self._used[1] = used_idx & 0xFFFF
 
     def notify(self) -> None:
         """Interrupt the driver, if it wants to be, for what was pushed since the last call."""
