@@ -7,20 +7,39 @@ from pathlib import Path
 
 from offmap.compare.guest import guest_initramfs
 from offmap.lab.host import LabHost
+from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 
-__all__ = ["GUEST_SIZE", "run_in_lab"]
+__all__ = ["EVEN_ZEROING", "GUEST_SIZE", "run_in_lab"]
 
 GUEST_SIZE = "256M"
 _RESERVED = "memmap=256M$0x40000000"  # GUEST_SIZE at 1 GiB that the host kernel never owns
 
+EVEN_ZEROING = "clearcpuid=erms"
+"""For hosts in which memory is measured. An emulated ``rep stosb`` stores byte by byte, and where a processor promises
+that it is fast, clear_page() uses it (clear_page_64.S) and memset() does not: what is zeroed page by page would look
+twice as slow as it is."""
 
-def run_in_lab(script: str, arguments: Sequence[str], memory: str = "2G", timeout: float = 900.0) -> int:
+
+def run_in_lab(
+    script: str,
+    arguments: Sequence[str],
+    memory: str = "2G",
+    timeout: float = 900.0,
+    *,
+    kernel: HostKernel | None = None,
+    cmdline: str = "",
+    initrd: bytes | None = None,
+) -> int:
     """Start a disposable host and run ``script --inside`` in it, its output on ours.
 
     Args:
         arguments: given on; ``--guest-kernel`` and ``--guest-initrd`` are added.
+        memory: the host's RAM.
         timeout: seconds that it may take.
+        kernel: what the host runs; None: the usual one. The guest's kernel is always that.
+        cmdline: added to the host's kernel command line.
+        initrd: the guest's; None: the small guest.
 
     Returns:
         Its exit status.
@@ -28,11 +47,11 @@ def run_in_lab(script: str, arguments: Sequence[str], memory: str = "2G", timeou
     Raises:
         OffmapError: the host could not be made, or did not last.
     """
-    kernel = host_kernel()
+    guest_kernel = host_kernel()
     with tempfile.TemporaryDirectory() as folder:
-        initrd = Path(folder) / "guest.initramfs"
-        initrd.write_bytes(guest_initramfs())
+        guest_initrd = Path(folder) / "guest.initramfs"
+        guest_initrd.write_bytes(guest_initramfs() if initrd is None else initrd)
         argv = [sys.executable, str(Path(script).resolve()), "--inside", *arguments]
-        argv += ["--guest-kernel", str(kernel.vmlinuz), "--guest-initrd", str(initrd)]
-        with LabHost.start(kernel, memory=memory, cmdline=_RESERVED) as host:
+        argv += ["--guest-kernel", str(guest_kernel.vmlinuz), "--guest-initrd", str(guest_initrd)]
+        with LabHost.start(kernel or guest_kernel, memory=memory, cmdline=f"{_RESERVED} {cmdline}".strip()) as host:
             return host.run(argv, timeout=timeout)

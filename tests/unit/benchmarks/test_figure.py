@@ -23,7 +23,7 @@ def figure() -> ModuleType:
 def test_medians_spread_and_ratio(figure: ModuleType) -> None:
     data = figure.Figure("b", "f", "s", [3.0, 1.0, 2.0], "other", [4.0, 4.0, 5.0]).to_json()
     assert (data["ours"], data["peer"], data["ratio"], data["n"]) == (2.0, 4.0, 0.5, 3)
-    assert data["spread"] == {"ours": [1.0, 3.0], "peer": [4.0, 5.0]}
+    assert data["spread"] == {"ours": [1.0, 3.0], "peer": [4.0, 5.0], "ratio": [0.25, 0.75]}
     assert "limit" not in data
 
 
@@ -37,6 +37,17 @@ def test_a_limit_without_a_peer_is_not_met(figure: ModuleType) -> None:
     data = figure.Figure("b", "f", "s", [2.0], limit=figure.Limit("ratio", 1.0)).to_json()
     assert data["ratio"] is None
     assert data["limit"]["met"] is False
+
+
+@pytest.mark.parametrize(("ours", "met"), [([2, 2, 2], False), ([2, 2, 0.9], True), ([0.9, 0.9, 2], True)])
+def test_no_slower_is_missed_only_if_every_pair_says_so(figure: ModuleType, ours: list[float], met: bool) -> None:
+    limit = figure.Limit("ratio", 1.0, all_pairs=True)
+    data = figure.Figure("b", "f", "s", ours, "other", [1.0, 1.0, 1.0], limit).to_json()
+    assert data["limit"] == {"of": "ratio", "at_most": 1.0, "met": met, "all_pairs": True}
+
+
+def test_a_peer_of_nothing_has_no_ratio(figure: ModuleType) -> None:
+    assert figure.Figure("b", "f", "flushes", [1.0], "other", [0.0]).to_json()["ratio"] is None
 
 
 def test_one_line_of_json_with_the_hosts_facts(figure: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
