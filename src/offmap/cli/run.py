@@ -9,6 +9,7 @@ from pathlib import Path
 
 from offmap import __version__
 from offmap.boot.linux import BootSource
+from offmap.cli.devices import add_device_options, device_specs
 from offmap.cli.self_audit import SelfAudit, keep_from_guest
 from offmap.errors import ExitStatus, OffmapError
 from offmap.memory.backend import BACKENDS, parse_backend
@@ -58,6 +59,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--report", type=_file, metavar="FILE", help="at the end, write what was measured to FILE (JSON)"
     )
+    add_device_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -90,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
         vet=lambda: keep_from_guest(backend, _say) if backend.hides and backend.may_be_aliased else (),
         kvm_clock={"auto": None, "on": True, "off": False}[args.kvm_clock],
         count_exits=args.stats or args.report is not None,
+        devices=device_specs(args),
+        virtio_mmio_cmdline=args.virtio_mmio_cmdline,
     )
     # SIGPIPE would kill us without giving the memory back; Python ignores it unless somebody changed that.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)

@@ -23,9 +23,15 @@ class Vm(Handle):
         """The value of `capability` for this VM: 0 where it does not have it."""
         return self.call("KVM_CHECK_EXTENSION", uapi.KVM_CHECK_EXTENSION, capability)
 
-    def set_user_memory_region(self, slot: int, guest_phys_addr: int, size: int, userspace_addr: int) -> None:
-        """Map `size` bytes of our memory at `userspace_addr` into the guest; a size of 0 removes the slot."""
-        region = uapi.kvm_userspace_memory_region(slot, 0, guest_phys_addr, size, userspace_addr)
+    def set_user_memory_region(
+        self, slot: int, guest_phys_addr: int, size: int, userspace_addr: int, *, readonly: bool = False
+    ) -> None:
+        """Map `size` bytes of our memory at `userspace_addr` into the guest; a size of 0 removes the slot.
+
+        What the guest writes to a `readonly` slot leaves the memory as it is, and is an MMIO exit.
+        """
+        flags = uapi.KVM_MEM_READONLY if readonly else 0
+        region = uapi.kvm_userspace_memory_region(slot, flags, guest_phys_addr, size, userspace_addr)
         self.call("KVM_SET_USER_MEMORY_REGION", uapi.KVM_SET_USER_MEMORY_REGION, region)
 
     def set_user_memory_region2(
@@ -118,6 +124,11 @@ class Vm(Handle):
             return MappedPages.of(self.stats())
         except KernelError:
             return None
+
+    def coalesced_mmio(self, address: int, length: int) -> None:
+        """Note down in a ring (kvm.coalesced) what the guest writes there; an exit only where that is full."""
+        zone = uapi.kvm_coalesced_mmio_zone(address, length, 0)
+        self.call("KVM_REGISTER_COALESCED_MMIO", uapi.KVM_REGISTER_COALESCED_MMIO, zone)
 
     def create_vcpu(self, number: int) -> Vcpu:
         """vCPU `number`, which is also its APIC id."""

@@ -3,7 +3,10 @@
 from offmap.kvm import Vm
 from offmap.memory.guest import GuestMemory
 
-__all__ = ["map_into"]
+__all__ = ["DEVICE_SLOTS", "map_into"]
+
+DEVICE_SLOTS = 256
+"""The number of the first memory slot that devices may use. RAM has one a region, KVM 509 in all or more."""
 
 
 def map_into(vm: Vm, memory: GuestMemory) -> None:

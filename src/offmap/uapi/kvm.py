@@ -4,7 +4,7 @@ Structures and constants are spelled as the headers spell them. Only what offmap
 offsets and numbers with the installed headers where those are new enough to have them.
 """
 
-from ctypes import Structure, Union, c_int, c_int16, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import Structure, Union, c_int, c_int16, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 
 from offmap.uapi.ioctl import io, ior, iow, iowr
 
@@ -37,6 +37,7 @@ KVM_CAP_IRQCHIP = 0
 KVM_CAP_USER_MEMORY = 3
 KVM_CAP_NR_VCPUS = 9
 KVM_CAP_NR_MEMSLOTS = 10
+KVM_CAP_COALESCED_MMIO = 15
 KVM_CAP_IRQFD = 32
 KVM_CAP_PIT2 = 33
 KVM_CAP_IOEVENTFD = 36
@@ -45,6 +46,7 @@ KVM_CAP_TSC_CONTROL = 60
 KVM_CAP_GET_TSC_KHZ = 61
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
+KVM_CAP_READONLY_MEM = 81
 KVM_CAP_X2APIC_API = 129
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_X86_DISABLE_EXITS = 143
@@ -90,6 +92,7 @@ KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
 KVM_PIT_SPEAKER_DUMMY = 1
 
 KVM_PIO_PAGE_OFFSET = 1  # asm/kvm.h: where the data of port accesses is in the vCPU's mapping, in pages
+KVM_COALESCED_MMIO_PAGE_OFFSET = 2  # asm/kvm.h: likewise, the ring of coalesced writes
 
 
 class kvm_userspace_memory_region(Structure):
@@ -147,6 +150,23 @@ class kvm_ioeventfd(Structure):
         ("flags", c_uint32),
         ("pad", c_uint8 * 36),
     ]
+
+
+class kvm_coalesced_mmio_zone(Structure):
+    _fields_ = [("addr", c_uint64), ("size", c_uint32), ("pio", c_uint32)]
+
+
+class kvm_coalesced_mmio(Structure):
+    _fields_ = [("phys_addr", c_uint64), ("len", c_uint32), ("pio", c_uint32), ("data", c_uint8 * 8)]
+
+
+class kvm_coalesced_mmio_ring(Structure):
+    """The header, without its flexible array ``coalesced_mmio[]``."""
+
+    _fields_ = [("first", c_uint32), ("last", c_uint32)]
+
+
+KVM_COALESCED_MMIO_MAX = (4096 - sizeof(kvm_coalesced_mmio_ring)) // sizeof(kvm_coalesced_mmio)
 
 
 class kvm_pit_config(Structure):
@@ -355,6 +375,7 @@ KVM_SET_IDENTITY_MAP_ADDR = iow(KVMIO, 0x48, c_uint64)
 KVM_SET_USER_MEMORY_REGION2 = iow(KVMIO, 0x49, kvm_userspace_memory_region2)
 KVM_CREATE_IRQCHIP = io(KVMIO, 0x60)
 KVM_IRQ_LINE = iow(KVMIO, 0x61, kvm_irq_level)
+KVM_REGISTER_COALESCED_MMIO = iow(KVMIO, 0x67, kvm_coalesced_mmio_zone)
 KVM_IRQFD = iow(KVMIO, 0x76, kvm_irqfd)
 KVM_CREATE_PIT2 = iow(KVMIO, 0x77, kvm_pit_config)
 KVM_IOEVENTFD = iow(KVMIO, 0x79, kvm_ioeventfd)

@@ -1,15 +1,18 @@
 """What a Linux guest cannot find out about this machine by itself, told on its command line."""
 
+from collections.abc import Iterable
+
 __all__ = ["with_machine_parameters"]
 
 
-def with_machine_parameters(command_line: str, tsc_khz: int | None) -> str:
+def with_machine_parameters(command_line: str, tsc_khz: int | None, more: Iterable[str] = ()) -> str:
     """`command_line`, and after it what this machine adds; a parameter that the user gave is left to the user.
 
     What stands behind ``--`` is for init (admin-guide/kernel-parameters) and stays there.
 
     Args:
         tsc_khz: the TSC's frequency, for a guest that gets no kvm-clock; else None.
+        more: parameters that are added whether or not there are some of that name.
 
     ``pci=off``: there is no PCI bus, and on some processors Linux looks at all 256 of them twice before it believes it
     (search_agp_bridge in arch/x86/kernel/aperture_64.c: 33,000 exits).
@@ -25,4 +28,4 @@ def with_machine_parameters(command_line: str, tsc_khz: int | None) -> str:
     end = words.index("--") if "--" in words else len(words)
     given = {word.partition("=")[0] for word in words[:end]}
     added = [f"{name}={value}" for name, value in parameters.items() if name not in given]
-    return " ".join([*words[:end], *added, *words[end:]]).strip()
+    return " ".join([*words[:end], *added, *more, *words[end:]]).strip()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from offmap.boot.linux import BootSource
+from offmap.devices.virtio.device import DeviceSpec
 from offmap.errors import OffmapError
 from offmap.memory.backend import Backend
 from offmap.memory.iomem import PhysicalRange
@@ -30,6 +31,9 @@ class MachineConfig:
         vcpus: 1 to MAX_VCPUS.
         kvm_clock: offer the pvclock; None: unless the RAM is hidden.
         count_exits: keep statistics of VM exits.
+        devices: its virtio devices, in the order in which the guest finds them, each with a name for people.
+        virtio_mmio_cmdline: announce them on the kernel's command line too, for a kernel that does not look for them
+            in ACPI (one that does then says, once a device, that it has found it before).
         vet: looks at the RAM of this process, whose memory slots are published by then, before anything of the guest
             is in it; returns the guest-physical pages to keep from the guest, or raises to refuse the RAM.
 
@@ -43,6 +47,8 @@ class MachineConfig:
     vcpus: int = 1
     kvm_clock: bool | None = None
     count_exits: bool = False
+    devices: Sequence[tuple[str, DeviceSpec]] = ()
+    virtio_mmio_cmdline: bool = False
     vet: Callable[[], Sequence[PhysicalRange]] = tuple
 
     def __post_init__(self) -> None:

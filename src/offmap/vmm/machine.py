@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from offmap.boot.acpi import build_tables
+from offmap.boot.acpi.devices import virtio_mmio
 from offmap.boot.cpu_state import enter_64bit
 from offmap.boot.linux import load_linux
 from offmap.devices.acpi_pm import AcpiPm
@@ -19,6 +20,8 @@ from offmap.devices.legacy import SystemControlPortB
 from offmap.devices.pit import AbsentPit
 from offmap.devices.rtc import Rtc
 from offmap.devices.serial import Serial16550A
+from offmap.devices.virtio.bus import VirtioBus
+from offmap.devices.virtio.device import Surroundings
 from offmap.errors import OffmapError
 from offmap.kvm import Kvm, Vcpu, Vm
 from offmap.kvm.stats import MappedPages
@@ -62,6 +65,7 @@ class Machine(Owned):
         output: takes what the guest writes to its console.
         on_open: called once when the guest opens its console for input, as Linux does just before init.
         on_event: called (on any thread) when `console.flush`, `tick`, or `console.feed` may be due.
+        say: takes a line for the user, on any thread: what a device or its driver did that somebody should know.
 
     Attributes:
         console: the guest's first serial port.
@@ -81,6 +85,7 @@ class Machine(Owned):
         *,
         on_open: Callable[[], None] = lambda: None,
         on_event: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         config.source.check(config.memory_size)
         self.config = config
@@ -121,14 +126,21 @@ class Machine(Owned):
                 AbsentPit(),
             ):
                 pio.attach(device)
+            surroundings = Surroundings(self.memory, config.backend.hides, self._vm, say)
+            virtio = VirtioBus(config.devices, surroundings, self.excluded, mmio, vcpus[0].area)
+            building.enter_context(virtio)
             self._loops = [VcpuLoop(vcpu, pio, mmio, self.exit_counts) for vcpu in vcpus]
 
             tsc_khz = None if config.offers_kvm_clock else vcpus[0].tsc_khz()
-            command_line = with_machine_parameters(config.source.command_line, tsc_khz)
+            parameters = [place.parameter for place in virtio.places] if config.virtio_mmio_cmdline else []
+            command_line = with_machine_parameters(config.source.command_line, tsc_khz, parameters)
             entry = load_linux(
                 replace(config.source, command_line=command_line),
                 self.memory,
-                build_tables(config.vcpus),
+                build_tables(
+                    config.vcpus,
+                    [virtio_mmio(n, place.address, place.size, place.gsi) for n, place in enumerate(virtio.places)],
+                ),
                 self.excluded,
             )
             enter_64bit(vcpus[0], self.memory, entry)

@@ -66,7 +66,7 @@ class Session:
             with (
                 ConsoleOutput(self._stdout) as self._output,
                 self._quit_on_signals(),
-                Machine(self._config, self._write, on_open=self._opened, on_event=self._wake) as machine,
+                Machine(self._config, self._write, on_open=self._opened, on_event=self._wake, say=self._say) as machine,
             ):
                 self._machine = machine
                 with RawTerminal(self._stdin):

@@ -19,6 +19,7 @@ from offmap.uapi import bootparam, elf, ioctl, kvm, mman
 
 HEADERS = """
 #define _GNU_SOURCE
+#define PAGE_SIZE 4096
 #include <fcntl.h>
 #include <stddef.h>
 #include <stdio.h>

@@ -231,6 +231,19 @@ class Queue:
         """Put the buffer that was popped last back, so that the next `pop` gives it again."""
         self._last_avail = self._last_avail - 1 & 0xFFFF
 
+    def stop(self) -> None:
+        """Let go of guest memory: from now on `pop` finds nothing, and what is pushed goes nowhere."""
+        self._avail = memoryview(bytes(6 + 2 * self.size)).cast("H")
+        self._used = memoryview(bytearray(6 + 8 * self.size)).cast("H")
+        self._used_elements = memoryview(bytearray(8 * self.size)).cast("I")
+        self._desc = memoryview(bytes(16 * self.size)).cast("Q")
+        self._last_avail = 0
+        self._interrupt = _nothing
+
     def _fence(self) -> None:
         with self._lock:
             pass
+
+
+def _nothing() -> None:
+    """For a queue that was stopped."""

@@ -1,0 +1,84 @@
+"""The options of ``offmap run`` that give the guest devices: one row each, the parsing beside each device."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from offmap.devices.virtio.device import DeviceSpec
+
+__all__ = ["add_device_options", "device_specs"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """One kind of device.
+
+    Attributes:
+        name: of the option, without its dashes, and of the devices in messages.
+        parser: ``module:function``, which makes a DeviceSpec of the option's text. Imported when it is used, which
+            keeps `offmap run` quick to start.
+        metavar: what it takes; empty where it is a switch.
+    """
+
+    name: str
+    parser: str
+    metavar: str
+    help: str
+
+
+_OPTIONS = (
+    _Option(
+        "drive",
+        "offmap.devices.virtio.drive:parse_drive",
+        "PATH[,option=value…]",
+        "a raw image or block device; options: readonly=on, serial=TEXT, direct=on, bounce=on",
+    ),
+    _Option("rng", "offmap.devices.virtio.rng:parse_rng", "", "entropy from the host"),
+)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """Add them all. The order in which they are given is that in which the guest finds the devices."""
+    group = parser.add_argument_group("devices", "virtio devices, in the order in which the guest finds them")
+    for option in _OPTIONS:
+        extra: dict[str, Any] = {"metavar": option.metavar} if option.metavar else {"nargs": 0}
+        group.add_argument(f"--{option.name}", action=_Append, dest="devices", default=[], help=option.help, **extra)
+    group.add_argument(
+        "--virtio-mmio-cmdline",
+        action="store_true",
+        help="announce them on the guest's command line too, for a kernel that does not find them by ACPI",
+    )
+
+
+class _Append(argparse.Action):
+    """Collects (option, text) of all of them in one list."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        name = (option_string or "").lstrip("-")
+        found = next(o for o in _OPTIONS if o.name.startswith(name))  # argparse takes unambiguous abbreviations
+        namespace.devices = [*namespace.devices, (found, values if isinstance(values, str) else "")]
+
+
+def device_specs(args: argparse.Namespace) -> list[tuple[str, DeviceSpec]]:
+    """The devices that were asked for, each with a name for messages: ``drive0``, ``drive1``, ``rng0``.
+
+    Raises:
+        OffmapError: one that cannot be.
+    """
+    specs: list[tuple[str, DeviceSpec]] = []
+    numbers: dict[str, int] = {}
+    for option, text in args.devices:
+        module, _, function = option.parser.partition(":")
+        spec: DeviceSpec = getattr(import_module(module), function)(text)
+        number = numbers.get(option.name, 0)
+        numbers[option.name] = number + 1
+        specs.append((f"{option.name}{number}", spec))
+    return specs

@@ -1,0 +1,150 @@
+"""Where a machine's virtio devices are: register pages, interrupt lines, and what connects them to KVM."""
+
+import mmap
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from ctypes import addressof, c_char
+from dataclasses import dataclass
+
+from offmap.devices.bus import MmioBus
+from offmap.devices.virtio.device import DeviceSpec, Surroundings, VirtioDevice
+from offmap.devices.virtio.dma import Dma
+from offmap.devices.virtio.interrupts import Interrupts, InterruptStatus
+from offmap.devices.virtio.mmio import MmioTransport
+from offmap.errors import OffmapError
+from offmap.kvm.coalesced import CoalescedRing
+from offmap.memory.iomem import PhysicalRange
+from offmap.memory.slots import DEVICE_SLOTS
+from offmap.owned import Owned
+from offmap.uapi import kvm as uapi
+from offmap.uapi.virtio.mmio import VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY
+
+__all__ = ["MAX_DEVICES", "VIRTIO_MMIO_BASE", "VIRTIO_MMIO_SIZE", "Place", "VirtioBus"]
+
+VIRTIO_MMIO_BASE = 0xD000_0000
+"""The first device's registers: in the hole below 4 GiB that no RAM is in (memory/guest.py), below the APICs."""
+
+VIRTIO_MMIO_SIZE = mmap.PAGESIZE
+
+_GSIS = (5, 6, 9, 10, 11, 3, 12, 14, *range(16, 24))
+"""Inputs of the IO-APIC (24 of them) that nothing of ours uses, those first that a kernel without ACPI reaches through
+the 8259s. Left out: 0 and 2 (timer, cascade), 1, 4 (COM1), 7 and 15 (where an 8259 puts spurious interrupts), 8 (RTC),
+13 (the FPU's)."""
+
+MAX_DEVICES = len(_GSIS)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the guest finds a device: guest-physical address and bytes of its registers, and its interrupt line."""
+
+    address: int
+    size: int
+    gsi: int
+
+    @property
+    def parameter(self) -> str:
+        """For the command line of a kernel that does not find it by ACPI (CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES)."""
+        return f"virtio_mmio.device={self.size >> 10}K@{self.address:#x}:{self.gsi}"
+
+
+class VirtioBus(Owned):
+    """All virtio devices of one machine, connected to KVM. Owns the devices, their threads and eventfds.
+
+    Interrupts are edges: an eventfd that KVM turns into a pulse (irqfd). A level-triggered line would have to be
+    lowered after the driver's acknowledgement, hence an exit or a resampling eventfd for each interrupt; nobody shares
+    the lines, so there is nothing that a level would be needed for.
+
+    Args:
+        specs: name (for people) and what to make, in the order of their places.
+        surroundings: what they are made in.
+        excluded: guest-physical ranges that no device may touch.
+        mmio: where the registers' writes arrive.
+        area: the mapping of any vCPU.
+
+    Attributes:
+        devices: as made from `specs`.
+        places: where each is.
+
+    Raises:
+        OffmapError: a device cannot be had, there are more than interrupt lines, or KVM refuses.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[tuple[str, DeviceSpec]],
+        surroundings: Surroundings,
+        excluded: Iterable[PhysicalRange],
+        mmio: MmioBus,
+        area: mmap.mmap,
+    ) -> None:
+        if len(specs) > MAX_DEVICES:
+            raise OffmapError(f"a guest cannot have {len(specs)} virtio devices", f"give it {MAX_DEVICES} at most")
+        self._vm = surroundings.vm
+        self._say = surroundings.say
+        self.places = [
+            Place(VIRTIO_MMIO_BASE + number * VIRTIO_MMIO_SIZE, VIRTIO_MMIO_SIZE, _GSIS[number])
+            for number in range(len(specs))
+        ]
+        self.devices: list[VirtioDevice] = []
+        with ExitStack() as self._building:
+            self._dma = Dma(surroundings.memory.regions, excluded)
+            self._building.callback(self._dma.release)
+            for _, spec in specs:
+                self.devices.append(self._building.enter_context(spec.build(surroundings)))
+            if specs:
+                self._interrupts = Interrupts(self._ring(area))
+                pages = self._pages()
+                for (name, _), device, place in zip(specs, self.devices, self.places, strict=True):
+                    start = place.address - VIRTIO_MMIO_BASE
+                    page = pages[start : start + place.size]
+                    self._building.callback(page.release)
+                    mmio.attach(place.address, place.size, self._connect(name, device, place, page))
+            self._owned = self._building.pop_all()
+
+    def _ring(self, area: mmap.mmap) -> CoalescedRing | None:
+        if not self._vm.check_extension(uapi.KVM_CAP_COALESCED_MMIO):
+            return None
+        for place in self.places:
+            self._vm.coalesced_mmio(place.address + VIRTIO_MMIO_INTERRUPT_ACK, 4)
+        ring = CoalescedRing(area)
+        self._building.callback(ring.release)
+        return ring
+
+    def _pages(self) -> memoryview:
+        """The register pages, in one memory slot that the guest can read; without such slots, reads are exits."""
+        pages = self._building.enter_context(mmap.mmap(-1, len(self.places) * VIRTIO_MMIO_SIZE))
+        if self._vm.check_extension(uapi.KVM_CAP_READONLY_MEM):
+            address = addressof(c_char.from_buffer(pages))
+            self._vm.set_user_memory_region(DEVICE_SLOTS, VIRTIO_MMIO_BASE, len(pages), address, readonly=True)
+        view = memoryview(pages)
+        self._building.callback(view.release)
+        return view
+
+    def _connect(self, name: str, device: VirtioDevice, place: Place, page: memoryview) -> MmioTransport:
+        """Make the transport of one device, and let KVM answer its notifications."""
+        irq = self._eventfd()
+        self._vm.irqfd(irq, place.gsi)
+
+        def make_status(show: Callable[[int], None]) -> InterruptStatus:
+            status = InterruptStatus(self._interrupts, show, lambda: os.eventfd_write(irq, 1))
+            self._interrupts.register(place.address + VIRTIO_MMIO_INTERRUPT_ACK, status)
+            return status
+
+        transport = MmioTransport(name, device, page, self._dma, make_status, self._say)
+        kicks = [self._eventfd() for _ in device.queue_sizes]
+        self._building.callback(transport.quiesce)  # before its fds are closed
+        for number, kick in enumerate(kicks):
+            self._vm.ioeventfd(kick, place.address + VIRTIO_MMIO_QUEUE_NOTIFY, 4, datamatch=number)
+            transport.watch_kicks(number, kick)
+        return transport
+
+    def _eventfd(self) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._building.callback(os.close, fd)
+        return fd
+
+    def close(self) -> None:
+        """Stop the devices, whatever they do, and free everything. No vCPU may be running."""
+        self._owned.close()

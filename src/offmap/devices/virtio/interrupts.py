@@ -1,0 +1,82 @@
+"""InterruptStatus of every device of a VM, most of it without an exit.
+
+A Linux driver reads InterruptStatus and writes InterruptACK at every interrupt. The read finds the register in a page
+that the guest may read (mmio.py); the write is noted down by KVM in a ring (kvm.coalesced), and takes effect when
+we look at the ring: before a bit is set, and before anything else is done with the register. Seen from the driver, its
+acknowledgement then came at the latest possible moment before the next interrupt, as if a bus had delayed it.
+
+That no interrupt is lost: a bit is set after the ring was emptied. An acknowledgement that comes later can only clear
+it if the driver had seen it, or had seen the bit from an interrupt before; then it looks at its used rings, or at the
+configuration, after that, and finds what this interrupt was about, as that was written before.
+"""
+
+import threading
+from collections.abc import Callable
+
+from offmap.kvm.coalesced import CoalescedRing
+
+__all__ = ["InterruptStatus", "Interrupts"]
+
+
+class InterruptStatus:
+    """The register of one device.
+
+    Args:
+        show: puts the value where the guest reads it.
+        signal: interrupts the guest.
+    """
+
+    def __init__(self, interrupts: "Interrupts", show: Callable[[int], None], signal: Callable[[], None]) -> None:
+        self._interrupts = interrupts
+        self._show = show
+        self._signal = signal
+        self._value = 0
+
+    def raise_(self, bits: int) -> None:
+        """Set `bits` and interrupt the guest. On any thread."""
+        with self._interrupts.lock:
+            self._interrupts.take_acknowledgements()
+            self._value |= bits
+            self._show(self._value)
+        self._signal()
+
+    def acknowledge(self, bits: int) -> None:
+        """The driver has written `bits` to InterruptACK, and that was an exit (no ring, or a full one)."""
+        with self._interrupts.lock:
+            self._interrupts.take_acknowledgements()
+            self.clear(bits)
+
+    def reset(self) -> None:
+        """The driver has reset the device."""
+        with self._interrupts.lock:
+            self._interrupts.take_acknowledgements()
+            self.clear(self._value)
+
+    def clear(self, bits: int) -> None:
+        """Clear `bits`; the caller holds the lock."""
+        self._value &= ~bits
+        self._show(self._value)
+
+
+class Interrupts:
+    """The acknowledgements of all devices of one VM.
+
+    Args:
+        ring: where KVM notes them down, or None where each is an exit.
+    """
+
+    def __init__(self, ring: CoalescedRing | None) -> None:
+        self.lock = threading.Lock()
+        self._ring = ring
+        self._registers: dict[int, InterruptStatus] = {}
+
+    def register(self, address: int, status: InterruptStatus) -> None:
+        """What is written to `address`, guest-physical, acknowledges bits of `status`."""
+        self._registers[address] = status
+
+    def take_acknowledgements(self) -> None:
+        """Clear what the guest has acknowledged; the caller holds the lock."""
+        if self._ring is not None:
+            for address, bits in self._ring.take():
+                if (status := self._registers.get(address)) is not None:
+                    status.clear(bits)

@@ -1,0 +1,364 @@
+"""The virtio-mmio transport, version 2: virtio 1.2, section 4.2.2.
+
+Reading a register has no side effects in this transport. So the registers are a page of memory that the guest reads as
+such, without an exit, and may not write to: a KVM memory slot with KVM_MEM_READONLY (bus.py). What it writes leaves the
+guest and comes here, less the two registers that count: KVM itself answers QueueNotify (ioeventfd) and InterruptACK
+(interrupts.py). An interrupt and its request cost no exit to user space at all.
+
+What a driver reads must be in the page at all times, hence `_show` wherever something changes. As no exit lies between
+the loads of a driver, it may see half of a changing configuration; the generation changes before and after, and the
+interrupt that says so comes when all of it is there, so that the driver reads it again.
+"""
+
+import select
+import threading
+from collections.abc import Callable, Mapping
+
+from offmap.devices.virtio.device import Activation, VirtioDevice
+from offmap.devices.virtio.dma import Dma, DriverError
+from offmap.devices.virtio.interrupts import InterruptStatus
+from offmap.devices.virtio.queue import Queue
+from offmap.devices.virtio.worker import Worker
+from offmap.uapi.virtio import mmio as reg
+from offmap.uapi.virtio.config import (
+    VIRTIO_CONFIG_S_ACKNOWLEDGE,
+    VIRTIO_CONFIG_S_DRIVER,
+    VIRTIO_CONFIG_S_DRIVER_OK,
+    VIRTIO_CONFIG_S_FAILED,
+    VIRTIO_CONFIG_S_FEATURES_OK,
+    VIRTIO_CONFIG_S_NEEDS_RESET,
+    VIRTIO_F_VERSION_1,
+)
+from offmap.uapi.virtio.ring import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+
+__all__ = ["MmioTransport"]
+
+MAGIC_VALUE = int.from_bytes(b"virt", "little")
+VERSION = 2
+VENDOR_ID = int.from_bytes(b"OFFM", "little")
+
+TRANSPORT_FEATURES = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
+
+_LOW, _HIGH = 0xFFFFFFFF, 0xFFFFFFFF << 32
+_ALL_ONES = (1 << 64) - 1  # the length and address of a shared memory region that is not there (4.2.2.1)
+_MOST_COMPLAINTS = 3  # a driver that breaks its device again and again shall not fill somebody's log
+
+_DRIVER_BITS = (
+    VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FAILED
+)  # which need nothing of the device
+
+
+class _QueueSetup:
+    """What a driver has written about one queue."""
+
+    def __init__(self, size_max: int) -> None:
+        self.size_max = size_max
+        self.size = size_max
+        self.ready = False
+        self.desc = self.avail = self.used = 0
+
+
+_ADDRESS_REGISTERS: Mapping[int, tuple[str, int]] = {
+    reg.VIRTIO_MMIO_QUEUE_DESC_LOW: ("desc", 0),
+    reg.VIRTIO_MMIO_QUEUE_DESC_HIGH: ("desc", 32),
+    reg.VIRTIO_MMIO_QUEUE_AVAIL_LOW: ("avail", 0),
+    reg.VIRTIO_MMIO_QUEUE_AVAIL_HIGH: ("avail", 32),
+    reg.VIRTIO_MMIO_QUEUE_USED_LOW: ("used", 0),
+    reg.VIRTIO_MMIO_QUEUE_USED_HIGH: ("used", 32),
+}
+
+
+class MmioTransport:
+    """The registers of one device. An MmioDevice: `write` is called on vCPU threads.
+
+    Args:
+        name: of the device, for people.
+        page: 4 KiB that the guest reads; this is the only one that writes to it.
+        make_status: makes InterruptStatus, given what shows its value to the guest.
+        say: takes a line for the user.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: VirtioDevice,
+        page: memoryview,
+        dma: Dma,
+        make_status: Callable[[Callable[[int], None]], InterruptStatus],
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.name = name
+        self._device = device
+        self._page = page
+        self._registers = page.cast("I")
+        self._dma = dma
+        self._say = say
+        self._complaints = 0
+        self._features = device.features | TRANSPORT_FEATURES
+        self._lock = threading.Lock()  # of vCPU threads against each other, for what the driver sets up
+        self._status_lock = threading.Lock()  # of them against the worker, for the status register
+        self._config = b""
+        self._generation = 0
+        self._queues: list[Queue | None] = []  # while the driver is ready; of the worker thread
+        self._was_ready = False
+        self.interrupt_status = make_status(lambda value: self._show(reg.VIRTIO_MMIO_INTERRUPT_STATUS, value))
+        for register, value in (
+            (reg.VIRTIO_MMIO_MAGIC_VALUE, MAGIC_VALUE),
+            (reg.VIRTIO_MMIO_VERSION, VERSION),
+            (reg.VIRTIO_MMIO_DEVICE_ID, device.device_id),
+            (reg.VIRTIO_MMIO_VENDOR_ID, VENDOR_ID),
+        ):
+            self._show(register, value)
+        self._forget_driver()
+        self._select_shared_memory(0)
+        self.worker = Worker(f"virtio {name}", self._failed)
+        self.worker.call(self._refresh_config)
+
+    # --- registers, on vCPU threads ---
+
+    def _show(self, register: int, value: int) -> None:
+        self._registers[register >> 2] = value
+
+    def _forget_driver(self) -> None:
+        """As after a reset (4.2.2.1, 2.1.2)."""
+        self._status = 0
+        self._driver_features = 0
+        self._device_features_sel = self._driver_features_sel = 0
+        self._setups = [_QueueSetup(size) for size in self._device.queue_sizes]
+        self._queue_sel = 0
+        self._show(reg.VIRTIO_MMIO_STATUS, 0)
+        self._show(reg.VIRTIO_MMIO_DEVICE_FEATURES, self._features & _LOW)
+        self._select_queue(0)
+
+    def read(self, offset: int, size: int) -> int:
+        """What the guest's load sees, where it does not read the page by itself."""
+        return int.from_bytes(self._page[offset : offset + size], "little")
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take a store. What is no register, or not written as one (4 bytes), is lost, as the driver is told to do."""
+        if offset >= reg.VIRTIO_MMIO_CONFIG:
+            self._write_config(offset - reg.VIRTIO_MMIO_CONFIG, value.to_bytes(size, "little"))
+            return
+        if size != 4:
+            return
+        if offset == reg.VIRTIO_MMIO_INTERRUPT_ACK:
+            self.interrupt_status.acknowledge(value)
+            return
+        with self._lock:
+            self._write_register(offset, value)
+
+    def _write_register(self, offset: int, value: int) -> None:
+        match offset:
+            case reg.VIRTIO_MMIO_DEVICE_FEATURES_SEL:
+                word = self._features >> 32 * value & _LOW if value < 2 else 0
+                self._show(reg.VIRTIO_MMIO_DEVICE_FEATURES, word)
+            case reg.VIRTIO_MMIO_DRIVER_FEATURES_SEL:
+                self._driver_features_sel = value
+            case reg.VIRTIO_MMIO_DRIVER_FEATURES:
+                if not self._status & VIRTIO_CONFIG_S_FEATURES_OK:
+                    self._set_driver_features(value)
+            case reg.VIRTIO_MMIO_QUEUE_SEL:
+                self._select_queue(value)
+            case reg.VIRTIO_MMIO_QUEUE_NUM | reg.VIRTIO_MMIO_QUEUE_READY:
+                self._set_up_queue(offset, value)
+            case reg.VIRTIO_MMIO_STATUS:
+                self._set_status(value)
+            case reg.VIRTIO_MMIO_SHM_SEL:
+                self._select_shared_memory(value)
+            case _ if offset in _ADDRESS_REGISTERS:
+                self._set_up_queue(offset, value)
+            case _:
+                pass
+
+    def _set_driver_features(self, value: int) -> None:
+        shift = 32 * self._driver_features_sel
+        if shift < 64:
+            self._driver_features = self._driver_features & ~(_LOW << shift) | value << shift
+        elif value:
+            self._driver_features |= 1 << 64  # a feature that nobody has offered: FEATURES_OK will not be granted
+
+    def _select_queue(self, number: int) -> None:
+        self._queue_sel = number
+        setup = self._setups[number] if number < len(self._setups) else None
+        self._show(reg.VIRTIO_MMIO_QUEUE_NUM_MAX, setup.size_max if setup else 0)
+        self._show(reg.VIRTIO_MMIO_QUEUE_READY, int(setup.ready) if setup else 0)
+
+    def _set_up_queue(self, register: int, value: int) -> None:
+        if self._queue_sel >= len(self._setups):
+            return
+        setup = self._setups[self._queue_sel]
+        if register == reg.VIRTIO_MMIO_QUEUE_READY:
+            if setup.ready and not value and self._status & VIRTIO_CONFIG_S_DRIVER_OK:
+                number = self._queue_sel
+                self._on_worker(lambda: self._stop_queue(number))
+            # One that is made ready behind DRIVER_OK stays unused until the next reset: no driver may do that (3.1.1).
+            setup.ready = bool(value & 1)
+            self._show(reg.VIRTIO_MMIO_QUEUE_READY, int(setup.ready))
+        elif not setup.ready:  # 4.2.2.2: the driver must not touch them while it is
+            if register == reg.VIRTIO_MMIO_QUEUE_NUM:
+                setup.size = value
+            else:
+                name, shift = _ADDRESS_REGISTERS[register]
+                kept = getattr(setup, name) & (_LOW if shift else _HIGH)
+                setattr(setup, name, kept | value << shift)
+
+    def _select_shared_memory(self, number: int) -> None:
+        regions = self._device.shared_memory
+        length = regions[number].size if number < len(regions) else _ALL_ONES
+        base = regions[number].address if number < len(regions) else _ALL_ONES
+        self._show(reg.VIRTIO_MMIO_SHM_LEN_LOW, length & _LOW)
+        self._show(reg.VIRTIO_MMIO_SHM_LEN_HIGH, length >> 32)
+        self._show(reg.VIRTIO_MMIO_SHM_BASE_LOW, base & _LOW)
+        self._show(reg.VIRTIO_MMIO_SHM_BASE_HIGH, base >> 32)
+
+    # --- the status register ---
+
+    def _add_status(self, bits: int) -> None:
+        with self._status_lock:
+            self._status |= bits
+            self._show(reg.VIRTIO_MMIO_STATUS, self._status)
+
+    def _set_status(self, value: int) -> None:
+        """Section 3.1.1. A driver adds bits in order; it takes none away but by a reset, which is a write of 0."""
+        if value == 0:
+            self._on_worker(self._reset)
+            return
+        new = value & ~self._status
+        self._add_status(new & _DRIVER_BITS)
+        if new & VIRTIO_CONFIG_S_FEATURES_OK and self._status & VIRTIO_CONFIG_S_DRIVER:
+            # The driver reads the bit back, and finds it only if we can live with what it chose.
+            wanted = self._driver_features
+            if wanted >> VIRTIO_F_VERSION_1 & 1 and not wanted & ~self._features:
+                self._add_status(VIRTIO_CONFIG_S_FEATURES_OK)
+        if new & VIRTIO_CONFIG_S_DRIVER_OK and self._status & VIRTIO_CONFIG_S_FEATURES_OK:
+            self._add_status(VIRTIO_CONFIG_S_DRIVER_OK)
+            self._on_worker(self._activate)
+
+    # --- on the worker thread ---
+
+    def _on_worker(self, function: Callable[[], None]) -> None:
+        """Run it there and wait for it; what it raises is the device's own failure, not the vCPU's."""
+
+        def run() -> None:
+            try:
+                function()
+            except Exception as error:
+                self._failed(error)
+
+        self.worker.call(run)
+
+    def _activate(self) -> None:
+        self._was_ready = True
+        self._queues = [self._queue(setup) if setup.ready else None for setup in self._setups]
+        self._device.activate(Activation(self._queues, self._driver_features, self.worker, self._config_changed))
+        for number, queue in enumerate(self._queues):
+            if queue is not None:
+                self._device.handle(number)
+
+    def _queue(self, setup: _QueueSetup) -> Queue:
+        if setup.size > setup.size_max:
+            raise DriverError(f"sets up a queue of size {setup.size}, where {setup.size_max} is the most")
+        return Queue(
+            self._dma,
+            setup.size,
+            setup.desc,
+            setup.avail,
+            setup.used,
+            interrupt=self._interrupt,
+            event_idx=bool(self._driver_features >> VIRTIO_RING_F_EVENT_IDX & 1),
+            indirect=bool(self._driver_features >> VIRTIO_RING_F_INDIRECT_DESC & 1),
+        )
+
+    def _interrupt(self) -> None:
+        self.interrupt_status.raise_(reg.VIRTIO_MMIO_INT_VRING)
+
+    def watch_kicks(self, number: int, fd: int) -> None:
+        """Each write to the eventfd `fd` is a write of `number` to QueueNotify."""
+        # Edge-triggered: the eventfd need not be read, which saves a system call for each kick.
+        kicked = select.EPOLLIN | select.EPOLLET
+        self.worker.call(lambda: self.worker.watch(fd, lambda _: self._kicked(number), kicked))
+
+    def _kicked(self, number: int) -> None:
+        if number < len(self._queues) and self._queues[number] is not None:
+            self._device.handle(number)
+        elif not self._was_ready:
+            self._was_ready = True  # said once; a driver that resets its device may well be late with a kick
+            self._complain("kicks a queue before it has set the device up")
+
+    def _stop_queue(self, number: int) -> None:
+        if number < len(self._queues) and (queue := self._queues[number]) is not None:
+            queue.stop()
+
+    def _reset(self) -> None:
+        for queue in self._queues:
+            if queue is not None:
+                queue.stop()
+        self._queues = []
+        self._device.reset()
+        self.interrupt_status.reset()
+        with self._status_lock:
+            self._forget_driver()
+
+    def _failed(self, error: Exception) -> None:
+        """Something that a driver may not do, or a fault of ours: the device is dead until the driver resets it."""
+        if isinstance(error, DriverError):
+            self._complain(f"the guest's driver {error}")
+        else:
+            self._complain(f"failed unexpectedly, {_where(error)}")
+        for queue in self._queues:
+            if queue is not None:
+                queue.stop()
+        self._add_status(VIRTIO_CONFIG_S_NEEDS_RESET)
+        if self._status & VIRTIO_CONFIG_S_DRIVER_OK:
+            self.interrupt_status.raise_(reg.VIRTIO_MMIO_INT_CONFIG)  # 2.1.2
+
+    def _complain(self, what: str) -> None:
+        self._complaints += 1
+        if self._complaints <= _MOST_COMPLAINTS:
+            more = "" if self._complaints < _MOST_COMPLAINTS else " (no more of this device will be reported)"
+            self._say(f"{self.name}: {what}; the device stops until the driver resets it{more}")
+
+    # --- the configuration space ---
+
+    def _refresh_config(self) -> bool:
+        """Put the device's configuration into the page; whether it has changed."""
+        new = self._device.config()
+        if new == self._config:
+            return False
+        self._bump_generation()
+        self._page[reg.VIRTIO_MMIO_CONFIG : reg.VIRTIO_MMIO_CONFIG + len(new)] = new
+        self._config = new
+        self._bump_generation()
+        return True
+
+    def _bump_generation(self) -> None:
+        self._generation = self._generation + 1 & _LOW
+        self._show(reg.VIRTIO_MMIO_CONFIG_GENERATION, self._generation)
+
+    def _config_changed(self) -> None:
+        """The device says so, on the worker thread."""
+        if self._refresh_config() and self._status & VIRTIO_CONFIG_S_DRIVER_OK:
+            self.interrupt_status.raise_(reg.VIRTIO_MMIO_INT_CONFIG)
+
+    def _write_config(self, offset: int, data: bytes) -> None:
+        def write() -> None:
+            if offset + len(data) <= len(self._config):
+                self._device.write_config(offset, data)
+                self._refresh_config()
+
+        self._on_worker(write)
+
+    def quiesce(self) -> None:
+        """End the worker thread and let go of guest memory, whatever the driver thinks of it."""
+        self._on_worker(self._reset)
+        self.worker.close()
+        self._registers.release()
+
+
+def _where(error: Exception) -> str:
+    """The innermost frame of ours, for the one line that a fault of ours may have."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    place = f" ({frame.tb_frame.f_code.co_name}, line {frame.tb_lineno})" if frame else ""
+    return f"{type(error).__name__}: {error}{place}"

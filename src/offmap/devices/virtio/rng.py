@@ -1,0 +1,82 @@
+"""virtio-rng: entropy, which the kernel writes straight into the guest's memory (virtio 1.2, section 5.4)."""
+
+import errno
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
+from offmap.devices.virtio.queue import DriverError, Queue
+from offmap.errors import KernelError
+from offmap.uapi.virtio.config import VIRTIO_ID_RNG
+
+__all__ = ["Rng", "RngSpec", "parse_rng"]
+
+_SOURCE = "/dev/urandom"
+_MOST = 1 << 16  # bytes in one answer: a driver that asks for a gigabyte shall not keep a processor busy for seconds
+
+
+@dataclass(frozen=True, slots=True)
+class RngSpec:
+    """``--rng``."""
+
+    def build(self, surroundings: Surroundings) -> "Rng":
+        """Open the host's source."""
+        try:
+            fd = os.open(_SOURCE, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise KernelError(f"open of {_SOURCE}", error) from None
+        return Rng(fd)
+
+
+class Rng(VirtioDevice):
+    """The device.
+
+    Args:
+        fd: of /dev/urandom, which the device then owns.
+    """
+
+    device_id: ClassVar[int] = VIRTIO_ID_RNG
+    queue_sizes = (64,)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._queue: Queue | None = None
+
+    def activate(self, activation: Activation) -> None:
+        self._queue = activation.queues[0]
+
+    def handle(self, queue: int) -> None:
+        requests = self._queue
+        if requests is None:
+            return
+        for chain in requests.chains():
+            if not chain.writable_bytes:
+                raise DriverError("asks for no entropy: its buffer has nothing to write to")
+            requests.push(chain, self._fill(chain.writable))
+        requests.notify()
+
+    def _fill(self, views: list[memoryview]) -> int:
+        """Bytes written, at least 1 (5.4.6.2)."""
+        room = [views[0][:_MOST]] if len(views[0]) >= _MOST else views
+        try:
+            # It may answer less than it was asked for, and so may we.
+            return os.readv(self._fd, room)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                raise
+        view = next(view for view in views if len(view))
+        data = os.urandom(min(len(view), _MOST))
+        view[: len(data)] = data
+        return len(data)
+
+    def reset(self) -> None:
+        self._queue = None
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def parse_rng(text: str) -> RngSpec:
+    """``--rng`` takes no value."""
+    return RngSpec()
