@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offmap.cli.audit_output import Output, add_output_options
 from offmap.errors import OffmapError, Undetermined
 from offmap.units import parse_size
 
@@ -44,18 +45,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="SECONDS",
         help="audit again every SECONDS until the process ends, and report what changes; the exit status is the worst",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_output_options(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress, even on a terminal")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Audit one process; the exit status is the verdict's."""
-    import json
-
     from offmap.audit.audit import audit_process
     from offmap.audit.canary import parse_key
-    from offmap.report.text import render_audit
 
     if args.watch is not None and (args.json or not 0 < args.watch < float("inf")):
         raise OffmapError("--watch takes a number of seconds above 0, and no --json", "give seconds, like --watch 10")
@@ -66,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     key = parse_key(args.canary_key) if args.scan else None
     ranges = [parse_range(text) for text in args.range] if args.range else None
     shows = sys.stderr.isatty() and not args.no_progress
+    output = Output(args)
 
     def once() -> "AuditResult":
         try:
@@ -75,17 +74,19 @@ def run(args: argparse.Namespace) -> int:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     if args.watch is not None:
-        return _watch(args.pid, args.watch, once)
-    result = once()
-    print(json.dumps(result.to_json(), indent=2) if args.json else render_audit(result))
+        return _watch(args.pid, args.watch, once, output)
+    with output.recording_failure():
+        result = once()
+    output.show(result.to_json())
     return int(result.verdict.exit_status)
 
 
-def _watch(pid: int, seconds: float, once: "Callable[[], AuditResult]") -> int:
+def _watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: Output) -> int:
     """Audit until the process ends. SIGTERM ends it too: with the worst that was seen, as its parent asked."""
     from offmap.audit.process import NoSuchProcess
     from offmap.audit.verdict import Verdict
-    from offmap.report.text import render_audit, verdict_line
+    from offmap.report.hosts import parse_report
+    from offmap.report.text import render_vm, verdict_line
 
     worst, seen = Verdict.HIDDEN, None
     gravity = (Verdict.HIDDEN, Verdict.UNKNOWN, Verdict.EXPOSED)
@@ -99,11 +100,14 @@ def _watch(pid: int, seconds: float, once: "Callable[[], AuditResult]") -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         while True:
-            result = once()
+            with output.recording_failure():
+                result = once()
+            report = parse_report(result.to_json())
+            output.write_files([report])
             if seen is None:
-                print(render_audit(result), flush=True)
+                print(render_vm(report.vms[0], output.color), flush=True)
             elif (result.verdict, result.pages.mapped_pages, result.aliases) != seen:
-                print(f"{time.strftime('%H:%M:%S')} changed: {verdict_line(result)}", flush=True)
+                print(f"{time.strftime('%H:%M:%S')} changed: {verdict_line(report.vms[0])}", flush=True)
             seen = (result.verdict, result.pages.mapped_pages, result.aliases)
             worst = max(worst, result.verdict, key=gravity.index)
             time.sleep(seconds)

@@ -1,100 +1,264 @@
-"""An audit as text: one line of verdict, then a short table."""
+"""Audits as text: one line of verdict, then a short table; 80 columns."""
 
-from offmap.audit.audit import AuditResult
-from offmap.audit.scan import ScanResult
+import textwrap
+from collections.abc import Iterable, Sequence
+
 from offmap.audit.verdict import Verdict
+from offmap.report.document import DIRECT_MAP, PAGE, Mapping, Scan, Vm
+from offmap.report.hosts import HostReport, worst
 from offmap.units import format_size
 
-__all__ = ["render_audit", "verdict_line"]
+__all__ = ["KIND_NAMES", "fleet_line", "render_fleet", "render_vm", "state_names", "verdict_line"]
 
-PAGE = 4096
 _SHOWN = 8  # lines of detail per list; --json has them all
+_COLUMNS = 80
+
+KIND_NAMES = {
+    DIRECT_MAP: "direct map",
+    "kernel_image": "kernel image",
+    "module": "module",
+    "vmalloc": "vmalloc",
+    "vmap": "vmap",
+    "memremap": "memremap",
+    "ioremap": "ioremap",
+    "vmalloc_space": "vmalloc space",
+    "vmemmap": "vmemmap",
+    "fixmap": "fixmap",
+    "cpu_entry_area": "cpu_entry_area",
+    "espfix": "%esp fixup stacks",
+    "efi": "EFI",
+    "ldt_remap": "LDT remap",
+    "kasan": "KASAN shadow",
+    "vsyscall": "vsyscall page",
+    "other": "elsewhere",
+}
+"""audit.reach.Kind for people."""
+
+_STYLE = {Verdict.HIDDEN: "1;32", Verdict.EXPOSED: "1;31", Verdict.UNKNOWN: "1;33"}  # ECMA-48 SGR: bold, and a colour
 
 
-def verdict_line(result: AuditResult) -> str:
-    """The verdict of one audit, with the figures it rests on."""
-    pages = result.pages
-    who = f"{_plain(result.process)} ({result.pid})"
-    if result.verdict is Verdict.HIDDEN:
-        line = f"HIDDEN: none of the {pages.pages_populated} guest pages of {who} is mapped in the host kernel"
-    elif result.verdict is Verdict.EXPOSED and pages.mapped_pages:
-        line = (
-            f"EXPOSED: {pages.mapped_pages} of {pages.pages_populated} guest pages of {who} "
-            f"({format_size(pages.mapped_pages * PAGE)}) are mapped in the host kernel"
-        )
-    elif result.verdict is Verdict.EXPOSED:
-        line = f"EXPOSED: canaries of {who} are readable in kernel memory, though no mapping of its pages was found"
+def state_names(vm: Vm) -> dict[str, str]:
+    """What Vm.pages_by_state's states are called to a reader.
+
+    Of a VM that is not hidden as a whole, a page without a mapping is called just that.
+    """
+    return {
+        "exposed": "mapped by the kernel",
+        "unknown": "unknown",
+        "hidden": "hidden" if vm.verdict is Verdict.HIDDEN else "no mapping found",
+        "unpopulated": "not populated",
+        "excluded": "kept from the guest",
+    }
+
+
+def verdict_line(vm: Vm) -> str:
+    """The verdict on one VM, with the figures it rests on."""
+    pages = vm.pages
+    who = f"{vm.process} ({vm.pid})"
+    if vm.verdict is Verdict.HIDDEN:
+        line = f"HIDDEN: none of the {pages.pages_populated} guest pages of {who} is mapped"
+    elif vm.verdict is Verdict.EXPOSED and pages.mapped_pages:
+        line = f"EXPOSED: {pages.mapped_pages} of {pages.pages_populated} guest pages of {who} are mapped"
+    elif vm.verdict is Verdict.EXPOSED:
+        line = f"EXPOSED: secrets of {who} are readable in kernel memory, though no mapping of its pages was found"
     else:
-        line = f"UNKNOWN: it cannot be determined whether the guest pages of {who} are mapped in the host kernel"
-    if result.scan is not None:
-        count = len(result.scan.found)
+        line = f"UNKNOWN: it cannot be told if guest pages of {who} are mapped"
+    if vm.scan is not None:
+        count = vm.scan.canaries_found
         line += f"; {count} {'canary' if count == 1 else 'canaries'} found"
     return line
 
 
-def render_audit(result: AuditResult) -> str:
-    """The whole report; ends without a newline."""
-    pages = result.pages
-    rows = [
-        ("guest RAM", pages.ram_pages, ""),
-        ("populated", pages.pages_populated, ""),
-        ("in the direct map", pages.direct_map_pages, ""),
-        ("aliased elsewhere", pages.alias_pages, _regions(result)),
-        ("unknown", pages.unknown_pages, ""),
-        ("not populated", pages.not_populated_pages, "no page there, nothing to hide"),
-    ]
-    if pages.excluded_pages:
-        rows.append(("kept from the guest", pages.excluded_pages, f"{pages.excluded_mapped_pages} of them mapped"))
-    lines = [verdict_line(result), ""]
-    for name, count, remark in rows:
-        lines.append(f"  {name:<20} {count:>9} pages  {format_size(count * PAGE):>10}  {remark}".rstrip())
-    lines += [f"    unknown: {reason} ({count} pages)" for reason, count in pages.reasons.items()]
+def fleet_line(reports: Sequence[HostReport]) -> str:
+    """The verdict on all VMs of some hosts."""
+    verdicts = [vm.verdict for report in reports for vm in report.vms]
+    verdicts += [Verdict.UNKNOWN for report in reports for _ in report.not_audited]
+    whole = worst(report.verdict for report in reports)
+    hosts = {report.host.name for report in reports}
+    where = f"on {next(iter(hosts)) or 'this host'}" if len(hosts) == 1 else f"on {len(hosts)} hosts"
+    total = len(verdicts)
+    if whole is None:
+        return f"NO VM: no process {where} holds a KVM VM"
+    count = verdicts.count(whole)
+    if whole is Verdict.HIDDEN:
+        return f"HIDDEN: no page of {_vms(total)} {where} is mapped by the host kernel"
+    if whole is Verdict.EXPOSED:
+        return f"EXPOSED: the host kernel maps guest memory of {count} of {_vms(total)} {where}"
+    if count:
+        return f"UNKNOWN: {count} of {_vms(total)} {where} could not be judged; none is known to be exposed"
+    return f"UNKNOWN: there may be VMs {where} that were not audited; none is known to be exposed"
+
+
+def _vms(count: int) -> str:
+    return f"{count} VM{'' if count == 1 else 's'}"
+
+
+def render_vm(vm: Vm, color: bool = False) -> str:
+    """The report on one VM; ends without a newline.
+
+    Args:
+        color: the reader is a terminal.
+    """
+    lines = [_colored(verdict_line(vm), vm.verdict, color), ""]
+    if vm.partial:
+        lines += _wrapped("partial", vm.partial)
+    lines.append(_row("guest RAM", vm.pages.ram_pages))
+    names = state_names(vm)
+    for state, pages in vm.pages_by_state.items():
+        if not pages and state == "excluded":
+            continue
+        lines.append(_row(names[state], pages, _remark(vm, state)))
+        if state == "unknown":
+            for reason, count in vm.pages.unknown_reasons.items():
+                lines += _wrapped("", f"{count} pages: {reason}", indent="      ")
+    lines += _mapped_by(vm)
     lines.append("")
-    for part in result.ram.ranges[:_SHOWN]:
+    for part in vm.ranges[:_SHOWN]:
         backend = f", {part.backend}" if part.backend else ""
-        lines.append(f"  {part.source.value:<8} {part.va:#014x} {format_size(part.bytes)}{backend}")
-    lines += _more(len(result.ram.ranges), "ranges")
-    for alias in result.aliases[:_SHOWN]:
-        rights = f"r{'w' if alias.writable else '-'}{'x' if alias.executable else '-'}"
-        lines.append(
-            f"  alias    {alias.va:#018x} -> {alias.pa:#x} {format_size(alias.bytes)} {rights} "
-            f"{format_size(alias.page_size)} pages, {alias.region}"
+        lines += _wrapped(part.source, f"{part.va:#x} {format_size(part.bytes)}{backend}")
+    lines += _more(len(vm.ranges), "ranges")
+    for alias in vm.aliases[:_SHOWN]:
+        lines += _wrapped("alias", _mapping(alias))
+    lines += _more(len(vm.aliases) + vm.aliases_omitted, "aliases")
+    if vm.sharing is not None and vm.sharing.shared_pages:
+        others = [f"{each.process} ({each.pid}): {each.pages}" for each in (vm.sharing.processes or ())[:_SHOWN]]
+        lines += _wrapped(
+            "shared", f"{vm.sharing.shared_pages} pages with other processes {', '.join(others)}".rstrip()
         )
-    lines += _more(len(result.aliases), "aliases")
-    tables = sum(result.mappings.tables.values())
-    lines.append(
-        f"  walk     {tables} tables in {result.levels} levels, {len(result.mappings.runs)} runs, "
-        f"{result.mappings.seconds:.2f} s"
+    lines += _wrapped(
+        "walk",
+        f"{sum(vm.walk.tables.values())} tables in {vm.walk.levels} levels, {vm.walk.runs} runs, "
+        f"{vm.walk.seconds:.2f} s",
     )
-    if result.scan is not None:
-        lines += _scan(result.scan)
-    lines += [f"  note     {note}" for note in result.notes]
-    return "\n".join(_plain(line) for line in lines)
+    if vm.scan is not None:
+        lines += _scan(vm.scan)
+    for note in vm.notes:
+        lines += _wrapped("note", note)
+    return "\n".join(lines)
 
 
-def _plain(text: str) -> str:
-    """Without what moves a terminal's cursor: names that the audited process chose must not write another verdict."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+def _row(name: str, pages: int, remark: str = "") -> str:
+    return f"  {name:<20} {pages:>10} pages  {format_size(pages * PAGE):>10}  {remark}".rstrip()
 
 
-def _regions(result: AuditResult) -> str:
-    return ", ".join(f"{region}: {count}" for region, count in result.alias_pages_by_region.items())
+def _remark(vm: Vm, state: str) -> str:
+    pages = vm.pages
+    if state == "unpopulated" and pages.not_populated_pages:
+        return "no page there yet"
+    if state == "excluded":
+        return f"{pages.excluded_mapped_pages} of them mapped"
+    return ""
+
+
+def _mapped_by(vm: Vm) -> list[str]:
+    """What maps the guest's pages, a line for each sort of mapping."""
+    pages = vm.pages
+    if not pages.mapped_pages:
+        return []
+    lines = ["", f"  {'mapped by':<20} {'pages':>10}  {'size':>10}  of pages  rights  ranges"]
+    if pages.direct_map_pages and not any(total.kind == DIRECT_MAP for total in vm.reach):
+        lines.append(
+            f"  {'direct map':<20} {pages.direct_map_pages:>10}  {format_size(pages.direct_map_pages * PAGE):>10}"
+        )
+    for total in vm.reach[:_SHOWN]:
+        rights = f"r{'w' if total.writable else '-'}{'x' if total.executable else '-'}"
+        lines.append(
+            f"  {KIND_NAMES.get(total.kind, total.region)[:20]:<20} {total.pages:>10}  "
+            f"{format_size(total.pages * PAGE):>10}  {format_size(total.page_size):<8}  {rights:<6}  {total.ranges:>6}"
+        )
+        if total.caller:
+            lines += _wrapped("", f"by {total.caller}", indent="      ")
+    return [*lines, *_more(len(vm.reach), "sorts of mappings")]
+
+
+def _mapping(mapping: Mapping) -> str:
+    kind = KIND_NAMES.get(mapping.kind, mapping.region)
+    return f"{mapping.va:#x} -> {mapping.pa:#x} {format_size(mapping.bytes)} {mapping.rights} {kind}"
+
+
+def _scan(scan: Scan) -> list[str]:
+    lines = _wrapped(
+        "scan",
+        f"{format_size(scan.bytes_scanned)} read in {scan.seconds:.1f} s, "
+        f"{format_size(scan.bytes_unread)} mapped but not readable through /proc/kcore",
+    )
+    for hit in scan.found[:_SHOWN]:
+        for place in hit.places[:1]:
+            more = f" and {len(hit.places) - 1} more" if len(hit.places) > 1 else ""
+            owner = "" if place.in_guest else ", not a guest page"
+            lines += _wrapped("canary", f"{hit.canary:04x} at {place.va:#x}, {place.region}{owner}{more}")
+    return lines + _more(len(scan.found), "canaries")
+
+
+def render_fleet(reports: Sequence[HostReport], color: bool = False) -> str:
+    """The report on all VMs of one or more hosts, a line for each VM; ends without a newline."""
+    lines = [_colored(fleet_line(reports), worst(report.verdict for report in reports), color)]
+    rows = [(report, vm) for report in reports for vm in report.vms]
+    by_host = len({report.host.name for report in reports}) > 1
+    if rows or any(report.not_audited for report in reports):
+        host = f"{'host':<14} " if by_host else ""
+        lines += ["", f"  {host}{'VM':<{_vm_width(by_host)}} verdict {'RAM':>9} {'mapped':>9} {'unknown':>9}"]
+    for report in reports:
+        for vm in report.vms:
+            states = vm.pages_by_state
+            sizes = (vm.pages.ram_pages, states["exposed"], states["unknown"])
+            figures = " ".join(f"{format_size(pages * PAGE):>9}" for pages in sizes)
+            lines.append(_fleet_row(report, vm.process, vm.pid, vm.verdict, figures, by_host, color))
+        for failure in report.not_audited:
+            unseen = " ".join(f"{'-':>9}" for _ in range(3))
+            lines.append(_fleet_row(report, failure.process, failure.pid, Verdict.UNKNOWN, unseen, by_host, color))
+    notes = [*_fleet_notes(reports, by_host)]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _vm_width(by_host: bool) -> int:
+    return 24 if by_host else 32
+
+
+def _fleet_row(
+    report: HostReport, process: str, pid: int, verdict: Verdict, figures: str, by_host: bool, color: bool
+) -> str:
+    width = _vm_width(by_host)
+    name = f"{process[: width - len(str(pid)) - 3]} ({pid})"
+    host = f"{_cut(report.host.name, 14):<14} " if by_host else ""
+    return f"  {host}{name:<{width}} {_colored(f'{verdict.value:<7}', verdict, color)} {figures}"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _fleet_notes(reports: Sequence[HostReport], by_host: bool) -> Iterable[str]:
+    for report in reports:
+        host = f"{report.host.name}: " if by_host else ""
+        for note in report.notes:
+            yield from _wrapped("note", host + note)
+        for failure in report.not_audited:
+            yield from _wrapped("note", f"{host}{failure.process} ({failure.pid}) was not audited: {failure.reason}")
+        for vm in report.vms:
+            for note in ([vm.partial] if vm.partial else []) + list(vm.notes):
+                yield from _wrapped("note", f"{host}{vm.process} ({vm.pid}): {note}")
+
+
+def _wrapped(word: str, text: str, indent: str = "") -> list[str]:
+    """A line that begins with `word`, broken where 80 columns end."""
+    first = indent or f"  {word:<8} "
+    return textwrap.wrap(
+        text,
+        _COLUMNS,
+        initial_indent=first,
+        subsequent_indent=" " * (len(first) + 2 * bool(indent)),
+        break_on_hyphens=False,
+    )
 
 
 def _more(count: int, what: str) -> list[str]:
-    return [f"           and {count - _SHOWN} more {what} (--json has all)"] if count > _SHOWN else []
+    return [f"           and {count - _SHOWN} more {what} (--json has more)"] if count > _SHOWN else []
 
 
-def _scan(scan: ScanResult) -> list[str]:
-    lines = [
-        f"  scan     {format_size(scan.bytes_scanned)} read in {scan.seconds:.1f} s, "
-        f"{format_size(scan.bytes_unread)} mapped but not readable through /proc/kcore"
-    ]
-    found = sorted(scan.found.items(), key=lambda item: item[0].number)
-    for canary, places in found[:_SHOWN]:
-        where = places[0]
-        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-        owner = "" if where.in_guest else ", not a guest page"
-        lines.append(f"  canary   {canary.number:04x} at {where.va:#018x}, {where.region}{owner}{more}")
-    lines += _more(len(found), "canaries")
-    return lines
+def _colored(line: str, verdict: Verdict | None, color: bool) -> str:
+    """`line` with its first word in the verdict's colour."""
+    if not color or verdict is None:
+        return line
+    word, colon, rest = line.partition(":")
+    return f"\x1b[{_STYLE[verdict]}m{word}\x1b[0m{colon}{rest}"

@@ -1,0 +1,98 @@
+"""Where ``offmap audit`` puts what it found: standard output as text or JSON, an HTML page, Prometheus's metrics.
+
+An audit that fails says so in the files too: what an earlier one had called hidden must not stand there as if it still
+were so.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offmap import __version__
+
+if TYPE_CHECKING:
+    from offmap.report.hosts import HostReport
+
+__all__ = ["Output", "add_output_options"]
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how results are shown."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON (its schema: --json-schema)")
+    parser.add_argument(
+        "--prometheus",
+        type=Path,
+        metavar="FILE",
+        help="also write metrics for node_exporter's textfile collector (a failed audit writes that it failed)",
+    )
+    parser.add_argument("--no-color", action="store_true", help="no colours, even on a terminal")
+
+
+class Output:
+    """What the options ask for.
+
+    Args:
+        args: of add_output_options.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._json: bool = args.json
+        self._prometheus: Path | None = args.prometheus
+        # https://no-color.org: any value that is not empty.
+        self.color = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
+
+    def show(self, document: dict[str, Any]) -> None:
+        """Print one result, of one VM or of all of this host, and write the files.
+
+        Raises:
+            OffmapError: a file cannot be written; the result was printed all the same.
+        """
+        from offmap.report.hosts import AUDIT, parse_report
+        from offmap.report.text import render_fleet, render_vm
+
+        if self._json:
+            print(json.dumps(document, indent=2), flush=True)
+            if self._prometheus is None:
+                return
+        report = parse_report(document)
+        if not self._json:
+            if report.schema == AUDIT:
+                print(render_vm(report.vms[0], self.color), flush=True)
+            else:
+                print(render_fleet([report], self.color), flush=True)
+        self.write_files([report])
+
+    def write_files(self, reports: Sequence["HostReport"], merged: bool = False) -> None:
+        """Write the metrics and the page, where they were asked for.
+
+        Raises:
+            OffmapError: a file cannot be written.
+        """
+        from offmap.report.files import PUBLIC, replace_file
+
+        if self._prometheus is not None:
+            from offmap.report.prometheus import render_prometheus
+
+            replace_file(self._prometheus, render_prometheus(reports, merged), PUBLIC)
+
+    @contextlib.contextmanager
+    def recording_failure(self) -> Iterator[None]:
+        """Whatever ends the audit inside without a result, the files say that there is none."""
+        try:
+            yield
+        except BaseException as error:
+            if self._prometheus is not None:
+                from offmap.audit.host import host_facts, utc_now
+                from offmap.report.decode import decode, plain
+                from offmap.report.document import Host
+                from offmap.report.hosts import failed_report
+
+                host = decode(Host, host_facts().to_json())
+                reason = plain(f"the audit failed: {error or type(error).__name__}")
+                self.write_files([failed_report(__version__, utc_now(), host, reason)])
+            raise

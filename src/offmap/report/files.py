@@ -1,0 +1,47 @@
+"""Reports as files: there whole or not at all, so that who reads one while it is renewed sees the old or the new."""
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from offmap.errors import KernelError, OffmapError
+
+__all__ = ["PRIVATE", "PUBLIC", "replace_file"]
+
+PUBLIC = 0o644
+"""node_exporter runs as a user of its own."""
+
+PRIVATE = 0o600
+"""Kernel addresses undo KASLR: only for the owner."""
+
+
+def replace_file(path: Path, text: str, mode: int) -> None:
+    """Put `text` where `path` is: written beside it, then renamed over it.
+
+    Raises:
+        OffmapError: there is something else than a file.
+        KernelError: it cannot be written; what was there before is untouched.
+    """
+    target = Path(os.path.realpath(path))  # a link stays one: what it leads to is replaced
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(target.stat().st_mode):
+            raise OffmapError(f"{path} is not a file", "name one to write or to replace")
+    try:
+        # Not *.prom, which node_exporter would read half written.
+        fd, name = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent)
+    except OSError as error:
+        raise KernelError(f"making a file in {target.parent}", error, "name a folder that can be written") from None
+    beside = Path(name)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8", errors="replace", newline="") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a crash may leave an empty file under the new name
+        beside.rename(target)
+    except OSError as error:
+        raise KernelError(f"writing {path}", error) from None
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,146 @@
+"""Audits in Prometheus's text format, for node_exporter's textfile collector.
+
+Source: "Exposition formats", text-based format 0.0.4, and "Metric and label naming" of the Prometheus documentation.
+A verdict is a state set: one series for each verdict there is, of which one is 1, so that a rule can ask for any.
+Labels are bounded: VMs are at most LISTED, the gravest first, and regions are the kernel's own few names.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+from offmap.audit.verdict import Verdict
+from offmap.report.document import PAGE, NotAudited, Vm
+from offmap.report.hosts import TIME, HostReport, worst
+
+__all__ = ["LISTED", "render_prometheus"]
+
+LISTED = 512
+"""VMs of a host with series of their own."""
+
+_VERDICTS = (Verdict.HIDDEN, Verdict.EXPOSED, Verdict.UNKNOWN)
+_DIRECT_MAP_SIZES = {"4K": 4096, "2M": 2 << 20, "1G": 1 << 30}
+
+Labels = dict[str, str | int]
+
+
+class _Family:
+    """One metric: its help, and its samples in order. All of ours are gauges."""
+
+    def __init__(self, name: str, help_text: str) -> None:
+        self._lines = [f"# HELP {name} {help_text}", f"# TYPE {name} gauge"]
+        self._name = name
+
+    def add(self, value: float, labels: Labels) -> None:
+        inside = ",".join(f'{key}="{_escape(str(text))}"' for key, text in labels.items())
+        # repr of a float gives back the same float; a whole number is written as one.
+        number = str(int(value)) if value == int(value) else repr(value)
+        self._lines.append(f"{self._name}{{{inside}}} {number}" if inside else f"{self._name} {number}")
+
+    def verdict(self, verdict: Verdict | None, labels: Labels) -> None:
+        """A state set; all 0 for what had nothing to hide."""
+        for each in _VERDICTS:
+            self.add(verdict is each, {**labels, "verdict": each.value})
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    """A label's value: backslash, double quote and line feed are the characters that must be escaped."""
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def render_prometheus(reports: Sequence[HostReport], merged: bool = False) -> str:
+    """The whole file; ends with a line feed, as the format wants.
+
+    Args:
+        reports: one for an audit of this host, several for a merged report.
+        merged: label everything with the name of its host. (Of this host, Prometheus itself knows the name better.)
+    """
+    hosts: dict[str, list[HostReport]] = {}
+    for report in reports:
+        hosts.setdefault(report.host.name, []).append(report)
+    families = [
+        *_of_hosts(hosts, merged),
+        *_of_vms([(_host_label(name, merged), of_host) for name, of_host in hosts.items()]),
+    ]
+    return "".join(map(str, families))
+
+
+def _host_label(name: str, merged: bool) -> Labels:
+    return {"host": name} if merged else {}
+
+
+def _of_hosts(hosts: dict[str, list[HostReport]], merged: bool) -> Iterable[_Family]:
+    info = _Family("offmap_audit_info", "What made the audit, and the kernel that was audited.")
+    success = _Family(
+        "offmap_audit_success", "Whether the last audit ran to its end and judged every VM (1), or failed (0)."
+    )
+    verdict = _Family("offmap_audit_verdict", "The worst verdict on any VM of the host; all 0 if it has none.")
+    timestamp = _Family("offmap_audit_timestamp_seconds", "When the last audit ended, since the epoch.")
+    duration = _Family("offmap_audit_duration_seconds", "How long the last audit took.")
+    vms = _Family("offmap_audit_vms", "VMs of the host, by verdict.")
+    direct = _Family("offmap_host_direct_map_bytes", "The host kernel's direct map, by the size of its pages in bytes.")
+    for name, reports in hosts.items():
+        label = _host_label(name, merged)
+        for version, kernel in dict.fromkeys((report.offmap, report.host.kernel) for report in reports):
+            info.add(1, {**label, "offmap": version, "kernel": kernel})
+        success.add(all(not (r.failed or r.not_audited or r.notes) for r in reports), label)
+        verdict.verdict(worst(report.verdict for report in reports), label)
+        timestamp.add(min(_epoch(report.time) for report in reports), label)
+        duration.add(sum(report.seconds for report in reports), label)
+        verdicts = [vm.verdict for report in reports for vm in report.vms]
+        verdicts += [Verdict.UNKNOWN for report in reports for _ in report.not_audited]
+        for each in _VERDICTS:
+            vms.add(verdicts.count(each), {**label, "verdict": each.value})
+        walks = [vm.walk for report in reports for vm in report.vms]
+        for size, number in walks[-1].direct_map_bytes.items() if walks else ():
+            direct.add(number, {**label, "page_size": _DIRECT_MAP_SIZES.get(size, 0)})
+    return info, success, verdict, timestamp, duration, vms, direct
+
+
+def _of_vms(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Family]:
+    verdict = _Family("offmap_vm_verdict", "The verdict on one VM.")
+    ram = _Family(
+        "offmap_guest_ram_bytes",
+        "Guest RAM by state: hidden (no kernel mapping), exposed (the kernel maps it), unknown (it could not be "
+        "judged), unpopulated (no page there yet), excluded (kept from the guest).",
+    )
+    direct = _Family("offmap_direct_map_bytes", "Guest RAM in the host kernel's direct map.")
+    alias = _Family(
+        "offmap_alias_bytes",
+        "Guest RAM mapped outside the direct map, by region of the kernel's addresses; counted for each mapping.",
+    )
+    canaries = _Family("offmap_canaries_found", "Planted secrets that were read in kernel memory.")
+    omitted = _Family("offmap_audit_omitted_vms", "VMs that have no series of their own here: there are too many.")
+    for label, reports in hosts:
+        failures = [failure for report in reports for failure in report.not_audited]
+        audited = sorted((vm for report in reports for vm in report.vms), key=_gravity)
+        room = max(LISTED - len(failures), 0)
+        for failure in failures[:LISTED]:
+            verdict.verdict(Verdict.UNKNOWN, _vm_labels(failure, label))
+        for vm in audited[:room]:
+            labels = _vm_labels(vm, label)
+            verdict.verdict(vm.verdict, labels)
+            for state, pages in vm.pages_by_state.items():
+                ram.add(pages * PAGE, {**labels, "state": state})
+            direct.add(vm.pages.direct_map_pages * PAGE, labels)
+            for region, pages in vm.alias_pages_by_region.items():
+                alias.add(pages * PAGE, {**labels, "region": region})
+            if vm.pages.canaries_found is not None:
+                canaries.add(vm.pages.canaries_found, labels)
+        omitted.add(len(audited) + len(failures) - min(len(audited), room) - min(len(failures), LISTED), label)
+    return verdict, ram, direct, alias, canaries, omitted
+
+
+def _vm_labels(vm: Vm | NotAudited, label: Labels) -> Labels:
+    return {**label, "pid": vm.pid, "process": vm.process, "vmm": vm.vmm.vmm}
+
+
+def _gravity(vm: Vm) -> tuple[int, int]:
+    order = (Verdict.EXPOSED, Verdict.UNKNOWN, Verdict.HIDDEN)
+    return order.index(vm.verdict), -vm.pages.mapped_pages
+
+
+def _epoch(time: str) -> float:
+    return datetime.strptime(time, TIME).replace(tzinfo=UTC).timestamp()
