@@ -19,6 +19,7 @@
 #include <linux/list.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
+#include <linux/mman.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
 #include <linux/nodemask.h>
@@ -322,6 +323,28 @@ static const struct vm_operations_struct offmap_vm_ops = {
 #endif
 };
 
+/*
+ * Where one page can map a gigabyte, the address must be that of one too.
+ * thp_get_unmapped_area() aligns to 2M. Memory may be chosen by the mapping
+ * itself, so whether it will have whole gigabytes is not known yet.
+ */
+static unsigned long offmap_get_unmapped_area(struct file *file, unsigned long addr,
+					      unsigned long len, unsigned long pgoff,
+					      unsigned long flags)
+{
+#ifdef CONFIG_ARCH_SUPPORTS_PUD_PFNMAP
+	unsigned long phase = (pgoff << PAGE_SHIFT) & ~PUD_MASK;
+	unsigned long room;
+
+	if (len >= PUD_SIZE && len + PUD_SIZE > len && !addr && !(flags & MAP_FIXED)) {
+		room = thp_get_unmapped_area(file, 0, len + PUD_SIZE, pgoff, flags);
+		if (!IS_ERR_VALUE(room))
+			return ALIGN(room - phase, PUD_SIZE) + phase;
+	}
+#endif
+	return thp_get_unmapped_area(file, addr, len, pgoff, flags);
+}
+
 static int offmap_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct offmap_file *of = file->private_data;
@@ -484,7 +507,7 @@ static const struct file_operations offmap_fops = {
 	.mmap = offmap_mmap,
 	.unlocked_ioctl = offmap_ioctl,
 	.compat_ioctl = compat_ptr_ioctl,
-	.get_unmapped_area = thp_get_unmapped_area,
+	.get_unmapped_area = offmap_get_unmapped_area,
 	.llseek = noop_llseek,
 };
 

@@ -44,6 +44,7 @@ struct piece {
 	u64 size;
 	int nid;
 	bool movable;		/* was in ZONE_MOVABLE, and shall be again */
+	bool gigabyte;		/* we have all of the gigabyte that it is in */
 };
 
 struct unplugged {
@@ -363,33 +364,65 @@ static bool remove_memory_at(phys_addr_t start, u64 size)
 		       &start);
 		return false;
 	}
-	atomic_inc(&pieces_out);
-	if (!request_mem_region_exclusive(start, size, KBUILD_MODNAME))
-		pr_warn("somebody else claims the memory at %pa\n", &start);
 	return true;
 }
 
-/* Try to take @size bytes at @start, which are whole memory blocks. */
-static void take(struct unplugged *unplugged, phys_addr_t start, u64 size, int nid)
+/*
+ * What is in [@start, @start + @size), in pieces of @step bytes, which it is
+ * given back in. How many; 0 if it may not be taken, or not as such pieces.
+ */
+static unsigned int plan_pieces(struct piece *pieces, phys_addr_t start, u64 size, u64 step,
+				int nid)
 {
-	struct piece piece = { .start = start, .size = size };
-	struct page *page = pfn_to_online_page(PHYS_PFN(start));
+	u64 block = memory_block_size_bytes(), offset;
+	struct piece *piece = pieces - 1;
 
-	if (!page)
-		return;
-	piece.nid = page_to_nid(page);
-	piece.movable = is_zone_movable_page(page);
-	if (nid != OFFMAP_ANY_NODE && piece.nid != nid)
-		return;
-	if (!remove_memory_at(start, size))
-		return;
-	if (zero_piece(&piece, true)) {
-		/* It holds what it held before; nobody but the kernel has seen it. */
-		add_piece(&piece);
-		return;
+	for (offset = 0; offset < size; offset += block) {
+		struct page *page = pfn_to_online_page(PHYS_PFN(start + offset));
+
+		if (!page || (nid != OFFMAP_ANY_NODE && page_to_nid(page) != nid))
+			return 0;
+		if (!(offset & (step - 1)))
+			*++piece = (struct piece){
+				.start = start + offset,
+				.size = step,
+				.nid = page_to_nid(page),
+				.movable = is_zone_movable_page(page),
+			};
+		else if (piece->nid != page_to_nid(page) ||
+			 piece->movable != is_zone_movable_page(page))
+			return 0;
 	}
-	unplugged->pieces[unplugged->nr++] = piece;
-	unplugged->mem.size += size;
+	return piece + 1 - pieces;
+}
+
+/*
+ * Try to take @size bytes at @start, which are whole memory blocks. What a leaf
+ * of the direct map covers goes back at once, so that it is covered by one
+ * again; elsewhere blocks do, so that no leaf comes where there was none.
+ */
+static void take(struct unplugged *unplugged, phys_addr_t start, u64 size, bool leaf, int nid)
+{
+	struct piece *pieces = &unplugged->pieces[unplugged->nr];
+	unsigned int nr, i;
+
+	nr = plan_pieces(pieces, start, size, leaf ? size : memory_block_size_bytes(), nid);
+	if (!nr || !remove_memory_at(start, size))
+		return;
+	for (i = 0; i < nr; i++) {
+		struct piece piece = pieces[i];
+
+		atomic_inc(&pieces_out);
+		if (!request_mem_region_exclusive(piece.start, piece.size, KBUILD_MODNAME))
+			pr_warn("somebody else claims the memory at %pa\n", &piece.start);
+		if (zero_piece(&piece, true)) {
+			/* It holds what it held before; nobody but the kernel has seen it. */
+			add_piece(&piece);
+			continue;
+		}
+		unplugged->pieces[unplugged->nr++] = piece;
+		unplugged->mem.size += piece.size;
+	}
 }
 
 /*
@@ -411,7 +444,7 @@ static int take_units(struct unplugged *unplugged, u64 want, u64 unit, bool leav
 			break;
 		}
 		if ((direct_map_page_size(found.start[i]) == PUD_SIZE) == leaves)
-			take(unplugged, found.start[i], unit, nid);
+			take(unplugged, found.start[i], unit, leaves, nid);
 	}
 	kvfree(found.start);
 	return ret;
@@ -422,6 +455,36 @@ static int by_start(const void *a, const void *b)
 	const struct piece *p = a, *q = b;
 
 	return p->start < q->start ? -1 : p->start > q->start;
+}
+
+/*
+ * Whole gigabytes first: there, what is aligned in the file is aligned in
+ * memory, and one page can map each of them. Behind them, neighbours next to
+ * each other.
+ */
+static int by_place(const void *a, const void *b)
+{
+	const struct piece *p = a, *q = b;
+
+	return p->gigabyte == q->gigabyte ? by_start(a, b) : q->gigabyte - p->gigabyte;
+}
+
+static void arrange(struct unplugged *unplugged)
+{
+	struct piece *pieces = unplugged->pieces;
+	unsigned int i, j, nr = unplugged->nr;
+	u64 number, size;
+
+	sort(pieces, nr, sizeof(*pieces), by_start, NULL);
+	for (i = 0; i < nr; i = j) {
+		number = pieces[i].start >> PUD_SHIFT;
+		size = 0;
+		for (j = i; j < nr && pieces[j].start >> PUD_SHIFT == number; j++)
+			size += pieces[j].size;
+		while (i < j)
+			pieces[i++].gigabyte = size >= PUD_SIZE;
+	}
+	sort(pieces, nr, sizeof(*pieces), by_place, NULL);
 }
 
 static phys_addr_t unplugged_phys(const struct offmap_memory *mem, u64 offset, u64 *length)
@@ -456,20 +519,41 @@ static const struct offmap_source unplugged_source = {
 };
 
 /* At most so much can go; how much really can is known by trying only. */
-static u64 spare(u64 block)
+static u64 spare(u64 block, int nid)
 {
-	return round_down((u64)max(si_mem_available(), 0L) << PAGE_SHIFT, block);
+	u64 pages = max(si_mem_available(), 0L);
+
+	if (nid != OFFMAP_ANY_NODE)
+		pages = min_t(u64, pages, node_present_pages(nid));
+	return round_down(pages << PAGE_SHIFT, block);
+}
+
+/* Give back what of the pieces from @first on is not needed for @want. */
+static void trim(struct unplugged *unplugged, u64 want, unsigned int first)
+{
+	while (first < unplugged->nr) {
+		struct piece piece = unplugged->pieces[first];
+
+		if (unplugged->mem.size - piece.size < want) {
+			first++;
+			continue;
+		}
+		unplugged->pieces[first] = unplugged->pieces[--unplugged->nr];
+		unplugged->mem.size -= piece.size;
+		replug_piece(&piece);
+	}
 }
 
 /* With unplug_lock held. */
 static int take_memory(struct unplugged *unplugged, u64 want, u64 block, int nid)
 {
-	unsigned int i;
-	int ret;
+	unsigned int whole = 0;
+	u64 gigabytes = 0;
+	int ret = 0;
 
 	/* Do not starve the host only to find out that it is too much. */
-	if (want > spare(block)) {
-		unplugged->mem.size = spare(block);
+	if (want > spare(block, nid)) {
+		unplugged->mem.size = spare(block, nid);
 		return -ENOMEM;
 	}
 	if (block >= PUD_SIZE) {
@@ -477,23 +561,25 @@ static int take_memory(struct unplugged *unplugged, u64 want, u64 block, int nid
 		if (!ret)
 			ret = take_units(unplugged, want, block, false, nid);
 	} else {
-		ret = take_units(unplugged, want, block, false, nid);
+		/* Whole gigabytes where one page can map them, and blocks for the rest. */
+		if (IS_ENABLED(CONFIG_ARCH_SUPPORTS_PUD_PFNMAP))
+			gigabytes = round_down(want, PUD_SIZE);
+		if (gigabytes)
+			ret = take_units(unplugged, gigabytes, PUD_SIZE, false, nid);
+		if (!ret && gigabytes)
+			ret = take_units(unplugged, gigabytes, PUD_SIZE, true, nid);
+		whole = unplugged->nr;
+		if (!ret)
+			ret = take_units(unplugged, want, block, false, nid);
 		if (!ret)
 			ret = take_units(unplugged, want, PUD_SIZE, true, nid);
 	}
 	if (!ret && unplugged->mem.size < want)
 		ret = -ENOMEM;
 	/* A gigabyte at the end may have made blocks from before it too many. */
-	for (i = 0; !ret && i < unplugged->nr;) {
-		struct piece piece = unplugged->pieces[i];
-
-		if (unplugged->mem.size - piece.size < want) {
-			i++;
-			continue;
-		}
-		unplugged->pieces[i] = unplugged->pieces[--unplugged->nr];
-		unplugged->mem.size -= piece.size;
-		replug_piece(&piece);
+	if (!ret) {
+		trim(unplugged, want, whole);
+		trim(unplugged, want, 0);
 	}
 	return ret;
 }
@@ -509,7 +595,7 @@ struct offmap_memory *offmap_unplug(u64 *size, int nid)
 	if (!want)
 		return ERR_PTR(-EINVAL);
 	if (want > (u64)totalram_pages() << PAGE_SHIFT) {
-		*size = spare(block);
+		*size = spare(block, nid);
 		return ERR_PTR(-ENOMEM);
 	}
 	want = round_up(want, block);
@@ -518,7 +604,8 @@ struct offmap_memory *offmap_unplug(u64 *size, int nid)
 		return ERR_PTR(-ENOMEM);
 	unplugged->mem.source = &unplugged_source;
 	ret = -ENOMEM;
-	unplugged->pieces = kvcalloc(div64_u64(want, block), sizeof(*unplugged->pieces),
+	/* The last unit to be taken may be a gigabyte of which one block is wanted. */
+	unplugged->pieces = kvcalloc(div64_u64(want + PUD_SIZE, block), sizeof(*unplugged->pieces),
 				     GFP_KERNEL);
 	if (!unplugged->pieces)
 		goto fail;
@@ -530,8 +617,7 @@ struct offmap_memory *offmap_unplug(u64 *size, int nid)
 	*size = unplugged->mem.size;
 	if (ret)
 		goto fail;
-	/* Neighbours next to each other, so that one large page can map both. */
-	sort(unplugged->pieces, unplugged->nr, sizeof(*unplugged->pieces), by_start, NULL);
+	arrange(unplugged);
 	/* The mappings used for zeroing are gone, but maybe not from every TLB. */
 	vm_unmap_aliases();
 	pr_debug("%llu MiB taken from the kernel in %u pieces\n", *size >> 20, unplugged->nr);

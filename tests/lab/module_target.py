@@ -26,6 +26,7 @@ from offmap.uapi import offmap_module as uapi
 MIB = 1 << 20
 PAGE = 4096
 SIZE = 256 * MIB
+BLOCK = 128 * MIB  # a memory block of a small host
 SYS_MEMFD_SECRET = 447
 MREMAP_MAYMOVE = 1
 HOSTS = 0x5A5A_5A5A_0FF5_ED01  # fills the host's memory before
@@ -284,6 +285,7 @@ def gigabytes() -> Any:
     view = words(memory)
     result = {
         "taken": taken,
+        "address": address(memory),
         "zero": not view[:: PAGE // 8].any(),
         "ranges": physical_ranges(os.getpid(), address(memory), taken),
         "out": state(),
@@ -376,6 +378,42 @@ def memory_blocks() -> "Iterator[os.DirEntry[str]]":
         yield from sorted((e for e in entries if e.name[:6] == "memory" and e.name[6:].isdigit()), key=lambda e: e.name)
 
 
+def nodes() -> Any:
+    """Take memory of each NUMA node in turn: which blocks each node has before, meanwhile and after."""
+    result: dict[str, Any] = {"before": node_blocks(), "total": len(list(memory_blocks()))}
+    for node in result["before"]:
+        fd = open_device()
+        take(fd, SIZE, int(node))
+        memory = mmap.mmap(fd, SIZE)
+        ranges = physical_ranges(os.getpid(), address(memory), SIZE)
+        result[node] = {"out": node_blocks(), "taken": [start // BLOCK for start, _ in blocks_of(ranges)]}
+        del memory
+        os.close(fd)
+        result[node]["after"] = node_blocks()
+    request = uapi.offmap_unplug(1 << 30, 1, 0)
+    fd = open_device()
+    result["too much"] = failure(lambda: fcntl.ioctl(fd, uapi.OFFMAP_UNPLUG, request))
+    result["spare"] = request.size
+    return result
+
+
+def blocks_of(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    for start, length in ranges:
+        yield from ((at, BLOCK) for at in range(start, start + length, BLOCK))
+
+
+def node_blocks() -> dict[str, list[int]]:
+    """The memory blocks of each NUMA node, by number."""
+    found = {}
+    with os.scandir("/sys/devices/system/node") as entries:
+        for entry in entries:
+            if entry.name.startswith("node"):
+                names = os.listdir(entry.path)  # noqa: PTH208
+                numbers = [name.removeprefix("memory") for name in names if name.startswith("memory")]
+                found[entry.name.removeprefix("node")] = sorted(int(n) for n in numbers if n.isdigit())
+    return found
+
+
 def hold() -> Any:
     """Take memory and keep it until the input ends; the state meanwhile."""
     fd = open_device()
@@ -389,5 +427,5 @@ def hold() -> Any:
 
 
 if __name__ == "__main__":
-    actions = (leftovers, hostile, secrets, takers, refusal, kills, gigabytes, state, hold)
+    actions = (leftovers, hostile, secrets, takers, refusal, kills, gigabytes, nodes, state, hold)
     print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]]()))

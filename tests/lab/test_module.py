@@ -247,8 +247,84 @@ def test_under_a_gigabyte_leaf_the_whole_gigabyte_goes_or_nothing(lab_kernel: Ho
         assert found["after"]["direct_map"] == found["before"]["direct_map"]
         assert (found["after"]["claimed"], found["after"]["offline"]) == ([], "")
         assert 4 << 30 <= found["taken"] < (4 << 30) + (128 << 20)
+        # A whole gigabyte comes first in the file, at addresses that one page can map.
+        start, length = found["ranges"][0]
+        assert length >= 1 << 30
+        assert start % (1 << 30) == found["address"] % (1 << 30) == 0
         assert host.output(["rmmod", "offmap"]).status == 0
         assert b"BUG" not in host.output(["dmesg"]).stdout
+
+
+@pytest.mark.slow
+def test_memory_comes_from_the_node_that_was_named_and_goes_back_to_it(lab_kernel: HostKernel, tmp_path: Path) -> None:
+    initrd = tmp_path / "guest.initramfs"
+    initrd.write_bytes(guest_initramfs())
+    with LabHost.start(lab_kernel, memory="2G", nodes=2, out=tmp_path) as host:
+        insert(host, lab_module(lab_kernel), tmp_path)
+        found = ask(host, "nodes")
+        before = found["before"]
+        assert set(before) == {"0", "1"}
+        assert all(before.values())
+        assert sum(map(len, before.values())) == found["total"]
+        for node, other in (("0", "1"), ("1", "0")):
+            taken = set(found[node]["taken"])
+            assert len(taken) == SIZE // (128 * MIB)
+            assert taken <= set(before[node])
+            assert set(found[node]["out"][node]) == set(before[node]) - taken
+            assert found[node]["out"][other] == before[other]
+            assert found[node]["after"] == before
+        # Both nodes together could; this one has not so much.
+        assert found["too much"] == "ENOMEM"
+        assert found["spare"] < 1 << 30
+        options = ("--initrd", str(initrd), "--cmdline", CMDLINE, "--memory")
+        run = [*OFFMAP, "run", "--kernel", str(lab_kernel.vmlinuz), *options]
+        done = host.output([*run, "unplugged,node=7"], timeout=PATIENCE)
+        assert (done.status, done.stderr.count(b"\n")) == (2, 1), done.stderr
+        assert b"refused: this host has no NUMA node 7; see /sys/devices/system/node" in done.stderr
+        done = host.output([*run, "unplugged,node=1", "--memory-size", "1G"], timeout=PATIENCE)
+        assert (done.status, done.stderr.count(b"\n")) == (2, 1), done.stderr
+        assert re.search(rb"could spare [\d.]+ MiB in whole memory blocks on node 1, not 1 GiB", done.stderr)
+        with Guest(host, lab_kernel.vmlinuz, *options, "unplugged,node=1") as guest:
+            guest.expect(READY)
+            blocks = host.output(["sh", "-c", "ls -d /sys/devices/system/node/node1/memory[0-9]*"]).stdout.split()
+            assert len(before["1"]) - len(blocks) == SIZE // (128 * MIB)
+            guest.keys("poweroff -f\n")
+            assert guest.end() == 0, guest.errors
+        assert host.output(["rmmod", "offmap"]).status == 0
+        assert not re.search(r"WARNING:|BUG:", host.output(["dmesg"]).stdout.decode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("series", ["6.1", "6.12", "7.3"])
+def test_a_guest_is_mapped_by_a_gigabyte_where_the_kernel_can(
+    lab_kernel: HostKernel, series: str, tmp_path: Path
+) -> None:
+    kernel = host_kernel(f"debian:{series}")
+    initrd = tmp_path / "guest.initramfs"
+    initrd.write_bytes(guest_initramfs())
+    with LabHost.start(kernel, memory="6G", cmdline="no5lvl nokaslr", out=tmp_path) as host:
+        insert(host, lab_module(kernel), tmp_path)
+        before = ask(host, "state")
+        options = ("--memory", "unplugged", "--memory-size", "2560M", "--initrd", str(initrd), "--cmdline", CMDLINE)
+        with Guest(host, lab_kernel.vmlinuz, *options) as guest:
+            guest.expect(READY)
+            sizes = ("4k", "2m", "1g")
+            files = [f"/sys/kernel/debug/kvm/pages_{size}" for size in sizes]
+            counts = host.output(["cat", *files]).stdout.split()
+            pages = dict(zip(sizes, map(int, counts), strict=True))
+            if series == "6.1":
+                assert pages["4k"] and not pages["2m"] and not pages["1g"]
+            else:
+                # The rest of the memory is no whole gigabyte, and mapped by 2 MiB.
+                assert pages["1g"] and pages["2m"] and not pages["4k"], pages
+            done = host.output([*OFFMAP, "audit", str(guest.pid)], timeout=PATIENCE)
+            assert done.status == 0, done.stdout.decode()
+            guest.keys("poweroff -f\n")
+            assert guest.end() == 0, guest.errors
+        given_back(host, before)
+        assert ask(host, "state")["direct_map"] == before["direct_map"]
+        assert host.output(["rmmod", "offmap"]).status == 0
+        assert not re.search(r"WARNING:|BUG:", host.output(["dmesg"]).stdout.decode())
 
 
 KILLS = 20

@@ -28,6 +28,9 @@ def add_lab_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--modules", type=Path, metavar="DIR", help="lib/modules/RELEASE folder of a bzImage")
     parser.add_argument("--memory", default="2G", metavar="SIZE", help="RAM of the host (default: %(default)s)")
+    parser.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="NUMA nodes that share this RAM (default: %(default)s)"
+    )
     parser.add_argument("--host-cmdline", default="", metavar="TEXT", help="added to the host's kernel command line")
     parser.add_argument(
         "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="default: KVM if a host really boots under it"
@@ -139,6 +142,7 @@ def run_exec(args: argparse.Namespace) -> int:
                 accel=args.accel,
                 console=console,
                 timeout=min(left, BOOT_TIMEOUT),
+                nodes=args.nodes,
             )
         )
         say(f"offmap: {host.release} up after {time.monotonic() - began:.1f} s ({host.options.accel})")

@@ -77,6 +77,7 @@ class LabHost(Owned):
         console: BinaryIO | None = None,
         on_boot: Callable[[str], None] | None = None,
         timeout: float = BOOT_TIMEOUT,
+        nodes: int = 1,
     ) -> Self:
         """Boot a host and wait until it takes commands.
 
@@ -89,6 +90,7 @@ class LabHost(Owned):
             console: gets a copy of its kernel console.
             on_boot: called with each line of its console.
             timeout: seconds that the boot may take.
+            nodes: NUMA nodes that share its RAM.
 
         Raises:
             LabPanic, LabEnded, LabTimeout: the boot failed.
@@ -100,7 +102,7 @@ class LabHost(Owned):
             raise LabError(f"the output folder {folder} is not a writable folder", "give another one with --out")
         if accel == "auto":
             accel = acceleration.choose(kernel, lambda: cls._works_under_kvm(kernel))
-        options = HostOptions(size, cmdline, folder, accel)
+        options = HostOptions(size, cmdline, folder, accel, nodes)
         host = cls(kernel, options, Console(console, on_boot))
         try:
             host._boot(timeout)

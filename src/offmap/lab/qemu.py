@@ -30,6 +30,7 @@ ACCEL = {
 }
 
 _UNITS = {"": 20, "K": 10, "M": 20, "G": 30, "T": 40}  # QEMU's own: a bare number is MiB
+MAX_NODES = 8
 MIN_MEMORY = 128 << 20  # a Debian kernel with this initramfs does not come up in less
 
 
@@ -42,12 +43,20 @@ class HostOptions:
         cmdline: appended to its kernel command line, as it is.
         out: folder shared writable, or None.
         accel: ``tcg`` or ``kvm``.
+        nodes: NUMA nodes that share its RAM evenly; the first has the processor.
     """
 
     memory: int
     cmdline: str = ""
     out: Path | None = None
     accel: str = "tcg"
+    nodes: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.nodes <= MAX_NODES:
+            raise LabError(f"a host cannot have {self.nodes} NUMA nodes", f"give 1 to {MAX_NODES}")
+        if self.memory // self.nodes < MIN_MEMORY:
+            raise LabError(f"{self.nodes} NUMA nodes need more memory", "give at least 128M for each")
 
 
 def parse_size(text: str) -> int:
@@ -81,7 +90,7 @@ def command_line(qemu: str, vmlinuz: str, initrd: str, agent_fd: int, options: H
     """Compose QEMU's arguments; console on its standard output, agent on the socket ``agent_fd``."""
     argv = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-machine", "q35,usb=off,vmport=off,smm=off", *ACCEL[options.accel], "-smp", "1"]
-    argv += ["-m", f"{options.memory >> 10}k"]
+    argv += ["-m", f"{options.memory >> 10}k", *_nodes(options)]
     argv += ["-kernel", vmlinuz, "-initrd", initrd, "-append", f"{CMDLINE} {options.cmdline}".strip()]
     argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
     argv += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,fd={agent_fd}"]
@@ -89,6 +98,19 @@ def command_line(qemu: str, vmlinuz: str, initrd: str, agent_fd: int, options: H
     argv += _share("root", Path("/"), "readonly=on")
     if options.out is not None:
         argv += _share("out", options.out, "readonly=off")
+    return argv
+
+
+def _nodes(options: HostOptions) -> list[str]:
+    """Give each NUMA node its share of the RAM, in whole memory blocks of the smallest size there is."""
+    if options.nodes == 1:
+        return []
+    share = options.memory // options.nodes >> 27 << 27
+    sizes = [options.memory - share * (options.nodes - 1)] + [share] * (options.nodes - 1)
+    argv = []
+    for node, size in enumerate(sizes):
+        argv += ["-object", f"memory-backend-ram,id=node{node},size={size >> 10}k"]
+        argv += ["-numa", f"node,nodeid={node},memdev=node{node}" + (",cpus=0" if node == 0 else "")]
     return argv
 
 

@@ -42,6 +42,30 @@ def test_no_out_share_unless_asked() -> None:
     assert command_line("qemu", "/k", "/i", 7, HostOptions(1 << 30)).count("-fsdev") == 1
 
 
+def test_nodes_share_all_of_the_memory_in_whole_blocks() -> None:
+    argv = command_line("qemu", "/k", "/i", 7, HostOptions(2000 << 20, nodes=3))
+    sizes = [int(word.rpartition("=")[2].removesuffix("k")) for word in argv if word.startswith("memory-backend-ram")]
+    assert sum(sizes) == 2000 << 10
+    assert sizes[1:] == [640 << 10] * 2
+    assert [word for word in argv if word.startswith("node,")] == [
+        "node,nodeid=0,memdev=node0,cpus=0",
+        "node,nodeid=1,memdev=node1",
+        "node,nodeid=2,memdev=node2",
+    ]
+    assert "-numa" not in command_line("qemu", "/k", "/i", 7, HostOptions(1 << 30))
+
+
+@pytest.mark.parametrize("nodes", [0, -1, 9, 1 << 40])
+def test_bad_number_of_nodes(nodes: int) -> None:
+    with pytest.raises(LabError):
+        HostOptions(64 << 30, nodes=nodes)
+
+
+def test_too_little_memory_for_its_nodes() -> None:
+    with pytest.raises(LabError, match="128M for each"):
+        HostOptions(512 << 20, nodes=5)
+
+
 @pytest.fixture
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine with QEMU and something at /dev/kvm."""
