@@ -6,20 +6,29 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 import offmap
 from offmap.audit.canary import CanaryKey
 from offmap.audit.control import check_control
 from offmap.audit.frames import resolve
 from offmap.audit.guest_ram import GuestRam, RamRange, find_guest_ram
 from offmap.audit.host import HostFacts, host_facts, utc_now
+from offmap.audit.intervals import Intervals
+from offmap.audit.join import join
 from offmap.audit.kcore import Kcore
+from offmap.audit.kinds import kinds_of, read_vmallocinfo
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.pagemap import OwnPage
-from offmap.audit.process import Process
+from offmap.audit.physical import physical_map
+from offmap.audit.process import Process, ProcessEnded
 from offmap.audit.reach import Kind, PhysicalMap, Reach, ReachTotal, Sharing, VmmFacts
 from offmap.audit.regions import Layout
 from offmap.audit.scan import ScanResult, scan_memory
-from offmap.audit.verdict import PageCounts, Verdict, alias_ranges, classify, excluded_pages, mapped_guest_ranges
+from offmap.audit.sharers import sharing_of
+from offmap.audit.verdict import Judged, PageCounts, Verdict, classify, excluded_ranges, mapped_guest_ranges
+from offmap.audit.vms import vmm_facts
 from offmap.audit.walk import walk_kernel_half
 from offmap.errors import Undetermined
 
@@ -59,6 +68,7 @@ class AuditResult:
         vmm: what the process calls itself.
         partial: why the audit ended early (the process exited, …) and what it counts is a part; empty otherwise.
         time: when it ended, as utc_now says it.
+        judged: every page; not part of the JSON.
     """
 
     pid: int
@@ -82,6 +92,7 @@ class AuditResult:
     vmm: VmmFacts = field(default_factory=VmmFacts)
     partial: str = ""
     time: str = field(default_factory=utc_now)
+    judged: Judged | None = field(default=None, repr=False, compare=False)
 
     @property
     def alias_pages_by_region(self) -> dict[str, int]:
@@ -180,33 +191,41 @@ def audit_process(
     scan: CanaryKey | None = None,
     ranges: Sequence[RamRange] | None = None,
     progress: Progress | None = None,
+    sharers: bool = False,
 ) -> AuditResult:
     """Find which pages of a process's guest RAM the host kernel has mapped.
 
-    The process is neither stopped nor written to.
+    The process is neither stopped nor written to. One that ends meanwhile leaves a result that says so (``partial``),
+    and whose verdict is never ``hidden``.
 
     Args:
         pid: of the VMM.
         scan: if given, also scan all that the kernel has mapped for canaries of this key.
         ranges: audit these addresses instead of what is found to be guest RAM.
         progress: told how far the audit is.
+        sharers: also name the other processes that map the guest's pages.
 
     Raises:
         NoSuchProcess: no such process.
-        Undetermined: this host does not let the question be answered, or the process ended meanwhile.
+        Undetermined: this host does not let the question be answered, or the process ended before anything was seen.
     """
     tell: Progress = progress or (lambda stage, share: None)
     with Process(pid) as process:
         for _ in range(_ATTEMPTS):
             with Kcore() as kcore:
-                result = _audit(process, kcore, scan, ranges, tell)
+                result = _audit(process, kcore, scan, ranges, tell, sharers)
                 if not kcore.changed():
                     return result
     raise Undetermined("memory was hot-plugged or removed during each attempt", "run the audit again")
 
 
 def _audit(
-    process: Process, kcore: Kcore, scan: CanaryKey | None, ranges: Sequence[RamRange] | None, tell: Progress
+    process: Process,
+    kcore: Kcore,
+    scan: CanaryKey | None,
+    ranges: Sequence[RamRange] | None,
+    tell: Progress,
+    sharers: bool,
 ) -> AuditResult:
     started = time.monotonic()
     info = kcore.vmcoreinfo
@@ -215,57 +234,102 @@ def _audit(
         tell(Stage.FRAMES, 0.0)
         control.pfn()  # fails here, and loudly, where pagemap hides frames
         ram = GuestRam(tuple(ranges)) if ranges else find_guest_ram(process)
-        name = process.name()
+        name, facts = process.name(), vmm_facts(process)
         before = resolve(process, ram.ranges, kcore.page_flags)
         tell(Stage.WALK, 0.0)
         mappings = walk_kernel_half(kcore, info.root_pa, info.levels, kcore.page_offset_base, info.sme_mask)
+        kinds = kinds_of(mappings, layout, read_vmallocinfo())
         check_control(control, kcore, mappings)
         after = resolve(process, ram.ranges, kcore.page_flags)
-    pages, frames = classify(before, after, excluded_pages(ram), mappings)
+    judged = classify(before, after, excluded_ranges(ram), mappings, kinds)
+    moved, partial = _slots_moved(process, ram, bool(ranges))
+    partial = before.ended or after.ended or partial
+    sharing, unshared = _sharing(process, ram, judged, sharers, partial)
     tell(Stage.WALK, 1.0)
     scanned = None
     if scan is not None:
         devices = sorted({*before.device_ranges, *after.device_ranges})
-        scanned = scan_memory(kcore, mappings, layout, scan, frames, devices, lambda share: tell(Stage.SCAN, share))
-    # Slots that came during the audit were not looked at.
-    moved = not ranges and not ram.guessed and find_guest_ram(process) != ram
-    verdict, notes = _judge(pages, ram, scanned, moved)
-    aliases = alias_ranges(frames, mappings, layout)
+        scanned = scan_memory(
+            kcore, mappings, layout, scan, _every(judged.frames), devices, lambda share: tell(Stage.SCAN, share)
+        )
+    pages = judged.counts()
+    joined = join(judged, mappings, kinds, layout, ram)
+    verdict, notes = _judge(pages, ram, scanned, moved, partial)
+    notes = (*notes, *unshared)
+    if partial:
+        seen = classify(before, before, excluded_ranges(ram), mappings, kinds).counts()
+        if seen.pages_populated and not pages.pages_populated:
+            notes = (
+                *notes,
+                f"before it did, {seen.pages_populated} pages of it were seen; the walk found mappings of "
+                f"{seen.mapped_pages} of these frames, which may have been somebody else's by then",
+            )
+    if any(total.kind is Kind.VMALLOC_SPACE and not total.caller for total in joined.reach) and not kinds.named:
+        notes = (
+            *notes,
+            "what maps pages in the vmalloc space is not told: /proc/vmallocinfo shows addresses while "
+            "sysctl kernel.kptr_restrict is 1",
+        )
     return AuditResult(
         pid=process.pid,
         process=name,
         host=host_facts(),
         ram=ram,
         pages=pages,
-        aliases=tuple(aliases),
-        reach=_totals(aliases),
-        mapped=tuple(mapped_guest_ranges(before, ram, mappings)),
+        aliases=joined.aliases,
+        mapped=tuple(mapped_guest_ranges(judged, ram)),
         mappings=mappings,
         levels=info.levels,
         scan=scanned,
         verdict=verdict,
         notes=notes,
         seconds=time.monotonic() - started,
+        reach=joined.reach,
+        direct_map_ranges=joined.direct_map_ranges,
+        omitted=joined.omitted,
+        physical=physical_map(judged, kcore.ram),
+        sharing=sharing,
+        vmm=facts,
+        partial=partial,
+        judged=judged,
     )
 
 
-def _totals(ranges: Sequence[Reach]) -> tuple[ReachTotal, ...]:
-    groups: dict[tuple[Kind, str, int, bool, bool, str], list[int]] = {}
-    for each in ranges:
-        key = (each.kind, each.region, each.page_size, each.writable, each.executable, each.caller)
-        groups.setdefault(key, []).append(each.bytes // 4096)
-    return tuple(
-        ReachTotal(kind, region, size, writable, executable, caller, sum(pages), len(pages))
-        for (kind, region, size, writable, executable, caller), pages in groups.items()
-    )
+def _slots_moved(process: Process, ram: GuestRam, requested: bool) -> tuple[bool, str]:
+    """Whether the memory slots are others than at the start (those were not looked at), or how the process ended."""
+    try:
+        process.check_alive()
+        return not requested and not ram.guessed and find_guest_ram(process) != ram, ""
+    except ProcessEnded as ended:
+        return False, ended.what
+
+
+def _sharing(
+    process: Process, ram: GuestRam, judged: Judged, named: bool, partial: str
+) -> tuple[Sharing | None, tuple[str, ...]]:
+    if partial:
+        return None, ()
+    try:
+        return sharing_of(process, ram, judged, named=named), ()
+    except Undetermined as error:
+        return None, (f"whether other processes map these pages too cannot be told: {error}",)
+
+
+def _every(frames: Intervals) -> NDArray[np.uint64]:
+    parts = [np.arange(a, b, dtype=np.uint64) for a, b in zip(frames.start.tolist(), frames.end.tolist(), strict=True)]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
 
 
 def _judge(
-    pages: PageCounts, ram: GuestRam, scan: ScanResult | None, moved: bool = False
+    pages: PageCounts, ram: GuestRam, scan: ScanResult | None, moved: bool = False, partial: str = ""
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict, and what must be said beside it."""
     verdict = pages.verdict(ram.guessed)
     notes = []
+    if partial:
+        notes.append(f"{partial}: this result is a part")
+        if verdict is Verdict.HIDDEN:
+            verdict = Verdict.UNKNOWN
     if ram.guessed:
         notes.append("the ranges are guesses (large mappings of a process with a KVM VM); --range names them for sure")
     if ram.unseen_guest_memfd:

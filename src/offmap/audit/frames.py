@@ -1,22 +1,24 @@
 """The page frame behind every page of guest RAM, or why it is not known.
 
 Three states, and none of them is a default: POPULATED (the frame is known), EMPTY (there is provably no page, so it
-holds nothing), UNKNOWN (anything else, with the reason).
+holds nothing), UNKNOWN (anything else, with the reason). Pages are kept as runs: of neighbours in one state, whose
+frames are neighbours too. So a terabyte of huge pages is a few thousand numbers.
 """
 
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit import pagemap
 from offmap.audit.guest_ram import RamRange
+from offmap.audit.intervals import Intervals, cut
 from offmap.audit.maps import Mapping
 from offmap.audit.pageflags import KPF_ZERO_PAGE, PageFlags
-from offmap.audit.process import Process
+from offmap.audit.process import Process, ProcessEnded
 from offmap.audit.residency import Backing, allocated_bytes, backing_of, link, open_backing, resident_frames
 from offmap.audit.unplugged import is_offmap_device, physical_ranges
 from offmap.errors import Undetermined
@@ -26,39 +28,130 @@ __all__ = ["EMPTY", "POPULATED", "UNKNOWN", "Frames", "resolve"]
 
 PAGE = 4096
 UNKNOWN, EMPTY, POPULATED = 0, 1, 2
+_MISSING = 3  # not in the process's page tables: one of the three above, once its file has been asked
 
-# Times the RAM that the host has for itself (a guest may be larger, as reserved memory is not of it): the arrays of an
-# audit, some 50 bytes a page, would take nearly half of that.
+# Times the RAM that the host has for itself (a guest may be larger, as reserved memory is not of it).
 _MOST_RAM = 32
 
 _DEV_MEM = os.makedev(1, 1)  # Documentation/admin-guide/devices.txt: char 1:1, physical memory access
+_CHUNK = 1 << 17  # pages asked of pagemap at once: 1 MiB of entries
+_HUGE = 512  # pages of a 2 MiB one
+_AWAY = "swapped out or being migrated"
+
+Ints = NDArray[np.int64]
 
 
 @dataclass
 class Frames:
-    """Of every page of the ranges, in their order: its frame (0 unless POPULATED) and its state.
+    """Of all pages of the ranges, in their order, as runs.
 
-    ``reasons`` says why pages are UNKNOWN, with their number; ``regions`` are the physical ranges of those that came
-    from /dev/mem, which /proc/iomem does not count as RAM.
+    Attributes:
+        page: the first page of each run, ascending from 0; no run crosses from one range to the next.
+        pfn: frame of that page (the run's others follow it); 0 unless POPULATED.
+        state: of the run.
+        why: of an UNKNOWN run, index into ``reasons``; else 0.
+        total: pages of all ranges together.
+        device_ranges: physical ranges of those that came from a device, which /proc/iomem does not count as RAM.
+        ended: what the process did before all its pages were looked at; empty if nothing.
     """
 
-    pfn: NDArray[np.uint64]
+    page: Ints
+    pfn: Ints
     state: NDArray[np.uint8]
-    reasons: dict[str, int] = field(default_factory=dict)
+    why: NDArray[np.uint8]
+    reasons: tuple[str, ...] = ("",)
+    total: int = 0
     device_ranges: list[tuple[int, int]] = field(default_factory=list)
+    ended: str = ""
+
+    @property
+    def pages(self) -> Ints:
+        """Pages in each run."""
+        return np.diff(np.append(self.page, self.total))
 
     @classmethod
-    def unknown(cls, pages: int) -> "Frames":
-        return cls(np.zeros(pages, dtype=np.uint64), np.full(pages, UNKNOWN, dtype=np.uint8))
+    def of_pages(
+        cls, pfn: NDArray[np.integer], state: NDArray[np.integer], reasons: dict[str, Sequence[int]] | None = None
+    ) -> "Frames":
+        """From one frame and one state for each page; ``reasons`` name pages that are UNKNOWN."""
+        building = _Building()
+        why = np.zeros(len(state), dtype=np.uint8)
+        for reason, pages in (reasons or {}).items():
+            why[list(pages)] = building.number(reason)
+        building.add_pages(pfn.astype(np.int64), state.astype(np.uint8), why)
+        return building.frames()
 
-    def unexplained(self, reason: str, pages: int) -> None:
-        """Count pages that stay UNKNOWN."""
+    @classmethod
+    def all_unknown(cls, pages: int, reason: str) -> "Frames":
+        building = _Building()
+        building.add_unknown(pages, reason)
+        return building.frames()
+
+
+class _Building:
+    """Frames being put together, from the first page on."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.device_ranges: list[tuple[int, int]] = []
+        self._reasons = {"": 0}
+        self._starts: list[int] = []
+        self._parts: list[tuple[Ints, Ints, NDArray[np.uint8], NDArray[np.uint8]]] = []
+
+    def number(self, reason: str) -> int:
+        """Index of a reason. Names in them are the process's choice: 255 at most, the rest is one."""
+        if reason not in self._reasons and len(self._reasons) >= 255:
+            reason = "for too many different reasons to list"
+        return self._reasons.setdefault(reason, len(self._reasons))
+
+    def begin_range(self) -> None:
+        self._starts.append(self.total)
+
+    def add_runs(self, page: Ints, pfn: Ints, state: NDArray[np.uint8], why: NDArray[np.uint8], pages: int) -> None:
+        """Runs of the next ``pages`` pages; ``page`` counts from the first of these."""
+        self._parts.append((page + self.total, pfn, state, why))
+        self.total += pages
+
+    def add_pages(self, pfn: Ints, state: NDArray[np.uint8], why: NDArray[np.uint8]) -> None:
+        """One entry for each page."""
+        if not len(state):
+            return
+        pfn = np.where(state == POPULATED, pfn, 0)
+        follows = (state[1:] == state[:-1]) & (why[1:] == why[:-1])
+        follows &= (state[1:] != POPULATED) | (pfn[1:] == pfn[:-1] + 1)
+        first = np.flatnonzero(np.concatenate(([True], ~follows)))
+        self.add_runs(first.astype(np.int64), pfn[first], state[first], why[first], len(state))
+
+    def add_run(self, pages: int, state: int, pfn: int = 0, why: int = 0) -> None:
         if pages:
-            self.reasons[reason] = self.reasons.get(reason, 0) + pages
+            one = np.zeros(1, dtype=np.int64)
+            self.add_runs(one, one + pfn, np.array([state], np.uint8), np.array([why], np.uint8), pages)
+
+    def add_unknown(self, pages: int, reason: str) -> None:
+        self.add_run(pages, UNKNOWN, why=self.number(reason))
+
+    def frames(self, ended: str = "") -> Frames:
+        columns = [np.concatenate(part) for part in zip(*self._parts, strict=True)] if self._parts else []
+        page, pfn, state, why = columns or (
+            np.zeros(0, np.int64),
+            np.zeros(0, np.int64),
+            np.zeros(0, np.uint8),
+            np.zeros(0, np.uint8),
+        )
+        if len(page):
+            # What was looked at in pieces is one run where it can be.
+            follows = (state[1:] == state[:-1]) & (why[1:] == why[:-1])
+            follows &= (state[1:] != POPULATED) | (pfn[1:] == pfn[:-1] + np.diff(page))
+            follows &= ~np.isin(page[1:], np.array(self._starts, dtype=np.int64))
+            first = np.concatenate(([True], ~follows))
+            page, pfn, state, why = page[first], pfn[first], state[first], why[first]
+        return Frames(page, pfn, state, why, tuple(self._reasons), self.total, self.device_ranges, ended)
 
 
 def resolve(process: Process, ranges: Iterable[RamRange], flags: PageFlags) -> Frames:
     """Find the frames of all pages of the ranges.
+
+    A process that ends meanwhile is no error: what was not looked at by then is UNKNOWN, and ``ended`` says so.
 
     Args:
         process: the audited one.
@@ -66,7 +159,7 @@ def resolve(process: Process, ranges: Iterable[RamRange], flags: PageFlags) -> F
         flags: tells the shared zero page, which holds nothing of the guest's.
 
     Raises:
-        Undetermined: the process has ended, or the ranges are larger than any guest here can be.
+        Undetermined: the process may not be looked at, or the ranges are larger than any guest here can be.
     """
     wanted = list(ranges)
     pages, host = sum(part.pages for part in wanted), os.sysconf("SC_PHYS_PAGES")
@@ -75,133 +168,189 @@ def resolve(process: Process, ranges: Iterable[RamRange], flags: PageFlags) -> F
             f"the ranges to audit are {format_size(pages * PAGE)}, and this host has {format_size(host * PAGE)} of RAM",
             "name those that are RAM with --range VA:LENGTH",
         )
-    frames = Frames.unknown(sum(part.pages for part in wanted))
-    mappings = process.maps()
-    fd = process.open("pagemap")
+    zero = pagemap.zero_page_pfn()
+    if not int(flags.of(np.array([zero], dtype=np.uint64))[0]) >> KPF_ZERO_PAGE & 1:
+        zero = -1
+    building = _Building()
+    ended = ""
     try:
-        position = 0
+        process.check_alive()
+        mappings = process.maps()
         for part in wanted:
-            _resolve_range(process, fd, part, mappings, frames, position)
-            position += part.pages
-    finally:
-        os.close(fd)
-    _drop_zero_page(frames, flags)
-    return frames
+            building.begin_range()
+            _resolve_range(process, part, mappings, building, zero)
+        process.check_alive()  # maps and links are of the program that runs now, pagemap of the one that ran first
+    except ProcessEnded as end:
+        ended = end.what
+        building.add_unknown(pages - building.total, f"{ended} before it was looked at")
+    return _drop_huge_zero_page(building.frames(ended), flags)
 
 
 def _resolve_range(
-    process: Process, fd: int, part: RamRange, mappings: Sequence[Mapping], frames: Frames, position: int
+    process: Process, part: RamRange, mappings: Sequence[Mapping], building: _Building, zero: int
 ) -> None:
-    found = 0
+    position, last = part.va, part.va + part.bytes
     for mapping in mappings:
-        start, end = max(mapping.start, part.va), min(mapping.end, part.va + part.bytes)
+        start, end = max(mapping.start, part.va), min(mapping.end, last)
         if start < end:
-            pages = (end - start) // PAGE
-            at = position + (start - part.va) // PAGE
-            piece = Frames(frames.pfn[at : at + pages], frames.state[at : at + pages], frames.reasons)
-            _resolve_piece(process, fd, mapping, start, piece)
-            frames.device_ranges += piece.device_ranges
-            found += pages
-    frames.unexplained("not mapped by the process", part.pages - found)
+            building.add_unknown((start - position) // PAGE, "not mapped by the process")
+            _resolve_piece(process, mapping, start, (end - start) // PAGE, building, zero)
+            position = end
+    building.add_unknown((last - position) // PAGE, "not mapped by the process")
 
 
-def _resolve_piece(process: Process, fd: int, mapping: Mapping, va: int, piece: Frames) -> None:
-    """Fill in a stretch of one mapping; ``piece`` holds views on the whole."""
-    pages = len(piece.state)
+def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, building: _Building, zero: int) -> None:
+    """A stretch of one mapping."""
     status = None if mapping.inode == 0 else process.stat(link(mapping))
-    if status is not None and stat.S_ISCHR(status.st_mode) and status.st_rdev == _DEV_MEM and mapping.shared:
-        # VM_PFNMAP: pagemap shows a hole, but the file's offset is the physical address (drivers/char/mem.c).
-        first = mapping.offset + va - mapping.start
-        piece.pfn[:] = np.arange(first // PAGE, first // PAGE + pages, dtype=np.uint64)
-        piece.state[:] = POPULATED
-        piece.device_ranges.append((first, first + pages * PAGE))
+    if status is not None and stat.S_ISCHR(status.st_mode):
+        if status.st_rdev == _DEV_MEM and mapping.shared:
+            # VM_PFNMAP: pagemap shows a hole, but the file's offset is the physical address (drivers/char/mem.c).
+            first = mapping.offset + va - mapping.start
+            building.add_run(pages, POPULATED, first // PAGE)
+            building.device_ranges.append((first, first + pages * PAGE))
+            return
+        if is_offmap_device(status.st_rdev):
+            _resolve_unplugged(process, va, pages, building)
+            return
+    away = building.number(_AWAY)
+    try:
+        chunks = [
+            _look(process.pagemap, va + first * PAGE, min(_CHUNK, pages - first), zero, away)
+            for first in range(0, pages, _CHUNK)
+        ]
+    except pagemap.PagemapEnds as error:
+        process.check_alive()
+        building.add_unknown(pages, error.what)  # beyond what has page tables of its own, like the vsyscall page
         return
-    if status is not None and stat.S_ISCHR(status.st_mode) and is_offmap_device(status.st_rdev):
-        _resolve_unplugged(process, va, piece)
-        return
+    if any((chunk.state == _MISSING).any() for chunk in chunks):
+        _settle_missing(process, mapping, va, chunks, building)
+    for chunk in chunks:
+        building.add_runs(chunk.page, chunk.pfn, chunk.state, chunk.why, chunk.total)
+
+
+def _look(fd: int, va: int, pages: int, zero: int, away: int) -> Frames:
+    """What pagemap shows of some pages, as runs; those in no page table are _MISSING.
+
+    Args:
+        zero: frame of the page of zeroes: nothing of the guest's is in it.
+        away: index of the reason for pages that are swapped out.
+    """
     entries = pagemap.read_pagemap(fd, va, pages)
     here = pagemap.present(entries)
-    piece.pfn[here] = pagemap.pfn(entries[here])
-    piece.state[here] = POPULATED
-    away = pagemap.swapped(entries)
-    piece.unexplained("swapped out or being migrated", int(np.count_nonzero(away)))
-    missing = ~here & ~away
-    if not missing.any():
-        return
-    if mapping.anonymous:
-        piece.state[missing] = EMPTY
-        return
-    _resolve_missing(process, mapping, va, entries, missing, piece)
+    pfn = pagemap.pfn(entries).astype(np.int64)
+    state = np.full(pages, _MISSING, dtype=np.uint8)
+    state[here] = POPULATED
+    state[pagemap.swapped(entries)] = UNKNOWN
+    state[here & (pfn == zero)] = EMPTY
+    # Within a run of frames this is the same for every page.
+    base = np.where(state == POPULATED, pfn - np.arange(pages), 0)
+    first = np.flatnonzero(np.concatenate(([True], (base[1:] != base[:-1]) | (state[1:] != state[:-1]))))
+    state = state[first]
+    why = np.where(state == UNKNOWN, away, 0).astype(np.uint8)
+    return Frames(first.astype(np.int64), np.where(state == POPULATED, pfn[first], 0), state, why, total=pages)
 
 
-def _resolve_unplugged(process: Process, va: int, piece: Frames) -> None:
+def _resolve_unplugged(process: Process, va: int, pages: int, building: _Building) -> None:
     """Memory that the offmap module took from the kernel; no page table but the process's own shows it."""
-    pages = len(piece.state)
     try:
         ranges = physical_ranges(process.pid, va, pages * PAGE)
     except OSError as error:
-        piece.unexplained(f"the offmap module did not say where it is ({error.strerror or error})", pages)
+        process.check_alive()
+        building.add_unknown(pages, f"the offmap module did not say where it is ({error.strerror or error})")
         return
-    at = 0
+    process.check_alive()  # the module goes by the PID, which might have been used again
     for start, size in ranges:
-        count = size // PAGE
-        piece.pfn[at : at + count] = np.arange(start // PAGE, start // PAGE + count, dtype=np.uint64)
-        at += count
-    piece.state[:] = POPULATED
-    piece.device_ranges += [(start, start + size) for start, size in ranges]
+        building.add_run(size // PAGE, POPULATED, start // PAGE)
+        building.device_ranges.append((start, start + size))
 
 
-def _resolve_missing(
-    process: Process,
-    mapping: Mapping,
-    va: int,
-    entries: NDArray[np.uint64],
-    missing: NDArray[np.bool_],
-    piece: Frames,
-) -> None:
+def _settle_missing(process: Process, mapping: Mapping, va: int, chunks: list[Frames], building: _Building) -> None:
     """Pages that are not in the process's page tables, though their file may have them."""
-    count = int(np.count_nonzero(missing))
+    if mapping.anonymous:
+        _mark(chunks, EMPTY)
+        return
     kind = backing_of(process, mapping)
     if kind is Backing.OTHER:
-        piece.unexplained(f"in no page table of the process ({mapping.path or 'unnamed mapping'})", count)
+        process.check_alive()
+        what = mapping.path or "unnamed mapping"
+        _mark(chunks, UNKNOWN, building.number(f"in no page table of the process ({what})"))
         return
     if kind in {Backing.SHMEM, Backing.HUGETLB} and mapping.shared:
         held = allocated_bytes(process, mapping)
-        distinct = len(np.unique(pagemap.pfn(entries[pagemap.present(entries)])))
-        if held is not None and held <= distinct * PAGE:
-            piece.state[missing] = EMPTY  # the file holds nothing beyond what the process has mapped here
+        if held is not None and held <= _distinct(chunks) * PAGE:
+            _mark(chunks, EMPTY)  # the file holds nothing beyond what the process has mapped here
             return
     if kind is Backing.HUGETLB:
-        piece.unexplained(f"in no page table of the process, but {mapping.path} holds pages elsewhere", count)
+        reason = f"in no page table of the process, but {mapping.path} holds pages elsewhere"
+        _mark(chunks, UNKNOWN, building.number(reason))
         return
-    offset = mapping.offset + va - mapping.start
     with open_backing(process, mapping) as backing:
         if backing is None:
-            piece.unexplained(f"in no page table of the process, and its file ({mapping.path}) is closed", count)
+            process.check_alive()
+            reason = f"in no page table of the process, and its file ({mapping.path}) is closed"
+            _mark(chunks, UNKNOWN, building.number(reason))
             return
-        try:
-            frames, resident, empty = resident_frames(
-                backing, offset, len(missing), missing, kind is not Backing.UNSWAPPABLE
-            )
-        except (OSError, ValueError) as error:
-            piece.unexplained(f"in no page table of the process, and its file cannot be asked ({error})", count)
-            return
-    piece.pfn[resident] = frames[resident]
-    piece.state[resident] = POPULATED
-    piece.state[empty] = EMPTY
-    piece.unexplained(
-        f"in no page table of the process, but {mapping.path} holds it elsewhere",
-        int(np.count_nonzero(missing & ~resident & ~empty)),
-    )
+        offset = mapping.offset + va - mapping.start
+        elsewhere = building.number(f"in no page table of the process, but {mapping.path} holds it elsewhere")
+        for index, chunk in enumerate(chunks):
+            if (chunk.state == _MISSING).any():
+                try:
+                    chunks[index] = _ask_file(backing, offset, chunk, kind is not Backing.UNSWAPPABLE, elsewhere)
+                except (OSError, ValueError) as error:
+                    reason = f"in no page table of the process, and its file cannot be asked ({error})"
+                    _mark([chunk], UNKNOWN, building.number(reason))
+            offset += chunk.total * PAGE
 
 
-def _drop_zero_page(frames: Frames, flags: PageFlags) -> None:
-    """A page that was only ever read is the kernel's one page of zeroes: nothing of the guest's is in it."""
-    populated = np.flatnonzero(frames.state == POPULATED)
-    values, counts = np.unique(frames.pfn[populated], return_counts=True)
-    # The small zero page is asked for; the huge one stands behind several pages wherever it was used twice.
-    candidates = np.union1d(values[counts > 1], np.array([pagemap.zero_page_pfn()], dtype=np.uint64))
-    zero = candidates[flags.of(candidates) & np.uint64(1 << KPF_ZERO_PAGE) != 0]
-    drop = populated[np.isin(frames.pfn[populated], zero)]
-    frames.pfn[drop] = 0
-    frames.state[drop] = EMPTY
+def _mark(chunks: Iterable[Frames], state: int, why: int = 0) -> None:
+    for chunk in chunks:
+        missing = chunk.state == _MISSING
+        chunk.state[missing], chunk.why[missing] = state, why
+
+
+def _distinct(chunks: Iterable[Frames]) -> int:
+    """How many frames there are in all."""
+    known = [(chunk.pfn[here], chunk.pages[here]) for chunk in chunks for here in [chunk.state == POPULATED]]
+    start = np.concatenate([pfn for pfn, _ in known])
+    return Intervals.union(start, start + np.concatenate([pages for _, pages in known])).size
+
+
+def _ask_file(fd: int, offset: int, chunk: Frames, counts_holes: bool, elsewhere: int) -> Frames:
+    """The chunk, with what the file at byte ``offset`` says of the missing pages."""
+    run = np.repeat(np.arange(len(chunk.page)), chunk.pages)
+    state, why = chunk.state[run], chunk.why[run]
+    pfn = np.where(state == POPULATED, chunk.pfn[run] + np.arange(chunk.total) - chunk.page[run], 0)
+    missing = state == _MISSING
+    frames, resident, empty = resident_frames(fd, offset, chunk.total, missing, counts_holes)
+    pfn[resident] = frames[resident].astype(np.int64)
+    state[missing], why[missing] = UNKNOWN, elsewhere
+    state[resident], why[resident] = POPULATED, 0
+    state[empty], why[empty] = EMPTY, 0
+    building = _Building()
+    building.add_pages(pfn, state, why)
+    return building.frames()
+
+
+def _drop_huge_zero_page(frames: Frames, flags: PageFlags) -> Frames:
+    """Huge pages that were only ever read are all the same 2 MiB of zeroes: nothing of the guest's is in them.
+
+    The kernel names its small page of zeroes to anybody who reads a fresh page; the huge one is told by standing behind
+    more than one place.
+    """
+    here = np.flatnonzero((frames.state == POPULATED) & (frames.pages >= _HUGE))
+    first = -(-frames.pfn[here] // _HUGE)
+    count = np.maximum((frames.pfn[here] + frames.pages[here]) // _HUGE - first, 0)
+    blocks = np.repeat(first - np.cumsum(count) + count, count) + np.arange(int(count.sum()))
+    blocks, times = np.unique(blocks, return_counts=True)
+    frame = (blocks[times > 1] * _HUGE).astype(np.uint64)
+    zero = blocks[times > 1][flags.of(frame) & np.uint64(1 << KPF_ZERO_PAGE) != 0] * _HUGE
+    if not len(zero):
+        return frames
+    empty = Intervals.union(zero, zero + _HUGE)
+    populated = frames.state == POPULATED
+    # Runs of other states have no frames to be cut by.
+    source, offset, _ = cut(np.where(populated, frames.pfn, -1 << 60), frames.pages, empty.edges)
+    pfn, state = frames.pfn[source] + np.where(populated[source], offset, 0), frames.state[source]
+    dropped = (state == POPULATED) & empty.contains(pfn)
+    pfn[dropped], state[dropped] = 0, EMPTY
+    return replace(frames, page=frames.page[source] + offset, pfn=pfn, state=state, why=frames.why[source])

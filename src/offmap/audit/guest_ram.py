@@ -25,7 +25,16 @@ from offmap.audit.maps import Mapping as Vma
 from offmap.audit.process import Process
 from offmap.errors import Undetermined
 
-__all__ = ["GuestRam", "RamRange", "Source", "find_guest_ram", "guess_ranges", "parse_memslots"]
+__all__ = [
+    "KVM_VM_LINK",
+    "MEMSLOTS_LINK",
+    "GuestRam",
+    "RamRange",
+    "Source",
+    "find_guest_ram",
+    "guess_ranges",
+    "parse_memslots",
+]
 
 PAGE = 4096
 MEMSLOTS_LINK = "/memfd:offmap-memslots (deleted)"
@@ -33,7 +42,7 @@ MEMSLOTS_SCHEMA = "offmap-memslots/1"
 _MEMSLOTS_LIMIT = 1 << 20  # far more than KVM_USER_MEM_SLOTS of them take
 _GUESS_MINIMUM = 16 << 20  # smaller mappings are heaps, stacks and libraries more often than RAM
 _GUEST_MEMFD = "[kvm-gmem]"  # virt/kvm/guest_memfd.c, __kvm_gmem_create
-_KVM_VM_LINK = "anon_inode:kvm-vm"
+KVM_VM_LINK = "anon_inode:kvm-vm"
 
 
 class Source(Enum):
@@ -170,7 +179,7 @@ def find_guest_ram(process: Process) -> GuestRam:
             tuple(hole for claim in parts for hole in claim.excluded),
             _unseen_guest_memfd(_guest_memfds(process, links), ranges, process.maps()),
         )
-    if _KVM_VM_LINK not in links.values():
+    if KVM_VM_LINK not in links.values():
         raise Undetermined(
             f"process {process.pid} holds no KVM VM and no offmap-memslots list",
             "say which addresses to audit with --range VA:LENGTH",

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from offmap.errors import Undetermined
 from offmap.owned import Owned
 
-__all__ = ["OwnPage", "pfn", "present", "private", "read_pagemap", "require_pfns", "swapped"]
+__all__ = ["OwnPage", "PagemapEnds", "pfn", "present", "private", "read_pagemap", "require_pfns", "swapped"]
 
 PAGE = 4096
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -19,6 +19,10 @@ _FILE = np.uint64(1 << 61)
 _SWAPPED = np.uint64(1 << 62)
 _PRESENT = np.uint64(1 << 63)
 _CHUNK = 1 << 17  # entries a read: 1 MiB
+
+
+class PagemapEnds(Undetermined):
+    """pagemap has nothing more to say."""
 
 
 def present(entries: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -48,7 +52,8 @@ def read_pagemap(fd: int, va: int, pages: int) -> NDArray[np.uint64]:
         fd: an open /proc/PID/pagemap.
 
     Raises:
-        Undetermined: the process has ended or lost its address space.
+        PagemapEnds: the process has ended or lost its address space, or that address is beyond it.
+        Undetermined: it cannot be read.
     """
     entries = np.zeros(pages, dtype=np.uint64)
     view = entries.view(np.uint8).data
@@ -60,7 +65,7 @@ def read_pagemap(fd: int, va: int, pages: int) -> NDArray[np.uint64]:
         except OSError as error:
             raise Undetermined(f"reading pagemap failed: {error.strerror}") from None
         if got < 8:
-            raise Undetermined("the process ended during the audit, or its pagemap ends before its mappings do")
+            raise PagemapEnds("its pagemap ends before its mappings do")
         done += got // 8
     return entries
 

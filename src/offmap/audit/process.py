@@ -7,13 +7,17 @@ from offmap.audit.maps import Mapping, parse_maps
 from offmap.errors import OffmapError, Undetermined
 from offmap.owned import Owned
 
-__all__ = ["NoSuchProcess", "Process"]
+__all__ = ["NoSuchProcess", "Process", "ProcessEnded"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class NoSuchProcess(OffmapError):
     """There is no process with this PID."""
+
+
+class ProcessEnded(Undetermined):
+    """The audited process, or its address space, came to an end."""
 
 
 class Process(Owned):
@@ -25,24 +29,72 @@ class Process(Owned):
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self._pagemap: int | None = None
         try:
             self._fd = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError):
             raise NoSuchProcess(f"there is no process {pid}", "give the PID of a running VMM") from None
 
     def close(self) -> None:
+        if self._pagemap is not None:
+            os.close(self._pagemap)
+            self._pagemap = None
         os.close(self._fd)
+
+    @property
+    def pagemap(self) -> int:
+        """Its open pagemap; it is of the address space that the process had when this was first asked for.
+
+        Raises:
+            Undetermined: as ``open``.
+        """
+        if self._pagemap is None:
+            self._pagemap = self.open("pagemap")
+            if not os.pread(self._pagemap, 8, 0):
+                if not self.running():
+                    raise ProcessEnded(f"process {self.pid} ended during the audit")
+                raise Undetermined(f"process {self.pid} has no address space of its own", "give the PID of a VMM")
+        return self._pagemap
+
+    def check_alive(self) -> None:
+        """Make sure that the address space that was first looked at is still the process's.
+
+        Raises:
+            ProcessEnded: the process has ended, or runs another program (exec).
+        """
+        if os.pread(self.pagemap, 8, 0):  # nothing at all once the address space is gone (pagemap_read)
+            return
+        if self.running():
+            raise ProcessEnded(f"process {self.pid} replaced its program during the audit")
+        raise ProcessEnded(f"process {self.pid} ended during the audit")
+
+    def running(self) -> bool:
+        """Whether it lives; a zombie does not."""
+        try:
+            fd = os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
+        except OSError:
+            return False
+        try:
+            # "PID (comm) STATE …"; the name may hold anything (Documentation/filesystems/proc.rst, table 1-4).
+            return os.read(fd, 4096).rpartition(b")")[2].split()[:1] not in ([b"Z"], [b"X"], [])
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(fd)
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
         """Open a file below /proc/PID; the caller owns the fd.
 
         Raises:
-            Undetermined: the process has ended, or its file may not be opened.
+            ProcessEnded: the process has ended.
+            Undetermined: there is no such file, or it may not be opened.
         """
         try:
             return os.open(name, flags | os.O_CLOEXEC, dir_fd=self._fd)
-        except (FileNotFoundError, ProcessLookupError):
-            raise Undetermined(f"process {self.pid} ended during the audit") from None
+        except (FileNotFoundError, ProcessLookupError) as error:
+            if not self.running():
+                raise ProcessEnded(f"process {self.pid} ended during the audit") from None
+            raise Undetermined(f"/proc/{self.pid}/{name} is not there any more: {error.strerror}") from None
         except OSError as error:
             raise Undetermined(
                 f"cannot open /proc/{self.pid}/{name}: {error.strerror}",
@@ -55,7 +107,14 @@ class Process(Owned):
             try:
                 return file.read()
             except ProcessLookupError:
-                raise Undetermined(f"process {self.pid} ended during the audit") from None
+                raise ProcessEnded(f"process {self.pid} ended during the audit") from None
+
+    def link(self, name: str) -> str:
+        """Where a link below /proc/PID says that it leads; empty where that cannot be told."""
+        try:
+            return os.readlink(name, dir_fd=self._fd)
+        except OSError:
+            return ""
 
     def maps(self) -> list[Mapping]:
         """Its mappings now."""

@@ -9,6 +9,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from offmap.audit.kcore import Segment
 from offmap.audit.reach import Kind
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo
@@ -111,9 +114,15 @@ class Layout:
                 return name
         return HOLE
 
-    def kind(self, va: int) -> Kind:
-        """What a mapping at this address is, if it is not the direct map's own."""
-        return _KINDS.get(self.name(va), Kind.OTHER)
+    def kinds(self, va: NDArray[np.uint64]) -> NDArray[np.int8]:
+        """What a mapping at each address is, if it is not the direct map's own, as an index into ``tuple(Kind)``."""
+        order = tuple(Kind)
+        # An empty range in front, so that every address has one at or below it.
+        ranges = [(0, 0, HOLE), *self._ranges]
+        codes = np.array([order.index(_KINDS.get(name, Kind.OTHER)) for _, _, name in ranges], dtype=np.int8)
+        starts, ends = (np.array([min(r[side], _TOP - 1) for r in ranges], dtype=np.uint64) for side in (0, 1))
+        index = np.searchsorted(starts, va, side="right") - 1
+        return np.where(va < ends[index], codes[index], order.index(Kind.OTHER)).astype(np.int8)
 
     @classmethod
     def of(cls, info: VmcoreInfo, page_offset_base: int, segments: Sequence[Segment] = ()) -> "Layout":

@@ -4,7 +4,6 @@ The order matters: one mapped page makes the whole EXPOSED; failing that, one pa
 UNKNOWN; HIDDEN is what is left, and only if there was something to hide.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -13,14 +12,18 @@ from numpy.typing import NDArray
 
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
 from offmap.audit.guest_ram import GuestRam
-from offmap.audit.mappings import KernelMappings, covered
-from offmap.audit.reach import Reach
-from offmap.audit.regions import Layout
+from offmap.audit.intervals import Intervals, cut
+from offmap.audit.kinds import Kinds
+from offmap.audit.mappings import KernelMappings
+from offmap.audit.reach import Kind
 from offmap.errors import ExitStatus
 
-__all__ = ["PageCounts", "Verdict", "alias_ranges", "classify", "excluded_pages", "mapped_guest_ranges"]
+__all__ = ["Judged", "PageCounts", "Verdict", "classify", "excluded_ranges", "mapped_guest_ranges"]
 
 PAGE = 4096
+_CHANGED = "came, went or moved during the audit"
+
+Ints = NDArray[np.int64]
 
 
 class Verdict(Enum):
@@ -75,117 +78,167 @@ class PageCounts:
         return Verdict.HIDDEN
 
 
-def excluded_pages(ram: GuestRam) -> NDArray[np.bool_]:
-    """Which pages, in the order of the ranges, lie wholly in a guest-physical range that the guest does not get."""
-    parts = []
+@dataclass(frozen=True)
+class Judged:
+    """All pages of the ranges, in their order, as runs of pages of which the same is to be said.
+
+    Attributes:
+        page, pages: the run's first page and how many it has.
+        pfn: frame of the first, where ``state`` is POPULATED.
+        state: EMPTY, POPULATED (known, and the same before and after the walk) or UNKNOWN.
+        why: of an UNKNOWN run, index into ``reasons``.
+        excluded: whether the guest does not get it.
+        reached: the kinds of kernel mapping that reach it, as a mask of 1 << index into ``tuple(Kind)``.
+        blind: whether a part of the page tables could not be read, so that what nothing reaches is not hidden either.
+    """
+
+    page: Ints
+    pages: Ints
+    pfn: Ints
+    state: NDArray[np.uint8]
+    why: NDArray[np.uint16]
+    excluded: NDArray[np.bool_]
+    reached: NDArray[np.uint32]
+    reasons: tuple[str, ...] = ("",)
+    blind: str = ""
+
+    DIRECT = np.uint32(1 << Kinds.index(Kind.DIRECT_MAP))
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Which runs are of guest pages whose frames are known."""
+        return np.asarray((self.state == POPULATED) & ~self.excluded, dtype=np.bool_)
+
+    @property
+    def frames(self) -> Intervals:
+        """All frames of known guest pages, each once."""
+        known = self.known
+        return Intervals.union(self.pfn[known], (self.pfn + self.pages)[known])
+
+    def counts(self) -> PageCounts:
+        """Count the pages."""
+
+        def count(mask: NDArray[np.bool_]) -> int:
+            return int(self.pages[mask].sum())
+
+        guest, mapped = ~self.excluded, self.reached != 0
+        direct, alias = self.reached & self.DIRECT != 0, self.reached & ~self.DIRECT != 0
+        unknown = guest & (self.state == UNKNOWN)
+        unseen = self.known & ~mapped if self.blind else np.zeros_like(mapped)
+        reasons = {
+            self.reasons[why] or "for no reason that was noted": count(unknown & (self.why == why))
+            for why in np.unique(self.why[unknown]).tolist()
+        }
+        if unseen.any():
+            reasons[self.blind] = count(unseen)
+        return PageCounts(
+            ram_pages=int(self.pages.sum()),
+            pages_populated=count(self.known),
+            not_populated_pages=count(guest & (self.state == EMPTY)),
+            direct_map_pages=count(guest & direct),
+            alias_pages=count(guest & alias),
+            mapped_pages=count(guest & mapped),
+            unknown_pages=count(unknown | unseen),
+            excluded_pages=count(self.excluded),
+            excluded_mapped_pages=count(self.excluded & mapped),
+            excluded_direct_pages=count(self.excluded & direct),
+            reasons=reasons,
+        )
+
+
+def excluded_ranges(ram: GuestRam) -> Intervals:
+    """The pages, counted through all ranges, that lie wholly in a guest-physical range that the guest does not get."""
+    starts, ends, position = [], [], 0
     for part in ram.ranges:
-        mask = np.zeros(part.pages, dtype=np.bool_)
         if part.guest_phys_addr is not None:
             for start, size in ram.excluded:
-                first = -(-(start - part.guest_phys_addr) // PAGE)
-                last = (start + size - part.guest_phys_addr) // PAGE
-                mask[max(first, 0) : max(last, 0)] = True
-        parts.append(mask)
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.bool_)
+                first = max(-(-(start - part.guest_phys_addr) // PAGE), 0)
+                last = min((start + size - part.guest_phys_addr) // PAGE, part.pages)
+                starts.append(position + first)
+                ends.append(position + max(first, last))
+        position += part.pages
+    return Intervals.union(np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64))
 
 
 def classify(
-    before: Frames, after: Frames, excluded: NDArray[np.bool_], mappings: KernelMappings
-) -> tuple[PageCounts, NDArray[np.uint64]]:
+    before: Frames, after: Frames, excluded: Intervals, mappings: KernelMappings, kinds: Kinds | None = None
+) -> Judged:
     """Judge each page.
 
     Args:
         before, after: the frames as they were before and after the walk; a page that differs is unknown.
-        excluded: pages kept from the guest.
-        mappings: what the walk found.
-
-    Returns:
-        The counts, and the frames (sorted, distinct) of the guest's populated pages.
+        excluded: pages that the guest does not get.
+        kinds: of the mappings' runs; without them, all outside the direct map are OTHER.
     """
-    known = (before.state == POPULATED) & (after.state == POPULATED) & (before.pfn == after.pfn)
-    changed = (before.state != after.state) | (before.pfn != after.pfn)
-    empty = (before.state == EMPTY) & (after.state == EMPTY)
-    direct = known & covered(mappings.direct, before.pfn)
-    alias = known & covered(mappings.aliases, before.pfn)
-    mapped = direct | alias
-    guest = ~excluded
-    unknown = ~known & ~empty
-    blind = known & ~mapped if mappings.unreadable else np.zeros_like(known)
+    page = np.union1d(np.union1d(before.page, after.page), excluded.edges[excluded.edges < before.total])
+    if before.total:
+        page = np.union1d(page, np.zeros(1, dtype=np.int64))
+    one, two = (np.searchsorted(frames.page, page, side="right") - 1 for frames in (before, after))
+    state, why = before.state[one], before.why[one]
+    pfn = np.where(state == POPULATED, before.pfn[one] + page - before.page[one], 0)
+    same_frame = pfn == np.where(state == POPULATED, after.pfn[two] + page - after.page[two], 0)
+    changed = (state != after.state[two]) | ~same_frame
+    # What could not be seen keeps its reason; of the rest it is said that it changed.
+    reasons = (*before.reasons, _CHANGED)
+    reason = np.where(state == UNKNOWN, why, len(reasons) - 1)
+    if after.ended:
+        reasons = (*reasons, f"{after.ended} before it was looked at again")
+        reason = np.where((state != UNKNOWN) & (after.state[two] == UNKNOWN), len(reasons) - 1, reason)
+    state = np.where(changed, UNKNOWN, state).astype(np.uint8)
+    why = np.where(changed, reason, why)
+    pages = np.diff(np.append(page, before.total))
 
-    def count(mask: NDArray[np.bool_]) -> int:
-        return int(np.count_nonzero(mask))
-
-    counts = PageCounts(
-        ram_pages=len(known),
-        pages_populated=count(known & guest),
-        not_populated_pages=count(empty & guest),
-        direct_map_pages=count(direct & guest),
-        alias_pages=count(alias & guest),
-        mapped_pages=count(mapped & guest),
-        unknown_pages=count((unknown | blind) & guest),
-        excluded_pages=count(excluded),
-        excluded_mapped_pages=count(mapped & excluded),
-        excluded_direct_pages=count(direct & excluded),
-    )
-    if count(unknown & ~changed & guest):
-        counts.reasons.update(after.reasons or before.reasons)
-    moved = count(changed & (before.state != UNKNOWN) & guest)
-    if moved:
-        counts.reasons["came, went or moved during the audit"] = moved
-    if count(blind & guest):
+    sets = _reach_sets(mappings, kinds)
+    edges = np.unique(np.concatenate([frames.edges for _, frames in sets] or [np.zeros(0, dtype=np.int64)]))
+    populated = state == POPULATED
+    # Runs without frames are cut by nothing.
+    source, offset, length = cut(np.where(populated, pfn, -1 << 60), pages, edges)
+    populated = populated[source]
+    pfn = np.where(populated, pfn[source] + offset, 0)
+    reached = np.zeros(len(source), dtype=np.uint32)
+    for code, frames in sets:
+        reached[populated & frames.contains(pfn)] |= np.uint32(1 << code)
+    page = page[source] + offset
+    blind = ""
+    if mappings.unreadable:
         example = mappings.unreadable[0]
-        counts.reasons[f"kernel page tables could not be read at {example.va:#x}: {example.reason}"] = count(
-            blind & guest
-        )
-    return counts, np.unique(before.pfn[known & guest])
-
-
-def mapped_guest_ranges(before: Frames, ram: GuestRam, mappings: KernelMappings) -> list[tuple[int, int]]:
-    """Guest-physical (address, bytes) of all pages that the kernel maps, merged, where their address is known."""
-    mapped = (before.state == POPULATED) & (
-        covered(mappings.direct, before.pfn) | covered(mappings.aliases, before.pfn)
+        blind = f"kernel page tables could not be read at {example.va:#x}: {example.reason}"
+    return Judged(
+        page,
+        length,
+        pfn,
+        state[source],
+        why[source].astype(np.uint16),
+        excluded.contains(page),
+        reached,
+        reasons,
+        blind,
     )
+
+
+def _reach_sets(mappings: KernelMappings, kinds: Kinds | None) -> list[tuple[int, Intervals]]:
+    """The frames that each kind of mapping reaches."""
+    code = (
+        np.where(mappings.is_direct, Kinds.index(Kind.DIRECT_MAP), Kinds.index(Kind.OTHER))
+        if kinds is None
+        else kinds.kind
+    )
+    start = (mappings.runs["pa"] >> np.uint64(12)).astype(np.int64)
+    end = start + (mappings.runs["bytes"] >> np.uint64(12)).astype(np.int64)
+    return [(each, Intervals.union(start[code == each], end[code == each])) for each in np.unique(code).tolist()]
+
+
+def mapped_guest_ranges(judged: Judged, ram: GuestRam) -> list[tuple[int, int]]:
+    """Guest-physical (address, bytes) of all pages that the kernel maps, merged, where their address is known."""
+    mapped = judged.reached != 0
+    start = judged.page[mapped]
     found: list[tuple[int, int]] = []
     position = 0
+    hit = Intervals.union(start, start + judged.pages[mapped])
     for part in ram.ranges:
-        pages = np.flatnonzero(mapped[position : position + part.pages]).astype(np.uint64)
+        if part.guest_phys_addr is not None:
+            low, high = np.maximum(hit.start, position), np.minimum(hit.end, position + part.pages)
+            for first, end in zip(low[low < high].tolist(), high[low < high].tolist(), strict=True):
+                found.append((part.guest_phys_addr + (first - position) * PAGE, (end - first) * PAGE))
         position += part.pages
-        if part.guest_phys_addr is None or not len(pages):
-            continue
-        found += [(part.guest_phys_addr + first * PAGE, (end - first) * PAGE) for first, end in _stretches(pages)]
     return sorted(found)
-
-
-def alias_ranges(frames: NDArray[np.uint64], mappings: KernelMappings, layout: Layout) -> list[Reach]:
-    """Every mapping outside the direct map of these frames (sorted, distinct), in order of address."""
-    aliases = mappings.aliases
-    low = np.searchsorted(frames, aliases["pa"] >> np.uint64(12))
-    high = np.searchsorted(frames, (aliases["pa"] + aliases["bytes"]) >> np.uint64(12))
-    found = []
-    for index in np.flatnonzero(high > low).tolist():
-        run = aliases[index]
-        inside = frames[low[index] : high[index]]
-        for stretch in _stretches(inside):
-            pa = stretch[0] * PAGE
-            va = int(run["va"]) + pa - int(run["pa"])
-            found.append(
-                Reach(
-                    va,
-                    pa,
-                    (stretch[1] - stretch[0]) * PAGE,
-                    layout.kind(va),
-                    layout.name(va),
-                    PAGE << 9 * (int(run["level"]) - 1),
-                    bool(run["writable"]),
-                    not bool(run["nx"]),
-                )
-            )
-    return found
-
-
-def _stretches(frames: NDArray[np.uint64]) -> Sequence[tuple[int, int]]:
-    """Sorted, distinct numbers as [first, last + 1) stretches."""
-    breaks = np.flatnonzero(np.diff(frames) != 1) + 1
-    starts = frames[np.concatenate(([0], breaks))]
-    ends = frames[np.concatenate((breaks - 1, [len(frames) - 1]))]
-    return [(int(start), int(end) + 1) for start, end in zip(starts, ends, strict=True)]

@@ -6,9 +6,14 @@ from hypothesis import strategies as st
 
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
+from offmap.audit.intervals import Intervals
+from offmap.audit.join import join
+from offmap.audit.kinds import kinds_of
 from offmap.audit.mappings import RUN, KernelMappings, Span
+from offmap.audit.physical import physical_map
+from offmap.audit.reach import Kind
 from offmap.audit.regions import VMALLOC, Layout
-from offmap.audit.verdict import PageCounts, Verdict, alias_ranges, classify, excluded_pages, mapped_guest_ranges
+from offmap.audit.verdict import PageCounts, Verdict, classify, excluded_ranges, mapped_guest_ranges
 from offmap.errors import ExitStatus
 
 PAGE = 4096
@@ -17,9 +22,18 @@ ALIAS = 0xFFFF_C900_0000_0000
 
 
 def frames(*pages: tuple[int, int]) -> Frames:
-    return Frames(
-        np.array([pfn for pfn, _ in pages], dtype=np.uint64), np.array([state for _, state in pages], dtype=np.uint8)
+    return Frames.of_pages(
+        np.array([pfn for pfn, _ in pages], dtype=np.int64), np.array([state for _, state in pages], dtype=np.uint8)
     )
+
+
+def pages(mask: list[bool]) -> Intervals:
+    """The set of pages that the mask has."""
+    index = np.flatnonzero(np.array(mask, dtype=np.bool_))
+    return Intervals.union(index, index + 1)
+
+
+NONE = pages([])
 
 
 def mappings(
@@ -35,8 +49,7 @@ def mappings(
 
 
 def judge(seen: Frames, found: KernelMappings, after: Frames | None = None, guessed: bool = False) -> Verdict:
-    counts, _ = classify(seen, after or seen, np.zeros(len(seen.pfn), dtype=np.bool_), found)
-    return counts.verdict(guessed)
+    return classify(seen, after or seen, NONE, found).counts().verdict(guessed)
 
 
 def test_exit_status_of_each_verdict() -> None:
@@ -63,7 +76,7 @@ def test_mapping_at_another_place_of_the_direct_map_is_an_alias() -> None:
     runs = np.zeros(1, dtype=RUN)
     runs[0] = (BASE + 7 * PAGE, 100 * PAGE, PAGE, 1, True, True)
     seen = frames((100, POPULATED))
-    counts, _ = classify(seen, seen, np.zeros(1, dtype=np.bool_), KernelMappings(runs, (), {}, BASE))
+    counts = classify(seen, seen, NONE, KernelMappings(runs, (), {}, BASE)).counts()
     assert (counts.direct_map_pages, counts.alias_pages) == (0, 1)
 
 
@@ -102,43 +115,62 @@ def test_guess_can_be_exposed_but_not_hidden() -> None:
 
 def test_excluded_pages_do_not_count_but_are_counted() -> None:
     seen = frames((5, POPULATED), (100, POPULATED))
-    counts, guest = classify(seen, seen, np.array([True, False]), mappings([(0, 1)], [(5, 1)]))
+    judged = classify(seen, seen, pages([True, False]), mappings([(0, 1)], [(5, 1)]))
+    counts = judged.counts()
     assert counts.verdict(False) is Verdict.HIDDEN
     assert (counts.excluded_pages, counts.excluded_mapped_pages, counts.pages_populated) == (1, 1, 1)
-    assert guest.tolist() == [100]
+    assert judged.frames.edges.tolist() == [100, 101]
 
 
 def test_pages_of_the_direct_map_cannot_be_excluded_into_hidden() -> None:
     seen = frames((5, POPULATED), (100, POPULATED))
-    counts, _ = classify(seen, seen, np.array([True, False]), mappings([(0, 9)], []))
+    counts = classify(seen, seen, pages([True, False]), mappings([(0, 9)], [])).counts()
     assert (counts.verdict(False), counts.excluded_direct_pages) == (Verdict.UNKNOWN, 1)
 
 
 def test_all_pages_excluded_is_unknown() -> None:
     seen = frames((100, POPULATED))
-    counts, _ = classify(seen, seen, np.array([True]), mappings([], []))
+    counts = classify(seen, seen, pages([True]), mappings([], [])).counts()
     assert counts.verdict(False) is Verdict.UNKNOWN
 
 
 def test_page_is_excluded_only_if_all_of_it_is() -> None:
     part = RamRange(0x7000_0000, 8 * PAGE, Source.MEMSLOT, guest_phys_addr=0x10_0000)
     ram = GuestRam((part,), ((0x10_0000 + 100, 3 * PAGE),))
-    assert excluded_pages(ram).tolist() == [False, True, True, False, False, False, False, False]
+    assert excluded_ranges(ram).edges.tolist() == [1, 3]
 
 
 def test_excluded_range_outside_every_slot_excludes_nothing() -> None:
     part = RamRange(0x7000_0000, 2 * PAGE, Source.MEMSLOT, guest_phys_addr=0x10_0000)
-    assert not excluded_pages(GuestRam((part,), ((0, 0x10_0000), (1 << 40, PAGE)))).any()
+    assert not excluded_ranges(GuestRam((part,), ((0, 0x10_0000), (1 << 40, PAGE)))).size
 
 
 def test_aliases_are_listed_as_contiguous_ranges() -> None:
     layout = Layout([(ALIAS, ALIAS + (1 << 40), VMALLOC)])
-    found = alias_ranges(np.array([10, 11, 13, 40], dtype=np.uint64), mappings([(0, 90)], [(9, 6)]), layout)
+    seen = frames(*((pfn, POPULATED) for pfn in (40, 10, 11, 13)))
+    kernel = mappings([(0, 90)], [(9, 6)])
+    kinds = kinds_of(kernel, layout, ())
+    ram = GuestRam((RamRange(0x7000_0000, 4 * PAGE, Source.MEMSLOT, guest_phys_addr=0x10_0000),))
+    joined = join(classify(seen, seen, NONE, kernel, kinds), kernel, kinds, layout, ram)
     va = ALIAS + (1 << 30)
-    assert [(a.va, a.pa, a.bytes, a.region) for a in found] == [
-        (va + PAGE, 10 * PAGE, 2 * PAGE, VMALLOC),
-        (va + 4 * PAGE, 13 * PAGE, PAGE, VMALLOC),
+    assert [(a.va, a.pa, a.bytes, a.region, a.kind) for a in joined.aliases] == [
+        (va + PAGE, 10 * PAGE, 2 * PAGE, VMALLOC, Kind.VMALLOC_SPACE),
+        (va + 4 * PAGE, 13 * PAGE, PAGE, VMALLOC, Kind.VMALLOC_SPACE),
     ]
+    assert [(a.userspace_addr, a.guest_phys_addr) for a in joined.aliases] == [
+        (0x7000_1000, 0x10_1000),
+        (0x7000_3000, 0x10_3000),
+    ]
+    assert [(d.va, d.pa, d.bytes) for d in joined.direct_map_ranges] == [
+        (BASE + 10 * PAGE, 10 * PAGE, 2 * PAGE),
+        (BASE + 13 * PAGE, 13 * PAGE, PAGE),
+        (BASE + 40 * PAGE, 40 * PAGE, PAGE),
+    ]
+    assert [(total.kind, total.pages, total.ranges) for total in joined.reach] == [
+        (Kind.DIRECT_MAP, 4, 3),
+        (Kind.VMALLOC_SPACE, 3, 2),
+    ]
+    assert joined.omitted == (0, 0)
 
 
 STATE = st.sampled_from([UNKNOWN, EMPTY, POPULATED])
@@ -146,31 +178,61 @@ RUNS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 6)), max_size=4)
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), STATE, STATE, st.booleans()), max_size=12), RUNS, RUNS, st.booleans())
-def test_hidden_is_said_only_where_every_page_was_seen_and_unmapped(
-    pages: list[tuple[int, int, int, bool]],
+def test_every_page_is_judged_as_if_it_were_the_only_one(
+    guest: list[tuple[int, int, int, bool]],
     direct: list[tuple[int, int]],
     alias: list[tuple[int, int]],
     blind: bool,
 ) -> None:
-    seen = frames(*((pfn, before) for pfn, before, _, _ in pages))
-    after = frames(*((pfn, after) for pfn, _, after, _ in pages))
-    excluded = np.array([out for _, _, _, out in pages], dtype=np.bool_)
+    seen = frames(*((pfn, before) for pfn, before, _, _ in guest))
+    after = frames(*((pfn, after) for pfn, _, after, _ in guest))
     spans = (Span(ALIAS, 1 << 21, "blind"),) if blind else ()
-    counts, _ = classify(seen, after, excluded, mappings(direct, alias, spans))
-    verdict = counts.verdict(False)
-    guest = [(pfn, before, later) for pfn, before, later, out in pages if not out]
-    in_runs = {frame for first, count in direct + alias for frame in range(first, first + count)}
-    exposed = any(before == later == POPULATED and pfn in in_runs for pfn, before, later in guest)
-    if exposed:
-        assert verdict is Verdict.EXPOSED
-    elif verdict is Verdict.HIDDEN:
-        assert not blind
-        assert all(before == later != UNKNOWN for _, before, later in guest)
-        assert any(before == POPULATED for _, before, _ in guest)
-    else:
-        assert verdict is Verdict.UNKNOWN
-    inside = counts.pages_populated + counts.not_populated_pages + counts.excluded_pages
-    assert inside <= counts.ram_pages == len(pages)
+    kernel = mappings(direct, alias, spans)
+    judged = classify(seen, after, pages([out for _, _, _, out in guest]), kernel)
+    counts = judged.counts()
+    in_direct, in_alias = ({f for first, n in runs for f in range(first, first + n)} for runs in (direct, alias))
+    expected = PageCounts(ram_pages=len(guest))
+    for pfn, before, later, out in guest:
+        known = before == later == POPULATED
+        mapped = known and pfn in in_direct | in_alias
+        if out:
+            expected.excluded_pages += 1
+            expected.excluded_mapped_pages += mapped
+            expected.excluded_direct_pages += known and pfn in in_direct
+            continue
+        expected.pages_populated += known
+        expected.not_populated_pages += before == later == EMPTY
+        expected.direct_map_pages += known and pfn in in_direct
+        expected.alias_pages += known and pfn in in_alias
+        expected.mapped_pages += mapped
+        expected.unknown_pages += before != later or before == UNKNOWN or (blind and known and not mapped)
+    expected.reasons = counts.reasons
+    assert counts == expected
+    assert sum(counts.reasons.values()) == counts.unknown_pages
+    if counts.verdict(False) is Verdict.HIDDEN:
+        assert not blind and not counts.unknown_pages and not counts.mapped_pages and counts.pages_populated
+
+    ram = GuestRam((RamRange(0x7000_0000, max(len(guest), 1) * PAGE, Source.REQUESTED),))
+    joined = join(judged, kernel, kinds_of(kernel, Layout([]), ()), Layout([]), ram)
+    shown = [pfn for pfn, before, later, out in guest if before == later == POPULATED and not out]
+    for runs, listed in ((direct, joined.direct_map_ranges), (alias, joined.aliases)):
+        times = sum(first <= pfn < first + count for pfn in shown for first, count in runs)
+        # Two runs of the direct map at one address are one mapping to the processor, but two here.
+        assert sum(each.bytes for each in listed) == times * PAGE
+        for each in listed:
+            assert guest[(each.userspace_addr - 0x7000_0000) // PAGE][0] == each.pa // PAGE
+
+    for cells in (100, 3):
+        drawn = physical_map(judged, [], cells)
+        assert len(drawn.cells) <= cells
+        assert sum(cell.guest_pages for cell in drawn.cells) == len(set(shown)) == judged.frames.size
+        assert sum(cell.direct_map_pages for cell in drawn.cells) == len(set(shown) & in_direct)
+        assert sum(cell.alias_pages for cell in drawn.cells) == len(set(shown) & in_alias)
+        assert sum(cell.mapped_pages for cell in drawn.cells) == len(set(shown) & (in_direct | in_alias))
+        for cell in drawn.cells:
+            inside = {pfn for pfn in shown if cell.pa <= pfn * PAGE < cell.pa + cell.bytes}
+            assert cell.guest_pages == len(inside) > 0
+            assert (Kind.DIRECT_MAP in cell.kinds) == bool(inside & in_direct)
 
 
 def test_default_counts_are_unknown() -> None:
@@ -188,6 +250,7 @@ def test_mapped_pages_are_named_by_guest_physical_address() -> None:
         *((100, POPULATED), (500, POPULATED), (501, POPULATED), (102, UNKNOWN)),
         *((103, POPULATED), (502, POPULATED), (503, POPULATED)),
     )
-    found = mappings([(103, 1)], [(500, 4)])
-    assert mapped_guest_ranges(seen, GuestRam(slots), found) == [(PAGE, 2 * PAGE), (4 << 30, 2 * PAGE)]
-    assert mapped_guest_ranges(seen, GuestRam(slots), mappings([], [])) == []
+    ram = GuestRam(slots)
+    judged = classify(seen, seen, NONE, mappings([(103, 1)], [(500, 4)]))
+    assert mapped_guest_ranges(judged, ram) == [(PAGE, 2 * PAGE), (4 << 30, 2 * PAGE)]
+    assert mapped_guest_ranges(classify(seen, seen, NONE, mappings([], [])), ram) == []

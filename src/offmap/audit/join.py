@@ -1,0 +1,153 @@
+"""Guest pages joined with the kernel's mappings of them: which kernel address reaches which page, and totals of that.
+
+The totals are of everything. The lists hold the first LISTED ranges, in order of kernel address: a guest whose pages
+are scattered one by one over a terabyte must not make a report that nobody can open.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.audit.guest_ram import GuestRam
+from offmap.audit.intervals import overlaps
+from offmap.audit.kinds import Kinds
+from offmap.audit.mappings import KernelMappings
+from offmap.audit.reach import LISTED, Kind, Reach, ReachTotal
+from offmap.audit.regions import Layout
+from offmap.audit.verdict import Judged
+
+__all__ = ["Joined", "join"]
+
+PAGE = 4096
+_CHUNK = 1 << 18  # runs of guest pages joined at once
+_KINDS = tuple(Kind)
+
+# A stretch of guest pages and one kernel mapping of it: page index, frame, pages, kernel address, the walk's run.
+_PIECE = np.dtype([("page", np.int64), ("pfn", np.int64), ("pages", np.int64), ("va", np.uint64), ("run", np.int64)])
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What ``AuditResult`` has of it: see there."""
+
+    reach: tuple[ReachTotal, ...]
+    aliases: tuple[Reach, ...]
+    direct_map_ranges: tuple[Reach, ...]
+    omitted: tuple[int, int]
+
+
+def join(judged: Judged, mappings: KernelMappings, kinds: Kinds, layout: Layout, ram: GuestRam) -> Joined:
+    """Join all known guest pages with all mappings.
+
+    Args:
+        kinds: of the mappings' runs.
+        layout: names the regions.
+        ram: the ranges that the pages are of.
+    """
+    pages = np.zeros(len(mappings.runs), dtype=np.int64)
+    ranges = np.zeros(len(mappings.runs), dtype=np.int64)
+    lists = []
+    for wanted in (~mappings.is_direct, mappings.is_direct):
+        kept, total = np.empty(0, dtype=_PIECE), 0
+        for piece in _pieces(judged, mappings, np.flatnonzero(wanted)):
+            pages += np.bincount(piece["run"], piece["pages"], len(pages)).astype(np.int64)
+            ranges += np.bincount(piece["run"], minlength=len(pages))
+            total += len(piece)
+            kept = np.concatenate((kept, piece))
+            kept = kept[np.argsort(kept["va"], kind="stable")[:LISTED]]
+        lists.append((_listed(kept, mappings, kinds, layout, ram), total - len(kept)))
+    (aliases, alias_rest), (direct, direct_rest) = lists
+    return Joined(_totals(pages, ranges, mappings, kinds, layout), aliases, direct, (alias_rest, direct_rest))
+
+
+def _pieces(judged: Judged, mappings: KernelMappings, rows: NDArray[np.intp]) -> Iterator[NDArray[np.void]]:
+    """Where the known guest pages and these runs of the walk meet; as many at once as memory is to be had for."""
+    runs = mappings.runs[rows]
+    host = (runs["pa"] >> np.uint64(12)).astype(np.int64)
+    host_pages = (runs["bytes"] >> np.uint64(12)).astype(np.int64)
+    known = np.flatnonzero(judged.known & (judged.reached != 0))
+    page, pfn, pages = _merged(judged.page[known], judged.pfn[known], judged.pages[known])
+    order = np.argsort(host, kind="stable")
+    for first in range(0, len(page), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        low, high = pfn[part].min(), (pfn[part] + pages[part]).max()
+        near = order[: np.searchsorted(host[order], high)]
+        near = near[host[near] + host_pages[near] > low]
+        guest, run = overlaps(pfn[part], pages[part], host[near], host_pages[near])
+        guest, run = guest + first, near[run]
+        found = np.empty(len(guest), dtype=_PIECE)
+        start = np.maximum(pfn[guest], host[run])
+        found["pfn"] = start
+        found["pages"] = np.minimum(pfn[guest] + pages[guest], host[run] + host_pages[run]) - start
+        found["page"] = page[guest] + start - pfn[guest]
+        found["va"] = runs["va"][run] + ((start - host[run]) * PAGE).astype(np.uint64)
+        found["run"] = rows[run]
+        yield found
+
+
+def _merged(
+    page: NDArray[np.int64], pfn: NDArray[np.int64], pages: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Runs that continue each other made one: they were cut where what reaches them changes."""
+    if not len(page):
+        return page, pfn, pages
+    first = np.concatenate(([True], (page[1:] != page[:-1] + pages[:-1]) | (pfn[1:] != pfn[:-1] + pages[:-1])))
+    return page[first], pfn[first], np.add.reduceat(pages, np.flatnonzero(first))
+
+
+def _listed(
+    pieces: NDArray[np.void], mappings: KernelMappings, kinds: Kinds, layout: Layout, ram: GuestRam
+) -> tuple[Reach, ...]:
+    first = np.cumsum([0, *(part.pages for part in ram.ranges)])
+    found = []
+    for page, pfn, pages, va, run in pieces.tolist():
+        row = mappings.runs[run]
+        index = int(np.searchsorted(first, page, side="right")) - 1
+        part, offset = ram.ranges[index], (page - int(first[index])) * PAGE
+        found.append(
+            Reach(
+                va=va,
+                pa=pfn * PAGE,
+                bytes=pages * PAGE,
+                kind=_KINDS[kinds.kind[run]],
+                region=layout.name(va),
+                page_size=PAGE << 9 * (int(row["level"]) - 1),
+                writable=bool(row["writable"]),
+                executable=not bool(row["nx"]),
+                userspace_addr=part.va + offset,
+                guest_phys_addr=None if part.guest_phys_addr is None else part.guest_phys_addr + offset,
+                caller=kinds.callers[kinds.caller[run]],
+            )
+        )
+    return tuple(found)
+
+
+def _totals(
+    pages: NDArray[np.int64], ranges: NDArray[np.int64], mappings: KernelMappings, kinds: Kinds, layout: Layout
+) -> tuple[ReachTotal, ...]:
+    """By what can be told apart, most pages first; the direct map before all else."""
+    groups: dict[tuple[Kind, str, int, bool, bool, str], list[int]] = {}
+    for index in np.flatnonzero(ranges).tolist():
+        row = mappings.runs[index]
+        key = (
+            _KINDS[kinds.kind[index]],
+            layout.name(int(row["va"])),
+            PAGE << 9 * (int(row["level"]) - 1),
+            bool(row["writable"]),
+            not bool(row["nx"]),
+            kinds.callers[kinds.caller[index]],
+        )
+        total = groups.setdefault(key, [0, 0])
+        total[0] += int(pages[index])
+        total[1] += int(ranges[index])
+    found = [
+        ReachTotal(kind, region, size, writable, executable, caller, *_two(total))
+        for (kind, region, size, writable, executable, caller), total in groups.items()
+    ]
+    return tuple(sorted(found, key=lambda total: (total.kind is not Kind.DIRECT_MAP, -total.pages)))
+
+
+def _two(values: list[int]) -> tuple[int, int]:
+    return values[0], values[1]

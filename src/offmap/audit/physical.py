@@ -1,0 +1,95 @@
+"""The picture of physical memory: where the guest's pages are in it, and what reaches them there."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.audit.intervals import Intervals, cut
+from offmap.audit.reach import Kind, PhysicalCell, PhysicalMap
+from offmap.audit.verdict import Judged
+
+__all__ = ["physical_map"]
+
+PAGE = 4096
+_CELLS = 4096  # as many can still be looked at one by one
+_KINDS = tuple(Kind)
+
+Ints = NDArray[np.int64]
+
+
+def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _CELLS) -> PhysicalMap:
+    """Where the known guest pages are, each frame once.
+
+    Args:
+        ram: physical (start, end) of what the host calls RAM.
+        cells: at most as many; where there are more ranges than that, buckets of a power of two take their place.
+    """
+    known = judged.known
+    start, pages, reached = _once(judged.pfn[known], judged.pages[known], judged.reached[known])
+    if len(start) <= cells:
+        found = [
+            _cell(pfn, count, count, mask, judged, np.array([mask]), np.array([count]))
+            for pfn, count, mask in zip(start.tolist(), pages.tolist(), reached.tolist(), strict=True)
+        ]
+        return PhysicalMap(tuple(ram), tuple(found))
+    low, high = int(start[0]), int(start[-1] + pages[-1])
+    bucket = 1
+    while (high - low // bucket * bucket + bucket - 1) // bucket > cells:
+        bucket *= 2
+    base = low // bucket * bucket
+    source, offset, length = cut(start, pages, np.arange(base, high + bucket, bucket, dtype=np.int64))
+    place = (start[source] + offset - base) // bucket
+    found = []
+    edges = np.flatnonzero(np.concatenate(([True], np.diff(place) != 0)))
+    for first, last in zip(edges.tolist(), [*edges[1:].tolist(), len(place)], strict=True):
+        masks, counts = reached[source[first:last]], length[first:last]
+        mask = int(np.bitwise_or.reduce(masks))
+        pfn = base + int(place[first]) * bucket
+        found.append(_cell(pfn, bucket, int(counts.sum()), mask, judged, masks, counts))
+    return PhysicalMap(tuple(ram), tuple(found), bucket * PAGE)
+
+
+def _once(pfn: Ints, pages: Ints, reached: NDArray[np.uint32]) -> tuple[Ints, Ints, NDArray[np.uint32]]:
+    """Each frame once, in order, as runs that the same reaches: a frame may stand behind several guest pages (KSM)."""
+    if not len(pfn):
+        return pfn, pages, reached
+    order = np.argsort(pfn, kind="stable")
+    first, reached = pfn[order], reached[order]
+    all_frames = Intervals.union(pfn, pfn + pages)
+    # What reaches a frame depends on nothing but the frame, so that any run which has it tells.
+    start = np.unique(np.concatenate((all_frames.edges, first, (pfn + pages))))
+    inside = all_frames.contains(start[:-1])
+    begin, length = start[:-1][inside], np.diff(start)[inside]
+    return _joined(begin, length, _mask_of(begin, first, pages[order], reached))
+
+
+def _mask_of(at: Ints, first: Ints, pages: Ints, reached: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """``reached`` of a run that holds each frame; the runs are in order and may overlap."""
+    reach = first + pages
+    furthest = np.maximum.accumulate(reach)
+    # Among the runs that begin at or before the frame, the one that ends last holds it.
+    owner = np.searchsorted(furthest, furthest, side="left")
+    return np.asarray(reached[owner[np.searchsorted(first, at, side="right") - 1]], dtype=np.uint32)
+
+
+def _joined(start: Ints, pages: Ints, reached: NDArray[np.uint32]) -> tuple[Ints, Ints, NDArray[np.uint32]]:
+    new = np.concatenate(([True], (start[1:] != start[:-1] + pages[:-1]) | (reached[1:] != reached[:-1])))
+    return start[new], np.add.reduceat(pages, np.flatnonzero(new)), reached[new]
+
+
+def _cell(
+    pfn: int, pages: int, guest: int, mask: int, judged: Judged, masks: NDArray[np.integer], counts: Ints
+) -> PhysicalCell:
+    direct, alias = masks & judged.DIRECT != 0, masks & ~judged.DIRECT != 0
+    mapped = int(counts[masks != 0].sum())
+    return PhysicalCell(
+        pa=pfn * PAGE,
+        bytes=pages * PAGE,
+        guest_pages=guest,
+        direct_map_pages=int(counts[direct].sum()),
+        alias_pages=int(counts[alias].sum()),
+        mapped_pages=mapped,
+        unknown_pages=guest - mapped if judged.blind else 0,
+        kinds=tuple(kind for code, kind in enumerate(_KINDS) if mask >> code & 1),
+    )

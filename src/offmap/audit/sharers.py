@@ -1,0 +1,197 @@
+"""Other processes that map the guest's pages: counted from /proc/kpagecount, named by looking through their pagemaps.
+
+kpagecount counts the mappings of a page in all page tables of user space (Documentation/admin-guide/mm/pagemap.rst);
+what it counts beyond those of the audited process is somebody else's. It knows nothing of pages without a ``struct
+page`` and of VM_PFNMAP mappings, and on a kernel with CONFIG_NO_PAGE_MAPCOUNT it gives an average over a large folio.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.audit import pagemap
+from offmap.audit.frames import POPULATED
+from offmap.audit.guest_ram import GuestRam
+from offmap.audit.intervals import Intervals
+from offmap.audit.maps import Mapping
+from offmap.audit.process import NoSuchProcess, Process
+from offmap.audit.reach import Sharer, Sharing
+from offmap.audit.verdict import Judged
+from offmap.errors import Undetermined
+
+__all__ = ["count_sharing", "name_sharers", "sharing_of"]
+
+PAGE = 4096
+_WINDOW = 1 << 17  # frames counted, and pages looked at, at once
+
+Ints = NDArray[np.int64]
+File = tuple[str, int]
+
+
+def sharing_of(process: Process, ram: GuestRam, judged: Judged, *, named: bool = False) -> Sharing:
+    """Count the guest's pages that other processes map too, and name these processes if asked.
+
+    Raises:
+        Undetermined: /proc/kpagecount cannot be read, or the process has ended.
+    """
+    maps = process.maps()
+    files = {
+        (mapping.device, mapping.inode)
+        for mapping in maps
+        if mapping.inode and any(part.va < mapping.end and mapping.start < part.va + part.bytes for part in ram.ranges)
+    }
+    here = judged.state == POPULATED
+    own = [(judged.pfn[here], judged.pages[here])]
+    for mapping in maps:
+        if (mapping.device, mapping.inode) in files:
+            # The same file a second time, beside what was judged already.
+            own += [_runs(frames) for start, end in _outside(mapping, ram) for frames in _present(process, start, end)]
+    first, pages = (np.concatenate(column) for column in zip(*own, strict=True))
+    sharing, extra = count_sharing(judged.frames, first, pages)
+    if not named:
+        return sharing
+    sharers, unreadable = name_sharers(judged.frames, {process.pid, os.getpid()}, files, extra)
+    return Sharing(sharing.shared_pages, sharing.uncounted_pages, tuple(sharers), unreadable)
+
+
+def count_sharing(guest: Intervals, first: Ints, pages: Ints, path: str = "/proc/kpagecount") -> tuple[Sharing, int]:
+    """Compare what kpagecount counts with what the audited process has itself.
+
+    Args:
+        guest: frames of its guest's pages.
+        first, pages: runs of frames that it maps; a frame counts once for each.
+
+    Returns:
+        the counts, and how many mappings in all are not its own.
+
+    Raises:
+        Undetermined: the file cannot be read.
+    """
+    order = np.argsort(first, kind="stable")
+    begins, ends = first[order], np.sort(first + pages)
+    shared = uncounted = extra = 0
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Undetermined(
+            f"cannot open {path}: {error.strerror}", "run the audit as root on a kernel with CONFIG_PROC_PAGE_MONITOR"
+        ) from None
+    try:
+        for low, high in _windows(guest):
+            frames = np.arange(low, high, dtype=np.int64)
+            mine = np.searchsorted(begins, frames, side="right") - np.searchsorted(ends, frames, side="right")
+            counted = np.zeros(high - low, dtype=np.int64)
+            os.preadv(fd, [counted.view(np.uint8).data], low * 8)
+            inside = guest.contains(frames)
+            more = np.where(inside, np.maximum(counted - mine, 0), 0)
+            shared += int(np.count_nonzero(more))
+            extra += int(more.sum())
+            uncounted += int(np.count_nonzero(inside & (counted == 0)))
+    except OSError as error:
+        raise Undetermined(f"reading {path} failed: {error.strerror}") from None
+    finally:
+        os.close(fd)
+    return Sharing(shared, uncounted), extra
+
+
+def _windows(frames: Intervals) -> Iterator[tuple[int, int]]:
+    """Stretches of at most _WINDOW frames that hold all of the set; gaps within are read with the rest."""
+    low = high = -1
+    for start, end in zip(frames.start.tolist(), frames.end.tolist(), strict=True):
+        if high >= 0 and end - low <= _WINDOW:
+            high = end
+            continue
+        if high >= 0:
+            yield low, high
+        low = start
+        while end - low > _WINDOW:
+            yield low, low + _WINDOW
+            low += _WINDOW
+        high = end
+    if high > low >= 0:
+        yield low, high
+
+
+def name_sharers(
+    guest: Intervals, but: set[int], files: set[File], extra: int | None = None
+) -> tuple[list[Sharer], int]:
+    """Which processes have some of these frames in their page tables, most pages first.
+
+    Processes that end meanwhile are left out.
+
+    Args:
+        but: PIDs that are not asked.
+        files: (device, inode) of the files that the frames may be of; anonymous memory may hold any (fork, KSM).
+        extra: how many mappings there are to be found: where that many have been, nobody else is asked.
+
+    Returns:
+        the processes, and how many others could not be read.
+    """
+    found: dict[int, Sharer] = {}
+    unreadable: set[int] = set()
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and int(entry.name) not in but]
+    left = extra
+    # Mappings of the same files first: where these explain the counts, all other memory need not be looked through.
+    for same_file in (True, False):
+        for pid in pids:
+            if left is not None and left <= 0:
+                break
+            try:
+                with Process(pid) as process:
+                    pages = _pages_of(process, guest, files, same_file)
+                    name = process.name() if pages else ""
+            except NoSuchProcess:
+                continue
+            except (Undetermined, OSError):
+                if Path(f"/proc/{pid}/exe").is_symlink():  # a kernel thread has none, and no memory either
+                    unreadable.add(pid)
+                continue
+            if pages:
+                before = found.get(pid, Sharer(pid, name, 0))
+                found[pid] = Sharer(pid, name, before.pages + pages)
+                left = None if left is None else left - pages
+    return sorted(found.values(), key=lambda sharer: -sharer.pages), len(unreadable - found.keys())
+
+
+def _pages_of(process: Process, guest: Intervals, files: set[File], same_file: bool) -> int:
+    pages = 0
+    for mapping in process.maps():
+        of_file = (mapping.device, mapping.inode) in files
+        if of_file != same_file or not (of_file or mapping.inode == 0 or not mapping.shared):
+            continue
+        with suppress(pagemap.PagemapEnds):  # the vsyscall page
+            for frames in _present(process, mapping.start, mapping.end):
+                pages += int(np.count_nonzero(guest.contains(frames)))
+    return pages
+
+
+def _present(process: Process, start: int, end: int) -> Iterator[Ints]:
+    """Frames of the present pages of an address range, a window at a time."""
+    for va in range(start, end, _WINDOW * PAGE):
+        entries = pagemap.read_pagemap(process.pagemap, va, min(_WINDOW, (end - va) // PAGE))
+        yield pagemap.pfn(entries[pagemap.present(entries)]).astype(np.int64)
+
+
+def _runs(frames: Ints) -> tuple[Ints, Ints]:
+    if not len(frames):
+        return frames, frames
+    first = np.flatnonzero(np.concatenate(([True], frames[1:] != frames[:-1] + 1)))
+    return frames[first], np.diff(np.append(first, len(frames))).astype(np.int64)
+
+
+def _outside(mapping: Mapping, ram: GuestRam) -> Sequence[tuple[int, int]]:
+    """The parts of a mapping that are in none of the ranges."""
+    parts, at = [], mapping.start
+    for part in sorted(ram.ranges, key=lambda part: part.va):
+        start, end = max(part.va, mapping.start), min(part.va + part.bytes, mapping.end)
+        if start < end:
+            if at < start:
+                parts.append((at, start))
+            at = max(at, end)
+    if at < mapping.end:
+        parts.append((at, mapping.end))
+    return parts

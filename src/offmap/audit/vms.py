@@ -1,0 +1,102 @@
+"""Which processes of this host hold KVM VMs: by the descriptors in /proc/PID/fd, and KVM's own list in debugfs.
+
+KVM names its descriptors ``anon_inode:kvm-vm`` and ``anon_inode:kvm-vcpu:N`` (``virt/kvm/kvm_main.c``), and makes a
+folder ``kvm/PID-FD`` in debugfs for each VM. What the VMM calls itself is a label for people.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from offmap.audit.guest_ram import KVM_VM_LINK, MEMSLOTS_LINK
+from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
+from offmap.audit.reach import VmmFacts
+from offmap.errors import Undetermined
+
+__all__ = ["VmProcess", "find_vms", "recognise", "vmm_facts"]
+
+_KVM_VCPU_LINK = re.compile(r"anon_inode:kvm-vcpu:\d+")
+_DEBUGFS = Path("/sys/kernel/debug/kvm")
+_DEBUGFS_VM = re.compile(r"\d+-\d+")
+
+_NAMES = (
+    ("qemu", "QEMU"),  # qemu-system-x86_64, qemu-kvm
+    ("firecracker", "Firecracker"),
+    ("cloud-hyperviso", "cloud-hypervisor"),  # comm is cut to 15 characters
+    ("crosvm", "crosvm"),
+    ("lkvm", "kvmtool"),
+    ("kvmtool", "kvmtool"),
+    ("offmap", "offmap"),
+)
+
+
+class VmProcess:
+    """A process that holds at least one KVM VM."""
+
+    def __init__(self, pid: int, name: str, facts: VmmFacts) -> None:
+        self.pid = pid
+        self.name = name
+        self.facts = facts
+
+
+def recognise(comm: str, executable: str, arguments: str, has_memslots: bool) -> str:
+    """What this VMM is, by its names; empty if it is none that is known."""
+    for text in (comm, executable.rpartition("/")[2]):
+        for start, name in _NAMES:
+            if text.startswith(start):
+                return name
+    # Ours runs in an interpreter, whose name it has.
+    if has_memslots and re.search(r"(^|[/\0])offmap(\0|$|\.)", arguments):
+        return "offmap"
+    return ""
+
+
+def vmm_facts(process: Process, links: Mapping[int, str] | None = None) -> VmmFacts:
+    """What a process says of itself, and what it holds.
+
+    Raises:
+        Undetermined: its descriptors may not be read, or it has ended.
+    """
+    links = process.descriptors() if links is None else links
+    executable = process.link("exe")
+    arguments = process.read("cmdline").decode("utf-8", "replace")
+    return VmmFacts(
+        vmm=recognise(process.name(), executable, arguments, MEMSLOTS_LINK in links.values()),
+        executable=executable,
+        vms=sum(link == KVM_VM_LINK for link in links.values()),
+        vcpus=len({link for link in links.values() if _KVM_VCPU_LINK.fullmatch(link)}),
+    )
+
+
+def find_vms() -> tuple[list[VmProcess], list[str]]:
+    """All processes that hold a VM, in order of their PIDs, and why there may be more of them."""
+    found: list[VmProcess] = []
+    unreadable = 0
+    for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+        try:
+            with Process(pid) as process:
+                links = process.descriptors()
+                if any(link == KVM_VM_LINK or _KVM_VCPU_LINK.fullmatch(link) for link in links.values()):
+                    found.append(VmProcess(pid, process.name(), vmm_facts(process, links)))
+        except (NoSuchProcess, ProcessEnded):
+            continue
+        except Undetermined:
+            unreadable += 1
+    notes = []
+    if unreadable:
+        notes.append(f"the descriptors of {unreadable} processes cannot be read; run the audit as root")
+    more = _listed_by_kvm() - sum(vm.facts.vms for vm in found)
+    if more > 0:
+        notes.append(f"KVM lists {more} VMs more than processes hold descriptors of")
+    return found, notes
+
+
+def _listed_by_kvm() -> int:
+    """How many VMs there are, by debugfs; 0 where it is not mounted."""
+    try:
+        names = os.listdir(_DEBUGFS)  # noqa: PTH208
+    except OSError:
+        return 0
+    # The folder is named for the thread that made the VM, which may have ended since (kvm_create_vm_debugfs).
+    return sum(_DEBUGFS_VM.fullmatch(name) is not None for name in names)
