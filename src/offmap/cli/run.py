@@ -10,6 +10,7 @@ from pathlib import Path
 from offmap import __version__
 from offmap.boot.linux import BootSource
 from offmap.cli.devices import add_device_options, device_specs
+from offmap.cli.populate_progress import PopulateProgress
 from offmap.cli.self_audit import SelfAudit, keep_from_guest
 from offmap.errors import ExitStatus, OffmapError
 from offmap.memory.backend import BACKENDS, parse_backend
@@ -95,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         devices=device_specs(args),
         virtio_mmio_cmdline=args.virtio_mmio_cmdline,
     )
+    progress = PopulateProgress(f"{format_size(config.memory_size)} of {backend.name} memory")
+    backend.progress = progress
     # SIGPIPE would kill us without giving the memory back; Python ignores it unless somebody changed that.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     audit = SelfAudit(watch=args.audit == "watch")
@@ -116,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         stop = Session(config, say=_say, on_up=on_up, on_end=on_end).run()
     finally:
+        progress.clear()
         audited = audit.finish()
     if stop.error is not None:
         raise stop.error

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import ClassVar, Self
 
@@ -37,11 +37,13 @@ class Backend(ABC):
         may_be_aliased: whether its pages have a struct page: they came from Linux's allocator, which may have kernel
             mappings of them beside the direct map (freed parts of the kernel image). Such RAM is audited before the
             guest gets it.
+        progress: called with the share of the RAM that is ready, from 0 to 1, by kinds that take long to get.
     """
 
     name: ClassVar[str]
     hides: ClassVar[bool] = False
     may_be_aliased: ClassVar[bool] = True
+    progress: Callable[[float], None] = staticmethod(lambda _share: None)
 
     @classmethod
     def from_options(cls, options: Mapping[str, str]) -> Self:

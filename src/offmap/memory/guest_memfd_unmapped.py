@@ -57,7 +57,7 @@ class GuestMemfdUnmapped(Backend):
             if backing.guest_memfd is not None:
                 _allocate_frames(backing.guest_memfd, size)
             # Every page into our page tables: an audit sees none that is not there.
-            populate(backing, min(_POPULATE_THREADS, os.cpu_count() or 1))
+            populate(backing, min(_POPULATE_THREADS, os.cpu_count() or 1), self.progress)
         except KernelError as error:
             backing.close()
             raise BackendRefused(error.what, "ask for less, or free memory") from None

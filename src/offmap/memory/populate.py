@@ -1,6 +1,7 @@
 """Giving every page of a mapping its frame, with several threads where the kernel can use them."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from offmap.errors import KernelError
@@ -11,8 +12,10 @@ __all__ = ["populate"]
 PIECE = 4 << 20  # bytes that one thread asks for at a time: some milliseconds
 
 
-def populate(backing: Backing, threads: int) -> None:
+def populate(backing: Backing, threads: int, progress: Callable[[float], None] = lambda _share: None) -> None:
     """Write zeroes to all of it. The kernel does the writing, and Python's lock is free meanwhile.
+
+    `progress` is called with the share that is done, from 0 to 1, on this thread.
 
     From the end: the first pages that a young host hands out are those freed from its image, with a mapping there. They
     are kept from the guest, and low memory is where it can least do without.
@@ -28,9 +31,11 @@ def populate(backing: Backing, threads: int) -> None:
             start += os.readv(fd, [backing.view[start:end]])
 
     try:
+        progress(0.0)
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(fill, reversed(range(0, backing.size, PIECE))):
-                pass
+            pieces = range(0, backing.size, PIECE)
+            for done, _ in enumerate(pool.map(fill, reversed(pieces)), 1):
+                progress(done / len(pieces))
     except OSError as error:
         raise KernelError("populating guest RAM", error) from None
     finally:

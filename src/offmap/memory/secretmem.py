@@ -15,11 +15,16 @@ from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend, check_host_has
 from offmap.memory.backing import Backing, map_backing
+from offmap.memory.populate import populate
 from offmap.memory.probe import run_one_instruction
 from offmap.uapi.mman import SYS_memfd_secret
 from offmap.units import format_size
 
-__all__ = ["Secretmem", "map_secret", "secret_file"]
+__all__ = ["POPULATE_THREADS", "Secretmem", "map_secret", "secret_file"]
+
+# Measured on two busy cores: 6.0 µs a page with one thread, 5.9 with two. Each page is a change of the direct map under
+# one lock and a TLB flush; only what is around that goes on side by side.
+POPULATE_THREADS = 2
 
 _REMEDY = {
     errno.ENOSYS: "boot the host with secretmem.enable=1, on a kernel with CONFIG_SECRETMEM and an unbroken direct map",
@@ -35,7 +40,10 @@ class Secretmem(Backend):
         backing = secret_backing(size)
         try:
             probe()
-            backing.zero()
+            populate(backing, min(POPULATE_THREADS, os.cpu_count() or 1), self.progress)
+        except KernelError as error:
+            backing.close()
+            raise BackendRefused(error.what, "ask for less, or free memory") from None
         except BaseException:
             backing.close()
             raise
