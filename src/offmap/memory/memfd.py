@@ -6,6 +6,7 @@ from offmap.errors import KernelError
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend, check_host_has
 from offmap.memory.backing import Backing, map_backing
+from offmap.uapi.mman import MADV_HUGEPAGE
 
 __all__ = ["Memfd"]
 
@@ -15,7 +16,9 @@ class Memfd(Backend):
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
-        return [map_memfd("memfd", "offmap-ram", size, os.MFD_CLOEXEC)]
+        backing = map_memfd("memfd", "offmap-ram", size, os.MFD_CLOEXEC)
+        backing.madvise(MADV_HUGEPAGE)  # heard where the host's shmem_enabled is "advise"; Debian's is "never"
+        return [backing]
 
 
 def map_memfd(what: str, name: str, size: int, flags: int, remedy: str = "") -> Backing:
