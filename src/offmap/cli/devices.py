@@ -35,6 +35,20 @@ _OPTIONS = (
         "PATH[,option=value…]",
         "a raw image or block device; options: readonly=on, serial=TEXT, direct=on, bounce=on",
     ),
+    _Option(
+        "net",
+        "offmap.devices.virtio.net_spec:parse_net",
+        "tap=NAME|fd=N|passt[,option=value…]",
+        "a network card; tap=: an interface, made where there is none (address=IPV4/PREFIX for the host's side); fd=: an "
+        "open tap; passt: user-mode networking (tcp=SPEC and udp=SPEC forward ports: see passt(1)); options: mac=, mtu=",
+    ),
+    _Option(
+        "vsock",
+        "offmap.devices.virtio.vsock_spec:parse_vsock",
+        "cid=N,path=PATH",
+        "sockets to the guest: programs of the host connect to PATH and say CONNECT <port>; who waits for the guest "
+        "listens at PATH_<port>",
+    ),
     _Option("rng", "offmap.devices.virtio.rng:parse_rng", "", "entropy from the host"),
 )
 

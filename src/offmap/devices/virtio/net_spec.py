@@ -1,0 +1,153 @@
+"""``--net``: a network card as the user asks for it."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Interface
+
+from offmap.devices.virtio.device import Surroundings
+from offmap.devices.virtio.net import Backend, Net
+from offmap.devices.virtio.passt import Passt
+from offmap.devices.virtio.tap import check_name, open_tap, tap_of_fd
+from offmap.errors import OffmapError
+from offmap.uapi.virtio.net import ETH_ALEN
+
+__all__ = ["NetSpec", "parse_mac", "parse_net"]
+
+MIN_MTU, MAX_MTU = 68, 65535  # virtio 1.2, 5.1.4.1; 68 is RFC 791's
+PASST_MTU = 65520  # what passt tells the guest by itself: without segmentation offload, large packets are what helps
+_MULTICAST = 0x01  # of a MAC address's first byte
+_LOCAL = 0x02
+_REMEDY = "see offmap run --help: tap=NAME, fd=N or passt, then mac=, mtu=, address=, tcp=, udp="
+
+
+@dataclass(frozen=True, slots=True)
+class NetSpec:
+    """One card: exactly one of `tap`, `fd`, and `passt`.
+
+    Attributes:
+        tap: the name of a tap interface, made where there is none.
+        fd: of an open tap.
+        passt: user-mode networking.
+        mac: the guest's address; one is made up where it is empty.
+        mtu: to tell the guest.
+        address: of the host's side of a tap that is made.
+        forwards: passt's own options for its ports.
+    """
+
+    tap: str = ""
+    fd: int | None = None
+    passt: bool = False
+    mac: bytes = b""
+    mtu: int | None = None
+    address: IPv4Interface | None = None
+    forwards: tuple[str, ...] = field(default=())
+
+    def build(self, surroundings: Surroundings) -> Net:
+        """Open the host's side."""
+        mtu = self.mtu
+        backend: Backend
+        if self.passt:
+            mtu = mtu or PASST_MTU
+            backend = Passt(["--mtu", str(mtu), *self.forwards])
+        elif self.fd is not None:
+            backend = tap_of_fd(self.fd)
+        else:
+            backend = open_tap(self.tap, address=self.address, mtu=mtu)
+        try:
+            return Net(backend, self.mac or make_mac(), mtu, surroundings.say)
+        except BaseException:
+            backend.close()
+            raise
+
+
+def make_mac() -> bytes:
+    """A random unicast address of those that anybody may use (IEEE 802, "locally administered")."""
+    first, *rest = os.urandom(ETH_ALEN)
+    return bytes([first & ~_MULTICAST | _LOCAL, *rest])
+
+
+def parse_mac(text: str) -> bytes:
+    """Six bytes of ``02:00:5e:00:53:01``.
+
+    Raises:
+        OffmapError: it is none that a card may have.
+    """
+    if not re.fullmatch(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", text):
+        raise OffmapError(f"{text!r} is not a MAC address", "write it like 02:00:5e:00:53:01")
+    mac = bytes.fromhex(text.replace(":", ""))
+    if mac[0] & _MULTICAST or not any(mac):
+        raise OffmapError(f"{text} is not the address of one card", "give one with an even first byte, like 02:…")
+    return mac
+
+
+def parse_mtu(text: str) -> int:
+    """A number of bytes.
+
+    Raises:
+        OffmapError: it is none that Ethernet or the device can have.
+    """
+    mtu = int(text) if text.isdecimal() and len(text) < 6 else 0
+    if not MIN_MTU <= mtu <= MAX_MTU:
+        raise OffmapError(f"an MTU cannot be {text!r}", f"give a number from {MIN_MTU} to {MAX_MTU}, like 1500")
+    return mtu
+
+
+def parse_net(text: str) -> NetSpec:
+    """``tap=NAME``, ``fd=N`` or ``passt`` (or ``user``, which is the same), and options.
+
+    Raises:
+        OffmapError: what cannot be.
+    """
+    values: dict[str, str] = {}
+    forwards: list[str] = []
+    for key, value in _pairs(text):
+        if key in {"tcp", "udp"}:
+            forwards += [f"--{key}-ports", value]
+        elif key in values:
+            raise OffmapError(f"--net {text} says {key} twice", "say it once")
+        else:
+            values[key] = value
+    kinds = [kind for kind in ("tap", "fd", "passt") if kind in values]
+    if len(kinds) != 1:
+        raise OffmapError(f"--net {text} does not say what to connect to", _REMEDY)
+    fd = values.get("fd")
+    if fd is not None and not (fd.isdecimal() and len(fd) < 8):
+        raise OffmapError(f"fd={fd} is not the number of a file descriptor", "give one that offmap inherits, like fd=3")
+    if forwards and "passt" not in values:
+        raise OffmapError(f"--net {text}: tcp= and udp= are passt's", "use them with --net passt")
+    address = values.get("address")
+    if address is not None and "tap" not in values:
+        raise OffmapError(f"--net {text}: address= is for a tap that offmap makes", "use it with tap=NAME")
+    if "tap" in values:
+        check_name(values["tap"])
+    return NetSpec(
+        tap=values.get("tap", ""),
+        fd=None if fd is None else int(fd),
+        passt="passt" in values,
+        mac=parse_mac(values["mac"]) if "mac" in values else b"",
+        mtu=parse_mtu(values["mtu"]) if "mtu" in values else None,
+        address=None if address is None else _parse_address(address),
+        forwards=tuple(forwards),
+    )
+
+
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
+    for number, word in enumerate(text.split(",")):
+        if word in {"user", "passt"} and not number:
+            yield "passt", ""
+            continue
+        key, equals, value = word.partition("=")
+        if key not in {"tap", "fd", "mac", "mtu", "address", "tcp", "udp"} or not equals or not value:
+            raise OffmapError(f"--net has no option {word!r}", _REMEDY)
+        yield key, value
+
+
+def _parse_address(text: str) -> IPv4Interface:
+    try:
+        if "/" in text:
+            return IPv4Interface(text)
+    except ValueError:
+        pass
+    raise OffmapError(f"address={text} is not an IPv4 address with its prefix length", "write it like 192.0.2.1/24")

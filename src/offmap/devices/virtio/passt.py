@@ -1,0 +1,211 @@
+"""User-mode networking: frames between a guest and passt(1), which turns them into sockets of an ordinary user.
+
+Over a stream socket, each frame after its length as 32 bits in network order (QEMU's "-netdev stream" too). passt ends
+when the other end of the socket is closed, hence with this process, however that ends.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from ctypes import sizeof
+
+from offmap.devices.virtio.iov import length, part
+from offmap.errors import OffmapError
+from offmap.owned import Owned
+from offmap.uapi.virtio.net import virtio_net_hdr_v1
+
+__all__ = ["FrameStream", "Passt"]
+
+_LENGTH = struct.Struct("!I")
+_HEADER = bytes(sizeof(virtio_net_hdr_v1))
+_NO_HEADER = (1).to_bytes(2, "little").rjust(sizeof(virtio_net_hdr_v1), b"\0")  # all 0 but num_buffers, which is 1
+MAX_FRAME = 65535 + 18  # an IP packet, and its Ethernet header with a VLAN tag
+_END_SECONDS = 2.0  # that passt may take to end: it takes milliseconds
+
+
+class FrameStream(Owned):
+    """Frames over a stream socket, read and written without a copy.
+
+    Attributes:
+        fd: readable when something of a frame is there.
+    """
+
+    has_vnet_hdr = False
+
+    def __init__(self, stream: socket.socket) -> None:
+        stream.setblocking(False)
+        self._stream = stream
+        self.fd = stream.fileno()
+        self._prefix = bytearray(_LENGTH.size)  # of the next frame
+        self._prefix_done = 0
+        self._size = 0  # of the frame that comes; 0: not known yet
+        self._done = 0  # bytes of it that were read
+        self._dropping = False
+        self._unsent: list[memoryview] = []
+
+    def set_offload(self, flags: int) -> None:
+        """Not here: without headers there is nothing that could be left undone."""
+
+    def receive(self, buffers: Sequence[memoryview]) -> int:
+        """Read one frame, after an empty header; one that does not fit is dropped.
+
+        After a BlockingIOError the beginning of a frame may be in `buffers`: call again with the same, or `forget`.
+
+        Returns:
+            Bytes, the header's included.
+
+        Raises:
+            BlockingIOError: there is none, or not all of it yet.
+            OSError: ECONNRESET where the other end has gone.
+        """
+        while True:
+            size = self._next_size()
+            self._dropping = self._dropping or len(_HEADER) + size > length(buffers)
+            while self._done < size:
+                left = size - self._done
+                if self._dropping:
+                    room = [memoryview(bytearray(left))]
+                else:
+                    room = part(buffers, len(_HEADER) + self._done, left)
+                # By the same call, the size of the frame behind it.
+                got = self._read([*room, memoryview(self._prefix)])
+                self._done += min(got, left)
+                self._prefix_done = max(got - left, 0)
+            self._size = self._done = 0
+            if not self._dropping:
+                _write_header(buffers)
+                return len(_HEADER) + size
+            self._dropping = False
+
+    def _next_size(self) -> int:
+        """The size of the frame that comes next, or of which a part was read."""
+        if not self._size:
+            while self._prefix_done < _LENGTH.size:
+                self._prefix_done += self._read([memoryview(self._prefix)[self._prefix_done :]])
+            (self._size,) = _LENGTH.unpack(self._prefix)
+            self._prefix_done = 0
+            if not 0 < self._size <= MAX_FRAME:
+                raise ConnectionResetError(errno.ECONNRESET, "that is not the protocol")
+        return self._size
+
+    def _read(self, buffers: Sequence[memoryview]) -> int:
+        got = self._stream.recvmsg_into(buffers)[0]
+        if not got:
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+        return got
+
+    def send(self, buffers: Sequence[memoryview]) -> None:
+        """Write one frame, less its header. Of a frame that cannot be written whole the rest is kept: see `flush`.
+
+        Raises:
+            BlockingIOError: nothing of it could be written; `fd` becomes writable.
+            OSError: EPIPE where the other end has gone, EINVAL where it is no frame.
+        """
+        if not self.flush():
+            raise BlockingIOError
+        frame = part(buffers, len(_HEADER))
+        size = length(frame)
+        if not 0 < size <= MAX_FRAME:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sent = self._stream.sendmsg([_LENGTH.pack(size), *frame])
+        if sent < _LENGTH.size + size:
+            # A copy, since its buffers go back to the guest: at most one frame.
+            rest = b"".join([_LENGTH.pack(size), *frame])[sent:]
+            self._unsent = [memoryview(rest)]
+
+    def flush(self) -> bool:
+        """Write the rest of a frame; whether all of it is on its way. `fd` becomes writable where not."""
+        while self._unsent:
+            try:
+                self._unsent = part(self._unsent, self._stream.send(self._unsent[0]))
+            except BlockingIOError:
+                return False
+            except OSError:
+                self._unsent = []  # the other end has gone, as whoever reads will see
+        return True
+
+    def forget(self) -> None:
+        """The buffers given to `receive` are no more: drop the frame that has begun in them."""
+        self._dropping = self._dropping or self._done > 0
+
+    def close(self) -> None:
+        self._stream.close()
+        self.fd = -1
+
+
+def _write_header(buffers: Sequence[memoryview]) -> None:
+    done = 0
+    for piece in part(buffers, 0, len(_HEADER)):
+        piece[:] = _NO_HEADER[done : done + len(piece)]
+        done += len(piece)
+
+
+class Passt(FrameStream):
+    """A passt process of our own, and the stream to it.
+
+    Args:
+        options: more of its command line: ``-t 8080:80`` and the like.
+
+    Attributes:
+        changes: None: that it has gone shows in the stream.
+
+    Raises:
+        OffmapError: it is not installed, or would not start.
+    """
+
+    changes = None
+
+    def __init__(self, options: Sequence[str] = ()) -> None:
+        program = shutil.which("passt")
+        if program is None:
+            raise OffmapError(
+                "there is no passt on this host, which user networking goes through",
+                "install the package passt, or use tap=NAME",
+            )
+        ours, theirs = socket.socketpair()
+        with contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
+            # Not a pipe: nobody reads it while the guest runs.
+            self._log = undo.enter_context(tempfile.TemporaryFile())
+            with theirs:
+                command = [program, "--foreground", "--stderr", "--fd", str(theirs.fileno()), *options]
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._log,
+                    stderr=self._log,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # Ctrl-C at the terminal is for the guest's VMM
+                )
+            undo.callback(self._process.wait)
+            super().__init__(ours)
+            undo.pop_all()
+
+    def is_up(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def last_words(self) -> str:
+        """Why it ended, as it said itself."""
+        self._log.seek(0)
+        said = self._log.read().decode(errors="replace").splitlines()
+        lines = [line for line in said if line.strip() and not re.match("Failed to send .* to syslog", line)]
+        return lines[-1] if lines else f"it ended with status {self._process.poll()}"
+
+    def close(self) -> None:
+        if self.fd < 0:
+            return
+        super().close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()

@@ -1,0 +1,244 @@
+"""A tap device: Ethernet frames between a guest and a network interface of the host.
+
+Each read and write is one frame after a virtio_net_hdr_v1, so that checksums and segmentation may be left to whoever is
+at the other end, as the two agreed (IFF_VNET_HDR, TUNSETOFFLOAD).
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import socket
+import struct
+from collections.abc import Sequence
+from ctypes import c_int, c_uint, sizeof
+from ipaddress import IPv4Interface
+from pathlib import Path
+
+from offmap.errors import KernelError, OffmapError
+from offmap.owned import Owned
+from offmap.uapi import if_tun as uapi
+from offmap.uapi.virtio.net import virtio_net_hdr_v1
+
+__all__ = ["Tap", "check_name", "open_tap", "tap_of_fd"]
+
+_DEVICE = "/dev/net/tun"
+_FLAGS = uapi.IFF_TAP | uapi.IFF_NO_PI | uapi.IFF_VNET_HDR
+_NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")
+_RTMGRP_LINK = 1  # linux/rtnetlink.h
+_SOCKADDR_IN = struct.Struct("<HH4s8x")  # family, port (0), address: linux/in.h
+
+
+class Tap(Owned):
+    """Owns the fd of a tap device; one that no other program made goes with it.
+
+    Attributes:
+        fd: readable when a frame is there; one frame a read and write.
+        name: the interface's, when it was opened.
+        changes: an fd that becomes readable when some interface of the host has changed: look at `is_up` then.
+    """
+
+    has_vnet_hdr = True
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd = fd
+        self.name = name
+        # Through a file of the same network namespace as ours. A tap of another one is taken to be up.
+        self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        self._netlink.bind((0, _RTMGRP_LINK))
+        self.changes = self._netlink.fileno()
+
+    def set_offload(self, flags: int) -> None:
+        """What the frames read from it may leave undone (TUN_F_*).
+
+        Raises:
+            KernelError: EINVAL where this kernel's tap does not know one of them, EBADFD where the interface is gone.
+        """
+        _ioctl(self.fd, "TUNSETOFFLOAD", uapi.TUNSETOFFLOAD, flags)
+
+    def receive(self, buffers: Sequence[memoryview]) -> int:
+        """Read one frame, its header first; what does not fit is lost.
+
+        Returns:
+            Bytes, the header's included.
+
+        Raises:
+            BlockingIOError: there is none.
+            OSError: EBADFD and others where the interface is gone.
+        """
+        return os.readv(self.fd, buffers)
+
+    def send(self, buffers: Sequence[memoryview]) -> None:
+        """Write one frame, its header first.
+
+        Raises:
+            BlockingIOError: the interface's queue is full; `fd` becomes writable.
+            OSError: EINVAL where it is no frame, EIO where the interface is down, EBADFD where it is gone.
+        """
+        os.writev(self.fd, buffers)
+
+    def flush(self) -> bool:
+        """Whether everything sent is on its way: here, always."""
+        return True
+
+    def forget(self) -> None:
+        """Drop what was begun with buffers that are no more: here, nothing."""
+
+    def is_up(self) -> bool:
+        """Whether the interface is there and up; eats what `changes` has to say."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                try:
+                    self._netlink.recv(1 << 16)
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:  # more changes than the socket could hold: look all the same
+                        raise
+        request = uapi.ifreq()
+        try:
+            _ioctl(self.fd, "TUNGETIFF", uapi.TUNGETIFF, request)  # it may have got another name
+        except KernelError:
+            return False  # EBADFD: it was deleted
+        try:
+            _ioctl(self.changes, "SIOCGIFFLAGS", uapi.SIOCGIFFLAGS, request)
+        except KernelError:
+            return True
+        return bool(request.ifru_flags & uapi.IFF_UP)
+
+    def last_words(self) -> str:
+        """Why it is not up."""
+        request = uapi.ifreq()
+        try:
+            _ioctl(self.fd, "TUNGETIFF", uapi.TUNGETIFF, request)
+        except KernelError:
+            return f"the interface {self.name} is no more"
+        return f"somebody has set the interface {request.ifr_name.decode()} down"
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            self._netlink.close()
+            os.close(self.fd)
+            self.fd = -1
+
+
+def check_name(name: str) -> None:
+    """Refuse what can be the name of no network interface.
+
+    Raises:
+        OffmapError: it cannot.
+    """
+    if not _NAME.fullmatch(name) or name in {".", ".."}:
+        raise OffmapError(f"{name!r} is not the name of a network interface", "use up to 15 letters, digits, . _ -")
+
+
+def open_tap(name: str, *, address: IPv4Interface | None = None, mtu: int | None = None) -> Tap:
+    """Attach to the tap interface `name`, or make it where there is none; one that we make goes with its Tap.
+
+    Args:
+        address: for the host's side of one that we make.
+        mtu: of one that we make.
+
+    Raises:
+        OffmapError: it may not be had, and why.
+    """
+    existed = Path("/sys/class/net", name).exists()
+    try:
+        fd = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        remedy = "load the tun module" if error.errno in {errno.ENOENT, errno.ENODEV, errno.ENXIO} else "run as root"
+        raise OffmapError(f"cannot open {_DEVICE}: {error.strerror}", remedy) from None
+    try:
+        _attach(fd, name)
+        _use_header(fd)
+        if not existed:
+            _configure(name, address, mtu)
+        elif address is not None:
+            raise OffmapError(
+                f"the interface {name} exists already: its addresses are not ours to set",
+                f"leave address= out, and run: ip address add {address} dev {name}",
+            )
+        return Tap(fd, name)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def tap_of_fd(fd: int) -> Tap:
+    """Take over an open tap (from a parent process, or systemd).
+
+    Raises:
+        OffmapError: it is not one, or was not opened as virtio-net needs it.
+    """
+    request = uapi.ifreq()
+    try:
+        _ioctl(fd, "TUNGETIFF", uapi.TUNGETIFF, request)
+    except (KernelError, OverflowError, ValueError):
+        raise OffmapError(f"fd {fd} is not an open tap device", "hand one over, or use tap=NAME") from None
+    flags = request.ifru_flags
+    if flags & _FLAGS != _FLAGS:
+        raise OffmapError(
+            f"the tap device of fd {fd} was not opened with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR",
+            "open it with these three, or use tap=NAME",
+        )
+    os.set_inheritable(fd, False)
+    os.set_blocking(fd, False)
+    _use_header(fd)
+    return Tap(fd, request.ifr_name.decode())
+
+
+def _attach(fd: int, name: str) -> None:
+    flags = _FLAGS
+    for attempt in (flags, flags | uapi.IFF_MULTI_QUEUE):  # a persistent one may have been made with several queues
+        try:
+            _ioctl(fd, "TUNSETIFF", uapi.TUNSETIFF, uapi.ifreq(name.encode(), ifru_flags=attempt))
+        except KernelError as failed:
+            error = failed
+            if failed.errno != errno.EINVAL:
+                break
+        else:
+            return
+    reason, remedy = {
+        errno.EPERM: (
+            "this user may not",
+            f"run as root, or let root make it first: ip tuntap add {name} mode tap user $(id -un)",
+        ),
+        errno.EBUSY: ("another program uses it", "give each guest a tap of its own"),
+        errno.EINVAL: ("it is not a tap", "give the name of a tap, or one that is not taken"),
+    }.get(error.errno, (error.what, ""))
+    raise OffmapError(f"cannot attach to the tap interface {name}: {reason}", remedy)
+
+
+def _use_header(fd: int) -> None:
+    _ioctl(fd, "TUNSETVNETHDRSZ", uapi.TUNSETVNETHDRSZ, c_int(sizeof(virtio_net_hdr_v1)))
+    # A kernel has no other byte order than ours, and the fields of virtio_net_hdr_v1 are little-endian on x86 already.
+
+
+def _configure(name: str, interface: IPv4Interface | None, mtu: int | None) -> None:
+    """Bring a new interface up, with an address (netdevice(7)).
+
+    Raises:
+        KernelError: the kernel does not want them.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fd = any_socket.fileno()
+        if mtu is not None:
+            _ioctl(fd, f"setting the MTU of {name}", uapi.SIOCSIFMTU, uapi.ifreq(name.encode(), ifru_mtu=mtu))
+        if interface is not None:
+            for what, request, address in (
+                ("address", uapi.SIOCSIFADDR, interface.ip),
+                ("netmask", uapi.SIOCSIFNETMASK, interface.netmask),
+            ):
+                argument = uapi.ifreq(name.encode())
+                argument.ifru_addr[:] = _SOCKADDR_IN.pack(socket.AF_INET, 0, address.packed)
+                _ioctl(fd, f"setting the {what} of {name}", request, argument)
+        argument = uapi.ifreq(name.encode())
+        _ioctl(fd, f"SIOCGIFFLAGS of {name}", uapi.SIOCGIFFLAGS, argument)
+        argument.ifru_flags |= uapi.IFF_UP
+        _ioctl(fd, f"bringing {name} up", uapi.SIOCSIFFLAGS, argument)
+
+
+def _ioctl(fd: int, what: str, request: int, argument: uapi.ifreq | c_int | c_uint | int) -> None:
+    try:
+        fcntl.ioctl(fd, request, argument)
+    except OSError as error:
+        raise KernelError(what, error) from None
