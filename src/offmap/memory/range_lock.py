@@ -9,19 +9,16 @@ however that VMM ended.
 import errno
 import fcntl
 import os
-import struct
 from pathlib import Path
 
 from offmap.errors import KernelError
 from offmap.memory.iomem import PhysicalRange, intersect, subtract
 from offmap.owned import Owned
-from offmap.uapi.mman import F_OFD_GETLK, F_OFD_SETLK
+from offmap.uapi.mman import F_OFD_GETLK, F_OFD_SETLK, FLOCK
 
 __all__ = ["RangeLock"]
 
 LOCK_FILE = Path("/dev/mem")
-
-_FLOCK = struct.Struct("<hhxxxxqqixxxx")  # struct flock on x86-64: l_type, l_whence, l_start, l_len, l_pid
 
 
 class RangeLock(Owned):
@@ -64,15 +61,15 @@ class RangeLock(Owned):
         return sorted(held)
 
     def _conflict(self, start: int, size: int) -> PhysicalRange | None:
-        question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, size, 0)
-        kind, _, found, length, _ = _FLOCK.unpack(fcntl.fcntl(self._fd, F_OFD_GETLK, question))
+        question = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, size, 0)
+        kind, _, found, length, _ = FLOCK.unpack(fcntl.fcntl(self._fd, F_OFD_GETLK, question))
         if kind == fcntl.F_UNLCK:
             return None
         return PhysicalRange(found, found + length if length else 1 << 62)
 
     def _lock(self, start: int, size: int) -> bool:
         try:
-            fcntl.fcntl(self._fd, F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, size, 0))
+            fcntl.fcntl(self._fd, F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, size, 0))
         except OSError as error:
             if error.errno in {errno.EAGAIN, errno.EACCES}:
                 return False

@@ -1,4 +1,6 @@
-"""Memory calls that Python's own modules do not spell (include/uapi/asm-generic/mman-common.h, linux/memfd.h)."""
+"""Memory calls that Python's own modules do not spell (asm-generic/mman-common.h, linux/memfd.h); locks (fcntl.h)."""
+
+from struct import Struct
 
 MADV_HUGEPAGE = 14
 MADV_DONTDUMP = 16
@@ -15,3 +17,5 @@ SYS_memfd_secret = 447  # arch/x86/entry/syscalls/syscall_64.tbl
 # fcntl.h: locks that belong to the open file description, so that they go with its last fd, whoever kills the process.
 F_OFD_GETLK = 36
 F_OFD_SETLK = 37
+FLOCK = Struct("<hhxxxxqqixxxx")
+"""struct flock on x86-64: l_type, l_whence, l_start, l_len, l_pid."""

@@ -14,8 +14,8 @@ from types import ModuleType
 
 import pytest
 
-from offmap.memory import range_lock
-from offmap.uapi import bootparam, elf, ioctl, kvm, mman
+from offmap.uapi import bootparam, elf, fs, ioctl, kvm, mman
+from offmap.uapi.virtio import blk, config, mmio, ring
 
 HEADERS = """
 #define _GNU_SOURCE
@@ -26,12 +26,21 @@ HEADERS = """
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <linux/elf.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
 #include <linux/kvm.h>
 #include <linux/kvm_para.h>
 #include <linux/mman.h>
 #include <linux/memfd.h>
+#include <linux/virtio_blk.h>
+#include <linux/virtio_config.h>
+#include <linux/virtio_ids.h>
+#include <linux/virtio_mmio.h>
+#include <linux/virtio_ring.h>
 #include <asm/bootparam.h>
 """
+
+MODULES = (kvm, mman, bootparam, elf, fs, blk, config, mmio, ring)
 
 NEWER = {
     # In no header of Linux 6.1, which is Debian 12's.
@@ -74,7 +83,7 @@ GUARDS = {
     "kvm_run_memory_fault": "KVM_EXIT_MEMORY_FAULT",
 }
 
-FLEXIBLE = {"kvm_run"}  # longer in the header than what we declare of it
+FLEXIBLE = {"kvm_run", "virtio_blk_config"}  # longer in the header than what we declare of it
 
 
 class Question:
@@ -110,7 +119,7 @@ def boot_offset(name: str) -> str | None:
 
 
 def constant_questions() -> Iterator[Question]:
-    for module in (kvm, mman, bootparam, elf):
+    for module in MODULES:
         for name, value in constants(module):
             if name in NOT_IN_UAPI:
                 continue
@@ -126,8 +135,12 @@ def constant_questions() -> Iterator[Question]:
 
 
 def structure_questions() -> Iterator[Question]:
-    for name, value in vars(kvm).items():
-        if not (isinstance(value, type) and issubclass(value, ctypes.Structure) and value is not ctypes.Structure):
+    for name, value in [*vars(kvm).items(), *vars(blk).items()]:
+        if not (
+            isinstance(value, type)
+            and issubclass(value, ctypes.Structure)
+            and value.__module__ in {kvm.__name__, blk.__name__}
+        ):
             continue
         guard = GUARDS.get(name)
         member = ANONYMOUS.get(name)
@@ -164,7 +177,13 @@ def format_questions() -> Iterator[Question]:
         ("Elf64_Phdr", elf.ELF64_PHDR.format, elf.Elf64_Phdr._fields),
         ("Elf64_Nhdr", elf.ELF64_NHDR.format, elf.Elf64_Nhdr._fields),
         ("struct boot_e820_entry", bootparam.E820_ENTRY_FORMAT, ("addr", "size", "type")),
-        ("struct flock", range_lock._FLOCK.format, flock),
+        ("struct virtio_blk_outhdr", blk.VIRTIO_BLK_OUTHDR.format, ("type", "ioprio", "sector")),
+        (
+            "struct virtio_blk_discard_write_zeroes",
+            blk.VIRTIO_BLK_DISCARD_WRITE_ZEROES.format,
+            ("sector", "num_sectors", "flags"),
+        ),
+        ("struct flock", mman.FLOCK.format, flock),
     ]
     for name, text, fields in formats:
         yield Question(f"sizeof:{name.replace(' ', '_')}", struct.calcsize(text), f"sizeof({name})")
@@ -222,7 +241,7 @@ def test_magic_numbers_are_those_of_the_headers() -> None:
     assert (0x53726448).to_bytes(4, "little") == bootparam.HEADER_MAGIC  # boot.rst: "Magic signature HdrS (0x53726448)"
 
 
-@pytest.mark.parametrize("module", [kvm, mman, bootparam, elf])
+@pytest.mark.parametrize("module", MODULES)
 def test_no_constant_escapes(module: ModuleType) -> None:
     asked = {question.name for question in QUESTIONS}
     public = {name for name, value in vars(module).items() if isinstance(value, int) and not name.startswith("_")}

@@ -1,0 +1,249 @@
+"""virtio-blk: a drive (virtio 1.2, section 5.2).
+
+One request is one system call, done on the device's thread: a disk that takes its time holds up its own drive and
+nothing else. What the driver gets wrong in the ring is its own fault (NEEDS_RESET); what a request asks for and cannot
+have is a status of that request.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from typing import ClassVar
+
+from offmap.devices.virtio.device import Activation, VirtioDevice
+from offmap.devices.virtio.disk import SECTOR, Disk
+from offmap.devices.virtio.queue import Chain, DriverError, Queue
+from offmap.uapi.virtio.blk import (
+    VIRTIO_BLK_DISCARD_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE,
+    VIRTIO_BLK_F_DISCARD,
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_OUTHDR,
+    VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    virtio_blk_config,
+)
+from offmap.uapi.virtio.config import VIRTIO_ID_BLOCK
+
+__all__ = ["Blk"]
+
+QUEUE_SIZE = 512
+"""So that a request of 1 MiB, in pages that lie apart, is one chain: 256 of data, header, status."""
+
+_MAX_RANGES = 64  # of one discard or write-zeroes request
+_MAX_RANGE_SECTORS = 1 << 22  # 2 GiB in one range, so that none keeps the drive busy for too long
+_BATCH = 16  # requests that are answered before the driver is told of the first
+_HEADER_SIZE = VIRTIO_BLK_OUTHDR.size
+
+
+class Blk(VirtioDevice):
+    """The device.
+
+    Args:
+        disk: what is behind it; the device owns it.
+        serial: at most 20 bytes.
+        say: takes a line for the user.
+    """
+
+    device_id: ClassVar[int] = VIRTIO_ID_BLOCK
+    queue_sizes = (QUEUE_SIZE,)
+
+    def __init__(
+        self,
+        disk: Disk,
+        *,
+        readonly: bool = False,
+        serial: str = "",
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._disk = disk
+        self._readonly = readonly
+        self._id = serial.encode()[:VIRTIO_BLK_ID_BYTES].ljust(VIRTIO_BLK_ID_BYTES, b"\0")
+        self._say = say
+        self._said: set[tuple[str, int]] = set()
+        self._sectors = disk.size // SECTOR
+        self._queue: Queue | None = None
+        self._sync = False
+        offered = [VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_FLUSH]
+        offered += [VIRTIO_BLK_F_RO] if readonly else [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]
+        self.features = sum(1 << bit for bit in offered)
+        self._others: dict[int, Callable[[list[memoryview], list[memoryview]], int]] = {
+            VIRTIO_BLK_T_FLUSH: self._flush,
+            VIRTIO_BLK_T_GET_ID: self._get_id,
+            VIRTIO_BLK_T_DISCARD: lambda readable, _: self._ranges(readable, self._discard),
+            VIRTIO_BLK_T_WRITE_ZEROES: lambda readable, _: self._ranges(readable, self._write_zeroes),
+        }
+
+    def config(self) -> bytes:
+        logical, physical = self._disk.logical_block_size, self._disk.physical_block_size
+        blocks = max(physical // logical, 1)
+        return bytes(
+            virtio_blk_config(
+                capacity=self._sectors,
+                seg_max=QUEUE_SIZE - 2,
+                blk_size=logical,
+                physical_block_exp=blocks.bit_length() - 1,
+                min_io_size=blocks,
+                opt_io_size=0,
+                num_queues=1,
+                max_discard_sectors=_MAX_RANGE_SECTORS,
+                max_discard_seg=_MAX_RANGES,
+                discard_sector_alignment=max(physical, logical) // SECTOR,
+                max_write_zeroes_sectors=_MAX_RANGE_SECTORS,
+                max_write_zeroes_seg=_MAX_RANGES,
+                write_zeroes_may_unmap=1,
+            )
+        )
+
+    def activate(self, activation: Activation) -> None:
+        self._queue = activation.queues[0]
+        # A driver that does not know of flushes must find its data on the disk when a write is done (5.2.5).
+        self._sync = not activation.has(VIRTIO_BLK_F_FLUSH)
+
+    def reset(self) -> None:
+        self._queue = None
+
+    def close(self) -> None:
+        self._disk.close()
+
+    def handle(self, queue: int) -> None:
+        requests = self._queue
+        if requests is None:
+            return
+        answered = 0
+        for chain in requests.chains():
+            requests.push(chain, self._serve(chain))
+            answered += 1
+            if answered == _BATCH:
+                answered = 0
+                requests.notify()
+        requests.notify()
+
+    def _serve(self, chain: Chain) -> int:
+        """Answer one request.
+
+        Returns:
+            How many bytes of it were written: the data's and the status's, which comes last.
+
+        Raises:
+            DriverError: it has no header or no room for a status.
+        """
+        readable, writable = chain.readable, chain.writable
+        if not writable or chain.readable_bytes < _HEADER_SIZE:
+            raise DriverError("makes a block request without a header or without room for a status")
+        # Drivers put header, data and status into descriptors of their own; none has to (2.7.4).
+        status = writable.pop()
+        if len(status) != 1:
+            if not status:
+                raise DriverError("makes a block request whose status has no room")
+            writable.append(status[:-1])
+            status = status[-1:]
+        header = readable.pop(0)
+        if len(header) == _HEADER_SIZE:
+            kind, _, sector = VIRTIO_BLK_OUTHDR.unpack_from(header)
+        else:
+            kind, sector = _split_header(header, readable)
+        try:
+            if kind == VIRTIO_BLK_T_IN:
+                size = chain.writable_bytes - 1
+                if size & 511 or sector + (size >> 9) > self._sectors:
+                    status[0] = VIRTIO_BLK_S_IOERR
+                else:
+                    self._disk.read(writable, size, sector << 9)
+                    status[0] = VIRTIO_BLK_S_OK
+                return size + 1
+            if kind == VIRTIO_BLK_T_OUT:
+                size = chain.readable_bytes - _HEADER_SIZE
+                if size & 511 or sector + (size >> 9) > self._sectors or self._readonly:
+                    status[0] = VIRTIO_BLK_S_IOERR
+                else:
+                    self._disk.write(readable, size, sector << 9, sync=self._sync)
+                    status[0] = VIRTIO_BLK_S_OK
+                return 1
+            other = self._others.get(kind)
+            status[0] = VIRTIO_BLK_S_UNSUPP if other is None else other(readable, writable)
+        except OSError as error:
+            status[0] = self._failed(kind, error)
+        return chain.writable_bytes
+
+    def _failed(self, kind: int, error: OSError) -> int:
+        """The status for what the host says; said to the user once for each kind of request and error."""
+        number = error.errno or errno.EIO
+        if kind in (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES) and number in (errno.EOPNOTSUPP, errno.ENOTTY):
+            return VIRTIO_BLK_S_UNSUPP
+        operation = {
+            VIRTIO_BLK_T_IN: "read",
+            VIRTIO_BLK_T_OUT: "written",
+            VIRTIO_BLK_T_FLUSH: "flushed",
+            VIRTIO_BLK_T_DISCARD: "discarded",
+        }.get(kind, "zeroed")
+        if (operation, number) not in self._said:
+            self._said.add((operation, number))
+            reason = error.strerror or os.strerror(number)
+            self._say(f"the drive {self._disk.path} cannot be {operation}: {reason}; the guest gets an I/O error")
+        return VIRTIO_BLK_S_IOERR
+
+    def _flush(self, readable: list[memoryview], writable: list[memoryview]) -> int:
+        if self._queue is not None:
+            self._queue.notify()  # this may take its time, and others are done
+        self._disk.flush()
+        return VIRTIO_BLK_S_OK
+
+    def _get_id(self, readable: list[memoryview], writable: list[memoryview]) -> int:
+        if sum(map(len, writable)) < VIRTIO_BLK_ID_BYTES:
+            return VIRTIO_BLK_S_IOERR
+        left = self._id
+        for view in writable:
+            part, left = left[: len(view)], left[len(view) :]
+            view[: len(part)] = part
+        return VIRTIO_BLK_S_OK
+
+    def _ranges(self, readable: list[memoryview], apply: Callable[[int, int, bool], None]) -> int:
+        """Discard or write zeroes: one range after another (5.2.6.2)."""
+        size = sum(map(len, readable))
+        if not size or size % VIRTIO_BLK_DISCARD_WRITE_ZEROES.size or size > 16 * _MAX_RANGES or self._readonly:
+            return VIRTIO_BLK_S_IOERR
+        ranges = list(VIRTIO_BLK_DISCARD_WRITE_ZEROES.iter_unpack(b"".join(readable)))
+        for sector, count, flags in ranges:
+            if flags & ~VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP or (flags and apply == self._discard):
+                return VIRTIO_BLK_S_UNSUPP
+            if count > _MAX_RANGE_SECTORS or sector + count > self._sectors:
+                return VIRTIO_BLK_S_IOERR
+        for sector, count, flags in ranges:
+            if count:
+                apply(sector << 9, count << 9, bool(flags))
+        return VIRTIO_BLK_S_OK
+
+    def _discard(self, offset: int, size: int, _unmap: bool) -> None:
+        self._disk.discard(offset, size)
+
+    def _write_zeroes(self, offset: int, size: int, unmap: bool) -> None:
+        self._disk.write_zeroes(offset, size, unmap=unmap)
+
+
+def _split_header(first: memoryview, readable: list[memoryview]) -> tuple[int, int]:
+    """Type and sector of a header in several descriptors, or with data behind it; takes it from `readable`."""
+    header = bytes(first[:_HEADER_SIZE])
+    rest = first[_HEADER_SIZE:]
+    while len(header) < _HEADER_SIZE:
+        view = readable.pop(0)
+        missing = _HEADER_SIZE - len(header)
+        header += bytes(view[:missing])
+        rest = view[missing:]
+    if rest:
+        readable.insert(0, rest)
+    kind, _, sector = VIRTIO_BLK_OUTHDR.unpack(header)
+    return kind, sector

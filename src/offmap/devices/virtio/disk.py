@@ -1,0 +1,339 @@
+"""A raw image or block device on the host, as the bytes behind a drive.
+
+One system call moves a request's data between the file and guest memory: the kernel copies it from or to its page
+cache. Nothing passes through this process's own memory, but for two cases that go by a bounce buffer: the user asked
+for it, or the file system wants the guest's pages themselves (GUP), which hidden RAM refuses (EFAULT).
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from offmap.errors import KernelError, OffmapError
+from offmap.owned import Owned
+from offmap.uapi.fs import (
+    BLKDISCARD,
+    BLKPBSZGET,
+    BLKSSZGET,
+    BLKZEROOUT,
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+)
+from offmap.uapi.mman import F_OFD_SETLK, FLOCK
+
+__all__ = ["SECTOR", "Disk"]
+
+SECTOR = 512
+_BOUNCE_SIZE = 1 << 20
+_DEFAULT_PHYSICAL_BLOCK = 4096  # what file systems allocate in; a guest that aligns to it spares the host a read
+_RANGE = struct.Struct("=QQ")  # of BLKDISCARD and BLKZEROOUT
+
+
+class Disk(Owned):
+    """An open, locked file. To be used on one thread.
+
+    Args:
+        path: a regular file or a block device.
+        readonly: it is neither opened for writing nor changed.
+        direct: go past the host's page cache (O_DIRECT).
+        bounce: let all data pass through a buffer of this process.
+        say: takes a line for the user.
+
+    Attributes:
+        path: as given.
+        size: bytes, whole sectors.
+        logical_block_size: what requests must be aligned to, in bytes.
+        physical_block_size: what they better were.
+
+    Raises:
+        OffmapError: it cannot be used, with the reason and the remedy.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        readonly: bool = False,
+        direct: bool = False,
+        bounce: bool = False,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.path = path
+        self._say = say
+        self._bounce: mmap.mmap | None = mmap.mmap(-1, _BOUNCE_SIZE) if bounce else None
+        self._always_bounce = bounce
+        self._zeroes: mmap.mmap | None = None
+        self._is_block_device = _check_kind(path)
+        flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+        try:
+            self.fd = os.open(path, flags)
+        except OSError as error:
+            raise KernelError(f"open of the drive {path}", error, _open_remedy(error, readonly, direct)) from None
+        with contextlib.ExitStack() as opening:
+            opening.callback(self.close)
+            self._lock(readonly)
+            self._measure(direct)
+            opening.pop_all()
+
+    def _lock(self, readonly: bool) -> None:
+        """Two guests that write one image destroy it. QEMU sees this lock, and we see QEMU's (F_OFD_SETLK)."""
+        kind = fcntl.F_RDLCK if readonly else fcntl.F_WRLCK
+        try:
+            fcntl.fcntl(self.fd, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise OffmapError(
+                    f"the drive {self.path} is in use: another guest "
+                    + ("writes to it" if readonly else "has it open, and this one would write to it"),
+                    "end the other, or give both the drive with readonly=on",
+                ) from None
+            self._say(
+                f"the drive {self.path} cannot be locked ({error.strerror}): nothing keeps a second guest from it"
+            )
+
+    def _measure(self, direct: bool) -> None:
+        try:
+            whole = os.lseek(self.fd, 0, os.SEEK_END)
+            self.logical_block_size, self.physical_block_size = SECTOR, _DEFAULT_PHYSICAL_BLOCK
+            if self._is_block_device:
+                self.logical_block_size = _ioctl_int(self.fd, BLKSSZGET)
+                self.physical_block_size = _ioctl_int(self.fd, BLKPBSZGET)
+            elif direct:
+                self.logical_block_size = self._direct_alignment()
+        except OSError as error:
+            raise KernelError(f"finding the size of the drive {self.path}", error) from None
+        block = self.logical_block_size
+        self.size = whole // block * block
+        if not self.size:
+            raise OffmapError(
+                f"the drive {self.path} has {whole} bytes, which is less than a sector ({block})",
+                "make the file larger (truncate -s 1G FILE)",
+            )
+        if self.size != whole:
+            self._say(
+                f"the drive {self.path} has {whole} bytes: the guest does not see the last {whole - self.size}, "
+                f"as they are no whole sector ({block})"
+            )
+
+    def _direct_alignment(self) -> int:
+        """The least alignment that direct I/O on this file takes; it differs by file system and disk, hence tried."""
+        with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
+            for size in (SECTOR, 1024, 2048):
+                try:
+                    os.preadv(self.fd, [view[:size]], 0)
+                except OSError as error:
+                    if error.errno == errno.EINVAL:
+                        continue
+                    raise
+                return size
+        return mmap.PAGESIZE
+
+    # --- data ---
+
+    def read(self, views: list[memoryview], size: int, offset: int) -> None:
+        """Fill `views`, `size` bytes together, from `offset`.
+
+        Raises:
+            OSError: as the host's; EIO where the file ends before.
+        """
+        self._move(os.preadv, self._read_bounced, views, size, offset)
+
+    def write(self, views: list[memoryview], size: int, offset: int, *, sync: bool = False) -> None:
+        """Write `views`, `size` bytes together, at `offset`; with `sync` they are on the disk afterwards.
+
+        Raises:
+            OSError: as the host's.
+        """
+        self._move(os.pwritev, self._write_bounced, views, size, offset)
+        if sync:
+            self.flush()
+
+    def _move(
+        self,
+        call: Callable[[int, Sequence[memoryview], int], int],
+        bounced: Callable[[list[memoryview], int], int],
+        views: list[memoryview],
+        size: int,
+        offset: int,
+    ) -> None:
+        """`call` as often as it takes: one call moves no more than 2 GiB, and a full disk takes a part."""
+        while size:
+            if self._always_bounce:
+                done = bounced(views, offset)
+            else:
+                try:
+                    done = call(self.fd, views, offset)
+                except OSError as error:
+                    if error.errno != errno.EFAULT:
+                        raise
+                    done = self._without_gup(bounced, views, offset)
+            if not done:
+                raise OSError(errno.EIO, "the file has become shorter than it was")
+            size -= done
+            offset += done
+            if size:
+                views = _rest(views, done)
+
+    def _without_gup(
+        self, bounced: Callable[[list[memoryview], int], int], views: list[memoryview], offset: int
+    ) -> int:
+        """EFAULT though the views are in RAM: this file system pins pages, and hidden ones cannot be pinned."""
+        if self._bounce is None:
+            self._bounce = mmap.mmap(-1, _BOUNCE_SIZE)
+            done = bounced(views, offset)
+            self._always_bounce = True
+            self._say(
+                f"the drive {self.path} cannot be read into hidden RAM directly (its file system pins the pages): "
+                "its data goes through a buffer of offmap's own, which the host kernel does map"
+            )
+            return done
+        return bounced(views, offset)
+
+    def _buffer(self) -> mmap.mmap:
+        if self._bounce is None:
+            self._bounce = mmap.mmap(-1, _BOUNCE_SIZE)
+        return self._bounce
+
+    def _read_bounced(self, views: list[memoryview], offset: int) -> int:
+        room = min(sum(map(len, views)), _BOUNCE_SIZE)
+        with memoryview(self._buffer()) as buffer:
+            with buffer[:room] as part:
+                done = os.preadv(self.fd, [part], offset)
+            at = 0
+            for view in views:
+                if at >= done:
+                    break
+                size = min(len(view), done - at)
+                view[:size] = buffer[at : at + size]
+                at += size
+        return done
+
+    def _write_bounced(self, views: list[memoryview], offset: int) -> int:
+        with memoryview(self._buffer()) as buffer:
+            at = 0
+            for view in views:
+                size = min(len(view), _BOUNCE_SIZE - at)
+                buffer[at : at + size] = view[:size]
+                at += size
+            with buffer[:at] as part:
+                return os.pwritev(self.fd, [part], offset)
+
+    # --- the rest ---
+
+    def flush(self) -> None:
+        """What was written is on the disk afterwards.
+
+        Raises:
+            OSError: as the host's.
+        """
+        os.fdatasync(self.fd)
+
+    def discard(self, offset: int, size: int) -> None:
+        """The guest does not need these bytes any more.
+
+        Raises:
+            OSError: as the host's; EOPNOTSUPP where it cannot give them back.
+        """
+        if self._is_block_device:
+            fcntl.ioctl(self.fd, BLKDISCARD, _RANGE.pack(offset, size))
+        else:
+            _fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
+
+    def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
+        """These bytes read as zeroes afterwards; with `unmap` they need not take room.
+
+        Raises:
+            OSError: as the host's.
+        """
+        if self._is_block_device:
+            fcntl.ioctl(self.fd, BLKZEROOUT, _RANGE.pack(offset, size))  # by writing them, where it has no better way
+            return
+        modes = [FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE]
+        if unmap:
+            modes.insert(0, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+        for mode in modes:
+            try:
+                _fallocate(self.fd, mode, offset, size)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+            else:
+                return
+        self._write_out_zeroes(offset, size)
+
+    def _write_out_zeroes(self, offset: int, size: int) -> None:
+        if self._zeroes is None:
+            self._zeroes = mmap.mmap(-1, _BOUNCE_SIZE)
+        with memoryview(self._zeroes) as zeroes:
+            while size:
+                with zeroes[: min(size, _BOUNCE_SIZE)] as part:
+                    done = os.pwritev(self.fd, [part], offset)
+                offset += done
+                size -= done
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)  # and with it the lock
+            self.fd = -1
+        for buffer in (self._bounce, self._zeroes):
+            if buffer is not None:
+                buffer.close()
+
+
+def _rest(views: list[memoryview], done: int) -> list[memoryview]:
+    """`views` without their first `done` bytes."""
+    for number, view in enumerate(views):
+        if done < len(view):
+            return [view[done:], *views[number + 1 :]]
+        done -= len(view)
+    return []
+
+
+def _check_kind(path: Path) -> bool:
+    """Whether it is a block device.
+
+    Raises:
+        OffmapError: it is neither that nor a regular file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        remedy = "make it first (truncate -s 1G FILE)" if error.errno == errno.ENOENT else ""
+        raise KernelError(f"looking at the drive {path}", error, remedy) from None
+    if stat.S_ISREG(mode):
+        return False
+    if stat.S_ISBLK(mode):
+        return True
+    raise OffmapError(f"the drive {path} is neither a regular file nor a block device", "give a raw image")
+
+
+def _open_remedy(error: OSError, readonly: bool, direct: bool) -> str:
+    if direct and error.errno == errno.EINVAL:
+        return "leave direct=on out: this file system has no direct I/O"
+    if not readonly and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "add readonly=on, if the guest need not write to it"
+    return ""
+
+
+def _ioctl_int(fd: int, request: int) -> int:
+    value: int
+    (value,) = struct.unpack("=i", fcntl.ioctl(fd, request, bytes(4)))
+    return value
+
+
+def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """fallocate(2), of which the os module has only the one without a mode."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    off_t = ctypes.c_int64
+    while libc.fallocate(fd, mode, off_t(offset), off_t(size)):
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

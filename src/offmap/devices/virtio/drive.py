@@ -1,0 +1,85 @@
+"""``--drive PATH[,option=value…]``: what the user asks for of a virtio-blk device."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offmap.devices.virtio.device import Surroundings
+from offmap.errors import OffmapError
+from offmap.uapi.virtio.blk import VIRTIO_BLK_ID_BYTES
+
+if TYPE_CHECKING:
+    from offmap.devices.virtio.blk import Blk
+
+__all__ = ["DriveSpec", "parse_drive"]
+
+
+@dataclass(frozen=True, slots=True)
+class DriveSpec:
+    """A drive.
+
+    Attributes:
+        path: a raw image or a block device.
+        readonly: the guest cannot write to it, and others may use it at the same time.
+        serial: what the guest finds as its serial number, at most 20 bytes.
+        direct: past the host's page cache, so that no copy of the guest's data stays in it.
+        bounce: through a buffer of this process, which direct I/O needs on hidden RAM.
+    """
+
+    path: Path
+    readonly: bool = False
+    serial: str = ""
+    direct: bool = False
+    bounce: bool = False
+
+    def build(self, surroundings: Surroundings) -> "Blk":
+        """Open and lock the file.
+
+        Raises:
+            OffmapError: it cannot be used, or not so.
+        """
+        from offmap.devices.virtio.blk import Blk
+        from offmap.devices.virtio.disk import Disk
+
+        if self.direct and surroundings.hidden and not self.bounce:
+            raise OffmapError(
+                f"the drive {self.path} cannot have direct=on: the kernel would have to pin the guest's pages (GUP), "
+                "and hidden RAM cannot be",
+                "add bounce=on: one buffer of offmap's own, which the host kernel maps, instead of its page cache",
+            )
+        disk = Disk(self.path, readonly=self.readonly, direct=self.direct, bounce=self.bounce, say=surroundings.say)
+        return Blk(disk, readonly=self.readonly, serial=self.serial, say=surroundings.say)
+
+
+def parse_drive(text: str) -> DriveSpec:
+    """The drive that `text` asks for.
+
+    Raises:
+        OffmapError: no path, or an option that there is not.
+    """
+    path, *pairs = text.split(",")
+    if not path:
+        raise OffmapError("--drive names no file", "write --drive PATH[,option=value…]")
+    switches = {"readonly": False, "direct": False, "bounce": False}
+    serial = ""
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if key == "serial" and equals:
+            serial = _serial(value)
+        elif key in switches and value in ("on", "off"):
+            switches[key] = value == "on"
+        else:
+            raise OffmapError(
+                f"{pair!r} is not an option of a drive",
+                "choose from readonly=on|off, serial=TEXT, direct=on|off, bounce=on|off",
+            )
+    return DriveSpec(Path(path), serial=serial, **switches)
+
+
+def _serial(text: str) -> str:
+    if len(text) > VIRTIO_BLK_ID_BYTES or not text.isascii() or not text.isprintable():
+        raise OffmapError(
+            f"{text!r} cannot be a drive's serial number",
+            f"give up to {VIRTIO_BLK_ID_BYTES} printable ASCII characters",
+        )
+    return text
