@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from figure import Figure, Limit
-from lab import EVEN_ZEROING, GUEST_SIZE, run_in_lab
+from lab import EVEN_ZEROING, GUEST_SIZE, run_in_lab, shmem_huge_pages
 from offmap.errors import OffmapError
 from offmap.kmod.lab_module import lab_module
 from offmap.kmod.loaded import load
@@ -27,7 +27,6 @@ from offmap.lab.provision import host_kernel
 COMMAND_LINE = "console=ttyS0 quiet"
 DEADLINE = 120.0  # seconds for one guest
 ENOUGH_PAIRS = 5  # to say that all of them agree by more than chance
-SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 FIGURES = {
     # What the guest calls it: its name and unit here.
@@ -71,8 +70,7 @@ def measure(setting: Setting, kernel: str, initrd: str) -> tuple[dict[str, float
     Raises:
         OffmapError: it did not finish.
     """
-    SHMEM_ENABLED.write_text(setting.shmem_enabled)
-    with tempfile.TemporaryDirectory() as folder:
+    with shmem_huge_pages(setting.shmem_enabled), tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         argv = [sys.executable, "-m", "offmap", "run", "--kernel", kernel, "--initrd", initrd, "--report", str(report)]
         # kvm-clock off on both: the same clock measures them.

@@ -2,7 +2,8 @@
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from offmap.compare.guest import guest_initramfs
@@ -10,7 +11,7 @@ from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 
-__all__ = ["EVEN_ZEROING", "GUEST_SIZE", "run_in_lab"]
+__all__ = ["EVEN_ZEROING", "GUEST_SIZE", "run_in_lab", "shmem_huge_pages"]
 
 GUEST_SIZE = "256M"
 _RESERVED = "memmap=256M$0x40000000"  # GUEST_SIZE at 1 GiB that the host kernel never owns
@@ -19,6 +20,20 @@ EVEN_ZEROING = "clearcpuid=erms"
 """For hosts in which memory is measured. An emulated ``rep stosb`` stores byte by byte, and where a processor promises
 that it is fast, clear_page() uses it (clear_page_64.S) and memset() does not: what is zeroed page by page would look
 twice as slow as it is."""
+
+
+_SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+
+@contextmanager
+def shmem_huge_pages(policy: str) -> Iterator[None]:
+    """For as long as this lasts, this (disposable) host gives a memfd huge pages by `policy`: "never", "advise"…"""
+    before = _SHMEM_ENABLED.read_text().partition("[")[2].partition("]")[0]
+    _SHMEM_ENABLED.write_text(policy)
+    try:
+        yield
+    finally:
+        _SHMEM_ENABLED.write_text(before)
 
 
 def run_in_lab(

@@ -15,7 +15,7 @@ from typing import Any
 
 import ram
 from figure import Figure, Limit
-from lab import EVEN_ZEROING, run_in_lab
+from lab import EVEN_ZEROING, run_in_lab, shmem_huge_pages
 from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.kmod.lab_module import lab_module
 from offmap.kmod.loaded import load
@@ -89,10 +89,10 @@ def tlb_flushes() -> int | None:
 
 def measure_unplugged(vm: Vm, rounds: int) -> None:
     """From asking to usable: the figure that has a limit, and what it does to the direct map."""
-    Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled").write_text("advise")  # for memfd_huge; off by default
     ways = (ram.unplugged, ram.memfd, ram.memfd_by_advice, ram.memfd_huge)
     before = direct_map()
-    ours, peer, advised, huge = by_turns(rounds, *(lambda way=way: sample(way, vm, SIZE, 1) for way in ways))
+    with shmem_huge_pages("advise"):  # heard by memfd_huge only
+        ours, peer, advised, huge = by_turns(rounds, *(lambda way=way: sample(way, vm, SIZE, 1) for way in ways))
     after = direct_map()
     facts = {"bytes": SIZE, "cpus": os.cpu_count()}
     name = "unplugged, from asking to zeroed and mapped"
@@ -191,24 +191,26 @@ def by_faults(vm: Vm, size: int) -> list[float]:
         return [((tlb_flushes() or 0) - before) / (size >> 21)]
 
 
-def inside(place: str, module: str, rounds: int) -> int:
+def inside(place: str, module: str, rounds: int, kinds: Sequence[str]) -> int:
     """Measure, in the place itself."""
     with Kvm() as kvm, kvm.create_vm() as vm:
         if place == "stock":
             load(Path(module))
-            measure_unplugged(vm, rounds)  # before anything has split the direct map
-            Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages").write_text(str(SIZE >> 21))
-        if place == "patched":
+            if "unplugged" in kinds:
+                measure_unplugged(vm, rounds)  # before anything has split the direct map
+            if "hugetlb" in kinds:
+                Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages").write_text(str(SIZE >> 21))
+        if place == "patched" and "guest_memfd-unmapped" in kinds:
             measure_flag(vm, rounds)
-        measure_kinds(vm, rounds, WHERE[place])
+        measure_kinds(vm, rounds, [kind for kind in WHERE[place] if kind in kinds])
     return 0
 
 
-def outside(place: str, rounds: int, quick: bool) -> int:
+def outside(place: str, rounds: int, kinds: Sequence[str], quick: bool) -> int:
     """Go to the place, and measure there."""
     if place == "here":
-        return inside(place, "", rounds)
-    arguments = ["--place", place, "--rounds", str(rounds)]
+        return inside(place, "", rounds, kinds)
+    arguments = ["--place", place, "--rounds", str(rounds), *(f"--kind={kind}" for kind in kinds)]
     if place == "stock":
         arguments += ["--module", str(lab_module(host_kernel()))]
         return run_in_lab(__file__, arguments, cmdline=EVEN_ZEROING)
@@ -224,6 +226,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="3 rounds, and the patched kernel only if it is built")
     parser.add_argument("--place", choices=PLACES, action="append", help="where (default: all three)")
+    parser.add_argument("--kind", choices=ram.KINDS, action="append", help="of RAM (default: all)")
     for hidden in ("--guest-kernel", "--guest-initrd", "--module"):
         parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -231,8 +234,8 @@ def main() -> int:
     rounds = 3 if args.quick else args.rounds
     try:
         if args.inside:
-            return inside(args.place[0], args.module, rounds)
-        return max(outside(place, rounds, args.quick) for place in args.place or PLACES)
+            return inside(args.place[0], args.module, rounds, args.kind)
+        return max(outside(place, rounds, args.kind or list(ram.KINDS), args.quick) for place in args.place or PLACES)
     except OffmapError as error:
         print(f"populate: {error}", file=sys.stderr)
         return error.exit_status

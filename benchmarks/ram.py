@@ -25,7 +25,7 @@ from offmap.memory.reserved import Reserved
 from offmap.memory.secretmem import map_secret, secret_backing, secret_file
 from offmap.memory.unplugged import Unplugged
 from offmap.uapi import offmap_module as module
-from offmap.uapi.mman import MADV_HUGEPAGE, MADV_POPULATE_WRITE
+from offmap.uapi.mman import MADV_POPULATE_WRITE
 
 __all__ = [
     "KINDS",
@@ -110,14 +110,12 @@ def memfd(vm: Vm, size: int, threads: int) -> Backing:
 
 def memfd_by_advice(vm: Vm, size: int, threads: int) -> Backing:
     """By MADV_POPULATE_WRITE alone."""
-    return _advise(Memfd().allocate(vm, size)[0], threads)
+    return _advise(map_memfd("memfd", "offmap-ram", size, os.MFD_CLOEXEC), threads)
 
 
 def memfd_huge(vm: Vm, size: int, threads: int) -> Backing:
-    """With 2M pages, where the host's shmem_enabled is "advise" (Debian's is "never")."""
-    backing = map_memfd("memfd", "offmap-ram", size, os.MFD_CLOEXEC)
-    backing.madvise(MADV_HUGEPAGE)
-    return _advise(backing, threads)
+    """As the backend has it: with 2M pages, where the host's shmem_enabled is "advise" (Debian's is "never")."""
+    return _advise(Memfd().allocate(vm, size)[0], threads)
 
 
 def hugetlb(vm: Vm, size: int, threads: int) -> Backing:
