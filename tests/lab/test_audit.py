@@ -23,7 +23,7 @@ KERNEL_TEXT = "kernel text mapping"
 def audit(host: LabHost, kind: str, *statuses: int, scan: bool = True, mib: int = MIB) -> Any:
     """Audit memory of one kind in the host, which must end in one of the statuses; give the result."""
     key = new_key()
-    arguments = ["--json", "--scan", "--canary-key", key] if scan else ["--json"]
+    arguments = ["--json", "--canary", key] if scan else ["--json"]
     done = host.output([sys.executable, TARGET, kind, key, str(mib), *arguments])
     assert done.status in statuses, (done.stdout.decode()[-2000:], done.stderr.decode())
     return json.loads(done.stdout)
@@ -155,7 +155,7 @@ def test_wrong_use_ends_in_one_line(lab_host: LabHost) -> None:
     assert "no process" in refused(lab_host, 2, *command, "4000000")
     assert "--range" in refused(lab_host, 3, *command, "1")
     assert "VA:LENGTH" in refused(lab_host, 2, *command, "1", "--range", "here")
-    assert "canary-key" in refused(lab_host, 2, *command, "1", "--scan")
+    assert "text:" in refused(lab_host, 2, *command, "1", "--scan", "words")
 
 
 @pytest.mark.parametrize("cmdline", ["no5lvl nokaslr", "no5lvl pti=on"])

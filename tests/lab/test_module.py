@@ -367,7 +367,7 @@ def test_killed_at_any_moment_nothing_stays_out(lab_kernel: HostKernel, tmp_path
         # Nor do any of the guests' canaries stand anywhere in memory, while another key's are found.
         for wanted, count in ((str(key), 0), ("own", 64)):
             own = str(new_key())
-            arguments = ["--json", "--scan", "--canary-key", own if wanted == "own" else wanted]
+            arguments = ["--json", "--canary", own if wanted == "own" else wanted]
             done = host.output([sys.executable, AUDIT_TARGET, "anon", own, "1", *arguments], timeout=PATIENCE)
             assert len({hit["canary"] for hit in json.loads(done.stdout)["scan"]["found"]}) == count
         assert host.output(["rmmod", "offmap"]).status == 0

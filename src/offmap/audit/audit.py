@@ -6,16 +6,12 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 import offmap
-from offmap.audit.canary import CanaryKey
 from offmap.audit.control import check_control
 from offmap.audit.frames import resolve
+from offmap.audit.guest_pages import GuestPages
 from offmap.audit.guest_ram import GuestRam, RamRange, find_guest_ram
 from offmap.audit.host import HostFacts, host_facts, utc_now
-from offmap.audit.intervals import Intervals
 from offmap.audit.join import join
 from offmap.audit.kcore import Kcore
 from offmap.audit.kinds import kinds_of, read_vmallocinfo
@@ -25,7 +21,7 @@ from offmap.audit.physical import physical_map
 from offmap.audit.process import Process, ProcessEnded
 from offmap.audit.reach import Kind, PhysicalMap, Reach, ReachTotal, Sharing, VmmFacts
 from offmap.audit.regions import Layout
-from offmap.audit.scan import ScanResult, scan_memory
+from offmap.audit.scan import ScanResult, Wanted, scan_memory
 from offmap.audit.sharers import sharing_of
 from offmap.audit.verdict import Judged, PageCounts, Verdict, classify, excluded_ranges, mapped_guest_ranges
 from offmap.audit.vms import vmm_facts
@@ -57,7 +53,7 @@ class AuditResult:
     Attributes:
         pages: the counts the verdict rests on.
         aliases: kernel mappings outside the direct map, in order of kernel address; at most LISTED.
-        scan: what a canary scan found (None if none was asked for).
+        scan: what a scan found (None if none was asked for).
         notes: what a reader must know about the verdict.
         mapped: guest-physical (address, bytes) of all that is mapped, where a VMM has told its memory slots.
         reach: how many pages are reached by what: complete, whatever the lists leave out.
@@ -105,8 +101,8 @@ class AuditResult:
 
     @property
     def canaries_found(self) -> int | None:
-        """Distinct valid canaries that were read; None without a scan."""
-        return None if self.scan is None else len(self.scan.found)
+        """Distinct valid canaries that were read; None without a scan for them."""
+        return None if self.scan is None or self.scan.secret_bytes is not None else len(self.scan.found)
 
     def to_json(self) -> dict[str, Any]:
         """The result in the words of docs/design.md, ready for json.dumps."""
@@ -154,44 +150,19 @@ class AuditResult:
                     for span in self.mappings.unreadable
                 ],
             },
-            "scan": None if self.scan is None else _scan_json(self.scan),
+            "scan": None if self.scan is None else self.scan.to_json(),
             "seconds": round(self.seconds, 4),
         }
-
-
-def _scan_json(scan: ScanResult) -> dict[str, Any]:
-    return {
-        "canaries_found": len(scan.found),
-        "bytes_scanned": scan.bytes_scanned,
-        "bytes_unread": scan.bytes_unread,
-        "frames_unread": scan.frames_unread,
-        "seconds": round(scan.seconds, 3),
-        # The nonces stay out: a report must not become one more place that the canaries are found in.
-        "found": [
-            {
-                "canary": canary.number,
-                "places": [
-                    {
-                        "va": f"{place.va:#x}",
-                        "pa": f"{place.pa:#x}",
-                        "region": place.region,
-                        "in_guest": place.in_guest,
-                    }
-                    for place in places
-                ],
-            }
-            for canary, places in sorted(scan.found.items(), key=lambda item: item[0].number)
-        ],
-    }
 
 
 def audit_process(
     pid: int,
     *,
-    scan: CanaryKey | None = None,
+    scan: Wanted | None = None,
     ranges: Sequence[RamRange] | None = None,
     progress: Progress | None = None,
     sharers: bool = False,
+    threads: int | None = None,
 ) -> AuditResult:
     """Find which pages of a process's guest RAM the host kernel has mapped.
 
@@ -200,10 +171,11 @@ def audit_process(
 
     Args:
         pid: of the VMM.
-        scan: if given, also scan all that the kernel has mapped for canaries of this key.
+        scan: if given, also scan all that the kernel has mapped: for canaries of this key, or for this secret.
         ranges: audit these addresses instead of what is found to be guest RAM.
         progress: told how far the audit is.
         sharers: also name the other processes that map the guest's pages.
+        threads: how many read at once in a scan; None for ``scan.default_threads``.
 
     Raises:
         NoSuchProcess: no such process.
@@ -213,7 +185,7 @@ def audit_process(
     with Process(pid) as process:
         for _ in range(_ATTEMPTS):
             with Kcore() as kcore:
-                result = _audit(process, kcore, scan, ranges, tell, sharers)
+                result = _audit(process, kcore, scan, ranges, tell, sharers, threads)
                 if not kcore.changed():
                     return result
     raise Undetermined("memory was hot-plugged or removed during each attempt", "run the audit again")
@@ -222,10 +194,11 @@ def audit_process(
 def _audit(
     process: Process,
     kcore: Kcore,
-    scan: CanaryKey | None,
+    scan: Wanted | None,
     ranges: Sequence[RamRange] | None,
     tell: Progress,
     sharers: bool,
+    threads: int | None,
 ) -> AuditResult:
     started = time.monotonic()
     info = kcore.vmcoreinfo
@@ -250,7 +223,14 @@ def _audit(
     if scan is not None:
         devices = sorted({*before.device_ranges, *after.device_ranges})
         scanned = scan_memory(
-            kcore, mappings, layout, scan, _every(judged.frames), devices, lambda share: tell(Stage.SCAN, share)
+            kcore,
+            mappings,
+            layout,
+            scan,
+            _guest_pages(judged, ram),
+            devices,
+            lambda share: tell(Stage.SCAN, share),
+            threads,
         )
     pages = judged.counts()
     joined = join(judged, mappings, kinds, layout, ram)
@@ -315,9 +295,9 @@ def _sharing(
         return None, (f"whether other processes map these pages too cannot be told: {error}",)
 
 
-def _every(frames: Intervals) -> NDArray[np.uint64]:
-    parts = [np.arange(a, b, dtype=np.uint64) for a, b in zip(frames.start.tolist(), frames.end.tolist(), strict=True)]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+def _guest_pages(judged: Judged, ram: GuestRam) -> GuestPages:
+    known = judged.known
+    return GuestPages.of(judged.page[known], judged.pfn[known], judged.pages[known], ram.ranges)
 
 
 def _judge(
@@ -356,7 +336,12 @@ def _judge(
         elsewhere = sum(not any(place.in_guest for place in places) for places in scan.found.values())
         if elsewhere:
             notes.append(f"{elsewhere} canaries were read outside the guest's own pages only: copies")
-        if scan.found and verdict is not Verdict.EXPOSED:
+        copies = sum(not place.in_guest for place in scan.findings)
+        if copies:
+            notes.append(f"the secret was read in {copies} places outside the guest's own pages: copies")
+        if any(place.source for place in scan.places):
+            notes.append("the file that the secret was read from stands in the page cache, which is not counted")
+        if (scan.found or scan.findings) and verdict is not Verdict.EXPOSED:
             # A planted secret was read: whatever the page tables say, it is not hidden.
             verdict = Verdict.EXPOSED
         if scan.frames_unread:

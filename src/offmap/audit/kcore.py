@@ -31,7 +31,7 @@ from offmap.uapi.elf import (
     Elf64_Phdr,
 )
 
-__all__ = ["Kcore", "Segment", "direct_map_base", "parse_program_headers"]
+__all__ = ["Kcore", "KcoreReader", "Segment", "direct_map_base", "parse_program_headers"]
 
 PAGE = 4096
 _NO_PADDR = (1 << 64) - 1  # p_paddr of a segment that is not physically contiguous (elf_kcore: -1)
@@ -139,8 +139,26 @@ class Kcore(Owned):
         """Whether the program headers differ from those of the opening: memory was hot-plugged meanwhile."""
         return self._read_headers() != self._headers
 
-    def read_virtual(self, va: int, buffer: memoryview) -> None:
+    def reader(self) -> "KcoreReader":
+        """Another open file, for another thread: the kernel before 6.4 has one buffer for each (``read_kcore``)."""
+        return KcoreReader(self)
+
+    def reopen(self) -> int:
+        """Open the same file again; the caller owns the fd.
+
+        Raises:
+            Undetermined: it cannot be opened any more.
+        """
+        try:
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _cannot_open(self._path, error) from None
+
+    def read_virtual(self, va: int, buffer: memoryview, fd: int | None = None) -> None:
         """Fill ``buffer`` with the bytes at kernel virtual address ``va``; zeroes where they cannot be read.
+
+        Args:
+            fd: an fd of ``reopen`` to read by.
 
         Raises:
             Undetermined: no segment of kcore covers the range, or the read fails.
@@ -152,7 +170,7 @@ class Kcore(Owned):
             if segment is None:
                 raise Undetermined(f"/proc/kcore does not offer {len(buffer) - done} bytes at {at:#x}")
             step = min(len(buffer) - done, segment.va + segment.size - at)
-            self._pread(segment.offset + at - segment.va, buffer[done : done + step])
+            self._pread(segment.offset + at - segment.va, buffer[done : done + step], fd)
             done += step
 
     def in_ram(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -187,11 +205,11 @@ class Kcore(Owned):
         """Whether kcore hands out zeroes for each of these pages, as their page flags say."""
         return self._flags.zero_filled(pa >> np.uint64(12))
 
-    def _pread(self, offset: int, buffer: memoryview) -> None:
-        done = 0
+    def _pread(self, offset: int, buffer: memoryview, fd: int | None = None) -> None:
+        done, fd = 0, self._fd if fd is None else fd
         while done < len(buffer):
             try:
-                got = os.preadv(self._fd, [buffer[done:]], offset + done)
+                got = os.preadv(fd, [buffer[done:]], offset + done)
             except OSError as error:
                 raise Undetermined(f"reading {self._path} failed: {error.strerror}") from None
             if got == 0:
@@ -218,6 +236,23 @@ class Kcore(Owned):
             f"{self._path} has no VMCOREINFO note, so the kernel's page tables cannot be found",
             "audit a kernel built with CONFIG_VMCORE_INFO (CONFIG_CRASH_CORE before 6.9)",
         )
+
+
+class KcoreReader(Owned):
+    """A second way to read the memory of an open Kcore, which must outlive it."""
+
+    def __init__(self, kcore: Kcore) -> None:
+        self._kcore = kcore
+        self._fd = kcore.reopen()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def read_virtual(self, va: int, buffer: memoryview) -> None:
+        """Read as ``Kcore.read_virtual`` does."""
+        self._kcore.read_virtual(va, buffer, self._fd)
 
 
 def _cannot_open(path: str, error: OSError) -> Undetermined:

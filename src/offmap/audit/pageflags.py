@@ -1,6 +1,7 @@
 """/proc/kpageflags: what the kernel says a physical page is (Documentation/admin-guide/mm/pagemap.rst).
 
-The audit asks one thing of it: would /proc/kcore hand out zeroes for this page instead of its content.
+The audit asks two things of it: would /proc/kcore hand out zeroes for this page instead of its content; and, of a page
+that something was found in, what it is.
 """
 
 import os
@@ -11,13 +12,41 @@ from numpy.typing import NDArray
 from offmap.errors import Undetermined
 from offmap.owned import Owned
 
-__all__ = ["KPF_HWPOISON", "KPF_NOPAGE", "KPF_OFFLINE", "KPF_ZERO_PAGE", "PageFlags"]
+__all__ = [
+    "KPF_ANON",
+    "KPF_BUDDY",
+    "KPF_COMPOUND_TAIL",
+    "KPF_HUGE",
+    "KPF_HWPOISON",
+    "KPF_KSM",
+    "KPF_LRU",
+    "KPF_MMAP",
+    "KPF_NOPAGE",
+    "KPF_OFFLINE",
+    "KPF_PGTABLE",
+    "KPF_RESERVED",
+    "KPF_SLAB",
+    "KPF_UPTODATE",
+    "KPF_ZERO_PAGE",
+    "PageFlags",
+]
 
 # include/uapi/linux/kernel-page-flags.h
+KPF_UPTODATE = 3
+KPF_LRU = 5
+KPF_SLAB = 7
+KPF_BUDDY = 10
+KPF_MMAP = 11
+KPF_ANON = 12
+KPF_COMPOUND_TAIL = 16
+KPF_HUGE = 17
 KPF_HWPOISON = 19
 KPF_NOPAGE = 20
+KPF_KSM = 21
 KPF_OFFLINE = 23
 KPF_ZERO_PAGE = 24
+KPF_PGTABLE = 26
+KPF_RESERVED = 32  # include/linux/kernel-page-flags.h: "hacking assistance", as stable as the rest
 
 # read_kcore_iter() hands out zeroes for these.
 _ZERO_FILLED = np.uint64(1 << KPF_HWPOISON | 1 << KPF_NOPAGE | 1 << KPF_OFFLINE)

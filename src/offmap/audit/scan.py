@@ -1,177 +1,281 @@
-"""The canary scan: read every page of RAM that the kernel maps, through each of its mappings, and look for canaries.
+"""The scan: read every page of RAM that the kernel maps, through each of its mappings, and say where bytes stand.
 
-Reads go through /proc/kcore; what it can show is worked out in ``readable.py``, and what it cannot is counted.
+What is looked for is either canaries (any valid one of a key) or one secret. Reads go through /proc/kcore; what it can
+show is worked out in ``readable``, and what it cannot is counted. ``search`` does the reading, ``placed`` says what the
+pages are that something was found in.
 
-A scanner finds itself: it keeps only the canaries' prefix, and hits in its own pages, known by their frames, are left
-out. The kernel's one bounce buffer of each open kcore may show a canary that was just read a second time.
+A scanner finds itself. So it keeps what it looks for, and what it reads, in locked memory of its own, and leaves out
+hits in its own pages, known by their frames; canaries are looked for by their prefix alone. The kernel's one bounce
+buffer of each open kcore may show what was just read a second time: every hit is looked at again, and one that has
+gone by then is said to have gone.
 """
 
 import os
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, TypeVar
 
 from offmap.audit import pagemap
 from offmap.audit.canary import CANARY_LENGTH, PREFIX, Canary, CanaryKey, make_canary, new_key, parse_canary
+from offmap.audit.guest_pages import GuestPages
 from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.maps import parse_maps
+from offmap.audit.own_memory import LockedBuffer, frames_at, own_frames
+from offmap.audit.placed import Owner, Placer, Sort
 from offmap.audit.readable import Piece, clip, frames_of, ioremap_areas, read_plan, union, zero_filled_intervals
 from offmap.audit.regions import Layout
+from offmap.audit.search import Found, Lane, Pattern, Read, Seams, buffer_size, search
+from offmap.audit.secret import Secret
 from offmap.errors import Undetermined
 
-__all__ = ["Place", "ScanResult", "scan_memory", "search"]
+__all__ = ["Place", "ScanResult", "Wanted", "canary_pattern", "default_threads", "scan_memory", "secret_pattern"]
 
 PAGE = 4096
-_BUFFER = 2 << 20
-_CARRY = CANARY_LENGTH - 1
+_THREADS = 2  # one reader rarely fills a memory channel; a host in use has better things to do than more of them
+
+T = TypeVar("T")
+
+# What to scan for: canaries of a key, or a secret.
+Wanted = CanaryKey | Secret
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a canary was read: kernel address, physical address, region, and whether the page is the guest's."""
+    """Where something was read.
+
+    Attributes:
+        va, pa: kernel address and physical address of its first byte.
+        region: of the address, as Documentation/arch/x86/x86_64/mm.rst names it.
+        in_guest: whether the page is the guest's.
+        owner: what the page is, and whose.
+        pa2: physical address of the rest, if it lies across two pages that only the guest sees side by side.
+        source: whether it is the file that the secret was read from, so that it is no finding.
+    """
 
     va: int
     pa: int
     region: str
     in_guest: bool
+    owner: Owner = field(default_factory=lambda: Owner(Sort.KERNEL))
+    pa2: int | None = None
+    source: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "va": f"{self.va:#x}",
+            "pa": f"{self.pa:#x}",
+            "pa2": None if self.pa2 is None else f"{self.pa2:#x}",
+            "region": self.region,
+            "in_guest": self.in_guest,
+            "source": self.source,
+            "owner": self.owner.to_json(),
+        }
 
 
 @dataclass
 class ScanResult:
     """What the scan found and how much it saw.
 
-    ``found`` maps each distinct valid canary to the places it was read at. ``bytes_unread`` are mapped but not readable
-    through kcore at that address; ``frames_unread`` counts the pages among them that no other mapping showed either.
+    Attributes:
+        found: of a scan for canaries, each distinct valid one and the places it was read at.
+        places: of a scan for a secret, where it was read.
+        secret_bytes: how long the secret is; None for canaries.
+        bytes_unread: mapped, but not readable through kcore at that address.
+        frames_unread: the pages among them that no other mapping showed either.
+        threads: that read.
     """
 
     found: dict[Canary, list[Place]] = field(default_factory=dict)
+    places: list[Place] = field(default_factory=list)
+    secret_bytes: int | None = None
     bytes_scanned: int = 0
     bytes_unread: int = 0
     frames_unread: int = 0
     seconds: float = 0.0
+    threads: int = 1
+
+    @property
+    def findings(self) -> list[Place]:
+        """The secret's places that count: not those of its own file, nor what had gone when it was looked at again."""
+        return [place for place in self.places if not place.source and place.owner.sort is not Sort.GONE]
+
+    def to_json(self) -> dict[str, Any]:
+        """For json.dumps, without nonces or the secret: a report must not become one more place they are found in."""
+        return {
+            "for": "canaries" if self.secret_bytes is None else "secret",
+            "secret_bytes": self.secret_bytes,
+            "canaries_found": len(self.found) if self.secret_bytes is None else None,
+            "bytes_scanned": self.bytes_scanned,
+            "bytes_unread": self.bytes_unread,
+            "frames_unread": self.frames_unread,
+            "threads": self.threads,
+            "seconds": round(self.seconds, 3),
+            "found": [
+                {"canary": canary.number, "places": [place.to_json() for place in places]}
+                for canary, places in sorted(self.found.items(), key=lambda item: item[0].number)
+            ],
+            "places": [place.to_json() for place in self.places],
+        }
 
 
-def search(
-    readable: Sequence[Piece],
-    read: Callable[[int, memoryview], None],
-    keys: Sequence[CanaryKey],
-    progress: Callable[[float], None] | None = None,
-) -> list[tuple[int, int, CanaryKey, Canary]]:
-    """Read the pieces in order of address and find the valid canaries of these keys.
-
-    Args:
-        readable: sorted by address.
-        read: fills a buffer from a kernel address.
-        progress: told the share that is done.
-
-    Returns:
-        (va, pa, key, canary) of each, in the order they were read.
-    """
-    hits: list[tuple[int, int, CanaryKey, Canary]] = []
-    buffer = bytearray(_CARRY + _BUFFER)
-    view = memoryview(buffer)
-    total = sum(piece.bytes for piece in readable) or 1
-    done = 0
-    carry, expected = 0, -1
-    starts = [piece.va for piece in readable]
-    for va, size in _reads(readable):
-        if va != expected:
-            carry = 0
-        base = va - carry  # the address of the buffer's first byte
-        read(va, view[carry : carry + size])
-        end = carry + size
-        at = buffer.find(PREFIX, 0, end)
-        while at >= 0 and at + CANARY_LENGTH <= end:
-            for key in keys:
-                canary = parse_canary(view[at : at + CANARY_LENGTH], key)
-                if canary is not None:
-                    piece = readable[bisect_right(starts, base + at) - 1]
-                    hits.append((base + at, piece.pa + base + at - piece.va, key, canary))
-            at = buffer.find(PREFIX, at + 1, end)
-        carry = min(_CARRY, end)
-        buffer[:carry] = buffer[end - carry : end]
-        expected = va + size
-        done += size
-        if progress is not None and done * 100 // total != (done - size) * 100 // total:
-            progress(done / total)
-    # Leave no copy of the guest's memory in pages that are about to be freed.
-    view[:] = bytes(len(buffer))
-    return hits
+def default_threads() -> int:
+    """How many threads read, if nobody says otherwise."""
+    return min(_THREADS, len(os.sched_getaffinity(0)))
 
 
-def _reads(readable: Sequence[Piece]) -> Iterable[tuple[int, int]]:
-    """Neighbouring pieces joined, and cut to the buffer's size."""
-    stretches: list[list[int]] = []
-    for piece in readable:
-        if stretches and stretches[-1][1] == piece.va:
-            stretches[-1][1] += piece.bytes
-        else:
-            stretches.append([piece.va, piece.va + piece.bytes])
-    for start, end in stretches:
-        for va in range(start, end, _BUFFER):
-            yield va, min(_BUFFER, end - va)
+def canary_pattern(prefix: LockedBuffer, keys: Sequence[CanaryKey]) -> Pattern[tuple[CanaryKey, Canary]]:
+    """Valid canaries of any of these keys; ``prefix`` is written to, and must outlive the pattern."""
+    prefix.view[: len(PREFIX)] = PREFIX
+
+    def match(data: memoryview) -> tuple[CanaryKey, Canary] | None:
+        for key in keys:
+            canary = parse_canary(data, key)
+            if canary is not None:
+                return key, canary
+        return None
+
+    return Pattern(prefix.va, len(PREFIX), CANARY_LENGTH, match)
 
 
-def _own_frames() -> set[int]:
-    """Frames of all our own anonymous pages."""
-    with open("/proc/self/maps", encoding="utf-8") as file:  # noqa: PTH123
-        mappings = parse_maps(file.read())
-    frames: set[int] = set()
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for mapping in mappings:
-            if mapping.path in {"[vsyscall]", "[vvar]", "[vvar_vclock]"} or mapping.shared:
-                continue
-            entries = pagemap.read_pagemap(fd, mapping.start, mapping.size // PAGE)
-            frames.update(pagemap.pfn(entries[pagemap.private(entries)]).tolist())
-    finally:
-        os.close(fd)
-    return frames
+def secret_pattern(secret: Secret) -> Pattern[bool]:
+    """The bytes of a secret, which must outlive the pattern."""
+    return Pattern(secret.va, secret.length, secret.length, lambda data: True if data == secret.view else None)
+
+
+@dataclass
+class _Scan:
+    """One scan: what is read, and by what."""
+
+    kcore: Kcore
+    mappings: KernelMappings
+    layout: Layout
+    readable: Sequence[Piece]
+    reads: Sequence[Read]
+    guest: GuestPages
+    progress: Callable[[float], None] | None
+    placer: Placer
+
+    def canaries(self, key: CanaryKey) -> dict[Canary, list[Place]]:
+        control_key = new_key()
+        with pagemap.OwnPage() as control, LockedBuffer(PAGE) as prefix:
+            control.write(make_canary(control_key, 0))
+            pattern = canary_pattern(prefix, (key, control_key))
+            hits, own = self._search(pattern)
+            frame = control.pfn()
+            _check_control(any(what[0] == control_key and hit.pa // PAGE == frame for hit, what in hits))
+            # Where a VMM audits itself, the guest's pages are its own.
+            kept = [
+                (hit, what[1])
+                for hit, what in hits
+                if what[0] == key and (hit.pa // PAGE in self.guest or hit.pa // PAGE not in own)
+            ]
+            places = self._places([hit for hit, _ in kept], pattern)
+        found: dict[Canary, list[Place]] = {}
+        for (_, canary), place in zip(kept, places, strict=True):
+            found.setdefault(canary, []).append(place)
+        return found
+
+    def secret(self, secret: Secret) -> list[Place]:
+        pattern = secret_pattern(secret)
+        hits, own = self._search(pattern, Seams(*self.guest.seams(), secret.view))
+        # The page that holds the secret for us is the positive control: its bytes stand nowhere but there.
+        control = frames_at(secret.va, 1)
+        _check_control(any(hit.pa // PAGE in control for hit, _ in hits))
+        kept = [hit for hit, _ in hits if hit.pa // PAGE in self.guest or hit.pa // PAGE not in own]
+        return self._places(kept, pattern, secret)
+
+    def _search(self, pattern: Pattern[T], seams: Seams | None = None) -> tuple[list[tuple[Found, T]], set[int]]:
+        """What was found, and the frames that were ours meanwhile."""
+        with ExitStack() as stack:
+            size = buffer_size(pattern.span)
+            lanes = [Lane(read, stack.enter_context(LockedBuffer(size))) for read in self.reads]
+            before = own_frames()
+            hits = search(self.readable, lanes, pattern, self.progress, seams)
+            return hits, before | own_frames()
+
+    def _places(self, hits: Sequence[Found], pattern: Pattern[Any], secret: Secret | None = None) -> list[Place]:
+        """What the pages are that these were found in."""
+        # First of all: what comes after takes memory, and free pages among these would go for it.
+        looks = self.placer.look({hit.pa // PAGE for hit in hits})
+        gone = self._gone(hits, pattern)
+        owners = self.placer.owners(looks)
+        source = secret.file_frames() if secret is not None else set()
+        return [
+            Place(
+                hit.va,
+                hit.pa,
+                self.layout.name(hit.va),
+                hit.pa // PAGE in self.guest,
+                Owner(Sort.GONE) if hit in gone else owners[hit.pa // PAGE].at(hit.pa % PAGE),
+                hit.pa2,
+                hit.pa // PAGE in source,
+            )
+            for hit in hits
+        ]
+
+    def _gone(self, hits: Iterable[Found], pattern: Pattern[Any]) -> set[Found]:
+        """Look again. The guest's own pages may change at any time: what was read there was read."""
+        gone = set()
+        with LockedBuffer(pattern.span + PAGE) as buffer:
+            data = buffer.view[: pattern.span]
+            for hit in hits:
+                if hit.pa2 is not None or hit.pa // PAGE in self.guest:
+                    continue
+                # Something else into the kernel's bounce buffer first, lest it be this buffer that is looked at.
+                self.reads[0](self.mappings.direct_map_base + self.kcore.ram[0][0], buffer.view[:PAGE])
+                self.reads[0](hit.va, data)
+                if pattern.match(data) is None:
+                    gone.add(hit)
+        return gone
+
+
+def _check_control(found: bool) -> None:
+    if not found:
+        raise Undetermined("the scan did not find what it planted in its own memory", "run it again")
 
 
 def scan_memory(
     kcore: Kcore,
     mappings: KernelMappings,
     layout: Layout,
-    key: CanaryKey,
-    guest_frames: NDArray[np.uint64],
-    device_ranges: Sequence[tuple[int, int]] = (),
+    wanted: Wanted,
+    guest: GuestPages,
+    device_ranges: Iterable[tuple[int, int]] = (),
     progress: Callable[[float], None] | None = None,
+    threads: int | None = None,
 ) -> ScanResult:
-    """Scan all RAM that the kernel maps for canaries of this key.
+    """Scan all RAM that the kernel maps.
 
     Args:
-        guest_frames: sorted frames of the guest's pages, to tell its own RAM from copies.
+        wanted: canaries of a key, or a secret.
+        guest: the guest's pages, to tell its own RAM from copies.
         device_ranges: physical ranges of guest RAM that Linux does not count as RAM.
+        threads: how many read at once.
 
     Raises:
-        Undetermined: the scan did not find the canary that it planted in a page of its own.
+        Undetermined: the scan did not find what it planted in a page of its own.
+        OffmapError: the bytes stand in too many places to list.
     """
     started = time.monotonic()
     ram = union([*kcore.ram, *device_ranges])
     zero_filled = zero_filled_intervals(kcore.page_flags, ram)
     readable, unread = read_plan(mappings, ram, kcore.segments, layout.vmemmap, zero_filled, ioremap_areas())
-    control_key = new_key()
-    with pagemap.OwnPage() as control:
-        control.write(make_canary(control_key, 0))
-        hits = search(readable, kcore.read_virtual, (key, control_key), progress)
-        control_frame = control.pfn()
-        own = _own_frames()
-        if not any(found == control_key and pa // PAGE == control_frame for _, pa, found, _ in hits):
-            raise Undetermined("the scan did not find the canary that it planted in its own memory", "run it again")
     result = ScanResult(
-        bytes_scanned=sum(piece.bytes for piece in readable), bytes_unread=sum(piece.bytes for piece in unread)
+        bytes_scanned=sum(piece.bytes for piece in readable),
+        bytes_unread=sum(piece.bytes for piece in unread),
+        threads=threads or default_threads(),
     )
-    guest = set(guest_frames.tolist()) if hits else set()
-    for va, pa, found, canary in hits:
-        # Where a VMM audits itself, the guest's pages are its own.
-        if found == key and (pa // PAGE in guest or pa // PAGE not in own):
-            result.found.setdefault(canary, []).append(Place(va, pa, layout.name(va), pa // PAGE in guest))
+    with ExitStack() as stack:
+        reads = [stack.enter_context(kcore.reader()).read_virtual for _ in range(result.threads)]
+        placer = Placer(kcore, layout, mappings, guest, leave_out=(os.getpid(),))
+        scan = _Scan(kcore, mappings, layout, readable, reads, guest, progress, placer)
+        if isinstance(wanted, Secret):
+            result.secret_bytes = wanted.length
+            result.places = scan.secret(wanted)
+        else:
+            result.found = scan.canaries(wanted)
     _, never = clip([Piece(0, start, end - start) for start, end in frames_of(unread)], frames_of(readable))
     result.frames_unread = sum(piece.bytes for piece in never) // PAGE
     result.seconds = time.monotonic() - started

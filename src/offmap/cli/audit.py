@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,16 @@ from offmap.errors import OffmapError, Undetermined
 from offmap.units import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from offmap.audit.audit import AuditResult, Stage
     from offmap.audit.guest_ram import RamRange
+    from offmap.audit.scan import Wanted
 
 __all__ = ["add_parser"]
 
 PAGE = 4096
+_MOST_THREADS = 64
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,8 +34,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         epilog="Exit status: 0 hidden, 1 exposed, 2 it failed or was used wrongly, 3 cannot be determined.",
     )
     parser.add_argument("pid", type=int, metavar="PID", help="the VMM's process")
-    parser.add_argument("--scan", action="store_true", help="also read all that the kernel has mapped, for canaries")
-    parser.add_argument("--canary-key", metavar="HEX", help="the key that the canaries were made with (32 hex digits)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--scan",
+        metavar="WHAT",
+        help="also read all that the kernel has mapped, and say where these 8 to 4096 bytes stand: file:PATH, - for "
+        "standard input, hex:DIGITS or text:WORDS (the last two leave copies in the shell that they are typed in)",
+    )
+    what.add_argument(
+        "--canary", metavar="KEY", help="the same for all canaries that were made with this key (32 hex digits)"
+    )
+    parser.add_argument(
+        "--scan-threads",
+        type=int,
+        metavar="N",
+        help="threads that read at once (default: 2, or as many as there are processors)",
+    )
     parser.add_argument(
         "--range",
         action="append",
@@ -53,32 +70,47 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Audit one process; the exit status is the verdict's."""
     from offmap.audit.audit import audit_process
-    from offmap.audit.canary import parse_key
 
     if args.watch is not None and (args.json or not 0 < args.watch < float("inf")):
         raise OffmapError("--watch takes a number of seconds above 0, and no --json", "give seconds, like --watch 10")
-    if args.scan and args.canary_key is None:
-        raise OffmapError("--scan needs to know the canaries", "give their key with --canary-key HEX")
-    if args.canary_key is not None and not args.scan:
-        raise OffmapError("--canary-key is of use only to a scan", "add --scan")
-    key = parse_key(args.canary_key) if args.scan else None
     ranges = [parse_range(text) for text in args.range] if args.range else None
     shows = sys.stderr.isatty() and not args.no_progress
     output = Output(args)
 
     def once() -> "AuditResult":
         try:
-            return audit_process(args.pid, scan=key, ranges=ranges, progress=_show_progress if shows else None)
+            progress = _show_progress if shows else None
+            return audit_process(args.pid, scan=wanted, ranges=ranges, progress=progress, threads=args.scan_threads)
         finally:
             if shows:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    if args.watch is not None:
-        return _watch(args.pid, args.watch, once, output)
-    with output.recording_failure():
-        result = once()
+    with what_to_scan(args) as wanted:
+        if args.watch is not None:
+            return _watch(args.pid, args.watch, once, output)
+        with output.recording_failure():
+            result = once()
     output.show(result.to_json())
     return int(result.verdict.exit_status)
+
+
+@contextmanager
+def what_to_scan(args: argparse.Namespace) -> "Iterator[Wanted | None]":
+    """What ``--scan`` or ``--canary`` asks for; a secret is wiped at the end.
+
+    Raises:
+        OffmapError: it cannot be scanned for.
+    """
+    from offmap.audit.canary import parse_key
+    from offmap.audit.secret import parse_secret
+
+    if args.scan_threads is not None and not 1 <= args.scan_threads <= _MOST_THREADS:
+        raise OffmapError(f"{args.scan_threads} threads cannot scan", f"give 1 to {_MOST_THREADS}")
+    if args.scan is not None:
+        with parse_secret(args.scan) as secret:
+            yield secret
+    else:
+        yield None if args.canary is None else parse_key(args.canary)
 
 
 def _watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: Output) -> int:

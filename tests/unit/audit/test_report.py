@@ -37,7 +37,7 @@ def result(pages: PageCounts, scan: ScanResult | None = None, ram: GuestRam = RA
 
 def scanned(in_guest: bool) -> ScanResult:
     place = Place(0xFFFF_8880_0000_1000, 0x1000, "direct mapping of all physical memory", in_guest)
-    return ScanResult({Canary(1, NONCE): [place]}, 1 << 30, 4096, 1)
+    return ScanResult({Canary(1, NONCE): [place]}, bytes_scanned=1 << 30, bytes_unread=4096, frames_unread=1)
 
 
 def test_canary_that_was_read_is_never_hidden() -> None:
@@ -47,7 +47,7 @@ def test_canary_that_was_read_is_never_hidden() -> None:
 
 
 def test_clean_scan_says_what_it_could_not_read() -> None:
-    judged = result(HIDDEN, ScanResult({}, 1 << 30, 4096, 1))
+    judged = result(HIDDEN, ScanResult({}, bytes_scanned=1 << 30, bytes_unread=4096, frames_unread=1))
     assert judged.verdict is Verdict.HIDDEN and judged.canaries_found == 0
     assert any("1 mapped pages of RAM were not scanned" in note for note in judged.notes)
 
@@ -95,10 +95,18 @@ def test_bad_range_is_refused_in_one_line(text: str) -> None:
     assert caught.value.exit_status is ExitStatus.FAILED and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("words", [["--scan"], ["--canary-key", "0" * 32], ["--scan", "--canary-key", "short"]])
-def test_scan_and_key_go_together(words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--scan", "0123456789"], "text:"),
+        (["--scan", "text:short"], "5 bytes"),
+        (["--canary", "short"], "key"),
+        (["--scan", "text:long enough", "--scan-threads", "0"], "threads"),
+    ],
+)
+def test_what_cannot_be_scanned_for_is_refused(words: list[str], said: str) -> None:
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     args = parser.parse_args(["audit", "1", *words])
-    with pytest.raises(OffmapError, match="key"):
+    with pytest.raises(OffmapError, match=said):
         args.run(args)

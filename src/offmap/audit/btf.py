@@ -1,0 +1,142 @@
+"""BTF: the running kernel's own description of its structures (Documentation/bpf/btf.rst), /sys/kernel/btf/vmlinux.
+
+Only what it takes to read a few fields of a few structures: sizes, and offsets of members, through members without a
+name too (the unions that ``struct page`` is made of).
+"""
+
+import struct
+from array import array
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+__all__ = ["Btf", "Unknown"]
+
+PATH = "/sys/kernel/btf/vmlinux"
+_MAGIC = 0xEB9F
+_HEADER = struct.Struct("<HBBIIIII")  # struct btf_header
+_KIND_STRUCT, _KIND_UNION = 4, 5
+_KIND_FLAG = 1 << 31
+# include/uapi/linux/btf.h: what follows struct btf_type, in 32-bit words: (fixed, for each of vlen), by kind.
+_EXTRA = {
+    1: (1, 0),
+    3: (3, 0),
+    4: (0, 3),
+    5: (0, 3),
+    6: (0, 2),
+    13: (0, 2),
+    14: (1, 0),
+    15: (0, 3),
+    17: (1, 0),
+    19: (0, 3),
+}
+_LAST_KIND = 19  # BTF_KIND_ENUM64
+_MODIFIERS = {8, 9, 10, 11, 18}  # typedef, volatile, const, restrict, type tag
+
+
+class Unknown(LookupError):
+    """This kernel has no such structure or member, or no BTF at all."""
+
+
+class Btf:
+    """Parsed BTF; structures are found by their names.
+
+    Args:
+        data: the content of the file, little-endian.
+
+    Raises:
+        Unknown: it is no BTF, or has types of a kind that is newer than this parser.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        if len(data) < _HEADER.size:
+            raise Unknown("no BTF")
+        magic, version, _, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(data)
+        if magic != _MAGIC or version != 1:
+            raise Unknown("no BTF of version 1")
+        self._words = array("I", data[header + type_off : header + type_off + (type_len & -4)])
+        self._strings = data[header + str_off : header + str_off + str_len]
+        self._at = self._index()
+
+    @classmethod
+    def of_host(cls, path: str = PATH) -> Self:
+        """The running kernel's.
+
+        Raises:
+            Unknown: it has none (CONFIG_DEBUG_INFO_BTF is not set).
+        """
+        try:
+            return cls(Path(path).read_bytes())
+        except OSError as error:
+            raise Unknown(f"cannot read {path}: {error.strerror}") from None
+
+    def _index(self) -> "array[int]":
+        """Where each type is; type 0 is void."""
+        words, at, found = self._words, 0, array("I", [0])
+        sizes = [_EXTRA.get(kind, (0, 0)) for kind in range(32)]
+        while at < len(words):
+            found.append(at)
+            info = words[at + 1]
+            kind = info >> 24 & 31
+            if not 1 <= kind <= _LAST_KIND:
+                raise Unknown(f"BTF has a type of unknown kind {kind}")
+            fixed, each = sizes[kind]
+            at += 3 + fixed + each * (info & 0xFFFF)
+        return found
+
+    def _struct(self, name: str) -> int:
+        start = self._strings.find(b"\0" + name.encode() + b"\0") + 1
+        words, at = np.asarray(self._words), np.asarray(self._at)
+        for found in at[words[at] == start].tolist() if start else ():
+            if self._words[found + 1] >> 24 & 31 == _KIND_STRUCT:
+                return int(found)
+        raise Unknown(f"no struct {name}")
+
+    def size(self, name: str) -> int:
+        """Bytes of a structure."""
+        return self._words[self._struct(name) + 2]
+
+    def offset(self, name: str, *members: str) -> int:
+        """Byte offset of a member of ``struct name``; several names lead into nested structures.
+
+        Raises:
+            Unknown: no such member.
+        """
+        at, total = self._struct(name), 0
+        for member in members:
+            found = self._member(at, member.encode())
+            if found is None:
+                raise Unknown(f"struct {name} has no member {'.'.join(members)}")
+            total += found[0]
+            at = self._at[self._resolve(found[1])]
+        return total
+
+    def _member(self, at: int, name: bytes) -> tuple[int, int] | None:
+        """(byte offset, type) of a member of the structure there, looking into those without a name."""
+        for member, type_id, bits in self._members(at):
+            text = self._strings[member : self._strings.index(b"\0", member)]
+            if text == name:
+                return bits // 8, type_id
+            if not text:
+                inner = self._at[self._resolve(type_id)]
+                if self._words[inner + 1] >> 24 & 31 in {_KIND_STRUCT, _KIND_UNION}:
+                    found = self._member(inner, name)
+                    if found is not None:
+                        return bits // 8 + found[0], found[1]
+        return None
+
+    def _members(self, at: int) -> Iterable[tuple[int, int, int]]:
+        info = self._words[at + 1]
+        if info >> 24 & 31 not in {_KIND_STRUCT, _KIND_UNION}:
+            return
+        for index in range(at + 3, at + 3 + 3 * (info & 0xFFFF), 3):
+            name, type_id, offset = self._words[index : index + 3]
+            yield name, type_id, offset & 0xFF_FFFF if info & _KIND_FLAG else offset
+
+    def _resolve(self, type_id: int) -> int:
+        """Past typedefs and qualifiers."""
+        while type_id and self._words[self._at[type_id] + 1] >> 24 & 31 in _MODIFIERS:
+            type_id = self._words[self._at[type_id] + 2]
+        return type_id

@@ -1,0 +1,224 @@
+"""What the kernel's own structures say of a page: the file it caches, the slab it is of, the stack it is a part of.
+
+Read through /proc/kcore with the offsets that BTF gives. The kernel goes on working meanwhile, so every pointer is
+checked to lead where the kernel keeps such things, loops are bounded, and what does not add up is no answer. Names
+only: no verdict rests on them.
+"""
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from offmap.audit.btf import Btf, Unknown
+from offmap.audit.kcore import Kcore
+from offmap.audit.regions import DIRECT_MAP, KERNEL_TEXT, MODULES, VMEMMAP, Layout
+from offmap.errors import Undetermined
+
+__all__ = ["CachedFile", "KernelObjects", "Task"]
+
+PAGE = 4096
+_MAPPING_FLAGS = 3  # PAGE_MAPPING_FLAGS (FOLIO_MAPPING_FLAGS): anonymous, KSM or movable memory, no file's
+_MOST_DEEP = 256  # folders above a file
+_MOST_TASKS = 1 << 17
+_TASK_COMM_LEN = 16
+_NAME_LENGTH = 256
+_READABLE = {DIRECT_MAP, KERNEL_TEXT, MODULES, VMEMMAP}
+
+
+@dataclass(frozen=True)
+class CachedFile:
+    """The file that a page of the page cache is of.
+
+    Attributes:
+        path: as this process sees it where that can be told, else the name within its file system.
+        offset: of the page in the file, in bytes.
+        device, inode: as stat(2) has them.
+        file_system: ``ext4``, ``tmpfs``, …
+    """
+
+    path: str
+    offset: int
+    device: tuple[int, int]
+    inode: int
+    file_system: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A thread: where its kernel stack is, and the address of its process's top-level page table (0 for none)."""
+
+    pid: int
+    name: str
+    stack: int
+    pgd: int
+
+
+class KernelObjects:
+    """Looks things up in the running kernel.
+
+    Raises:
+        Unknown: this kernel has no BTF, or lacks a structure that everything here rests on.
+    """
+
+    def __init__(self, kcore: Kcore, layout: Layout, btf: Btf) -> None:
+        self._kcore, self._layout, self._btf = kcore, layout, btf
+        self._page_size = btf.size("page")
+
+    def file_of(self, head: int, pfn: int) -> CachedFile | None:
+        """The file that this page caches.
+
+        Args:
+            head: frame of the first page of its folio.
+            pfn: its own.
+        """
+        with suppress(Unknown):
+            page = self._layout.vmemmap + head * self._page_size
+            mapping = self._field(page, "folio", "mapping")
+            if not mapping or mapping & _MAPPING_FLAGS:
+                return None
+            inode = self._field(mapping, "address_space", "host")
+            if not inode or self._field(inode, "inode", "i_mapping") != mapping:
+                return None
+            index = self._field(page, "folio", "index")
+            block = self._field(inode, "inode", "i_sb")
+            number = self._field(inode, "inode", "i_ino")
+            device = self._field(block, "super_block", "s_dev", size=4)
+            kind = self._string(self._field(self._field(block, "super_block", "s_type"), "file_system_type", "name"))
+            major, minor = device >> 20, device & 0xF_FFFF  # include/linux/kdev_t.h: MINORBITS
+            return CachedFile(
+                self._path(inode, (major, minor)) or f"inode {number}",
+                index * PAGE + (pfn - head) * PAGE,
+                (major, minor),
+                number,
+                kind,
+            )
+        return None
+
+    def slab_of(self, head: int) -> str:
+        """Name of the slab cache that a page is of (``kmalloc-256``); empty if it cannot be told."""
+        with suppress(Unknown):
+            cache = self._field(self._layout.vmemmap + head * self._page_size, "slab", "slab_cache")
+            return self._string(self._field(cache, "kmem_cache", "name"))
+        return ""
+
+    def unused(self, pfn: int) -> bool:
+        """Whether nobody holds a reference to this page: it is free, though on a list of one processor's own."""
+        with suppress(Unknown):
+            return self._field(self._layout.vmemmap + pfn * self._page_size, "page", "_refcount", size=4) == 0
+        return False
+
+    def tasks(self) -> Iterator[Task]:
+        """All threads, as far as they can be followed.
+
+        Raises:
+            Unknown: the first one cannot be found.
+        """
+        first = _symbol("init_task")
+        seen = 0
+        for leader in self._list(first, "tasks"):
+            group = self._field(leader, "task_struct", "signal") + self._btf.offset("signal_struct", "thread_head")
+            node = self._btf.offset("task_struct", "thread_node")
+            at = self._pointer(group)
+            while at != group and seen < _MOST_TASKS:
+                seen += 1
+                task = at - node
+                memory = self._field(task, "task_struct", "mm")
+                yield Task(
+                    self._field(task, "task_struct", "pid", size=4),
+                    self._comm(task),
+                    self._field(task, "task_struct", "stack"),
+                    self._field(memory, "mm_struct", "pgd") if memory else 0,
+                )
+                at = self._pointer(at)
+
+    def _list(self, first: int, member: str) -> Iterator[int]:
+        offset = self._btf.offset("task_struct", member)
+        task = first
+        for _ in range(_MOST_TASKS):
+            yield task
+            task = self._pointer(task + offset) - offset
+            if task == first:
+                return
+
+    def _comm(self, task: int) -> str:
+        raw = self._read(task + self._btf.offset("task_struct", "comm"), _TASK_COMM_LEN)
+        return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+    def _path(self, inode: int, device: tuple[int, int]) -> str:
+        entry = self._field(inode, "inode", "i_dentry")
+        if not entry:
+            return ""
+        try:
+            alias = self._btf.offset("dentry", "d_u", "d_alias")
+        except Unknown:
+            alias = self._btf.offset("dentry", "d_alias")  # 7.x has no name for the union
+        dentry = entry - alias
+        parts: list[str] = []
+        for _ in range(_MOST_DEEP):
+            name = self._string(self._field(dentry, "dentry", "d_name", "name"))
+            parent = self._field(dentry, "dentry", "d_parent")
+            if parent == dentry:
+                if name != "/":
+                    return "/".join([name, *reversed(parts)])  # memfd, pipes: no folder at all
+                return _mounted("/" + "/".join(reversed(parts)), device)
+            parts.append(name)
+            dentry = parent
+        return ""
+
+    def _field(self, base: int, name: str, *members: str, size: int = 8) -> int:
+        raw = self._read(base + self._btf.offset(name, *members), size)
+        return int.from_bytes(raw, "little")
+
+    def _pointer(self, va: int) -> int:
+        return int(struct.unpack("<Q", self._read(va, 8))[0])
+
+    def _string(self, va: int) -> str:
+        # Never across a page's end: what follows may be another thing, or nothing.
+        raw = self._read(va, min(_NAME_LENGTH, PAGE - va % PAGE))
+        return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+    def _read(self, va: int, size: int) -> bytes:
+        if self._layout.name(va) not in _READABLE or self._layout.name(va + size - 1) not in _READABLE:
+            raise Unknown(f"{va:#x} is not where the kernel keeps its structures")
+        buffer = bytearray(size)
+        try:
+            self._kcore.read_virtual(va, memoryview(buffer))
+        except Undetermined as error:
+            raise Unknown(str(error)) from None
+        return bytes(buffer)
+
+
+def _symbol(name: str) -> int:
+    """Address of a kernel symbol.
+
+    Raises:
+        Unknown: /proc/kallsyms does not tell.
+    """
+    try:
+        with Path("/proc/kallsyms").open(encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.rstrip("\n").endswith(f" {name}"):
+                    address = int(line.split()[0], 16)
+                    if address:
+                        return address
+    except OSError as error:
+        raise Unknown(f"cannot read /proc/kallsyms: {error.strerror}") from None
+    raise Unknown(f"/proc/kallsyms does not tell where {name} is")
+
+
+def _mounted(path: str, device: tuple[int, int]) -> str:
+    """A path within a file system as we see it; the path itself where that is not mounted."""
+    best = ("", "")
+    with suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            fields = line.split()
+            if len(fields) > 4 and fields[2] == f"{device[0]}:{device[1]}":
+                root = fields[3].rstrip("/")
+                if (path == root or path.startswith(root + "/")) and (not best[1] or len(root) > len(best[0])):
+                    best = (root, fields[4])
+    if not best[1]:
+        return path
+    return os.path.normpath(best[1] + "/" + path[len(best[0]) :]).replace("//", "/")

@@ -1,0 +1,282 @@
+"""What a page is that something was found in: whose it is, by its flags and by what the kernel's structures say of it.
+
+``sort_of`` decides by /proc/kpageflags alone (Documentation/admin-guide/mm/pagemap.rst); ``Placer`` puts the names to
+it: the guest's page, the file, the processes, the slab. What cannot be named stays unnamed.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.audit.btf import Btf, Unknown
+from offmap.audit.guest_pages import GuestPages
+from offmap.audit.kcore import Kcore
+from offmap.audit.kernel_objects import CachedFile, KernelObjects
+from offmap.audit.mapped_by import MappedBy, mapped_by
+from offmap.audit.mappings import KernelMappings
+from offmap.audit.pageflags import (
+    KPF_ANON,
+    KPF_BUDDY,
+    KPF_COMPOUND_TAIL,
+    KPF_HUGE,
+    KPF_KSM,
+    KPF_LRU,
+    KPF_MMAP,
+    KPF_PGTABLE,
+    KPF_RESERVED,
+    KPF_SLAB,
+    KPF_UPTODATE,
+    PageFlags,
+)
+from offmap.audit.regions import KERNEL_TEXT, MODULES, VMALLOC, Layout
+
+__all__ = ["Look", "Owner", "Placer", "Sort", "sort_of"]
+
+PAGE = 4096
+_THREAD_SIZE = 4 * PAGE  # arch/x86/include/asm/page_64_types.h, without KASAN
+_MOST_NAMED = 1 << 10  # pages whose owners are looked up one by one
+
+
+class Sort(Enum):
+    """What a page is."""
+
+    GUEST = "guest"  # the audited VM's own
+    PAGE_CACHE = "page_cache"  # of a file, tmpfs and memfd included
+    PROCESS = "process"  # a process's own (anonymous) memory
+    SLAB = "slab"
+    KERNEL_STACK = "kernel_stack"
+    VMALLOC = "vmalloc"
+    PAGE_TABLE = "page_table"
+    KERNEL_IMAGE = "kernel_image"
+    RESERVED = "reserved"  # never given to the page allocator: firmware's, or the kernel's from its boot
+    FREE = "free"  # freed, and not given to anyone since
+    KERNEL = "kernel"  # the kernel's own, and nothing says what for (network and pipe buffers, drivers)
+    GONE = "gone"  # something else stood there when it was looked at again
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return _WORDS.get(self, self.value.replace("_", " "))
+
+
+_WORDS = {
+    Sort.GUEST: "the VM's own page",
+    Sort.PROCESS: "process memory",
+    Sort.FREE: "free page",
+    Sort.KERNEL: "kernel page",
+    Sort.RESERVED: "reserved page",
+    Sort.GONE: "gone at a second look",
+}
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What a page is, and whose.
+
+    Attributes:
+        sort: what it is.
+        name: the file, the slab cache or the thread; empty where there is none, or it cannot be told.
+        file_offset: in the file.
+        processes: those that have it in their page tables.
+        guest_phys_addr: of a GUEST page, where the VMM has told.
+        userspace_addr: of a GUEST page.
+    """
+
+    sort: Sort
+    name: str = ""
+    file_offset: int | None = None
+    processes: tuple[MappedBy, ...] = ()
+    guest_phys_addr: int | None = None
+    userspace_addr: int | None = None
+
+    def at(self, offset: int) -> "Owner":
+        """The same of a byte within the page."""
+
+        def add(number: int | None) -> int | None:
+            return None if number is None else number + offset
+
+        return replace(
+            self,
+            file_offset=add(self.file_offset),
+            guest_phys_addr=add(self.guest_phys_addr),
+            userspace_addr=add(self.userspace_addr),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "sort": self.sort.value,
+            "name": self.name,
+            "file_offset": self.file_offset,
+            "processes": [{"pid": each.pid, "process": each.process, "va": f"{each.va:#x}"} for each in self.processes],
+            "guest_phys_addr": None if self.guest_phys_addr is None else f"{self.guest_phys_addr:#x}",
+            "userspace_addr": None if self.userspace_addr is None else f"{self.userspace_addr:#x}",
+        }
+
+    def text(self) -> str:
+        """One line for people; names in it are as they are, to be escaped where they are shown."""
+        words = self.sort.words
+        if self.sort is Sort.GUEST and self.guest_phys_addr is not None:
+            words += f" at guest-physical {self.guest_phys_addr:#x}"
+        elif self.sort is Sort.GUEST and self.userspace_addr is not None:
+            words += f" at {self.userspace_addr:#x} of the process"
+        if self.name:
+            words += f" of {self.name}"
+        if self.file_offset is not None:
+            words += f", byte {self.file_offset:#x}"
+        if self.processes and self.sort is not Sort.GUEST:
+            shown = ", ".join(f"{each.process} ({each.pid})" for each in self.processes[:3])
+            more = f" and {len(self.processes) - 3} more" if len(self.processes) > 3 else ""
+            words += f": {shown}{more}" if self.sort is Sort.PROCESS else f", mapped by {shown}{more}"
+        return words
+
+
+def sort_of(flags: int) -> Sort | None:
+    """What the flags of a page (its folio's first page's included) say that it is; None where they do not."""
+
+    def has(*bits: int) -> bool:
+        return any(flags >> bit & 1 for bit in bits)
+
+    if has(KPF_BUDDY):
+        return Sort.FREE
+    if has(KPF_SLAB):
+        return Sort.SLAB
+    if has(KPF_PGTABLE):
+        return Sort.PAGE_TABLE
+    if has(KPF_ANON, KPF_KSM):
+        return Sort.PROCESS
+    if has(KPF_LRU, KPF_HUGE):
+        return Sort.PAGE_CACHE
+    if has(KPF_RESERVED):
+        return Sort.RESERVED
+    return None
+
+
+class Look(NamedTuple):
+    """What the kernel said of a frame: the first frame of its folio, the flags of both, whether nobody refers to it."""
+
+    head: int
+    flags: int
+    unused: bool
+
+    @property
+    def free(self) -> bool:
+        return self.unused or sort_of(self.flags) is Sort.FREE
+
+
+@dataclass
+class Placer:
+    """Tells whose pages are; built once for a scan.
+
+    Args:
+        leave_out: PIDs that are not named as owners: our own.
+    """
+
+    kcore: Kcore
+    layout: Layout
+    mappings: KernelMappings
+    guest: GuestPages
+    leave_out: Collection[int] = ()
+    btf: Callable[[], Btf] = Btf.of_host
+    _objects: KernelObjects | None = field(default=None, init=False)
+    _stacks: list[tuple[int, str]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        # Before the scan: the memory that this takes must not be free pages in which something stands.
+        with suppress(Unknown):
+            self._objects = KernelObjects(self.kcore, self.layout, self.btf())
+
+    def look(self, frames: Collection[int]) -> dict[int, Look]:
+        """What the kernel says of these frames now, in a few reads each."""
+        found = {}
+        for frame in sorted(frames):
+            head, flags = head_and_flags(self.kcore.page_flags, frame)
+            # Pages on the list of one processor are free, which kpageflags does not tell.
+            unused = sort_of(flags) is None and self._objects is not None and self._objects.unused(frame)
+            found[frame] = Look(head, flags, unused)
+        return found
+
+    def owners(self, looks: Mapping[int, Look]) -> dict[int, Owner]:
+        """Whose the frames are that ``look`` was asked of."""
+        sharers = mapped_by([frame for frame, look in looks.items() if not look.free], self.leave_out)
+        owners, named = {}, 0
+        for frame, look in looks.items():
+            if look.free and frame not in self.guest:
+                owners[frame] = Owner(Sort.FREE)
+                continue
+            named += 1
+            same = head_and_flags(self.kcore.page_flags, frame) == (look.head, look.flags)
+            objects = self._objects if same and named <= _MOST_NAMED else None
+            owners[frame] = self._owner(frame, look, tuple(sharers.get(frame, ())), objects)
+        return owners
+
+    def _owner(self, frame: int, look: Look, processes: tuple[MappedBy, ...], objects: KernelObjects | None) -> Owner:
+        head, flags = look.head, look.flags
+        place = self.guest.find(frame)
+        if place is not None:
+            return Owner(Sort.GUEST, processes=processes, userspace_addr=place[0], guest_phys_addr=place[1])
+        sort = sort_of(flags)
+        if sort is Sort.SLAB:
+            return Owner(sort, objects.slab_of(head) if objects else "")
+        if sort in {None, Sort.PAGE_CACHE} and flags >> KPF_MMAP & 1 | flags >> KPF_LRU & 1 | flags >> KPF_UPTODATE & 1:
+            file = objects.file_of(head, frame) if objects else None
+            if file is not None or sort is Sort.PAGE_CACHE or any(each.path for each in processes):
+                return _cached(file, processes)
+        if sort is Sort.RESERVED and self._aliased(frame, (KERNEL_TEXT, MODULES)):
+            return Owner(Sort.KERNEL_IMAGE)
+        if sort is not None:
+            return Owner(sort, processes=processes)
+        stacks = self._aliased(frame, (VMALLOC,))
+        if stacks:
+            thread = next((name for va in stacks for name in self._stack(va, objects)), None)
+            return Owner(Sort.KERNEL_STACK, thread) if thread else Owner(Sort.VMALLOC)
+        return Owner(Sort.KERNEL, processes=processes)
+
+    def _aliased(self, frame: int, regions: Collection[str]) -> list[int]:
+        """Addresses outside the direct map that the kernel has this page at, in these regions."""
+        runs: NDArray[np.void] = self.mappings.aliases
+        pa = np.uint64(frame * PAGE)
+        here = runs[(runs["pa"] <= pa) & (pa < runs["pa"] + runs["bytes"])]
+        addresses = (here["va"] + (pa - here["pa"])).tolist()
+        return [va for va in addresses if self.layout.name(va) in regions]
+
+    def _stack(self, va: int, objects: KernelObjects | None) -> list[str]:
+        """The thread whose kernel stack holds this address."""
+        if self._stacks is None:
+            self._stacks = []
+            if objects is not None:
+                with suppress(Unknown):
+                    self._stacks += [(task.stack, f"{task.name} ({task.pid})") for task in objects.tasks()]
+        return [name for stack, name in self._stacks if stack <= va < stack + _THREAD_SIZE]
+
+
+def head_and_flags(flags: PageFlags, frame: int) -> tuple[int, int]:
+    """(frame of the first page of its folio, flags of both together)."""
+    own = int(flags.range(frame, 1)[0])
+    head, together = frame, own
+    if own >> KPF_COMPOUND_TAIL & 1:
+        # At most 1 GiB back: the largest folio there is.
+        for back in (64, 512, 1 << 18):
+            first = max(frame - back, 0)
+            before = flags.range(first, frame - first)
+            heads = np.flatnonzero(before & np.uint64(1 << KPF_COMPOUND_TAIL) == 0)
+            if len(heads):
+                head = first + int(heads[-1])
+                together |= int(before[heads[-1]])
+                break
+    return head, together & ~(1 << KPF_COMPOUND_TAIL)
+
+
+def _cached(file: CachedFile | None, processes: tuple[MappedBy, ...]) -> Owner:
+    if file is not None:
+        return Owner(Sort.PAGE_CACHE, _named(file), file.offset, processes)
+    path = next((each.path for each in processes if each.path), "")
+    return Owner(Sort.PAGE_CACHE, path, None, processes)
+
+
+def _named(file: CachedFile) -> str:
+    return f"{file.path} ({file.file_system})" if file.file_system else file.path

@@ -1,0 +1,116 @@
+"""Secrets in a disposable host, planted one kind after another, then the audit that has to find and name them all.
+
+``scan_target.py FOLDER ARGUMENTS…`` prints two lines of JSON: what was planted where, and what
+``offmap audit PID --range … --scan file:SECRET --json ARGUMENTS…`` printed; it ends with that status. FOLDER: on tmpfs.
+The audited "guest" is a memory of this process, of pages that are no neighbours in RAM, with the secret once within a
+page and once across two.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+PAGE = 4096
+GUEST_PAGES = 64
+WITHIN, ACROSS = 5 * PAGE + 1234, 33 * PAGE - 40  # offsets in the guest
+SYS_ADD_KEY = 248  # asm/unistd_64.h
+KEY_SPEC_PROCESS_KEYRING = -2  # linux/keyctl.h
+FILE_OFFSET = 3 * PAGE + 77
+FREED = 192 << 20  # what the audit itself takes of it must leave some
+SPARSE = 64  # pages
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def plant_guest(secret: bytes) -> mmap.mmap:
+    """Memory whose pages are taken in a mixed order, so that neighbours are none in RAM."""
+    memory = mmap.mmap(-1, GUEST_PAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    for index in range(GUEST_PAGES):
+        memory[(index * 37 % GUEST_PAGES) * PAGE] = 1
+    memory[WITHIN : WITHIN + len(secret)] = secret
+    memory[ACROSS : ACROSS + len(secret)] = secret
+    return memory
+
+
+def plant_file(path: Path, secret: bytes) -> None:
+    path.write_bytes(bytes(FILE_OFFSET) + secret + bytes(PAGE))
+
+
+def plant_key(secret: bytes) -> None:
+    """A key's payload is in kmalloc'ed memory."""
+    serial = libc.syscall(SYS_ADD_KEY, b"user", b"offmap-test", secret, len(secret), KEY_SPEC_PROCESS_KEYRING)
+    if serial < 0:
+        raise OSError(ctypes.get_errno(), "add_key")
+
+
+def start_other(secret: bytes) -> "subprocess.Popen[bytes]":
+    """Another process that holds it, in memory of its own; it lives until its standard input is closed."""
+    script = "import sys; kept = bytearray(sys.stdin.buffer.read(int(sys.argv[1]))); print('ready', flush=True); "
+    script += "sys.stdin.buffer.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(len(secret))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdin is not None and other.stdout is not None
+    other.stdin.write(secret)
+    other.stdin.flush()
+    other.stdout.readline()
+    return other
+
+
+def plant_freed(secret: bytes) -> None:
+    """A process that ends: its pages go back to the allocator as they are (init_on_free is off)."""
+    child = os.fork()
+    if child == 0:
+        memory = mmap.mmap(-1, FREED, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for index in range(FREED // PAGE):
+            position = index * PAGE + 9
+            memory[position : position + len(secret)] = secret if index % SPARSE == 0 else bytes(len(secret))
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def main() -> int:
+    folder, arguments = Path(sys.argv[1]), sys.argv[2:]
+    secret = secrets.token_bytes(100)
+    source = folder / "secret"
+    source.write_bytes(secret)
+    plant_freed(secret)
+    guest = plant_guest(secret)
+    va = ctypes.addressof(ctypes.c_char.from_buffer(guest))
+    on_tmpfs, on_disk = folder / "copy on tmpfs", Path("/var/tmp/offmap-scan-test")
+    plant_file(on_tmpfs, secret)
+    plant_file(on_disk, secret)
+    plant_key(secret)
+    pipe = os.pipe()
+    os.write(pipe[1], secret)
+    other = start_other(secret)
+    try:
+        planted = {
+            "pid": os.getpid(),
+            "other": other.pid,
+            "guest": f"{va:#x}",
+            "within": f"{va + WITHIN:#x}",
+            "across": f"{va + ACROSS:#x}",
+            "file_offset": FILE_OFFSET,
+            "tmpfs": str(on_tmpfs),
+            "disk": str(on_disk),
+            "source": str(source),
+        }
+        print(json.dumps(planted), flush=True)
+        command = [sys.executable, "-m", "offmap.cli.main", "audit", str(os.getpid()), "--json"]
+        command += ["--range", f"{va:#x}:{GUEST_PAGES * PAGE}", "--scan", f"file:{source}", *arguments]
+        return subprocess.run(command, check=False).returncode
+    finally:
+        other.kill()
+        other.wait()
+        on_disk.unlink()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
