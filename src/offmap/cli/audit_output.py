@@ -24,6 +24,7 @@ __all__ = ["Output", "add_output_options"]
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how results are shown."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON (its schema: --json-schema)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page for people, complete in one file")
     parser.add_argument(
         "--prometheus",
         type=Path,
@@ -42,6 +43,7 @@ class Output:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self._json: bool = args.json
+        self._html: Path | None = args.html
         self._prometheus: Path | None = args.prometheus
         # https://no-color.org: any value that is not empty.
         self.color = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
@@ -57,7 +59,7 @@ class Output:
 
         if self._json:
             print(json.dumps(document, indent=2), flush=True)
-            if self._prometheus is None:
+            if self._html is self._prometheus is None:
                 return
         report = parse_report(document)
         if not self._json:
@@ -73,12 +75,16 @@ class Output:
         Raises:
             OffmapError: a file cannot be written.
         """
-        from offmap.report.files import PUBLIC, replace_file
+        from offmap.report.files import PRIVATE, PUBLIC, replace_file
 
         if self._prometheus is not None:
             from offmap.report.prometheus import render_prometheus
 
             replace_file(self._prometheus, render_prometheus(reports, merged), PUBLIC)
+        if self._html is not None:
+            from offmap.report.html import render_html
+
+            replace_file(self._html, render_html(reports), PRIVATE)
 
     @contextlib.contextmanager
     def recording_failure(self) -> Iterator[None]:
@@ -86,7 +92,7 @@ class Output:
         try:
             yield
         except BaseException as error:
-            if self._prometheus is not None:
+            if self._html is not None or self._prometheus is not None:
                 from offmap.audit.host import host_facts, utc_now
                 from offmap.report.decode import decode, plain
                 from offmap.report.document import Host

@@ -72,7 +72,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _record(kind, value, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
+    if origin in {types.UnionType, typing.Union}:
         return None if value is None else _decode(arguments[0], value, where)
     if origin is tuple:
         return _array(arguments, value, where)

@@ -94,6 +94,11 @@ class Total:
     pages: int
     ranges: int
 
+    @property
+    def rights(self) -> str:
+        """As in /proc/PID/maps."""
+        return f"r{'w' if self.writable else '-'}{'x' if self.executable else '-'}"
+
 
 @dataclass(frozen=True)
 class Mapping:
@@ -185,13 +190,68 @@ class Walk:
 
 
 @dataclass(frozen=True)
+class PageProcess:
+    """A process that has a page in its page tables."""
+
+    pid: int
+    process: str
+    va: Address
+
+
+@dataclass(frozen=True)
+class Owner:
+    """audit.placed.Owner: what a page is, and whose."""
+
+    sort: str
+    name: str = ""
+    file_offset: int | None = None
+    processes: tuple[PageProcess, ...] = ()
+    guest_phys_addr: Address | None = None
+    userspace_addr: Address | None = None
+
+    def __str__(self) -> str:
+        words = SORT_NAMES.get(self.sort, self.sort.replace("_", " "))
+        if self.guest_phys_addr is not None:
+            words += f" at guest-physical {self.guest_phys_addr:#x}"
+        elif self.userspace_addr is not None:
+            words += f" at {self.userspace_addr:#x} of the process"
+        if self.name:
+            words += f" of {self.name}"
+        if self.file_offset is not None:
+            words += f", byte {self.file_offset:#x}"
+        if self.processes:
+            words += ", in " + ", ".join(f"{each.process} ({each.pid})" for each in self.processes[:4])
+            words += " and others" if len(self.processes) > 4 else ""
+        return words
+
+
+SORT_NAMES = {
+    "guest": "the VM's own page",
+    "process": "process memory",
+    "free": "free page",
+    "kernel": "kernel page",
+    "reserved": "reserved page",
+    "gone": "gone at a second look",
+}
+"""audit.placed.Sort for people, where its own word does not do."""
+
+
+@dataclass(frozen=True)
 class Place:
-    """Where a canary was read."""
+    """audit.scan.Place: where a secret was read."""
 
     va: Address
     pa: Address
     region: str
     in_guest: bool
+    owner: Owner | None = None
+
+    @property
+    def said_owner(self) -> str:
+        """What the page is."""
+        if self.owner is not None:
+            return str(self.owner)
+        return SORT_NAMES["guest"] if self.in_guest else "not a guest page"
 
 
 @dataclass(frozen=True)
@@ -204,14 +264,24 @@ class Found:
 
 @dataclass(frozen=True)
 class Scan:
-    """A scan of all that the kernel has mapped, for canaries."""
+    """audit.scan.ScanResult: a scan of all that the kernel has mapped, for canaries or for one secret."""
 
-    canaries_found: int
+    canaries_found: int | None
     bytes_scanned: int
     bytes_unread: int
     frames_unread: int
     seconds: float
     found: tuple[Found, ...]
+    secret_bytes: int | None = None
+    places: tuple[Place, ...] = ()
+
+    @property
+    def count(self) -> str:
+        """What was found, in words."""
+        if self.secret_bytes is not None:
+            return f"the secret at {len(self.places)} place{'' if len(self.places) == 1 else 's'}"
+        number = len(self.found)
+        return f"{number} {'canary' if number == 1 else 'canaries'}"
 
 
 @dataclass(frozen=True)

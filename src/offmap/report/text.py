@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from offmap.audit.verdict import Verdict
-from offmap.report.document import DIRECT_MAP, PAGE, Mapping, Scan, Vm
+from offmap.report.document import DIRECT_MAP, PAGE, Mapping, Place, Scan, Vm
 from offmap.report.hosts import HostReport, worst
 from offmap.units import format_size
 
@@ -64,8 +64,7 @@ def verdict_line(vm: Vm) -> str:
     else:
         line = f"UNKNOWN: it cannot be told if guest pages of {who} are mapped"
     if vm.scan is not None:
-        count = vm.scan.canaries_found
-        line += f"; {count} {'canary' if count == 1 else 'canaries'} found"
+        line += f"; {vm.scan.count} found"
     return line
 
 
@@ -185,9 +184,15 @@ def _scan(scan: Scan) -> list[str]:
     for hit in scan.found[:_SHOWN]:
         for place in hit.places[:1]:
             more = f" and {len(hit.places) - 1} more" if len(hit.places) > 1 else ""
-            owner = "" if place.in_guest else ", not a guest page"
-            lines += _wrapped("canary", f"{hit.canary:04x} at {place.va:#x}, {place.region}{owner}{more}")
-    return lines + _more(len(scan.found), "canaries")
+            lines += _wrapped("canary", f"{hit.canary:04x} at {_place(place)}{more}")
+    lines += _more(len(scan.found), "canaries")
+    for place in scan.places[:_SHOWN]:
+        lines += _wrapped("secret", f"at {_place(place)}")
+    return lines + _more(len(scan.places), "places")
+
+
+def _place(place: Place) -> str:
+    return f"{place.va:#x}, {place.region}: {place.said_owner}"
 
 
 def render_fleet(reports: Sequence[HostReport], color: bool = False) -> str:
