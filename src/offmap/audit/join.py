@@ -21,7 +21,7 @@ from offmap.audit.verdict import Judged
 __all__ = ["Joined", "join"]
 
 PAGE = 4096
-_CHUNK = 1 << 18  # runs of guest pages joined at once
+_CHUNK = 1 << 16  # runs of guest pages joined at once
 _KINDS = tuple(Kind)
 
 # A stretch of guest pages and one kernel mapping of it: page index, frame, pages, kernel address, the walk's run.
@@ -101,53 +101,59 @@ def _listed(
     pieces: NDArray[np.void], mappings: KernelMappings, kinds: Kinds, layout: Layout, ram: GuestRam
 ) -> tuple[Reach, ...]:
     first = np.cumsum([0, *(part.pages for part in ram.ranges)])
-    found = []
-    for page, pfn, pages, va, run in pieces.tolist():
-        row = mappings.runs[run]
-        index = int(np.searchsorted(first, page, side="right")) - 1
-        part, offset = ram.ranges[index], (page - int(first[index])) * PAGE
-        found.append(
-            Reach(
-                va=va,
-                pa=pfn * PAGE,
-                bytes=pages * PAGE,
-                kind=_KINDS[kinds.kind[run]],
-                region=layout.name(va),
-                page_size=PAGE << 9 * (int(row["level"]) - 1),
-                writable=bool(row["writable"]),
-                executable=not bool(row["nx"]),
-                userspace_addr=part.va + offset,
-                guest_phys_addr=None if part.guest_phys_addr is None else part.guest_phys_addr + offset,
-                caller=kinds.callers[kinds.caller[run]],
-            )
+    part = np.searchsorted(first, pieces["page"], side="right") - 1
+    offset = (pieces["page"] - first[part]) * PAGE
+    region, regions = layout.names(pieces["va"])
+    run = mappings.runs[pieces["run"]]
+    columns = (
+        *(pieces[name].tolist() for name in ("va", "pfn", "pages")),
+        *(run[name].tolist() for name in ("level", "writable", "nx")),
+        *(part.tolist(), offset.tolist(), region.tolist()),
+        *(kinds.kind[pieces["run"]].tolist(), kinds.caller[pieces["run"]].tolist()),
+    )
+    return tuple(
+        Reach(
+            va=va,
+            pa=pfn * PAGE,
+            bytes=pages * PAGE,
+            kind=_KINDS[kind],
+            region=regions[region],
+            page_size=PAGE << 9 * (level - 1),
+            writable=writable,
+            executable=not nx,
+            userspace_addr=ram.ranges[part].va + offset,
+            guest_phys_addr=None if (gpa := ram.ranges[part].guest_phys_addr) is None else gpa + offset,
+            caller=kinds.callers[caller],
         )
-    return tuple(found)
+        for va, pfn, pages, level, writable, nx, part, offset, region, kind, caller in zip(*columns, strict=True)
+    )
 
 
 def _totals(
     pages: NDArray[np.int64], ranges: NDArray[np.int64], mappings: KernelMappings, kinds: Kinds, layout: Layout
 ) -> tuple[ReachTotal, ...]:
-    """By what can be told apart, most pages first; the direct map before all else."""
-    groups: dict[tuple[Kind, str, int, bool, bool, str], list[int]] = {}
-    for index in np.flatnonzero(ranges).tolist():
-        row = mappings.runs[index]
-        key = (
-            _KINDS[kinds.kind[index]],
-            layout.name(int(row["va"])),
-            PAGE << 9 * (int(row["level"]) - 1),
-            bool(row["writable"]),
-            not bool(row["nx"]),
-            kinds.callers[kinds.caller[index]],
-        )
-        total = groups.setdefault(key, [0, 0])
-        total[0] += int(pages[index])
-        total[1] += int(ranges[index])
+    """By what can be told apart; the direct map before all else, then most pages first."""
+    hit = np.flatnonzero(ranges)
+    runs = mappings.runs[hit]
+    region, regions = layout.names(runs["va"])
+    sorts = np.stack(
+        (kinds.kind[hit], region, runs["level"], runs["writable"], runs["nx"], kinds.caller[hit]), axis=1
+    ).astype(np.int64)
+    sorts, group = np.unique(sorts, axis=0, return_inverse=True)
+    group = group.reshape(-1)
+    all_pages = np.bincount(group, pages[hit], len(sorts)).astype(np.int64).tolist()
+    all_ranges = np.bincount(group, ranges[hit], len(sorts)).astype(np.int64).tolist()
     found = [
-        ReachTotal(kind, region, size, writable, executable, caller, *_two(total))
-        for (kind, region, size, writable, executable, caller), total in groups.items()
+        ReachTotal(
+            kind=_KINDS[kind],
+            region=regions[region],
+            page_size=PAGE << 9 * (level - 1),
+            writable=bool(writable),
+            executable=not nx,
+            caller=kinds.callers[caller],
+            pages=all_pages[index],
+            ranges=all_ranges[index],
+        )
+        for index, (kind, region, level, writable, nx, caller) in enumerate(sorts.tolist())
     ]
     return tuple(sorted(found, key=lambda total: (total.kind is not Kind.DIRECT_MAP, -total.pages)))
-
-
-def _two(values: list[int]) -> tuple[int, int]:
-    return values[0], values[1]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from offmap.audit.intervals import Intervals, cut
+from offmap.audit.intervals import Intervals, cut, distinct
 from offmap.audit.reach import Kind, PhysicalCell, PhysicalMap
 from offmap.audit.verdict import Judged
 
@@ -58,7 +58,7 @@ def _once(pfn: Ints, pages: Ints, reached: NDArray[np.uint32]) -> tuple[Ints, In
     first, reached = pfn[order], reached[order]
     all_frames = Intervals.union(pfn, pfn + pages)
     # What reaches a frame depends on nothing but the frame, so that any run which has it tells.
-    start = np.unique(np.concatenate((all_frames.edges, first, (pfn + pages))))
+    start = distinct(all_frames.edges, first, pfn + pages)
     inside = all_frames.contains(start[:-1])
     begin, length = start[:-1][inside], np.diff(start)[inside]
     return _joined(begin, length, _mask_of(begin, first, pages[order], reached))

@@ -114,15 +114,20 @@ class Layout:
                 return name
         return HOLE
 
+    def names(self, va: NDArray[np.uint64]) -> tuple[NDArray[np.intp], tuple[str, ...]]:
+        """The same of each address: an index into the names, and the names."""
+        # An empty range in front, so that every address has one at or below it.
+        ranges = [(0, 0, HOLE), *self._ranges]
+        starts, ends = (np.array([min(r[side], _TOP - 1) for r in ranges], dtype=np.uint64) for side in (0, 1))
+        index = np.searchsorted(starts, va, side="right") - 1
+        return np.where(va < ends[index], index, 0), tuple(name for _, _, name in ranges)
+
     def kinds(self, va: NDArray[np.uint64]) -> NDArray[np.int8]:
         """What a mapping at each address is, if it is not the direct map's own, as an index into ``tuple(Kind)``."""
         order = tuple(Kind)
-        # An empty range in front, so that every address has one at or below it.
-        ranges = [(0, 0, HOLE), *self._ranges]
-        codes = np.array([order.index(_KINDS.get(name, Kind.OTHER)) for _, _, name in ranges], dtype=np.int8)
-        starts, ends = (np.array([min(r[side], _TOP - 1) for r in ranges], dtype=np.uint64) for side in (0, 1))
-        index = np.searchsorted(starts, va, side="right") - 1
-        return np.where(va < ends[index], codes[index], order.index(Kind.OTHER)).astype(np.int8)
+        index, names = self.names(va)
+        codes = np.array([order.index(_KINDS.get(name, Kind.OTHER)) for name in names], dtype=np.int8)
+        return np.asarray(codes[index], dtype=np.int8)
 
     @classmethod
     def of(cls, info: VmcoreInfo, page_offset_base: int, segments: Sequence[Segment] = ()) -> "Layout":

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
 from offmap.audit.guest_ram import GuestRam
-from offmap.audit.intervals import Intervals, cut
+from offmap.audit.intervals import Intervals, cut, distinct
 from offmap.audit.kinds import Kinds
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.reach import Kind
@@ -170,9 +170,7 @@ def classify(
         excluded: pages that the guest does not get.
         kinds: of the mappings' runs; without them, all outside the direct map are OTHER.
     """
-    page = np.union1d(np.union1d(before.page, after.page), excluded.edges[excluded.edges < before.total])
-    if before.total:
-        page = np.union1d(page, np.zeros(1, dtype=np.int64))
+    page = distinct(before.page, after.page, excluded.edges[excluded.edges < before.total])
     one, two = (np.searchsorted(frames.page, page, side="right") - 1 for frames in (before, after))
     state, why = before.state[one], before.why[one]
     pfn = np.where(state == POPULATED, before.pfn[one] + page - before.page[one], 0)
@@ -189,7 +187,7 @@ def classify(
     pages = np.diff(np.append(page, before.total))
 
     sets = _reach_sets(mappings, kinds)
-    edges = np.unique(np.concatenate([frames.edges for _, frames in sets] or [np.zeros(0, dtype=np.int64)]))
+    edges = distinct(np.zeros(0, dtype=np.int64), *(frames.edges for _, frames in sets))
     populated = state == POPULATED
     # Runs without frames are cut by nothing.
     source, offset, length = cut(np.where(populated, pfn, -1 << 60), pages, edges)
