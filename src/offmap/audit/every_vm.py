@@ -1,16 +1,19 @@
-"""The words of an audit of every VM on a host: one result each, or why there is none, and the worst of them."""
+"""An audit of every VM on a host: one result each, or why there is none, and the worst of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import offmap
 from offmap.audit.audit import AuditResult
-from offmap.audit.host import HostFacts, utc_now
+from offmap.audit.host import HostFacts, host_facts, utc_now
+from offmap.audit.process import NoSuchProcess, ProcessEnded
 from offmap.audit.reach import VmmFacts
 from offmap.audit.verdict import Verdict
-from offmap.errors import ExitStatus
+from offmap.audit.vms import VmProcess, find_vms
+from offmap.errors import ExitStatus, OffmapError
 
-__all__ = ["EveryVm", "NotAudited"]
+__all__ = ["EveryVm", "NotAudited", "audit_every_vm"]
 
 SCHEMA = "offmap-audit-all/1"
 _GRAVITY = (ExitStatus.DONE, ExitStatus.FAILED, ExitStatus.UNDETERMINED, ExitStatus.EXPOSED)
@@ -68,3 +71,23 @@ class EveryVm:
             "not_audited": [each.to_json() for each in self.failures],
             "notes": list(self.not_judged),
         }
+
+
+def audit_every_vm(audit: Callable[[VmProcess], AuditResult]) -> EveryVm:
+    """Find all processes that hold a KVM VM and audit each.
+
+    One that ends before anything was seen of it is left out: its VM is gone. One that cannot be audited is not.
+
+    Args:
+        audit: of one of them; ``audit_process`` with what else is wanted.
+    """
+    vms, notes = find_vms()
+    results, failures = [], []
+    for vm in vms:
+        try:
+            results.append(audit(vm))
+        except (NoSuchProcess, ProcessEnded):
+            continue
+        except OffmapError as error:
+            failures.append(NotAudited(vm.pid, vm.name, vm.facts, str(error), error.exit_status))
+    return EveryVm(host_facts(), tuple(results), tuple(failures), tuple(notes))

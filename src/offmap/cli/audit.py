@@ -1,19 +1,16 @@
 """``offmap audit``: which pages of a VM can the host kernel reach."""
 
 import argparse
-import signal
 import sys
-import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offmap.cli.audit_output import Output, add_output_options
-from offmap.errors import OffmapError, Undetermined
+from offmap.errors import OffmapError
 from offmap.units import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from offmap.audit.audit import AuditResult, Stage
     from offmap.audit.guest_ram import RamRange
@@ -33,7 +30,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Find which pages of a VM's RAM the host kernel has mapped, in its direct map or anywhere else.",
         epilog="Exit status: 0 hidden, 1 exposed, 2 it failed or was used wrongly, 3 cannot be determined.",
     )
-    parser.add_argument("pid", type=int, metavar="PID", help="the VMM's process")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("pid", type=int, metavar="PID", nargs="?", help="the VMM's process")
+    which.add_argument("--all", action="store_true", help="audit every process of this host that holds a KVM VM")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--scan",
@@ -57,6 +56,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="audit these addresses of the process instead of its guest RAM (may be given several times)",
     )
     parser.add_argument(
+        "--sharers",
+        action="store_true",
+        help="name the other processes that map the guest's pages too",
+    )
+    parser.add_argument(
         "--watch",
         type=float,
         metavar="SECONDS",
@@ -68,30 +72,45 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit one process; the exit status is the verdict's."""
+    """Audit one process, or all that hold VMs; the exit status is that of the worst verdict."""
     from offmap.audit.audit import audit_process
+    from offmap.audit.every_vm import audit_every_vm
+    from offmap.cli.audit_watch import watch
 
-    if args.watch is not None and (args.json or not 0 < args.watch < float("inf")):
-        raise OffmapError("--watch takes a number of seconds above 0, and no --json", "give seconds, like --watch 10")
+    if args.watch is not None and not 0 < args.watch < float("inf"):
+        raise OffmapError("--watch takes a number of seconds above 0", "give seconds, like --watch 10")
+    if args.all and (args.range or args.watch is not None):
+        raise OffmapError("--range and --watch are for one process", "give its PID instead of --all")
     ranges = [parse_range(text) for text in args.range] if args.range else None
     shows = sys.stderr.isatty() and not args.no_progress
     output = Output(args)
 
-    def once() -> "AuditResult":
+    def audit(pid: int) -> "AuditResult":
         try:
-            progress = _show_progress if shows else None
-            return audit_process(args.pid, scan=wanted, ranges=ranges, progress=progress, threads=args.scan_threads)
+            return audit_process(
+                pid,
+                scan=wanted,
+                ranges=ranges,
+                progress=_show_progress if shows else None,
+                threads=args.scan_threads,
+                sharers=args.sharers,
+            )
         finally:
             if shows:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     with what_to_scan(args) as wanted:
         if args.watch is not None:
-            return _watch(args.pid, args.watch, once, output)
+            return watch(args.pid, args.watch, lambda: audit(args.pid), output)
         with output.recording_failure():
-            result = once()
-    output.show(result.to_json())
-    return int(result.verdict.exit_status)
+            if args.all:
+                every = audit_every_vm(lambda vm: audit(vm.pid))
+                document, status = every.to_json(), every.exit_status
+            else:
+                result = audit(args.pid)
+                document, status = result.to_json(), result.verdict.exit_status
+    output.show(document)
+    return int(status)
 
 
 @contextmanager
@@ -111,46 +130,6 @@ def what_to_scan(args: argparse.Namespace) -> "Iterator[Wanted | None]":
             yield secret
     else:
         yield None if args.canary is None else parse_key(args.canary)
-
-
-def _watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: Output) -> int:
-    """Audit until the process ends. SIGTERM ends it too: with the worst that was seen, as its parent asked."""
-    from offmap.audit.process import NoSuchProcess
-    from offmap.audit.verdict import Verdict
-    from offmap.report.hosts import parse_report
-    from offmap.report.text import render_vm, verdict_line
-
-    worst, seen = Verdict.HIDDEN, None
-    gravity = (Verdict.HIDDEN, Verdict.UNKNOWN, Verdict.EXPOSED)
-
-    class Stopped(Exception):
-        """SIGTERM."""
-
-    def stop(_number: int, _frame: object) -> None:
-        raise Stopped
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        while True:
-            with output.recording_failure():
-                result = once()
-            report = parse_report(result.to_json())
-            output.write_files([report])
-            if seen is None:
-                print(render_vm(report.vms[0], output.color), flush=True)
-            elif (result.verdict, result.pages.mapped_pages, result.aliases) != seen:
-                print(f"{time.strftime('%H:%M:%S')} changed: {verdict_line(report.vms[0])}", flush=True)
-            seen = (result.verdict, result.pages.mapped_pages, result.aliases)
-            worst = max(worst, result.verdict, key=gravity.index)
-            time.sleep(seconds)
-    except (Stopped, KeyboardInterrupt):
-        pass
-    except (NoSuchProcess, Undetermined):
-        if seen is None or Path(f"/proc/{pid}").exists():
-            raise
-    if seen is None:
-        raise Undetermined("the watch ended before its first audit did", "let it run longer")
-    return int(worst.exit_status)
 
 
 def parse_range(text: str) -> "RamRange":

@@ -42,7 +42,7 @@ class Output:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self._json: bool = args.json
+        self.json: bool = args.json
         self._html: Path | None = args.html
         self._prometheus: Path | None = args.prometheus
         # https://no-color.org: any value that is not empty.
@@ -57,12 +57,12 @@ class Output:
         from offmap.report.hosts import AUDIT, parse_report
         from offmap.report.text import render_fleet, render_vm
 
-        if self._json:
+        if self.json:
             print(json.dumps(document, indent=2), flush=True)
             if self._html is self._prometheus is None:
                 return
         report = parse_report(document)
-        if not self._json:
+        if not self.json:
             if report.schema == AUDIT:
                 print(render_vm(report.vms[0], self.color), flush=True)
             else:

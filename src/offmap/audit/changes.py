@@ -1,0 +1,218 @@
+"""What is different between one audit of a process and the next: which pages, where they are now, what reaches them.
+
+Pages that nothing can be said of in either are no change.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.audit.audit import AuditResult
+from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN
+from offmap.audit.guest_ram import RamRange
+from offmap.audit.intervals import distinct
+from offmap.audit.reach import LISTED, Kind, Reach
+from offmap.audit.verdict import Judged
+
+__all__ = ["Change", "Changes", "Difference", "compare"]
+
+PAGE = 4096
+SCHEMA = "offmap-audit-change/1"
+_KINDS = tuple(Kind)
+
+Ints = NDArray[np.int64]
+
+
+class Difference(Enum):
+    """What happened to a page."""
+
+    SLOT_ADDED = "slot added"
+    SLOT_REMOVED = "slot removed"
+    MAPPED = "mapped"  # the kernel has a mapping of it that it did not have
+    UNMAPPED = "unmapped"
+    MOVED = "moved"  # another frame stands behind it: migration, copy on write, memory mapped anew
+    POPULATED = "populated"
+    RETURNED = "returned"  # what could not be seen can be: swapped in, most often
+    GONE = "gone"  # there is no page any more
+    LOST = "lost"  # it cannot be seen any more: swapped out, most often
+
+
+_ORDER = tuple(Difference)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A stretch of guest RAM that the same happened to.
+
+    Attributes:
+        what: happened.
+        userspace_addr, bytes: where the process has it.
+        guest_phys_addr: where the guest has it, if that is known.
+        pa, pa_before: physical address of its first page now and then; None where it is not known.
+        kinds, kinds_before: of the kernel mappings that reach it.
+        reaches: the mappings outside the direct map that reach it now, as far as they are listed.
+        why: why it cannot be seen, if it cannot.
+    """
+
+    what: Difference
+    userspace_addr: int
+    bytes: int
+    guest_phys_addr: int | None = None
+    pa: int | None = None
+    pa_before: int | None = None
+    kinds: tuple[Kind, ...] = ()
+    kinds_before: tuple[Kind, ...] = ()
+    reaches: tuple[Reach, ...] = ()
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "what": self.what.value,
+            "userspace_addr": f"{self.userspace_addr:#x}",
+            "pa": None if self.pa is None else f"{self.pa:#x}",
+            "pa_before": None if self.pa_before is None else f"{self.pa_before:#x}",
+            "kinds": [kind.value for kind in self.kinds],
+            "kinds_before": [kind.value for kind in self.kinds_before],
+            "reaches": [reach.to_json() for reach in self.reaches],
+        }
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All that changed: ``pages`` counts it whole, ``listed`` holds the first LISTED stretches in order of address."""
+
+    listed: tuple[Change, ...]
+    pages: dict[Difference, int]
+    omitted: int = 0
+
+    def to_json(self, result: AuditResult) -> dict[str, Any]:
+        """One document for a later audit of a watch, whose full result is ``result``."""
+        return {
+            "schema": SCHEMA,
+            "time": result.time,
+            "pid": result.pid,
+            "process": result.process,
+            "verdict": result.verdict.value,
+            "mapped_pages": result.pages.mapped_pages,
+            "pages": {what.value: pages for what, pages in self.pages.items()},
+            "changes": [change.to_json() for change in self.listed],
+            "changes_omitted": self.omitted,
+        }
+
+
+def compare(before: AuditResult, after: AuditResult) -> Changes:
+    """What changed from one audit of a process to a later one."""
+    found: list[Change] = []
+    pages: dict[Difference, int] = {}
+    omitted = 0
+    old, new = _positions(before), _positions(after)
+    for part in dict.fromkeys([*before.ram.ranges, *after.ram.ranges]):
+        if part not in old or part not in new:
+            what = Difference.SLOT_ADDED if part in new else Difference.SLOT_REMOVED
+            pages[what] = pages.get(what, 0) + part.pages
+            found.append(Change(what, part.va, part.bytes, part.guest_phys_addr))
+            continue
+        if before.judged is None or after.judged is None:
+            continue
+        one, two = _Part(before.judged, old[part], part.pages), _Part(after.judged, new[part], part.pages)
+        for what, first, count, row_one, row_two in _differences(one, two):
+            pages[what] = pages.get(what, 0) + count
+            if len(found) < LISTED:
+                found.append(_change(what, part, first, count, (one, row_one), (two, row_two), after))
+            else:
+                omitted += 1
+    return Changes(tuple(found), pages, omitted)
+
+
+def _positions(result: AuditResult) -> dict[RamRange, int]:
+    """First page of each range, counted through all of them."""
+    at, positions = 0, {}
+    for part in result.ram.ranges:
+        positions[part] = at
+        at += part.pages
+    return positions
+
+
+class _Part:
+    """The runs of one range, their pages counted from its first."""
+
+    def __init__(self, judged: Judged, first: int, pages: int) -> None:
+        rows = slice(*np.searchsorted(judged.page, [first, first + pages]).tolist())
+        self.page = judged.page[rows] - first
+        self.pfn, self.state = judged.pfn[rows], judged.state[rows]
+        self.why, self.reached = judged.why[rows], judged.reached[rows]
+        self.reasons = judged.reasons
+        self.total = pages
+
+    def frame(self, row: int, page: int) -> int | None:
+        if self.state[row] != POPULATED:
+            return None
+        return int(self.pfn[row] + page - self.page[row])
+
+    def kinds(self, row: int) -> tuple[Kind, ...]:
+        return tuple(kind for code, kind in enumerate(_KINDS) if int(self.reached[row]) >> code & 1)
+
+
+def _differences(one: _Part, two: _Part) -> Iterator[tuple[Difference, int, int, int, int]]:
+    """(what, first page, pages, row of the one, row of the other) of each stretch that is not as it was."""
+    page = distinct(one.page, two.page)
+    a, b = (np.searchsorted(part.page, page, side="right") - 1 for part in (one, two))
+    then, now = one.state[a], two.state[b]
+    both = (then == POPULATED) & (now == POPULATED)
+    moved = both & (one.pfn[a] - one.page[a] != two.pfn[b] - two.page[b])
+    more, less = two.reached[b] & ~one.reached[a], one.reached[a] & ~two.reached[b]
+    what = np.select(
+        [
+            moved,
+            both & (more != 0),
+            both & (less != 0),
+            (then == EMPTY) & (now == POPULATED),
+            (then == UNKNOWN) & (now == POPULATED),
+            (then != EMPTY) & (now == EMPTY),
+            (then != UNKNOWN) & (now == UNKNOWN),
+        ],
+        [
+            _ORDER.index(each)
+            for each in (
+                *(Difference.MOVED, Difference.MAPPED, Difference.UNMAPPED, Difference.POPULATED),
+                *(Difference.RETURNED, Difference.GONE, Difference.LOST),
+            )
+        ],
+        -1,
+    )
+    end = np.append(page[1:], one.total)
+    for index in np.flatnonzero(what >= 0).tolist():
+        first = int(page[index])
+        yield _ORDER[what[index]], first, int(end[index]) - first, int(a[index]), int(b[index])
+
+
+def _change(
+    what: Difference,
+    part: RamRange,
+    first: int,
+    pages: int,
+    then: tuple[_Part, int],
+    now: tuple[_Part, int],
+    after: AuditResult,
+) -> Change:
+    old, new = then[0].frame(then[1], first), now[0].frame(now[1], first)
+    pa = None if new is None else new * PAGE
+    return Change(
+        what=what,
+        userspace_addr=part.va + first * PAGE,
+        bytes=pages * PAGE,
+        guest_phys_addr=None if part.guest_phys_addr is None else part.guest_phys_addr + first * PAGE,
+        pa=pa,
+        pa_before=None if old is None else old * PAGE,
+        kinds=now[0].kinds(now[1]),
+        kinds_before=then[0].kinds(then[1]),
+        reaches=()
+        if pa is None
+        else tuple(each for each in after.aliases if each.pa < pa + pages * PAGE and pa < each.pa + each.bytes)[:8],
+        why=now[0].reasons[int(now[0].why[now[1]])],
+    )

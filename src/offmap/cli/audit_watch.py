@@ -1,0 +1,91 @@
+"""``offmap audit --watch``: audit again and again until the process ends, and say what changes."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from offmap.cli.audit_output import Output
+from offmap.errors import Undetermined
+
+if TYPE_CHECKING:
+    from offmap.audit.audit import AuditResult
+
+__all__ = ["watch"]
+
+
+class _Stopped(Exception):
+    """SIGTERM."""
+
+
+def watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: Output) -> int:
+    """Audit until the process ends; the exit status is that of the worst verdict.
+
+    SIGTERM ends it too: with the worst that was seen, as its parent asked. As JSON, the first line is the whole result,
+    and each later one what has changed since the one before (``offmap-audit-change/1``).
+
+    Args:
+        once: audits it.
+    """
+    from offmap.audit.process import NoSuchProcess
+    from offmap.audit.verdict import Verdict
+
+    gravity = (Verdict.HIDDEN, Verdict.UNKNOWN, Verdict.EXPOSED)
+    worst, seen = Verdict.HIDDEN, None
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        while True:
+            with output.recording_failure():
+                result = once()
+            if result.partial and seen is not None and not _runs(pid):
+                break  # the end of what is watched, and not a finding
+            _tell(result, seen, output)
+            seen = result
+            worst = max(worst, result.verdict, key=gravity.index)
+            time.sleep(seconds)
+    except (_Stopped, KeyboardInterrupt):
+        pass
+    except (NoSuchProcess, Undetermined):
+        if seen is None or _runs(pid):
+            raise
+    if seen is None:
+        raise Undetermined("the watch ended before its first audit did", "let it run longer")
+    return int(worst.exit_status)
+
+
+def _tell(result: "AuditResult", before: "AuditResult | None", output: Output) -> None:
+    """Print the first result whole, and of a later one what is different."""
+    from offmap.audit.changes import compare
+    from offmap.report.changes import render_changes
+    from offmap.report.hosts import parse_report
+    from offmap.report.text import render_vm, verdict_line
+
+    document = result.to_json()
+    report = parse_report(document)
+    output.write_files([report])
+    if before is None:
+        print(json.dumps(document) if output.json else render_vm(report.vms[0], output.color), flush=True)
+        return
+    changes = compare(before, result)
+    if not changes.pages and result.verdict is before.verdict:
+        return
+    if output.json:
+        print(json.dumps(changes.to_json(result)), flush=True)
+    else:
+        lines = [f"{time.strftime('%H:%M:%S')} changed: {verdict_line(report.vms[0])}", *render_changes(changes)]
+        print("\n".join(lines), flush=True)
+
+
+def _runs(pid: int) -> bool:
+    from offmap.audit.process import NoSuchProcess, Process
+
+    try:
+        with Process(pid) as process:
+            return process.running()
+    except NoSuchProcess:
+        return False
