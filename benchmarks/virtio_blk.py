@@ -24,8 +24,10 @@ from offmap.lab.provision import host_kernel
 from offmap.lab.qemu import find_qemu
 
 IMAGE_SIZE = 96 << 20
-PATTERNS = ("randread:4096:1", "randread:4096:16", "randwrite:4096:1", "randwrite:4096:16")
-PATTERNS += ("seqread:1048576:1", "seqwrite:1048576:1")
+PATTERNS = (
+    *("randread:4096:1", "randread:4096:16", "randwrite:4096:1", "randwrite:4096:16"),
+    *("seqread:1048576:1", "seqwrite:1048576:1"),
+)
 AT_LEAST = 0.5  # of QEMU's throughput (issue 4)
 PEER = "qemu-system-x86_64 -M microvm,acpi=on,rtc=on -accel kvm, virtio-blk-device, on ordinary RAM"
 COMMAND_LINE = "console=ttyS0 quiet"

@@ -100,7 +100,10 @@ class Worker(Owned):
 
     def _run_calls(self, _events: int) -> None:
         while self._calls:
-            self._calls.popleft()()
+            try:
+                self._calls.popleft()()
+            except Exception as error:
+                self._on_error(error)  # the calls behind it are still to be made
 
     def _run(self) -> None:
         poll = self._epoll.poll

@@ -59,6 +59,7 @@ class Driver:
         self._next_descriptor = 0
         self.rooms: dict[int, list[tuple[int, int]]] = {}
         self._next_buffer = self._buffers
+        memory.write(self.avail, bytes(TABLES - AVAIL))  # whatever another driver has left there
 
     def queue(self) -> Queue:
         """The device's side."""
