@@ -39,8 +39,9 @@ _OPTIONS = (
         "net",
         "offmap.devices.virtio.net_spec:parse_net",
         "tap=NAME|fd=N|passt[,option=value…]",
-        "a network card; tap=: an interface, made where there is none (address=IPV4/PREFIX for the host's side); fd=: an "
-        "open tap; passt: user-mode networking (tcp=SPEC and udp=SPEC forward ports: see passt(1)); options: mac=, mtu=",
+        "a network card; tap=: an interface, made where there is none (address=IPV4/PREFIX for the host's side); fd=: "
+        "an open tap; passt: user-mode networking (tcp=SPEC and udp=SPEC forward ports: see passt(1)); options: mac=, "
+        "mtu=, vhost=on (the host kernel moves the packets of a tap)",
     ),
     _Option(
         "vsock",

@@ -128,7 +128,7 @@ class VirtioBus(Owned):
         self._vm.irqfd(irq, place.gsi)
 
         def make_status(show: Callable[[int], None]) -> InterruptStatus:
-            status = InterruptStatus(self._interrupts, show, lambda: os.eventfd_write(irq, 1))
+            status = InterruptStatus(self._interrupts, show, lambda: os.eventfd_write(irq, 1), irq)
             self._interrupts.register(place.address + VIRTIO_MMIO_INTERRUPT_ACK, status)
             return status
 

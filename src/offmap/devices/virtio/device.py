@@ -5,17 +5,36 @@ at a time. It never sees the transport's registers, only queues.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+from offmap.devices.virtio.dma import Dma
 from offmap.devices.virtio.queue import Queue
 from offmap.devices.virtio.worker import Worker
 from offmap.kvm import Vm
 from offmap.memory.guest import GuestMemory
 from offmap.owned import Owned
 
-__all__ = ["Activation", "DeviceSpec", "SharedMemory", "Surroundings", "VirtioDevice"]
+__all__ = ["Activation", "Bypass", "DeviceSpec", "SharedMemory", "Surroundings", "VirtioDevice"]
+
+
+@dataclass(frozen=True, slots=True)
+class Bypass:
+    """What it takes to let the host kernel serve queues without us (vhost.py).
+
+    Attributes:
+        kicks: by queue, the eventfd that the driver's notifications arrive at.
+        irq: an eventfd that interrupts the guest.
+        dma: the memory that the driver may name.
+        take: to be called with the queues that somebody else serves from now on, until the device is reset: their kicks
+            are no business of ours any more, and InterruptStatus says at all times that there may be used buffers.
+    """
+
+    kicks: Sequence[int]
+    irq: int
+    dma: Dma
+    take: Callable[[Collection[int]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +46,14 @@ class Activation:
         features: bit mask of what was negotiated.
         worker: for watching host fds; what was watched must be unwatched in `reset`.
         config_changed: to be called when `config()` has changed: the driver is told.
+        bypass: for a device whose queues the host kernel may serve; None where it cannot.
     """
 
     queues: Sequence[Queue | None]
     features: int
     worker: Worker
     config_changed: Callable[[], None]
+    bypass: Bypass | None = None
 
     def has(self, feature: int) -> bool:
         """Whether bit number `feature` was negotiated."""

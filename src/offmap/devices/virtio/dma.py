@@ -52,6 +52,10 @@ class Dma:
             self._last = start, end, view
         return view[address - start : address - start + size]
 
+    def pieces(self) -> list[tuple[int, int, memoryview]]:
+        """All of it: guest-physical start and end of each piece, and its bytes."""
+        return list(self._pieces)
+
     def release(self) -> None:
         """Let go of the memory, which may then be unmapped."""
         self._last = (0, 0, memoryview(b""))

@@ -24,13 +24,28 @@ class InterruptStatus:
     Args:
         show: puts the value where the guest reads it.
         signal: interrupts the guest.
+        irq: an eventfd that interrupts the guest too, or -1.
     """
 
-    def __init__(self, interrupts: "Interrupts", show: Callable[[int], None], signal: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        interrupts: "Interrupts",
+        show: Callable[[int], None],
+        signal: Callable[[], None],
+        irq: int = -1,
+    ) -> None:
         self._interrupts = interrupts
         self._show = show
         self._signal = signal
         self._value = 0
+        self._held = 0
+        self.irq = irq
+
+    def hold(self, bits: int) -> None:
+        """Let `bits` read as set whatever the driver acknowledges: somebody signals `irq` himself. 0 ends it."""
+        with self._interrupts.lock:
+            self._held = bits
+            self.clear(0)
 
     def raise_(self, bits: int) -> None:
         """Set `bits` and interrupt the guest. On any thread."""
@@ -54,7 +69,7 @@ class InterruptStatus:
 
     def clear(self, bits: int) -> None:
         """Clear `bits`; the caller holds the lock."""
-        self._value &= ~bits
+        self._value = self._value & ~bits | self._held
         self._show(self._value)
 
 

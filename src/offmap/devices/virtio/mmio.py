@@ -12,9 +12,9 @@ interrupt that says so comes when all of it is there, so that the driver reads i
 
 import select
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
-from offmap.devices.virtio.device import Activation, VirtioDevice
+from offmap.devices.virtio.device import Activation, Bypass, VirtioDevice
 from offmap.devices.virtio.dma import Dma, DriverError
 from offmap.devices.virtio.interrupts import InterruptStatus
 from offmap.devices.virtio.queue import Queue
@@ -101,6 +101,8 @@ class MmioTransport:
         self._generation = 0
         self._queues: list[Queue | None] = []  # while the driver is ready; of the worker thread
         self._was_ready = False
+        self._kicks: list[int] = []  # eventfds, by queue
+        self._bypassed: Collection[int] = ()  # queues that somebody else serves
         self.interrupt_status = make_status(lambda value: self._show(reg.VIRTIO_MMIO_INTERRUPT_STATUS, value))
         for register, value in (
             (reg.VIRTIO_MMIO_MAGIC_VALUE, MAGIC_VALUE),
@@ -250,7 +252,15 @@ class MmioTransport:
     def _activate(self) -> None:
         self._was_ready = True
         self._queues = [self._queue(setup) if setup.ready else None for setup in self._setups]
-        self._device.activate(Activation(self._queues, self._driver_features, self.worker, self._config_changed))
+        self._device.activate(
+            Activation(
+                self._queues,
+                self._driver_features,
+                self.worker,
+                self._config_changed,
+                Bypass(self._kicks, self.interrupt_status.irq, self._dma, self._bypass),
+            )
+        )
         for number, queue in enumerate(self._queues):
             if queue is not None:
                 self._device.handle(number)
@@ -274,9 +284,19 @@ class MmioTransport:
 
     def watch_kicks(self, number: int, fd: int) -> None:
         """Each write to the eventfd `fd` is a write of `number` to QueueNotify."""
+        self._kicks.append(fd)
         # Edge-triggered: the eventfd need not be read, which saves a system call for each kick.
-        kicked = select.EPOLLIN | select.EPOLLET
-        self.worker.call(lambda: self.worker.watch(fd, lambda _: self._kicked(number), kicked))
+        self.worker.call(lambda: self._watch_kicks(number))
+
+    def _watch_kicks(self, number: int) -> None:
+        self.worker.watch(self._kicks[number], lambda _: self._kicked(number), select.EPOLLIN | select.EPOLLET)
+
+    def _bypass(self, queues: Collection[int]) -> None:
+        """Leave these queues to somebody else, until the next reset."""
+        self._bypassed = queues
+        for number in queues:
+            self.worker.unwatch(self._kicks[number])
+        self.interrupt_status.hold(reg.VIRTIO_MMIO_INT_VRING)
 
     def _kicked(self, number: int) -> None:
         if number < len(self._queues) and self._queues[number] is not None:
@@ -288,6 +308,8 @@ class MmioTransport:
     def _stop_queue(self, number: int) -> None:
         if number < len(self._queues) and (queue := self._queues[number]) is not None:
             queue.stop()
+            if number in self._bypassed:
+                self._device.reset()  # which is how whoever serves the queue is stopped
 
     def _reset(self) -> None:
         for queue in self._queues:
@@ -295,6 +317,11 @@ class MmioTransport:
                 queue.stop()
         self._queues = []
         self._device.reset()
+        if self._bypassed:
+            self.interrupt_status.hold(0)
+            for number in self._bypassed:
+                self._watch_kicks(number)
+            self._bypassed = ()
         self.interrupt_status.reset()
         with self._status_lock:
             self._forget_driver()

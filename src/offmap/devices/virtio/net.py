@@ -9,13 +9,15 @@ import errno
 import select
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_uint8, sizeof
 from typing import Protocol
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
 from offmap.devices.virtio.iov import part
-from offmap.devices.virtio.queue import Chain, DriverError
+from offmap.devices.virtio.queue import Chain, DriverError, Queue
+from offmap.devices.virtio.vhost import VhostNet
+from offmap.errors import KernelError
 from offmap.uapi import if_tun
 from offmap.uapi.virtio import net as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_NET
@@ -98,12 +100,22 @@ class Net(VirtioDevice):
         mac: 6 bytes.
         mtu: to tell the guest, or None.
         say: takes a line for the user.
+        vhost: moves the packets in our stead; the device then owns it. The backend must be a tap.
     """
 
     device_id = VIRTIO_ID_NET
     queue_sizes = (256, 256, 64)
 
-    def __init__(self, backend: Backend, mac: bytes, mtu: int | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        mac: bytes,
+        mtu: int | None,
+        say: Callable[[str], None],
+        vhost: VhostNet | None = None,
+    ) -> None:
+        self._vhost = vhost
+        self._bypassed = False  # the packets are moved by the host kernel
         self._backend = backend
         self._mac = mac
         self._mtu = mtu
@@ -142,19 +154,27 @@ class Net(VirtioDevice):
         if (changes := self._backend.changes) is not None:
             activation.worker.watch(changes, self._changed)
         self._changed()
+        self._start_vhost(activation, {RX: rx, TX: tx})
 
     def handle(self, queue: int) -> None:
         if self._activation is None:
             return
-        if queue == RX:
+        if queue == CTRL:
+            try:
+                self._control()
+            except DriverError:
+                self._stop_vhost()
+                raise
+        elif self._bypassed:
+            pass
+        elif queue == RX:
             self._receive()
-        elif queue == TX:
-            self._transmit()
         else:
-            self._control()
+            self._transmit()
 
     def reset(self) -> None:
         if self._activation is not None:
+            self._stop_vhost()
             self._watch(0)
             if (changes := self._backend.changes) is not None:
                 self._activation.worker.unwatch(changes)
@@ -166,7 +186,35 @@ class Net(VirtioDevice):
         self._backend.forget()
 
     def close(self) -> None:
+        if self._vhost is not None:
+            self._vhost.close()
         self._backend.close()
+
+    # The host kernel in our stead
+
+    def _start_vhost(self, activation: Activation, queues: Mapping[int, Queue]) -> None:
+        bypass = activation.bypass
+        if self._vhost is None or bypass is None or self._gone:
+            return
+        try:
+            self._vhost.start(self._backend.fd, list(queues.items()), activation.features, bypass)
+        except KernelError as error:
+            self._vhost.stop()
+            self._say(f"net: vhost-net does not take this guest: {error}; its packets go through this process instead")
+            return
+        bypass.take(list(queues))
+        activation.worker.watch(self._vhost.errors, self._vhost_failed)
+        self._bypassed = True
+
+    def _stop_vhost(self) -> None:
+        if self._vhost is not None and self._activation is not None and self._bypassed:
+            self._activation.worker.unwatch(self._vhost.errors)
+            self._vhost.stop()
+            self._bypassed = False
+
+    def _vhost_failed(self, _events: int) -> None:
+        self._stop_vhost()
+        raise DriverError("breaks the rules of a queue that the host kernel serves")
 
     # The host's side
 

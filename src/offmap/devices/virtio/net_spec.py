@@ -10,6 +10,7 @@ from offmap.devices.virtio.device import Surroundings
 from offmap.devices.virtio.net import Backend, Net
 from offmap.devices.virtio.passt import Passt
 from offmap.devices.virtio.tap import check_name, open_tap, tap_of_fd
+from offmap.devices.virtio.vhost import open_vhost_net
 from offmap.errors import OffmapError
 from offmap.uapi.virtio.net import ETH_ALEN
 
@@ -19,7 +20,7 @@ MIN_MTU, MAX_MTU = 68, 65535  # virtio 1.2, 5.1.4.1; 68 is RFC 791's
 PASST_MTU = 65520  # what passt tells the guest by itself: without segmentation offload, large packets are what helps
 _MULTICAST = 0x01  # of a MAC address's first byte
 _LOCAL = 0x02
-_REMEDY = "see offmap run --help: tap=NAME, fd=N or passt, then mac=, mtu=, address=, tcp=, udp="
+_REMEDY = "see offmap run --help: tap=NAME, fd=N or passt, then mac=, mtu=, vhost=, address=, tcp=, udp="
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class NetSpec:
         mtu: to tell the guest.
         address: of the host's side of a tap that is made.
         forwards: passt's own options for its ports.
+        vhost: let the host kernel move the packets of a tap.
     """
 
     tap: str = ""
@@ -43,6 +45,7 @@ class NetSpec:
     mtu: int | None = None
     address: IPv4Interface | None = None
     forwards: tuple[str, ...] = field(default=())
+    vhost: bool = False
 
     def build(self, surroundings: Surroundings) -> Net:
         """Open the host's side."""
@@ -56,7 +59,8 @@ class NetSpec:
         else:
             backend = open_tap(self.tap, address=self.address, mtu=mtu)
         try:
-            return Net(backend, self.mac or make_mac(), mtu, surroundings.say)
+            vhost = open_vhost_net(surroundings.hidden) if self.vhost else None
+            return Net(backend, self.mac or make_mac(), mtu, surroundings.say, vhost)
         except BaseException:
             backend.close()
             raise
@@ -120,6 +124,8 @@ def parse_net(text: str) -> NetSpec:
     address = values.get("address")
     if address is not None and "tap" not in values:
         raise OffmapError(f"--net {text}: address= is for a tap that offmap makes", "use it with tap=NAME")
+    if values.get("vhost", "off") not in {"on", "off"} or ("vhost" in values and "passt" in values):
+        raise OffmapError(f"--net {text}: vhost= is on or off, for a tap", _REMEDY)
     if "tap" in values:
         check_name(values["tap"])
     return NetSpec(
@@ -130,6 +136,7 @@ def parse_net(text: str) -> NetSpec:
         mtu=parse_mtu(values["mtu"]) if "mtu" in values else None,
         address=None if address is None else _parse_address(address),
         forwards=tuple(forwards),
+        vhost=values.get("vhost") == "on",
     )
 
 
@@ -139,7 +146,7 @@ def _pairs(text: str) -> Iterator[tuple[str, str]]:
             yield "passt", ""
             continue
         key, equals, value = word.partition("=")
-        if key not in {"tap", "fd", "mac", "mtu", "address", "tcp", "udp"} or not equals or not value:
+        if key not in {"tap", "fd", "mac", "mtu", "address", "tcp", "udp", "vhost"} or not equals or not value:
             raise OffmapError(f"--net has no option {word!r}", _REMEDY)
         yield key, value
 

@@ -76,6 +76,9 @@ class Queue:
         event_idx: VIRTIO_RING_F_EVENT_IDX was negotiated.
         indirect: VIRTIO_RING_F_INDIRECT_DESC was negotiated.
 
+    Attributes:
+        size, desc, avail, used: as above.
+
     Raises:
         DriverError: a size or an address that the specification forbids.
     """
@@ -102,6 +105,7 @@ class Queue:
             if address % alignment:
                 raise DriverError(f"puts a {name} at {address:#x}, which is not aligned to {alignment}")
         self.size = size
+        self.desc, self.avail, self.used = desc, avail, used
         self._mask = size - 1
         self._dma = dma
         self._interrupt = interrupt

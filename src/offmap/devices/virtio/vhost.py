@@ -1,0 +1,154 @@
+"""vhost-net: the host kernel moves packets between the guest's rings and a tap by itself (drivers/vhost/net.c).
+
+A kernel thread with the VMM's address space reaches guest memory as this process does, through its own page tables
+(copy_to_user and its like), so it works on hidden RAM too. What would not is its zero-copy transmission, which pins the
+guest's pages with GUP; Linux has it off since 5.2 (098eadce3c62).
+
+Neither the driver's notifications nor the interrupts come past us: both are eventfds that KVM and vhost share.
+"""
+
+import os
+from collections.abc import Sequence
+from ctypes import addressof, c_char, c_uint64
+from pathlib import Path
+
+from offmap.devices.virtio.device import Bypass
+from offmap.devices.virtio.dma import Dma
+from offmap.devices.virtio.queue import Queue
+from offmap.errors import OffmapError
+from offmap.kvm.handle import Handle
+from offmap.uapi import vhost as uapi
+from offmap.uapi.virtio.config import VIRTIO_F_VERSION_1
+from offmap.uapi.virtio.net import VIRTIO_NET_F_MRG_RXBUF
+from offmap.uapi.virtio.ring import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+
+__all__ = ["VhostNet", "open_vhost_net"]
+
+DEVICE = "/dev/vhost-net"
+_ZERO_COPY = Path("/sys/module/vhost_net/parameters/experimental_zcopytx")
+
+# Of a driver's features those that change the rings or what is in them; the others are the tap's business.
+_FEATURES = sum(
+    1 << bit
+    for bit in (
+        VIRTIO_NET_F_MRG_RXBUF,
+        VIRTIO_RING_F_INDIRECT_DESC,
+        VIRTIO_RING_F_EVENT_IDX,
+        VIRTIO_F_VERSION_1,
+    )
+)
+
+
+class VhostNet(Handle):
+    """Owns an fd of /dev/vhost-net; closing it ends whatever it does.
+
+    Attributes:
+        errors: once it was started, an fd that becomes readable when the driver has broken the rules of a queue; or -1.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self.errors = -1
+
+    def start(self, tap: int, queues: Sequence[tuple[int, Queue]], features: int, bypass: Bypass) -> None:
+        """Let the kernel serve `queues` (device's number, queue): the receive queue, then the transmit queue.
+
+        Raises:
+            KernelError: it will not, E2BIG where memory is in more pieces than it can have.
+        """
+        self.call("VHOST_SET_FEATURES", uapi.VHOST_SET_FEATURES, c_uint64(features & _FEATURES))
+        self.call("VHOST_SET_MEM_TABLE", uapi.VHOST_SET_MEM_TABLE, _memory_table(bypass.dma))
+        self.errors = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        for index, (number, queue) in enumerate(queues):
+            self._set_up(index, queue, bypass.kicks[number], bypass)
+        for index in range(len(queues)):
+            self._set_file("VHOST_NET_SET_BACKEND", uapi.VHOST_NET_SET_BACKEND, index, tap)
+
+    def _set_up(self, index: int, queue: Queue, kick: int, bypass: Bypass) -> None:
+        state = uapi.vhost_vring_state(index, queue.size)
+        self.call("VHOST_SET_VRING_NUM", uapi.VHOST_SET_VRING_NUM, state)
+        self.call("VHOST_SET_VRING_BASE", uapi.VHOST_SET_VRING_BASE, uapi.vhost_vring_state(index, 0))
+        parts = (
+            _address(bypass.dma.view(queue.desc, 16 * queue.size)),
+            _address(bypass.dma.view(queue.used, 6 + 8 * queue.size)),
+            _address(bypass.dma.view(queue.avail, 6 + 2 * queue.size)),
+        )
+        self.call("VHOST_SET_VRING_ADDR", uapi.VHOST_SET_VRING_ADDR, uapi.vhost_vring_addr(index, 0, *parts, 0))
+        self._set_file("VHOST_SET_VRING_ERR", uapi.VHOST_SET_VRING_ERR, index, self.errors)
+        self._set_file("VHOST_SET_VRING_CALL", uapi.VHOST_SET_VRING_CALL, index, bypass.irq)
+        self._set_file("VHOST_SET_VRING_KICK", uapi.VHOST_SET_VRING_KICK, index, kick)
+
+    def _set_file(self, name: str, request: int, index: int, fd: int) -> None:
+        self.call(name, request, uapi.vhost_vring_file(index, fd))
+
+    def stop(self) -> None:
+        """Take the queues back: when this returns, nothing of the guest's memory is touched any more."""
+        if self.errors < 0:
+            return
+        for index in range(2):
+            self._set_file("VHOST_NET_SET_BACKEND", uapi.VHOST_NET_SET_BACKEND, index, uapi.VHOST_FILE_UNBIND)
+            for name, request in (
+                ("VHOST_SET_VRING_KICK", uapi.VHOST_SET_VRING_KICK),
+                ("VHOST_SET_VRING_CALL", uapi.VHOST_SET_VRING_CALL),
+                ("VHOST_SET_VRING_ERR", uapi.VHOST_SET_VRING_ERR),
+            ):
+                self._set_file(name, request, index, uapi.VHOST_FILE_UNBIND)
+        os.close(self.errors)
+        self.errors = -1
+
+    def close(self) -> None:
+        super().close()
+        if self.errors >= 0:
+            os.close(self.errors)
+            self.errors = -1
+
+
+def open_vhost_net(hidden: bool) -> VhostNet:
+    """The host's vhost-net, owned by this process.
+
+    Args:
+        hidden: guest RAM is, so that its pages cannot be pinned.
+
+    Raises:
+        OffmapError: there is none, or not one that would work.
+    """
+    try:
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        remedy = "load the module vhost_net, or leave vhost=on out"
+        raise OffmapError(f"cannot open {DEVICE}: {error.strerror}", remedy) from None
+    vhost = VhostNet(fd)
+    try:
+        if hidden and _zero_copy():
+            raise OffmapError(
+                "vhost-net sends without a copy on this host (experimental_zcopytx), for which it must pin the guest's "
+                "pages; hidden RAM cannot be pinned",
+                "load vhost_net with experimental_zcopytx=0, or leave vhost=on out",
+            )
+        vhost.call("VHOST_SET_OWNER", uapi.VHOST_SET_OWNER)
+        offered = c_uint64()
+        vhost.call("VHOST_GET_FEATURES", uapi.VHOST_GET_FEATURES, offered)
+        if _FEATURES & ~offered.value:
+            raise OffmapError("this host's vhost-net lacks features that a modern guest uses", "leave vhost=on out")
+    except BaseException:
+        vhost.close()
+        raise
+    return vhost
+
+
+def _zero_copy() -> bool:
+    try:
+        return _ZERO_COPY.read_text().strip() != "0"
+    except OSError:
+        return False  # a kernel so new that it has no such parameter
+
+
+def _address(view: memoryview) -> int:
+    """Where it is in this process."""
+    return addressof(c_char.from_buffer(view))
+
+
+def _memory_table(dma: Dma) -> bytearray:
+    """struct vhost_memory, with its regions."""
+    regions = [uapi.vhost_memory_region(start, end - start, _address(view), 0) for start, end, view in dma.pieces()]
+    return bytearray(bytes(uapi.vhost_memory(len(regions), 0)) + b"".join(map(bytes, regions)))
