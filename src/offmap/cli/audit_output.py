@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offmap import __version__
+from offmap.errors import ExitStatus
 
 if TYPE_CHECKING:
     from offmap.report.hosts import HostReport
 
-__all__ = ["Output", "add_output_options"]
+__all__ = ["Output", "add_output_options", "add_without_audit", "merge", "print_schema"]
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how results are shown."""
-    parser.add_argument("--json", action="store_true", help="print the result as JSON (its schema: --json-schema)")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as JSON (of the schema that --json-schema prints)"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page for people, complete in one file")
     parser.add_argument(
         "--prometheus",
@@ -32,6 +35,18 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         help="also write metrics for node_exporter's textfile collector (a failed audit writes that it failed)",
     )
     parser.add_argument("--no-color", action="store_true", help="no colours, even on a terminal")
+
+
+def add_without_audit(which: "argparse._MutuallyExclusiveGroup") -> None:
+    """Add what can be asked for in the place of an audit."""
+    which.add_argument(
+        "--merge",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="make one report of the JSON results of many hosts; the exit status is the worst",
+    )
+    which.add_argument("--json-schema", action="store_true", help="print the JSON Schema of what --json prints")
 
 
 class Output:
@@ -102,3 +117,37 @@ class Output:
                 reason = plain(f"the audit failed: {error or type(error).__name__}")
                 self.write_files([failed_report(__version__, utc_now(), host, reason)])
             raise
+
+
+def print_schema() -> int:
+    """What ``--json-schema`` asks for."""
+    from offmap.report.schema import schema_text
+
+    print(schema_text(), end="", flush=True)
+    return ExitStatus.DONE
+
+
+def merge(paths: Sequence[Path], output: Output) -> int:
+    """Make one report of the results in these files; the exit status is the worst's.
+
+    Raises:
+        OffmapError: a file cannot be used; standard error says why, in a line for each.
+    """
+    from offmap.audit.host import utc_now
+    from offmap.report.hosts import exit_status_of, worst
+    from offmap.report.merge import Damaged, merged_json, read_reports
+    from offmap.report.text import render_fleet
+
+    with output.recording_failure():
+        try:
+            reports = read_reports(paths)
+        except Damaged as error:
+            for reason in error.reasons:
+                print(f"offmap audit: {reason}", file=sys.stderr)
+            raise
+    if output.json:
+        print(json.dumps(merged_json(reports, utc_now()), indent=2), flush=True)
+    else:
+        print(render_fleet(reports, output.color), flush=True)
+    output.write_files(reports, merged=True)
+    return int(exit_status_of(worst(report.verdict for report in reports)))

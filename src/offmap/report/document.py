@@ -245,12 +245,13 @@ class Place:
     region: str
     in_guest: bool
     owner: Owner | None = None
+    source: bool = False
 
     @property
     def said_owner(self) -> str:
         """What the page is."""
         if self.owner is not None:
-            return str(self.owner)
+            return str(self.owner) + (" (where the secret was read from)" if self.source else "")
         return SORT_NAMES["guest"] if self.in_guest else "not a guest page"
 
 

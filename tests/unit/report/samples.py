@@ -179,13 +179,35 @@ def not_audited(pid: int = 172, reason: str = "process 172 ended during the audi
     return {"pid": pid, "process": "crosvm", "vmm": vmm("crosvm"), "verdict": "unknown", "reason": reason}
 
 
-def scan(found: int = 0, in_guest: bool = True) -> Json:
-    place = {"va": f"{DIRECT + 0x1000:#x}", "pa": "0x1000", "region": "direct mapping of all physical memory"}
+def place(in_guest: bool) -> Json:
     return {
+        "va": f"{DIRECT + 0x1000:#x}",
+        "pa": "0x1000",
+        "pa2": None,
+        "region": "direct mapping of all physical memory",
+        "in_guest": in_guest,
+        "source": False,
+        "owner": {
+            "sort": "guest" if in_guest else "page_cache",
+            "name": "" if in_guest else "/var/log/messages",
+            "file_offset": None if in_guest else 4096,
+            "processes": [],
+            "guest_phys_addr": None,
+            "userspace_addr": "0x7f0000001000" if in_guest else None,
+        },
+    }
+
+
+def scan(found: int = 0, in_guest: bool = True) -> Json:
+    return {
+        "for": "canaries",
+        "secret_bytes": None,
         "canaries_found": found,
         "bytes_scanned": 1 << 30,
         "bytes_unread": 4096,
         "frames_unread": 0,
+        "threads": 2,
         "seconds": 3.2,
-        "found": [{"canary": number, "places": [place | {"in_guest": in_guest}]} for number in range(found)],
+        "found": [{"canary": number, "places": [place(in_guest)]} for number in range(found)],
+        "places": [],
     }

@@ -1,0 +1,95 @@
+"""Results of many hosts made one: read from files, checked, and refused with the reason where they cannot be trusted.
+
+Results of different versions of offmap can be merged as long as their form is the same.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from offmap import __version__
+from offmap.errors import OffmapError
+from offmap.report.decode import Malformed, plain
+from offmap.report.hosts import HostReport, exit_status_of, parse_report, worst
+
+__all__ = ["MERGED", "Damaged", "merged_json", "read_reports"]
+
+MERGED = "offmap-audit-merged/1"
+_MOST = 256 << 20  # bytes of one file; lists in a result are cut long before
+
+
+class Damaged(OffmapError):
+    """Files cannot be merged; ``reasons`` has a line for each."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        self.reasons = tuple(reasons)
+        count = len(reasons)
+        super().__init__(f"nothing was merged: {count} result{'s' * (count > 1)} cannot be used", "audit there again")
+
+
+def read_reports(paths: Iterable[Path]) -> list[HostReport]:
+    """Read results, each of one host, or merged before.
+
+    Raises:
+        Damaged: at least one cannot be used. A report that leaves a host out would be taken for one of all hosts.
+    """
+    reports: list[HostReport] = []
+    reasons: list[str] = []
+    seen: dict[tuple[str, int], str] = {}
+    for path in paths:
+        try:
+            found = list(_parse(_load(path), plain(str(path))))
+        except Malformed as error:
+            reasons.append(plain(f"{path}: {error}"))
+            continue
+        except OSError as error:
+            reasons.append(plain(f"{path}: {error.strerror or error}"))
+            continue
+        for report in found:
+            for pid in [vm.pid for vm in report.vms] + [failure.pid for failure in report.not_audited]:
+                other = seen.setdefault((report.host.name, pid), report.source)
+                if other != report.source:
+                    reasons.append(plain(f"{path}: VM {pid} of host {report.host.name} is in {other} too; keep one"))
+        reports += found
+    if reasons:
+        raise Damaged(reasons)
+    return reports
+
+
+def _load(path: Path) -> Any:
+    with path.open("rb") as file:
+        text = file.read(_MOST + 1)
+    if not text.strip():
+        raise Malformed("is empty")
+    if len(text) > _MOST:
+        raise Malformed(f"is larger than {_MOST >> 20} MiB")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = str(error).splitlines()[0] if isinstance(error, ValueError) else "nested too deeply"
+        raise Malformed(f"is not JSON: {what}") from None
+
+
+def _parse(document: Any, source: str) -> Iterable[HostReport]:
+    if isinstance(document, dict) and document.get("schema") == MERGED:
+        parts = document.get("reports")
+        if not isinstance(parts, list) or not all(isinstance(part, dict) and "result" in part for part in parts):
+            raise Malformed("is a merged report without a list of reports")
+        for part in parts:
+            yield parse_report(part["result"], plain(str(part.get("source") or source)))
+    else:
+        yield parse_report(document, source)
+
+
+def merged_json(reports: Sequence[HostReport], time: str) -> dict[str, Any]:
+    """The merged result, ready for json.dumps; each host's own stands in it word for word."""
+    verdict = worst(report.verdict for report in reports)
+    return {
+        "schema": MERGED,
+        "offmap": __version__,
+        "time": time,
+        "verdict": None if verdict is None else verdict.value,
+        "exit_status": int(exit_status_of(verdict)),
+        "reports": [{"source": report.source, "result": report.document} for report in reports],
+    }
