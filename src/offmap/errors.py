@@ -18,6 +18,7 @@ class ExitStatus(IntEnum):
     EXPOSED = 1
     FAILED = 2  # it failed or was used wrongly
     UNDETERMINED = 3  # the answer cannot be determined here
+    NOT_RUN = 125  # of run --exec, whose others are the command's (as env(1), timeout(1) and others have it)
 
 
 class OffmapError(Exception):

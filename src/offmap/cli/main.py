@@ -5,7 +5,7 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -52,9 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's own) asks for.
 
     Returns:
-        The exit status (offmap.errors.ExitStatus); for ``lab exec`` that of the command.
+        The exit status (offmap.errors.ExitStatus); for ``lab exec`` and ``run --exec`` that of the command.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"] and any(word.partition("=")[0] in {"--exec", "--exe", "--ex"} for word in arguments):
+        return _of_another(arguments)
+    return _main(arguments)
+
+
+def _of_another(arguments: list[str]) -> int:
+    """Run a command whose exit status is another's, and tell our own failures apart from it."""
+    status: list[int] = []
+    try:
+        own = _main(arguments, status.append)
+    except SystemExit as stop:
+        own = stop.code if isinstance(stop.code, int) else ExitStatus.FAILED
+    return status[0] if status else ExitStatus.NOT_RUN if own else own
+
+
+def _main(arguments: list[str], on_status: Callable[[int], None] = lambda _: None) -> int:
     if any(stream is None for stream in (sys.stdin, sys.stdout, sys.stderr)):
         # The next file opened would become the missing stream, and the guest's console would write into it.
         if sys.stderr is not None:
@@ -65,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser(command).parse_args(arguments)  # imports the command, which takes long enough for a Ctrl-C
         status: int = args.run(args)
         sys.stdout.flush()
+        on_status(status)
     except OffmapError as error:
         # Scripts tell "this host cannot" from "it failed" by this word.
         refused = "refused: " if isinstance(error, BackendRefused) else ""

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from offmap import __version__
-from offmap.boot.linux import BootSource
+from offmap.cli.boot_options import add_boot_options, boot_of, file_name
 from offmap.cli.devices import add_device_options, device_specs
 from offmap.cli.populate_progress import PopulateProgress
 from offmap.cli.self_audit import SelfAudit, keep_from_guest
@@ -30,11 +30,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="run a guest on RAM of the kind you choose",
         description="Run a guest. Its console is on standard input and output; Ctrl-A x quits.",
     )
-    parser.add_argument("--kernel", required=True, type=_file, help="bzImage (/boot/vmlinuz-…) or ELF vmlinux")
-    parser.add_argument("--initrd", type=_file, help="initial RAM disk")
-    parser.add_argument(
-        "--cmdline", default="console=ttyS0 quiet", help="the guest kernel's command line (default: %(default)s)"
-    )
+    add_boot_options(parser)
     parser.add_argument(
         "--memory",
         default="anon",
@@ -58,16 +54,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--stats", action="store_true", help="at the end, print times and VM exits on standard error")
     parser.add_argument(
-        "--report", type=_file, metavar="FILE", help="at the end, write what was measured to FILE (JSON)"
+        "--report", type=file_name, metavar="FILE", help="at the end, write what was measured to FILE (JSON)"
     )
     add_device_options(parser)
     parser.set_defaults(run=run)
-
-
-def _file(text: str) -> Path:
-    if not text:  # an unset variable, which Path would make the current folder
-        raise argparse.ArgumentTypeError("is an empty name")
-    return Path(text)
 
 
 def _say(line: str) -> None:
@@ -79,21 +69,22 @@ def run(args: argparse.Namespace) -> int:
 
     Returns:
         0 when the guest powered off, rebooted, or was quit from the terminal; with --audit, the audit's status in
-        these cases.
+        these cases. With --exec, the command's status.
 
     Raises:
         OffmapError: it could not be started, or it failed.
     """
     backend = parse_backend(args.memory)
+    source, devices = boot_of(args)
     config = MachineConfig(
-        source=BootSource(args.kernel, args.initrd, args.cmdline),
+        source=source,
         backend=backend,
         memory_size=parse_size(args.memory_size),
         vcpus=args.vcpus,
         vet=lambda: keep_from_guest(backend, _say) if backend.hides and backend.may_be_aliased else (),
         kvm_clock={"auto": None, "on": True, "off": False}[args.kvm_clock],
         count_exits=args.stats or args.report is not None,
-        devices=device_specs(args),
+        devices=[*devices, *device_specs(args)],
         virtio_mmio_cmdline=args.virtio_mmio_cmdline,
     )
     progress = PopulateProgress(f"{format_size(config.memory_size)} of {backend.name} memory")
@@ -110,19 +101,32 @@ def run(args: argparse.Namespace) -> int:
             audit.start()
 
     def on_end(machine: Machine) -> None:
-        audit.finish()  # before there is no guest RAM left to look at
+        # Before there is no guest RAM left to look at. A job may be done long before its audit is.
+        audit.finish(wait=args.exec is not None)
         if args.stats:
             _print_stats(machine, up_after[0] if up_after else None)
         if args.report is not None:
             _write_report(args.report, machine, up_after[0] if up_after else None)
 
+    command_status: int | None = None
+    error: OffmapError | None = None
     try:
-        stop = Session(config, say=_say, on_up=on_up, on_end=on_end).run()
+        if args.exec is None:
+            error = Session(config, say=_say, on_up=on_up, on_end=on_end).run().error
+        else:
+            from offmap.guests.job import Job
+
+            with Job(args.exec) as job:
+                command_status = job.run(config, say=_say, on_up=on_up, on_end=on_end)
     finally:
         progress.clear()
         audited = audit.finish()
-    if stop.error is not None:
-        raise stop.error
+    if error is not None:
+        raise error
+    if command_status is not None:
+        if args.audit and audited != ExitStatus.DONE:
+            raise OffmapError(f"the command ended with status {command_status}, but its guest was not found hidden")
+        return command_status
     if args.audit:
         if audited is None:
             _say("the guest ended before its audit did: no verdict")

@@ -83,10 +83,16 @@ class SelfAudit:
         options = ("--watch", "10") if self._watch else ()
         self._process = subprocess.Popen(_command(*options), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
 
-    def finish(self) -> int | None:
-        """Its exit status, once the guest has ended; None if it had not come to a verdict by then."""
+    def finish(self, wait: bool = False) -> int | None:
+        """Its exit status, once the guest has ended; None if it had not come to a verdict by then.
+
+        Args:
+            wait: for its verdict, as the guest's RAM is still there; one that watches has come to many.
+        """
         if self._process is not None:
-            if not self._watch:
+            if wait and not self._watch:
+                self._process.wait()
+            elif not self._watch:
                 # It may have spoken already, and only be on its way out.
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(_GRACE)

@@ -19,6 +19,7 @@ from offmap.lab.errors import LabError
 __all__ = [
     "AptView",
     "Package",
+    "debian_sources",
     "download",
     "download_closure",
     "find_kernel",
@@ -90,7 +91,7 @@ def views(series: str, folder: Path) -> Iterator[AptView]:
     yield AptView("the machine's package lists", ())
     private = _private(folder / "own")
     yield AptView("the machine's sources", private, folder / "own")
-    if sources := _debian_sources(SUITES.get(series, NEWER_SUITES)):
+    if sources := debian_sources(SUITES.get(series, NEWER_SUITES)):
         state = folder / f"debian-{series}"
         private = _private(state)
         listing = state / "sources.list"
@@ -117,7 +118,7 @@ def _private(state: Path) -> tuple[str, ...]:
     )
 
 
-def _debian_sources(suites: Sequence[str]) -> str:
+def debian_sources(suites: Sequence[str]) -> str:
     """Compose a sources.list for ``suites`` on the mirrors that the machine uses for Debian; empty if it uses none."""
     text = AptView("", ()).run(
         "apt-get", "indextargets", "--format", "$(SITE) $(ORIGIN) $(REPO_URI) $(LABEL)", "Created-By: Packages"

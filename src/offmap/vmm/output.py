@@ -11,7 +11,7 @@ import stat
 
 from offmap.owned import Owned
 
-__all__ = ["ConsoleOutput"]
+__all__ = ["ConsoleOutput", "reopened"]
 
 
 class ConsoleOutput(Owned):
@@ -20,7 +20,7 @@ class ConsoleOutput(Owned):
     def __init__(self, fd: int) -> None:
         self._given = fd
         self._abandoned = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.fd = _reopened(fd)
+        self.fd = reopened(fd)
         # A socket, or what may not be opened again: there is room for one line at least once poll(2) says so.
         self._ask_first = self.fd == fd and not stat.S_ISREG(os.fstat(fd).st_mode)
 
@@ -66,7 +66,7 @@ class ConsoleOutput(Owned):
                 os.close(self.fd)
 
 
-def _reopened(fd: int) -> int:
+def reopened(fd: int) -> int:
     """A non-blocking open file of our own for the same pipe or terminal; `fd` itself where there is no such thing."""
     if not (stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd)):
         return fd

@@ -3,15 +3,15 @@
 import contextlib
 import os
 import selectors
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from offmap.errors import KernelError, OffmapError
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.machine import Machine
 from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.output import ConsoleOutput
+from offmap.vmm.stop_signals import stopped_by_signals
 from offmap.vmm.terminal import EscapeKey, RawTerminal, Typed
 
 __all__ = ["Session"]
@@ -19,7 +19,6 @@ __all__ = ["Session"]
 _LINE_DELAY = 0.003  # seconds that a character may wait for the rest of its line, so that the line costs one write
 _READ_SIZE = 4096
 _DAY = 86400.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Session:
@@ -65,7 +64,7 @@ class Session:
         try:
             with (
                 ConsoleOutput(self._stdout) as self._output,
-                self._quit_on_signals(),
+                stopped_by_signals(self._stop),
                 Machine(self._config, self._write, on_open=self._opened, on_event=self._wake, say=self._say) as machine,
             ):
                 self._machine = machine
@@ -100,25 +99,11 @@ class Session:
             self._output.abandon()
         machine.stop(Outcome.QUIT, reason)
 
-    @contextlib.contextmanager
-    def _quit_on_signals(self) -> Iterator[None]:
-        unwinding = False
-
-        def quit_(number: int, _frame: object) -> None:
-            nonlocal unwinding
-            reason = OffmapError(f"stopped by {signal.Signals(number).name}")
-            if self._machine is not None:
-                self._quit(self._machine, reason)
-            elif not unwinding:
-                unwinding = True  # a second signal must not stop what gives the memory back
-                raise reason  # while it is being built: unwind what there is
-
-        saved = {number: signal.signal(number, quit_) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in saved.items():
-                signal.signal(number, handler)
+    def _stop(self, reason: OffmapError) -> bool:
+        if self._machine is None:
+            return False
+        self._quit(self._machine, reason)
+        return True
 
     def _loop(self, machine: Machine, output: ConsoleOutput) -> None:
         escape = EscapeKey()

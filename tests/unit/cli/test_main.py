@@ -61,6 +61,14 @@ def test_wrong_use_is_one_line_that_names_the_help(words: tuple[str, ...]) -> No
     assert "--help" in wrong(*words)
 
 
+def test_failures_of_exec_are_told_apart_from_its_commands() -> None:
+    assert "see offmap" in wrong("run", "--exec", "true", "--fly", status=125)
+    assert "there is no image nonesuch" in wrong("run", "--image", "nonesuch", "--exec=true", status=125)
+    assert "of its own" in wrong("run", "--image", "x", "--kernel", "k", status=2)
+    assert "no option of an image" in wrong("run", "--image", "x,rw=maybe")
+    assert run("run", "--exec", "true", "--help").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -204,5 +212,5 @@ def test_bugs_keep_their_traceback_and_never_say_exposed(
 
 
 def test_statuses_are_what_the_design_says() -> None:
-    assert [int(status) for status in ExitStatus] == [0, 1, 2, 3]
-    assert [status.name for status in ExitStatus] == ["DONE", "EXPOSED", "FAILED", "UNDETERMINED"]
+    assert [int(status) for status in ExitStatus] == [0, 1, 2, 3, 125]
+    assert [status.name for status in ExitStatus] == ["DONE", "EXPOSED", "FAILED", "UNDETERMINED", "NOT_RUN"]

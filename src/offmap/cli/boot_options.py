@@ -1,0 +1,80 @@
+"""The options of ``offmap run`` that say what to boot: a kernel, or an image, and maybe one command in it."""
+
+import argparse
+from pathlib import Path
+
+from offmap.boot.linux import BootSource
+from offmap.devices.virtio.device import DeviceSpec
+from offmap.errors import OffmapError
+
+__all__ = ["add_boot_options", "boot_of", "file_name"]
+
+_CMDLINE = "console=ttyS0 quiet"
+
+
+def add_boot_options(parser: argparse.ArgumentParser) -> None:
+    """Add them."""
+    parser.add_argument("--kernel", type=file_name, help="bzImage (/boot/vmlinuz-…) or ELF vmlinux")
+    parser.add_argument("--initrd", type=file_name, help="initial RAM disk")
+    parser.add_argument(
+        "--cmdline",
+        default=_CMDLINE,
+        help="the guest kernel's command line (default: %(default)s; an image adds its root)",
+    )
+    parser.add_argument(
+        "--image",
+        metavar="IMAGE[,rw=on]",
+        help="boot an image of offmap image build, by its name or folder; what the guest writes stays in its RAM and "
+        "goes with it, unless rw=on: then it goes into the image",
+    )
+    parser.add_argument(
+        "--exec",
+        metavar="COMMAND",
+        help="run COMMAND in the image (default: debian) by /bin/sh, its input and output ours, and return its exit "
+        "status; 125 if offmap failed. With --audit, 125 too if the guest's RAM was not found hidden",
+    )
+
+
+def file_name(text: str) -> Path:
+    """A path.
+
+    Raises:
+        ArgumentTypeError: it is empty.
+    """
+    if not text:  # an unset variable, which Path would make the current folder
+        raise argparse.ArgumentTypeError("is an empty name")
+    return Path(text)
+
+
+def boot_of(args: argparse.Namespace) -> tuple[BootSource, list[tuple[str, DeviceSpec]]]:
+    """What to boot, and the devices that it needs before all others.
+
+    Raises:
+        OffmapError: there is no such image, or options contradict each other.
+    """
+    image = args.image if args.image is not None or args.exec is None else "debian"
+    if image is not None:
+        return _image(args, image)
+    if args.kernel is None:
+        raise OffmapError("there is nothing to boot", "give --kernel FILE or --image IMAGE; see offmap run --help")
+    return BootSource(args.kernel, args.initrd, args.cmdline), []
+
+
+def _image(args: argparse.Namespace, text: str) -> tuple[BootSource, list[tuple[str, DeviceSpec]]]:
+    from offmap.devices.virtio.drive import DriveSpec
+    from offmap.guests.image import find_image
+
+    if args.kernel is not None or args.initrd is not None:
+        raise OffmapError("an image has a kernel and an initrd of its own", "leave out --kernel and --initrd")
+    where, comma, option = text.rpartition(",")
+    writable = False
+    if comma and option.startswith("rw="):
+        if option not in {"rw=on", "rw=off"}:
+            raise OffmapError(f"{option!r} is no option of an image", "write rw=on or rw=off")
+        writable = option == "rw=on"
+    else:
+        where = text
+    image = find_image(where)
+    root = "root=/dev/vda rw" if writable else "root=/dev/vda offmap.overlay=tmpfs"
+    source = BootSource(image.kernel, image.initrd, f"{root} {args.cmdline}".strip())
+    return source, [("root", DriveSpec(image.root, readonly=not writable))]

@@ -1,0 +1,379 @@
+"""virtio-console (virtio 1.2, 5.3): consoles (hvc0) and named ports, each between the guest and two files of the host.
+
+A port is a byte stream each way: what its input file has goes to the guest, what the guest writes goes to its output
+file, by readv and writev straight from and to guest memory. A reader that is slow stops the guest's writer, and no
+other port. In the guest a named port is /dev/virtio-ports/NAME (udev) or the /dev/vportNpM whose
+/sys/class/virtio-ports/vportNpM/name it is.
+"""
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import stat
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
+from offmap.devices.virtio.dma import DriverError
+from offmap.devices.virtio.iov import part
+from offmap.devices.virtio.queue import Chain, Queue
+from offmap.devices.virtio.worker import Worker
+from offmap.uapi.virtio import console as uapi
+from offmap.uapi.virtio.config import VIRTIO_ID_CONSOLE
+
+__all__ = ["Console", "ConsoleSpec", "Port"]
+
+_CONTROL_TO_DRIVER, _CONTROL_FROM_DRIVER = 2, 3
+_DATA_QUEUE_SIZE = 16  # Linux fills an input queue with pages: of 256, they would be 1 MiB of the guest's RAM
+_CONTROL_QUEUE_SIZE = 32
+_MOST_MESSAGES = 1024  # to the driver that it has not taken; an honest one leaves a few for each port
+_IOV_MAX = 1024  # UIO_MAXIOV, linux/uio.h: what readv and writev take at once
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One port.
+
+    Attributes:
+        name: what the guest finds it by; empty for none.
+        input: the fd that its input comes from, which stays the caller's; its end of file is the guest's. None: it has
+            none.
+        output: the fd that its output goes to, which stays the caller's; best non-blocking. None: its output is lost.
+        console: it is an hvc console.
+        last: what comes by it is passed on when all that came by the other ports before has been.
+        on_error: called, on the device's thread, with what writing to `output` failed of, once; what comes later is
+            lost.
+    """
+
+    name: str = ""
+    input: int | None = None
+    output: int | None = None
+    console: bool = False
+    last: bool = False
+    on_error: Callable[[OSError], None] = lambda _: None
+
+
+@dataclass(frozen=True, slots=True)
+class ConsoleSpec:
+    """A console device and its ports; a driver without multiple ports gets the first of them only."""
+
+    ports: Sequence[Port]
+
+    def build(self, _surroundings: Surroundings) -> "Console":
+        """Make the device."""
+        return Console(self.ports)
+
+
+class _Stream:
+    """A port and where it stands."""
+
+    def __init__(self, port: Port, number: int) -> None:
+        self.port = port
+        self.number = number
+        self.open = False  # by the guest
+        self.input_ended = False
+        self.output_failed = False
+        self.input_queue: Queue | None = None
+        self.output_queue: Queue | None = None
+        self.unwritten: tuple[Chain, int] | None = None  # popped, and written up to there
+        self.input_polls = port.input is not None and _polls(port.input)
+        self.output_is_socket = port.output is not None and stat.S_ISSOCK(os.fstat(port.output).st_mode)
+
+    def forget(self) -> None:
+        self.open = False
+        self.input_queue = self.output_queue = self.unwritten = None
+
+
+class Console(VirtioDevice):
+    """The device. It has one rx and one tx queue for each port, and two for messages about them.
+
+    Args:
+        ports: the first is the console of a driver without multiple ports.
+    """
+
+    device_id = VIRTIO_ID_CONSOLE
+    features = 1 << uapi.VIRTIO_CONSOLE_F_SIZE | 1 << uapi.VIRTIO_CONSOLE_F_MULTIPORT
+
+    def __init__(self, ports: Sequence[Port]) -> None:
+        self._streams = [_Stream(port, number) for number, port in enumerate(ports)]
+        data, control = (_DATA_QUEUE_SIZE,) * 2, (_CONTROL_QUEUE_SIZE,) * 2
+        self.queue_sizes = (*data, *control, *(data * (len(ports) - 1)))
+        self._size = (0, 0)
+        self._messages: deque[bytes] = deque()
+        self._control_queue: Queue | None = None  # to the driver
+        self._queues: Sequence[Queue | None] = ()
+        self._worker: Worker | None = None
+        self._config_changed: Callable[[], None] = lambda: None
+        self._multiport = False
+
+    def config(self) -> bytes:
+        return uapi.VIRTIO_CONSOLE_CONFIG.pack(*self._size, len(self._streams), 0)
+
+    def resize(self, cols: int, rows: int) -> None:
+        """Tell the driver the size of the consoles' terminal. Any thread may call it."""
+        self._size = (cols & 0xFFFF, rows & 0xFFFF)
+        worker = self._worker
+        if worker is not None:
+            worker.post(self._tell_size)
+
+    def _tell_size(self) -> None:
+        if self._worker is None:
+            return
+        if self._multiport:
+            for stream in self._streams:
+                if stream.port.console and stream.open:
+                    self._send_size(stream)
+        else:
+            self._config_changed()
+
+    def activate(self, activation: Activation) -> None:
+        self._worker = activation.worker
+        self._config_changed = activation.config_changed
+        self._queues = activation.queues
+        self._multiport = activation.has(uapi.VIRTIO_CONSOLE_F_MULTIPORT)
+        for stream in self._streams if self._multiport else self._streams[:1]:
+            first = 2 * stream.number + (2 if stream.number else 0)
+            stream.input_queue, stream.output_queue = self._queues[first], self._queues[first + 1]
+        if self._multiport:
+            self._control_queue = self._queues[_CONTROL_TO_DRIVER]
+        elif self._streams:
+            self._streams[0].open = True
+
+    def reset(self) -> None:
+        for stream in self._streams:
+            if self._worker is not None:
+                for fd in (stream.port.input, stream.port.output):
+                    if fd is not None:
+                        self._worker.unwatch(fd)
+            stream.forget()
+        self._messages.clear()
+        self._control_queue = None
+        self._queues = ()
+        self._multiport = False
+        self._worker = None
+
+    def handle(self, queue: int) -> None:
+        if self._multiport and queue == _CONTROL_FROM_DRIVER:
+            self._take_messages()
+        elif self._multiport and queue == _CONTROL_TO_DRIVER:
+            self._send_messages()
+        else:
+            number = queue // 2 - 1 if queue > _CONTROL_FROM_DRIVER else 0
+            if queue % 2:
+                self._transmit(self._streams[number])
+            else:
+                self._receive(self._streams[number])
+
+    # Messages about ports (5.3.6.2)
+
+    def _take_messages(self) -> None:
+        queue = self._queues[_CONTROL_FROM_DRIVER]
+        if queue is None:
+            return
+        for chain in queue.chains():
+            data = b"".join(part(chain.readable, 0, uapi.VIRTIO_CONSOLE_CONTROL.size))
+            queue.push(chain, 0)
+            if len(data) < uapi.VIRTIO_CONSOLE_CONTROL.size:
+                raise DriverError(f"sends a control message of {len(data)} bytes")
+            self._take_message(*uapi.VIRTIO_CONSOLE_CONTROL.unpack(data))
+        queue.notify()
+
+    def _take_message(self, number: int, event: int, value: int) -> None:
+        if event == uapi.VIRTIO_CONSOLE_DEVICE_READY:
+            for stream in self._streams if value else ():
+                self._send(stream, uapi.VIRTIO_CONSOLE_PORT_ADD)
+            return
+        if number >= len(self._streams):
+            raise DriverError(f"speaks of port {number} of {len(self._streams)}")
+        stream = self._streams[number]
+        if event == uapi.VIRTIO_CONSOLE_PORT_READY and value:
+            if stream.port.console:
+                self._send(stream, uapi.VIRTIO_CONSOLE_CONSOLE_PORT, 1)
+                self._send_size(stream)
+            # Open before it can be found by its name: who reads from a port that we have not opened reads its end.
+            self._send(stream, uapi.VIRTIO_CONSOLE_PORT_OPEN, 1)
+            if stream.port.name:
+                self._send(stream, uapi.VIRTIO_CONSOLE_PORT_NAME, 1, stream.port.name.encode())
+        elif event == uapi.VIRTIO_CONSOLE_PORT_OPEN:
+            stream.open = bool(value)
+            if stream.open and stream.port.console:
+                self._send_size(stream)
+            self._receive(stream)
+
+    def _send_size(self, stream: _Stream) -> None:
+        if self._size != (0, 0):
+            size = uapi.VIRTIO_CONSOLE_RESIZE_FORMAT.pack(*self._size)
+            self._send(stream, uapi.VIRTIO_CONSOLE_RESIZE, 0, size)
+
+    def _send(self, stream: _Stream, event: int, value: int = 1, more: bytes = b"") -> None:
+        if len(self._messages) >= _MOST_MESSAGES:
+            raise DriverError(f"leaves {_MOST_MESSAGES} control messages unread")
+        self._messages.append(uapi.VIRTIO_CONSOLE_CONTROL.pack(stream.number, event, value) + more)
+        self._send_messages()
+
+    def _send_messages(self) -> None:
+        queue = self._control_queue
+        if queue is None:
+            return
+        while self._messages:
+            chain = queue.pop()
+            if chain is None:
+                if queue.rearm():
+                    continue
+                break
+            message = self._messages.popleft()
+            if chain.writable_bytes < len(message):
+                raise DriverError(f"gives {chain.writable_bytes} bytes for a control message of {len(message)}")
+            queue.push(chain, _copy(message, chain.writable))
+        queue.notify()
+
+    # To the guest
+
+    def _receive(self, stream: _Stream) -> None:
+        """Pass on what the input has: now, where that cannot wait, or when poll says so."""
+        fd, queue, worker = stream.port.input, stream.input_queue, self._worker
+        if fd is None or queue is None or worker is None:
+            return
+        if not stream.open or stream.input_ended:
+            worker.unwatch(fd)
+            return
+        if stream.input_polls:
+            if self._has_room(queue):
+                worker.watch(fd, lambda _: self._input_ready(stream))
+            else:
+                worker.unwatch(fd)
+            return
+        while not stream.input_ended and self._has_room(queue):
+            self._read_once(stream, fd, queue)
+        queue.notify()
+
+    def _input_ready(self, stream: _Stream) -> None:
+        if stream.port.input is not None and stream.input_queue is not None:
+            if self._has_room(stream.input_queue):
+                self._read_once(stream, stream.port.input, stream.input_queue)
+                stream.input_queue.notify()
+            self._receive(stream)
+
+    @staticmethod
+    def _has_room(queue: Queue) -> bool:
+        chain = queue.pop()
+        if chain is None:
+            if not queue.rearm():
+                return False
+            chain = queue.pop()
+        if chain is None:
+            return False
+        queue.undo_pop()
+        return True
+
+    def _read_once(self, stream: _Stream, fd: int, queue: Queue) -> None:
+        chain = queue.pop()
+        if chain is None:
+            return
+        if not chain.writable_bytes:
+            raise DriverError("gives an empty buffer for input")
+        try:
+            size = _read_into(fd, chain)
+        except BlockingIOError:
+            queue.undo_pop()
+            return
+        except OSError:
+            size = 0  # a terminal that has hung up: no more input
+        if size:
+            queue.push(chain, size)
+            return
+        queue.undo_pop()
+        stream.input_ended = True
+        queue.notify()  # what came before, before its end
+        if self._multiport:
+            self._send(stream, uapi.VIRTIO_CONSOLE_PORT_OPEN, 0)
+
+    # From the guest
+
+    def _transmit(self, stream: _Stream) -> None:
+        if stream.port.last:
+            for other in self._streams:
+                if other is not stream and not other.port.last:
+                    self._write_all(other)
+                    if other.unwritten is not None:
+                        return  # whoever writes the rest of it comes back here
+        self._write_all(stream)
+
+    def _write_all(self, stream: _Stream) -> None:
+        """Write what the guest has written, up to where its reader would have to be waited for."""
+        queue = stream.output_queue
+        if queue is None:
+            return
+        while True:
+            chain, start = stream.unwritten or (queue.pop(), 0)
+            if chain is None:
+                if queue.rearm():
+                    continue
+                break
+            size = self._write(stream, chain, start)
+            if start + size < chain.readable_bytes:
+                stream.unwritten = (chain, start + size)
+                if not size:
+                    break
+                continue
+            stream.unwritten = None
+            queue.push(chain, 0)
+        queue.notify()
+
+    def _write(self, stream: _Stream, chain: Chain, start: int) -> int:
+        """Bytes that are done with; 0 if they must wait, which has been seen to."""
+        fd = stream.port.output
+        buffers = part(chain.readable, start)[:_IOV_MAX]
+        if fd is None or stream.output_failed or not buffers:
+            return chain.readable_bytes - start
+        try:
+            if stream.output_is_socket:
+                with socket.socket(fileno=os.dup(fd)) as peer:
+                    return peer.sendmsg(buffers, [], socket.MSG_DONTWAIT)
+            return os.writev(fd, buffers)
+        except BlockingIOError:
+            if self._worker is not None:
+                self._worker.watch(fd, lambda _: self._output_ready(stream), select.EPOLLOUT)
+            return 0
+        except OSError as error:
+            stream.output_failed = True
+            stream.port.on_error(error)
+            return chain.readable_bytes - start
+
+    def _output_ready(self, stream: _Stream) -> None:
+        if self._worker is not None and stream.port.output is not None:
+            self._worker.unwatch(stream.port.output)
+        self._write_all(stream)
+        if stream.unwritten is None:
+            for other in self._streams:
+                if other.port.last:
+                    self._transmit(other)
+
+
+def _polls(fd: int) -> bool:
+    """Whether epoll takes it: not so regular files, which never make one wait."""
+    with select.epoll() as epoll, contextlib.suppress(PermissionError):
+        epoll.register(fd)
+        return True
+    return False
+
+
+def _copy(data: bytes, buffers: Sequence[memoryview]) -> int:
+    done = 0
+    for piece in part(buffers, 0, len(data)):
+        piece[:] = data[done : done + len(piece)]
+        done += len(piece)
+    return done
+
+
+def _read_into(fd: int, chain: Chain) -> int:
+    try:
+        return os.readv(fd, chain.writable[:_IOV_MAX])
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+    # Some file systems read by GUP (uncached 9p), which hidden RAM refuses.
+    return _copy(os.read(fd, chain.writable_bytes), chain.writable)

@@ -1,0 +1,117 @@
+"""Run one machine to its end without a terminal: the event loop of a guest that does one job."""
+
+import os
+import selectors
+import time
+from collections import deque
+from collections.abc import Callable
+
+from offmap.errors import OffmapError
+from offmap.vmm.config import MachineConfig
+from offmap.vmm.machine import Machine
+from offmap.vmm.outcome import Outcome, Stop
+from offmap.vmm.stop_signals import stopped_by_signals
+
+__all__ = ["Headless"]
+
+_KEPT = 64  # pieces of console output, each a line or less
+_DAY = 86400.0
+
+
+class Headless:
+    """A machine whose console nobody sees; its last lines are kept, for when something went wrong.
+
+    Args:
+        finished: an fd that becomes readable when the job is done: the machine is then ended.
+        say: takes a line for the user, on any thread.
+        on_up, on_end: as of `Session`.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        finished: int,
+        *,
+        say: Callable[[str], None],
+        on_up: Callable[[Machine], None] = lambda _: None,
+        on_end: Callable[[Machine], None] = lambda _: None,
+    ) -> None:
+        self._config = config
+        self._finished = finished
+        self._say = say
+        self._on_up = on_up
+        self._on_end = on_end
+        self._up = False
+        self._machine: Machine | None = None
+        self._console: deque[bytes] = deque(maxlen=_KEPT)
+
+    def run(self) -> Stop:
+        """Build the machine, run it to its end, take it apart. On the process's main thread, as it handles signals.
+
+        Returns:
+            How it ended: POWERED_OFF when `finished` became readable.
+
+        Raises:
+            OffmapError: it could not be built, or a signal came before it was.
+        """
+        self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            with (
+                stopped_by_signals(self.fail),
+                Machine(
+                    self._config,
+                    self._console.append,
+                    on_open=self._opened,
+                    on_event=self._wake,
+                    say=self._say,
+                ) as machine,
+            ):
+                self._machine = machine
+                machine.start()
+                self._loop(machine)
+                self._on_end(machine)
+            return machine.stopped or Stop(Outcome.QUIT)
+        finally:
+            os.close(self._events)
+
+    def fail(self, reason: OffmapError) -> bool:
+        """End the machine for this reason; False where there is none yet. Any thread may call it."""
+        if self._machine is None:
+            return False
+        self._machine.stop(Outcome.FAILED, reason)
+        return True
+
+    @property
+    def last_words(self) -> str:
+        """The line on its console that says most of its end: of its init, of a panic, or else the last one."""
+        lines = [line.strip() for line in b"".join(self._console).decode(errors="replace").splitlines()]
+        telling = [
+            line for line in lines if "offmap-guest:" in line or "Kernel panic" in line or "Out of memory" in line
+        ]
+        return next(reversed(telling or [line for line in lines if line]), "")
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._events, 1)
+
+    def _opened(self) -> None:
+        self._up = True
+        self._wake()
+
+    def _loop(self, machine: Machine) -> None:
+        announced = False
+        with selectors.PollSelector() as selector:
+            for fd in (machine.stopped_fd, self._events, self._finished):
+                selector.register(fd, selectors.EVENT_READ)
+            while machine.stopped is None:
+                due = machine.next_event()
+                timeout = None if due is None else min(max(due - time.time(), 0), _DAY)
+                ready = {key.fd for key, _ in selector.select(timeout)}
+                if self._events in ready:
+                    os.eventfd_read(self._events)
+                    machine.console.flush(wait=False)
+                if self._finished in ready:
+                    machine.stop(Outcome.POWERED_OFF)
+                machine.tick()
+                if self._up and not announced:
+                    announced = True
+                    self._on_up(machine)

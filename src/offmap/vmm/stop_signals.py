@@ -1,0 +1,36 @@
+"""SIGINT, SIGTERM and SIGHUP while a machine is built and while it runs."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+from offmap.errors import OffmapError
+
+__all__ = ["stopped_by_signals"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def stopped_by_signals(stop: Callable[[OffmapError], bool]) -> Iterator[None]:
+    """While open, each of these signals calls `stop` with the reason.
+
+    Args:
+        stop: ends the machine and says True; or says False, if it is still being built. Then the first signal raises
+            the reason, so that what there is of it is unwound.
+    """
+    unwinding = False
+
+    def handle(number: int, _frame: object) -> None:
+        nonlocal unwinding
+        reason = OffmapError(f"stopped by {signal.Signals(number).name}")
+        if not stop(reason) and not unwinding:
+            unwinding = True  # a second signal must not stop what gives the memory back
+            raise reason
+
+    saved = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in saved.items():
+            signal.signal(number, handler)
