@@ -5,7 +5,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from offmap.cli.audit_output import Output, add_output_options
+from offmap.cli.audit_output import Output, add_output_options, add_without_audit, merge, print_schema
 from offmap.errors import OffmapError
 from offmap.units import parse_size
 
@@ -33,6 +33,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("pid", type=int, metavar="PID", nargs="?", help="the VMM's process")
     which.add_argument("--all", action="store_true", help="audit every process of this host that holds a KVM VM")
+    add_without_audit(which)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--scan",
@@ -73,6 +74,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Audit one process, or all that hold VMs; the exit status is that of the worst verdict."""
+    output = Output(args)
+    if args.json_schema:
+        return print_schema()
+    if args.merge:
+        return merge(args.merge, output)
+
     from offmap.audit.audit import audit_process
     from offmap.audit.every_vm import audit_every_vm
     from offmap.cli.audit_watch import watch
@@ -83,7 +90,6 @@ def run(args: argparse.Namespace) -> int:
         raise OffmapError("--range and --watch are for one process", "give its PID instead of --all")
     ranges = [parse_range(text) for text in args.range] if args.range else None
     shows = sys.stderr.isatty() and not args.no_progress
-    output = Output(args)
 
     def audit(pid: int) -> "AuditResult":
         try:
