@@ -18,7 +18,7 @@ _RESERVED = "memmap=256M$0x40000000"  # GUEST_SIZE at 1 GiB that the host kernel
 
 EVEN_ZEROING = "clearcpuid=erms"
 """For hosts in which memory is measured. An emulated ``rep stosb`` stores byte by byte, and where a processor promises
-that it is fast, clear_page() uses it (clear_page_64.S) and memset() does not: what is zeroed page by page would look
+that it is fast, clear_page() uses it (clear_page_64.S) and offmap.ko does not: what is zeroed page by page would look
 twice as slow as it is."""
 
 
