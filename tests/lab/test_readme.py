@@ -1,5 +1,6 @@
 """Every command in the README works as it stands there."""
 
+import hashlib
 import json
 import os
 import re
@@ -53,7 +54,7 @@ def converse(process: subprocess.Popen[bytes], until: bytes, answer: bytes) -> b
 def test_every_command_is_tested() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(_ANY.findall(text)) == len(blocks())
-    assert set(blocks()) == {"demo", "patched", "test", "lab", "run", "audit", "doctor"}
+    assert set(blocks()) == {"demo", "patched", "test", "lab", "run", "exec", "audit", "doctor"}
 
 
 def test_make_test_is_what_ci_runs() -> None:
@@ -137,6 +138,18 @@ def test_a_guest_of_ones_own(lab_host: LabHost, lab_kernel: HostKernel, lab_out:
     assert command.wait(120) == 0, said.decode()
     assert b"HIDDEN: none of the 65536 guest pages" in said
     assert b"\n2\r\n" in console
+
+
+def test_a_job_in_a_hidden_guest(checkout: Path) -> None:
+    text = (ROOT / "README.md").read_bytes()
+    (checkout / "README.md").write_bytes(text)
+    done = subprocess.run(["sh", "-c", blocks()["exec"]], cwd=checkout, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    image, digest, release = done.stdout.decode().splitlines()
+    assert image.endswith("/debian")
+    assert digest == f"{hashlib.sha256(text).hexdigest()}  -"
+    assert release.endswith("-amd64")
+    assert b"HIDDEN: none of the 65536 guest pages" in done.stderr
 
 
 def _until(seen: bytearray, mark: bytes, act: Callable[[], object]) -> Callable[[bytes], None]:

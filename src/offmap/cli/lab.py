@@ -53,6 +53,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     run.add_argument("--timeout", type=_seconds, metavar="S", help="end the command and the host after S seconds")
     run.add_argument("--out", type=Path, metavar="DIR", help=f"the folder that survives (default: {DEFAULT_OUT})")
     run.add_argument("--verbose", action="store_true", help="show progress even when stderr is no terminal")
+    run.add_argument(
+        "--load-module", action="store_true", help="build the offmap module for the host's kernel, and load it there"
+    )
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="program and arguments")
     run.set_defaults(run=run_exec)
     kernel = commands.add_parser("kernel", help="the kernels of disposable hosts", description="Kernels for hosts.")
@@ -131,6 +134,12 @@ def run_exec(args: argparse.Namespace) -> int:
         console = _console_file(args.console, stack)
         say("offmap: getting the host kernel")
         kernel = host_kernel(args.host_kernel, args.modules, lambda line: say(f"offmap: {line}"))
+        module = None
+        if args.load_module:
+            from offmap.kmod.lab_module import lab_module
+
+            say("offmap: building the module, unless that has been done")
+            module = lab_module(kernel)
         say(f"offmap: booting {kernel.release}")
         left = args.timeout if args.timeout is not None else BOOT_TIMEOUT
         host = stack.enter_context(
@@ -146,6 +155,8 @@ def run_exec(args: argparse.Namespace) -> int:
             )
         )
         say(f"offmap: {host.release} up after {time.monotonic() - began:.1f} s ({host.options.accel})")
+        if module is not None and host.run(["insmod", str(module)], stdout=2) != 0:
+            raise LabError(f"the disposable host does not load {module}", "see why with --console FILE")
         deadline = None if args.timeout is None else began + args.timeout
         return _run(host, argv, deadline)
 
