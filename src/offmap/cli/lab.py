@@ -121,6 +121,7 @@ def _seconds(text: str) -> float:
 
 def run_exec(args: argparse.Namespace) -> int:
     """Run ``offmap lab exec``; return the command's exit status."""
+    from offmap.lab.errors import LabError
     from offmap.lab.host import BOOT_TIMEOUT, LabHost
     from offmap.lab.provision import host_kernel
 
