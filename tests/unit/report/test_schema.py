@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from offmap.audit.audit import AuditResult
+from offmap.audit.changes import Change, Changes, Difference
 from offmap.audit.every_vm import EveryVm, NotAudited
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
 from offmap.audit.host import host_facts
@@ -55,7 +56,12 @@ VALIDATOR = jsonschema.Draft202012Validator(strict(SCHEMA))
 def check(value: Any) -> None:
     """Through JSON, as a reader gets it."""
     document = json.loads(json.dumps(value))
-    which = {"offmap-audit/2": "audit", "offmap-audit-all/1": "audit_all", "offmap-audit-merged/1": "merged"}
+    which = {
+        "offmap-audit/2": "audit",
+        "offmap-audit-all/1": "audit_all",
+        "offmap-audit-merged/1": "merged",
+        "offmap-audit-change/1": "changes",
+    }
     part = {"$ref": f"#/$defs/{which[document['schema']]}", "$defs": strict(SCHEMA["$defs"])}
     errors = list(jsonschema.Draft202012Validator(part).iter_errors(document))  # says more than oneOf does
     assert not errors, [f"{error.json_path}: {error.message:.300}" for error in errors]
@@ -130,6 +136,14 @@ def test_every_vm_is_of_the_schema() -> None:
     check(EveryVm(host_facts(), ()).to_json())
 
 
+def test_changes_are_of_the_schema() -> None:
+    listed = (
+        Change(Difference.MAPPED, 1, 4096, 0, 2, 3, (Kind.VMAP,), (), (REACH,)),
+        Change(Difference.LOST, 1, 4096, why="swapped out"),
+    )
+    check(Changes(listed, {Difference.MAPPED: 1, Difference.LOST: 1}, 3).to_json(audited()))
+
+
 def test_the_tests_own_samples_are_of_the_schema() -> None:
     for sample in (vm(), exposed(), unknown(), every_vm(vm(), exposed(), not_audited=[not_audited()])):
         check(sample)
@@ -141,6 +155,7 @@ def test_enumerations_are_those_of_the_code() -> None:
     assert defs["kind"]["enum"] == [kind.value for kind in Kind]
     assert defs["verdict"]["enum"] == [verdict.value for verdict in Verdict]
     assert defs["range"]["properties"]["source"]["enum"] == [source.value for source in Source]
+    assert defs["change"]["properties"]["what"]["enum"] == [what.value for what in Difference]
     assert defs["owner"]["properties"]["sort"]["enum"] == [sort.value for sort in Sort]
 
 

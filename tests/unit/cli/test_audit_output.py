@@ -1,0 +1,177 @@
+"""Every way that an audit is shown ends in the same exit status, and none is left saying what no longer holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from offmap.audit.audit import AuditResult
+from offmap.audit.reach import VmmFacts
+from offmap.audit.verdict import PageCounts, Verdict
+from offmap.audit.vms import VmProcess
+from offmap.cli.main import main
+from offmap.errors import ExitStatus, OffmapError, Undetermined
+
+from ..report.test_html import Page
+from ..report.test_schema import audited, check
+
+RESULTS = {
+    Verdict.HIDDEN: PageCounts(ram_pages=2, pages_populated=2),
+    Verdict.EXPOSED: PageCounts(ram_pages=2, pages_populated=2, direct_map_pages=1, mapped_pages=1),
+    Verdict.UNKNOWN: PageCounts(ram_pages=2, pages_populated=1, unknown_pages=1, reasons={"swapped out": 1}),
+}
+
+
+def result(verdict: Verdict, pid: int = 1) -> AuditResult:
+    empty: Any = {"aliases": (), "direct_map_ranges": (), "reach": (), "partial": "", "notes": ()}
+    cells = audited().physical
+    if verdict is not Verdict.EXPOSED:
+        empty["physical"] = type(cells)()
+    return audited(verdict=verdict, pages=RESULTS[verdict], pid=pid, **empty)
+
+
+Answer = AuditResult | BaseException
+
+
+@pytest.fixture
+def audit(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Give a function that says what the audit of each VM finds; those of ``--all`` have the PIDs 1, 2, …"""
+
+    def found(*answers: Answer) -> None:
+        def audit_process(pid: int, **_: Any) -> AuditResult:
+            answer = answers[pid - 1]
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        vms = [VmProcess(pid + 1, "vmm", VmmFacts("QEMU")) for pid in range(len(answers))]
+        monkeypatch.setattr("offmap.audit.audit.audit_process", audit_process)
+        monkeypatch.setattr("offmap.audit.every_vm.find_vms", lambda: (vms, []))
+
+    return found
+
+
+def metrics(path: Path) -> dict[tuple[str, str], float]:
+    return {
+        (sample.name, sample.labels.get("verdict", "")): sample.value
+        for family in text_string_to_metric_families(path.read_text())
+        for sample in family.samples
+        if family.name in {"offmap_audit_verdict", "offmap_audit_success"}
+    }
+
+
+@pytest.mark.parametrize("which", [["1"], ["--all"]])
+@pytest.mark.parametrize("verdict", list(Verdict))
+def test_each_output_ends_in_the_verdict_s_status(
+    which: list[str], verdict: Verdict, audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit(result(verdict))
+    status = verdict.exit_status
+    prom, html = tmp_path / "offmap.prom", tmp_path / "page.html"
+    assert main(["audit", *which]) == status
+    assert capsys.readouterr().out.startswith(f"{verdict.name}: ")
+    assert main(["audit", *which, "--json"]) == status
+    document = json.loads(capsys.readouterr().out)
+    check(document)
+    assert main(["audit", *which, "--prometheus", str(prom), "--html", str(html), "--no-color"]) == status
+    assert capsys.readouterr().out.startswith(f"{verdict.name}: ")
+    assert metrics(prom)["offmap_audit_verdict", verdict.value] == 1
+    assert Page(html.read_text()).classes(f"v-{verdict.value}")
+    assert main(["audit", *which, "--json", "--prometheus", str(prom)]) == status
+    check(json.loads(capsys.readouterr().out))
+    saved = tmp_path / "saved.json"
+    saved.write_text(json.dumps(document))
+    for more in ([], ["--json"], ["--prometheus", str(prom)], ["--html", str(html)]):
+        assert main(["audit", "--merge", str(saved), *more]) == status
+        text = capsys.readouterr().out
+        if more == ["--json"]:
+            check(json.loads(text))
+        else:
+            assert text.startswith(f"{verdict.name}: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (Undetermined("no /proc/kcore"), ExitStatus.UNDETERMINED),
+        (OffmapError("it failed"), ExitStatus.FAILED),
+        (KeyboardInterrupt(), ExitStatus.FAILED),
+        (MemoryError("all gone"), ExitStatus.FAILED),
+    ],
+)
+def test_a_failed_audit_overwrites_what_was_called_hidden(
+    error: BaseException, status: ExitStatus, audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prom, html = tmp_path / "offmap.prom", tmp_path / "page.html"
+    options = ["--prometheus", str(prom), "--html", str(html)]
+    audit(result(Verdict.HIDDEN))
+    assert main(["audit", "1", *options]) == ExitStatus.DONE
+    audit(error)
+    assert main(["audit", "1", *options]) == status
+    found = metrics(prom)
+    assert found["offmap_audit_success", ""] == 0 and found["offmap_audit_verdict", "unknown"] == 1
+    assert found["offmap_audit_verdict", "hidden"] == 0
+    assert Page(html.read_text()).classes("verdict")[0]["class"] == "verdict v-unknown"
+    assert main(["audit", "1", "--json"]) == status
+    assert capsys.readouterr().out.count("HIDDEN") == 1
+
+
+def test_of_all_vms_the_worst_counts(audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prom = tmp_path / "offmap.prom"
+    hidden, unseen = result(Verdict.HIDDEN), Undetermined("it may not be looked at")
+    for answers, status in (
+        ((), 0),
+        ((hidden, result(Verdict.HIDDEN, 2)), 0),
+        ((hidden, unseen), 3),
+        ((hidden, unseen, result(Verdict.EXPOSED, 3)), 1),
+    ):
+        audit(*answers)
+        assert main(["audit", "--all", "--json", "--prometheus", str(prom)]) == status
+        document = json.loads(capsys.readouterr().out)
+        check(document)
+        assert document["exit_status"] == status
+        assert metrics(prom)["offmap_audit_success", ""] == (unseen not in answers)
+
+
+def test_a_file_that_cannot_be_written_fails_and_the_verdict_is_said(
+    audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit(result(Verdict.HIDDEN))
+    assert main(["audit", "1", "--prometheus", str(tmp_path / "none" / "offmap.prom")]) == ExitStatus.FAILED
+    said = capsys.readouterr()
+    assert said.out.startswith("HIDDEN: ") and said.err.count("\n") == 1
+
+
+def test_what_cannot_be_merged_is_said_in_a_line_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.json").write_text("")
+    prom = tmp_path / "offmap.prom"
+    words = ["--merge", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--prometheus", str(prom)]
+    assert main(["audit", *words]) == ExitStatus.FAILED
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 3
+    assert all(line.startswith("offmap audit: ") for line in said.err.splitlines())
+    assert metrics(prom)["offmap_audit_success", ""] == 0
+
+
+def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", "--json-schema"]) == ExitStatus.DONE
+    assert json.loads(capsys.readouterr().out)["title"] == "offmap audit"
+
+
+@pytest.mark.parametrize("words", [["1", "--all"], ["--all", "--merge", "x"], ["1", "--merge", "x"], []])
+def test_one_thing_at_a_time(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["audit", *words])
+    assert caught.value.code == ExitStatus.FAILED and capsys.readouterr().err.count("\n") == 1
+
+
+def test_colours(audit: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    audit(result(Verdict.HIDDEN))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for words, no_color, coloured in (([], "", True), (["--no-color"], "", False), ([], "1", False)):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        main(["audit", "1", *words])
+        assert ("\x1b" in capsys.readouterr().out) is coloured
