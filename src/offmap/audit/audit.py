@@ -16,12 +16,14 @@ from offmap.audit.join import join
 from offmap.audit.kcore import Kcore
 from offmap.audit.kinds import kinds_of, read_vmallocinfo
 from offmap.audit.mappings import KernelMappings
+from offmap.audit.oracle import OracleResult, Sample
 from offmap.audit.pagemap import OwnPage
 from offmap.audit.physical import physical_map
 from offmap.audit.process import Process, ProcessEnded
 from offmap.audit.reach import Kind, PhysicalMap, Reach, ReachTotal, Sharing, VmmFacts
 from offmap.audit.regions import Layout
 from offmap.audit.scan import ScanResult, Wanted, scan_memory
+from offmap.audit.second_opinion import second_opinion
 from offmap.audit.sharers import sharing_of
 from offmap.audit.verdict import Judged, PageCounts, Verdict, classify, excluded_ranges, mapped_guest_ranges
 from offmap.audit.vms import vmm_facts
@@ -40,6 +42,7 @@ class Stage(Enum):
     FRAMES = "finding guest RAM"
     WALK = "walking the kernel's page tables"
     SCAN = "scanning what the kernel has mapped"
+    ORACLE = "asking drgn"
 
 
 # Called with the stage and the share of it that is done, 0 to 1.
@@ -65,6 +68,7 @@ class AuditResult:
         partial: why the audit ended early (the process exited, …) and what it counts is a part; empty otherwise.
         time: when it ended, as utc_now says it.
         judged: every page; not part of the JSON.
+        oracle: what a second opinion was asked and agreed on; None if nobody was asked.
     """
 
     pid: int
@@ -89,6 +93,7 @@ class AuditResult:
     partial: str = ""
     time: str = field(default_factory=utc_now)
     judged: Judged | None = field(default=None, repr=False, compare=False)
+    oracle: OracleResult | None = None
 
     @property
     def alias_pages_by_region(self) -> dict[str, int]:
@@ -151,6 +156,7 @@ class AuditResult:
                 ],
             },
             "scan": None if self.scan is None else self.scan.to_json(),
+            "oracle": None if self.oracle is None else self.oracle.to_json(),
             "seconds": round(self.seconds, 4),
         }
 
@@ -163,6 +169,7 @@ def audit_process(
     progress: Progress | None = None,
     sharers: bool = False,
     threads: int | None = None,
+    oracle: Sample | None = None,
 ) -> AuditResult:
     """Find which pages of a process's guest RAM the host kernel has mapped.
 
@@ -176,16 +183,18 @@ def audit_process(
         progress: told how far the audit is.
         sharers: also name the other processes that map the guest's pages.
         threads: how many read at once in a scan; None for ``scan.default_threads``.
+        oracle: if given, also ask drgn about such a sample.
 
     Raises:
         NoSuchProcess: no such process.
         Undetermined: this host does not let the question be answered, or the process ended before anything was seen.
+        OracleDisagrees: drgn was asked, and says something else.
     """
     tell: Progress = progress or (lambda stage, share: None)
     with Process(pid) as process:
         for _ in range(_ATTEMPTS):
             with Kcore() as kcore:
-                result = _audit(process, kcore, scan, ranges, tell, sharers, threads)
+                result = _audit(process, kcore, scan, ranges, tell, sharers, threads, oracle)
                 if not kcore.changed():
                     return result
     raise Undetermined("memory was hot-plugged or removed during each attempt", "run the audit again")
@@ -199,6 +208,7 @@ def _audit(
     tell: Progress,
     sharers: bool,
     threads: int | None,
+    oracle: Sample | None,
 ) -> AuditResult:
     started = time.monotonic()
     info = kcore.vmcoreinfo
@@ -232,6 +242,10 @@ def _audit(
             lambda share: tell(Stage.SCAN, share),
             threads,
         )
+    opinion = None
+    if oracle is not None and not partial:
+        tell(Stage.ORACLE, 0.0)
+        opinion = second_opinion(process, kcore, mappings, layout, _guest_pages(judged, ram), oracle)
     pages = judged.counts()
     joined = join(judged, mappings, kinds, layout, ram)
     verdict, notes = _judge(pages, ram, scanned, moved, partial)
@@ -272,6 +286,7 @@ def _audit(
         vmm=facts,
         partial=partial,
         judged=judged,
+        oracle=opinion,
     )
 
 

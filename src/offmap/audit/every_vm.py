@@ -7,6 +7,7 @@ from typing import Any
 import offmap
 from offmap.audit.audit import AuditResult
 from offmap.audit.host import HostFacts, host_facts, utc_now
+from offmap.audit.oracle import OracleDisagrees
 from offmap.audit.process import NoSuchProcess, ProcessEnded
 from offmap.audit.reach import VmmFacts
 from offmap.audit.verdict import Verdict
@@ -88,6 +89,8 @@ def audit_every_vm(audit: Callable[[VmProcess], AuditResult]) -> EveryVm:
             results.append(audit(vm))
         except (NoSuchProcess, ProcessEnded):
             continue
+        except OracleDisagrees:
+            raise  # then nothing that is said of the other VMs is to be relied on either
         except OffmapError as error:
             failures.append(NotAudited(vm.pid, vm.name, vm.facts, str(error), error.exit_status))
     return EveryVm(host_facts(), tuple(results), tuple(failures), tuple(notes))

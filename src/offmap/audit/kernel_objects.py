@@ -48,12 +48,11 @@ class CachedFile:
 
 @dataclass(frozen=True)
 class Task:
-    """A thread: where its kernel stack is, and the address of its process's top-level page table (0 for none)."""
+    """A thread and where its kernel stack is."""
 
     pid: int
     name: str
     stack: int
-    pgd: int
 
 
 class KernelObjects:
@@ -110,6 +109,16 @@ class KernelObjects:
             return self._field(self._layout.vmemmap + pfn * self._page_size, "page", "_refcount", size=4) == 0
         return False
 
+    def page_table_of(self, pid: int) -> int:
+        """Kernel address of a process's top-level page table; 0 if it cannot be found."""
+        with suppress(Unknown):
+            first = _symbol("init_task")
+            for task in self._list(first, "tasks"):
+                if self._field(task, "task_struct", "pid", size=4) == pid:
+                    memory = self._field(task, "task_struct", "mm")
+                    return self._field(memory, "mm_struct", "pgd") if memory else 0
+        return 0
+
     def tasks(self) -> Iterator[Task]:
         """All threads, as far as they can be followed.
 
@@ -125,12 +134,10 @@ class KernelObjects:
             while at != group and seen < _MOST_TASKS:
                 seen += 1
                 task = at - node
-                memory = self._field(task, "task_struct", "mm")
                 yield Task(
                     self._field(task, "task_struct", "pid", size=4),
                     self._comm(task),
                     self._field(task, "task_struct", "stack"),
-                    self._field(memory, "mm_struct", "pgd") if memory else 0,
                 )
                 at = self._pointer(at)
 
@@ -198,14 +205,14 @@ def _symbol(name: str) -> int:
         Unknown: /proc/kallsyms does not tell.
     """
     try:
-        with Path("/proc/kallsyms").open(encoding="ascii", errors="replace") as file:
-            for line in file:
-                if line.rstrip("\n").endswith(f" {name}"):
-                    address = int(line.split()[0], 16)
-                    if address:
-                        return address
+        text = b"\n" + Path("/proc/kallsyms").read_bytes()
     except OSError as error:
         raise Unknown(f"cannot read /proc/kallsyms: {error.strerror}") from None
+    at = text.find(f" {name}\n".encode())
+    if at >= 0:
+        address = int(text[text.rindex(b"\n", 0, at) :].split(maxsplit=1)[0], 16)
+        if address:
+            return address
     raise Unknown(f"/proc/kallsyms does not tell where {name} is")
 
 

@@ -58,21 +58,6 @@ class Sort(Enum):
     KERNEL = "kernel"  # the kernel's own, and nothing says what for (network and pipe buffers, drivers)
     GONE = "gone"  # something else stood there when it was looked at again
 
-    @property
-    def words(self) -> str:
-        """For people."""
-        return _WORDS.get(self, self.value.replace("_", " "))
-
-
-_WORDS = {
-    Sort.GUEST: "the VM's own page",
-    Sort.PROCESS: "process memory",
-    Sort.FREE: "free page",
-    Sort.KERNEL: "kernel page",
-    Sort.RESERVED: "reserved page",
-    Sort.GONE: "gone at a second look",
-}
-
 
 @dataclass(frozen=True)
 class Owner:
@@ -116,23 +101,6 @@ class Owner:
             "guest_phys_addr": None if self.guest_phys_addr is None else f"{self.guest_phys_addr:#x}",
             "userspace_addr": None if self.userspace_addr is None else f"{self.userspace_addr:#x}",
         }
-
-    def text(self) -> str:
-        """One line for people; names in it are as they are, to be escaped where they are shown."""
-        words = self.sort.words
-        if self.sort is Sort.GUEST and self.guest_phys_addr is not None:
-            words += f" at guest-physical {self.guest_phys_addr:#x}"
-        elif self.sort is Sort.GUEST and self.userspace_addr is not None:
-            words += f" at {self.userspace_addr:#x} of the process"
-        if self.name:
-            words += f" of {self.name}"
-        if self.file_offset is not None:
-            words += f", byte {self.file_offset:#x}"
-        if self.processes and self.sort is not Sort.GUEST:
-            shown = ", ".join(f"{each.process} ({each.pid})" for each in self.processes[:3])
-            more = f" and {len(self.processes) - 3} more" if len(self.processes) > 3 else ""
-            words += f": {shown}{more}" if self.sort is Sort.PROCESS else f", mapped by {shown}{more}"
-        return words
 
 
 def sort_of(flags: int) -> Sort | None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from offmap.audit.mappings import RUN, KernelMappings, Span, merge_runs
 
-__all__ = ["PhysicalReader", "walk_kernel_half"]
+__all__ = ["REFERENCES", "PhysicalReader", "walk_kernel_half"]
 
 PAGE = 4096
 ENTRIES = 512
@@ -33,7 +33,7 @@ _NX = np.uint64(1 << 63)
 _PHYSICAL_MASK = (1 << 52) - PAGE  # bits 12 to 51
 
 _CHUNK = 256  # tables decoded at once: 1 MiB, which stays in the processor's caches
-_REFERENCES = 16  # how often one table is expanded when many entries share it (espfix, KASAN's zero shadow)
+REFERENCES = 16  # how often one table is expanded when many entries share it (espfix, KASAN's zero shadow)
 _ATTEMPTS = 3
 
 
@@ -132,7 +132,7 @@ class _Pass:
         ordered = level.pa[order]
         rank = np.arange(len(ordered)) - np.searchsorted(ordered, ordered, side="left")
         kept = np.zeros(len(ordered), dtype=np.bool_)
-        kept[order] = rank < _REFERENCES
+        kept[order] = rank < REFERENCES
         self.surplus += int(np.count_nonzero(~kept))
         return level.take(kept)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from offmap.audit.audit import AuditResult, Stage
     from offmap.audit.guest_ram import RamRange
+    from offmap.audit.oracle import Sample
     from offmap.audit.scan import Wanted
 
 __all__ = ["add_parser"]
@@ -49,6 +50,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=int,
         metavar="N",
         help="threads that read at once (default: 2, or as many as there are processors)",
+    )
+    parser.add_argument(
+        "--oracle",
+        choices=["drgn"],
+        help="ask drgn, too, about a random sample of pages and kernel addresses, and fail if it says something else",
+    )
+    parser.add_argument(
+        "--oracle-sample",
+        metavar="N[:SEED]",
+        help="how many guest pages, kernel mappings and gaps to ask about (default: 256), and which (default: others "
+        "each time)",
     )
     parser.add_argument(
         "--range",
@@ -89,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.all and (args.range or args.watch is not None):
         raise OffmapError("--range and --watch are for one process", "give its PID instead of --all")
     ranges = [parse_range(text) for text in args.range] if args.range else None
+    sample = parse_sample(args.oracle_sample) if args.oracle else None
     shows = sys.stderr.isatty() and not args.no_progress
 
     def audit(pid: int) -> "AuditResult":
@@ -99,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
                 ranges=ranges,
                 progress=_show_progress if shows else None,
                 threads=args.scan_threads,
+                oracle=sample,
                 sharers=args.sharers,
             )
         finally:
@@ -161,6 +175,24 @@ def parse_range(text: str) -> "RamRange":
             "give an address below 2^56 and a length above 0, both multiples of 4096",
         )
     return RamRange(va, size, Source.REQUESTED)
+
+
+def parse_sample(text: str | None) -> "Sample":
+    """``N[:SEED]``, or the default.
+
+    Raises:
+        OffmapError: not that.
+    """
+    from offmap.audit.oracle import Sample
+
+    if text is None:
+        return Sample()
+    number, colon, seed = text.partition(":")
+    if not (number.isascii() and number.isdigit() and int(number)) or (
+        colon and not (seed.isascii() and seed.isdigit())
+    ):
+        raise OffmapError(f"{text!r} is no sample", "write how many, above 0, and a seed, like 1000 or 1000:42")
+    return Sample(int(number), int(seed) if colon else None)
 
 
 def _show_progress(stage: "Stage", share: float) -> None:

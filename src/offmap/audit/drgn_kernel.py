@@ -1,0 +1,89 @@
+"""The running kernel as drgn sees it: a reader of /proc/kcore and a walker of page tables that are not of our making.
+
+drgn parses kcore's headers and VMCOREINFO and translates addresses with its own x86-64 iterator, in C; it needs neither
+debugging information nor symbols for that. ``drgn.helpers.linux.mm.follow_phys`` only wants a ``struct mm_struct`` to
+take ``pgd`` from, so it is given one that has nothing else.
+"""
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from offmap.errors import OffmapError, Undetermined
+
+if TYPE_CHECKING:
+    from drgn import Object, Program
+
+__all__ = ["DrgnKernel"]
+
+
+class DrgnKernel:
+    """Translates addresses of the running kernel and of its processes.
+
+    Raises:
+        OffmapError: drgn is not installed.
+        Undetermined: it cannot look at this kernel.
+    """
+
+    def __init__(self) -> None:
+        try:
+            import drgn
+            from drgn.helpers.linux.mm import follow_phys
+        except ImportError:
+            raise OffmapError(
+                "--oracle drgn needs drgn, which is not installed", "pip install 'offmap[oracle]'"
+            ) from None
+        self.version = drgn.__version__
+        self._drgn: Any = drgn
+        self._follow_phys = follow_phys
+        self._program: Program = drgn.Program()
+        try:
+            self._program.set_kernel()
+        except (OSError, ValueError, drgn.FaultError) as error:
+            raise Undetermined(f"drgn cannot look at this kernel: {error}", "run the audit as root") from None
+        self._mm = self._declare()
+        self._kernel = self._mm_of(self._swapper_pg_dir())
+
+    def _declare(self) -> Any:
+        """The two types that follow_phys asks for."""
+        drgn, program = self._drgn, self._program
+        number = program.int_type("unsigned long", 8, False)
+        phys_addr_t = program.typedef_type("phys_addr_t", number)
+
+        def find(_program: "Program", _kinds: Any, name: str, _file: str | None) -> Any:
+            return phys_addr_t if name == "phys_addr_t" else None
+
+        # After all others: where there is debugging information, it has the type.
+        program.register_type_finder("offmap", find, enable_index=-1)
+        return program.struct_type("mm_struct", 8, (drgn.TypeMember(program.pointer_type(program.void_type()), "pgd"),))
+
+    def _mm_of(self, pgd: int) -> "Object":
+        found: Object = self._drgn.Object(self._program, self._mm, value={"pgd": pgd})
+        return found
+
+    def _swapper_pg_dir(self) -> int:
+        text: str = self._program["VMCOREINFO"].string_().decode("ascii", "replace")
+        facts = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+        for name in ("SYMBOL(swapper_pg_dir)", "SYMBOL(init_top_pgt)"):
+            with suppress(KeyError, ValueError):
+                return int(facts[name], 16)
+        raise Undetermined("VMCOREINFO of this kernel does not say where its page tables are")
+
+    def kernel(self, va: int) -> int | None:
+        """Physical address of a kernel address; None where nothing is mapped.
+
+        Raises:
+            Undetermined: drgn cannot tell.
+        """
+        return self._translate(self._kernel, va)
+
+    def process(self, pgd: int, va: int) -> int | None:
+        """The same of an address of a process, by the (kernel) address of its top page table."""
+        return self._translate(self._mm_of(pgd), va)
+
+    def _translate(self, mm: "Object", va: int) -> int | None:
+        try:
+            return int(self._follow_phys(mm, va).value_())
+        except self._drgn.FaultError as error:
+            if "not mapped" in str(error):
+                return None
+            raise Undetermined(f"drgn cannot translate {va:#x}: {error}") from None
