@@ -50,6 +50,12 @@ _OPTIONS = (
         "sockets to the guest: programs of the host connect to PATH and say CONNECT <port>; who waits for the guest "
         "listens at PATH_<port>",
     ),
+    _Option(
+        "balloon",
+        "offmap.devices.virtio.balloon_spec:parse_balloon",
+        "size=SIZE",
+        "memory that the guest gives back to the host: SIZE from the start, and what it reports to be free",
+    ),
     _Option("rng", "offmap.devices.virtio.rng:parse_rng", "", "entropy from the host"),
 )
 

@@ -16,6 +16,6 @@ class Anon(Backend):
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        backing = map_backing("anonymous memory", -1, size, flags=flags)
+        backing = map_backing("anonymous memory", -1, size, flags=flags, discard=mmap.MADV_DONTNEED)
         backing.madvise(MADV_HUGEPAGE)  # as QEMU does; a host without THP says no and nothing is lost
         return [backing]

@@ -2,12 +2,14 @@
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Callable
 
 from offmap.errors import KernelError
 from offmap.owned import Owned
+from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
 __all__ = ["Backing", "map_backing"]
 
@@ -20,6 +22,7 @@ class Backing(Owned):
         address: where it is mapped in this process.
         view: its bytes.
         guest_memfd: the fd for KVM_SET_USER_MEMORY_REGION2, or None where the memslot goes by `address`.
+        page_size: bytes that can only be given back together.
     """
 
     def __init__(
@@ -27,9 +30,13 @@ class Backing(Owned):
         mapping: mmap.mmap,
         *,
         guest_memfd: int | None = None,
+        discard: int | None = None,
+        page_size: int = mmap.PAGESIZE,
         on_close: Callable[["Backing"], None] | None = None,
     ) -> None:
         self._mapping = mapping
+        self._discard = discard
+        self.page_size = page_size
         self._on_close = on_close
         self.size = len(mapping)
         self.view = memoryview(mapping)
@@ -43,6 +50,34 @@ class Backing(Owned):
         except OSError:
             return False
         return True
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether single pages can go back to the host while the rest stays.
+
+        Not so where they were never the host's (VM_PFNMAP: unplugged, reserved, secretmem-bridge), nor of
+        memfd_secret, whose files take neither a hole (they have no fallocate) nor advice (they are locked in memory).
+        """
+        return self._discard is not None or self.guest_memfd is not None
+
+    def discard(self, offset: int, size: int) -> None:
+        """Give these bytes back to the host; they are zeroes when they are touched again, in other frames.
+
+        Args:
+            offset, size: whole pages of `page_size`.
+
+        Raises:
+            KernelError: the kernel would not; EOPNOTSUPP where `can_discard` says no.
+        """
+        try:
+            if self.guest_memfd is not None:
+                _punch_hole(self.guest_memfd, offset, size)
+            elif self._discard is not None:
+                self._mapping.madvise(self._discard, offset, size)
+            else:
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        except OSError as error:
+            raise KernelError("giving guest RAM back to the host", error) from None
 
     def zero(self) -> None:
         """Fill it with zeroes, which also gives every page a frame. The kernel does the writing, at memory speed.
@@ -86,9 +121,14 @@ def map_backing(
     offset: int = 0,
     remedy: str = "",
     guest_memfd: int | None = None,
+    discard: int | None = None,
+    page_size: int = mmap.PAGESIZE,
     on_close: Callable[[Backing], None] | None = None,
 ) -> Backing:
     """Map `size` bytes of `fd` (-1: anonymous memory) readable and writable.
+
+    Args:
+        discard: the advice (MADV_*) that gives pages of it back to the host, or None.
 
     Raises:
         KernelError: with "mmap of `what`" as the operation.
@@ -97,4 +137,11 @@ def map_backing(
         mapping = mmap.mmap(fd, size, flags, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
     except OSError as error:
         raise KernelError(f"mmap of {size >> 20} MiB of {what}", error, remedy) from None
-    return Backing(mapping, guest_memfd=guest_memfd, on_close=on_close)
+    return Backing(mapping, guest_memfd=guest_memfd, discard=discard, page_size=page_size, on_close=on_close)
+
+
+def _punch_hole(fd: int, offset: int, size: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    if libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(size)) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -112,6 +112,31 @@ class GuestMemory(Owned):
         """
         self.view(guest_phys_addr, len(data))[:] = data
 
+    @property
+    def can_discard(self) -> bool:
+        """Whether the backend can give single pages back to the host."""
+        return all(backing.can_discard for backing in self.backings)
+
+    def discard(self, userspace_addr: int, size: int) -> int:
+        """Give the whole pages among `size` bytes at `userspace_addr` of this process back to the host.
+
+        Returns:
+            Bytes given back.
+
+        Raises:
+            KernelError: the kernel would not.
+        """
+        given = 0
+        for backing in self.backings:
+            page = backing.page_size
+            start = max(userspace_addr - backing.address, 0)
+            end = min(userspace_addr + size - backing.address, backing.size)
+            start, end = -(-start // page) * page, end // page * page
+            if start < end:
+                backing.discard(start, end - start)
+                given += end - start
+        return given
+
     def close(self) -> None:
         """Give the memory back, in the way of its backend."""
         self._owned.close()

@@ -53,6 +53,6 @@ class Hugetlb(Backend):
             raise BackendRefused(f"the guest needs {need} huge pages and this host has {free} free", remedy)
         flags = os.MFD_CLOEXEC | MFD_HUGETLB | (self.page_size.bit_length() - 1) << MFD_HUGE_SHIFT
         try:
-            return [map_memfd("hugetlb memory", "offmap-ram", size, flags, remedy)]
+            return [map_memfd("hugetlb memory", "offmap-ram", size, flags, remedy, page_size=self.page_size)]
         except KernelError as error:
             raise BackendRefused(error.what, error.remedy) from None

@@ -1,5 +1,6 @@
 """A memfd: shared memory that other processes (vhost-user) can map. A baseline: the kernel maps every page of it."""
 
+import mmap
 import os
 
 from offmap.errors import KernelError
@@ -21,7 +22,9 @@ class Memfd(Backend):
         return [backing]
 
 
-def map_memfd(what: str, name: str, size: int, flags: int, remedy: str = "") -> Backing:
+def map_memfd(
+    what: str, name: str, size: int, flags: int, remedy: str = "", *, page_size: int = mmap.PAGESIZE
+) -> Backing:
     """Create a memfd of `size` bytes and map it; the mapping alone keeps it.
 
     Raises:
@@ -33,7 +36,8 @@ def map_memfd(what: str, name: str, size: int, flags: int, remedy: str = "") -> 
         raise KernelError(f"memfd_create of {what}", error, remedy) from None
     try:
         os.ftruncate(fd, size)
-        return map_backing(what, fd, size, remedy=remedy)
+        # MADV_REMOVE makes a hole in the file, as fallocate would.
+        return map_backing(what, fd, size, remedy=remedy, discard=mmap.MADV_REMOVE, page_size=page_size)
     except OSError as error:
         raise KernelError(f"ftruncate of {what}", error, remedy) from None
     finally:

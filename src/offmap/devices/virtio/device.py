@@ -26,14 +26,12 @@ class Bypass:
     Attributes:
         kicks: by queue, the eventfd that the driver's notifications arrive at.
         irq: an eventfd that interrupts the guest.
-        dma: the memory that the driver may name.
         take: to be called with the queues that somebody else serves from now on, until the device is reset: their kicks
             are no business of ours any more, and InterruptStatus says at all times that there may be used buffers.
     """
 
     kicks: Sequence[int]
     irq: int
-    dma: Dma
     take: Callable[[Collection[int]], None]
 
 
@@ -44,6 +42,7 @@ class Activation:
     Attributes:
         queues: by number; None where the driver left one out.
         features: bit mask of what was negotiated.
+        dma: the memory that the driver may name.
         worker: for watching host fds; what was watched must be unwatched in `reset`.
         config_changed: to be called when `config()` has changed: the driver is told.
         bypass: for a device whose queues the host kernel may serve; None where it cannot.
@@ -51,6 +50,7 @@ class Activation:
 
     queues: Sequence[Queue | None]
     features: int
+    dma: Dma
     worker: Worker
     config_changed: Callable[[], None]
     bypass: Bypass | None = None

@@ -256,9 +256,10 @@ class MmioTransport:
             Activation(
                 self._queues,
                 self._driver_features,
+                self._dma,
                 self.worker,
                 self._config_changed,
-                Bypass(self._kicks, self.interrupt_status.irq, self._dma, self._bypass),
+                Bypass(self._kicks, self.interrupt_status.irq, self._bypass),
             )
         )
         for number, queue in enumerate(self._queues):

@@ -197,7 +197,7 @@ class Net(VirtioDevice):
         if self._vhost is None or bypass is None or self._gone:
             return
         try:
-            self._vhost.start(self._backend.fd, list(queues.items()), activation.features, bypass)
+            self._vhost.start(self._backend.fd, list(queues.items()), activation.features, activation.dma, bypass)
         except KernelError as error:
             self._vhost.stop()
             self._say(f"net: vhost-net does not take this guest: {error}; its packets go through this process instead")

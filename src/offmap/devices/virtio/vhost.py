@@ -50,32 +50,32 @@ class VhostNet(Handle):
         super().__init__(fd)
         self.errors = -1
 
-    def start(self, tap: int, queues: Sequence[tuple[int, Queue]], features: int, bypass: Bypass) -> None:
+    def start(self, tap: int, queues: Sequence[tuple[int, Queue]], features: int, dma: Dma, bypass: Bypass) -> None:
         """Let the kernel serve `queues` (device's number, queue): the receive queue, then the transmit queue.
 
         Raises:
             KernelError: it will not, E2BIG where memory is in more pieces than it can have.
         """
         self.call("VHOST_SET_FEATURES", uapi.VHOST_SET_FEATURES, c_uint64(features & _FEATURES))
-        self.call("VHOST_SET_MEM_TABLE", uapi.VHOST_SET_MEM_TABLE, _memory_table(bypass.dma))
+        self.call("VHOST_SET_MEM_TABLE", uapi.VHOST_SET_MEM_TABLE, _memory_table(dma))
         self.errors = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for index, (number, queue) in enumerate(queues):
-            self._set_up(index, queue, bypass.kicks[number], bypass)
+            self._set_up(index, queue, dma, bypass.kicks[number], bypass.irq)
         for index in range(len(queues)):
             self._set_file("VHOST_NET_SET_BACKEND", uapi.VHOST_NET_SET_BACKEND, index, tap)
 
-    def _set_up(self, index: int, queue: Queue, kick: int, bypass: Bypass) -> None:
+    def _set_up(self, index: int, queue: Queue, dma: Dma, kick: int, irq: int) -> None:
         state = uapi.vhost_vring_state(index, queue.size)
         self.call("VHOST_SET_VRING_NUM", uapi.VHOST_SET_VRING_NUM, state)
         self.call("VHOST_SET_VRING_BASE", uapi.VHOST_SET_VRING_BASE, uapi.vhost_vring_state(index, 0))
         parts = (
-            _address(bypass.dma.view(queue.desc, 16 * queue.size)),
-            _address(bypass.dma.view(queue.used, 6 + 8 * queue.size)),
-            _address(bypass.dma.view(queue.avail, 6 + 2 * queue.size)),
+            _address(dma.view(queue.desc, 16 * queue.size)),
+            _address(dma.view(queue.used, 6 + 8 * queue.size)),
+            _address(dma.view(queue.avail, 6 + 2 * queue.size)),
         )
         self.call("VHOST_SET_VRING_ADDR", uapi.VHOST_SET_VRING_ADDR, uapi.vhost_vring_addr(index, 0, *parts, 0))
         self._set_file("VHOST_SET_VRING_ERR", uapi.VHOST_SET_VRING_ERR, index, self.errors)
-        self._set_file("VHOST_SET_VRING_CALL", uapi.VHOST_SET_VRING_CALL, index, bypass.irq)
+        self._set_file("VHOST_SET_VRING_CALL", uapi.VHOST_SET_VRING_CALL, index, irq)
         self._set_file("VHOST_SET_VRING_KICK", uapi.VHOST_SET_VRING_KICK, index, kick)
 
     def _set_file(self, name: str, request: int, index: int, fd: int) -> None:

@@ -43,11 +43,19 @@ class Bench(Owned):
     Args:
         features: what the driver takes of the device's; None: all.
         size: of each queue.
+        memory: the guest's, 4 MiB a queue; None: the bench makes its own.
     """
 
-    def __init__(self, device: VirtioDevice, *, features: int | None = None, size: int = 16) -> None:
+    def __init__(
+        self,
+        device: VirtioDevice,
+        *,
+        features: int | None = None,
+        size: int = 16,
+        memory: GuestMemory | None = None,
+    ) -> None:
         self.device = device
-        self.memory: GuestMemory = guest_memory(_QUEUE_SPAN * len(device.queue_sizes))
+        self.memory: GuestMemory = memory or guest_memory(_QUEUE_SPAN * len(device.queue_sizes))
         self.features = device.features if features is None else features
         self.size = size
         self._inline = _Inline()
@@ -62,7 +70,7 @@ class Bench(Owned):
             self.memory.write(n * _QUEUE_SPAN, bytes(_QUEUE_SPAN))
         queues = [driver.queue() for driver in self.drivers]
         worker = cast(Worker, self._inline)
-        self.device.activate(Activation(queues, self.features, worker, self._config_changed))
+        self.device.activate(Activation(queues, self.features, self.drivers[0].dma, worker, self._config_changed))
 
     def _config_changed(self) -> None:
         self.config_changes += 1
@@ -100,6 +108,7 @@ class Bench(Owned):
         raise AssertionError("it did not happen")
 
     def close(self) -> None:
+        self._inline.posted.clear()
         self.device.reset()
         assert not self._inline.handlers, "something is still watched after a reset"
         self.device.close()

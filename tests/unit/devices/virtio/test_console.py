@@ -46,7 +46,7 @@ class Guest(Owned):
         self.drivers = [Driver(memory, size=8, base=n * SPACING) for n in range(count)]
         self.worker = Worker("console", self.errors.append)
         queues = [driver.queue() for driver in self.drivers]
-        activation = Activation(queues, features, self.worker, self._changed)
+        activation = Activation(queues, features, self.drivers[0].dma, self.worker, self._changed)
         self.worker.call(lambda: self.device.activate(activation))
 
     def _changed(self) -> None:

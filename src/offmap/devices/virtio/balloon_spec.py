@@ -1,0 +1,58 @@
+"""``--balloon``: a balloon as the user asks for it."""
+
+from dataclasses import dataclass
+
+from offmap.devices.virtio.balloon import PAGE_SIZE, Balloon
+from offmap.devices.virtio.device import Surroundings
+from offmap.errors import OffmapError
+from offmap.units import format_size, parse_size
+
+__all__ = ["BalloonSpec", "parse_balloon"]
+
+
+@dataclass(frozen=True, slots=True)
+class BalloonSpec:
+    """``--balloon size=BYTES``.
+
+    Attributes:
+        size: what the guest is to give up from the start, in bytes.
+    """
+
+    size: int = 0
+
+    def build(self, surroundings: Surroundings) -> Balloon:
+        """Make the device, if this RAM can be given back at all."""
+        memory = surroundings.memory
+        if not memory.can_discard:
+            raise OffmapError(
+                "RAM of this kind cannot go back to the host page by page: a balloon would take it from the guest, and "
+                "give it to nobody",
+                "leave --balloon out, or use a backend whose pages are the host's: anon, memfd, hugetlb, guest_memfd, "
+                "guest_memfd-unmapped",
+            )
+        if self.size >= memory.size:
+            raise OffmapError(
+                f"a guest of {format_size(memory.size)} cannot give up {format_size(self.size)}", "ask for less"
+            )
+        if surroundings.hidden:
+            # Kernel mappings of free pages (its image's freed parts) are looked for before the guest starts, only then.
+            surroundings.say(
+                "balloon: pages that the guest takes back leave the direct map like all of its RAM, but nobody looks "
+                "for other mappings of them first; --audit=watch would show them"
+            )
+        return Balloon(memory, self.size // PAGE_SIZE, surroundings.say)
+
+
+def parse_balloon(text: str) -> BalloonSpec:
+    """``size=BYTES``: whole pages; 0 leaves it at what the guest reports by itself.
+
+    Raises:
+        OffmapError: what cannot be.
+    """
+    key, _, value = text.partition("=")
+    if key != "size" or not value:
+        raise OffmapError(f"--balloon has no option {text!r}", "write it like --balloon size=64M, or size=0")
+    size = parse_size(value)
+    if size % PAGE_SIZE:
+        raise OffmapError(f"a balloon of {value} is not a whole number of pages", "use a multiple of 4K")
+    return BalloonSpec(size)
