@@ -216,6 +216,7 @@ def _audit(
     with OwnPage() as control:
         tell(Stage.FRAMES, 0.0)
         control.pfn()  # fails here, and loudly, where pagemap hides frames
+        process.check_alive()
         ram = GuestRam(tuple(ranges)) if ranges else find_guest_ram(process)
         name, facts = process.name(), vmm_facts(process)
         before = resolve(process, ram.ranges, kcore.page_flags)
@@ -255,7 +256,7 @@ def _audit(
         if seen.pages_populated and not pages.pages_populated:
             notes = (
                 *notes,
-                f"before it did, {seen.pages_populated} pages of it were seen; the walk found mappings of "
+                f"before that, {seen.pages_populated} pages of it were seen; the walk found mappings of "
                 f"{seen.mapped_pages} of these frames, which may have been somebody else's by then",
             )
     if any(total.kind is Kind.VMALLOC_SPACE and not total.caller for total in joined.reach) and not kinds.named:
@@ -321,10 +322,8 @@ def _judge(
     """The verdict, and what must be said beside it."""
     verdict = pages.verdict(ram.guessed)
     notes = []
-    if partial:
-        notes.append(f"{partial}: this result is a part")
-        if verdict is Verdict.HIDDEN:
-            verdict = Verdict.UNKNOWN
+    if partial and verdict is Verdict.HIDDEN:
+        verdict = Verdict.UNKNOWN
     if ram.guessed:
         notes.append("the ranges are guesses (large mappings of a process with a KVM VM); --range names them for sure")
     if ram.unseen_guest_memfd:
@@ -335,7 +334,7 @@ def _judge(
         notes.append("the process changed its memory slots during the audit; run it again")
         if verdict is Verdict.HIDDEN:
             verdict = Verdict.UNKNOWN
-    if verdict is Verdict.UNKNOWN and not pages.pages_populated:
+    if verdict is Verdict.UNKNOWN and not pages.pages_populated and not partial:
         notes.append("no page of the guest's RAM was found populated")
     if verdict is Verdict.HIDDEN and pages.not_populated_pages:
         notes.append(

@@ -52,7 +52,7 @@ class Process(Owned):
             self._pagemap = self.open("pagemap")
             if not os.pread(self._pagemap, 8, 0):
                 if not self.running():
-                    raise ProcessEnded(f"process {self.pid} ended during the audit")
+                    raise ProcessEnded(f"process {self.pid} has ended")
                 raise Undetermined(f"process {self.pid} has no address space of its own", "give the PID of a VMM")
         return self._pagemap
 

@@ -13,7 +13,7 @@ import subprocess
 from pathlib import Path
 
 from offmap.kmod.build import why_make_failed
-from offmap.kmod.source import MODULE, copy_sources, source_folder
+from offmap.kmod.source import copy_sources, source_folder
 from offmap.lab import apt
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of
 from offmap.lab.errors import LabError
@@ -30,12 +30,15 @@ COMPLETE = "packages.json"
 _SCRIPT = """
 mount --rbind /proc "$1/proc" && mount --rbind /dev "$1/dev" || exit 90
 exec chroot "$1" /usr/bin/env -i PATH=/usr/bin:/usr/sbin LC_ALL=C sh -c '
-    make -C "/lib/modules/$1/build" "M=$2" modules && strip --strip-debug "$2/offmap.ko"' sh "$2" "$3"
+    make -C "/lib/modules/$1/build" "M=$2" modules && strip --strip-debug "$2"/*.ko' sh "$2" "$3"
 """
 
 
-def build_in_root(kernel: HostKernel, module: Path) -> None:
-    """Build the module for a Debian kernel and store it as `module`.
+def build_in_root(kernel: HostKernel, module: Path, sources: Path | None = None) -> None:
+    """Build a module for a Debian kernel and store it as `module`, whose name is the one that its Kbuild gives it.
+
+    Args:
+        sources: the folder that holds them; offmap.ko's by default.
 
     Raises:
         LabError: the headers of exactly this kernel cannot be had, or nothing can be built here.
@@ -45,9 +48,9 @@ def build_in_root(kernel: HostKernel, module: Path) -> None:
     with locked(store.with_name(f"{store.name}.lock")):
         if not (store / COMPLETE).is_file():
             _provide(kernel, store)
-        work = store / "offmap-module"
+        work = store / f"{module.stem}-module"
         shutil.rmtree(work, ignore_errors=True)
-        copy_sources(source_folder(), work)
+        copy_sources(sources or source_folder(), work)
         done = _run_in(store, kernel.release, f"/{work.name}")
         if done.returncode != 0:
             if done.returncode == 90 or "unshare" in done.stderr:
@@ -55,7 +58,7 @@ def build_in_root(kernel: HostKernel, module: Path) -> None:
                 raise LabError(f"cannot make a root folder to build in: {reason}", "run as root")
             raise why_make_failed(kernel.release, done.stdout + done.stderr)
         module.parent.mkdir(parents=True, exist_ok=True)
-        (work / f"{MODULE}.ko").replace(module)
+        (work / module.name).replace(module)
 
 
 def _run_in(root: Path, release: str, work: str) -> "subprocess.CompletedProcess[str]":

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * /dev/offmap-alias: kernel mappings of whatever memory a test asks for, so that the audit has something to find.
+ *
+ * What is written to it is "vmap ADDRESS..." (pages of RAM, side by side in the order given) or "memremap ADDRESS
+ * LENGTH" (memory that Linux does not own). One mapping for each open file; it goes with the file.
+ *
+ * Only for disposable hosts: it maps what it is told to.
+ */
+#include <linux/fs.h>
+#include <linux/io.h>
+#include <linux/miscdevice.h>
+#include <linux/mm.h>
+#include <linux/module.h>
+#include <linux/slab.h>
+#include <linux/vmalloc.h>
+
+#define MOST_PAGES 64
+
+struct alias {
+	struct page *pages[MOST_PAGES];
+	unsigned int count;
+	void *vmapped;
+	void *remapped;
+};
+
+static int alias_open(struct inode *inode, struct file *file)
+{
+	file->private_data = kzalloc(sizeof(struct alias), GFP_KERNEL);
+	return file->private_data ? 0 : -ENOMEM;
+}
+
+static int alias_vmap(struct alias *alias, char *words)
+{
+	char *word;
+
+	while ((word = strsep(&words, " \n"))) {
+		u64 phys;
+
+		if (!*word)
+			continue;
+		if (kstrtoull(word, 0, &phys) || alias->count == MOST_PAGES || !pfn_valid(PHYS_PFN(phys)))
+			return -EINVAL;
+		alias->pages[alias->count] = pfn_to_page(PHYS_PFN(phys));
+		get_page(alias->pages[alias->count++]);
+	}
+	if (!alias->count)
+		return -EINVAL;
+	alias->vmapped = vmap(alias->pages, alias->count, VM_MAP, PAGE_KERNEL);
+	return alias->vmapped ? 0 : -ENOMEM;
+}
+
+static int alias_memremap(struct alias *alias, char *words)
+{
+	u64 phys, length;
+	char *word = strsep(&words, " \n");
+
+	if (kstrtoull(word, 0, &phys) || !words || kstrtoull(strsep(&words, " \n"), 0, &length))
+		return -EINVAL;
+	alias->remapped = memremap(phys, length, MEMREMAP_WB);
+	return alias->remapped ? 0 : -ENOMEM;
+}
+
+static ssize_t alias_write(struct file *file, const char __user *text, size_t length, loff_t *at)
+{
+	struct alias *alias = file->private_data;
+	char *copy;
+	int error = -EINVAL;
+
+	if (alias->vmapped || alias->remapped || alias->count)
+		return -EBUSY;
+	if (length > PAGE_SIZE)
+		return -EINVAL;
+	copy = memdup_user_nul(text, length);
+	if (IS_ERR(copy))
+		return PTR_ERR(copy);
+	if (!strncmp(copy, "vmap ", 5))
+		error = alias_vmap(alias, copy + 5);
+	else if (!strncmp(copy, "memremap ", 9))
+		error = alias_memremap(alias, copy + 9);
+	kfree(copy);
+	return error ? error : length;
+}
+
+static int alias_release(struct inode *inode, struct file *file)
+{
+	struct alias *alias = file->private_data;
+
+	vunmap(alias->vmapped);
+	if (alias->remapped)
+		memunmap(alias->remapped);
+	while (alias->count)
+		put_page(alias->pages[--alias->count]);
+	/* What vunmap() has left for later is still mapped: a test that looks must not see it. */
+	vm_unmap_aliases();
+	kfree(alias);
+	return 0;
+}
+
+static const struct file_operations alias_operations = {
+	.owner = THIS_MODULE,
+	.open = alias_open,
+	.write = alias_write,
+	.release = alias_release,
+};
+
+static struct miscdevice alias_device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = "offmap-alias",
+	.fops = &alias_operations,
+	.mode = 0600,
+};
+
+module_misc_device(alias_device);
+MODULE_LICENSE("GPL");
+MODULE_DESCRIPTION("Kernel mappings for tests of offmap's audit");
