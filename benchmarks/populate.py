@@ -191,26 +191,27 @@ def by_faults(vm: Vm, size: int) -> list[float]:
         return [((tlb_flushes() or 0) - before) / (size >> 21)]
 
 
-def inside(place: str, module: str, rounds: int, kinds: Sequence[str]) -> int:
+def inside(place: str, module: str, rounds: int, limit_rounds: int, kinds: Sequence[str]) -> int:
     """Measure, in the place itself."""
     with Kvm() as kvm, kvm.create_vm() as vm:
         if place == "stock":
             load(Path(module))
             if "unplugged" in kinds:
-                measure_unplugged(vm, rounds)  # before anything has split the direct map
+                measure_unplugged(vm, limit_rounds)  # before anything has split the direct map
             if "hugetlb" in kinds:
                 Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages").write_text(str(SIZE >> 21))
         if place == "patched" and "guest_memfd-unmapped" in kinds:
-            measure_flag(vm, rounds)
+            measure_flag(vm, limit_rounds)
         measure_kinds(vm, rounds, [kind for kind in WHERE[place] if kind in kinds])
     return 0
 
 
-def outside(place: str, rounds: int, kinds: Sequence[str], quick: bool) -> int:
+def outside(place: str, rounds: int, limit_rounds: int, kinds: Sequence[str], quick: bool) -> int:
     """Go to the place, and measure there."""
     if place == "here":
-        return inside(place, "", rounds, kinds)
-    arguments = ["--place", place, "--rounds", str(rounds), *(f"--kind={kind}" for kind in kinds)]
+        return inside(place, "", rounds, limit_rounds, kinds)
+    arguments = ["--place", place, "--rounds", str(rounds), "--limit-rounds", str(limit_rounds)]
+    arguments += [f"--kind={kind}" for kind in kinds]
     if place == "stock":
         arguments += ["--module", str(lab_module(host_kernel()))]
         return run_in_lab(__file__, arguments, cmdline=EVEN_ZEROING)
@@ -224,7 +225,13 @@ def outside(place: str, rounds: int, kinds: Sequence[str], quick: bool) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="3 rounds, and the patched kernel only if it is built")
+    # More of them by default: they take a fraction of a second each, and this may be a busy machine.
+    parser.add_argument(
+        "--limit-rounds", type=int, default=7, metavar="N", help="of what has a limit (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="3 rounds of what has no limit, and the patched kernel only if it is built"
+    )
     parser.add_argument("--place", choices=PLACES, action="append", help="where (default: all three)")
     parser.add_argument("--kind", choices=ram.KINDS, action="append", help="of RAM (default: all)")
     for hidden in ("--guest-kernel", "--guest-initrd", "--module"):
@@ -232,10 +239,12 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     rounds = 3 if args.quick else args.rounds
+    kinds = args.kind or list(ram.KINDS)
     try:
         if args.inside:
-            return inside(args.place[0], args.module, rounds, args.kind)
-        return max(outside(place, rounds, args.kind or list(ram.KINDS), args.quick) for place in args.place or PLACES)
+            return inside(args.place[0], args.module, rounds, args.limit_rounds, kinds)
+        places = args.place or PLACES
+        return max(outside(place, rounds, args.limit_rounds, kinds, args.quick) for place in places)
     except OffmapError as error:
         print(f"populate: {error}", file=sys.stderr)
         return error.exit_status

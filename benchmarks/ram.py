@@ -6,8 +6,9 @@ threads as a parameter.
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -71,6 +72,16 @@ def _each(size: int, threads: int, work: Callable[[int, int], None]) -> None:
             done.result()
 
 
+@contextmanager
+def _closed_on_error(backing: Backing) -> Iterator[Backing]:
+    """RAM that goes back if it cannot be populated, so that another kind can have its place."""
+    try:
+        yield backing
+    except BaseException:
+        backing.close()
+        raise
+
+
 def _advise(backing: Backing, threads: int) -> Backing:
     """MADV_POPULATE_WRITE: frames and page-table entries, without writing a second time."""
 
@@ -78,7 +89,8 @@ def _advise(backing: Backing, threads: int) -> Backing:
         place = ctypes.c_void_p(backing.address + start)
         _call("madvise", place, ctypes.c_size_t(length), MADV_POPULATE_WRITE)
 
-    _each(backing.size, threads, work)
+    with _closed_on_error(backing):
+        _each(backing.size, threads, work)
     return backing
 
 
@@ -131,8 +143,8 @@ def unplugged(vm: Vm, size: int, threads: int) -> Backing:
 
 
 def secretmem(vm: Vm, size: int, threads: int) -> Backing:
-    backing = secret_backing(size)
-    populate(backing, threads)
+    with _closed_on_error(secret_backing(size)) as backing:
+        populate(backing, threads)
     return backing
 
 
@@ -149,14 +161,14 @@ def secretmem_bridge(vm: Vm, size: int, threads: int) -> Backing:
 
 
 def _guest_memfd(vm: Vm, size: int, threads: int, flags: int) -> Backing:
-    backing = map_guest_memfd(vm, size, MAPPABLE | flags)
+    with _closed_on_error(map_guest_memfd(vm, size, MAPPABLE | flags)) as backing:
 
-    def work(start: int, length: int) -> None:
-        fd = backing.guest_memfd
-        _call("fallocate", fd, FALLOC_FL_KEEP_SIZE, ctypes.c_long(start), ctypes.c_long(length))
+        def work(start: int, length: int) -> None:
+            fd = backing.guest_memfd
+            _call("fallocate", fd, FALLOC_FL_KEEP_SIZE, ctypes.c_long(start), ctypes.c_long(length))
 
-    _each(size, threads, work)
-    populate(backing, threads)  # GUP refuses the flagged one, so not by advice
+        _each(size, threads, work)
+        populate(backing, threads)  # GUP refuses the flagged one, so not by advice
     return backing
 
 
@@ -178,8 +190,8 @@ def guest_memfd_unmapped(vm: Vm, size: int, threads: int) -> Backing:
 
 def guest_memfd_unmapped_by_faults(vm: Vm, size: int) -> Backing:
     """Just touched: the control of how flushes are counted, one a page."""
-    backing = map_guest_memfd(vm, size, MAPPABLE | _no_direct_map_flag(vm))
-    populate(backing, 1)
+    with _closed_on_error(map_guest_memfd(vm, size, MAPPABLE | _no_direct_map_flag(vm))) as backing:
+        populate(backing, 1)
     return backing
 
 

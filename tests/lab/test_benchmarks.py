@@ -31,8 +31,8 @@ def host(lab_host: LabHost) -> Iterator[LabHost]:
 
 def test_unplugged_is_there_in_a_third_of_memfds_time_and_the_direct_map_is_as_before(host: LabHost) -> None:
     module = lab_module(host.kernel)
-    argv = [sys.executable, str(POPULATE), "--inside", "--place=stock", "--rounds=1", "--kind=unplugged"]
-    done = host.output([*argv, "--module", str(module)], timeout=PATIENCE)
+    argv = [sys.executable, str(POPULATE), "--inside", "--place=stock", "--rounds=1", "--limit-rounds=1"]
+    done = host.output([*argv, "--kind=unplugged", "--module", str(module)], timeout=PATIENCE)
     assert done.status == 0, done.stderr.decode()
     figures: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     limits = {figure["figure"]: figure["limit"]["met"] for figure in figures if "limit" in figure}
