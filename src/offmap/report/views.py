@@ -282,7 +282,8 @@ def _vm_facts(vm: Vm) -> list[tuple[str, str]]:
     for span in walk.unreadable[:4]:
         facts.append(("not walked", f"{span.va:#x}, {format_size(span.bytes)}: {span.reason}"))
     if vm.sharing is not None:
-        text = f"{vm.sharing.shared_pages:,} pages are mapped by other processes too"
+        count = vm.sharing.shared_pages
+        text = f"{count:,} pages are mapped by other processes too" if count else "no page is mapped by another process"
         if vm.sharing.processes:
             text += ": " + ", ".join(
                 f"{each.process} ({each.pid}): {each.pages:,}" for each in vm.sharing.processes[:8]

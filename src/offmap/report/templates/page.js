@@ -11,6 +11,10 @@
     return made;
   };
   const hex = (number) => "0x" + number.toString(16);
+  const size = (bytes) => {
+    const power = Math.floor(Math.log2(bytes) / 10);
+    return `${bytes / 2 ** (10 * power)} ${["B", "KiB", "MiB", "GiB", "TiB", "PiB"][power]}`;
+  };
 
   const picture = (figure) => {
     const data = JSON.parse(figure.querySelector("script").textContent);
@@ -18,6 +22,7 @@
     const whole = [...svg.childNodes];
     const wholeBox = svg.getAttribute("viewBox");
     const output = figure.querySelector("output");
+    const scale = figure.querySelector(".scale");
     const span = data.end - data.start;
     let row = 0; // bytes a row; 0: the whole picture as it came
     let start = data.start;
@@ -30,6 +35,7 @@
       for (const each of svg.querySelectorAll(".c")) each.classList.toggle("chosen", Number(each.dataset.i) === chosen);
     };
     const draw = () => {
+      scale.textContent = row ? `Each row is ${size(row)} now.` : "";
       if (!row) {
         svg.replaceChildren(...whole);
         svg.setAttribute("viewBox", wholeBox);
@@ -54,7 +60,7 @@
           if (from < high && from + bytes > low) here.push([rank, at, look, text, ...place(from, from + bytes)]);
         });
         here.sort((a, b) => a[0] - b[0]);
-        for (const [, at, look, text, x, exact] of here) {
+        for (const [rank, at, look, text, x, exact] of here) {
           const width = Math.max(exact, NARROWEST);
           const cell = element("rect", {
             class: "c f-" + look, "data-i": at, x: LEFT + Math.min(x, WIDTH - width), y: y, width: width, height: HEIGHT,
