@@ -13,6 +13,7 @@ interrupt that says so comes when all of it is there, so that the driver reads i
 import select
 import threading
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 
 from offmap.devices.virtio.device import Activation, Bypass, VirtioDevice
 from offmap.devices.virtio.dma import Dma, DriverError
@@ -275,13 +276,10 @@ class MmioTransport:
             setup.desc,
             setup.avail,
             setup.used,
-            interrupt=self._interrupt,
+            interrupt=partial(self.interrupt_status.raise_, reg.VIRTIO_MMIO_INT_VRING),
             event_idx=bool(self._driver_features >> VIRTIO_RING_F_EVENT_IDX & 1),
             indirect=bool(self._driver_features >> VIRTIO_RING_F_INDIRECT_DESC & 1),
         )
-
-    def _interrupt(self) -> None:
-        self.interrupt_status.raise_(reg.VIRTIO_MMIO_INT_VRING)
 
     def watch_kicks(self, number: int, fd: int) -> None:
         """Each write to the eventfd `fd` is a write of `number` to QueueNotify."""
@@ -290,7 +288,7 @@ class MmioTransport:
         self.worker.call(lambda: self._watch_kicks(number))
 
     def _watch_kicks(self, number: int) -> None:
-        self.worker.watch(self._kicks[number], lambda _: self._kicked(number), select.EPOLLIN | select.EPOLLET)
+        self.worker.watch(self._kicks[number], partial(self._kicked, number), select.EPOLLIN | select.EPOLLET)
 
     def _bypass(self, queues: Collection[int]) -> None:
         """Leave these queues to somebody else, until the next reset."""
@@ -299,9 +297,11 @@ class MmioTransport:
             self.worker.unwatch(self._kicks[number])
         self.interrupt_status.hold(reg.VIRTIO_MMIO_INT_VRING)
 
-    def _kicked(self, number: int) -> None:
+    def _kicked(self, number: int, _events: int) -> None:
         if number < len(self._queues) and self._queues[number] is not None:
             self._device.handle(number)
+        elif number < len(self._setups) and self._setups[number].ready:
+            pass  # Linux's balloon driver is too early with one; at DRIVER_OK every queue is looked at
         elif not self._was_ready:
             self._was_ready = True  # said once; a driver that resets its device may well be late with a kick
             self._complain("kicks a queue before it has set the device up")
