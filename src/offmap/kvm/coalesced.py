@@ -26,6 +26,11 @@ class CoalescedRing:
         start = KVM_COALESCED_MMIO_PAGE_OFFSET * mmap.PAGESIZE
         self._words = memoryview(area)[start : start + mmap.PAGESIZE].cast("I")
 
+    def waiting(self) -> bool:
+        """Whether there is anything to take."""
+        words = self._words
+        return words[_FIRST] != words[_LAST]
+
     def take(self) -> Iterator[tuple[int, int]]:
         """The (address, value) of each write of 4 bytes that was noted down, in their order; they are then forgotten.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from ctypes import addressof, c_char
 from dataclasses import dataclass
+from functools import partial
 
 from offmap.devices.bus import MmioBus
 from offmap.devices.virtio.device import DeviceSpec, Surroundings, VirtioDevice
@@ -65,6 +66,7 @@ class VirtioBus(Owned):
 
     Attributes:
         devices: as made from `specs`.
+        transports: what each is behind.
         places: where each is.
 
     Raises:
@@ -88,6 +90,7 @@ class VirtioBus(Owned):
             for number in range(len(specs))
         ]
         self.devices: list[VirtioDevice] = []
+        self.transports: list[MmioTransport] = []
         with ExitStack() as self._building:
             self._dma = Dma(surroundings.memory.regions, excluded)
             self._building.callback(self._dma.release)
@@ -100,7 +103,9 @@ class VirtioBus(Owned):
                     start = place.address - VIRTIO_MMIO_BASE
                     page = pages[start : start + place.size]
                     self._building.callback(page.release)
-                    mmio.attach(place.address, place.size, self._connect(name, device, place, page))
+                    transport = self._connect(name, device, place, page)
+                    self.transports.append(transport)
+                    mmio.attach(place.address, place.size, transport)
             self._owned = self._building.pop_all()
 
     def _ring(self, area: mmap.mmap) -> CoalescedRing | None:
@@ -128,7 +133,7 @@ class VirtioBus(Owned):
         self._vm.irqfd(irq, place.gsi)
 
         def make_status(show: Callable[[int], None]) -> InterruptStatus:
-            status = InterruptStatus(self._interrupts, show, lambda: os.eventfd_write(irq, 1), irq)
+            status = InterruptStatus(self._interrupts, show, partial(os.eventfd_write, irq, 1), irq)
             self._interrupts.register(place.address + VIRTIO_MMIO_INTERRUPT_ACK, status)
             return status
 

@@ -23,6 +23,9 @@ class Dma:
     Args:
         regions: the guest's RAM.
         excluded: guest-physical ranges that are kept from the guest.
+
+    Attributes:
+        last: the piece that the last view was in: guest-physical start and end, and its bytes.
     """
 
     def __init__(self, regions: Iterable[Region], excluded: Iterable[PhysicalRange] = ()) -> None:
@@ -35,7 +38,7 @@ class Dma:
                 start = region.offset + piece.start - region.guest_phys_addr
                 self._starts.append(piece.start)
                 self._pieces.append((piece.start, piece.end, region.backing.view[start : start + piece.size]))
-        self._last = self._pieces[0] if self._pieces else (0, 0, memoryview(b""))
+        self.last = self._pieces[0] if self._pieces else (0, 0, memoryview(b""))
 
     def view(self, address: int, size: int) -> memoryview:
         """A writable view of `size` bytes at guest-physical `address`, for the kernel to read into or write from.
@@ -43,13 +46,13 @@ class Dma:
         Raises:
             DriverError: not all of it is RAM of the guest, in one region.
         """
-        start, end, view = self._last
+        start, end, view = self.last
         if not start <= address <= end - size:
             at = bisect_right(self._starts, address) - 1
             start, end, view = self._pieces[at]
             if at < 0 or address + size > end:
                 raise DriverError(f"names {size} bytes at {address:#x}, which are not all in the guest's RAM")
-            self._last = start, end, view
+            self.last = start, end, view
         return view[address - start : address - start + size]
 
     def pieces(self) -> list[tuple[int, int, memoryview]]:
@@ -58,7 +61,7 @@ class Dma:
 
     def release(self) -> None:
         """Let go of the memory, which may then be unmapped."""
-        self._last = (0, 0, memoryview(b""))
+        self.last = (0, 0, memoryview(b""))
         for _, _, view in self._pieces:
             view.release()
         self._pieces.clear()

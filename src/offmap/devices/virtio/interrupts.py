@@ -1,9 +1,9 @@
 """InterruptStatus of every device of a VM, most of it without an exit.
 
 A Linux driver reads InterruptStatus and writes InterruptACK at every interrupt. The read finds the register in a page
-that the guest may read (mmio.py); the write is noted down by KVM in a ring (kvm.coalesced), and takes effect when
-we look at the ring: before a bit is set, and before anything else is done with the register. Seen from the driver, its
-acknowledgement then came at the latest possible moment before the next interrupt, as if a bus had delayed it.
+that the guest may read (mmio.py); the write is noted down by KVM in a ring (kvm.coalesced). We look at the ring before
+we set a bit, or do anything else with a register. Seen from the driver, its acknowledgement then came at the latest
+possible moment before the device's next interrupt, as if a bus had delayed it.
 
 That no interrupt is lost: a bit is set after the ring was emptied. An acknowledgement that comes later can only clear
 it if the driver had seen it, or had seen the bit from an interrupt before; then it looks at its used rings, or at the
@@ -38,6 +38,7 @@ class InterruptStatus:
         self._show = show
         self._signal = signal
         self._value = 0
+        self._shown = 0
         self._held = 0
         self.irq = irq
 
@@ -45,32 +46,37 @@ class InterruptStatus:
         """Let `bits` read as set whatever the driver acknowledges: somebody signals `irq` himself. 0 ends it."""
         with self._interrupts.lock:
             self._held = bits
-            self.clear(0)
+            self._set(self._value)
 
     def raise_(self, bits: int) -> None:
         """Set `bits` and interrupt the guest. On any thread."""
         with self._interrupts.lock:
             self._interrupts.take_acknowledgements()
-            self._value |= bits
-            self._show(self._value)
+            self._set(self._value | bits)
         self._signal()
 
     def acknowledge(self, bits: int) -> None:
         """The driver has written `bits` to InterruptACK, and that was an exit (no ring, or a full one)."""
         with self._interrupts.lock:
             self._interrupts.take_acknowledgements()
-            self.clear(bits)
+            self._set(self._value & ~bits)
 
     def reset(self) -> None:
         """The driver has reset the device."""
         with self._interrupts.lock:
             self._interrupts.take_acknowledgements()
-            self.clear(self._value)
+            self._set(0)
 
-    def clear(self, bits: int) -> None:
-        """Clear `bits`; the caller holds the lock."""
-        self._value = self._value & ~bits | self._held
-        self._show(self._value)
+    def _set(self, value: int) -> None:
+        self._value = value = value | self._held
+        # Mostly an acknowledged bit is the one that is set again, and then there is nothing to show.
+        if value != self._shown:
+            self._shown = value
+            self._show(value)
+
+    def acknowledged(self, bits: int) -> None:
+        """Clear `bits`, which show until something else is done; the caller holds the lock."""
+        self._value &= ~bits
 
 
 class Interrupts:
@@ -91,7 +97,7 @@ class Interrupts:
 
     def take_acknowledgements(self) -> None:
         """Clear what the guest has acknowledged; the caller holds the lock."""
-        if self._ring is not None:
+        if self._ring is not None and self._ring.waiting():
             for address, bits in self._ring.take():
                 if (status := self._registers.get(address)) is not None:
-                    status.clear(bits)
+                    status.acknowledged(bits)

@@ -13,6 +13,7 @@ that is a LOCK-prefixed instruction in the interpreter (sem_trywait, sem_post), 
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from struct import Struct
 
 from offmap.devices.virtio.dma import Dma, DriverError
 from offmap.uapi.virtio.ring import (
@@ -29,13 +30,7 @@ __all__ = ["Chain", "DriverError", "Queue"]
 
 MAX_QUEUE_SIZE = 1 << 15  # virtio 1.2, 2.7: "The maximum Queue Size value is 32768"
 
-# A descriptor as two 64-bit words: the address; the length, and above it flags and next.
-_FLAGS_SHIFT = 32
-_NEXT_SHIFT = 48
-_NEXT = VRING_DESC_F_NEXT << _FLAGS_SHIFT
-_WRITE = VRING_DESC_F_WRITE << _FLAGS_SHIFT
-_INDIRECT = VRING_DESC_F_INDIRECT << _FLAGS_SHIFT
-_LENGTH = (1 << 32) - 1
+_DESCRIPTOR = Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
 
 
 class Chain:
@@ -63,6 +58,14 @@ class Chain:
         self.writable = writable
         self.readable_bytes = readable_bytes
         self.writable_bytes = writable_bytes
+
+
+class _Tables(dict[int, Struct]):
+    """How to read all of a table of so many descriptors."""
+
+    def __missing__(self, count: int) -> Struct:
+        self[count] = struct = Struct("<" + count * "QIHH")
+        return struct
 
 
 class Queue:
@@ -111,8 +114,7 @@ class Queue:
         self._interrupt = interrupt
         self._event_idx = event_idx
         self._indirect = indirect
-        # le64 addr, then len | flags << 32 | next << 48
-        self._desc = dma.view(desc, 16 * size).cast("Q")
+        self._desc = dma.view(desc, 16 * size)
         # le16 flags, idx, ring[size], used_event
         self._avail = dma.view(avail, 6 + 2 * size).cast("H")
         # le16 flags, idx; {le32 id, len} ring[size]; le16 avail_event
@@ -124,6 +126,8 @@ class Queue:
         self._last_avail = 0
         self._used_idx = 0
         self._signalled = 0  # used idx at the last decision to interrupt or not
+        self._tables = _Tables()
+        self._fenced = -1  # used idx before the last fence
         self._lock = threading.Lock()
 
     def pop(self) -> Chain | None:
@@ -143,40 +147,53 @@ class Queue:
         head = index = avail[2 + (last & self._mask)]
         self._last_avail = last + 1 & 0xFFFF
         table = self._desc
-        count = left = size  # descriptors in `table`, and how many more the chain may have
+        words: tuple[int, ...] = ()  # all of an indirect table, where it is no longer than a chain
+        count = left = size  # descriptors in the table, and how many more the chain may have
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         readable_bytes = writable_bytes = 0
-        view = self._dma.view
+        start, end, ram = self._dma.last  # where the last buffer was, the next one is
         while True:
             if index >= count:
                 raise DriverError(f"names descriptor {index} of {count}")
             if not left:
                 raise DriverError(f"makes a chain of more than {size} descriptors, or a loop")
             left -= 1
-            word = table[2 * index + 1]
-            length = word & _LENGTH
-            if word & _INDIRECT:
+            if words:
+                at = 4 * index
+                address = words[at]
+                length = words[at + 1]
+                flags = words[at + 2]
+                index = words[at + 3]
+            else:
+                address, length, flags, index = _DESCRIPTOR.unpack_from(table, 16 * index)
+            if address < start or address + length > end:
+                self._dma.view(address, length)
+                start, end, ram = self._dma.last
+            address -= start
+            if flags & VRING_DESC_F_INDIRECT:
                 # At the end of a chain, and only one deep. Its write flag means nothing (2.7.5.3.2).
-                if table is not self._desc or not self._indirect or word & _NEXT:
+                if table is not self._desc or words or not self._indirect or flags & VRING_DESC_F_NEXT:
                     raise DriverError("uses an indirect descriptor where it may not")
                 if not length or length % 16:
                     raise DriverError(f"uses an indirect table of {length} bytes")
-                table = view(table[2 * index], length).cast("Q")
                 index = 0
                 count = length // 16
+                if count <= size:
+                    words = self._tables[count].unpack_from(ram, address)
+                else:
+                    table = ram[address : address + length]
                 continue
-            if word & _WRITE:
-                writable.append(view(table[2 * index], length))
+            if flags & VRING_DESC_F_WRITE:
+                writable.append(ram[address : address + length])
                 writable_bytes += length
             else:
                 if writable:
                     raise DriverError("puts a readable descriptor behind a writable one")
-                readable.append(view(table[2 * index], length))
+                readable.append(ram[address : address + length])
                 readable_bytes += length
-            if not word & _NEXT:
+            if not flags & VRING_DESC_F_NEXT:
                 return Chain(head, readable, writable, readable_bytes, writable_bytes)
-            index = word >> _NEXT_SHIFT
 
     def push(self, chain: Chain, written: int) -> None:
         """Give `chain` back to the driver; the device has written the first `written` bytes of its writable part."""
@@ -204,7 +221,9 @@ class Queue:
         if new == old:
             return
         self._signalled = new
-        self._fence()
+        if self._fenced != new:
+            self._fence()
+        self._fenced = -1
         if self._event_idx:
             # vring_need_event(): is used_event among old ... new - 1?
             if new - self._avail[self._used_event_at] - 1 & 0xFFFF < new - old & 0xFFFF:
@@ -217,6 +236,7 @@ class Queue:
         if self._event_idx:
             self._used[self._avail_event_at] = self._last_avail
             self._fence()
+            self._fenced = self._used_idx  # everything that was pushed so far was before a fence
         return self._avail[1] != self._last_avail
 
     def chains(self) -> Iterator[Chain]:
@@ -240,7 +260,7 @@ class Queue:
         self._avail = memoryview(bytes(6 + 2 * self.size)).cast("H")
         self._used = memoryview(bytearray(6 + 8 * self.size)).cast("H")
         self._used_elements = memoryview(bytearray(8 * self.size)).cast("I")
-        self._desc = memoryview(bytes(16 * self.size)).cast("Q")
+        self._desc = memoryview(bytes(16 * self.size))
         self._last_avail = 0
         self._interrupt = _nothing
 

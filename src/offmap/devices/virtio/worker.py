@@ -19,6 +19,8 @@ __all__ = ["Worker"]
 
 _T = TypeVar("_T")
 
+_MOST_EVENTS = 16  # taken at once; the default makes room for a thousand each time
+
 
 class Worker(Owned):
     """A thread that handles events until it is closed.
@@ -109,7 +111,7 @@ class Worker(Owned):
         poll = self._epoll.poll
         handlers = self._handlers
         while not self._closing:
-            for fd, events in poll():
+            for fd, events in poll(-1, _MOST_EVENTS):
                 handler = handlers.get(fd)  # an earlier handler of this round may have unwatched it
                 if handler is not None:
                     try:
