@@ -17,6 +17,7 @@ PITCH = 24
 _GAP = 16  # height of what was left out
 _TAG_WIDTH = 64.0  # a cell this wide has its word in it
 _MARKED = 6.0  # what is grave and narrower has a mark above it; page.js too
+_MARKS = 48  # more of them would point at everything
 _CLOSE_UP = 4  # times closer: as much is worth a second picture
 
 NAMES = {
@@ -67,7 +68,8 @@ def _scale(picture: Picture) -> str:
 
 
 def _view(picture: Picture, vms: dict[int, Vm], caption: str) -> View:
-    rows, y = [], 0
+    rows: list[View] = []
+    y = 0
     words = [_words(each, vms[each.pid]) for each in picture.shown]
     looks = [_look(each, vms[each.pid]) for each in picture.shown]
     tagged: set[int] = set()
@@ -98,6 +100,8 @@ def _view(picture: Picture, vms: dict[int, Vm], caption: str) -> View:
             }
         )
         y += PITCH
+    if sum(len(row["marks"]) for row in rows if not row["gap"]) > _MARKS:
+        rows = [row | {"marks": []} for row in rows]
     drawn = [row for row in picture.rows if not row.gap]
     return {
         "caption": caption,

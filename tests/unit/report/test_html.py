@@ -132,11 +132,23 @@ def test_a_page_for_many_vms_names_each() -> None:
     assert "crosvm (4) was not audited, so its memory is unknown" in made.text
 
 
+def test_one_vm_of_perhaps_more_is_not_the_whole() -> None:
+    made = page(every_vm(vm(1), notes=["process 9 may not be looked at"]))
+    assert made.classes("verdict")[0]["class"] == "verdict v-unknown"
+    assert "there may be VMs on host1 that were not audited" in made.text
+
+
 def test_a_page_for_many_hosts() -> None:
     made = page(every_vm(vm(1, name="a"), name="a"), every_vm(exposed(2), name="b", offmap="0.2.0"), every_vm(name="c"))
-    (table,) = [each for each in made.tables if each[0][:2] == ["host", "verdict"]]
+    (table,) = [each for each in made.tables if each[0][:3] == ["host", "verdict", "process"]]
     assert [(row[0], row[1]) for row in table[1:]] == [("b", "exposed"), ("a", "hidden")]
     assert "EXPOSED" in made.text and "0.2.0, 0.1.0" in made.text
+    (hosts,) = [each for each in made.tables if each[0][:3] == ["host", "verdict", "VMs"]]
+    assert [row[:6] for row in hosts[1:]] == [
+        ["b", "exposed", "1", "1", "0", "0"],
+        ["a", "hidden", "1", "0", "0", "1"],
+        ["c", "no VM", "0", "0", "0", "0"],
+    ]
     # The gravest host first, and open.
     details = [attributes for tag, attributes in made.elements if tag == "details"]
     assert "open" in details[0] and "open" not in details[-1]

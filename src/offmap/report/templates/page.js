@@ -1,7 +1,7 @@
 "use strict";
 // Optional: sorts tables, and redraws the picture when somebody looks closer. The page is complete without it.
 (() => {
-  const WIDTH = 1000, LEFT = 130, NARROWEST = 2.5, MARKED = 6, ROWS = 16, PITCH = 24, HEIGHT = 18, SMALLEST_ROW = 16384;
+  const WIDTH = 1000, LEFT = 130, NARROWEST = 2.5, MARKED = 6, MARKS = 48, ROWS = 16, PITCH = 24, HEIGHT = 18, SMALLEST_ROW = 16384;
   const SVG = "http://www.w3.org/2000/svg";
 
   const element = (name, attributes, text) => {
@@ -42,7 +42,7 @@
         mark();
         return;
       }
-      const drawn = [];
+      const drawn = [], marks = [];
       for (let number = 0; number < ROWS; number++) {
         const low = start + number * row, high = low + row, y = number * PITCH;
         drawn.push(element("text", { x: LEFT - 8, y: y + 14, "text-anchor": "end" }, hex(low)));
@@ -67,10 +67,10 @@
           });
           cell.append(element("title", {}, text));
           drawn.push(cell);
-          if (rank && exact < MARKED) drawn.push(element("path", { class: "mark", d: `M${LEFT + x + width / 2} ${y}l-4 -6h8z` }));
+          if (rank && exact < MARKED) marks.push(element("path", { class: "mark", d: `M${LEFT + x + width / 2} ${y}l-4 -6h8z` }));
         }
       }
-      svg.replaceChildren(...drawn);
+      svg.replaceChildren(...drawn, ...(marks.length > MARKS ? [] : marks));
       svg.setAttribute("viewBox", `0 -6 ${LEFT + WIDTH + 2} ${ROWS * PITCH + 6}`);
       mark();
     };
