@@ -35,3 +35,9 @@ def test_what_was_given_stays_in_its_order(given_: str, tsc_khz: int | None) -> 
     rest = iter(words)
     assert all(word in rest for word in given_.split())
     assert with_machine_parameters(" ".join(words), tsc_khz).split() == words
+
+
+def test_what_may_come_more_than_once_is_added_to_what_the_user_gave() -> None:
+    more = ["virtio_mmio.device=4K@0xd0000000:5", "virtio_mmio.device=4K@0xd0001000:6"]
+    line = with_machine_parameters("virtio_mmio.device=1K@0xe0000000:20 -- quiet", None, more)
+    assert line == f"virtio_mmio.device=1K@0xe0000000:20 pci=off {more[0]} {more[1]} -- quiet"
