@@ -49,12 +49,20 @@ class Process(Owned):
             Undetermined: as ``open``.
         """
         if self._pagemap is None:
-            self._pagemap = self.open("pagemap")
-            if not os.pread(self._pagemap, 8, 0):
-                if not self.running():
-                    raise ProcessEnded(f"process {self.pid} has ended")
-                raise Undetermined(f"process {self.pid} has no address space of its own", "give the PID of a VMM")
+            self._pagemap = self._open_pagemap()
         return self._pagemap
+
+    def _open_pagemap(self) -> int:
+        try:
+            fd = self.open("pagemap")
+            if os.pread(fd, 8, 0):
+                return fd
+            os.close(fd)
+        except ProcessEnded:
+            pass  # newer kernels refuse to open what has no address space
+        if self.running() and not self.link("exe"):
+            raise Undetermined(f"process {self.pid} has no address space of its own", "give the PID of a VMM")
+        raise ProcessEnded(f"process {self.pid} has ended")
 
     def check_alive(self) -> None:
         """Make sure that the address space that was first looked at is still the process's.
@@ -92,7 +100,8 @@ class Process(Owned):
         try:
             return os.open(name, flags | os.O_CLOEXEC, dir_fd=self._fd)
         except (FileNotFoundError, ProcessLookupError) as error:
-            if not self.running():
+            # A process that is on its way out has lost its address space (ESRCH) before it is a zombie.
+            if isinstance(error, ProcessLookupError) or not self.running():
                 raise ProcessEnded(f"process {self.pid} ended during the audit") from None
             raise Undetermined(f"/proc/{self.pid}/{name} is not there any more: {error.strerror}") from None
         except OSError as error:

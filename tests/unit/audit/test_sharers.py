@@ -1,0 +1,103 @@
+"""Counting and naming who shares pages; over a made-up /proc/kpagecount, and this process's own children."""
+
+import itertools
+import mmap
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offmap.audit import sharers
+from offmap.audit.intervals import Intervals
+from offmap.audit.maps import parse_maps
+from offmap.audit.sharers import count_sharing
+from offmap.errors import Undetermined
+
+
+def counted(tmp: Path, counts: list[int], runs: list[tuple[int, int]]) -> tuple[int, int, int]:
+    """(shared, uncounted, extra) of a process that maps these (first, pages) runs, all of them the guest's."""
+    path = tmp / "kpagecount"
+    path.write_bytes(np.array(counts, dtype=np.uint64).tobytes())
+    first, pages = (np.array(column, dtype=np.int64) for column in zip(*runs, strict=True))
+    sharing, extra = count_sharing(Intervals.union(first, first + pages), first, pages, str(path))
+    return sharing.shared_pages, sharing.uncounted_pages, extra
+
+
+def test_what_is_counted_beyond_the_processs_own_is_shared(tmp_path: Path) -> None:
+    counts = [9, 1, 3, 2, 0, 1, 7]
+    assert counted(tmp_path, counts, [(1, 5)]) == (2, 1, 3)
+    # A page that stands behind two of the guest's (KSM) counts twice for it.
+    assert counted(tmp_path, counts, [(1, 5), (2, 2)]) == (1, 1, 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 8)), min_size=1, max_size=8), st.integers(1, 20))
+def test_windows_cover_the_set_once(runs: list[tuple[int, int]], window: int) -> None:
+    first, pages = (np.array(column, dtype=np.int64) for column in zip(*runs, strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharers, "_WINDOW", window)
+        windows = list(sharers._windows(Intervals.union(first, first + pages)))
+    assert all(0 < high - low <= window for low, high in windows)
+    assert all(one[1] <= two[0] for one, two in itertools.pairwise(windows))
+    covered = {frame for low, high in windows for frame in range(low, high)}
+    assert covered >= {frame for start, count in runs for frame in range(start, start + count)}
+
+
+def test_no_kpagecount_is_undetermined(tmp_path: Path) -> None:
+    one = np.ones(1, dtype=np.int64)
+    with pytest.raises(Undetermined, match="CONFIG_PROC_PAGE_MONITOR"):
+        count_sharing(Intervals.union(one, one + 1), one, one, str(tmp_path / "none"))
+
+
+def test_parts_of_a_mapping_outside_the_ranges() -> None:
+    from offmap.audit.guest_ram import GuestRam, RamRange, Source
+
+    (mapping,) = parse_maps("7f0000000000-7f0000008000 rw-s 00000000 00:01 99 /memfd:ram\n")
+    ram = GuestRam(tuple(RamRange(0x7F00_0000_0000 + at, 0x1000, Source.REQUESTED) for at in (0x3000, 0, 0x4000)))
+    assert [(start & 0xFFFF, end & 0xFFFF) for start, end in sharers._outside(mapping, ram)] == [
+        (0x1000, 0x3000),
+        (0x5000, 0x8000),
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: which process shares a page was not tried")
+def test_process_that_shares_a_file_is_named() -> None:
+    from offmap.audit import pagemap
+    from offmap.audit.pagemap import require_pfns
+    from offmap.audit.process import Process
+    from offmap.audit.sharers import name_sharers
+
+    try:
+        require_pfns()
+    except Undetermined as error:
+        pytest.skip(f"which process shares a page was not tried: {error}")
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 8 * 4096)
+    ready, tell = os.pipe()
+    with mmap.mmap(fd, 8 * 4096) as memory:
+        memory[:] = b"x" * len(memory)
+        pid = os.fork()
+        if pid == 0:
+            with mmap.mmap(fd, 8 * 4096) as again:
+                for page in range(8):
+                    again[page * 4096]
+                os.write(tell, b"!")
+                signal.pause()
+        os.read(ready, 1)
+        try:
+            with Process(os.getpid()) as process:
+                mapping = next(each for each in process.maps() if each.path.startswith("/memfd:ram"))
+                entries = pagemap.read_pagemap(process.pagemap, mapping.start, 8)
+            frames = pagemap.pfn(entries).astype(np.int64)
+            found, _ = name_sharers(
+                Intervals.union(frames, frames + 1), {os.getpid()}, {(mapping.device, mapping.inode)}, None
+            )
+            assert [(each.pid, each.pages) for each in found] == [(pid, 8)]
+        finally:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            for each in (fd, ready, tell):
+                os.close(each)
