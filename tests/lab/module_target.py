@@ -28,6 +28,7 @@ PAGE = 4096
 SIZE = 256 * MIB
 BLOCK = 128 * MIB  # a memory block of a small host
 SYS_MEMFD_SECRET = 447
+SYS_DELETE_MODULE = 176
 MREMAP_MAYMOVE = 1
 HOSTS = 0x5A5A_5A5A_0FF5_ED01  # fills the host's memory before
 GUESTS = 0xA5A5_A5A5_0FF5_ED02  # and the guest's
@@ -220,6 +221,8 @@ def secrets() -> Any:
     result["no fd"] = failure(lambda: bind(fd, 999))
     result["the device itself"] = failure(lambda: bind(fd, fd))
     result["memfd"] = failure(lambda: bind(fd, os.memfd_create("ram")))
+    result["a pipe"] = failure(lambda: bind(fd, os.pipe()[0]))
+    result["a path only"] = failure(lambda: bind(fd, os.open("/dev/null", os.O_PATH)))
     result["empty"] = failure(lambda: bind(fd, secret_file(0)))
     result["half a page"] = failure(lambda: bind(fd, secret_file(PAGE + 100)))
     secret = secret_file(size)
@@ -239,10 +242,13 @@ def secrets() -> Any:
     result["beyond"] = failure(lambda: mmap.mmap(fd, PAGE, offset=size))
     before = frames(memory, size)
     words(memory)[:: PAGE // 8] = np.arange(1, size // PAGE + 1, dtype=np.uint64)
-    memory.close() if False else None
     del memory
     os.close(secret)
     view = mmap.mmap(fd, size)
+    os.close(fd)
+    os.close(other)
+    # Nothing but the mapping holds all this now.
+    result["unload"] = failure(lambda: call(libc.syscall, SYS_DELETE_MODULE, b"offmap", os.O_NONBLOCK))
     for knob in ("drop_caches", "compact_memory"):
         with open(f"/proc/sys/vm/{knob}", "w") as file:  # noqa: PTH123
             file.write("3" if knob == "drop_caches" else "1")
@@ -319,10 +325,11 @@ def kills() -> Any:
                 get()
                 os.write(go, b"x")
                 signal.pause()
+            os.close(go)  # a child that fails ends the wait for it
             os.read(ready, 1)
             if number == 0:
                 began = time.monotonic()
-                os.read(ready, 1)
+                assert os.read(ready, 1), f"{name}: the first could not have it"
                 takes = time.monotonic() - began
             else:
                 time.sleep(chance.uniform(0, 1.5 * takes))
@@ -330,7 +337,6 @@ def kills() -> Any:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             os.close(ready)
-            os.close(go)
     return {"had": had, "holders": holders()}
 
 
