@@ -8,13 +8,14 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offmap import __version__
-from offmap.errors import ExitStatus
+from offmap.errors import ExitStatus, OffmapError
 
 if TYPE_CHECKING:
     from offmap.report.hosts import HostReport
@@ -69,6 +70,7 @@ class Output:
         Raises:
             OffmapError: a file cannot be written; the result was printed all the same.
         """
+        from offmap.report.decode import Malformed
         from offmap.report.hosts import AUDIT, parse_report
         from offmap.report.text import render_fleet, render_vm
 
@@ -76,7 +78,11 @@ class Output:
             print(json.dumps(document, indent=2), flush=True)
             if self._html is self._prometheus is None:
                 return
-        report = parse_report(document)
+        with self.recording_failure():
+            try:
+                report = parse_report(document)
+            except Malformed as error:
+                raise OffmapError(f"the audit's result contradicts itself: {error}", "report this as a bug") from None
         if not self.json:
             if report.schema == AUDIT:
                 print(render_vm(report.vms[0], self.color), flush=True)
@@ -103,20 +109,46 @@ class Output:
 
     @contextlib.contextmanager
     def recording_failure(self) -> Iterator[None]:
-        """Whatever ends the audit inside without a result, the files say that there is none."""
-        try:
+        """Whatever ends the audit inside without a result, SIGTERM too, the files say that there is none."""
+        if self._html is self._prometheus is None:
             yield
-        except BaseException as error:
-            if self._html is not None or self._prometheus is not None:
-                from offmap.audit.host import host_facts, utc_now
-                from offmap.report.decode import decode, plain
-                from offmap.report.document import Host
-                from offmap.report.hosts import failed_report
+            return
+        with _sigterm_raises():
+            try:
+                yield
+            except BaseException as error:
+                self._write_failure(error)
+                raise
 
-                host = decode(Host, host_facts().to_json())
-                reason = plain(f"the audit failed: {error or type(error).__name__}")
-                self.write_files([failed_report(__version__, utc_now(), host, reason)])
-            raise
+    def _write_failure(self, error: BaseException) -> None:
+        from offmap.audit.host import host_facts, utc_now
+        from offmap.report.decode import decode, plain
+        from offmap.report.document import Host
+        from offmap.report.hosts import failed_report
+
+        host = decode(Host, host_facts().to_json())
+        reason = plain(f"the audit failed: {str(error) or type(error).__name__}")
+        try:
+            self.write_files([failed_report(__version__, utc_now(), host, reason)])
+        except OffmapError as another:  # the first error is the one to end with
+            print(f"offmap audit: {another}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM (of systemd, when an audit takes too long) ends what is inside as an exception, unless that is set up."""
+
+    def stop(_number: int, _frame: object) -> None:
+        raise SystemExit(ExitStatus.FAILED)
+
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def print_schema() -> int:

@@ -16,6 +16,8 @@ from offmap.report.document import Host, NotAudited, Vm
 __all__ = [
     "AUDIT",
     "AUDIT_ALL",
+    "GRAVITY",
+    "SHOWN",
     "TIME",
     "HostReport",
     "exit_status_of",
@@ -25,6 +27,7 @@ __all__ = [
 ]
 
 AUDIT, AUDIT_ALL = "offmap-audit/2", "offmap-audit-all/1"
+SHOWN = 500  # of a VM's mappings; documents may have more
 TIME = "%Y-%m-%dT%H:%M:%SZ"  # audit.host.utc_now
 
 
@@ -69,12 +72,12 @@ class HostReport:
         return sum(vm.seconds for vm in self.vms)
 
 
-_GRAVITY = (None, Verdict.HIDDEN, Verdict.UNKNOWN, Verdict.EXPOSED)
+GRAVITY = (None, Verdict.HIDDEN, Verdict.UNKNOWN, Verdict.EXPOSED)
 
 
 def worst(verdicts: Iterable[Verdict | None]) -> Verdict | None:
     """Exposed before unknown before hidden; None if there is nothing to judge."""
-    return max(verdicts, key=_GRAVITY.index, default=None)
+    return max(verdicts, key=GRAVITY.index, default=None)
 
 
 def exit_status_of(verdict: Verdict | None) -> ExitStatus:
@@ -116,7 +119,11 @@ def parse_report(document: Any, source: str = "") -> HostReport:
     if document["schema"] not in {AUDIT, AUDIT_ALL}:
         raise Malformed(f"its schema is {document['schema']!r:.80}, not {AUDIT} or {AUDIT_ALL}")
     stamp = decode(_Stamp, document)
-    found = _All((decode(Vm, document),), (), ()) if stamp.schema == AUDIT else decode(_All, document)
+    if stamp.schema == AUDIT:
+        found = _All((decode(Vm, _shortened(document)),), (), ())
+    else:
+        vms = document.get("vms")
+        found = decode(_All, document | {"vms": [_shortened(vm) for vm in vms] if isinstance(vms, list) else vms})
     try:
         datetime.strptime(stamp.time, TIME)
     except ValueError:
@@ -134,6 +141,18 @@ def parse_report(document: Any, source: str = "") -> HostReport:
         source=source,
         document=document,
     )
+
+
+def _shortened(vm: Any) -> Any:
+    """A VM's result, its lists of mappings cut to what is ever shown: on large hosts they are most of it."""
+    if not isinstance(vm, dict):
+        return vm
+    vm = dict(vm)
+    for name in ("aliases", "direct_map_ranges"):
+        ranges, omitted = vm.get(name), vm.get(f"{name}_omitted")
+        if isinstance(ranges, list) and type(omitted) is int and len(ranges) > SHOWN:
+            vm |= {name: ranges[:SHOWN], f"{name}_omitted": omitted + len(ranges) - SHOWN}
+    return vm
 
 
 def failed_report(offmap: str, time: str, host: Host, reason: str) -> HostReport:

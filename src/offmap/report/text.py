@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from offmap.audit.verdict import Verdict
 from offmap.report.document import DIRECT_MAP, PAGE, Mapping, Place, Scan, Vm
-from offmap.report.hosts import HostReport, worst
+from offmap.report.hosts import GRAVITY, HostReport, worst
 from offmap.units import format_size
 
 __all__ = ["KIND_NAMES", "fleet_line", "render_fleet", "render_vm", "state_names", "verdict_line"]
@@ -196,7 +196,8 @@ def _place(place: Place) -> str:
 
 
 def render_fleet(reports: Sequence[HostReport], color: bool = False) -> str:
-    """The report on all VMs of one or more hosts, a line for each VM; ends without a newline."""
+    """The report on all VMs of one or more hosts, a line for each VM, the gravest first; ends without a newline."""
+    reports = sorted(reports, key=lambda report: GRAVITY.index(report.verdict), reverse=True)
     lines = [_colored(fleet_line(reports), worst(report.verdict for report in reports), color)]
     rows = [(report, vm) for report in reports for vm in report.vms]
     by_host = len({report.host.name for report in reports}) > 1
@@ -204,7 +205,7 @@ def render_fleet(reports: Sequence[HostReport], color: bool = False) -> str:
         host = f"{'host':<14} " if by_host else ""
         lines += ["", f"  {host}{'VM':<{_vm_width(by_host)}} verdict {'RAM':>9} {'mapped':>9} {'unknown':>9}"]
     for report in reports:
-        for vm in report.vms:
+        for vm in sorted(report.vms, key=lambda vm: GRAVITY.index(vm.verdict), reverse=True):
             states = vm.pages_by_state
             sizes = (vm.pages.ram_pages, states["exposed"], states["unknown"])
             figures = " ".join(f"{format_size(pages * PAGE):>9}" for pages in sizes)

@@ -1,6 +1,9 @@
 """Every way that an audit is shown ends in the same exit status, and none is left saying what no longer holds."""
 
+import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +119,35 @@ def test_a_failed_audit_overwrites_what_was_called_hidden(
     assert Page(html.read_text()).classes("verdict")[0]["class"] == "verdict v-unknown"
     assert main(["audit", "1", "--json"]) == status
     assert capsys.readouterr().out.count("HIDDEN") == 1
+
+
+def test_sigterm_overwrites_what_was_called_hidden(audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prom = tmp_path / "offmap.prom"
+
+    def killed(pid: int, **_: Any) -> AuditResult:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()  # the handler raises before this
+        raise AssertionError(pid)
+
+    audit(result(Verdict.HIDDEN))
+    assert main(["audit", "1", "--prometheus", str(prom)]) == ExitStatus.DONE
+    monkeypatch.setattr("offmap.audit.audit.audit_process", killed)
+    with pytest.raises(SystemExit) as caught:
+        main(["audit", "1", "--prometheus", str(prom)])
+    assert caught.value.code == ExitStatus.FAILED
+    assert metrics(prom)["offmap_audit_success", ""] == 0 == metrics(prom)["offmap_audit_verdict", "hidden"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_result_that_contradicts_itself_is_never_shown(
+    audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prom = tmp_path / "offmap.prom"
+    audit(dataclasses.replace(result(Verdict.EXPOSED), verdict=Verdict.HIDDEN))
+    assert main(["audit", "1", "--prometheus", str(prom)]) == ExitStatus.FAILED
+    said = capsys.readouterr()
+    assert said.out == "" and "contradicts itself" in said.err and said.err.count("\n") == 1
+    assert metrics(prom)["offmap_audit_success", ""] == 0
 
 
 def test_of_all_vms_the_worst_counts(audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

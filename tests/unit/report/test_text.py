@@ -135,5 +135,6 @@ def test_many_hosts_have_a_column() -> None:
     reports = [parse_report(every_vm(vm(1), name="a")), parse_report(exposed(2, name="a-host-of-a-longer-name"))]
     text = render_fleet(reports)
     assert text.startswith("EXPOSED: the host kernel maps guest memory of 1 of 2 VMs on 2 hosts")
+    assert text.splitlines()[3].startswith("  a-host-of-a-l")  # the gravest first
     assert re.search(r"^  a +qemu-system-x86 \(1\) +hidden ", text, re.MULTILINE)
     assert re.search(r"^  a-host-of-a-l… +qemu-system-x86 \(2\) +exposed ", text, re.MULTILINE)
