@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -294,6 +295,21 @@ def sharers() -> dict[str, Any]:
     return found
 
 
+def merged() -> dict[str, Any]:
+    """Two processes whose pages are all alike, once KSM has made them one."""
+    ksm = Path("/sys/kernel/mm/ksm")
+    for name, value in (("sleep_millisecs", 0), ("pages_to_scan", 4096), ("run", 1)):
+        (ksm / name).write_text(str(value))
+    try:
+        with Child("merged", MIB) as one, Child("merged", MIB) as other:
+            deadline = time.monotonic() + 60
+            while int((ksm / "pages_sharing").read_text()) < 2 * MIB // PAGE - 8 and time.monotonic() < deadline:
+                time.sleep(0.1)
+            return {"other": other.pid, **told(audit_process(one.pid, sharers=True))}
+    finally:
+        (ksm / "run").write_text("2")  # stop, and give each its own pages back
+
+
 def _fd_named(pid: int, link: str) -> str:
     folder = f"/proc/{pid}/fd"
     return next(name for name in os.listdir(folder) if os.readlink(f"{folder}/{name}") == link)  # noqa: PTH208, PTH115
@@ -342,7 +358,7 @@ def mappings() -> dict[str, Any]:
     return found
 
 
-SCENARIOS = {each.__name__: each for each in (aliases, middle, every, sharers, watched, mappings)}
+SCENARIOS = {each.__name__: each for each in (aliases, middle, every, sharers, merged, watched, mappings)}
 
 
 def main() -> int:

@@ -35,6 +35,7 @@ __all__ = ["Kcore", "KcoreReader", "Segment", "direct_map_base", "parse_program_
 
 PAGE = 4096
 _NO_PADDR = (1 << 64) - 1  # p_paddr of a segment that is not physically contiguous (elf_kcore: -1)
+_CAP_SYS_RAWIO = 17  # include/uapi/linux/capability.h
 _HEADER_LIMIT = 1 << 20  # far above what PN_XNUM program headers would take
 
 
@@ -260,11 +261,16 @@ def _cannot_open(path: str, error: OSError) -> Undetermined:
     what = f"cannot open {path}: {error.strerror}"
     if error.errno == errno.ENOENT:
         return Undetermined(what, "audit on a kernel with CONFIG_PROC_KCORE; this one does not show its page tables")
-    lockdown = Path("/sys/kernel/security/lockdown")
-    try:
-        locked = "[none]" not in lockdown.read_text(encoding="ascii")
-    except OSError:
-        locked = False
-    if locked:
+    if error.errno == errno.EPERM and _locked_down():
         return Undetermined(what, "boot the host without kernel lockdown (lockdown=confidentiality forbids kcore)")
     return Undetermined(what, "run the audit as root with CAP_SYS_RAWIO")
+
+
+def _locked_down() -> bool:
+    """Whether it is the kernel that forbids it (LOCKDOWN_KCORE), and not a capability that we lack (open_kcore)."""
+    try:
+        return "[none]" not in Path("/sys/kernel/security/lockdown").read_text(encoding="ascii")
+    except OSError:  # securityfs is not mounted, as in most containers
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        held = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")), 0)
+        return bool(held >> _CAP_SYS_RAWIO & 1)

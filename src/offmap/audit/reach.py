@@ -112,7 +112,7 @@ class Sharing:
 
     Attributes:
         shared_pages: those that /proc/kpagecount counts more mappings of than the audited process has.
-        uncounted_pages: those that it cannot count (no ``struct page``, or ones that KVM alone maps).
+        uncounted_pages: those that it cannot count (no ``struct page``, or a VM_PFNMAP mapping).
         processes: who maps them, most pages first; None if that was not asked.
         unreadable_processes: those whose page tables could not be read, if it was asked.
     """

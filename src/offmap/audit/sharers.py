@@ -30,6 +30,7 @@ _WINDOW = 1 << 17  # frames counted, and pages looked at, at once
 
 Ints = NDArray[np.int64]
 File = tuple[str, int]
+Runs = tuple[Ints, Ints]
 
 
 def sharing_of(process: Process, ram: GuestRam, judged: Judged, *, named: bool = False) -> Sharing:
@@ -51,19 +52,20 @@ def sharing_of(process: Process, ram: GuestRam, judged: Judged, *, named: bool =
             # The same file a second time, beside what was judged already.
             own += [_runs(frames) for start, end in _outside(mapping, ram) for frames in _present(process, start, end)]
     first, pages = (np.concatenate(column) for column in zip(*own, strict=True))
-    sharing, extra = count_sharing(judged.frames, first, pages)
+    known = judged.known
+    sharing, extra = count_sharing((judged.pfn[known], judged.pages[known]), (first, pages))
     if not named:
         return sharing
     sharers, unreadable = name_sharers(judged.frames, {process.pid, os.getpid()}, files, extra)
     return Sharing(sharing.shared_pages, sharing.uncounted_pages, tuple(sharers), unreadable)
 
 
-def count_sharing(guest: Intervals, first: Ints, pages: Ints, path: str = "/proc/kpagecount") -> tuple[Sharing, int]:
+def count_sharing(guest: Runs, mapped: Runs, path: str = "/proc/kpagecount") -> tuple[Sharing, int]:
     """Compare what kpagecount counts with what the audited process has itself.
 
     Args:
-        guest: frames of its guest's pages.
-        first, pages: runs of frames that it maps; a frame counts once for each.
+        guest: frames of its guest's pages, as (first, pages) of each run.
+        mapped: frames that it maps, these and others. A frame counts once for each run that it is in.
 
     Returns:
         the counts, and how many mappings in all are not its own.
@@ -71,8 +73,7 @@ def count_sharing(guest: Intervals, first: Ints, pages: Ints, path: str = "/proc
     Raises:
         Undetermined: the file cannot be read.
     """
-    order = np.argsort(first, kind="stable")
-    begins, ends = first[order], np.sort(first + pages)
+    frames = Intervals.union(guest[0], guest[0] + guest[1])
     shared = uncounted = extra = 0
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -81,21 +82,32 @@ def count_sharing(guest: Intervals, first: Ints, pages: Ints, path: str = "/proc
             f"cannot open {path}: {error.strerror}", "run the audit as root on a kernel with CONFIG_PROC_PAGE_MONITOR"
         ) from None
     try:
-        for low, high in _windows(guest):
-            frames = np.arange(low, high, dtype=np.int64)
-            mine = np.searchsorted(begins, frames, side="right") - np.searchsorted(ends, frames, side="right")
+        in_guest, in_process = _Times(guest), _Times(mapped)
+        for low, high in _windows(frames):
+            times = in_guest.of(low, high)
             counted = np.zeros(high - low, dtype=np.int64)
             os.preadv(fd, [counted.view(np.uint8).data], low * 8)
-            inside = guest.contains(frames)
-            more = np.where(inside, np.maximum(counted - mine, 0), 0)
-            shared += int(np.count_nonzero(more))
+            more = np.where(times > 0, np.maximum(counted - in_process.of(low, high), 0), 0)
+            shared += int(times[more > 0].sum())
             extra += int(more.sum())
-            uncounted += int(np.count_nonzero(inside & (counted == 0)))
+            uncounted += int(times[counted == 0].sum())
     except OSError as error:
         raise Undetermined(f"reading {path} failed: {error.strerror}") from None
     finally:
         os.close(fd)
     return Sharing(shared, uncounted), extra
+
+
+class _Times:
+    """How many of some runs each frame is in."""
+
+    def __init__(self, runs: Runs) -> None:
+        self._begins, self._ends = np.sort(runs[0]), np.sort(runs[0] + runs[1])
+
+    def of(self, low: int, high: int) -> Ints:
+        frames = np.arange(low, high, dtype=np.int64)
+        begun, ended = (np.searchsorted(edges, frames, side="right") for edges in (self._begins, self._ends))
+        return np.asarray(begun - ended, dtype=np.int64)
 
 
 def _windows(frames: Intervals) -> Iterator[tuple[int, int]]:
@@ -176,7 +188,7 @@ def _present(process: Process, start: int, end: int) -> Iterator[Ints]:
         yield pagemap.pfn(entries[pagemap.present(entries)]).astype(np.int64)
 
 
-def _runs(frames: Ints) -> tuple[Ints, Ints]:
+def _runs(frames: Ints) -> Runs:
     if not len(frames):
         return frames, frames
     first = np.flatnonzero(np.concatenate(([True], frames[1:] != frames[:-1] + 1)))

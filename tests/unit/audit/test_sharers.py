@@ -23,15 +23,15 @@ def counted(tmp: Path, counts: list[int], runs: list[tuple[int, int]]) -> tuple[
     path = tmp / "kpagecount"
     path.write_bytes(np.array(counts, dtype=np.uint64).tobytes())
     first, pages = (np.array(column, dtype=np.int64) for column in zip(*runs, strict=True))
-    sharing, extra = count_sharing(Intervals.union(first, first + pages), first, pages, str(path))
+    sharing, extra = count_sharing((first, pages), (first, pages), str(path))
     return sharing.shared_pages, sharing.uncounted_pages, extra
 
 
 def test_what_is_counted_beyond_the_processs_own_is_shared(tmp_path: Path) -> None:
     counts = [9, 1, 3, 2, 0, 1, 7]
     assert counted(tmp_path, counts, [(1, 5)]) == (2, 1, 3)
-    # A page that stands behind two of the guest's (KSM) counts twice for it.
-    assert counted(tmp_path, counts, [(1, 5), (2, 2)]) == (1, 1, 1)
+    # A frame that stands behind two of the guest's pages (KSM) is mapped twice by it, and is two pages.
+    assert counted(tmp_path, counts, [(1, 5), (2, 2)]) == (2, 1, 1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 8)), min_size=1, max_size=8), st.integers(1, 20))
@@ -49,7 +49,7 @@ def test_windows_cover_the_set_once(runs: list[tuple[int, int]], window: int) ->
 def test_no_kpagecount_is_undetermined(tmp_path: Path) -> None:
     one = np.ones(1, dtype=np.int64)
     with pytest.raises(Undetermined, match="CONFIG_PROC_PAGE_MONITOR"):
-        count_sharing(Intervals.union(one, one + 1), one, one, str(tmp_path / "none"))
+        count_sharing((one, one), (one, one), str(tmp_path / "none"))
 
 
 def test_parts_of_a_mapping_outside_the_ranges() -> None:

@@ -1,0 +1,111 @@
+"""Audits of QEMU and of offmap, each with its guest on several kinds of RAM, run in a disposable host.
+
+``audit_vmm_target.py KERNEL INITRD`` prints one JSON object: the audit of each VMM, by its name, and of some a second
+one with a kernel mapping of two of its pages planted.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from offmap.audit.audit import AuditResult, audit_process
+from offmap.audit.every_vm import audit_every_vm
+from offmap.audit.frames import POPULATED
+from offmap.audit.guest_ram import RamRange
+from offmap.compare.guest import READY
+from offmap.compare.vm_process import Boot, VmProcess, device_ranges, offmap_command
+
+PAGE = 4096
+DEADLINE = 120.0
+HUGE_PAGES = "/proc/sys/vm/nr_hugepages"
+
+QEMU = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm", "-m", "256M"]
+QEMU_MEMORY = {
+    "plain": "memory-backend-ram,id=ram,size=256M,prealloc=on",
+    "memfd": "memory-backend-memfd,id=ram,size=256M,share=on,prealloc=on",
+    "hugetlb": "memory-backend-memfd,id=ram,size=256M,share=on,prealloc=on,hugetlb=on,hugetlbsize=2M",
+    "unplugged": "memory-backend-file,id=ram,size=256M,mem-path=/dev/offmap,share=on",
+}
+OFFMAP_MEMORY = ("anon", "hugetlb", "reserved", "unplugged", "secretmem-bridge")
+
+
+def qemu(kind: str, boot: Boot) -> list[str]:
+    """A guest that boots on hidden RAM, where its clock page is of interest; on other RAM none runs at all."""
+    command = [*QEMU, "-object", QEMU_MEMORY[kind], "-M", "microvm,acpi=on,memory-backend=ram", "-cpu", "host"]
+    command += ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd), "-append", f"{boot.command_line} reboot=t"]
+    return [*command, *(("-serial", "stdio") if kind == "unplugged" else ("-S", "-qmp", "stdio"))]
+
+
+def told(result: AuditResult) -> dict[str, Any]:
+    document = result.to_json()
+    wanted = ("verdict", "partial", "notes", "pages", "reach", "aliases", "ranges", "vmm", "seconds")
+    return {name: document[name] for name in wanted}
+
+
+def ram_mapping(pid: int) -> list[RamRange] | None:
+    return device_ranges(pid) or None
+
+
+def planted(result: AuditResult, count: int) -> int:
+    """Map some pages that no alias has by the test module; the fd that holds the mapping."""
+    judged = result.judged
+    assert judged is not None
+    here = (judged.state == POPULATED) & ~judged.excluded & (judged.reached == 0) & (judged.pages >= count)
+    pa = int(judged.pfn[here][0]) * PAGE
+    # Memory that has a struct page cannot be remapped, and other memory has none to be mapped by.
+    of_linux = subprocess.run(["grep", "-q", "secretmem", f"/proc/{result.pid}/maps"], check=False).returncode == 0
+    addresses = " ".join(hex(pa + n * PAGE) for n in range(count))
+    words = f"vmap {addresses}" if of_linux else f"memremap {pa:#x} {count * PAGE}"
+    fd = os.open("/dev/offmap-alias", os.O_WRONLY)
+    os.write(fd, words.encode())
+    return fd
+
+
+def look(name: str, argv: list[str], ready: str, found: dict[str, Any]) -> None:
+    """Start a VMM, audit it; and where it is hidden, once more with a mapping planted."""
+    with tempfile.TemporaryDirectory() as folder, VmProcess(argv, Path(folder)) as vmm:
+        said = vmm.wait_for(re.compile(ready), DEADLINE)
+        if not re.search(ready, said):
+            found[name] = {"failed": vmm.complaint(), "said": said[-2000:]}
+            return
+        ranges = ram_mapping(vmm.pid) if name.startswith("qemu") else None
+        result = audit_process(vmm.pid, ranges=ranges)
+        found[name] = told(result)
+        every = audit_every_vm(lambda vm: audit_process(vm.pid))
+        found[name]["every"] = [[each.pid == vmm.pid, each.vmm.vmm] for each in every.results]
+        if not result.pages.direct_map_pages:
+            fd = planted(result, 2)
+            try:
+                found[f"{name}, planted"] = told(audit_process(vmm.pid, ranges=ranges))
+            finally:
+                os.close(fd)
+
+
+def main() -> int:
+    boot = Boot(Path(sys.argv[1]), Path(sys.argv[2]), "256M", "console=ttyS0 quiet")
+    found: dict[str, Any] = {}
+    for kind in QEMU_MEMORY:
+        huge = kind == "hugetlb"
+        if huge:
+            Path(HUGE_PAGES).write_text("140")
+        look(f"qemu {kind}", qemu(kind, boot), READY if kind == "unplugged" else '"QMP"', found)
+        if huge:
+            Path(HUGE_PAGES).write_text("0")
+    for kind in OFFMAP_MEMORY:
+        if kind == "hugetlb":
+            Path(HUGE_PAGES).write_text("140")
+        with tempfile.TemporaryDirectory() as folder:
+            look(f"offmap {kind}", offmap_command(boot, kind, Path(folder)), READY, found)
+        if kind == "hugetlb":
+            Path(HUGE_PAGES).write_text("0")
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
