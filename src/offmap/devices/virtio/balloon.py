@@ -24,6 +24,7 @@ PAGE_SIZE = 1 << uapi.VIRTIO_BALLOON_PFN_SHIFT
 _PFN = struct.Struct("<I")
 _ACTUAL = uapi.virtio_balloon_config.actual.offset
 _STAT_SIZE = uapi.VIRTIO_BALLOON_STAT.size
+_REPORTING_VQ = 4
 _MOST_STATS = 64  # a driver has 10
 _STAT_NAMES = {
     uapi.VIRTIO_BALLOON_S_SWAP_IN: "swap_in",
@@ -52,7 +53,7 @@ class Balloon(VirtioDevice):
     """
 
     device_id = VIRTIO_ID_BALLOON
-    queue_sizes = (128, 128, 16, 128)
+    queue_sizes = (128, 128, 16, 128, 128)
     features = (
         1 << uapi.VIRTIO_BALLOON_F_STATS_VQ
         | 1 << uapi.VIRTIO_BALLOON_F_DEFLATE_ON_OOM
@@ -87,13 +88,14 @@ class Balloon(VirtioDevice):
 
     def activate(self, activation: Activation) -> None:
         self._activation = activation
-        # A queue that belongs to a feature exists only with it; those behind it move up.
+        # Where a feature is missing, Linux up to 6.10 and QEMU let the queues behind its own move up; by the
+        # specification (5.5.2) each has its number, and later kernels try that first. Nobody uses both.
         handlers = [self._inflate, self._deflate]
         if activation.has(uapi.VIRTIO_BALLOON_F_STATS_VQ):
             handlers.append(self._take_statistics)
         if activation.has(uapi.VIRTIO_BALLOON_F_REPORTING):
             handlers.append(self._take_report)
-        self._handlers = dict(enumerate(handlers))
+        self._handlers = {**dict(enumerate(handlers)), _REPORTING_VQ: self._take_report}
 
     def handle(self, queue: int) -> None:
         if self._activation is None:

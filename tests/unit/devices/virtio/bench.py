@@ -1,11 +1,12 @@
 """A device on a test's own thread: its queues with a driver each, and a worker that works when the test says so."""
 
+import os
 import select
 from collections import deque
 from collections.abc import Callable
 from typing import Self, cast
 
-from offmap.devices.virtio.device import Activation, VirtioDevice
+from offmap.devices.virtio.device import Activation, Bypass, VirtioDevice
 from offmap.devices.virtio.worker import Worker
 from offmap.memory.guest import GuestMemory
 from offmap.owned import Owned
@@ -44,6 +45,11 @@ class Bench(Owned):
         features: what the driver takes of the device's; None: all.
         size: of each queue.
         memory: the guest's, 4 MiB a queue; None: the bench makes its own.
+        bypass: the device may leave queues to somebody else.
+
+    Attributes:
+        kicks, irq: eventfds, for whoever that is.
+        bypassed: the queues that were left.
     """
 
     def __init__(
@@ -53,7 +59,12 @@ class Bench(Owned):
         features: int | None = None,
         size: int = 16,
         memory: GuestMemory | None = None,
+        bypass: bool = False,
     ) -> None:
+        self._may_bypass = bypass
+        self.kicks = [os.eventfd(0) for _ in device.queue_sizes]
+        self.irq = os.eventfd(0)
+        self.bypassed: set[int] = set()
         self.device = device
         self.memory: GuestMemory = memory or guest_memory(_QUEUE_SPAN * len(device.queue_sizes))
         self.features = device.features if features is None else features
@@ -70,7 +81,13 @@ class Bench(Owned):
             self.memory.write(n * _QUEUE_SPAN, bytes(_QUEUE_SPAN))
         queues = [driver.queue() for driver in self.drivers]
         worker = cast(Worker, self._inline)
-        self.device.activate(Activation(queues, self.features, self.drivers[0].dma, worker, self._config_changed))
+        bypass = self.bypass() if self._may_bypass else None
+        self.device.activate(
+            Activation(queues, self.features, self.drivers[0].dma, worker, self._config_changed, bypass)
+        )
+
+    def bypass(self) -> Bypass:
+        return Bypass(self.kicks, self.irq, self.bypassed.update)
 
     def _config_changed(self) -> None:
         self.config_changes += 1
@@ -116,6 +133,8 @@ class Bench(Owned):
             driver.dma.release()
         self.memory.close()
         self._inline.epoll.close()
+        for fd in (*self.kicks, self.irq):
+            os.close(fd)
 
     def __enter__(self) -> Self:
         return self

@@ -25,7 +25,7 @@ from offmap.uapi.virtio import balloon as uapi
 from .bench import Bench
 
 INFLATE, DEFLATE, STATS, REPORT = range(4)
-SIZE = 16 << 20
+SIZE = 20 << 20
 NOTHING = cast(Vm, None)
 
 
@@ -100,13 +100,14 @@ def shmem_kib() -> int:
     )
 
 
-def test_reported_pages_leave(guest: Guest) -> None:
-    driver = guest.bench.drivers[REPORT]
+@pytest.mark.parametrize("number", [REPORT, 4])
+def test_reported_pages_leave(guest: Guest, number: int) -> None:
+    driver = guest.bench.drivers[number]
     driver.add(3 * PAGE_SIZE - 100)
     ((address, _),) = driver.rooms[0]
     page = -(-address // PAGE_SIZE)
     assert guest.resident(page)
-    guest.balloon.handle(REPORT)
+    guest.balloon.handle(number)
     assert not guest.resident(page)
     assert guest.balloon.discarded == 2 * PAGE_SIZE, "only whole pages"
     assert driver.take() == (0, 0)
@@ -199,6 +200,6 @@ def test_ram_that_cannot_be_given_back_is_refused() -> None:
     with GuestMemory([Backing(mmap.mmap(-1, SIZE))]) as memory, pytest.raises(OffmapError, match="page by page"):
         BalloonSpec(4096).build(Surroundings(memory, True, NOTHING))
     with GuestMemory([shared()]) as memory:
-        with pytest.raises(OffmapError, match="cannot give up 16 MiB"):
+        with pytest.raises(OffmapError, match="cannot give up 20 MiB"):
             BalloonSpec(SIZE).build(Surroundings(memory, False, NOTHING))
         assert BalloonSpec(4096).build(Surroundings(memory, False, NOTHING)).features
