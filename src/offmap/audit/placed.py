@@ -67,7 +67,7 @@ class Owner:
         sort: what it is.
         name: the file, the slab cache or the thread; empty where there is none, or it cannot be told.
         file_offset: in the file.
-        processes: those that have it in their page tables.
+        processes: those that have it in their page tables; not of a GUEST page.
         guest_phys_addr: of a GUEST page, where the VMM has told.
         userspace_addr: of a GUEST page.
     """
@@ -150,16 +150,21 @@ class Placer:
     guest: GuestPages
     leave_out: Collection[int] = ()
     btf: Callable[[], Btf] = Btf.of_host
+    _prepared: bool = field(default=False, init=False)
     _objects: KernelObjects | None = field(default=None, init=False)
     _stacks: list[tuple[int, str]] | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        # Before the scan: the memory that this takes must not be free pages in which something stands.
-        with suppress(Unknown):
-            self._objects = KernelObjects(self.kcore, self.layout, self.btf())
+    def prepare(self) -> None:
+        """Read BTF; best before the scan, as the memory that this takes may be free pages with something in them."""
+        if not self._prepared:
+            self._prepared = True
+            with suppress(Unknown):
+                self._objects = KernelObjects(self.kcore, self.layout, self.btf())
 
     def look(self, frames: Collection[int]) -> dict[int, Look]:
         """What the kernel says of these frames now, in a few reads each."""
+        if any(frame not in self.guest for frame in frames):
+            self.prepare()
         found = {}
         for frame in sorted(frames):
             head, flags = head_and_flags(self.kcore.page_flags, frame)
@@ -170,7 +175,8 @@ class Placer:
 
     def owners(self, looks: Mapping[int, Look]) -> dict[int, Owner]:
         """Whose the frames are that ``look`` was asked of."""
-        sharers = mapped_by([frame for frame, look in looks.items() if not look.free], self.leave_out)
+        others = [frame for frame, look in looks.items() if not look.free and frame not in self.guest]
+        sharers = mapped_by(others, self.leave_out) if others else {}
         owners, named = {}, 0
         for frame, look in looks.items():
             if look.free and frame not in self.guest:
@@ -186,7 +192,7 @@ class Placer:
         head, flags = look.head, look.flags
         place = self.guest.find(frame)
         if place is not None:
-            return Owner(Sort.GUEST, processes=processes, userspace_addr=place[0], guest_phys_addr=place[1])
+            return Owner(Sort.GUEST, userspace_addr=place[0], guest_phys_addr=place[1])
         sort = sort_of(flags)
         if sort is Sort.SLAB:
             return Owner(sort, objects.slab_of(head) if objects else "")

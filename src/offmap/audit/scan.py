@@ -35,6 +35,8 @@ __all__ = ["Place", "ScanResult", "Wanted", "canary_pattern", "default_threads",
 PAGE = 4096
 _THREADS = 2  # one reader rarely fills a memory channel; a host in use has better things to do than more of them
 
+_MOST_PLACES = 1 << 14  # of a secret; nobody reads a longer list
+
 T = TypeVar("T")
 
 # What to scan for: canaries of a key, or a secret.
@@ -141,7 +143,11 @@ def canary_pattern(prefix: LockedBuffer, keys: Sequence[CanaryKey]) -> Pattern[t
 
 def secret_pattern(secret: Secret) -> Pattern[bool]:
     """The bytes of a secret, which must outlive the pattern."""
-    return Pattern(secret.va, secret.length, secret.length, lambda data: True if data == secret.view else None)
+
+    def match(data: memoryview) -> bool | None:
+        return True if data == secret.view else None
+
+    return Pattern(secret.va, secret.length, secret.length, match, _MOST_PLACES)
 
 
 @dataclass
@@ -179,6 +185,7 @@ class _Scan:
 
     def secret(self, secret: Secret) -> list[Place]:
         pattern = secret_pattern(secret)
+        self.placer.prepare()
         hits, own = self._search(pattern, Seams(*self.guest.seams(), secret.view))
         # The page that holds the secret for us is the positive control: its bytes stand nowhere but there.
         control = frames_at(secret.va, 1)

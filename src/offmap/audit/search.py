@@ -29,7 +29,6 @@ __all__ = ["Found", "Lane", "Pattern", "Read", "Seams", "buffer_size", "search"]
 PAGE = 4096
 _BUFFER = 1 << 20  # half of a core's level 2 cache on most servers; larger ones read no faster
 _ANCHOR = 64  # memmem's fast path ends at 256 bytes; longer anchors skip no more
-_MOST_FOUND = 1 << 14
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _memmem = _libc.memmem
@@ -76,12 +75,14 @@ class Pattern(Generic[T]):
         va, bytes: where in our own memory its fixed beginning stands, and how long that is.
         span: bytes of the whole.
         match: looks at ``span`` bytes that begin so; None if they are not it after all.
+        most: matches that make sense; with more the search is given up.
     """
 
     va: int
     bytes: int
     span: int
     match: Callable[[memoryview], T | None]
+    most: int = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class _Work(Generic[T]):
     chunks: Iterator[tuple[int, int, int]]
     total: int
     progress: Callable[[float], None] | None
+    most: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     done: int = 0
     error: BaseException | None = None
@@ -136,10 +138,8 @@ class _Work(Generic[T]):
     def add(self, found: Found, what: T) -> None:
         with self.lock:
             self.found.append((found, what))
-            if len(self.found) > _MOST_FOUND:
-                raise OffmapError(
-                    f"the bytes to scan for stand in more than {_MOST_FOUND} places", "give more of the secret"
-                )
+            if len(self.found) > self.most:
+                raise OffmapError(f"what to scan for stands in more than {self.most} places", "give more of the secret")
 
 
 def search(
@@ -164,7 +164,8 @@ def search(
     Raises:
         OffmapError: far more matches than anyone could read.
     """
-    work: _Work[T] = _Work(_chunks(readable, pattern.span - 1), sum(piece.bytes for piece in readable) or 1, progress)
+    total = sum(piece.bytes for piece in readable) or 1
+    work: _Work[T] = _Work(_chunks(readable, pattern.span - 1), total, progress, pattern.most)
     threads = [
         threading.Thread(target=_run, args=(work, readable, lane, pattern, seams), daemon=True) for lane in lanes[1:]
     ]

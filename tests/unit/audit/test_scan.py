@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offmap.audit import scan as scanning
 from offmap.audit import search as searching
 from offmap.audit.canary import CANARY_LENGTH, PREFIX, CanaryKey, make_canary, new_key
 from offmap.audit.kcore import Segment
@@ -162,7 +163,7 @@ def test_a_failing_thread_ends_the_search() -> None:
 
 
 def test_bytes_that_stand_everywhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(searching, "_MOST_FOUND", 10)
+    monkeypatch.setattr(scanning, "_MOST_PLACES", 10)
     memory = Memory(2 * PAGE)
     memory.bytes[:] = (b"repeated" * PAGE)[: 2 * PAGE]
     with (
