@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     if args.all and (args.range or args.watch is not None):
         raise OffmapError("--range and --watch are for one process", "give its PID instead of --all")
     ranges = [parse_range(text) for text in args.range] if args.range else None
+    if args.oracle_sample is not None and args.oracle is None:
+        raise OffmapError("--oracle-sample is of use only to an oracle", "add --oracle drgn")
     sample = parse_sample(args.oracle_sample) if args.oracle else None
     shows = sys.stderr.isatty() and not args.no_progress
 

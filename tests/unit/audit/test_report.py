@@ -102,9 +102,12 @@ def test_bad_range_is_refused_in_one_line(text: str) -> None:
         (["--scan", "text:short"], "5 bytes"),
         (["--canary", "short"], "key"),
         (["--scan", "text:long enough", "--scan-threads", "0"], "threads"),
+        (["--oracle", "drgn", "--oracle-sample", "0"], "sample"),
+        (["--oracle", "drgn", "--oracle-sample", "5:x"], "sample"),
+        (["--oracle-sample", "5"], "--oracle drgn"),
     ],
 )
-def test_what_cannot_be_scanned_for_is_refused(words: list[str], said: str) -> None:
+def test_what_cannot_be_scanned_for_or_asked_is_refused(words: list[str], said: str) -> None:
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
     args = parser.parse_args(["audit", "1", *words])
