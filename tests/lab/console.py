@@ -22,16 +22,17 @@ class Guest:
 
     Args:
         options: of ``offmap run``.
-        kernel: the guest's.
+        kernel: the guest's; None where `options` name an image.
         wrapper: a command to run the VMM by.
     """
 
-    def __init__(self, host: LabHost, kernel: Path, *options: str, wrapper: Sequence[str] = ()) -> None:
+    def __init__(self, host: LabHost, kernel: Path | None, *options: str, wrapper: Sequence[str] = ()) -> None:
         self._console = bytearray()
         self._errors = bytearray()
         self._heard = threading.Condition()
         self._seen = 0
-        argv = [*wrapper, *PRINT_PID, sys.executable, "-m", "offmap", "run", "--kernel", str(kernel), *options]
+        boot = [] if kernel is None else ["--kernel", str(kernel)]
+        argv = [*wrapper, *PRINT_PID, sys.executable, "-m", "offmap", "run", *boot, *options]
         self.command = host.popen(argv, stdout=self._take_output, stderr=self._take_error, keep_stdin=True)
 
     def _take_output(self, data: bytes) -> None:

@@ -1,9 +1,7 @@
 """Real guests on every kind of RAM, and what becomes of the host when they misbehave or are killed."""
 
 import hashlib
-import lzma
 import random
-import struct
 import subprocess
 import sys
 import time
@@ -15,9 +13,9 @@ import pytest
 from offmap.compare.guest import READY, guest_initramfs
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
-from offmap.uapi import bootparam as bp
 
 from .console import PATIENCE, Guest
+from .elf import extract_vmlinux
 
 pytestmark = pytest.mark.lab
 
@@ -178,19 +176,6 @@ def test_linux_on_plain_memory(lab_host: LabHost, lab_kernel: HostKernel, initrd
         assert {"svm", "vmx"} & set(guest.shell("grep -m1 ^flags /proc/cpuinfo").split())
         guest.keys("reboot -f\n")
         assert guest.end() == 1, guest.errors
-
-
-def extract_vmlinux(bzimage: bytes) -> bytes:
-    """The ELF kernel that a bzImage carries (boot.rst, "payload_offset")."""
-    offset, length = struct.unpack_from("<II", bzimage, bp.PAYLOAD_OFFSET)
-    start = ((bzimage[bp.SETUP_SECTS] or 4) + 1) * 512 + offset
-    packed = bzimage[start : start + length]
-    if packed.startswith(b"\x28\xb5\x2f\xfd"):
-        import zstandard
-
-        return zstandard.ZstdDecompressor().decompressobj().decompress(packed)
-    # What follows the archive is the length of its content.
-    return lzma.LZMADecompressor().decompress(packed)
 
 
 def test_vmlinux_with_ram_above_4_gib_reboots_by_the_keyboard_controller(

@@ -76,5 +76,7 @@ def _image(args: argparse.Namespace, text: str) -> tuple[BootSource, list[tuple[
         where = text
     image = find_image(where)
     root = "root=/dev/vda rw" if writable else "root=/dev/vda offmap.overlay=tmpfs"
+    if args.exec is not None:
+        root += " panic=-1"  # nobody is there to look at it
     source = BootSource(image.kernel, image.initrd, f"{root} {args.cmdline}".strip())
     return source, [("root", DriveSpec(image.root, readonly=not writable))]

@@ -112,8 +112,9 @@ $b cat /stdout >"$stdout" 3>&- &
 first=$!
 $b cat /stderr >"$stderr" 3>&- &
 second=$!
-$b env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
-	$b chroot /newroot /bin/sh -c 'cd && eval "$1"' sh "$($b cat /exec)" </stdin >/stdout 2>/stderr 3>&-
+# In a subshell: this shell itself would write what it has to say of a signal to where its command writes.
+(exec $b env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 \
+	$b chroot /newroot /bin/sh -c 'cd && eval "$1"' sh "$($b cat /exec)") </stdin >/stdout 2>/stderr 3>&-
 result=$?
 # What it has left running ends with it, as nobody could hear it any more.
 for entry in /proc/[0-9]*; do
