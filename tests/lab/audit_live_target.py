@@ -183,7 +183,7 @@ def restrict(value: int) -> None:
 def aliases() -> dict[str, Any]:
     """A vmap of three scattered pages, and a memremap of four that Linux does not own: found, named, and gone again."""
     found: dict[str, Any] = {}
-    with Child("secretmem") as child:
+    with Child("secretmem", 32 * MIB) as child:  # more than pages with aliases are there
         before = audit_process(child.pid)
         free = sorted(set(frames(before)) - {a.pa // PAGE + n for a in before.aliases for n in range(a.bytes // PAGE)})
         wanted = [free[0], free[len(free) // 2], free[-1]]
@@ -301,9 +301,10 @@ def merged() -> dict[str, Any]:
     for name, value in (("sleep_millisecs", 0), ("pages_to_scan", 4096), ("run", 1)):
         (ksm / name).write_text(str(value))
     try:
-        with Child("merged", MIB) as one, Child("merged", MIB) as other:
+        # All of them on one page: it may have 256 (max_page_sharing).
+        with Child("merged", 64 * PAGE) as one, Child("merged", 64 * PAGE) as other:
             deadline = time.monotonic() + 60
-            while int((ksm / "pages_sharing").read_text()) < 2 * MIB // PAGE - 8 and time.monotonic() < deadline:
+            while int((ksm / "pages_sharing").read_text()) < 127 and time.monotonic() < deadline:
                 time.sleep(0.1)
             return {"other": other.pid, **told(audit_process(one.pid, sharers=True))}
     finally:

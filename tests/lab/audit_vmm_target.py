@@ -16,9 +16,8 @@ from typing import Any
 from offmap.audit.audit import AuditResult, audit_process
 from offmap.audit.every_vm import audit_every_vm
 from offmap.audit.frames import POPULATED
-from offmap.audit.guest_ram import RamRange
 from offmap.compare.guest import READY
-from offmap.compare.vm_process import Boot, VmProcess, device_ranges, offmap_command
+from offmap.compare.vm_process import Boot, VmProcess, offmap_command, qemu_command
 
 PAGE = 4096
 DEADLINE = 120.0
@@ -47,10 +46,6 @@ def told(result: AuditResult) -> dict[str, Any]:
     return {name: document[name] for name in wanted}
 
 
-def ram_mapping(pid: int) -> list[RamRange] | None:
-    return device_ranges(pid) or None
-
-
 def planted(result: AuditResult, count: int) -> int:
     """Map some pages that no alias has by the test module; the fd that holds the mapping."""
     judged = result.judged
@@ -73,15 +68,14 @@ def look(name: str, argv: list[str], ready: str, found: dict[str, Any]) -> None:
         if not re.search(ready, said):
             found[name] = {"failed": vmm.complaint(), "said": said[-2000:]}
             return
-        ranges = ram_mapping(vmm.pid) if name.startswith("qemu") else None
-        result = audit_process(vmm.pid, ranges=ranges)
+        result = audit_process(vmm.pid)
         found[name] = told(result)
         every = audit_every_vm(lambda vm: audit_process(vm.pid))
         found[name]["every"] = [[each.pid == vmm.pid, each.vmm.vmm] for each in every.results]
         if not result.pages.direct_map_pages:
             fd = planted(result, 2)
             try:
-                found[f"{name}, planted"] = told(audit_process(vmm.pid, ranges=ranges))
+                found[f"{name}, planted"] = told(audit_process(vmm.pid))
             finally:
                 os.close(fd)
 
@@ -96,6 +90,7 @@ def main() -> int:
         look(f"qemu {kind}", qemu(kind, boot), READY if kind == "unplugged" else '"QMP"', found)
         if huge:
             Path(HUGE_PAGES).write_text("0")
+    look("qemu hidden", qemu_command(boot), READY, found)
     for kind in OFFMAP_MEMORY:
         if kind == "hugetlb":
             Path(HUGE_PAGES).write_text("140")

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.slow]
 TARGET = str(Path(__file__).with_name("audit_vmm_target.py"))
 PAGES = (256 << 20) // 4096
 VMALLOC = "vmalloc/ioremap space"
-HIDDEN = ("offmap reserved", "offmap unplugged", "offmap secretmem-bridge")
+HIDDEN = ("qemu hidden", "offmap reserved", "offmap unplugged", "offmap secretmem-bridge")
 
 
 @pytest.mark.timeout(900)
@@ -57,18 +57,16 @@ def check_exposed(result: Any, name: str) -> None:
     pages = result["pages"]
     vmm = name.partition(" ")[0]
     assert result["vmm"]["vmm"] == {"qemu": "QEMU", "offmap": "offmap"}[vmm]
-    assert (result["vmm"]["vms"], result["vmm"]["vcpus"]) == (1, 1)
+    assert result["vmm"]["vms"] == 1
     assert result["every"] == [[True, result["vmm"]["vmm"]]]
     assert result["verdict"] == "exposed"
     assert pages["direct_map_pages"] == pages["pages_populated"] > 0
     assert (
         sum(total["pages"] for total in result["reach"] if total["kind"] == "direct_map") == pages["direct_map_pages"]
     )
-    if vmm == "qemu":
-        # QEMU tells nobody where its guest's RAM is: a mapping of that size is among the guesses, and named as one.
-        assert (256 << 20, "guess") in {(part["bytes"], part["source"]) for part in result["ranges"]}
-    else:
-        assert {part["source"] for part in result["ranges"]} == {"memslot"}
+    # QEMU tells nobody where its guest's RAM is; KVM knows.
+    assert {part["source"] for part in result["ranges"]} == {"kvm" if vmm == "qemu" else "memslot"}, result["notes"]
+    assert sum(part["bytes"] for part in result["ranges"]) >= 256 << 20
     if "anon" not in name:
         assert pages["pages_populated"] >= PAGES  # all was populated beforehand
 
@@ -78,7 +76,8 @@ def check_hidden(result: Any) -> None:
     assert result["verdict"] == "hidden", result
     assert (pages["mapped_pages"], pages["unknown_pages"]) == (0, 0)
     assert pages["pages_populated"] + pages["excluded_pages"] >= PAGES
-    assert result["vmm"]["vmm"] == "offmap"
+    assert result["vmm"]["vmm"] in {"QEMU", "offmap"}
+    assert {part["source"] for part in result["ranges"]} == {"kvm" if result["vmm"]["vmm"] == "QEMU" else "memslot"}
 
 
 def check_planted(result: Any, kind: str) -> None:
@@ -92,7 +91,8 @@ def check_planted(result: Any, kind: str) -> None:
 def check_clock_page(result: Any) -> None:
     """KVM maps the page that the guest registered for its clock, and nothing else of it is mapped."""
     pages = result["pages"]
-    assert (pages["pages_populated"], pages["direct_map_pages"], pages["unknown_pages"]) == (PAGES, 0, 0)
+    assert (pages["direct_map_pages"], pages["unknown_pages"]) == (0, 0)
+    assert pages["pages_populated"] >= PAGES
     assert pages["alias_pages"] in {1, 2}
     assert result["verdict"] == "exposed"
     assert {(alias["kind"], alias["region"]) for alias in result["aliases"]} == {("memremap", VMALLOC)}

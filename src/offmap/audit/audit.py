@@ -10,11 +10,12 @@ import offmap
 from offmap.audit.control import check_control
 from offmap.audit.frames import resolve
 from offmap.audit.guest_pages import GuestPages
-from offmap.audit.guest_ram import GuestRam, RamRange, find_guest_ram
+from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, find_guest_ram
 from offmap.audit.host import HostFacts, host_facts, utc_now
 from offmap.audit.join import join
 from offmap.audit.kcore import Kcore
 from offmap.audit.kinds import kinds_of, read_vmallocinfo
+from offmap.audit.kvm_slots import KvmSlot, KvmSlots
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.oracle import OracleResult, Sample
 from offmap.audit.pagemap import OwnPage
@@ -29,6 +30,7 @@ from offmap.audit.verdict import Judged, PageCounts, Verdict, classify, excluded
 from offmap.audit.vms import vmm_facts
 from offmap.audit.walk import walk_kernel_half
 from offmap.errors import Undetermined
+from offmap.units import format_size
 
 __all__ = ["AuditResult", "Progress", "Stage", "audit_process"]
 
@@ -213,11 +215,15 @@ def _audit(
     started = time.monotonic()
     info = kcore.vmcoreinfo
     layout = Layout.of(info, kcore.page_offset_base, kcore.segments)
+
+    def ask_kvm(pid: int, descriptors: Sequence[int]) -> Sequence[KvmSlot]:
+        return KvmSlots(kcore, layout).of(pid, descriptors)
+
     with OwnPage() as control:
         tell(Stage.FRAMES, 0.0)
         control.pfn()  # fails here, and loudly, where pagemap hides frames
         process.check_alive()
-        ram = GuestRam(tuple(ranges)) if ranges else find_guest_ram(process)
+        ram = GuestRam(tuple(ranges)) if ranges else find_guest_ram(process, ask_kvm)
         name, facts = process.name(), vmm_facts(process)
         before = resolve(process, ram.ranges, kcore.page_flags)
         tell(Stage.WALK, 0.0)
@@ -226,7 +232,7 @@ def _audit(
         check_control(control, kcore, mappings)
         after = resolve(process, ram.ranges, kcore.page_flags)
     judged = classify(before, after, excluded_ranges(ram), mappings, kinds)
-    moved, partial = _slots_moved(process, ram, bool(ranges))
+    moved, partial = _slots_moved(process, ram, None if ranges else ask_kvm)
     partial = before.ended or after.ended or partial
     sharing, unshared = _sharing(process, ram, judged, sharers, partial)
     tell(Stage.WALK, 1.0)
@@ -291,11 +297,15 @@ def _audit(
     )
 
 
-def _slots_moved(process: Process, ram: GuestRam, requested: bool) -> tuple[bool, str]:
-    """Whether the memory slots are others than at the start (those were not looked at), or how the process ended."""
+def _slots_moved(process: Process, ram: GuestRam, ask_kvm: AskKvm | None) -> tuple[bool, str]:
+    """Whether the memory slots are others than at the start (those were not looked at), or how the process ended.
+
+    Args:
+        ask_kvm: None where the ranges were asked for, and slots do not matter.
+    """
     try:
         process.check_alive()
-        return not requested and not ram.guessed and find_guest_ram(process) != ram, ""
+        return ask_kvm is not None and not ram.guessed and find_guest_ram(process, ask_kvm) != ram, ""
     except ProcessEnded as ended:
         return False, ended.what
 
@@ -325,7 +335,12 @@ def _judge(
     if partial and verdict is Verdict.HIDDEN:
         verdict = Verdict.UNKNOWN
     if ram.guessed:
-        notes.append("the ranges are guesses (large mappings of a process with a KVM VM); --range names them for sure")
+        why = f": {ram.why_guessed}" if ram.why_guessed else ""
+        notes.append(
+            f"the ranges are guesses (large mappings of a process with a KVM VM){why}; --range names them for sure"
+        )
+    if ram.read_only_bytes:
+        notes.append(f"{format_size(ram.read_only_bytes)} that the guest cannot write to (firmware) is not judged")
     if ram.unseen_guest_memfd:
         notes.append("the process holds guest_memfd memory that is not mapped, so its pages cannot be found")
         if verdict is Verdict.HIDDEN:

@@ -45,19 +45,22 @@ class Btf:
 
     Args:
         data: the content of the file, little-endian.
+        module: that of a kernel module's, whose types and strings are numbered on from the kernel's.
 
     Raises:
         Unknown: it is no BTF, or has types of a kind that is newer than this parser.
     """
 
-    def __init__(self, data: bytes) -> None:
-        if len(data) < _HEADER.size:
-            raise Unknown("no BTF")
-        magic, version, _, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(data)
-        if magic != _MAGIC or version != 1:
-            raise Unknown("no BTF of version 1")
-        self._words = array("I", data[header + type_off : header + type_off + (type_len & -4)])
-        self._strings = data[header + str_off : header + str_off + str_len]
+    def __init__(self, data: bytes, module: bytes = b"") -> None:
+        self._words, self._strings = array("I"), b""
+        for part in (data, module) if module else (data,):
+            if len(part) < _HEADER.size:
+                raise Unknown("no BTF")
+            magic, version, _, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(part)
+            if magic != _MAGIC or version != 1:
+                raise Unknown("no BTF of version 1")
+            self._words += array("I", part[header + type_off : header + type_off + (type_len & -4)])
+            self._strings += part[header + str_off : header + str_off + str_len]
         self._at = self._index()
 
     @classmethod

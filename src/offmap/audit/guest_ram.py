@@ -16,12 +16,15 @@ exposed, never that it is hidden.
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from offmap.audit.btf import Unknown
+from offmap.audit.kvm_slots import KvmSlot
 from offmap.audit.maps import Mapping as Vma
+from offmap.audit.maps import find_mapping
 from offmap.audit.process import Process
 from offmap.errors import Undetermined
 
@@ -50,6 +53,7 @@ class Source(Enum):
 
     MEMSLOT = "memslot"  # the VMM says so
     REQUESTED = "range"  # the user says so
+    KVM = "kvm"  # KVM has it in a memory slot: read from the kernel's memory
     GUESS = "guess"  # a large mapping of a process that holds a VM
 
 
@@ -73,12 +77,15 @@ class GuestRam:
     """All ranges of a process that are to be audited, and the guest-physical ranges that the guest does not get.
 
     ``unseen_guest_memfd``: the process holds guest_memfd memory that none of the ranges shows. Its pages may be in no
-    process's page tables, so there is no telling where they are.
+    process's page tables, so there is no telling where they are. ``read_only_bytes`` are in slots that the guest cannot
+    write to: ROM, which is not judged. ``why_guessed`` says why KVM's own list could not be had.
     """
 
     ranges: tuple[RamRange, ...]
     excluded: tuple[tuple[int, int], ...] = ()
     unseen_guest_memfd: bool = False
+    read_only_bytes: int = 0
+    why_guessed: str = field(default="", compare=False)
 
     @property
     def guessed(self) -> bool:
@@ -148,8 +155,15 @@ def guess_ranges(mappings: Sequence[Vma]) -> tuple[RamRange, ...]:
     )
 
 
-def find_guest_ram(process: Process) -> GuestRam:
-    """Find the guest RAM of a process: what its VMM says, else guesses for a process that holds a KVM VM.
+# The memory slots of the VMs that a process holds by these descriptors; raises Unknown where they cannot be had.
+AskKvm = Callable[[int, Sequence[int]], Sequence[KvmSlot]]
+
+
+def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
+    """Find the guest RAM of a process: what its VMM says, else what KVM says, else guesses for one that holds a VM.
+
+    Args:
+        ask_kvm: reads KVM's own list.
 
     Raises:
         Undetermined: the process holds no VM, has no mapping that could be RAM, or its claim is malformed.
@@ -185,6 +199,19 @@ def find_guest_ram(process: Process) -> GuestRam:
             "say which addresses to audit with --range VA:LENGTH",
         )
     mappings = process.maps()
+    why = "KVM was not asked"
+    if ask_kvm is not None:
+        try:
+            slots = ask_kvm(process.pid, [number for number, link in sorted(links.items()) if link == KVM_VM_LINK])
+            if ranges := tuple(dict.fromkeys(_of_slot(slot, mappings) for slot in slots if not slot.read_only)):
+                return GuestRam(
+                    ranges,
+                    unseen_guest_memfd=_unseen_guest_memfd(_guest_memfds(process, links), ranges, mappings),
+                    read_only_bytes=sum(slot.bytes for slot in slots if slot.read_only),
+                )
+            why = "its VM has no memory yet"
+        except Unknown as error:
+            why = str(error)
     guesses = guess_ranges(mappings)
     if not guesses:
         raise Undetermined(
@@ -192,7 +219,17 @@ def find_guest_ram(process: Process) -> GuestRam:
             " its RAM",
             "say which addresses to audit with --range VA:LENGTH",
         )
-    return GuestRam(guesses, unseen_guest_memfd=_unseen_guest_memfd(_guest_memfds(process, links), guesses, mappings))
+    return GuestRam(
+        guesses,
+        unseen_guest_memfd=_unseen_guest_memfd(_guest_memfds(process, links), guesses, mappings),
+        why_guessed=why,
+    )
+
+
+def _of_slot(slot: KvmSlot, mappings: Sequence[Vma]) -> RamRange:
+    backing = find_mapping(mappings, slot.userspace_addr)
+    name = "" if backing is None else backing.path or "anonymous"
+    return RamRange(slot.userspace_addr, slot.bytes, Source.KVM, slot.guest_phys_addr, name)
 
 
 def _guest_memfds(process: Process, links: Mapping[int, str]) -> dict[tuple[str, int], int]:

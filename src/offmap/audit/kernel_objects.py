@@ -17,7 +17,7 @@ from offmap.audit.kcore import Kcore
 from offmap.audit.regions import DIRECT_MAP, KERNEL_TEXT, MODULES, VMEMMAP, Layout
 from offmap.errors import Undetermined
 
-__all__ = ["CachedFile", "KernelObjects", "Task"]
+__all__ = ["CachedFile", "KernelObjects", "Task", "symbol"]
 
 PAGE = 4096
 _MAPPING_FLAGS = 3  # PAGE_MAPPING_FLAGS (FOLIO_MAPPING_FLAGS): anonymous, KSM or movable memory, no file's
@@ -112,7 +112,7 @@ class KernelObjects:
     def page_table_of(self, pid: int) -> int:
         """Kernel address of a process's top-level page table; 0 if it cannot be found."""
         with suppress(Unknown):
-            first = _symbol("init_task")
+            first = symbol("init_task")
             for task in self._list(first, "tasks"):
                 if self._field(task, "task_struct", "pid", size=4) == pid:
                     memory = self._field(task, "task_struct", "mm")
@@ -125,7 +125,7 @@ class KernelObjects:
         Raises:
             Unknown: the first one cannot be found.
         """
-        first = _symbol("init_task")
+        first = symbol("init_task")
         seen = 0
         for leader in self._list(first, "tasks"):
             group = self._field(leader, "task_struct", "signal") + self._btf.offset("signal_struct", "thread_head")
@@ -198,7 +198,7 @@ class KernelObjects:
         return bytes(buffer)
 
 
-def _symbol(name: str) -> int:
+def symbol(name: str) -> int:
     """Address of a kernel symbol.
 
     Raises:

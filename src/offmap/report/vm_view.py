@@ -78,7 +78,7 @@ def vm_view(vm: Vm, single: bool, opened: bool) -> View:
         ],
         "ranges": [
             {
-                "source": {"memslot": "memory slot", "range": "the user", "guess": "a guess"}.get(
+                "source": {"memslot": "memory slot", "range": "the user", "kvm": "KVM", "guess": "a guess"}.get(
                     part.source, part.source
                 ),
                 "va": f"{part.va:#x}",

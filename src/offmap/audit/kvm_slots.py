@@ -1,0 +1,144 @@
+"""KVM's own list of a VM's memory slots, read from the kernel's memory: no interface shows it.
+
+The way there: ``task_struct.files`` of the process, its descriptor, ``file.private_data``, and of that ``struct kvm``
+the active ``kvm_memslots`` of each address space (``include/linux/kvm_host.h``, Linux 5.17 and later). The offsets are
+those of BTF, of the kernel and of kvm.ko. The VM goes on meanwhile, so the list is believed only if it adds up: the VM
+is of that process's memory, and the slots have together as many pages as KVM counts (``nr_memslot_pages``).
+"""
+
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from offmap.audit.btf import Btf, Unknown
+from offmap.audit.kcore import Kcore
+from offmap.audit.kernel_objects import KernelObjects, symbol
+from offmap.audit.regions import VMALLOC, Layout
+from offmap.errors import Undetermined
+
+__all__ = ["KvmSlot", "KvmSlots"]
+
+PAGE = 4096
+_BTF = Path("/sys/kernel/btf")
+_INIT_PID_NAMESPACE = "pid:[4026531836]"  # include/linux/proc_ns.h, PROC_PID_INIT_INO
+_ADDRESS_SPACES = 2  # x86's KVM_ADDRESS_SPACE_NUM, later KVM_MAX_NR_ADDRESS_SPACES: SMM has its own
+_HASH_BUCKETS = 128  # DECLARE_HASHTABLE(id_hash, 7)
+_NODES = 2  # of each slot, one for each set of slots
+_MOST_SLOTS = 32767  # KVM_MEM_SLOTS_NUM, SHRT_MAX
+_OF_KVM = _MOST_SLOTS - 3  # KVM_USER_MEM_SLOTS: from there on they are KVM's own (APIC access page, TSS, identity map)
+_KVM_MEM_READONLY = 1 << 1  # include/uapi/linux/kvm.h
+_KVM_MEMSLOT_INVALID = 1 << 16  # include/linux/kvm_host.h: being deleted or moved
+
+
+@dataclass(frozen=True)
+class KvmSlot:
+    """One memory slot: where the guest and where the VMM has it; ``read_only`` is ROM."""
+
+    guest_phys_addr: int
+    userspace_addr: int
+    bytes: int
+    read_only: bool
+
+
+@lru_cache(maxsize=1)
+def _btf() -> Btf:
+    """The kernel's types with those of kvm.ko, which go on where the kernel's end."""
+    try:
+        # Where KVM is built in, the kernel's own has its types.
+        module = (_BTF / "kvm").read_bytes() if (_BTF / "kvm").exists() else b""
+        return Btf((_BTF / "vmlinux").read_bytes(), module)
+    except OSError as error:
+        raise Unknown(f"this kernel does not describe its structures: {error.strerror}") from None
+
+
+class KvmSlots(KernelObjects):
+    """Reads them through an open kcore.
+
+    Raises:
+        Unknown: this kernel has no BTF, or this process does not see PIDs as the kernel does.
+    """
+
+    def __init__(self, kcore: Kcore, layout: Layout) -> None:
+        if os.readlink("/proc/self/ns/pid") != _INIT_PID_NAMESPACE:  # noqa: PTH115
+            raise Unknown("the auditor is in a PID namespace of its own")
+        super().__init__(kcore, layout, _btf())
+        self._kvm_layout = layout
+
+    def of(self, pid: int, descriptors: Iterable[int]) -> Sequence[KvmSlot]:
+        """The slots of all VMs that process ``pid`` holds by these descriptors.
+
+        Raises:
+            Unknown: they cannot be found, or do not add up.
+        """
+        task = self._task(pid)
+        memory = self._field(task, "task_struct", "mm")
+        if not memory:
+            raise Unknown(f"process {pid} has no address space")
+        table = self._field(self._field(task, "task_struct", "files"), "files_struct", "fdt")
+        files, size = self._field(table, "fdtable", "fd"), self._field(table, "fdtable", "max_fds", size=4)
+        found: dict[KvmSlot, None] = {}
+        for number in descriptors:
+            if number >= size:
+                raise Unknown(f"process {pid} has no descriptor {number}")
+            kvm = self._field(self._pointer(files + 8 * number), "file", "private_data")
+            if self._field(kvm, "kvm", "mm") != memory:
+                raise Unknown(f"the VM of process {pid} was made by another")
+            found |= dict.fromkeys(self._slots(kvm))
+        return tuple(found)
+
+    def _task(self, pid: int) -> int:
+        for task in self._list(symbol("init_task"), "tasks"):
+            if self._field(task, "task_struct", "pid", size=4) == pid:
+                return task
+        raise Unknown(f"the kernel has no process {pid}")
+
+    def _slots(self, kvm: int) -> list[KvmSlot]:
+        found, pages = [], 0
+        for space in range(_ADDRESS_SPACES):
+            active = self._pointer(kvm + self._btf.offset("kvm", "memslots") + 8 * space)
+            node = self._field(active, "kvm_memslots", "node_idx", size=4)
+            if node >= _NODES:
+                raise Unknown("KVM's slots are not as expected")
+            buckets = self._read(active + self._btf.offset("kvm_memslots", "id_hash"), 8 * _HASH_BUCKETS)
+            offset = self._btf.offset("kvm_memory_slot", "id_node") + 16 * node  # struct hlist_node: next, pprev
+            seen = 0
+            for (first,) in struct.iter_unpack("<Q", buckets):
+                at = first
+                while at:
+                    seen += 1
+                    if seen > _MOST_SLOTS:
+                        raise Unknown("KVM's slots do not end")
+                    slot, count = self._slot(at - offset)
+                    pages += count
+                    found += slot
+                    at = self._pointer(at)
+        if pages != self._field(kvm, "kvm", "nr_memslot_pages"):
+            raise Unknown("KVM's slots do not add up to the pages that it counts")
+        return found
+
+    def _slot(self, at: int) -> tuple[list[KvmSlot], int]:
+        """The slot there, if it is the VMM's, and how many pages it has."""
+        first, pages = (self._field(at, "kvm_memory_slot", name) for name in ("base_gfn", "npages"))
+        where = self._field(at, "kvm_memory_slot", "userspace_addr")
+        flags = self._field(at, "kvm_memory_slot", "flags", size=4)
+        number = self._field(at, "kvm_memory_slot", "id", size=2)
+        if where % PAGE or not 0 < pages < 1 << 40 or first >= 1 << 40 or where >> 56 or flags & _KVM_MEMSLOT_INVALID:
+            raise Unknown("KVM's slots are being changed")
+        if number >= _OF_KVM:
+            return [], pages
+        return [KvmSlot(first * PAGE, where, pages * PAGE, bool(flags & _KVM_MEM_READONLY))], pages
+
+    def _read(self, va: int, size: int) -> bytes:
+        # struct kvm and large tables of descriptors are in the vmalloc space.
+        names = {self._kvm_layout.name(va), self._kvm_layout.name(va + size - 1)}
+        if names == {VMALLOC}:
+            buffer = bytearray(size)
+            try:
+                self._kcore.read_virtual(va, memoryview(buffer))
+            except Undetermined as error:
+                raise Unknown(str(error)) from None
+            return bytes(buffer)
+        return super()._read(va, size)
