@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from offmap.audit.verdict import Verdict
 from offmap.report.decode import Address
+from offmap.report.scan_document import Oracle, Scan
 
 __all__ = [
     "DIRECT_MAP",
@@ -18,7 +19,6 @@ __all__ = [
     "NotAudited",
     "Pages",
     "Physical",
-    "Scan",
     "Total",
     "Vm",
     "Vmm",
@@ -190,102 +190,6 @@ class Walk:
 
 
 @dataclass(frozen=True)
-class PageProcess:
-    """A process that has a page in its page tables."""
-
-    pid: int
-    process: str
-    va: Address
-
-
-@dataclass(frozen=True)
-class Owner:
-    """audit.placed.Owner: what a page is, and whose."""
-
-    sort: str
-    name: str = ""
-    file_offset: int | None = None
-    processes: tuple[PageProcess, ...] = ()
-    guest_phys_addr: Address | None = None
-    userspace_addr: Address | None = None
-
-    def __str__(self) -> str:
-        words = SORT_NAMES.get(self.sort, self.sort.replace("_", " "))
-        if self.guest_phys_addr is not None:
-            words += f" at guest-physical {self.guest_phys_addr:#x}"
-        elif self.userspace_addr is not None:
-            words += f" at {self.userspace_addr:#x} of the process"
-        if self.name:
-            words += f" of {self.name}"
-        if self.file_offset is not None:
-            words += f", byte {self.file_offset:#x}"
-        if self.processes:
-            words += ", in " + ", ".join(f"{each.process} ({each.pid})" for each in self.processes[:4])
-            words += " and others" if len(self.processes) > 4 else ""
-        return words
-
-
-SORT_NAMES = {
-    "guest": "the VM's own page",
-    "process": "process memory",
-    "free": "free page",
-    "kernel": "kernel page",
-    "reserved": "reserved page",
-    "gone": "gone at a second look",
-}
-"""audit.placed.Sort for people, where its own word does not do."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """audit.scan.Place: where a secret was read."""
-
-    va: Address
-    pa: Address
-    region: str
-    in_guest: bool
-    owner: Owner | None = None
-    source: bool = False
-
-    @property
-    def said_owner(self) -> str:
-        """What the page is."""
-        if self.owner is not None:
-            return str(self.owner) + (" (where the secret was read from)" if self.source else "")
-        return SORT_NAMES["guest"] if self.in_guest else "not a guest page"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A canary that was read."""
-
-    canary: int
-    places: tuple[Place, ...]
-
-
-@dataclass(frozen=True)
-class Scan:
-    """audit.scan.ScanResult: a scan of all that the kernel has mapped, for canaries or for one secret."""
-
-    canaries_found: int | None
-    bytes_scanned: int
-    bytes_unread: int
-    frames_unread: int
-    seconds: float
-    found: tuple[Found, ...]
-    secret_bytes: int | None = None
-    places: tuple[Place, ...] = ()
-
-    @property
-    def count(self) -> str:
-        """What was found, in words."""
-        if self.secret_bytes is not None:
-            return f"the secret at {len(self.places)} place{'' if len(self.places) == 1 else 's'}"
-        number = len(self.found)
-        return f"{number} {'canary' if number == 1 else 'canaries'}"
-
-
-@dataclass(frozen=True)
 class Vm:
     """One process's audit."""
 
@@ -307,6 +211,7 @@ class Vm:
     walk: Walk
     scan: Scan | None
     seconds: float
+    oracle: Oracle | None = None
 
     @property
     def contradicted(self) -> bool:

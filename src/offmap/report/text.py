@@ -4,8 +4,9 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from offmap.audit.verdict import Verdict
-from offmap.report.document import DIRECT_MAP, PAGE, Mapping, Place, Scan, Vm
+from offmap.report.document import DIRECT_MAP, PAGE, Mapping, Vm
 from offmap.report.hosts import GRAVITY, HostReport, worst
+from offmap.report.scan_document import Place, Scan
 from offmap.units import format_size
 
 __all__ = ["KIND_NAMES", "fleet_line", "render_fleet", "render_vm", "state_names", "verdict_line"]
@@ -131,6 +132,8 @@ def render_vm(vm: Vm, color: bool = False) -> str:
     )
     if vm.scan is not None:
         lines += _scan(vm.scan)
+    if vm.oracle is not None:
+        lines += _wrapped("oracle", str(vm.oracle))
     for note in vm.notes:
         lines += _wrapped("note", note)
     return "\n".join(lines)

@@ -116,6 +116,8 @@ def _vm_facts(vm: Vm) -> list[tuple[str, str]]:
         if vm.sharing.uncounted_pages:
             text += f"; of {vm.sharing.uncounted_pages:,} it cannot be counted"
         facts.append(("sharing", text))
+    if vm.oracle is not None:
+        facts.append(("second opinion", f"{vm.oracle}; the sample's seed is {vm.oracle.seed}"))
     if vm.scan is not None:
         facts.append(
             (

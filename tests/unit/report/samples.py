@@ -124,6 +124,7 @@ def vm(pid: int = 169, verdict: str = "hidden", *, ram: int = 65536, name: str =
             "unreadable": [],
         },
         "scan": None,
+        "oracle": None,
         "seconds": 1.25,
     } | changes
 

@@ -16,6 +16,7 @@ from offmap.audit.every_vm import EveryVm, NotAudited
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
 from offmap.audit.host import host_facts
 from offmap.audit.mappings import RUN, KernelMappings, Span
+from offmap.audit.oracle import OracleResult
 from offmap.audit.placed import Sort
 from offmap.audit.reach import (
     Kind,
@@ -29,7 +30,7 @@ from offmap.audit.reach import (
 )
 from offmap.audit.scan import ScanResult
 from offmap.audit.verdict import PageCounts, Verdict
-from offmap.report import document
+from offmap.report import document, scan_document
 from offmap.report.hosts import parse_report
 from offmap.report.schema import schema_text
 
@@ -90,6 +91,9 @@ REACH = Reach(1, 2, 4096, Kind.VMAP, "vmalloc/ioremap space", 4096, True, False,
 WALKED = KernelMappings(np.zeros(0, dtype=RUN), (Span(1, 2, "why"),), {4: 1, 3: 2}, 0xFFFF_8880_0000_0000)
 
 
+ORACLE = OracleResult("drgn", "0.0.33", 7, 256, 250, 0, 512, 256, 256, 1, 0.5)
+
+
 def audited(**changes: Any) -> AuditResult:
     result = AuditResult(
         pid=1,
@@ -120,7 +124,7 @@ def audited(**changes: Any) -> AuditResult:
     [
         audited(),
         audited(sharing=None, partial="", physical=PhysicalMap(), scan=ScanResult()),
-        audited(sharing=Sharing(0, 0), scan=ScanResult(secret_bytes=32)),
+        audited(sharing=Sharing(0, 0), scan=ScanResult(secret_bytes=32), oracle=ORACLE),
     ],
 )
 def test_what_the_audit_prints_is_of_the_schema_and_is_read_back(result: AuditResult) -> None:
@@ -172,9 +176,10 @@ def test_what_renderers_read_is_what_the_schema_promises() -> None:
         document.Sharing: "sharing",
         document.Sharer: "sharer",
         document.Walk: "walk",
-        document.Scan: "scan",
-        document.Place: "place",
-        document.Owner: "owner",
+        scan_document.Scan: "scan",
+        scan_document.Oracle: "oracle",
+        scan_document.Place: "place",
+        scan_document.Owner: "owner",
         document.Vm: "audit",
         document.NotAudited: "not_audited",
     }

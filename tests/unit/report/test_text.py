@@ -70,6 +70,21 @@ def test_reasons_notes_and_excluded_pages_are_told() -> None:
     assert "kept from the guest" in render_vm(parsed(kept)) and "1 of them mapped" in render_vm(parsed(kept))
 
 
+def test_a_second_opinion_is_told() -> None:
+    figures = {
+        "pages": 256,
+        "frames_agreed": 250,
+        "frames_unasked": 6,
+        "addresses": 512,
+        "mapped": 300,
+        "unmapped": 212,
+    }
+    oracle = {"name": "drgn", "version": "0.0.33", "seed": 7, "retried": 0, "seconds": 1.0, **figures}
+    text = " ".join(render_vm(parsed(vm(oracle=oracle))).split())
+    assert "oracle drgn 0.0.33 agrees on the frames of 250 of 256 guest pages" in text
+    assert "on 512 kernel addresses (300 mapped, 212 not)" in text
+
+
 @pytest.mark.parametrize("color", [False, True])
 def test_eighty_columns(color: bool) -> None:
     long = "a path of some length/" * 12
