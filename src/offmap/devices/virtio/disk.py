@@ -2,7 +2,8 @@
 
 One system call moves a request's data between the file and guest memory: the kernel copies it from or to its page
 cache. Nothing passes through this process's own memory, but for two cases that go by a bounce buffer: the user asked
-for it, or the file system wants the guest's pages themselves (GUP), which hidden RAM refuses (EFAULT).
+for it, or the file system wants the guest's pages themselves (GUP), which hidden RAM refuses (EFAULT). The buffer is
+wiped after each use.
 """
 
 import contextlib
@@ -203,17 +204,18 @@ class Disk(Owned):
         return self._bounce
 
     def _read_bounced(self, views: list[memoryview], offset: int) -> int:
-        room = min(sum(map(len, views)), _BOUNCE_SIZE)
         with memoryview(self._buffer()) as buffer:
+            room = min(sum(map(len, views)), _BOUNCE_SIZE)
             with buffer[:room] as part:
-                done = os.preadv(self.fd, [part], offset)
-            at = 0
-            for view in views:
-                if at >= done:
-                    break
-                size = min(len(view), done - at)
-                view[:size] = buffer[at : at + size]
-                at += size
+                try:
+                    done = os.preadv(self.fd, [part], offset)
+                    at = 0
+                    for view in views:
+                        size = min(len(view), done - at)
+                        view[:size] = part[at : at + size]
+                        at += size
+                finally:
+                    self._wipe(part)
         return done
 
     def _write_bounced(self, views: list[memoryview], offset: int) -> int:
@@ -224,7 +226,20 @@ class Disk(Owned):
                 buffer[at : at + size] = view[:size]
                 at += size
             with buffer[:at] as part:
-                return os.pwritev(self.fd, [part], offset)
+                try:
+                    return os.pwritev(self.fd, [part], offset)
+                finally:
+                    self._wipe(part)
+
+    def _wipe(self, part: memoryview) -> None:
+        """Nothing of the guest stays in memory that the host kernel maps."""
+        with memoryview(self._zero_buffer()) as zeroes:
+            part[:] = zeroes[: len(part)]
+
+    def _zero_buffer(self) -> mmap.mmap:
+        if self._zeroes is None:
+            self._zeroes = mmap.mmap(-1, _BOUNCE_SIZE)
+        return self._zeroes
 
     # --- the rest ---
 
@@ -270,9 +285,7 @@ class Disk(Owned):
         self._write_out_zeroes(offset, size)
 
     def _write_out_zeroes(self, offset: int, size: int) -> None:
-        if self._zeroes is None:
-            self._zeroes = mmap.mmap(-1, _BOUNCE_SIZE)
-        with memoryview(self._zeroes) as zeroes:
+        with memoryview(self._zero_buffer()) as zeroes:
             while size:
                 with zeroes[: min(size, _BOUNCE_SIZE)] as part:
                     done = os.pwritev(self.fd, [part], offset)

@@ -13,6 +13,7 @@ that is a LOCK-prefixed instruction in the interpreter (sem_trywait, sem_post), 
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from operator import add
 from struct import Struct
 
 from offmap.devices.virtio.dma import Dma, DriverError
@@ -29,6 +30,8 @@ from offmap.uapi.virtio.ring import (
 __all__ = ["Chain", "DriverError", "Queue"]
 
 MAX_QUEUE_SIZE = 1 << 15  # virtio 1.2, 2.7: "The maximum Queue Size value is 32768"
+
+_WORTHWHILE = 8  # descriptors in a table from which on looking at it as a whole is quicker
 
 _DESCRIPTOR = Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
 
@@ -178,9 +181,14 @@ class Queue:
                 if not length or length % 16:
                     raise DriverError(f"uses an indirect table of {length} bytes")
                 index = 0
+                left += 1  # it is no buffer itself: a chain of the queue's size may be in its table
                 count = length // 16
                 if count <= size:
                     words = self._tables[count].unpack_from(ram, address)
+                    if left == size and count >= _WORTHWHILE:
+                        chain = _straight(head, words, start, end, ram)
+                        if chain is not None:
+                            return chain
                 else:
                     table = ram[address : address + length]
                 continue
@@ -267,6 +275,29 @@ class Queue:
     def _fence(self) -> None:
         with self._lock:
             pass
+
+
+def _straight(head: int, words: tuple[int, ...], start: int, end: int, ram: memoryview) -> Chain | None:
+    """The chain of a long table whose descriptors are linked in their order, as Linux links them: quicker than by one.
+
+    Returns:
+        None where it is not so, or not all in `ram` (guest-physical `start` to `end`): then each has to be looked at.
+    """
+    flags = words[2::4]
+    count = len(flags)
+    reads = flags.count(VRING_DESC_F_NEXT) + (not flags[-1])
+    writes = count - reads
+    linked = (VRING_DESC_F_NEXT,) * reads + (VRING_DESC_F_NEXT | VRING_DESC_F_WRITE,) * writes
+    if flags[:-1] != linked[:-1] or flags[-1] != linked[-1] & ~VRING_DESC_F_NEXT:
+        return None
+    if words[3:-4:4] != tuple(range(1, count)):
+        return None
+    lengths = words[1::4]
+    ends = tuple(map(add, words[::4], lengths))
+    if min(words[::4]) < start or max(ends) > end:
+        return None
+    views = [ram[low - start : high - start] for low, high in zip(words[::4], ends, strict=True)]
+    return Chain(head, views[:reads], views[reads:], sum(lengths[:reads]), sum(lengths[reads:]))
 
 
 def _nothing() -> None:

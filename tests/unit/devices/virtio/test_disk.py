@@ -151,6 +151,16 @@ def test_direct_io_by_the_bounce_buffer_needs_no_aligned_memory(image: Path) -> 
     assert image.read_bytes()[:4096] == content[4096:8192]
 
 
+def test_nothing_stays_in_the_bounce_buffer(image: Path) -> None:
+    with Disk(image, bounce=True) as disk:
+        there = bytearray(8192)
+        disk.read([memoryview(there)], 8192, 4096)
+        assert bytes(there) == image.read_bytes()[4096:12288]
+        assert disk._bounce is not None and not any(disk._bounce[:])
+        disk.write([memoryview(there)], 8192, 0)
+        assert not any(disk._bounce[:])
+
+
 # --drive
 
 

@@ -170,6 +170,47 @@ def test_a_stopped_queue_touches_nothing(memory: GuestMemory) -> None:
     assert (driver.used_idx(), driver.interrupts) == (0, 0)
 
 
+@pytest.mark.parametrize("indirect", [False, True])
+@pytest.mark.parametrize(("reads", "writes"), [(16, 0), (0, 16), (1, 15), (15, 1), (4, 5), (9, 0), (0, 8)])
+def test_long_chains(memory: GuestMemory, indirect: bool, reads: int, writes: int) -> None:
+    """Up to as many buffers as the queue has descriptors, also behind an indirect one (2.7.5.3.1)."""
+    driver = Driver(memory, size=16, indirect=indirect)
+    queue = driver.queue()
+    content = [bytes([number]) * (number + 1) for number in range(reads)]
+    driver.add(*content, *range(1, writes + 1))
+    (chain,) = serve(queue)
+    assert [bytes(view) for view in chain.readable] == content
+    assert [len(view) for view in chain.writable] == list(range(1, writes + 1))
+    assert chain.readable_bytes == sum(map(len, content))
+    assert chain.writable_bytes == writes * (writes + 1) // 2
+    assert driver.result() == b"\xaa" * chain.writable_bytes
+
+
+@pytest.mark.parametrize("change", ["order", "shuffled", "flags", "outside"])
+def test_long_chains_that_are_not_straight(memory: GuestMemory, change: str) -> None:
+    driver = Driver(memory, size=16, indirect=True)
+    queue = driver.queue()
+    head = driver.add(*[b"x"] * 6, *[1] * 6)
+    table = 0x20000 + head * 16 * 64
+    match change:
+        case "order":  # 2 follows on itself: a loop
+            driver.descriptor(2, 0x40000, 1, NEXT, 2, table)
+        case "shuffled":  # 0, 2, 1, 3: fine
+            driver.descriptor(0, 0x40000, 1, NEXT, 2, table)
+            driver.descriptor(2, 0x40000, 1, NEXT, 1, table)
+            driver.descriptor(1, 0x40000, 1, NEXT, 3, table)
+        case "flags":  # readable behind writable
+            driver.descriptor(8, 0x40000, 1, NEXT, 9, table)
+        case "outside":
+            driver.descriptor(8, SIZE - 1, 2, NEXT | WRITE, 9, table)
+    if change == "shuffled":
+        (chain,) = serve(queue)
+        assert (chain.readable_bytes, chain.writable_bytes) == (6, 6)
+    else:
+        with pytest.raises(DriverError):
+            queue.pop()
+
+
 # A hostile one: the set-up
 
 
