@@ -278,7 +278,7 @@ class Queue:
 
 
 def _straight(head: int, words: tuple[int, ...], start: int, end: int, ram: memoryview) -> Chain | None:
-    """The chain of a long table whose descriptors are linked in their order, as Linux links them: quicker than by one.
+    """A long chain whose descriptors are linked in their order, as Linux links them: quicker than one by one.
 
     Returns:
         None where it is not so, or not all in `ram` (guest-physical `start` to `end`): then each has to be looked at.
