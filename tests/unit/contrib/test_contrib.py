@@ -68,7 +68,7 @@ def test_the_service_may_do_what_the_audit_needs() -> None:
     assert "offmap audit --all" in service["ExecStart"] and "--prometheus ${TEXTFILE}" in service["ExecStart"]
     # Findings are no failures; a failure is one.
     assert service["SuccessExitStatus"].split() == ["1", "3"]
-    needed = {"CAP_SYS_RAWIO", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE"}
+    needed = {"CAP_SYS_RAWIO", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_SYSLOG"}
     assert set(service["CapabilityBoundingSet"].split()) == needed
     # Each of these hides /proc/kcore, /dev/offmap or the VMMs (systemd.exec(5)).
     blinding = {"ProtectKernelTunables", "PrivateDevices", "ProtectClock", "ProtectProc", "ProcSubset", "PrivateUsers"}
