@@ -84,6 +84,8 @@ def fleet_line(reports: Sequence[HostReport]) -> str:
         return f"HIDDEN: no page of {_vms(total)} {where} is mapped by the host kernel"
     if whole is Verdict.EXPOSED:
         return f"EXPOSED: the host kernel maps guest memory of {count} of {_vms(total)} {where}"
+    if any(report.failed for report in reports):
+        return f"UNKNOWN: the audit {where} failed, so that nothing is known"
     if count:
         return f"UNKNOWN: {count} of {_vms(total)} {where} could not be judged; none is known to be exposed"
     return f"UNKNOWN: there may be VMs {where} that were not audited; none is known to be exposed"

@@ -197,7 +197,7 @@ def _facts(report: HostReport) -> list[tuple[str, str]]:
         ("memory", format_size(host.memory_bytes)),
         ("command line", host.cmdline),
         ("disposable lab host", "yes" if host.lab else "no"),
-        ("audited", f"{_time(report.time)}, in {report.seconds:.1f} s"),
+        ("audited", _time(report.time) + (f", in {report.seconds:.1f} s" if report.vms else "")),
         ("by", f"offmap {report.offmap}, {report.schema}" + (f", from {report.source}" if report.source else "")),
     ]
     if report.vms:

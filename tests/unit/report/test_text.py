@@ -143,7 +143,7 @@ def test_a_failed_audit_is_unknown() -> None:
     report = failed_report("0.1.0", "2026-11-22T22:50:26Z", parse_report(vm()).host, "no /proc/kcore")
     assert report.verdict is Verdict.UNKNOWN
     text = render_fleet([report])
-    assert text.startswith("UNKNOWN: ") and "no /proc/kcore" in text
+    assert text.startswith("UNKNOWN: the audit on host1 failed") and "no /proc/kcore" in text
 
 
 def test_many_hosts_have_a_column() -> None:
