@@ -1,0 +1,166 @@
+"""One TCP stream between guest and host over a tap: `offmap run` against QEMU's microvm, same kernel, initrd and tap.
+
+By turns in one disposable host: QEMU with its virtio-net in user space (vhost=off) and ordinary RAM; ours in user space
+on `anon` and on `reserved`, and with vhost on `reserved`. The other end, in the host, is the same program as the
+guest's (virtio_net.c). The host emulates its one processor, so all of it is work: both TCP stacks, the guest's driver,
+exits, VMM, and the host kernel's copying. Each guest runs both directions several times; the first of each is left out.
+"""
+
+import argparse
+import fcntl
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from ipaddress import IPv4Interface
+from pathlib import Path
+
+from figure import Figure
+from lab import GUEST_SIZE, run_in_lab
+from offmap.devices.virtio.tap import open_tap
+from offmap.errors import OffmapError
+from offmap.lab.cpio import char_device, directory, newc, regular
+from offmap.lab.modules import ModuleIndex, load_module
+from offmap.lab.provision import host_kernel
+from offmap.lab.qemu import find_qemu
+from offmap.uapi.if_tun import TUNSETPERSIST
+from virtio_blk import compiled
+
+PEER = "qemu-system-x86_64 -M microvm,acpi=on,rtc=on -accel kvm, virtio-net-device, tap, vhost=off, on ordinary RAM"
+AT_LEAST = 0.5  # of QEMU's throughput (issue 4)
+HOST, GUEST, PORT = IPv4Interface("198.18.0.1/24"), "198.18.0.2", 5999
+TAP = "offbench0"
+DEADLINE = 240.0  # seconds for one guest
+DIRECTIONS = {"u": "guest to host", "d": "host to guest"}
+
+
+def guest() -> bytes:
+    """An initramfs whose init is the program.
+
+    Raises:
+        OffmapError: no compiler, or no such module.
+    """
+    kernel = host_kernel()
+    names = ModuleIndex.of(kernel.modules).load_order(["virtio_mmio", "virtio_net"])
+    files = {name.rsplit("/", 1)[-1].split(".ko")[0] + ".ko": load_module(kernel.modules / name) for name in names}
+    entries = [directory("dev"), directory("modules"), char_device("dev/console", 5, 1)]
+    entries += [regular("init", compiled(Path(__file__).with_suffix(".c")), 0o755)]
+    entries += [regular(f"modules/{name}", data) for name, data in files.items()]
+    entries += [regular("modules/order", "".join(f"{name}\n" for name in files).encode())]
+    return newc(entries)
+
+
+def command_line(size: int, letters: str) -> str:
+    """What the guest's init is told, as words that its kernel does not know."""
+    words = {"ADDRESS": GUEST, "HOST": str(HOST.ip), "PORT": PORT, "BYTES": size, "LETTERS": letters}
+    return "console=ttyS0 quiet " + " ".join(f"OFFMAP_{name}={value}" for name, value in words.items())
+
+
+def offmap_command(kernel: str, initrd: str, words: str, memory: str, net: str) -> list[str]:
+    """Our guest."""
+    argv = [sys.executable, "-m", "offmap", "run", "--kernel", kernel, "--initrd", initrd, "--cmdline", words]
+    return [*argv, "--memory", memory, "--memory-size", GUEST_SIZE, "--net", net]
+
+
+def qemu_command(kernel: str, initrd: str, words: str, vhost: str) -> list[str]:
+    """QEMU's."""
+    argv = [find_qemu(), "-M", "microvm,acpi=on,rtc=on", "-accel", "kvm", "-cpu", "host", "-m", GUEST_SIZE, "-smp", "1"]
+    argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]
+    argv += ["-global", "virtio-mmio.force-legacy=false"]
+    argv += ["-netdev", f"tap,id=n,ifname={TAP},script=no,downscript=no,vhost={vhost}"]
+    argv += ["-device", "virtio-net-device,netdev=n"]
+    return [*argv, "-kernel", kernel, "-initrd", initrd, "-append", f"{words} pci=off"]
+
+
+def measure(argv: Sequence[str], program: Path, size: int, letters: str) -> Mapping[str, list[float]]:
+    """MB/s by direction, but for the first of each.
+
+    Raises:
+        OffmapError: the guest did not finish.
+    """
+    serve = [str(program), "serve", str(PORT), str(size), str(len(letters))]
+    before = os.times()
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            if server.stdout is None or server.stdout.readline() != "ready\n":
+                raise OffmapError("the host's end of the stream cannot listen", f"free port {PORT}")
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=DEADLINE, check=False)
+            if b"offmap-benchmark: done" not in done.stdout:
+                last = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines()[-3:]
+                raise OffmapError(f"{argv[0]} did not finish: {' / '.join(last)}")
+            results: dict[str, list[float]] = {letter: [] for letter in DIRECTIONS}
+            for letter, seconds in re.findall(r"^(\w) ([\d.]+)$", server.stdout.read(), re.M):
+                results[letter].append(size / 1e6 / float(seconds))
+        except subprocess.TimeoutExpired:
+            raise OffmapError(f"{argv[0]} did not end within {DEADLINE:.0f} s") from None
+        finally:
+            server.kill()
+    after = os.times()
+    user, system = after.children_user - before.children_user, after.children_system - before.children_system
+    rates = {DIRECTIONS[letter]: [round(rate, 1) for rate in found] for letter, found in results.items()}
+    print(f"# {Path(argv[0]).name} {rates} MB/s, user {user:.1f} s, system {system:.1f} s", file=sys.stderr, flush=True)
+    return {letter: found[1:] for letter, found in results.items()}
+
+
+def make_tap() -> None:
+    """A tap for all of them, up and with the host's address, until this disposable host is gone."""
+    subprocess.run(["modprobe", "-a", "tun", "vhost_net"], check=True, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"})
+    with open_tap(TAP, address=HOST) as tap:
+        fcntl.ioctl(tap.fd, TUNSETPERSIST, 1)
+
+
+def inside(kernel: str, initrd: str, rounds: int, mb: int) -> int:
+    """Measure, in the disposable host."""
+    size, letters = mb * 1_000_000, "ud" * 4
+    words = command_line(size, letters)
+    make_tap()
+    who = {
+        "qemu": qemu_command(kernel, initrd, words, "off"),
+        "anon": offmap_command(kernel, initrd, words, "anon", f"tap={TAP}"),
+        "reserved": offmap_command(kernel, initrd, words, "reserved", f"tap={TAP}"),
+        "reserved, vhost=on": offmap_command(kernel, initrd, words, "reserved", f"tap={TAP},vhost=on"),
+    }
+    samples: dict[str, dict[str, list[float]]] = {name: {letter: [] for letter in DIRECTIONS} for name in who}
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "virtio_net"
+        program.write_bytes(compiled(Path(__file__).with_suffix(".c")))
+        program.chmod(0o755)
+        for _ in range(rounds):
+            for name, argv in who.items():
+                for letter, rates in measure(argv, program, size, letters).items():
+                    samples[name][letter] += rates
+    for name in who:
+        if name == "qemu":
+            continue
+        for letter, direction in DIRECTIONS.items():
+            ours, peer = samples[name][letter], samples["qemu"][letter]
+            ratio = statistics.median(ours) / statistics.median(peer)
+            facts = {"at_least": AT_LEAST, "met": ratio >= AT_LEAST, "memory": GUEST_SIZE, "stream_mb": mb}
+            Figure("virtio_net", f"TCP {direction}, {name}", "MB/s", ours, PEER, peer, facts=facts).print()
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each (default: %(default)s)")
+    parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="of one stream (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="1 round of 30 MB")
+    for hidden in ("--guest-kernel", "--guest-initrd"):
+        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    rounds, mb = (1, 30) if args.quick else (args.rounds, args.megabytes)
+    try:
+        if args.inside:
+            return inside(args.guest_kernel, args.guest_initrd, rounds, mb)
+        return run_in_lab(__file__, ["--rounds", str(rounds), "--megabytes", str(mb)], initrd=guest())
+    except OffmapError as error:
+        print(f"virtio_net: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
