@@ -65,6 +65,21 @@ def test_pages_to_come_are_not_promised() -> None:
     assert _judge(HIDDEN, RAM, None)[1] == ()
 
 
+def test_part_of_an_audit_is_never_hidden() -> None:
+    verdict, notes = _judge(HIDDEN, RAM, None, partial="process 7 ended during the audit")
+    assert (verdict, notes) == (Verdict.UNKNOWN, ())
+    assert _judge(EXPOSED, RAM, None, partial="process 7 ended during the audit")[0] is Verdict.EXPOSED
+
+
+def test_firmware_and_why_it_was_guessed_are_said() -> None:
+    known = GuestRam((RamRange(0, 4096, Source.KVM, 0, "anonymous"),), read_only_bytes=131072)
+    assert _judge(HIDDEN, known, None)[1] == ("128 KiB that the guest cannot write to (firmware) is not judged",)
+    guess = GuestRam((RamRange(0, 4096, Source.GUESS),), why_guessed="this kernel has no BTF")
+    (note,) = _judge(HIDDEN, guess, None)[1]
+    assert "guesses" in note
+    assert "this kernel has no BTF" in note
+
+
 def test_slots_that_changed_are_never_hidden() -> None:
     assert _judge(HIDDEN, RAM, None, moved=True)[0] is Verdict.UNKNOWN
     assert _judge(EXPOSED, RAM, None, moved=True)[0] is Verdict.EXPOSED

@@ -98,6 +98,16 @@ def test_page_that_came_during_the_walk_is_unknown() -> None:
     assert judge(seen, mappings([], []), after) is Verdict.UNKNOWN
 
 
+def test_process_that_ended_leaves_unknown_pages_and_the_reason() -> None:
+    seen = frames((100, POPULATED), (101, POPULATED), (0, EMPTY))
+    after = Frames.all_unknown(3, "process 7 ended before it was looked at")
+    after.ended = "process 7 ended"
+    counts = classify(seen, after, NONE, mappings([(0, 200)], [])).counts()
+    assert (counts.unknown_pages, counts.mapped_pages, counts.pages_populated) == (3, 0, 0)
+    assert counts.reasons == {"process 7 ended before it was looked at again": 3}
+    assert counts.verdict(False) is Verdict.UNKNOWN
+
+
 def test_nothing_populated_is_unknown_and_not_hidden() -> None:
     assert judge(frames((0, EMPTY), (0, EMPTY)), mappings([], [])) is Verdict.UNKNOWN
 
