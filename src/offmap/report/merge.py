@@ -48,8 +48,9 @@ def read_reports(paths: Iterable[Path]) -> list[HostReport]:
             continue
         for report in found:
             for pid in [vm.pid for vm in report.vms] + [failure.pid for failure in report.not_audited]:
-                other = seen.setdefault((report.host.name, pid), report.source)
-                if other != report.source:
+                other = seen.get((report.host.name, pid))
+                seen[report.host.name, pid] = report.source
+                if other is not None:
                     reasons.append(plain(f"{path}: VM {pid} of host {report.host.name} is in {other} too; keep one"))
         reports += found
     if reasons:

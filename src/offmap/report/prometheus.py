@@ -17,6 +17,7 @@ __all__ = ["LISTED", "render_prometheus"]
 LISTED = 512
 """VMs of a host with series of their own."""
 
+_REGIONS = 32  # a kernel has fewer; a file to be merged may say anything
 _VERDICTS = (Verdict.HIDDEN, Verdict.EXPOSED, Verdict.UNKNOWN)
 _DIRECT_MAP_SIZES = {"4K": 4096, "2M": 2 << 20, "1G": 1 << 30}
 
@@ -125,7 +126,7 @@ def _of_vms(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Famil
             for state, pages in vm.pages_by_state.items():
                 ram.add(pages * PAGE, {**labels, "state": state})
             direct.add(vm.pages.direct_map_pages * PAGE, labels)
-            for region, pages in vm.alias_pages_by_region.items():
+            for region, pages in list(vm.alias_pages_by_region.items())[:_REGIONS]:
                 alias.add(pages * PAGE, {**labels, "region": region})
             if vm.pages.canaries_found is not None:
                 canaries.add(vm.pages.canaries_found, labels)

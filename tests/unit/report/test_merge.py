@@ -103,6 +103,14 @@ def test_a_vm_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     assert len(lines) == 1 and lines[0].startswith("b.json: VM 1 of host host1 is in ")
 
 
+def test_a_vm_that_is_twice_in_one_file_is_refused(tmp_path: Path) -> None:
+    assert refused(write(tmp_path, a=every_vm(vm(1), vm(1)))) == ["a.json: it has a VM twice"]
+    assert refused(write(tmp_path, a=every_vm(vm(1), not_audited=[not_audited(1)]))) == ["a.json: it has a VM twice"]
+    parts = [{"result": vm(1)}, {"result": vm(1)}]
+    (line,) = refused(write(tmp_path, a={"schema": "offmap-audit-merged/1", "reports": parts}))
+    assert line.startswith("a.json: VM 1 of host host1 is in ")
+
+
 def test_file_names_are_written_plainly(tmp_path: Path) -> None:
     path = tmp_path / "a\x1b[2J.json"
     path.write_text("")

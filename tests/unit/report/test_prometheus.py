@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from offmap.report.hosts import HostReport, failed_report, parse_report
 from offmap.report.prometheus import LISTED, render_prometheus
 
-from .samples import PAGE, Json, every_vm, exposed, not_audited, pages, scan, unknown, vm
+from .samples import PAGE, Json, every_vm, exposed, not_audited, pages, scan, total, unknown, vm
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -115,6 +115,12 @@ def test_series_are_bounded_and_the_gravest_stay() -> None:
     assert sum(name == "offmap_vm_verdict" for name, _ in found) == 3 * LISTED
     assert value(found, "offmap_audit_omitted_vms") == LISTED + 21 - LISTED
     assert value(found, "offmap_audit_vms", verdict="hidden") == LISTED + 19
+
+
+def test_regions_are_bounded() -> None:
+    lying = [total(1, alias=True) | {"region": f"region {number}"} for number in range(1000)]
+    found = of(exposed(reach=lying))
+    assert sum(name == "offmap_alias_bytes" for name, _ in found) == 32
 
 
 def test_merged_hosts_are_labelled_and_those_of_one_host_put_together() -> None:
