@@ -2,7 +2,7 @@
 
 from ctypes import Structure, Union, c_char, c_int, c_short, c_uint, c_uint8
 
-from offmap.uapi.ioctl import ior, iow
+from offmap.uapi.ioctl import io, ior, iow
 
 __all__ = ["ifreq"]
 
@@ -53,4 +53,4 @@ TUNSETPERSIST = iow(ord("T"), 203, c_int)
 TUNSETOFFLOAD = iow(ord("T"), 208, c_uint)
 TUNGETIFF = ior(ord("T"), 210, c_uint)
 TUNSETVNETHDRSZ = iow(ord("T"), 216, c_int)
-TUNSETVNETLE = iow(ord("T"), 220, c_int)
+TUNGETDEVNETNS = io(ord("T"), 227)

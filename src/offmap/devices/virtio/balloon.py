@@ -9,6 +9,7 @@ device, gives it one, and on a backend that hides takes that off its map as it d
 import struct
 from collections.abc import Callable, Iterable
 from ctypes import addressof, c_char
+from itertools import islice
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
 from offmap.devices.virtio.iov import part
@@ -25,6 +26,7 @@ _PFN = struct.Struct("<I")
 _ACTUAL = uapi.virtio_balloon_config.actual.offset
 _STAT_SIZE = uapi.VIRTIO_BALLOON_STAT.size
 _REPORTING_VQ = 4
+_BATCH = 1024  # pages; Linux names 256 at a time
 _MOST_STATS = 64  # a driver has 10
 _STAT_NAMES = {
     uapi.VIRTIO_BALLOON_S_SWAP_IN: "swap_in",
@@ -115,7 +117,10 @@ class Balloon(VirtioDevice):
 
     def _inflate(self, queue: Queue) -> None:
         for chain in queue.chains():
-            self._discard(self._pages_of(chain))
+            pages = iter(self._pages_of(chain))
+            # A driver may name as many as fit into its memory, several times over: so many at a time.
+            while some := list(islice(pages, _BATCH)):
+                self._discard(some)
             queue.push(chain, 0)
 
     def _deflate(self, queue: Queue) -> None:

@@ -336,6 +336,8 @@ class MmioTransport:
         for queue in self._queues:
             if queue is not None:
                 queue.stop()
+        if self._bypassed:
+            self._device.reset()  # or whoever serves them would go on
         self._add_status(VIRTIO_CONFIG_S_NEEDS_RESET)
         if self._status & VIRTIO_CONFIG_S_DRIVER_OK:
             self.interrupt_status.raise_(reg.VIRTIO_MMIO_INT_CONFIG)  # 2.1.2

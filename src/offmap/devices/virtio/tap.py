@@ -44,10 +44,10 @@ class Tap(Owned):
     def __init__(self, fd: int, name: str) -> None:
         self.fd = fd
         self.name = name
-        # Through a file of the same network namespace as ours. A tap of another one is taken to be up.
         self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
         self._netlink.bind((0, _RTMGRP_LINK))
         self.changes = self._netlink.fileno()
+        self._in_sight = _is_in_our_namespace(fd)
 
     def set_offload(self, flags: int) -> None:
         """What the frames read from it may leave undone (TUN_F_*).
@@ -86,7 +86,10 @@ class Tap(Owned):
         """Drop what was begun with buffers that are no more: here, nothing."""
 
     def is_up(self) -> bool:
-        """Whether the interface is there and up; eats what `changes` has to say."""
+        """Whether the interface is there and up; eats what `changes` has to say.
+
+        One of another network namespace, handed over as an fd, cannot be looked at, and is taken to be up.
+        """
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
@@ -99,6 +102,8 @@ class Tap(Owned):
             _ioctl(self.fd, "TUNGETIFF", uapi.TUNGETIFF, request)  # it may have got another name
         except KernelError:
             return False  # EBADFD: it was deleted
+        if not self._in_sight:
+            return True
         try:
             _ioctl(self.changes, "SIOCGIFFLAGS", uapi.SIOCGIFFLAGS, request)
         except KernelError:
@@ -210,7 +215,6 @@ def _attach(fd: int, name: str) -> None:
 
 def _use_header(fd: int) -> None:
     _ioctl(fd, "TUNSETVNETHDRSZ", uapi.TUNSETVNETHDRSZ, c_int(sizeof(virtio_net_hdr_v1)))
-    # A kernel has no other byte order than ours, and the fields of virtio_net_hdr_v1 are little-endian on x86 already.
 
 
 def _configure(name: str, interface: IPv4Interface | None, mtu: int | None) -> None:
@@ -235,6 +239,17 @@ def _configure(name: str, interface: IPv4Interface | None, mtu: int | None) -> N
         _ioctl(fd, f"SIOCGIFFLAGS of {name}", uapi.SIOCGIFFLAGS, argument)
         argument.ifru_flags |= uapi.IFF_UP
         _ioctl(fd, f"bringing {name} up", uapi.SIOCSIFFLAGS, argument)
+
+
+def _is_in_our_namespace(fd: int) -> bool:
+    try:
+        namespace = fcntl.ioctl(fd, uapi.TUNGETDEVNETNS)
+    except OSError:
+        return True  # this user may not ask; it is the usual case
+    try:
+        return os.path.samestat(os.fstat(namespace), Path("/proc/self/ns/net").stat())
+    finally:
+        os.close(namespace)
 
 
 def _ioctl(fd: int, what: str, request: int, argument: uapi.ifreq | c_int | c_uint | int) -> None:

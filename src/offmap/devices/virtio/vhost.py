@@ -57,7 +57,9 @@ class VhostNet(Handle):
             KernelError: it will not, E2BIG where memory is in more pieces than it can have.
         """
         self.call("VHOST_SET_FEATURES", uapi.VHOST_SET_FEATURES, c_uint64(features & _FEATURES))
-        self.call("VHOST_SET_MEM_TABLE", uapi.VHOST_SET_MEM_TABLE, _memory_table(dma))
+        # Each page that is kept from the guest cuts its memory in two.
+        remedy = f"load the module vhost with max_mem_regions={len(dma.pieces())}, if that is what it does not take"
+        self.call("VHOST_SET_MEM_TABLE", uapi.VHOST_SET_MEM_TABLE, _memory_table(dma), remedy)
         self.errors = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for index, (number, queue) in enumerate(queues):
             self._set_up(index, queue, dma, bypass.kicks[number], bypass.irq)

@@ -1,5 +1,6 @@
 """Real tap interfaces: made, attached to, taken over, set down and deleted under the device."""
 
+import ctypes
 import fcntl
 import os
 import socket
@@ -21,6 +22,7 @@ from .bench import Bench
 
 NAME = f"oft{os.getpid()}"
 HEADER = bytes(12)
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 SELF = IPv4Interface("198.18.77.1/30")  # RFC 2544: benchmarks; on nobody's network
 
 
@@ -155,6 +157,35 @@ def test_packets_go_both_ways_until_the_interface_goes(tap: Tap) -> None:
         bench.settle()
         assert tx.used_idx() == 3
         assert tap.fd not in bench.watched
+
+
+def test_one_of_another_network_namespace_is_taken_to_be_up(tap: Tap) -> None:
+    tap.close()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        child = os.fork()
+        if child == 0:
+            try:
+                unshare(CLONE_NEWNET)
+                fd = attach(if_tun.IFF_TAP | if_tun.IFF_NO_PI | if_tun.IFF_VNET_HDR)
+                socket.send_fds(theirs, [b"x"], [fd])
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        ours.setblocking(False)
+        try:
+            _, (fd,), *_ = socket.recv_fds(ours, 1, 1)
+        except (BlockingIOError, ValueError):
+            pytest.skip("a tap of another network namespace was not tried: this user may not make one")
+    with tap_of_fd(fd) as other, open_tap(NAME) as down:  # the same name, here
+        set_up(False)
+        assert not down.is_up()
+        assert other.is_up()
+
+
+def unshare(flags: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).unshare(flags):
+        raise OSError(ctypes.get_errno(), "unshare")
 
 
 def delete_link() -> None:
