@@ -1,6 +1,7 @@
 """Guests with drives and entropy on RAM of every kind: contents compared end to end, and hidden while I/O goes on."""
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from offmap.compare.guest import READY, guest_initramfs
+from offmap.audit.canary import CanaryKey, new_key
+from offmap.compare.guest import PLANTED, READY, canary_parameters, guest_initramfs
 from offmap.kmod.lab_module import lab_module
 from offmap.lab.cpio import directory, regular
 from offmap.lab.host import LabHost
@@ -182,9 +184,9 @@ def load_into(host: LabHost, out: Path, *names: str) -> None:
         assert done.stdout == b"", done.stdout
 
 
-@pytest.mark.slow
-def test_direct_io(lab_host: LabHost, lab_kernel: HostKernel, lab_out: Path, initrd: Path, drives: str) -> None:
-    """On a file system that has it: ext4 on a loop device. Refused on hidden RAM; there by the bounce buffer."""
+@pytest.fixture
+def on_disk(lab_host: LabHost, lab_out: Path, drives: str) -> Iterator[str]:
+    """Give a folder on a file system that has direct I/O: ext4 on a loop device, with what is in `drives`."""
     load_into(lab_host, lab_out, "loop", "ext4", "crc32c_generic")
     script = f"""
         cd {drives} && truncate -s 64M disk && mke2fs -q -F -t ext4 disk && mkdir mnt && mount -o loop disk mnt &&
@@ -192,24 +194,67 @@ def test_direct_io(lab_host: LabHost, lab_kernel: HostKernel, lab_out: Path, ini
     """
     done = lab_host.output(["sh", "-c", script])
     assert done.status == 0, done.stderr
-    folder = f"{drives}/mnt"
-    try:
-        text = refused(
-            lab_host, "--kernel", str(lab_kernel.vmlinuz), "--memory", "reserved", "--drive", f"{folder}/data,direct=on"
-        )
-        assert "hidden RAM cannot be; add bounce=on" in text
-        for memory, extra in (("reserved", "direct=on,bounce=on"), ("anon", "direct=on")):
-            options = ["--initrd", str(initrd), "--cmdline", CMDLINE, "--memory", memory]
-            options += [
-                "--drive",
-                f"{folder}/data,serial=number-7,{extra}",
-                "--drive",
-                f"{folder}/readonly,readonly=on",
-            ]
-            with Guest(lab_host, lab_kernel.vmlinuz, *options) as guest:
-                load(guest)
-                use_drives(lab_host, guest, folder)
-                guest.keys("poweroff -f\n")
-                assert guest.end() == 0, guest.errors
-    finally:
-        lab_host.output(["umount", folder])
+    yield f"{drives}/mnt"
+    assert lab_host.output(["umount", f"{drives}/mnt"]).status == 0
+
+
+@pytest.mark.slow
+def test_direct_io(lab_host: LabHost, lab_kernel: HostKernel, initrd: Path, on_disk: str) -> None:
+    """Refused on hidden RAM; there by the bounce buffer."""
+    kernel = str(lab_kernel.vmlinuz)
+    text = refused(lab_host, "--kernel", kernel, "--memory", "reserved", "--drive", f"{on_disk}/data,direct=on")
+    assert "hidden RAM cannot be; add bounce=on" in text
+    for memory, extra in (("reserved", "direct=on,bounce=on"), ("anon", "direct=on")):
+        options = ["--initrd", str(initrd), "--cmdline", CMDLINE, "--memory", memory]
+        options += ["--drive", f"{on_disk}/data,serial=number-7,{extra}", "--drive", f"{on_disk}/readonly,readonly=on"]
+        with Guest(lab_host, lab_kernel.vmlinuz, *options) as guest:
+            load(guest)
+            use_drives(lab_host, guest, on_disk)
+            guest.keys("poweroff -f\n")
+            assert guest.end() == 0, guest.errors
+
+
+def copies(host: LabHost, guest: Guest, key: CanaryKey) -> tuple[int, set[str]]:
+    """How many canaries the host kernel can read, and in what: files of its page cache by name, else its own word."""
+    done = host.output([sys.executable, "-m", "offmap", "audit", str(guest.pid), "--canary", str(key), "--json"])
+    assert done.status in {0, 1}, done.stderr.decode()
+    result = json.loads(done.stdout)
+    # A canary that is found anywhere makes the verdict "exposed", though none of the guest's pages is mapped.
+    assert result["pages"]["direct_map_pages"] == result["pages"]["alias_pages"] == 0
+    assert not any(place["in_guest"] for found in result["scan"]["found"] for place in found["places"])
+    owners = [place["owner"] for found in result["scan"]["found"] for place in found["places"]]
+    names = {
+        owner["name"].partition(" (")[0].rpartition("/")[2] if owner["sort"] == "page_cache" else owner["sort"]
+        for owner in owners
+    }
+    return result["scan"]["canaries_found"], names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        # `disk` is the medium itself, which is in RAM here.
+        ("serial=cached", {"data", "disk"}),
+        ("direct=on,bounce=on", {"disk"}),
+    ],
+)
+def test_what_the_host_still_holds_of_what_a_guest_writes(
+    lab_host: LabHost, lab_kernel: HostKernel, initrd: Path, on_disk: str, how: str, where: set[str]
+) -> None:
+    """Hidden RAM keeps the host from reading what is in RAM; what the guest hands out is another matter."""
+    key = new_key()
+    count = 16
+    options = ["--initrd", str(initrd), "--cmdline", f"{CMDLINE} {canary_parameters(key, count)}"]
+    options += ["--memory", "reserved", "--drive", f"{on_disk}/data,{how}"]
+    with Guest(lab_host, lab_kernel.vmlinuz, *options) as guest:
+        guest.expect(PLANTED.format(count))
+        load(guest)
+        assert copies(lab_host, guest, key) == (0, set())
+        # Each padded to a page of its own.
+        guest.shell("for f in /canaries/*; do dd if=$f bs=4k conv=sync 2>/dev/null; done >/tmp/padded")
+        guest.shell("dd if=/tmp/padded of=/dev/vda bs=4k conv=fsync,notrunc 2>/dev/null")
+        lab_host.output(["sync"])
+        assert copies(lab_host, guest, key) == (count, where)
+        guest.keys("poweroff -f\n")
+        assert guest.end() == 0, guest.errors
