@@ -88,6 +88,17 @@ def test_reads_by_virtual_and_by_physical_address(files: tuple[str, str]) -> Non
         assert (out == wanted[:, None]).all()
 
 
+def test_another_reader_has_a_file_of_its_own(files: tuple[str, str]) -> None:
+    with Kcore(*files) as kcore, kcore.reader() as reader:
+        buffer = bytearray(16)
+        reader.read_virtual(BASE + 0x10_1000, memoryview(buffer))
+        assert buffer == (0x10_1000).to_bytes(8, "little") * 2
+        reader.close()
+        reader.close()
+        kcore.read_virtual(BASE + 0x10_0000, memoryview(buffer))
+        assert buffer == (0x10_0000).to_bytes(8, "little") * 2
+
+
 def test_read_outside_every_segment_is_refused(files: tuple[str, str]) -> None:
     with Kcore(*files) as kcore, pytest.raises(Undetermined, match="does not offer"):
         kcore.read_virtual(BASE + 0x3000 - 8, memoryview(bytearray(16)))
