@@ -1,0 +1,71 @@
+"""drgn, asked in real kernels: it agrees on every kind of guest RAM."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offmap.audit.canary import new_key
+from offmap.compare.guest import READY, guest_initramfs
+from offmap.kmod.lab_module import lab_module
+from offmap.lab.host import LabHost
+from offmap.lab.kernel import HostKernel
+from offmap.lab.provision import host_kernel
+
+from .conftest import RESERVED
+from .console import Guest
+from .test_module import insert
+
+pytestmark = pytest.mark.lab
+
+TARGET = str(Path(__file__).with_name("audit_target.py"))
+MIB = 16
+PAGES = (MIB << 20) // 4096
+SAMPLE = ["--json", "--oracle", "drgn", "--oracle-sample", "300"]
+
+
+def agreed(host: LabHost, kind: str, *statuses: int) -> Any:
+    """Audit memory of one kind with drgn asked too; give its answer."""
+    done = host.output([sys.executable, TARGET, kind, new_key(), str(MIB), *SAMPLE])
+    assert done.status in statuses, (done.stdout.decode()[-2000:], done.stderr.decode())
+    return check(json.loads(done.stdout))
+
+
+def check(result: Any) -> Any:
+    oracle = result["oracle"]
+    assert (oracle["name"], oracle["pages"]) == ("drgn", 300)
+    # The positive control of the questions themselves: they had answers of both kinds.
+    assert oracle["mapped"] > 200 and oracle["unmapped"] > 100
+    return oracle
+
+
+@pytest.mark.parametrize(("kind", "status"), [("anon", 1), ("reserved", 0)])
+def test_drgn_agrees_on_what_is_exposed_and_what_is_hidden(lab_host: LabHost, kind: str, status: int) -> None:
+    # The frame of every page, too: of reserved memory, which pagemap does not show, drgn is the only other witness.
+    assert agreed(lab_host, kind, status)["frames_agreed"] == 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("series", ["6.1", "6.12", "7.3"])
+def test_drgn_agrees_on_every_kind_of_memory(lab_kernel: HostKernel, series: str, tmp_path: Path) -> None:
+    kernel = host_kernel(f"debian:{series}")
+    initrd = tmp_path / "guest.initramfs"
+    initrd.write_bytes(guest_initramfs())
+    with LabHost.start(kernel, memory="2G", cmdline=RESERVED, out=tmp_path) as host:
+        insert(host, lab_module(kernel), tmp_path)
+        for kind, statuses in (("anon", (1,)), ("secretmem", (0, 1)), ("reserved", (0,))):
+            assert agreed(host, kind, *statuses)["frames_agreed"] == 300, kind
+        host.output(["sh", "-c", "echo 16 > /proc/sys/vm/nr_hugepages"])
+        assert agreed(host, "hugetlb", 1)["frames_agreed"] == 300
+        host.output(["sh", "-c", "echo 0 > /proc/sys/vm/nr_hugepages"])
+        for backend in ("unplugged", "secretmem-bridge", "reserved"):
+            options = ("--memory", backend, "--initrd", str(initrd), "--cmdline", "console=ttyS0 quiet")
+            with Guest(host, lab_kernel.vmlinuz, *options) as guest:
+                guest.expect(READY)
+                done = host.output([sys.executable, "-m", "offmap", "audit", str(guest.pid), *SAMPLE], timeout=120.0)
+                assert done.status == 0, (backend, done.stderr)
+                assert check(json.loads(done.stdout))["frames_agreed"] == 300, backend
+                guest.keys("poweroff -f\n")
+                assert guest.end() == 0, guest.errors
