@@ -8,6 +8,7 @@ from typing import Any
 
 import offmap
 from offmap.audit.control import check_control
+from offmap.audit.drgn_kernel import require_drgn
 from offmap.audit.frames import resolve
 from offmap.audit.guest_pages import GuestPages
 from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, find_guest_ram
@@ -192,6 +193,8 @@ def audit_process(
         Undetermined: this host does not let the question be answered, or the process ended before anything was seen.
         OracleDisagrees: drgn was asked, and says something else.
     """
+    if oracle is not None:
+        require_drgn()
     tell: Progress = progress or (lambda stage, share: None)
     with Process(pid) as process:
         for _ in range(_ATTEMPTS):

@@ -13,7 +13,19 @@ from offmap.errors import OffmapError, Undetermined
 if TYPE_CHECKING:
     from drgn import Object, Program
 
-__all__ = ["DrgnKernel"]
+__all__ = ["DrgnKernel", "require_drgn"]
+
+
+def require_drgn() -> None:
+    """Make sure that drgn is there, before time is spent on what it is to be asked about.
+
+    Raises:
+        OffmapError: it is not installed.
+    """
+    try:
+        import drgn  # noqa: F401
+    except ImportError:
+        raise OffmapError("--oracle drgn needs drgn, which is not installed", "pip install 'offmap[oracle]'") from None
 
 
 class DrgnKernel:
@@ -25,13 +37,10 @@ class DrgnKernel:
     """
 
     def __init__(self) -> None:
-        try:
-            import drgn
-            from drgn.helpers.linux.mm import follow_phys
-        except ImportError:
-            raise OffmapError(
-                "--oracle drgn needs drgn, which is not installed", "pip install 'offmap[oracle]'"
-            ) from None
+        require_drgn()
+        import drgn
+        from drgn.helpers.linux.mm import follow_phys
+
         self.version = drgn.__version__
         self._drgn: Any = drgn
         self._follow_phys = follow_phys

@@ -49,7 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--scan-threads",
         type=int,
         metavar="N",
-        help="threads that read at once (default: 2, or as many as there are processors)",
+        help="threads that read at once (default: 2; on one processor 1)",
     )
     parser.add_argument(
         "--oracle",
