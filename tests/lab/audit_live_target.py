@@ -10,6 +10,7 @@ import fcntl
 import json
 import mmap
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -60,6 +61,7 @@ class Memory:
             self.map = mmap.mmap(self.fd, size, offset=RESERVED)
         else:
             if kind == "secretmem":
+                resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
                 self.fd = libc.syscall(SYS_MEMFD_SECRET, 0)
             else:
                 self.fd = os.memfd_create("ram", os.MFD_HUGETLB if kind == "hugetlb" else 0)
