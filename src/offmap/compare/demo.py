@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from offmap import __version__
 from offmap.compare.cell import Cell, Outcome, parse_guest_name
 from offmap.compare.claims import CANARIES, PATCHED, STOCK, Row, Surprise, check, without_control
+from offmap.compare.events import EventLines, Report
 from offmap.compare.guest import guest_initramfs
 from offmap.compare.vm_process import QEMU
 from offmap.errors import ExitStatus, OffmapError
@@ -29,8 +29,6 @@ _MEMORY_SIZE = "256M"
 _HOST_MEMORY = "1536M"
 _HOST_CMDLINE = "memmap=256M$0x40000000"  # 256 MiB at 1 GiB, for `reserved`
 _DEADLINE = 600.0
-
-Report = Callable[[dict[str, Any]], None]
 
 
 def claimed_rows(kernel_spec: str | None) -> tuple[Row, ...]:
@@ -132,7 +130,7 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
                 *("--initrd", str(initrd), "--memory-size", _MEMORY_SIZE, "--canaries", str(CANARIES)),
                 *(row.name for row in rows),
             ]
-            lines = _Lines(event)
+            lines = EventLines(event)
             errors = bytearray()
             status = lab.run(argv, stdout=lines.feed, stderr=errors.extend, timeout=_DEADLINE)
             if status != ExitStatus.DONE:
@@ -171,22 +169,3 @@ def run_demo(demo: Demo, report: Report) -> DemoResult:
     except OSError as error:
         raise OffmapError(f"cannot write {path}: {error.strerror}", "give another folder with --out") from None
     return DemoResult(host, tuple(cells), surprises, path, left_out)
-
-
-class _Lines:
-    """Turns a stream of bytes into events, a line of JSON each."""
-
-    def __init__(self, event: Report) -> None:
-        self._event = event
-        self._rest = b""
-
-    def feed(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            if not isinstance(event, dict):
-                raise LabError(f"the trial in the disposable host said {line[:80]!r}, which is no event")
-            self._event(event)

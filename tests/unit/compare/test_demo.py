@@ -16,7 +16,8 @@ from offmap.audit.verdict import Verdict
 from offmap.compare import trial, vm_process
 from offmap.compare.cell import Cell, Outcome, guest_name, parse_guest_name
 from offmap.compare.claims import CANARIES, PATCHED, STOCK, Claim, Row, Surprise, check, without_control
-from offmap.compare.demo import DemoResult, _Lines, claimed_rows
+from offmap.compare.demo import DemoResult, claimed_rows
+from offmap.compare.events import EventLines
 from offmap.compare.guest import CLOCKSOURCE, PLANTED, READY, canary_parameters, guest_initramfs
 from offmap.errors import ExitStatus, OffmapError
 from offmap.lab.cpio import regular
@@ -240,7 +241,7 @@ def test_cells_have_the_words_of_the_design() -> None:
 def test_lines_come_whole_however_they_are_cut(events: list[dict[str, str]], cuts: list[int]) -> None:
     stream = b"".join(json.dumps(event, ensure_ascii=False).encode() + b"\n" for event in events)
     heard: list[dict[str, Any]] = []
-    lines = _Lines(heard.append)
+    lines = EventLines(heard.append)
     places = [0, *sorted(cut % (len(stream) + 1) for cut in cuts), len(stream)]
     for start, end in itertools.pairwise(places):
         lines.feed(stream[start:end])
@@ -249,14 +250,14 @@ def test_lines_come_whole_however_they_are_cut(events: list[dict[str, str]], cut
 
 def test_half_a_line_is_no_event() -> None:
     heard: list[dict[str, Any]] = []
-    _Lines(heard.append).feed(b'{"stage": "boo')
+    EventLines(heard.append).feed(b'{"stage": "boo')
     assert heard == []
 
 
 @pytest.mark.parametrize("line", [b"Traceback (most recent call last):\n", b"[1, 2]\n", b"\xff\xfe\n", b"\n"])
 def test_a_line_that_is_no_event_is_said_in_one_line(line: bytes) -> None:
     with pytest.raises(OffmapError) as caught:
-        _Lines(lambda _: None).feed(line)
+        EventLines(lambda _: None).feed(line)
     assert "\n" not in str(caught.value)
 
 
