@@ -78,6 +78,7 @@ class LabHost(Owned):
         on_boot: Callable[[str], None] | None = None,
         timeout: float = BOOT_TIMEOUT,
         nodes: int = 1,
+        on_launch: Callable[[Self], None] | None = None,
     ) -> Self:
         """Boot a host and wait until it takes commands.
 
@@ -91,6 +92,7 @@ class LabHost(Owned):
             on_boot: called with each line of its console.
             timeout: seconds that the boot may take.
             nodes: NUMA nodes that share its RAM.
+            on_launch: called with the host before its boot, for whoever must be able to `kill` it meanwhile.
 
         Raises:
             LabPanic, LabEnded, LabTimeout: the boot failed.
@@ -105,6 +107,8 @@ class LabHost(Owned):
         options = HostOptions(size, cmdline, folder, accel, nodes)
         host = cls(kernel, options, Console(console, on_boot))
         try:
+            if on_launch is not None:
+                on_launch(host)
             host._boot(timeout)
         except BaseException:
             host.close()
