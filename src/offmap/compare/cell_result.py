@@ -1,5 +1,6 @@
 """What came of one cell of the comparison, as it is kept in OUT/cells/KEY.json."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class CellResult:
         seconds: from its beginning to its end, its host's boot included.
         time: when it ended (UTC, ISO 8601).
         offmap: the version that measured it.
-        console: the last lines of the host's console, where it did not boot to the end; may be empty.
+        console: where the cell did not come to its end, the last lines of the host's console; else what the host's
+            kernel complained of meanwhile (warnings, stalls), which is mostly nothing.
     """
 
     spec: CellSpec
@@ -130,5 +132,23 @@ class CellResult:
             raise ValueError(f"not of schema {SCHEMA}: {error!r}") from None
 
     def dumps(self) -> bytes:
-        """As a file."""
-        return json.dumps(self.to_json(), indent=1, ensure_ascii=False).encode() + b"\n"
+        """As a file, which carries a digest of itself."""
+        data = self.to_json()
+        return json.dumps({**data, "digest": _digest(data)}, indent=1, ensure_ascii=False).encode() + b"\n"
+
+    @classmethod
+    def loads(cls, text: bytes) -> Self:
+        """What `dumps` gave.
+
+        Raises:
+            ValueError: it is no such thing, or was changed since.
+        """
+        data = json.loads(text)
+        result = cls.from_json(data)
+        if data.pop("digest", "") != _digest(data):
+            raise ValueError("its content was changed since it was written")
+        return result
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

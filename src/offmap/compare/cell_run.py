@@ -1,0 +1,265 @@
+"""Running one cell: a disposable host of its own, the measuring program in it, and whatever comes of them.
+
+An oops, a panic or a hang of the host ends the cell with the answers that it had by then; none is an exception here.
+"""
+
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offmap.audit.host import host_facts, utc_now
+from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.events import EventLines, Report
+from offmap.compare.inputs import code_digest, inputs_of
+from offmap.compare.job import Job
+from offmap.compare.matrix import NATIVE, OF_THE_MODULE, CellSpec
+from offmap.compare.native import refusal_here, run_here
+from offmap.compare.running import CellStopped, RunningCell, running_cell
+from offmap.compare.transcript import Said, Transcript
+from offmap.errors import BackendRefused, ExitStatus, OffmapError
+from offmap.kmod.lab_module import lab_module
+from offmap.lab.errors import LabEnded, LabPanic, LabTimeout
+from offmap.lab.host import BOOT_TIMEOUT, LabHost
+from offmap.lab.kernel import HostKernel
+from offmap.lab.provision import host_kernel
+
+__all__ = ["DEADLINE", "HOST_CMDLINE", "HOST_MEMORY", "MEASURE", "CellTask", "kernels_of", "run_cell"]
+
+DEADLINE = 600.0
+"""Seconds for a cell, from the boot of its host; under emulation on an idle processor it takes 60 to 120."""
+
+HOST_MEMORY = "2G"
+HOST_CMDLINE = "memmap=256M$0x60000000"
+"""256 MiB at 1.5 GiB that Linux never owns, for `reserved`. Every cell's host has it, so that all are alike."""
+
+MEASURE = ("-m", "offmap.compare.measure")
+
+_COMPLAINT = re.compile(r"WARNING: |BUG: |Call Trace|INFO: task .* blocked|rcu: INFO|soft lockup|Out of memory")
+_COMPLAINT_LINES = 100
+_MODULE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class CellTask:
+    """What is asked of whoever runs a cell, perhaps on another machine.
+
+    Attributes:
+        run: which comparison wants it, for `stop_cells`.
+        code: `code_digest` of who wants it; another machine with other code would measure something else.
+        deadline: seconds from the boot of its host.
+        accel: of the disposable host: auto, tcg or kvm.
+        program: Python's arguments for the measuring program (offmap.compare.job).
+    """
+
+    spec: CellSpec
+    run: str
+    code: str
+    deadline: float = DEADLINE
+    accel: str = "auto"
+    program: tuple[str, ...] = MEASURE
+
+
+@dataclass(slots=True)
+class _End:
+    """How it ended, as far as the host tells; the program's own word is in the transcript."""
+
+    outcome: CellOutcome | None = None
+    reason: str = ""
+    oops: str = ""
+    console: str = ""
+    accel: str = ""
+
+
+def kernels_of(spec: CellSpec, report: Report) -> tuple[HostKernel, HostKernel]:
+    """The host's and the guest's kernel.
+
+    Raises:
+        LabError: there is no such kernel, or it cannot be had.
+    """
+
+    def say(line: str) -> None:
+        report({"stage": line})
+
+    guest = host_kernel(spec.guest_kernel, say=say)
+    if spec.host_kernel == NATIVE:
+        release = os.uname().release
+        return HostKernel(NATIVE, release, Path(f"/boot/vmlinuz-{release}"), Path("/lib/modules") / release), guest
+    return host_kernel(spec.host_kernel, say=say), guest
+
+
+def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
+    """Run one cell to its end, whatever that is.
+
+    Args:
+        report: takes ``{"stage": …, "share": …}`` as it goes, from any thread.
+
+    Returns:
+        A CellResult, as `CellResult.to_json` gives it.
+
+    Raises:
+        CellStopped: `stop_cells` was called for its comparison.
+    """
+    began = time.monotonic()
+    transcript = Transcript(report)
+    end = _End()
+    inputs: dict[str, str] = {}
+    with running_cell(task.run) as cell:
+        try:
+            if code_digest() != task.code:
+                raise OffmapError(
+                    f"the code of offmap on {host_facts().name} is not that of the comparison",
+                    "let its workers have the same checkout",
+                )
+            host, guest = kernels_of(task.spec, report)
+            inputs = inputs_of(host, guest)
+            # guest RAM, files to read past the page cache: a disk, where /tmp is one
+            with tempfile.TemporaryDirectory(prefix="offmap-cell-") as folder:
+                job = Job(task.spec, guest.vmlinuz, guest.modules, guest.release, Path(folder))
+                argv = [sys.executable, *task.program, job.dumps()]
+                began = time.monotonic()  # what had to be downloaded or built is not the cell's time
+                if job.native:
+                    _run_native(task, argv, transcript, cell, end)
+                else:
+                    _run_in_host(task, host, argv, Path(folder), transcript, cell, end, report)
+        except CellStopped:
+            raise
+        except OffmapError as error:
+            cell.check()  # a host that was ended for it is no failure
+            end.outcome, end.reason = _outcome_of(error, end, time.monotonic() - began >= task.deadline)
+            end.oops = error.oops if isinstance(error, LabPanic) else ""
+            if not end.console and isinstance(error, LabEnded):
+                end.console = error.console
+    return _result(task, transcript.said(), end, inputs, time.monotonic() - began).to_json()
+
+
+def _outcome_of(error: OffmapError, end: _End, late: bool) -> tuple[CellOutcome, str]:
+    if isinstance(error, LabPanic):
+        return CellOutcome.OOPS, _first_line(error.oops)
+    if isinstance(error, BackendRefused):
+        return CellOutcome.REFUSED, str(error)
+    if isinstance(error, LabTimeout) and late:
+        return CellOutcome.DEADLINE, error.what
+    return CellOutcome.FAILED, str(error)
+
+
+def _run_native(task: CellTask, argv: Sequence[str], transcript: Transcript, cell: RunningCell, end: _End) -> None:
+    end.accel = "native"
+    if why := refusal_here(task.spec):
+        raise BackendRefused(why)
+    status, complaint = run_here(argv, EventLines(transcript.event, "the cell").feed, cell, task.deadline)
+    _judge(status, complaint, transcript.said(), end)
+
+
+def _run_in_host(
+    task: CellTask,
+    kernel: HostKernel,
+    argv: Sequence[str],
+    folder: Path,
+    transcript: Transcript,
+    cell: RunningCell,
+    end: _End,
+    report: Report,
+) -> None:
+    last = time.monotonic() + task.deadline
+    module = _module(task.spec, kernel)
+    report({"stage": f"booting Linux {kernel.release}"})
+    host: LabHost | None = None
+
+    def launched(starting: LabHost) -> None:
+        nonlocal host
+        host = starting
+        end.accel = starting.options.accel
+        cell.ends_by(starting.kill)
+
+    try:
+        with LabHost.start(
+            kernel,
+            memory=HOST_MEMORY,
+            cmdline=HOST_CMDLINE,
+            out=folder,
+            accel=task.accel,
+            timeout=min(BOOT_TIMEOUT, task.deadline),
+            on_launch=launched,
+        ) as running:
+            cell.check()
+            if module is not None:
+                _load(running, module)
+            errors = bytearray()
+            lines = EventLines(transcript.event, "the cell")
+            left = max(last - time.monotonic(), 1.0)
+            try:
+                status = running.run(argv, stdout=lines.feed, stderr=errors.extend, timeout=left)
+            except LabTimeout:
+                raise LabTimeout(f"it was not done after {task.deadline:g} s", "allow more with --deadline") from None
+            _judge(status, errors.decode(errors="replace"), transcript.said(), end)
+    finally:
+        if host is not None:
+            booted = end.outcome in {CellOutcome.BOOTED, CellOutcome.REFUSED}
+            end.console = _complaints(host.console.text) if booted else host.console.tail(_COMPLAINT_LINES)
+
+
+def _module(spec: CellSpec, kernel: HostKernel) -> Path | None:
+    if spec.backend not in OF_THE_MODULE:
+        return None
+    try:
+        return lab_module(kernel)
+    except OffmapError as error:
+        raise BackendRefused(f"there is no offmap module for {kernel.release}: {error.what}", error.remedy) from None
+
+
+def _load(host: LabHost, module: Path) -> None:
+    done = host.output(["insmod", str(module)], timeout=_MODULE_SECONDS)
+    if done.status != 0:
+        why = _last_line((done.stdout + done.stderr).decode(errors="replace"))
+        raise BackendRefused(f"this host kernel does not load the offmap module: {why}")
+
+
+def _judge(status: int, complaint: str, said: Said, end: _End) -> None:
+    """How the program's own word and its end go together."""
+    if said.complaint:
+        end.outcome, end.reason = CellOutcome.FAILED, said.complaint
+    elif said.outcome is None or status != ExitStatus.DONE:
+        why = _last_line(complaint) or "without a word on standard error"
+        end.outcome, end.reason = CellOutcome.FAILED, f"the measuring program ended with status {status}: {why}"
+    else:
+        end.outcome, end.reason = said.outcome, said.reason
+
+
+def _result(task: CellTask, said: Said, end: _End, inputs: dict[str, str], seconds: float) -> CellResult:
+    outcome = end.outcome or CellOutcome.FAILED
+    machine = host_facts().to_json()
+    return CellResult(
+        spec=task.spec,
+        outcome=outcome,
+        reason=end.reason,
+        oops=end.oops,
+        asked="" if outcome is CellOutcome.BOOTED else said.question,
+        answers=said.answers,
+        host=said.host,
+        machine={**machine, "accel": end.accel},
+        inputs={**inputs, "deadline": f"{task.deadline:g}"},
+        seconds=round(seconds, 1),
+        time=utc_now(),
+        console=end.console,
+    )
+
+
+def _complaints(console: str) -> str:
+    """What the host's kernel complained of while it went on, from the first complaint; empty if of nothing."""
+    lines = console.splitlines()
+    first = next((number for number, line in enumerate(lines) if _COMPLAINT.search(line)), len(lines))
+    return "\n".join(lines[first : first + _COMPLAINT_LINES])
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no text")
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

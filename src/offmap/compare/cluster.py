@@ -1,0 +1,153 @@
+"""Cells on the workers of an existing dask.distributed cluster, through its executor interface.
+
+A worker needs what running cells here needs: offmap from the same checkout (``pip install 'offmap[dask]'``), QEMU and
+busybox, and a cache for kernels, which it fills by itself from its own mirror. Workers on this machine or on others are
+the same. Results come back through the cluster; nothing is shared but that.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offmap.compare.cell_run import CellTask, run_cell
+from offmap.compare.running import stop_cells
+from offmap.errors import OffmapError
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from offmap.compare.scheduler import Events
+
+__all__ = ["cluster_pool", "unfit", "worker_facts"]
+
+_CONNECT_SECONDS = "10s"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def worker_facts(code: str, kernels: tuple[str, ...]) -> dict[str, Any]:
+    """What a worker says of itself; run on each.
+
+    Args:
+        code: digest of the code that it must have.
+        kernels: paths of kernels that it must have too.
+
+    Returns:
+        ``reason``: why it cannot run cells, and what to do; empty if it can. ``machine``: its boot id. ``cells``: how
+        many its machine can run at a time.
+    """
+    from offmap.compare.capacity import cells_at_a_time
+    from offmap.compare.inputs import code_digest
+    from offmap.lab.cache import cache_folder
+    from offmap.lab.initramfs import busybox
+    from offmap.lab.qemu import find_qemu
+
+    reason = ""
+    try:
+        find_qemu()
+        busybox()
+        cache_folder()
+        if code_digest() != code:
+            raise OffmapError("its offmap is not the one here", "give it the same checkout")
+        if lacking := [path for path in kernels if not os.access(path, os.R_OK)]:
+            raise OffmapError(f"it has no {lacking[0]}", "put the kernel on all machines at the same path")
+        if not any(shutil.which(tool) for tool in ("apt-get", "dpkg-deb")) and not kernels:
+            raise OffmapError("it has no apt-get to download kernels with", "run workers on Debian or Ubuntu")
+    except OffmapError as error:
+        reason = str(error)
+    return {"reason": reason, "machine": _BOOT_ID.read_text().strip(), "cells": cells_at_a_time()}
+
+
+def unfit(facts: dict[str, Any], threads: dict[str, int]) -> str:
+    """Why these workers cannot run the cells, in one line; empty if they can.
+
+    Args:
+        facts: of each worker (its address), what `worker_facts` gave, or what went wrong with that.
+        threads: of each worker, how many tasks it takes at a time.
+    """
+    at_a_time: dict[str, int] = {}
+    for address, told in facts.items():
+        if not isinstance(told, dict):
+            return f"{address} cannot run cells: it has no offmap that answers ({_one_line(told)})"
+        if told["reason"]:
+            return f"{address} cannot run cells: {told['reason']}"
+        at_a_time[told["machine"]] = at_a_time.get(told["machine"], 0) + threads.get(address, 1)
+    for address, told in facts.items():
+        wanted = at_a_time[told["machine"]]
+        if wanted > told["cells"]:
+            return (
+                f"the workers on the machine of {address} take {wanted} cells at a time, and it has processors and "
+                f"memory for {told['cells']}"
+            )
+    return ""
+
+
+def _one_line(thing: object) -> str:
+    return next(iter(str(thing).strip().splitlines()), type(thing).__name__)
+
+
+class _Cluster:
+    def __init__(self, client: "Client", executor: Executor) -> None:
+        self._client = client
+        self.executor = executor
+
+    def call(self, _events: "Events") -> Callable[[CellTask], dict[str, Any]]:
+        return run_cell  # by its name: the worker has its own; how far it is cannot be told from here
+
+    def check(self) -> None:
+        workers: dict[str, Any] = {}
+        with suppress(OSError):
+            workers = self._client.scheduler_info(n_workers=-1)["workers"]
+        if not workers:
+            raise OffmapError(
+                "the cluster has no workers any more", "start some, and run it again: what is done is kept"
+            )
+
+    def stop(self, run: str) -> None:
+        # Running tasks cannot be cancelled from outside; their hosts can be ended.
+        with suppress(OSError, TimeoutError):
+            self._client.run(stop_cells, run, on_error="ignore")
+
+
+@contextmanager
+def cluster_pool(address: str, code: str, kernels: tuple[str, ...] = ()) -> Iterator[_Cluster]:
+    """The workers of the cluster whose scheduler is at `address`, all of which must be able to run cells.
+
+    Args:
+        code: `code_digest` of here.
+        kernels: paths of kernels that cells will want.
+
+    Raises:
+        OffmapError: dask is not installed, there is no such cluster, or a worker is not fit.
+    """
+    try:
+        from distributed import Client
+    except ImportError:
+        raise OffmapError("dask.distributed is not installed", "run: pip install 'offmap[dask]'") from None
+    try:
+        client = Client(address, timeout=_CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError) as error:  # TimeoutError is an OSError
+        raise OffmapError(
+            f"there is no dask scheduler at {address} ({_one_line(error)})", "write it as tcp://HOST:8786"
+        ) from None
+    with client:
+        threads = client.nthreads()
+        if not threads:
+            raise OffmapError(f"the cluster at {address} has no workers", "start some: dask worker ADDRESS")
+
+        def ask() -> Any:  # pickled whole: a worker without offmap can still say so
+            from offmap.compare.cluster import worker_facts
+
+            return worker_facts(code, kernels)
+
+        if why := unfit(client.run(ask, on_error="return"), dict(threads)):
+            raise OffmapError(why, "mend or stop that worker, and run it again")
+        # pure=False: a cell that is run again is a new measurement.
+        executor = client.get_executor(pure=False)
+        try:
+            yield _Cluster(client, executor)
+        finally:
+            executor.shutdown(wait=False)

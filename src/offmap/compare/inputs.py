@@ -1,0 +1,74 @@
+"""What the outcome of a cell depends on, as digests: where one differs, an earlier result is not one of this cell."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import offmap
+from offmap.compare.matrix import NATIVE
+from offmap.kmod.source import source_folder, source_hash
+from offmap.lab.cache import sha256_of
+from offmap.lab.kernel import HostKernel
+
+__all__ = ["code_digest", "difference", "inputs_of"]
+
+_DIGITS = 16
+_NO_PART = ("report/", "cli/compare", "compare/scheduler.py", "compare/store.py", "compare/cluster.py")
+"""Of the package, what shows or schedules and does not measure."""
+
+_NAMES = {
+    "code": "the code",
+    "host_kernel": "the host kernel",
+    "host_release": "the host kernel",
+    "guest_kernel": "the guest kernel",
+    "guest_release": "the guest kernel",
+}
+
+
+@cache
+def code_digest() -> str:
+    """Of all that measures: offmap's own code, and its kernel module's.
+
+    Raises:
+        OffmapError: this installation has no sources of the module.
+    """
+    package = Path(offmap.__file__).parent
+    digest = hashlib.sha256(source_hash(source_folder()).encode())
+    for path in sorted(package.rglob("*")):
+        name = str(path.relative_to(package))
+        if "__pycache__" in path.parts or name.startswith(_NO_PART) or not path.is_file():
+            continue
+        data = path.read_bytes()
+        digest.update(f"\n{name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()[:_DIGITS]
+
+
+def kernel_digest(kernel: HostKernel) -> str:
+    """Of a kernel's image; of one that somebody built, also of its modules (by size and time)."""
+    if kernel.name == NATIVE:  # its image may lie anywhere
+        return hashlib.sha256(Path("/proc/version").read_bytes()).hexdigest()[:_DIGITS]
+    if kernel.name.startswith("patched:"):
+        return kernel.release  # which has the digest of all that it is made from, whoever's compiler made it
+    digest = hashlib.sha256(sha256_of(kernel.vmlinuz).encode())
+    if not kernel.name.startswith("debian:"):
+        for path in sorted(kernel.modules.rglob("*.ko*")):
+            status = path.stat()
+            digest.update(f"\n{path.relative_to(kernel.modules)} {status.st_size} {int(status.st_mtime)}".encode())
+    return digest.hexdigest()[:_DIGITS]
+
+
+def inputs_of(host: HostKernel, guest: HostKernel) -> dict[str, str]:
+    """What a cell with these kernels depends on (CellResult.inputs)."""
+    return {
+        "code": code_digest(),
+        "host_kernel": kernel_digest(host),
+        "host_release": host.release,
+        "guest_kernel": kernel_digest(guest),
+        "guest_release": guest.release,
+    }
+
+
+def difference(then: dict[str, str], now: dict[str, str]) -> str:
+    """What has changed, as a reader calls it (``the code and the host kernel``); empty if nothing has."""
+    changed = dict.fromkeys(_NAMES[name] for name in _NAMES if then.get(name) != now.get(name))
+    return " and ".join(changed)

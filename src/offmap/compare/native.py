@@ -1,0 +1,102 @@
+"""Measuring on this machine's own kernel: the same program, without a disposable host around it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from offmap.compare.matrix import OF_THE_MODULE, CellSpec
+from offmap.compare.running import RunningCell
+from offmap.errors import OffmapError
+from offmap.kmod.loaded import loaded_module
+from offmap.lab.errors import LabTimeout
+
+__all__ = ["refusal_here", "run_here"]
+
+TERM_GRACE = 20.0  # seconds: a measuring program that is asked to end gives back memory, huge pages and swap first
+_KEPT_LINES = 20
+
+
+def refusal_here(spec: CellSpec) -> str:
+    """Why the running kernel cannot have this cell, as far as that can be told without a try; empty if it may.
+
+    What needs a boot parameter (`reserved`) is refused by the backend itself, with the parameter.
+    """
+    if os.geteuid() != 0:
+        return "measuring on the running kernel needs root; run it with sudo"
+    if spec.backend in OF_THE_MODULE and loaded_module() is None:
+        return f"{spec.backend} needs the offmap module, which the running kernel has not loaded; offmap module load"
+    return ""
+
+
+def run_here(argv: Sequence[str], feed: Callable[[bytes], None], cell: RunningCell, seconds: float) -> tuple[int, str]:
+    """Run `argv` to its end as a session of its own, of which nothing is left.
+
+    Args:
+        feed: takes its standard output.
+        seconds: that it may take.
+
+    Returns:
+        Its exit status (128 and the number for a signal), and its last lines on standard error.
+
+    Raises:
+        LabTimeout: it did not end in time.
+        OffmapError: it cannot be started.
+    """
+    # A kill -9 of this process ends it too (setpriv is in util-linux); its children see the end of their pipes.
+    setpriv = shutil.which("setpriv")
+    words = [setpriv, "--pdeathsig", "TERM", *argv] if setpriv else list(argv)
+    try:
+        process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+    except OSError as error:
+        raise OffmapError(f"cannot start {argv[0]}: {error.strerror}") from None
+    expired = threading.Event()
+    ended = threading.Event()
+
+    def kill_all() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    def end() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        if not ended.wait(TERM_GRACE):
+            kill_all()
+
+    def expire() -> None:
+        expired.set()
+        end()
+
+    errors: deque[bytes] = deque(maxlen=_KEPT_LINES)
+    timer = threading.Timer(seconds, expire)
+    with process:
+        listener = threading.Thread(target=_keep_lines, args=(process, errors), name="native-errors", daemon=True)
+        try:
+            timer.start()
+            listener.start()
+            cell.ends_by(end)
+            while process.stdout is not None and (data := os.read(process.stdout.fileno(), 65536)):
+                feed(data)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # while it is not reaped its group is its own
+        finally:
+            timer.cancel()
+            ended.set()
+            kill_all()  # also what it has left behind
+            process.wait()
+            listener.join()
+    cell.check()
+    if expired.is_set():
+        raise LabTimeout(f"{argv[-2] if len(argv) > 1 else argv[0]} did not end in {seconds:g} s and was killed")
+    status = process.returncode
+    return status if status >= 0 else 128 - status, b"".join(errors).decode(errors="replace")
+
+
+def _keep_lines(process: "subprocess.Popen[bytes]", lines: deque[bytes]) -> None:
+    for line in process.stderr or ():
+        lines.append(line)

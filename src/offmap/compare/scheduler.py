@@ -1,0 +1,195 @@
+"""Running the cells of a comparison on an executor: threads here, or the workers of a dask cluster.
+
+Every cell ends exactly once: it is done from before, or it is run and its result kept. One whose worker is lost is run
+again, elsewhere. However the comparison ends, no cell of it goes on.
+"""
+
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.cell_run import DEADLINE, MEASURE, CellTask, kernels_of, run_cell
+from offmap.compare.inputs import code_digest, inputs_of
+from offmap.compare.matrix import CellSpec
+from offmap.compare.running import stop_cells
+from offmap.compare.store import Store
+from offmap.errors import OffmapError
+
+__all__ = ["Pool", "Scheduler", "Settings", "local_pool"]
+
+LOSSES = 3
+"""How often a cell's worker may be lost before the cell itself is taken for what kills workers."""
+
+_LOOK_SECONDS = 30.0  # how often a cluster is asked whether it has any workers left
+
+Events = Callable[[CellSpec, dict[str, Any]], None]
+
+
+class Pool(Protocol):
+    """Where cells run."""
+
+    executor: Executor
+
+    def call(self, events: Events, /) -> Callable[[CellTask], dict[str, Any]]:
+        """What to give the executor; events of a running cell go to `events`, if they can be had."""
+
+    def check(self) -> None:
+        """See that there is somebody left to run them.
+
+        Raises:
+            OffmapError: there is nobody.
+        """
+
+    def stop(self, run: str) -> None:
+        """End all cells of comparison `run`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How cells are run (CellTask)."""
+
+    deadline: float = DEADLINE
+    accel: str = "auto"
+    program: tuple[str, ...] = MEASURE
+
+
+class _Threads:
+    """This machine: a thread for each cell that runs, which waits for the QEMU of its disposable host."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+
+    def call(self, events: Events) -> Callable[[CellTask], dict[str, Any]]:
+        def run(task: CellTask) -> dict[str, Any]:
+            events(task.spec, {"begun": True})
+            return run_cell(task, partial(events, task.spec))
+
+        return run
+
+    def check(self) -> None:
+        pass
+
+    def stop(self, run: str) -> None:
+        stop_cells(run)
+
+
+@contextmanager
+def local_pool(jobs: int) -> Iterator[Pool]:
+    """This machine, `jobs` cells at a time."""
+    with ThreadPoolExecutor(jobs, thread_name_prefix="cell") as executor:
+        yield _Threads(executor)
+
+
+class Scheduler:
+    """One comparison.
+
+    Args:
+        store: where results go.
+        settings: how cells are run.
+        events: takes what happens: ``{"stage": …}`` as cells go, ``{"begun": True}``, ``{"again": reason}``,
+            ``{"skipped": True}``, ``{"ended": CellResult}``; from any thread.
+    """
+
+    def __init__(self, store: Store, settings: Settings, events: Events) -> None:
+        self._store = store
+        self._settings = settings
+        self._events = events
+        self.run_id = uuid.uuid4().hex
+
+    def missing(self, specs: Sequence[CellSpec]) -> tuple[dict[CellSpec, CellResult], list[CellSpec]]:
+        """What is done from before, and what there is to run; gets all their kernels first.
+
+        Raises:
+            OffmapError: a kernel cannot be had.
+        """
+        done: dict[CellSpec, CellResult] = {}
+        to_run: list[CellSpec] = []
+        inputs: dict[tuple[str, str], dict[str, str]] = {}
+        for spec in specs:
+            kernels = (spec.host_kernel, spec.guest_kernel)
+            if kernels not in inputs:
+                inputs[kernels] = inputs_of(*kernels_of(spec, partial(self._events, spec)))
+            found, why = self._store.done(spec, inputs[kernels], self._settings.deadline)
+            if found is not None:
+                done[spec] = found
+                self._events(spec, {"skipped": True})
+                continue
+            if why:
+                self._events(spec, {"again": why})
+            to_run.append(spec)
+        return done, to_run
+
+    def run(self, specs: Sequence[CellSpec], pool: Pool) -> dict[CellSpec, CellResult]:
+        """Run cells that are missing; each is kept as soon as it ends.
+
+        Raises:
+            OffmapError: a result could not be kept, or there is nobody left to run cells.
+        """
+        code = code_digest()
+        settings = self._settings
+        call = pool.call(self._events)
+        results: dict[CellSpec, CellResult] = {}
+        losses = dict.fromkeys(specs, 0)
+        futures: dict[Future[dict[str, Any]], CellSpec] = {}
+
+        def submit(spec: CellSpec) -> None:
+            task = CellTask(spec, self.run_id, code, settings.deadline, settings.accel, settings.program)
+            futures[pool.executor.submit(call, task)] = spec
+
+        try:
+            for spec in specs:
+                submit(spec)
+            while futures:
+                ended, _ = wait(futures, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
+                if not ended:
+                    pool.check()
+                for future in ended:
+                    spec = futures.pop(future)
+                    try:
+                        result = CellResult.from_json(future.result())
+                    except (Exception, CancelledError) as error:
+                        losses[spec] += 1
+                        if not _is_loss(error):
+                            raise
+                        if losses[spec] < LOSSES:
+                            pool.check()
+                            self._events(spec, {"again": f"its worker was lost ({type(error).__name__})"})
+                            submit(spec)
+                            continue
+                        result = _lost(spec, error)
+                    self._store.put(result)
+                    results[spec] = result
+                    self._events(spec, {"ended": result})
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            pool.stop(self.run_id)
+            raise
+        return results
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether it tells of the worker's end, and not of a fault in offmap."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"CancelledError", "BrokenExecutor", "KilledWorker", "CommClosedError", "CellStopped"})
+
+
+def _lost(spec: CellSpec, error: BaseException) -> CellResult:
+    reason = f"its worker was lost {LOSSES} times, the last time by {type(error).__name__}: {error}"
+    return CellResult(spec=spec, outcome=CellOutcome.FAILED, reason=reason)
+
+
+def first_failure(results: Sequence[CellResult]) -> OffmapError | None:
+    """The first cell that failed, as an error to end with; None if each came to a result."""
+    failed = [result for result in results if result.outcome in {CellOutcome.FAILED, CellOutcome.DEADLINE}]
+    if not failed:
+        return None
+    first = failed[0]
+    more = f", and {len(failed) - 1} more" if len(failed) > 1 else ""
+    reason = first.reason.splitlines()[0] if first.reason else first.outcome.value
+    return OffmapError(f"{first.spec.title}: {reason}{more}", "run it again: only what is missing is run")
