@@ -128,7 +128,7 @@ def parse_report(document: Any, source: str = "") -> HostReport:
         datetime.strptime(stamp.time, TIME)
     except ValueError:
         raise Malformed(f"its time is {stamp.time!r:.40}") from None
-    pids = [each.pid for each in (*found.vms, *found.not_audited)]
+    pids = [vm.pid for vm in found.vms] + [failure.pid for failure in found.not_audited]
     if len(pids) != len(set(pids)):
         raise Malformed("it has a VM twice")
     for vm in found.vms:
