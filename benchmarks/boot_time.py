@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ MACHINE = "microvm,acpi=on"
 TUNED_MACHINE = "microvm,acpi=on,rtc=on"  # without an RTC, Linux waits for one
 
 
-def time_to(expected: bytes, argv: Sequence[str]) -> float:
+def time_to(expected: bytes, argv: Sequence[str], then: Callable[[int], object] = lambda _: None) -> float:
     """Seconds from just before ``argv`` is started until it has printed ``expected``; it is then ended.
+
+    Args:
+        then: is called with its process id before that.
 
     Raises:
         OffmapError: it ended, or a time passed in which any guest boots, without it.
@@ -42,6 +45,8 @@ def time_to(expected: bytes, argv: Sequence[str]) -> float:
         try:
             said = _read_until(expected, process, started + DEADLINE)
             seconds = time.monotonic() - started
+            if expected in said:
+                then(process.pid)
         finally:
             process.terminate()  # both give their memory back and go
             process.wait()
@@ -114,7 +119,7 @@ def inside(kernel: str, initrd: str, rounds: int) -> int:
         if number:
             for kept, seconds in zip((ours, peer, tuned, plain), samples, strict=True):
                 kept.append(seconds)
-    facts = {"memory": GUEST_SIZE, "qemu": _qemu_version(), "guest_kernel": Path(kernel).name}
+    facts = {"memory": GUEST_SIZE, "qemu": qemu_version(), "guest_kernel": Path(kernel).name}
     name = "process start to init, 256M"
     peer_is, tuned_is = PEER.format(MACHINE), PEER.format(TUNED_MACHINE)
     Figure("boot_time", f"{name}, reserved", "s", ours, peer_is, peer, Limit("ratio", 1.0), facts).print()
@@ -127,7 +132,8 @@ def inside(kernel: str, initrd: str, rounds: int) -> int:
     return 0
 
 
-def _qemu_version() -> str:
+def qemu_version() -> str:
+    """What QEMU says that it is."""
     done = subprocess.run([find_qemu(), "--version"], capture_output=True, text=True, check=False)
     return done.stdout.splitlines()[0] if done.stdout else ""
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from offmap.guests.image import Image, build_image
+from offmap.guests.build import build_image
+from offmap.guests.image import Image
 from offmap.guests.recipe import RootRecipe
 from offmap.kmod.lab_module import lab_module
 from offmap.lab.host import LabHost

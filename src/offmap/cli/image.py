@@ -48,7 +48,8 @@ def run_build(args: argparse.Namespace) -> int:
     Raises:
         OffmapError: it cannot be made.
     """
-    from offmap.guests.image import build_image, named_image
+    from offmap.guests.build import build_image
+    from offmap.guests.image import named_image
     from offmap.guests.recipe import RootRecipe
     from offmap.lab.provision import host_kernel
 

@@ -4,7 +4,6 @@ import argparse
 import errno
 import os
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
@@ -22,6 +21,7 @@ _COMMANDS = {
     "module": "build and load the kernel module behind some kinds of RAM",
     "lab": "run a command in a disposable host",
     "demo": "boot guests on plain and on hidden RAM, and prove which is which",
+    "compare": "compare the ways of hiding: what works, hides, breaks and costs",
 }
 """Each is a module of offmap.cli with `add_parser`; only the one that was asked for is imported."""
 
@@ -100,6 +100,8 @@ def _main(arguments: list[str], on_status: Callable[[int], None] = lambda _: Non
             print(f"offmap {command}: cannot write the output: {error.strerror}; make room", file=sys.stderr)
             return ExitStatus.FAILED
         # A bug. Python's own status for it is 1, which would say "exposed".
+        import traceback
+
         traceback.print_exc()
         return ExitStatus.FAILED
     return status

@@ -3,13 +3,16 @@
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from offmap.errors import BackendRefused, ExitStatus
 from offmap.memory.backend import Backend
 from offmap.memory.iomem import PhysicalRange
+
+if TYPE_CHECKING:
+    import subprocess  # imported where it is used: not every guest's start has to wait for it
 
 __all__ = ["SelfAudit", "keep_from_guest"]
 
@@ -31,6 +34,8 @@ def keep_from_guest(backend: Backend, say: Callable[[str], None]) -> Sequence[Ph
         BackendRefused: the memory is in the direct map, or it has struct pages, which may be aliased, and cannot be
             audited here.
     """
+    import subprocess
+
     done = subprocess.run(
         _command("--json"), stdin=subprocess.DEVNULL, capture_output=True, check=False, text=True, errors="replace"
     )
@@ -80,6 +85,8 @@ class SelfAudit:
 
     def start(self) -> None:
         """Begin, without waiting for it."""
+        import subprocess
+
         options = ("--watch", "10") if self._watch else ()
         self._process = subprocess.Popen(_command(*options), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
 
@@ -90,6 +97,8 @@ class SelfAudit:
             wait: for its verdict, as the guest's RAM is still there; one that watches has come to many.
         """
         if self._process is not None:
+            import subprocess
+
             if wait and not self._watch:
                 self._process.wait()
             elif not self._watch:

@@ -7,25 +7,18 @@ several guests can run from one image at once, and what a guest writes is as hid
 import json
 import os
 import re
-import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from offmap import __version__
 from offmap.errors import OffmapError
-from offmap.guests.initrd import guest_initrd
-from offmap.guests.recipe import RootRecipe
-from offmap.guests.rootfs import IMAGE, PACKAGE_LIST, cached_root
-from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder
-from offmap.lab.errors import LabError
-from offmap.lab.kernel import HostKernel
 
-__all__ = ["DEFAULT_NAME", "Image", "build_image", "find_image", "named_image"]
+__all__ = ["DEFAULT_NAME", "DESCRIPTION", "ROOT", "SCHEMA", "Image", "find_image", "named_image"]
 
 SCHEMA = "offmap-image/1"
 DEFAULT_NAME = "debian"
 DESCRIPTION = "image.json"
+ROOT = "root.img"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -52,7 +45,7 @@ class Image:
     @property
     def root(self) -> Path:
         """The root file system: raw ext4, no partitions."""
-        return self.folder / IMAGE
+        return self.folder / ROOT
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -86,6 +79,8 @@ def named_image(name: str) -> Path:
     """
     if not _NAME.fullmatch(name):
         raise OffmapError(f"{name!r} is no name for an image", "use letters, digits, and -._, or give a folder")
+    from offmap.lab.cache import cache_folder  # not at each start of a guest, as its own imports take long
+
     return cache_folder("images", "named") / name
 
 
@@ -102,47 +97,3 @@ def find_image(text: str) -> Image:
             name = "" if text == DEFAULT_NAME else f" --name {text}"
             raise OffmapError(f"there is no image {text}", f"make one: offmap image build{name}, or give its folder")
     return Image.load(folder)
-
-
-def build_image(recipe: RootRecipe, kernel: HostKernel, folder: Path) -> Image:
-    """Make the image in `folder`, which is replaced at once if it is an image.
-
-    Raises:
-        LabError: a part of it cannot be made, or the folder holds something else.
-    """
-    root = cached_root(recipe)
-    folder = folder.absolute()
-    if folder.exists() and not (folder / DESCRIPTION).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise LabError(f"{folder} is there and is no image", "give another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_name(f".{folder.name}.lock")), scratch_folder(folder) as scratch:
-            new = scratch / "new"
-            new.mkdir()
-            _copy(root / IMAGE, new / IMAGE)
-            (new / "vmlinuz").write_bytes(kernel.vmlinuz.read_bytes())
-            (new / "initrd.img").write_bytes(guest_initrd(kernel))
-            facts = {
-                "schema": SCHEMA,
-                "offmap": __version__,
-                "distribution": "debian",
-                **asdict(recipe),
-                "kernel": kernel.name,
-                "kernel_release": kernel.release,
-                "packages": dict(line.split(" ", 1) for line in (root / PACKAGE_LIST).read_text().splitlines()),
-            }
-            (new / DESCRIPTION).write_text(json.dumps(facts, indent=2) + "\n")
-            replace_folder(new, folder)
-    except OSError as error:
-        raise LabError(
-            f"cannot make an image in {folder}: {error.strerror}", "check the disk and its rights"
-        ) from error
-    return Image.load(folder)
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Sharing the blocks where the file system can, and without those that are holes in `source`."""
-    command = ["cp", "--reflink=auto", "--sparse=always", "--", str(source), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise LabError(done.stderr.strip() or f"cp failed with status {done.returncode}", "check the disk")

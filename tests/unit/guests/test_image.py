@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from offmap.errors import OffmapError
-from offmap.guests import image as module
-from offmap.guests.image import Image, build_image, find_image, named_image
+from offmap.guests import build as module
+from offmap.guests.build import build_image
+from offmap.guests.image import Image, find_image, named_image
 from offmap.guests.recipe import RootRecipe
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import HostKernel
