@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest
 SUITE = tests/unit tests/kvm tests/lab
 
-.PHONY: demo demo-patched test test-all slow setup setup-tests setup-slow lint bench
+.PHONY: demo demo-patched compare test test-all slow setup setup-tests setup-slow lint bench
 
 demo: setup
 	.venv/bin/offmap demo
@@ -12,6 +12,10 @@ demo: setup
 # The kinds of RAM that need a patched kernel, which is built the first time.
 demo-patched: setup-slow
 	.venv/bin/offmap demo --host-kernel patched:7.3 --out out/demo-patched
+
+# Every kind of RAM on a stock kernel, into out/compare; goes on where it was. make compare COMPARE=--full
+compare: setup
+	.venv/bin/offmap compare $(COMPARE)
 
 setup:
 	@scripts/setup

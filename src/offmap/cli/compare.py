@@ -1,0 +1,234 @@
+"""``offmap compare``: every way of hiding, on every kernel, and what works, hides, breaks and costs."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offmap.errors import ExitStatus, OffmapError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from offmap.compare.cell_result import CellResult
+    from offmap.compare.matrix import Axes, CellSpec
+
+__all__ = ["add_parser"]
+
+_NAMED_KERNELS = ("debian:", "patched:")
+_KEYWORDS = ("running", "native")
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``compare``."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="compare the ways of hiding guest RAM: what works, hides, breaks and costs",
+        description="Run a matrix of cells, each a guest on one kind of RAM in a disposable host of its own, and write "
+        "one report. What is done is kept: run again, it goes on where it was. Options that name an axis may be given "
+        "several times and stand for that axis of the matrix.",
+        epilog="Without an axis: every kind of RAM on debian:6.12, with one guest. Exit status: 0 if every cell came "
+        "to a result, be it a refusal or an oops; 2 if one failed or was not done in time.",
+    )
+    axes = parser.add_argument_group("the matrix")
+    axes.add_argument("--full", action="store_true", help="all host kernels, guest kernels, 1 and 2 vCPUs, both clocks")
+    axes.add_argument("--backend", action="append", metavar="RAM", help="a kind of guest RAM, or qemu-unplugged")
+    axes.add_argument(
+        "--host-kernel",
+        action="append",
+        metavar="KERNEL",
+        help="debian:6.1, debian:6.12, debian:7.3, patched:7.3, running, or the path of a bzImage (its modules are "
+        "looked for in lib/modules/RELEASE beside it, above it, and where they are installed)",
+    )
+    axes.add_argument("--guest-kernel", action="append", metavar="KERNEL", help="the same, for the guests")
+    axes.add_argument("--vcpus", action="append", type=int, metavar="N", help="of a guest")
+    axes.add_argument("--kvm-clock", action="append", choices=("auto", "on", "off"), help="offer it to the guest")
+    how = parser.add_argument_group("how it is run")
+    how.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR", help="default: %(default)s")
+    how.add_argument("--jobs", type=_count, metavar="N", help="cells at a time (default: as cores and memory allow)")
+    how.add_argument("--deadline", type=_seconds, metavar="SECONDS", help="for a cell (default: 600)")
+    how.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="of the disposable hosts")
+    where = how.add_mutually_exclusive_group()
+    where.add_argument("--dask", metavar="ADDRESS", help="on the workers of that dask cluster: tcp://HOST:8786")
+    where.add_argument(
+        "--native",
+        action="store_true",
+        help="on this machine's own kernel, one cell at a time, no disposable host",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="say which cells there are and how they stand; run none")
+    what.add_argument("--report-only", action="store_true", help="write the report of what is done; run none")
+    parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    count = int(text) if text.isdecimal() else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number of cells")
+    return count
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return seconds
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run it.
+
+    Raises:
+        OffmapError: the matrix makes no sense, a kernel cannot be had, the folder cannot be written, a cell failed.
+    """
+    from rich.console import Console
+
+    from offmap.compare.matrix import cells_of
+
+    specs = cells_of(axes_of(args))
+    if args.list:
+        _list(specs, args.out)
+        return ExitStatus.DONE
+    console = Console(stderr=True, highlight=False)
+    if args.report_only:
+        _report(args.out, _kept(specs, args))
+        return ExitStatus.DONE
+    with _ended_by_signals():
+        results = _run(args, specs, console)
+    _report(args.out, results)
+    from offmap.compare.scheduler import first_failure
+
+    if failure := first_failure(results):
+        raise failure
+    return ExitStatus.DONE
+
+
+def axes_of(args: argparse.Namespace) -> "Axes":
+    """The matrix that the command line asks for.
+
+    Raises:
+        OffmapError: an axis cannot have that value.
+    """
+    from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, NATIVE
+
+    hosts = [_kernel(name) for name in args.host_kernel or ()]
+    if args.native:
+        if hosts and hosts != [NATIVE]:
+            raise OffmapError("--native measures on the running kernel", "leave out --host-kernel")
+        hosts = [NATIVE]
+    elif NATIVE in hosts:
+        raise OffmapError("native is not the kernel of a disposable host", "give --native for the running one itself")
+    base = FULL_AXES if args.full else DEFAULT_AXES
+    guests = [_kernel(name) for name in args.guest_kernel or ()]
+    if NATIVE in guests:
+        raise OffmapError("a guest cannot be native", "give --guest-kernel running for the running kernel")
+    return base.narrowed(args.backend, hosts, guests, args.vcpus, args.kvm_clock)
+
+
+def _kernel(name: str) -> str:
+    """A path made absolute: cells keep their names wherever they are run from."""
+    if name.startswith(_NAMED_KERNELS) or name in _KEYWORDS:
+        return name
+    return str(Path(name).absolute())
+
+
+def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Console") -> "list[CellResult]":
+    from offmap.cli.compare_progress import CompareProgress
+    from offmap.compare.capacity import cells_at_a_time
+    from offmap.compare.cell_run import DEADLINE
+    from offmap.compare.inputs import code_digest
+    from offmap.compare.scheduler import Pool, Scheduler, Settings, local_pool
+    from offmap.compare.store import Store
+
+    jobs = 1 if args.native else args.jobs or cells_at_a_time()
+    settings = Settings(deadline=args.deadline or DEADLINE, accel=args.accel)
+    with ExitStack() as stack:
+        store = stack.enter_context(Store(args.out))
+        progress = stack.enter_context(CompareProgress(console, len(specs), jobs))
+        scheduler = Scheduler(store, settings, progress.event)
+        done, to_run = scheduler.missing(specs)
+        progress.began(len(done))
+        results = dict(done)
+        if to_run:
+            pool: Pool
+            if args.dask:
+                from offmap.compare.cluster import cluster_pool
+
+                kernels = tuple(
+                    {name for spec in to_run for name in (spec.host_kernel, spec.guest_kernel) if "/" in name}
+                )
+                pool = stack.enter_context(cluster_pool(args.dask, code_digest(), kernels))
+            else:
+                pool = stack.enter_context(local_pool(jobs))
+            results |= scheduler.run(to_run, pool)
+    return [results[spec] for spec in specs]
+
+
+def _list(specs: "Sequence[CellSpec]", out: Path) -> None:
+    from offmap.compare.inputs import code_digest
+    from offmap.compare.store import read_cell
+
+    for spec in specs:
+        path = out / "cells" / f"{spec.key}.json"
+        try:
+            result = read_cell(path)
+        except FileNotFoundError:
+            state = "not run"
+        except ValueError as error:
+            state = f"damaged ({error})"
+        else:
+            state = f"{result.outcome.value}, {result.time}"
+            if result.inputs.get("code") != code_digest():
+                state += ", of other code"
+        print(f"{spec.title}: {state}")
+    print(f"{len(specs)} cells")
+
+
+def _kept(specs: "Sequence[CellSpec]", args: argparse.Namespace) -> "list[CellResult]":
+    """What there is: of the cells that were named, or of all if none were."""
+    from offmap.compare.store import read_cell
+
+    found = {}
+    for path in sorted((args.out / "cells").glob("*.json")):
+        try:
+            result = read_cell(path)
+        except ValueError as error:
+            print(f"offmap compare: {path} is left out: {error}", file=sys.stderr)
+            continue
+        found[result.spec] = result
+    named = (
+        args.full or args.native or any((args.backend, args.host_kernel, args.guest_kernel, args.vcpus, args.kvm_clock))
+    )
+    chosen = [found[spec] for spec in specs if spec in found]
+    if not named:
+        chosen += [result for spec, result in found.items() if spec not in set(specs)]
+    if not chosen:
+        raise OffmapError(f"there is nothing in {args.out} to report", "run it without --report-only")
+    return chosen
+
+
+def _report(out: Path, results: "Sequence[CellResult]") -> None:
+    for path in import_module("offmap.report.compare").write_reports(out, results):
+        print(path)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end it as Ctrl-C does: nothing runs on."""
+
+    def interrupt(number: int, _frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    saved = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in saved.items():
+            signal.signal(number, handler)

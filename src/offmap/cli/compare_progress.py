@@ -1,0 +1,129 @@
+"""How a running comparison shows itself: live on a terminal, line by line elsewhere."""
+
+import threading
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.text import Text
+
+from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.matrix import CellSpec
+
+__all__ = ["CompareProgress", "summary"]
+
+_BAR_WIDTH = 40
+
+
+def summary(result: CellResult) -> str:
+    """One cell in one line."""
+    outcome = result.outcome
+    known = sum(answer.value is not None for answer in result.answers.values())
+    answers = f"{known} of {len(result.answers)} questions answered"
+    if outcome is CellOutcome.BOOTED:
+        said = answers
+    else:
+        said = next(iter(result.reason.splitlines()), "no reason given")
+        if result.asked:
+            said += f" (at {result.asked})"
+        if result.answers:
+            said += f"; {answers}"
+    return f"{result.spec.title}: {outcome.value}: {said}"
+
+
+class CompareProgress:
+    """Takes the scheduler's events; a context manager that leaves the terminal clean.
+
+    Args:
+        total: cells of the comparison, those included that are done.
+        at_a_time: how many run at once, for the estimate.
+    """
+
+    def __init__(self, console: Console, total: int, at_a_time: int) -> None:
+        self._console = console
+        self._total = total
+        self._at_a_time = max(at_a_time, 1)
+        self._lock = threading.Lock()
+        self._running: dict[CellSpec, tuple[float, str]] = {}
+        self._stage = ""
+        self._ended = 0
+        self._skipped = 0
+        self._seconds = 0.0  # of the cells that were run
+        self._began = time.monotonic()
+        live = Live(get_renderable=self._picture, console=console, refresh_per_second=4, transient=True)
+        self._live = live if console.is_terminal else None
+
+    def event(self, spec: CellSpec, data: dict[str, Any]) -> None:
+        """Show one event (offmap.compare.scheduler)."""
+        with self._lock:
+            if line := self._take(spec, data):
+                stamp = f"[{time.monotonic() - self._began:6.1f} s]"
+                self._console.print(f"{stamp} {line}", markup=False, highlight=False, soft_wrap=True)
+
+    def _take(self, spec: CellSpec, data: dict[str, Any]) -> str:
+        if "stage" in data:
+            return self._at(spec, data["stage"], data.get("share"))
+        if "begun" in data:
+            self._running[spec] = (time.monotonic(), "")
+            return "" if self._live else f"{spec.title}: begins"
+        if "again" in data:
+            self._running.pop(spec, None)
+            return f"{spec.title}: is run again, as {data['again']}"
+        if "note" in data:
+            return f"{spec.title}: {data['note']}"
+        if "skipped" in data:
+            self._skipped += 1
+            return ""
+        if "ended" in data:
+            result: CellResult = data["ended"]
+            self._running.pop(spec, None)
+            self._ended += 1
+            self._seconds += result.seconds
+            return f"{self._skipped + self._ended}/{self._total} {summary(result)} ({result.seconds:.0f} s)"
+        return ""
+
+    def _at(self, spec: CellSpec, stage: str, share: float | None) -> str:
+        text = stage if share is None else f"{stage} {share:.0%}"
+        if spec in self._running:
+            self._running[spec] = (self._running[spec][0], text)
+            return ""
+        if stage == self._stage:
+            return ""
+        self._stage = stage  # of getting kernels, before the first cell
+        return stage
+
+    def began(self, skipped: int) -> None:
+        """Say how much there is to do."""
+        if skipped:
+            self._console.print(f"{skipped} of {self._total} cells are done from before", markup=False, highlight=False)
+
+    def _picture(self) -> Group:
+        with self._lock:
+            now = time.monotonic()
+            done = self._skipped + self._ended
+            lines = [
+                Text(f"  {spec.title}: {stage or 'begins'} ({now - since:.0f} s)", overflow="ellipsis", no_wrap=True)
+                for spec, (since, stage) in self._running.items()
+            ]
+            left = f"{done} of {self._total} cells"
+            if self._ended:
+                mean = self._seconds / self._ended
+                # what runs now is half done on average
+                rest = (self._total - done - len(self._running) / 2) * mean / self._at_a_time
+                left += f", about {max(rest, 0) / 60:.0f} minutes left"
+            bar = ProgressBar(total=max(self._total, 1), completed=done, width=_BAR_WIDTH)
+            return Group(*lines, bar, Text(left))
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
