@@ -51,7 +51,6 @@ class CellTask:
 
     Attributes:
         run: which comparison wants it, for `stop_cells`.
-        code: `code_digest` of who wants it; another machine with other code would measure something else.
         deadline: seconds from the boot of its host.
         accel: of the disposable host: auto, tcg or kvm.
         program: Python's arguments for the measuring program (offmap.compare.job).
@@ -59,7 +58,6 @@ class CellTask:
 
     spec: CellSpec
     run: str
-    code: str
     deadline: float = DEADLINE
     accel: str = "auto"
     program: tuple[str, ...] = MEASURE
@@ -111,11 +109,6 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
     inputs: dict[str, str] = {}
     with running_cell(task.run) as cell:
         try:
-            if code_digest() != task.code:
-                raise OffmapError(
-                    f"the code of offmap on {host_facts().name} is not that of the comparison",
-                    "let its workers have the same checkout",
-                )
             host, guest = kernels_of(task.spec, report)
             inputs = inputs_of(host, guest)
             # guest RAM, files to read past the page cache: a disk, where /tmp is one
@@ -135,6 +128,8 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
             end.oops = error.oops if isinstance(error, LabPanic) else ""
             if not end.console and isinstance(error, LabEnded):
                 end.console = error.console
+    if inputs and inputs["code"] != (now := code_digest()):
+        inputs["code"] += f"-{now}"  # of neither; the disposable host reads it as it goes
     return _result(task, transcript.said(), end, inputs, time.monotonic() - began).to_json()
 
 

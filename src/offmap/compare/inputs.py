@@ -1,7 +1,6 @@
 """What the outcome of a cell depends on, as digests: where one differs, an earlier result is not one of this cell."""
 
 import hashlib
-from functools import cache
 from pathlib import Path
 
 import offmap
@@ -25,9 +24,8 @@ _NAMES = {
 }
 
 
-@cache
 def code_digest() -> str:
-    """Of all that measures: offmap's own code, and its kernel module's.
+    """Of all that measures: offmap's own code, and its kernel module's, as they are on the disk now.
 
     Raises:
         OffmapError: this installation has no sources of the module.

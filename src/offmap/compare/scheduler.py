@@ -92,7 +92,7 @@ class Scheduler:
         store: where results go.
         settings: how cells are run.
         events: takes what happens: ``{"stage": …}`` as cells go, ``{"begun": True}``, ``{"again": reason}``,
-            ``{"skipped": True}``, ``{"ended": CellResult}``; from any thread.
+            ``{"skipped": True}``, ``{"ended": CellResult}``, ``{"note": …}``; from any thread.
     """
 
     def __init__(self, store: Store, settings: Settings, events: Events) -> None:
@@ -138,7 +138,7 @@ class Scheduler:
         futures: dict[Future[dict[str, Any]], CellSpec] = {}
 
         def submit(spec: CellSpec) -> None:
-            task = CellTask(spec, self.run_id, code, settings.deadline, settings.accel, settings.program)
+            task = CellTask(spec, self.run_id, settings.deadline, settings.accel, settings.program)
             futures[pool.executor.submit(call, task)] = spec
 
         try:
@@ -165,6 +165,8 @@ class Scheduler:
                     self._store.put(result)
                     results[spec] = result
                     self._events(spec, {"ended": result})
+                    if result.inputs.get("code", code) != code:
+                        self._events(spec, {"note": "the code was changed meanwhile; it will be run again next time"})
         except BaseException:
             for future in futures:
                 future.cancel()
