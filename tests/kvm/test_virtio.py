@@ -39,6 +39,45 @@ def store_register(register: int, value: int) -> bytes:
     return b"\x66\xc7\x06" + struct.pack("<HI", register, value)
 
 
+def test_without_read_only_slots_and_coalescing_everything_is_an_exit(vm: Vm, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm.create_irqchip()
+    monkeypatch.setattr(Vm, "check_extension", lambda *_: 0)
+    code = (
+        store_register(reg.VIRTIO_MMIO_INTERRUPT_ACK, 1)
+        + load_register(reg.VIRTIO_MMIO_INTERRUPT_STATUS)
+        + load_register(reg.VIRTIO_MMIO_MAGIC_VALUE)
+    )
+    with ExitStack() as stack:
+        vcpu, memory = load(vm, code)
+        stack.enter_context(memory)
+        stack.enter_context(vcpu)
+        mmio = MmioBus()
+        surroundings = Surroundings(memory, False, vm)
+        bus = stack.enter_context(VirtioBus([("rng0", Spec())], surroundings, (), mmio, vcpu.area))
+        sregs = vcpu.get_sregs()
+        sregs.ds.base = VIRTIO_MMIO_BASE
+        vcpu.set_sregs(sregs)
+        bus.transports[0].interrupt_status.raise_(3)
+        values = []
+        exits = []
+        while len(values) < 2:
+            if vcpu.run() == uapi.KVM_EXIT_IO:
+                values += struct.unpack_from("<I", vcpu.area, uapi.KVM_PIO_PAGE_OFFSET * 4096)
+                continue
+            exit_ = vcpu.exit_state().mmio
+            exits.append((exit_.phys_addr - VIRTIO_MMIO_BASE, bool(exit_.is_write)))
+            if exit_.is_write:
+                mmio.write(exit_.phys_addr, exit_.len, int.from_bytes(bytes(exit_.data)[: exit_.len], "little"))
+            else:
+                struct.pack_into("<I", vcpu.area, 40, mmio.read(exit_.phys_addr, exit_.len))  # kvm_run.mmio.data
+        assert values == [2, int.from_bytes(b"virt", "little")]
+        assert exits == [
+            (reg.VIRTIO_MMIO_INTERRUPT_ACK, True),
+            (reg.VIRTIO_MMIO_INTERRUPT_STATUS, False),
+            (reg.VIRTIO_MMIO_MAGIC_VALUE, False),
+        ]
+
+
 def test_what_leaves_the_guest(kvm: Kvm, vm: Vm) -> None:
     for capability in (uapi.KVM_CAP_READONLY_MEM, uapi.KVM_CAP_COALESCED_MMIO):
         if not vm.check_extension(capability):
