@@ -58,8 +58,8 @@ def test_without_read_only_slots_and_coalescing_everything_is_an_exit(vm: Vm, mo
         sregs.ds.base = VIRTIO_MMIO_BASE
         vcpu.set_sregs(sregs)
         bus.transports[0].interrupt_status.raise_(3)
-        values = []
-        exits = []
+        values: list[int] = []
+        exits: list[tuple[int, bool]] = []
         while len(values) < 2:
             if vcpu.run() == uapi.KVM_EXIT_IO:
                 values += struct.unpack_from("<I", vcpu.area, uapi.KVM_PIO_PAGE_OFFSET * 4096)
