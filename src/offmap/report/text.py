@@ -117,7 +117,8 @@ def render_vm(vm: Vm, color: bool = False) -> str:
     lines.append("")
     for part in vm.ranges[:_SHOWN]:
         backend = f", {part.backend}" if part.backend else ""
-        lines += _wrapped(part.source, f"{part.va:#x} {format_size(part.bytes)}{backend}")
+        guest = "" if part.guest_phys_addr is None else f" at guest {part.guest_phys_addr:#x}"
+        lines += _wrapped(part.source, f"{part.va:#x} {format_size(part.bytes)}{guest}{backend}")
     lines += _more(len(vm.ranges), "ranges")
     for alias in vm.aliases[:_SHOWN]:
         lines += _wrapped("alias", _mapping(alias))

@@ -58,6 +58,10 @@ def test_hidden_is_not_said_of_pages_of_a_vm_that_is_not() -> None:
         assert "hidden" not in render_vm(parsed(document)).lower()
 
 
+def test_ranges_say_where_the_guest_has_them() -> None:
+    assert "memslot  0x7f0000000000 256 MiB at guest 0x0, unplugged" in render_vm(parsed(vm()))
+
+
 def test_what_a_secret_speaks_against_is_unknown() -> None:
     judged = parsed(vm(verdict="exposed", pages=pages(10, canaries_found=1), scan=scan(1)))
     assert judged.pages_by_state == {"exposed": 0, "unknown": 10, "hidden": 0, "unpopulated": 0, "excluded": 0}
