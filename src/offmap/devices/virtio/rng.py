@@ -58,7 +58,11 @@ class Rng(VirtioDevice):
 
     def _fill(self, views: list[memoryview]) -> int:
         """Bytes written, at least 1 (5.4.6.2)."""
-        room = [views[0][:_MOST]] if len(views[0]) >= _MOST else views
+        room = []
+        left = _MOST
+        for view in views:
+            room.append(view[:left])
+            left -= len(room[-1])
         try:
             # It may answer less than it was asked for, and so may we.
             return os.readv(self._fd, room)

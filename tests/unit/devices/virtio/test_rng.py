@@ -39,8 +39,9 @@ def test_it_fills_what_it_is_given(wired: Wired, buffers: tuple[int, ...]) -> No
     assert b"\xcc" * 8 not in answers[0]  # what was there before
 
 
-def test_a_large_request_is_answered_in_part(wired: Wired) -> None:
-    wired.drivers[0].add(300_000)
+@pytest.mark.parametrize("buffers", [(300_000,), (100, 300_000), (40_000, 40_000, 40_000)])
+def test_a_large_request_is_answered_in_part(wired: Wired, buffers: tuple[int, ...]) -> None:
+    wired.drivers[0].add(*buffers)
     wired.kick()
     assert 0 < len(wired.drivers[0].result()) <= 65536
 
