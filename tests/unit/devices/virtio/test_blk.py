@@ -3,6 +3,7 @@
 import errno
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -277,6 +278,34 @@ def test_errors_of_the_host_are_the_requests_and_one_line(
     assert len(drive.said) == 3
     assert all(os.strerror(number) in line for line in drive.said)
     assert drive.request(uapi.VIRTIO_BLK_T_IN, 0, 512)[1] == OK
+
+
+def test_a_disk_that_stalls_holds_up_its_own_drive_only(
+    memory: GuestMemory, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(os.urandom(4096))
+    stalled, going = threading.Event(), threading.Event()
+    real = os.preadv
+    with guest_memory(2 << 20) as more_memory:
+        slow, fast = Drive(memory, image), Drive(more_memory, other)
+
+        def call(fd: int, views: list[memoryview], offset: int) -> int:
+            if fd == slow.disk.fd:
+                stalled.set()
+                assert going.wait(10)
+            return real(fd, views, offset)
+
+        monkeypatch.setattr("os.preadv", call)
+        with slow.wired, fast.wired:
+            slow.driver.add(struct.pack("<IIQ", uapi.VIRTIO_BLK_T_IN, 0, 0), 512, 1)
+            os.eventfd_write(slow.wired.kicks[0], 1)
+            assert stalled.wait(10)
+            assert fast.request(uapi.VIRTIO_BLK_T_IN, 0, 512) == (other.read_bytes()[:512], OK)
+            assert slow.driver.used_idx() == 0
+            going.set()
+            slow.wired.settle()
+            assert slow.driver.whole_result() == image.read_bytes()[:512] + OK
 
 
 def in_small_steps(real: Callable[..., int]) -> Callable[..., int]:
