@@ -37,6 +37,7 @@ def guest_initramfs(extra: Sequence[Entry] = ()) -> bytes:
     )
 
 
-def canary_parameters(key: CanaryKey, count: int) -> str:
-    """What makes it plant `count` canaries, for its kernel's command line."""
-    return f"OFFMAP_CANARIES={count} OFFMAP_CANARY_KEY={key}"
+def canary_parameters(key: CanaryKey, count: int, first: int = 0) -> str:
+    """What makes it plant `count` canaries, numbered from `first`, for its kernel's command line."""
+    numbers = f"OFFMAP_CANARY_FIRST={first} " if first else ""
+    return f"{numbers}OFFMAP_CANARIES={count} OFFMAP_CANARY_KEY={key}"

@@ -2,6 +2,7 @@
 # Init of the small guest that offmap boots: plant canaries if asked to, say so, and give a shell.
 # The kernel hands NAME=VALUE words of its command line that it does not know to init as environment variables:
 #   OFFMAP_CANARIES=N       how many canaries to plant, one a page
+#   OFFMAP_CANARY_FIRST=N   the number of the first (0 if it is not given)
 #   OFFMAP_CANARY_KEY=HEX   the key that their checksums are made with (offmap.audit.canary)
 /bin/busybox mkdir -p /proc /sys /dev /tmp /canaries
 /bin/busybox mount -t proc proc /proc
@@ -17,7 +18,7 @@ export PATH=/bin:/sbin HOME=/ PS1='offmap-guest# '
 
 plant() {
     mkdir -p /tmp/parts
-    number=0
+    number=${OFFMAP_CANARY_FIRST:-0}
     # 32 hex digits a line, from one process: on an emulated host every fork shows.
     head -c $((OFFMAP_CANARIES * 16)) /dev/urandom | hexdump -v -e '16/1 "%02x" "\n"' >/tmp/nonces
     while read -r nonce; do

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from offmap.audit.guest_ram import RamRange, Source
 from offmap.audit.process import Process
@@ -86,7 +86,7 @@ class VmProcess:
         self._report = folder / REPORT
         self._console = bytearray()
 
-    def __enter__(self) -> "VmProcess":
+    def __enter__(self) -> Self:
         with self._errors.open("wb") as errors:
             self.started = time.monotonic()
             self._process = subprocess.Popen(

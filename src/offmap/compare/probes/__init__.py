@@ -1,0 +1,1 @@
+"""What is asked of one cell of the comparison, one module for each kind of question."""

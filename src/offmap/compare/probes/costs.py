@@ -1,0 +1,172 @@
+"""What it costs, in pairs: the kind in question and plain RAM by turns, in the same host."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import TypeVar
+
+import numpy as np
+
+from offmap.compare.probes.asker import measured, paired, undetermined
+from offmap.compare.probes.live_guest import BASELINE, LiveGuest
+from offmap.compare.probes.network import Subnet, attempt, listen_tcp, sink_peer
+from offmap.compare.questions import Answer
+from offmap.errors import OffmapError
+from offmap.kvm import Kvm, Vm
+from offmap.memory.backend import parse_backend
+from offmap.uapi.mman import MADV_POPULATE_WRITE
+
+__all__ = ["PAIRS", "RATES", "Rate", "by_turns", "exits", "populate", "rates"]
+
+PAIRS = 5
+"""Of each: fewer would say nothing of the spread."""
+
+PAGE = 4096
+_SECRET_SIZE = 32 << 20  # where the direct map is changed page by page, which takes its time
+_SIZE = 128 << 20  # a memory block of a small host, which is what `unplugged` takes at least
+_PAGE_BY_PAGE = ("secretmem", "secretmem-bridge", "guest_memfd-unmapped")
+_DEBUGFS = Path("/sys/kernel/debug/kvm")
+
+T = TypeVar("T")
+
+
+def by_turns(pairs: int, candidate: Callable[[], T], baseline: Callable[[], T]) -> tuple[list[T], list[T]]:
+    """`pairs` of each after one of each that warms up; who goes first alternates."""
+    mine: list[T] = []
+    plain: list[T] = []
+    for number in range(pairs + 1):
+        takes = [(mine, candidate), (plain, baseline)]
+        for kept, take in takes if number % 2 else reversed(takes):
+            taken = take()
+            if number:
+                kept.append(taken)
+    return mine, plain
+
+
+def populate(backend: str) -> Answer:
+    """RAM from nothing to usable: what the VMM does before the guest's first instruction, and then every page touched.
+
+    Raises:
+        OffmapError: the host does not give it.
+    """
+    size = _SECRET_SIZE if backend in _PAGE_BY_PAGE else _SIZE
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        mine, plain = by_turns(
+            PAIRS, lambda: _populate_once(vm, backend, size), lambda: _populate_once(vm, BASELINE, size)
+        )
+    detail = f"{size >> 20} MiB, {len(mine)} pairs; a write to each page included"
+    return paired("costs.populate", mine, plain, detail=detail)
+
+
+def _populate_once(vm: Vm, name: str, size: int) -> float:
+    """Microseconds a page."""
+    started = monotonic()
+    backings = parse_backend(name).allocate(vm, size)
+    try:
+        for backing in backings:
+            # Frames and page-table entries in one call where the kernel can (not of secret memory, nor PFNMAP).
+            backing.madvise(MADV_POPULATE_WRITE)
+            np.frombuffer(backing.view, dtype=np.uint8)[::PAGE] = 0
+        return round((monotonic() - started) / (size // PAGE) * 1e6, 4)
+    finally:
+        for backing in backings:
+            backing.close()
+
+
+def exits(guest: LiveGuest, plain: LiveGuest) -> Answer:
+    """VM exits of both guests since their start, by KVM's own count; to be asked when both have just booted."""
+    mine, theirs = _exits(guest.pid), _exits(plain.pid)
+    return Answer("costs.exits", mine["exits"], "", (mine["exits"],), (theirs["exits"],), _exits_text(mine, theirs))
+
+
+_COUNTS = ("exits", "io_exits", "mmio_exits", "irq_exits", "halt_exits", "pf_taken", "tlb_flush")
+
+
+def _exits(pid: int) -> dict[str, int]:
+    folders = list(_DEBUGFS.glob(f"{pid}-*")) if _DEBUGFS.is_dir() else []
+    if not folders:
+        raise OffmapError("this kernel does not tell (no /sys/kernel/debug/kvm)", "mount debugfs")
+    return {name: int((folders[0] / name).read_text()) for name in _COUNTS if (folders[0] / name).exists()}
+
+
+def _exits_text(mine: dict[str, int], theirs: dict[str, int]) -> str:
+    pairs = (f"{name} {mine[name]} ({theirs.get(name, 0)} on {BASELINE})" for name in mine)
+    return "from power-on to init ready, all vCPUs: " + ", ".join(pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Something that a guest measures of itself.
+
+    Attributes:
+        command: for its program.
+        convert: what the number it answers is, in the question's unit.
+    """
+
+    command: str
+    convert: Callable[[float], float]
+
+
+def _mb_per_s(size: int) -> Callable[[float], float]:
+    return lambda microseconds: round(size / max(microseconds, 1.0), 3)  # bytes a µs are 10^6 bytes a second
+
+
+_CHASE, _STEPS = 8 << 20, 100_000
+_COPY, _DISK, _NET = 8 << 20, 4 << 20, 4 << 20
+
+RATES = {
+    "costs.chase": Rate(f"chase {_CHASE} {_STEPS}", lambda nanoseconds: nanoseconds),
+    "costs.copy": Rate(f"copy {_COPY}", _mb_per_s(_COPY)),
+    "costs.blk_read": Rate(f"read /dev/vda {_DISK}", _mb_per_s(_DISK)),
+    "costs.blk_write": Rate(f"write /dev/vda {_DISK}", _mb_per_s(_DISK)),
+}
+
+
+def rates(id: str, guest: LiveGuest, plain: LiveGuest) -> Answer:
+    """One of RATES, by both guests in turn; the other one is idle meanwhile."""
+    rate = RATES[id]
+    mine, theirs = by_turns(
+        PAIRS, lambda: rate.convert(guest.value(rate.command)), lambda: rate.convert(plain.value(rate.command))
+    )
+    return paired(id, mine, theirs, detail=f"{len(mine)} pairs of: {rate.command}")
+
+
+def network_rate(guest: LiveGuest, plain: LiveGuest, subnets: Sequence[Subnet]) -> Answer:
+    """TCP from each guest to the host, in turn.
+
+    Args:
+        subnets: of the candidate's interface, and of the plain guest's.
+    """
+    id, convert = "costs.net", _mb_per_s(_NET)
+
+    def once(one: LiveGuest, subnet: Subnet) -> float:
+        listener, port = listen_tcp(subnet)
+        with listener, attempt(sink_peer, listener, _NET) as taken:
+            microseconds = one.value(f"send {subnet.host.ip} {port} {_NET}")
+            if not taken.result():
+                raise OffmapError("the guest's stream ended early")
+        return convert(microseconds)
+
+    mine, theirs = by_turns(PAIRS, lambda: once(guest, subnets[0]), lambda: once(plain, subnets[1]))
+    return paired(id, mine, theirs, detail=f"{len(mine)} pairs of {_NET >> 20} MiB by one TCP connection")
+
+
+def boots(mine: Sequence[float], plain: Sequence[float]) -> Answer:
+    """Seconds of boots that were timed by turns."""
+    pairs = min(len(mine), len(plain))
+    few = "" if pairs >= PAIRS else f"of {pairs} pair{'s' if pairs > 1 else ''} only, which gives no spread"
+    if not pairs:
+        return undetermined("costs.boot", "no pair of boots was timed")
+    return paired("costs.boot", mine, plain, few, "from the VMM's start to init ready, with its devices and secrets")
+
+
+def vmm_memory(mine: int, plain: int) -> Answer:
+    """KiB of both VMMs without their guest's RAM."""
+    detail = f"resident pages of all its mappings but the guest's RAM (smaps); {plain} KiB on {BASELINE}"
+    return Answer("costs.vmm_memory", mine, "", (float(mine),), (float(plain),), detail)
+
+
+def split(id: str, kib: int, when: str) -> Answer:
+    """KiB of the direct map that are in 4 KiB pages and were not."""
+    return measured(id, kib, detail=when)

@@ -1,0 +1,149 @@
+"""What the host does to itself while the guest runs: reclaim, compaction, pressure, hibernation, kexec."""
+
+import ctypes
+import errno
+import mmap
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from offmap.compare.probes.asker import no, undetermined, yes
+from offmap.compare.probes.guest_program import ProbeError
+from offmap.compare.probes.host_kernel import meminfo, write_knob
+from offmap.compare.probes.live_guest import LiveGuest
+from offmap.compare.questions import Answer
+from offmap.errors import KernelError, OffmapError
+from offmap.uapi.mman import MADV_POPULATE_WRITE
+
+__all__ = ["PATTERN", "compaction", "drop_caches", "hibernation", "kexec", "memory_pressure", "outlives"]
+
+PATTERN = 8 << 20
+"""Bytes of guest memory that are compared with what they were."""
+
+_FLOOR_KIB = 96 << 10  # what the host keeps available under pressure: enough for its agent not to be killed
+_STEP = 16 << 20
+_SYS_kexec_file_load = 320  # arch/x86/entry/syscalls/syscall_64.tbl
+_KEXEC_FILE_UNLOAD, _KEXEC_FILE_NO_INITRAMFS = 1, 4  # linux/kexec.h
+_DISK = Path("/sys/power/disk")
+_STATE = Path("/sys/power/state")
+
+
+def outlives(guest: LiveGuest, id: str, act: Callable[[], str]) -> Answer:
+    """Whether the guest goes on after something happened to the host, its memory as it was.
+
+    Args:
+        act: does it, and says what it was.
+    """
+    detail = act()
+    try:
+        wrong, words = guest.command("check")[0]
+    except ProbeError as error:
+        return no(id, f"the guest did not live through it: {error}", detail)
+    if int(wrong) or not int(words):
+        return no(id, f"{wrong} of {words} words of guest memory are not what they were", detail)
+    return yes(id, f"{detail}; {int(words) * 8 >> 20} MiB of guest memory as they were")
+
+
+def drop_caches() -> str:
+    write_knob("/proc/sys/vm/drop_caches", "3")
+    return "echo 3 >/proc/sys/vm/drop_caches"
+
+
+def compaction() -> str:
+    before = _vmstat("compact_migrate_scanned")
+    write_knob("/proc/sys/vm/compact_memory", "1")
+    return f"echo 1 >/proc/sys/vm/compact_memory; {_vmstat('compact_migrate_scanned') - before} pages scanned"
+
+
+def memory_pressure() -> str:
+    """Let a process, which is the first that the kernel would kill, take nearly all memory for a moment."""
+    started, reclaimed = meminfo()["MemAvailable"], _vmstat("pgsteal_direct") + _vmstat("pgsteal_kswapd")
+    receive, send = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _take_memory(send)
+    os.close(send)
+    try:
+        os.read(receive, 1)  # it has what it wants, or is dead
+        left = meminfo()["MemAvailable"]
+    finally:
+        os.close(receive)
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    reclaimed = _vmstat("pgsteal_direct") + _vmstat("pgsteal_kswapd") - reclaimed
+    if left > started // 2:
+        raise OffmapError(
+            f"a process that was to take the host's memory ended with status {status:#x}, {left} KiB left"
+        )
+    return f"MemAvailable went from {started} KiB to {left}; {reclaimed} pages reclaimed"
+
+
+def _take_memory(send: int) -> None:
+    """Never returns."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        taken = []
+        while meminfo()["MemAvailable"] > _FLOOR_KIB + (_STEP >> 10):
+            piece = mmap.mmap(-1, _STEP, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            piece.madvise(MADV_POPULATE_WRITE)
+            taken.append(piece)
+        os.write(send, b".")
+        signal.pause()
+    finally:
+        os._exit(1)
+
+
+def _vmstat(name: str) -> int:
+    text = Path("/proc/vmstat").read_text()
+    return sum(int(value) for value in re.findall(rf"^{name}\S* (\d+)$", text, re.MULTILINE))
+
+
+def hibernation_offered() -> tuple[bool | None, str]:
+    """Whether the kernel says it can hibernate now, and in which words; None where it could not in any case."""
+    try:
+        state, disk = _STATE.read_text().split(), _DISK.read_text().strip()
+    except OSError as error:
+        return None, f"this kernel has no hibernation ({error.filename}: {error.strerror})"
+    said = f"/sys/power/state: {' '.join(state) or 'nothing'}; /sys/power/disk: {disk}"
+    return "disk" in state and "[disabled]" not in disk, said
+
+
+def hibernation(without_guest: tuple[bool | None, str]) -> Answer:
+    """Whether it can while the guest runs.
+
+    Args:
+        without_guest: what `hibernation_offered` said before there was a guest.
+    """
+    id = "breaks.hibernation"
+    before, said_before = without_guest
+    now, said = hibernation_offered()
+    if before is None or now is None:
+        return undetermined(id, said)
+    if not before:
+        return undetermined(id, "this host could not hibernate without the guest either", said_before)
+    detail = f"{said}; not carried out"
+    if now:
+        return yes(id, detail)
+    return no(id, "the kernel does not hibernate while there is secret memory", detail)
+
+
+def kexec(kernel: Path) -> Answer:
+    """Load a kernel, and unload it."""
+    id = "breaks.kexec"
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = os.open(kernel, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        command_line = b"console=ttyS0\0"
+        # As longs, as ctypes would pass ints of 32 bits.
+        arguments = [ctypes.c_long(value) for value in (fd, -1, len(command_line))]
+        flags = ctypes.c_long(_KEXEC_FILE_NO_INITRAMFS)
+        if libc.syscall(_SYS_kexec_file_load, *arguments, ctypes.c_char_p(command_line), flags) != 0:
+            error = KernelError("kexec_file_load", ctypes.get_errno())
+            return undetermined(id, str(error)) if error.errno == errno.ENOSYS else no(id, str(error))
+    finally:
+        os.close(fd)
+    nothing = [ctypes.c_long(-1), ctypes.c_long(-1), ctypes.c_long(0), ctypes.c_char_p(None)]
+    libc.syscall(_SYS_kexec_file_load, *nothing, ctypes.c_long(_KEXEC_FILE_UNLOAD))
+    return yes(id, f"{kernel.name} loaded and unloaded; not started")

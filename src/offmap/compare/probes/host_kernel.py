@@ -1,0 +1,61 @@
+"""What the host's kernel is made to do for a probe: modules, its knobs, the amounts of memory that it tells."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from offmap.errors import OffmapError
+
+__all__ = ["direct_map_4k_kib", "host_memory_kib", "load_modules", "meminfo", "write_knob"]
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def load_modules(*names: str) -> None:
+    """Load modules of the running kernel; one that is built in is there already.
+
+    Raises:
+        OffmapError: it has none of that name.
+    """
+    modprobe = shutil.which("modprobe", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if modprobe is None:
+        raise OffmapError("there is no modprobe", "install kmod")
+    done = subprocess.run([modprobe, "-a", *names], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise OffmapError(f"this kernel does not load {', '.join(names)}: {done.stderr.strip() or 'no reason given'}")
+
+
+def write_knob(path: str, value: str) -> None:
+    """Write to a file of the kernel's.
+
+    Raises:
+        OffmapError: it does not take that.
+    """
+    try:
+        Path(path).write_text(value)
+    except OSError as error:
+        raise OffmapError(f"the kernel does not take {value!r} in {path}: {error.strerror}") from None
+
+
+def meminfo() -> dict[str, int]:
+    """/proc/meminfo, in KiB (and counts, where a line has no unit)."""
+    return {name: int(value) for name, value in re.findall(r"^(\S+):\s+(\d+)", _MEMINFO.read_text(), re.MULTILINE)}
+
+
+def direct_map_4k_kib() -> int:
+    """KiB of the direct map in 4 KiB pages.
+
+    Raises:
+        OffmapError: this kernel does not tell.
+    """
+    kib = meminfo().get("DirectMap4k")
+    if kib is None:
+        raise OffmapError("this kernel does not tell how its direct map is split (/proc/meminfo has no DirectMap4k)")
+    return kib
+
+
+def host_memory_kib() -> int:
+    """All memory that the host kernel has."""
+    return meminfo().get("MemTotal", 0)

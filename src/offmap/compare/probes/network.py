@@ -1,0 +1,112 @@
+"""The host's half of the probes of network and vsock: interfaces, and one connection at a time."""
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from ctypes import c_int, c_ulong
+from ipaddress import IPv4Interface
+from pathlib import Path
+
+from offmap.compare.probes.live_guest import PATIENCE
+from offmap.devices.virtio.tap import open_tap
+from offmap.uapi.if_tun import TUNSETPERSIST
+
+__all__ = ["Subnet", "attempt", "echo_peer", "listen_tcp", "listen_unix", "listen_vsock", "sink_peer", "tap"]
+
+VSOCK_PORT = 5000
+
+
+class Subnet:
+    """The n-th pair of addresses of the block that RFC 2544 sets aside for benchmarks."""
+
+    def __init__(self, number: int) -> None:
+        self.host = IPv4Interface(f"198.18.{number}.1/24")
+        self.guest = IPv4Interface(f"198.18.{number}.2/24")
+
+
+@contextlib.contextmanager
+def tap(name: str, subnet: Subnet) -> Iterator[None]:
+    """A tap interface that stays while VMMs come and go; removed at the end.
+
+    Raises:
+        OffmapError: it cannot be made.
+    """
+    with open_tap(name, address=subnet.host) as made:
+        fcntl.ioctl(made.fd, TUNSETPERSIST, c_ulong(1).value)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception), open_tap(name) as made:
+            fcntl.ioctl(made.fd, TUNSETPERSIST, c_int(0).value)
+
+
+def listen_tcp(subnet: Subnet) -> tuple[socket.socket, int]:
+    """A listening socket at the host's address, and its port."""
+    listener = socket.create_server((str(subnet.host.ip), 0))
+    return listener, listener.getsockname()[1]
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """Where ``offmap run --vsock`` passes on what the guest sends to VSOCK_PORT."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(f"{path}_{VSOCK_PORT}")
+    listener.listen()
+    return listener
+
+
+def listen_vsock() -> socket.socket:
+    """The same, where the host's kernel does vsock (QEMU)."""
+    listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    listener.bind((socket.VMADDR_CID_ANY, VSOCK_PORT))
+    listener.listen()
+    return listener
+
+
+def _accept(listener: socket.socket) -> socket.socket:
+    listener.settimeout(PATIENCE)
+    peer, _ = listener.accept()
+    peer.settimeout(PATIENCE)
+    return peer
+
+
+def echo_peer(listener: socket.socket, size: int) -> bool:
+    """Send random bytes to whoever calls, and say whether the same came back."""
+    data = os.urandom(size)
+    with _accept(listener) as peer, ThreadPoolExecutor(1) as pool:
+
+        def send() -> None:
+            peer.sendall(data)
+            peer.shutdown(socket.SHUT_WR)
+
+        sending = pool.submit(send)
+        got = bytearray()
+        while len(got) <= size and (piece := peer.recv(1 << 16)):
+            got += piece
+        sending.result()
+    return bytes(got) == data
+
+
+def sink_peer(listener: socket.socket, size: int) -> bool:
+    """Take so many bytes, and send one for them."""
+    left = size
+    buffer = bytearray(1 << 18)
+    with _accept(listener) as peer:
+        while left > 0 and (got := peer.recv_into(buffer)):
+            left -= got
+        peer.sendall(b".")
+    return left == 0
+
+
+@contextlib.contextmanager
+def attempt(peer: Callable[[socket.socket, int], bool], listener: socket.socket, size: int) -> Iterator[Future[bool]]:
+    """Let the host's half run on a thread of its own while the guest is told to do its half."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(peer, listener, size)
+        try:
+            yield future
+        except BaseException:
+            listener.close()  # nobody will call any more
+            raise

@@ -1,0 +1,155 @@
+"""KVM's paravirtual features: offered to the guest, taken by its kernel, and what the host does then.
+
+Sources: Documentation/virt/kvm/x86/cpuid.rst and msr.rst.
+"""
+
+import os
+import re
+import signal
+from dataclasses import dataclass
+
+from offmap.compare.guest import CLOCKSOURCE
+from offmap.compare.probes.asker import no, undetermined, yes
+from offmap.compare.probes.guest_program import ProbeError
+from offmap.compare.probes.live_guest import LiveGuest
+from offmap.compare.questions import Answer
+from offmap.kvm import Kvm
+from offmap.memory.backend import parse_backend
+from offmap.memory.slots import map_into
+from offmap.uapi import kvm as uapi
+from offmap.uapi.kvm import MSR_KVM_SYSTEM_TIME_NEW
+
+__all__ = ["FEATURES", "feature", "forbidden_clock", "kvm_clock", "register_pvclock", "steal_time"]
+
+KVM_CPUID_FEATURES = uapi.KVM_CPUID_FEATURES
+MSR_KVM_ASYNC_PF_EN = 0x4B564D02  # arch/x86/include/uapi/asm/kvm_para.h, as the two below
+MSR_KVM_STEAL_TIME = 0x4B564D03
+MSR_KVM_PV_EOI_EN = 0x4B564D04
+_ENABLED = 1  # bit 0 of each of them
+_BURN_MS = 400
+_CLOCKSOURCE = re.compile(re.escape(CLOCKSOURCE) + r" (\S+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One feature: its bit in the guest's CPUID, and the MSR by which the guest's kernel takes it."""
+
+    bit: int
+    msr: int
+    name: str
+
+
+FEATURES = {
+    "works.steal_time": Feature(uapi.KVM_FEATURE_STEAL_TIME, MSR_KVM_STEAL_TIME, "KVM_FEATURE_STEAL_TIME"),
+    # Linux takes it by interrupt only, since 5.10.
+    "works.async_pf": Feature(uapi.KVM_FEATURE_ASYNC_PF_INT, MSR_KVM_ASYNC_PF_EN, "KVM_FEATURE_ASYNC_PF_INT"),
+    "works.pv_eoi": Feature(uapi.KVM_FEATURE_PV_EOI, MSR_KVM_PV_EOI_EN, "KVM_FEATURE_PV_EOI"),
+}
+
+
+def feature(guest: LiveGuest, id: str) -> Answer:
+    """Whether the guest's kernel has told KVM where its page of this feature is, which KVM writes to since."""
+    wanted = FEATURES[id]
+    offered = int(guest.command(f"cpuid {KVM_CPUID_FEATURES:#x}")[0][0])
+    if not offered >> wanted.bit & 1:
+        return no(id, f"not offered: the guest's CPUID 0x40000001 has no {wanted.name}")
+    value = int(guest.value(f"rdmsr {wanted.msr:#x}"))
+    detail = f"CPUID 0x40000001 eax {offered:#x}, MSR {wanted.msr:#x} reads {value:#x} in the guest"
+    if not value & _ENABLED:
+        return no(id, "offered, and the guest's kernel has not enabled it", detail)
+    return yes(id, detail)
+
+
+def steal_time(guest: LiveGuest) -> Answer:
+    """The same, and then that it counts: the guest and a process of the host want the one CPU at the same time."""
+    answer = feature(guest, "works.steal_time")
+    if answer.value is not True:
+        return answer
+    cpus = len(os.sched_getaffinity(0))
+    rivals = [_burner() for _ in range(cpus)]
+    try:
+        ticks = guest.value(f"burn {_BURN_MS}")
+    finally:
+        for rival in rivals:
+            os.kill(rival, signal.SIGKILL)
+            os.waitpid(rival, 0)
+    detail = f"{answer.detail}; {ticks:.0f} clock ticks stolen in {_BURN_MS} ms beside {cpus} busy processes"
+    if not ticks:
+        return no(answer.question, "enabled, but a vCPU that had to share its CPU was not told so", detail)
+    return yes(answer.question, detail)
+
+
+def _burner() -> int:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            while True:
+                pass
+        finally:
+            os._exit(0)
+    return pid
+
+
+def kvm_clock(guest: LiveGuest, console: str, why_not: str) -> Answer:
+    """Whether the guest, which was told to prefer it, keeps time by kvm-clock, and the time goes on.
+
+    Args:
+        console: of its boot.
+        why_not: why it is not offered, where it is not.
+    """
+    id = "works.kvm_clock"
+    source = _CLOCKSOURCE.search(console)
+    if source is None:
+        return undetermined(id, "the guest did not say what it keeps time by")
+    first, second = guest.value("clock"), guest.value("clock")
+    detail = f"clocksource {source[1]}; CLOCK_MONOTONIC went on by {second - first:.0f} µs between two readings"
+    if source[1] != "kvm-clock":
+        return no(id, why_not or f"the guest keeps time by {source[1]}", detail)
+    return yes(id, detail) if second > first else no(id, "time stands still", detail)
+
+
+def forbidden_clock(guest: LiveGuest, known: Answer) -> Answer:
+    """Let a guest to which kvm-clock is not offered register a page for it all the same.
+
+    The last thing that is asked of a guest: where KVM takes the page and the host kernel has no mapping of it, the
+    host oopses.
+
+    Args:
+        known: the answer so far, to which this adds.
+    """
+    address = 0x1000 | _ENABLED  # a page of low memory, which Linux leaves alone
+    try:
+        guest.command(f"wrmsr {MSR_KVM_SYSTEM_TIME_NEW:#x} {address:#x}")
+        alive = guest.is_alive()
+        seen = "KVM took it" + (", and guest and host go on" if alive else ", and the guest does not answer any more")
+    except ProbeError as error:
+        seen = f"KVM refused it ({error}), and the host goes on"
+    detail = f"{known.detail}; a guest that writes MSR {MSR_KVM_SYSTEM_TIME_NEW:#x} all the same: {seen}"
+    return Answer(known.question, known.value, known.reason, detail=detail)
+
+
+def register_pvclock(backend: str, size: int) -> str:
+    """Register a pvclock page on this kind of RAM, with nothing of offmap's that would prevent it, and run.
+
+    KVM fills the page before it enters the guest; where it does that by a kernel mapping that is not there, this call
+    does not return, as the host oopses.
+
+    Returns:
+        What came of it.
+    """
+    page = 0x2000
+    with Kvm() as kvm, kvm.create_vm() as vm, parse_backend(backend).guest_memory(vm, size) as memory:
+        memory.write(0x1000, b"\xf4")  # hlt
+        vm.reserve_vmx_pages()
+        map_into(vm, memory)
+        with vm.create_vcpu(0) as vcpu:
+            sregs = vcpu.get_sregs()
+            sregs.cs.base, sregs.cs.selector = 0, 0
+            vcpu.set_sregs(sregs)
+            regs = vcpu.get_regs()
+            regs.rip, regs.rflags = 0x1000, 2
+            vcpu.set_regs(regs)
+            vcpu.set_msrs({MSR_KVM_SYSTEM_TIME_NEW: page | _ENABLED})
+            vcpu.run()
+        written = memory.read(page, 32) != bytes(32)  # struct pvclock_vcpu_time_info
+    return "KVM filled it, and the host goes on" if written else "the host goes on, and the page stays empty"
