@@ -245,6 +245,8 @@ def _within(readable: Sequence[Piece], starts: Sequence[int], va: int, size: int
 
 def _edges(data: memoryview, pa: int, seams: Seams, found: set[int]) -> None:
     """Note the seams that may have the pattern across them, by what stands at the edges of these whole pages."""
+    if (pa | len(data)) % PAGE:
+        return  # a piece that a segment of kcore cuts within a page; the guest's pages are whole
     first, last = pa // PAGE, (pa + len(data)) // PAGE
     length, half = len(seams.secret), len(seams.secret) // 2
     pages = np.frombuffer(data, dtype=np.uint8).reshape(-1, PAGE)
