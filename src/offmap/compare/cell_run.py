@@ -84,11 +84,12 @@ def kernels_of(spec: CellSpec, report: Report) -> tuple[HostKernel, HostKernel]:
     def say(line: str) -> None:
         report({"stage": line})
 
-    guest = host_kernel(spec.guest_kernel, say=say)
     if spec.host_kernel == NATIVE:
         release = os.uname().release
-        return HostKernel(NATIVE, release, Path(f"/boot/vmlinuz-{release}"), Path("/lib/modules") / release), guest
-    return host_kernel(spec.host_kernel, say=say), guest
+        host = HostKernel(NATIVE, release, Path(f"/boot/vmlinuz-{release}"), Path("/lib/modules") / release)
+    else:
+        host = host_kernel(spec.host_kernel, say=say)
+    return host, host_kernel(spec.guest_kernel, say=say)
 
 
 def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:

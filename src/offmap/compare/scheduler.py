@@ -33,7 +33,9 @@ Events = Callable[[CellSpec, dict[str, Any]], None]
 class Pool(Protocol):
     """Where cells run."""
 
-    executor: Executor
+    @property
+    def executor(self) -> Executor:
+        """Runs them."""
 
     def call(self, events: Events, /) -> Callable[[CellTask], dict[str, Any]]:
         """What to give the executor; events of a running cell go to `events`, if they can be had."""
