@@ -13,6 +13,7 @@ from offmap.lab.cache import cache_folder, locked, scratch_folder
 
 __all__ = ["build", "built_module", "why_make_failed"]
 
+_INSTALLED = Path("/lib/modules")
 _COMPILER = re.compile(r"((?:[\w+.-]+-)?(?:gcc|clang|cc)(?:-[\d.]+)?): (?:not found|No such file|command not found)")
 _TOOL = re.compile(r"\b(\w+): (?:not found|No such file|command not found)")
 
@@ -22,32 +23,40 @@ def built_module(release: str) -> Path:
     return cache_folder("modules") / f"{release}-{source_hash(source_folder())}" / f"{MODULE}.ko"
 
 
-def build(release: str | None = None, *, again: bool = False) -> Path:
+def build(release: str | None = None, *, again: bool = False, modules: Path | None = None) -> Path:
     """Build the module for kernel `release` (default: the running one), unless that has been done.
 
     Args:
         release: as ``uname -r`` says it.
-        again: build it even so.
+        again: build it even so. A kernel that was configured or compiled again since counts as another.
+        modules: its ``lib/modules/RELEASE`` folder, if not where kernels are installed.
 
     Raises:
         OffmapError: with what is missing, and how to get it.
     """
     release = release or os.uname().release
     module = built_module(release)
+    headers = (modules or _INSTALLED / release) / "build"
     with locked(module.parent.with_name(f"{module.parent.name}.lock")):
-        if again or not module.is_file():
-            _make(release, module)
+        if again or not module.is_file() or _is_older(module, headers):
+            _make(release, headers, module)
     made_for = release_of(module)
     if made_for != release:
         raise OffmapError(
-            f"the headers in /lib/modules/{release}/build are of kernel {made_for}",
+            f"the headers in {headers} are of kernel {made_for}",
             "install those of the running kernel, or boot the kernel that they are of",
         )
     return module
 
 
-def _make(release: str, module: Path) -> None:
-    headers = Path("/lib/modules") / release / "build"
+def _is_older(module: Path, headers: Path) -> bool:
+    """Whether the kernel was made again since, by its configuration and the symbols that it exports."""
+    made = module.stat().st_mtime
+    files = (headers / "include/config/auto.conf", headers / "Module.symvers")
+    return any(file.is_file() and file.stat().st_mtime > made for file in files)
+
+
+def _make(release: str, headers: Path, module: Path) -> None:
     if not (headers / "Makefile").is_file():
         raise OffmapError(
             f"the headers of kernel {release} are not installed ({headers} is missing)",

@@ -1,5 +1,6 @@
 """Building the module: where its sources are, and every reason why it cannot be built or loaded."""
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -44,6 +45,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_missing_headers(cache: Path) -> None:
     with pytest.raises(OffmapError, match=r"headers of kernel 9\.9\.9-x are not installed.*linux-headers-9\.9\.9-x"):
         build.build("9.9.9-x")
+
+
+def test_headers_of_a_kernel_of_ones_own(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(OffmapError, match=f"the headers of kernel 9.9.9-x are not installed \\({tmp_path}/own/build "):
+        build.build("9.9.9-x", modules=tmp_path / "own")
+
+
+def test_a_kernel_that_was_made_again_is_another(tmp_path: Path) -> None:
+    module, config = tmp_path / "offmap.ko", tmp_path / "include/config/auto.conf"
+    config.parent.mkdir(parents=True)
+    for path in (module, config):
+        path.touch()
+    os.utime(module, (100, 100))
+    os.utime(config, (99, 99))
+    assert not build._is_older(module, tmp_path)
+    os.utime(config, (101, 101))
+    assert build._is_older(module, tmp_path)
+    assert not build._is_older(module, tmp_path / "none")
 
 
 @pytest.mark.parametrize(
