@@ -17,7 +17,7 @@ from offmap.audit.audit import AuditResult, audit_process
 from offmap.audit.every_vm import audit_every_vm
 from offmap.audit.frames import POPULATED
 from offmap.compare.guest import READY
-from offmap.compare.vm_process import Boot, VmProcess, offmap_command, qemu_command
+from offmap.compare.vm_process import Boot, VmProcess, device_ranges, offmap_command, qemu_command
 
 PAGE = 4096
 DEADLINE = 120.0
@@ -42,7 +42,18 @@ def qemu(kind: str, boot: Boot) -> list[str]:
 
 def told(result: AuditResult) -> dict[str, Any]:
     document = result.to_json()
-    wanted = ("verdict", "partial", "notes", "pages", "reach", "aliases", "ranges", "vmm", "seconds")
+    wanted = (
+        "verdict",
+        "partial",
+        "notes",
+        "pages",
+        "reach",
+        "aliases",
+        "direct_map_ranges",
+        "ranges",
+        "vmm",
+        "seconds",
+    )
     return {name: document[name] for name in wanted}
 
 
@@ -72,10 +83,14 @@ def look(name: str, argv: list[str], ready: str, found: dict[str, Any]) -> None:
         found[name] = told(result)
         every = audit_every_vm(lambda vm: audit_process(vm.pid))
         found[name]["every"] = [[each.pid == vmm.pid, each.vmm.vmm] for each in every.results]
+        ranges = device_ranges(vmm.pid) if name.startswith("qemu") else None
+        if ranges:
+            result = audit_process(vmm.pid, ranges=ranges)
+            found[f"{name}, RAM"] = told(result)
         if not result.pages.direct_map_pages:
             fd = planted(result, 2)
             try:
-                found[f"{name}, planted"] = told(audit_process(vmm.pid))
+                found[f"{name}, planted"] = told(audit_process(vmm.pid, ranges=ranges))
             finally:
                 os.close(fd)
 

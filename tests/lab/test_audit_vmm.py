@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.slow]
 TARGET = str(Path(__file__).with_name("audit_vmm_target.py"))
 PAGES = (256 << 20) // 4096
 VMALLOC = "vmalloc/ioremap space"
-HIDDEN = ("qemu hidden", "offmap reserved", "offmap unplugged", "offmap secretmem-bridge")
+HIDDEN = ("offmap reserved", "offmap unplugged", "offmap secretmem-bridge")
 
 
 @pytest.mark.timeout(900)
@@ -49,8 +49,12 @@ def test_vmms(lab_kernel: HostKernel, series: str, tmp_path: Path) -> None:
     for name in HIDDEN:
         check_hidden(found[name])
         check_planted(found[f"{name}, planted"], "vmap" if "bridge" in name else "memremap")
-    check_clock_page(found["qemu unplugged"])
-    assert found["qemu unplugged, planted"]["pages"]["alias_pages"] >= 2
+    for name in ("qemu hidden", "qemu unplugged"):
+        check_firmware(found[name])
+    assert found["qemu hidden, RAM"]["verdict"] == "hidden"
+    check_planted(found["qemu hidden, planted"], "memremap")
+    check_clock_page(found["qemu unplugged, RAM"])
+    assert found["qemu unplugged, planted"]["pages"]["alias_pages"] >= 2 + 1
 
 
 def check_exposed(result: Any, name: str) -> None:
@@ -76,8 +80,22 @@ def check_hidden(result: Any) -> None:
     assert result["verdict"] == "hidden", result
     assert (pages["mapped_pages"], pages["unknown_pages"]) == (0, 0)
     assert pages["pages_populated"] + pages["excluded_pages"] >= PAGES
-    assert result["vmm"]["vmm"] in {"QEMU", "offmap"}
-    assert {part["source"] for part in result["ranges"]} == {"kvm" if result["vmm"]["vmm"] == "QEMU" else "memslot"}
+    assert result["vmm"]["vmm"] == "offmap"
+    assert {part["source"] for part in result["ranges"]} == {"memslot"}
+
+
+def check_firmware(result: Any) -> None:
+    """A microvm's firmware is in memory of its own that its guest can write to: KVM says so, and it is exposed."""
+    assert {part["source"] for part in result["ranges"]} == {"kvm"}
+    assert result["verdict"] == "exposed"
+    ram = [(int(part["va"], 16), part["bytes"]) for part in result["ranges"] if part["backend"] == "/dev/offmap"]
+    firmware = [(int(part["va"], 16), part["bytes"]) for part in result["ranges"] if part["backend"] != "/dev/offmap"]
+    assert sum(size for _, size in ram) >= (256 << 20) - (1 << 20)
+    direct = [(int(each["userspace_addr"], 16), each["bytes"]) for each in result["direct_map_ranges"]]
+    assert direct
+    assert all(any(start <= va < start + size for start, size in firmware) for va, _ in direct)
+    assert not any(start <= va < start + size for start, size in ram for va, _ in direct)
+    assert sum(size for _, size in direct) <= 2 << 20
 
 
 def check_planted(result: Any, kind: str) -> None:

@@ -203,7 +203,7 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
     if ask_kvm is not None:
         try:
             slots = ask_kvm(process.pid, [number for number, link in sorted(links.items()) if link == KVM_VM_LINK])
-            if ranges := tuple(dict.fromkeys(_of_slot(slot, mappings) for slot in slots if not slot.read_only)):
+            if ranges := _of_slots(slots, mappings):
                 return GuestRam(
                     ranges,
                     unseen_guest_memfd=_unseen_guest_memfd(_guest_memfds(process, links), ranges, mappings),
@@ -226,10 +226,17 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
     )
 
 
-def _of_slot(slot: KvmSlot, mappings: Sequence[Vma]) -> RamRange:
-    backing = find_mapping(mappings, slot.userspace_addr)
-    name = "" if backing is None else backing.path or "anonymous"
-    return RamRange(slot.userspace_addr, slot.bytes, Source.KVM, slot.guest_phys_addr, name)
+def _of_slots(slots: Sequence[KvmSlot], mappings: Sequence[Vma]) -> tuple[RamRange, ...]:
+    """The memory that the guest can write to, each byte of the process's once: a slot may show what another does."""
+    found: list[RamRange] = []
+    for slot in sorted(slots, key=lambda slot: (-slot.bytes, slot.guest_phys_addr)):
+        va, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
+        if slot.read_only or any(part.va <= va and end <= part.va + part.bytes for part in found):
+            continue
+        backing = find_mapping(mappings, va)
+        name = "" if backing is None else backing.path or "anonymous"
+        found.append(RamRange(va, slot.bytes, Source.KVM, slot.guest_phys_addr, name))
+    return tuple(sorted(found, key=lambda part: part.guest_phys_addr or 0))
 
 
 def _guest_memfds(process: Process, links: Mapping[int, str]) -> dict[tuple[str, int], int]:

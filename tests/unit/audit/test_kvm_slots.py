@@ -166,7 +166,11 @@ class HoldsVm(Process):
 
 
 def test_kvms_list_comes_before_guesses_and_after_it_they_are_guesses() -> None:
-    slots = [KvmSlot(0, 0x7F00_0000_0000, 160 * PAGE, False), KvmSlot(1 << 30, 0x7F10_0000_0000, PAGE, True)]
+    slots = [
+        KvmSlot(0, 0x7F00_0000_0000, 160 * PAGE, False),
+        KvmSlot(1 << 30, 0x7F10_0000_0000, PAGE, True),
+        KvmSlot(1 << 31, 0x7F00_0000_0000 + PAGE, 16 * PAGE, False),  # a part of the first, at another address
+    ]
     asked: list[tuple[int, Sequence[int]]] = []
 
     def ask(pid: int, descriptors: Sequence[int]) -> Sequence[KvmSlot]:
