@@ -151,10 +151,9 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
     settings = Settings(deadline=args.deadline or DEADLINE, accel=args.accel)
     with ExitStack() as stack:
         store = stack.enter_context(Store(args.out))
-        progress = stack.enter_context(CompareProgress(console, len(specs), jobs))
+        progress = stack.enter_context(CompareProgress(console, len(specs)))
         scheduler = Scheduler(store, settings, progress.event)
         done, to_run = scheduler.missing(specs)
-        progress.began(len(done))
         results = dict(done)
         if to_run:
             pool: Pool
@@ -167,6 +166,7 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
                 pool = stack.enter_context(cluster_pool(args.dask, code_digest(), kernels))
             else:
                 pool = stack.enter_context(local_pool(jobs))
+            progress.began(len(done), pool.at_a_time)
             results |= scheduler.run(to_run, pool)
     return [results[spec] for spec in specs]
 

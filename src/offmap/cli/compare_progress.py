@@ -39,13 +39,12 @@ class CompareProgress:
 
     Args:
         total: cells of the comparison, those included that are done.
-        at_a_time: how many run at once, for the estimate.
     """
 
-    def __init__(self, console: Console, total: int, at_a_time: int) -> None:
+    def __init__(self, console: Console, total: int) -> None:
         self._console = console
         self._total = total
-        self._at_a_time = max(at_a_time, 1)
+        self._at_a_time = 1
         self._lock = threading.Lock()
         self._running: dict[CellSpec, tuple[float, str]] = {}
         self._stage = ""
@@ -95,8 +94,9 @@ class CompareProgress:
         self._stage = stage  # of getting kernels, before the first cell
         return stage
 
-    def began(self, skipped: int) -> None:
-        """Say how much there is to do."""
+    def began(self, skipped: int, at_a_time: int) -> None:
+        """Say how much is done already; `at_a_time` is for the estimate."""
+        self._at_a_time = max(at_a_time, 1)
         if skipped:
             self._console.print(f"{skipped} of {self._total} cells are done from before", markup=False, highlight=False)
 

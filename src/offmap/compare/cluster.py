@@ -94,6 +94,10 @@ class _Cluster:
         self._client = client
         self.executor = executor
 
+    @property
+    def at_a_time(self) -> int:
+        return sum(self._client.nthreads().values())
+
     def call(self, _events: "Events") -> Callable[[CellTask], dict[str, Any]]:
         return run_cell  # by its name: the worker has its own; how far it is cannot be told from here
 

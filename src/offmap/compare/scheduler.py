@@ -37,6 +37,10 @@ class Pool(Protocol):
     def executor(self) -> Executor:
         """Runs them."""
 
+    @property
+    def at_a_time(self) -> int:
+        """How many, at present."""
+
     def call(self, events: Events, /) -> Callable[[CellTask], dict[str, Any]]:
         """What to give the executor; events of a running cell go to `events`, if they can be had."""
 
@@ -63,8 +67,9 @@ class Settings:
 class _Threads:
     """This machine: a thread for each cell that runs, which waits for the QEMU of its disposable host."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, jobs: int) -> None:
         self.executor = executor
+        self.at_a_time = jobs
 
     def call(self, events: Events) -> Callable[[CellTask], dict[str, Any]]:
         def run(task: CellTask) -> dict[str, Any]:
@@ -84,7 +89,7 @@ class _Threads:
 def local_pool(jobs: int) -> Iterator[Pool]:
     """This machine, `jobs` cells at a time."""
     with ThreadPoolExecutor(jobs, thread_name_prefix="cell") as executor:
-        yield _Threads(executor)
+        yield _Threads(executor, jobs)
 
 
 class Scheduler:
@@ -158,7 +163,7 @@ class Scheduler:
                         losses[spec] += 1
                         if not _is_loss(error):
                             raise
-                        if losses[spec] < LOSSES:
+                        if losses[spec] < LOSSES and not _is_final(error):
                             pool.check()
                             self._events(spec, {"again": f"its worker was lost ({type(error).__name__})"})
                             submit(spec)
@@ -183,8 +188,13 @@ def _is_loss(error: BaseException) -> bool:
     return bool(names & {"CancelledError", "BrokenExecutor", "KilledWorker", "CommClosedError", "CellStopped"})
 
 
+def _is_final(error: BaseException) -> bool:
+    """Whether dask has tried it on several workers already (distributed.scheduler.allowed-failures)."""
+    return any(cls.__name__ == "KilledWorker" for cls in type(error).__mro__)
+
+
 def _lost(spec: CellSpec, error: BaseException) -> CellResult:
-    reason = f"its worker was lost {LOSSES} times, the last time by {type(error).__name__}: {error}"
+    reason = f"its worker was lost several times, the last time by {type(error).__name__}: {error}"
     return CellResult(spec=spec, outcome=CellOutcome.FAILED, reason=reason)
 
 

@@ -28,6 +28,7 @@ class Pool:
 
     def __init__(self, call: Call) -> None:
         self.executor = ThreadPoolExecutor(2)
+        self.at_a_time = 2
         self._call = call
         self.stopped: list[str] = []
         self.nobody_left = False
@@ -92,10 +93,27 @@ def test_a_cell_that_kills_workers_fails_and_the_others_do_not(tmp_path: Path) -
     results, _, _ = run(tmp_path, call)
     lost = results[CELLS[0]]
     assert lost.outcome is CellOutcome.FAILED
-    assert lost.reason == f"its worker was lost {LOSSES} times, the last time by BrokenExecutor: it was killed"
+    assert lost.reason == "its worker was lost several times, the last time by BrokenExecutor: it was killed"
     assert [results[spec].outcome for spec in CELLS[1:]] == [CellOutcome.BOOTED] * 3
     failure = first_failure(list(results.values()))
     assert failure is not None and str(failure).startswith("anon on debian:6.12")
+
+
+def test_a_cell_that_dask_has_given_up_is_not_tried_again(tmp_path: Path) -> None:
+    class KilledWorker(Exception):
+        """As distributed.scheduler has it."""
+
+    runs: Counter[str] = Counter()
+
+    def call(task: CellTask) -> dict[str, Any]:
+        runs[task.spec.backend] += 1
+        if task.spec.backend == "anon":
+            raise KilledWorker("anon, by 4 workers")
+        return fine(task)
+
+    results, _, _ = run(tmp_path, call)
+    assert results[CELLS[0]].outcome is CellOutcome.FAILED and "anon, by 4 workers" in results[CELLS[0]].reason
+    assert set(runs.values()) == {1}
 
 
 def test_a_bug_ends_the_comparison_and_is_no_result(tmp_path: Path) -> None:
