@@ -137,6 +137,7 @@ def test_ended_from_here_nothing_runs_on_there(lab_kernel: HostKernel, cluster: 
 
         def __init__(self, pool: Any) -> None:
             self.executor, self.call, self.stop = pool.executor, pool.call, pool.stop
+            self.at_a_time = pool.at_a_time
 
         def check(self) -> None:
             raise KeyboardInterrupt

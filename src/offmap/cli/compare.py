@@ -155,7 +155,9 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
         scheduler = Scheduler(store, settings, progress.event)
         done, to_run = scheduler.missing(specs)
         results = dict(done)
-        if to_run:
+        if not to_run:
+            progress.began(len(done), jobs)
+        else:
             pool: Pool
             if args.dask:
                 from offmap.compare.cluster import cluster_pool
