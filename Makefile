@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest
 SUITE = tests/unit tests/kvm tests/lab
 
-.PHONY: demo demo-patched compare test test-all slow setup setup-tests setup-slow lint bench
+.PHONY: demo demo-patched compare test test-all slow setup setup-compare setup-tests setup-slow lint bench
 
 demo: setup
 	.venv/bin/offmap demo
@@ -14,11 +14,14 @@ demo-patched: setup-slow
 	.venv/bin/offmap demo --host-kernel patched:7.3 --out out/demo-patched
 
 # Every kind of RAM on a stock kernel, into out/compare; goes on where it was. make compare COMPARE=--full
-compare: setup
+compare: setup-compare
 	.venv/bin/offmap compare $(COMPARE)
 
 setup:
 	@scripts/setup
+
+setup-compare:
+	@scripts/setup --compare
 
 setup-tests:
 	@scripts/setup --tests

@@ -20,6 +20,7 @@ from offmap.compare.inputs import code_digest, inputs_of
 from offmap.compare.job import Job
 from offmap.compare.matrix import NATIVE, OF_THE_MODULE, CellSpec
 from offmap.compare.native import refusal_here, run_here
+from offmap.compare.probes.guest_program import guest_program
 from offmap.compare.running import CellStopped, RunningCell, running_cell
 from offmap.compare.transcript import Said, Transcript
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
@@ -112,6 +113,7 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
         try:
             host, guest = kernels_of(task.spec, report)
             inputs = inputs_of(host, guest)
+            guest_program()  # a disposable host would compile it for itself, each time
             # guest RAM, files to read past the page cache: a disk, where /tmp is one
             with tempfile.TemporaryDirectory(prefix="offmap-cell-") as folder:
                 job = Job(task.spec, guest.vmlinuz, guest.modules, guest.release, Path(folder))

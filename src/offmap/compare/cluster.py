@@ -41,6 +41,7 @@ def worker_facts(code: str, kernels: tuple[str, ...]) -> dict[str, Any]:
     """
     from offmap.compare.capacity import cells_at_a_time
     from offmap.compare.inputs import code_digest
+    from offmap.compare.probes.guest_program import guest_program
     from offmap.lab.cache import cache_folder
     from offmap.lab.initramfs import busybox
     from offmap.lab.qemu import find_qemu
@@ -50,6 +51,7 @@ def worker_facts(code: str, kernels: tuple[str, ...]) -> dict[str, Any]:
         find_qemu()
         busybox()
         cache_folder()
+        guest_program()
         if code_digest() != code:
             raise OffmapError("its offmap is not the one here", "give it the same checkout")
         if lacking := [path for path in kernels if not os.access(path, os.R_OK)]:

@@ -78,6 +78,7 @@ def test_a_worker_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, files: Pat
     monkeypatch.setenv("OFFMAP_CACHE", str(files))
     monkeypatch.setattr("offmap.lab.qemu.find_qemu", lambda: "qemu")
     monkeypatch.setattr("offmap.lab.initramfs.busybox", lambda: b"")
+    monkeypatch.setattr("offmap.compare.probes.guest_program.guest_program", lambda: b"")
     assert worker_facts(code_digest(), (str(files / "bzImage"),))["reason"] == ""
     assert worker_facts(code_digest(), ("/no/bzImage",))["reason"].startswith("it has no /no/bzImage; ")
     assert worker_facts("other", ())["reason"] == "its offmap is not the one here; give it the same checkout"
