@@ -1,6 +1,7 @@
 """``offmap compare``: every way of hiding, on every kernel, and what works, hides, breaks and costs."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -144,9 +145,13 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
     from offmap.compare.capacity import cells_at_a_time
     from offmap.compare.cell_run import DEADLINE
     from offmap.compare.inputs import code_digest
+    from offmap.compare.probes.guest_program import guest_program
     from offmap.compare.scheduler import Pool, Scheduler, Settings, local_pool
     from offmap.compare.store import Store
 
+    if args.native and os.geteuid() != 0:
+        raise OffmapError("measuring on the running kernel needs root", "run it with sudo")
+    guest_program()  # without a compiler no cell can be measured
     jobs = 1 if args.native else args.jobs or cells_at_a_time()
     settings = Settings(deadline=args.deadline or DEADLINE, accel=args.accel)
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ from typing import Any
 from offmap.audit.host import host_facts, utc_now
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.events import EventLines, Report
-from offmap.compare.inputs import code_digest, inputs_of
+from offmap.compare.inputs import code_digest, inputs_of, module_input
 from offmap.compare.job import Job
 from offmap.compare.matrix import NATIVE, OF_THE_MODULE, CellSpec
 from offmap.compare.native import refusal_here, run_here
@@ -112,7 +112,7 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
     with running_cell(task.run) as cell:
         try:
             host, guest = kernels_of(task.spec, report)
-            inputs = inputs_of(host, guest)
+            inputs = {**inputs_of(host, guest), **module_input(task.spec, host)}
             guest_program()  # a disposable host would compile it for itself, each time
             # guest RAM, files to read past the page cache: a disk, where /tmp is one
             with tempfile.TemporaryDirectory(prefix="offmap-cell-") as folder:

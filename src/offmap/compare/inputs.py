@@ -4,12 +4,14 @@ import hashlib
 from pathlib import Path
 
 import offmap
-from offmap.compare.matrix import NATIVE
+from offmap.compare.matrix import NATIVE, OF_THE_MODULE, CellSpec
+from offmap.kmod.build import built_module
+from offmap.kmod.loaded import loaded_module
 from offmap.kmod.source import source_folder, source_hash
 from offmap.lab.cache import sha256_of
 from offmap.lab.kernel import HostKernel
 
-__all__ = ["code_digest", "difference", "inputs_of"]
+__all__ = ["code_digest", "difference", "inputs_of", "module_input"]
 
 _DIGITS = 16
 _NO_PART = ("report/", "cli/compare", "compare/scheduler.py", "compare/store.py", "compare/cluster.py")
@@ -21,7 +23,10 @@ _NAMES = {
     "host_release": "the host kernel",
     "guest_kernel": "the guest kernel",
     "guest_release": "the guest kernel",
+    "module": "what the offmap module needs",
 }
+
+_RUNNING = ("version", "cmdline")
 
 
 def code_digest() -> str:
@@ -43,8 +48,8 @@ def code_digest() -> str:
 
 def kernel_digest(kernel: HostKernel) -> str:
     """Of a kernel's image; of one that somebody built, also of its modules (by size and time)."""
-    if kernel.name == NATIVE:  # its image may lie anywhere
-        return hashlib.sha256(Path("/proc/version").read_bytes()).hexdigest()[:_DIGITS]
+    if kernel.name == NATIVE:  # its image may lie anywhere; what it refuses depends on how it was booted
+        return hashlib.sha256(b"".join(Path(f"/proc/{name}").read_bytes() for name in _RUNNING)).hexdigest()[:_DIGITS]
     if kernel.name.startswith("patched:"):
         return kernel.release  # which has the digest of all that it is made from, whoever's compiler made it
     digest = hashlib.sha256(sha256_of(kernel.vmlinuz).encode())
@@ -55,8 +60,25 @@ def kernel_digest(kernel: HostKernel) -> str:
     return digest.hexdigest()[:_DIGITS]
 
 
+def module_state(kernel: HostKernel) -> str:
+    """Whether a host with that kernel can have the offmap module: a refusal for want of it holds until that changes."""
+    if kernel.name == NATIVE:
+        loaded = loaded_module()
+        return loaded.srcversion if loaded else "not loaded"
+    if kernel.name.startswith("debian:"):
+        return "built"
+    headers = (kernel.modules / "build/Makefile", Path("/lib/modules") / kernel.release / "build/Makefile")
+    there = any(path.is_file() for path in headers) or built_module(kernel.release).is_file()
+    return "built" if there else "no headers"
+
+
+def module_input(spec: CellSpec, host: HostKernel) -> dict[str, str]:
+    """What the cell depends on beside `inputs_of`."""
+    return {"module": module_state(host)} if spec.backend in OF_THE_MODULE else {}
+
+
 def inputs_of(host: HostKernel, guest: HostKernel) -> dict[str, str]:
-    """What a cell with these kernels depends on (CellResult.inputs)."""
+    """What every cell with these kernels depends on (CellResult.inputs)."""
     return {
         "code": code_digest(),
         "host_kernel": kernel_digest(host),

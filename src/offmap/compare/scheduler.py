@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.cell_run import DEADLINE, MEASURE, CellTask, kernels_of, run_cell
-from offmap.compare.inputs import code_digest, inputs_of
+from offmap.compare.inputs import code_digest, inputs_of, module_input
 from offmap.compare.matrix import CellSpec
 from offmap.compare.running import stop_cells
 from offmap.compare.store import Store
 from offmap.errors import OffmapError
+from offmap.lab.kernel import HostKernel
 
 __all__ = ["Pool", "Scheduler", "Settings", "local_pool"]
 
@@ -116,12 +117,14 @@ class Scheduler:
         """
         done: dict[CellSpec, CellResult] = {}
         to_run: list[CellSpec] = []
-        inputs: dict[tuple[str, str], dict[str, str]] = {}
+        known: dict[tuple[str, str], tuple[HostKernel, dict[str, str]]] = {}
         for spec in specs:
-            kernels = (spec.host_kernel, spec.guest_kernel)
-            if kernels not in inputs:
-                inputs[kernels] = inputs_of(*kernels_of(spec, partial(self._events, spec)))
-            found, why = self._store.done(spec, inputs[kernels], self._settings.deadline)
+            names = (spec.host_kernel, spec.guest_kernel)
+            if names not in known:
+                host, guest = kernels_of(spec, partial(self._events, spec))
+                known[names] = host, inputs_of(host, guest)
+            host, inputs = known[names]
+            found, why = self._store.done(spec, {**inputs, **module_input(spec, host)}, self._settings.deadline)
             if found is not None:
                 done[spec] = found
                 self._events(spec, {"skipped": True})

@@ -6,8 +6,8 @@ import pytest
 
 from offmap.compare.capacity import CELL_MEMORY, available_memory, cells_at_a_time
 from offmap.compare.cluster import unfit, worker_facts
-from offmap.compare.inputs import code_digest, difference, inputs_of, kernel_digest
-from offmap.compare.matrix import NATIVE
+from offmap.compare.inputs import code_digest, difference, inputs_of, kernel_digest, module_input
+from offmap.compare.matrix import NATIVE, CellSpec
 from offmap.lab.kernel import HostKernel
 
 
@@ -46,6 +46,19 @@ def test_inputs_name_what_changed(files: Path) -> None:
     assert now["code"] == code_digest()
     assert difference(now, now) == "" == difference({**now, "deadline": "5"}, now)
     assert difference({}, now) == "the code and the host kernel and the guest kernel"
+
+
+def test_a_refusal_for_want_of_headers_holds_until_they_are_there(
+    monkeypatch: pytest.MonkeyPatch, files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("OFFMAP_CACHE", str(tmp_path_factory.mktemp("cache")))
+    own = kernel(str(files / "bzImage"), files)
+    before = module_input(CellSpec("unplugged"), own)
+    (files / "modules/build").mkdir()
+    (files / "modules/build/Makefile").touch()
+    after = module_input(CellSpec("unplugged"), own)
+    assert difference(before, after) == "what the offmap module needs"
+    assert module_input(CellSpec("anon"), own) == {}
 
 
 def test_memory_that_may_be_had() -> None:

@@ -156,6 +156,7 @@ def test_what_is_done_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     kernel = HostKernel("debian:6.12", "6.12", tmp_path, tmp_path)
     code = ["one"]
     monkeypatch.setattr(module, "kernels_of", lambda spec, report: (kernel, kernel))
+    monkeypatch.setattr(module, "module_input", lambda spec, host: {})
     monkeypatch.setattr(module, "inputs_of", lambda host, guest: {"code": code[0]})
     events: list[dict[str, Any]] = []
     with Store(tmp_path) as store:
