@@ -121,11 +121,11 @@ class _Cell:
             BackendRefused: this host does not give such RAM, or not with kvm-clock.
         """
         self.asker.say({"question": "works.boot"})
-        if self.spec.kvm_clock == "on" and self.backend.hides and self.spec.backend != QEMU:
-            if not is_safe_on_hidden_memory():
-                raise BackendRefused(
-                    f"kvm-clock is not offered on {self.backend_name} memory: this host's kernel must map its page"
-                )
+        wants_clock = self.spec.kvm_clock == "on" and self.spec.backend != QEMU
+        if wants_clock and self.backend.hides and not is_safe_on_hidden_memory():
+            raise BackendRefused(
+                f"kvm-clock is not offered on {self.backend_name} memory: this host's kernel must map its page"
+            )
         with Kvm() as kvm, kvm.create_vm() as vm, self.backend.guest_memory(vm, holder.SIZE) as memory:
             try_out(vm, memory)
             try:
@@ -221,11 +221,12 @@ class _Cell:
                 known = asker.answers["works.kvm_clock"]
                 asker.ask("works.kvm_clock", lambda: paravirtual.forbidden_clock(guest, known))
             asker.stage("ending it")
+            seen_raw = self._seen_raw()
             status = guest.power_off()
             if status != ExitStatus.DONE:
                 raise OffmapError(f"the VMM ended with status {status}: {guest.complaint()}")
         asker.stage("looking at what it leaves")
-        self._gone(plain, before)
+        self._gone(plain, before, seen_raw)
         asker.stage("the same RAM without that guest")
         self._without_guest()
 
@@ -340,7 +341,16 @@ class _Cell:
 
     # Afterwards
 
-    def _gone(self, plain: LiveGuest, before: int | None) -> None:
+    def _seen_raw(self) -> int | None:
+        """How many secrets show in frames that the kernel does not map: the control of the same look afterwards."""
+        if self.spec.backend not in _NOT_LINUXS:
+            return None
+        try:
+            return hidden.secrets_in_frames(hidden.guest_frames(self.found.first), self.secrets)
+        except OSError:
+            return None
+
+    def _gone(self, plain: LiveGuest, before: int | None, seen_raw: int | None) -> None:
         asker, found = self.asker, self.found
         frames = hidden.guest_frames(found.first)
         asker.ask_many(
@@ -349,6 +359,8 @@ class _Cell:
                 plain, self.secrets, frames, found.memory_before, self.spec.backend not in _NOT_LINUXS
             ),
         )
+        if self.spec.backend in _NOT_LINUXS:
+            asker.ask("hidden.zeroed", lambda: hidden.zeroed_frames(frames, self.secrets, seen_raw))
         if before is not None:
             asker.tell(self._split_answer("costs.direct_map_left", before, "once the guest is gone"))
 

@@ -4,6 +4,8 @@ The control runs beside it: a guest on plain RAM plants secrets with the same ke
 both at once, and one that does not find the plain guest's proves nothing.
 """
 
+import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.audit import AuditResult, audit_process
-from offmap.audit.canary import CanaryKey, new_key
+from offmap.audit.canary import CANARY_LENGTH, PREFIX, CanaryKey, new_key, parse_canary
 from offmap.audit.intervals import Intervals
 from offmap.audit.mappings import KernelMappings
+from offmap.audit.reach import Kind
 from offmap.audit.verdict import Verdict
 from offmap.compare.guest import canary_parameters
 from offmap.compare.probes.asker import measured, no, undetermined, yes
@@ -104,8 +107,8 @@ def verdict_answer(id: str, sighting: Sighting) -> Answer:
     """The audit's verdict as yes, no, or not determined."""
     audit, pages = sighting.audit, sighting.audit.pages
     detail = (
-        f"of {pages.pages_populated} pages, {pages.direct_map_pages} are in the direct map, {pages.alias_pages} aliased "
-        f"and {pages.unknown_pages} unknown; {sighting.found} secrets found; {sighting.control_said}"
+        f"of {pages.pages_populated} pages, {pages.direct_map_pages} are in the direct map, {pages.alias_pages} "
+        f"aliased and {pages.unknown_pages} unknown; {sighting.found} secrets found; {sighting.control_said}"
     )
     notes = "; ".join(audit.notes)
     if audit.verdict is Verdict.EXPOSED or sighting.found:
@@ -138,10 +141,58 @@ def sightings(sighting: Sighting, *, after_io: bool) -> list[Answer]:
         measured("hidden.direct_map_pages", pages.direct_map_pages),
         measured("hidden.alias_pages", pages.alias_pages, detail=regions),
         measured("hidden.unknown_pages", pages.unknown_pages, detail=str(pages.reasons or "")),
-        measured("hidden.excluded_pages", pages.excluded_pages),
+        measured("hidden.excluded_pages", pages.excluded_pages, detail=_excluded_text(audit)),
         found,
         control("hidden.control", sighting.control_said),
     ]
+
+
+def _excluded_text(audit: AuditResult) -> str:
+    """What maps the pages that are kept from the guest."""
+    if audit.judged is None or not audit.pages.excluded_pages:
+        return ""
+    judged = audit.judged
+    reached = {
+        kind.value: int(judged.pages[judged.excluded & (judged.reached >> np.uint32(code) & np.uint32(1) != 0)].sum())
+        for code, kind in enumerate(Kind)
+    }
+    return "mapped by: " + ", ".join(f"{name}: {count} pages" for name, count in reached.items() if count)
+
+
+def secrets_in_frames(frames: Intervals, secrets: Secrets) -> int:
+    """How many of the guest's secrets stand in these frames, read through /dev/mem: for what Linux never owned.
+
+    Raises:
+        OSError: the kernel does not let them be read.
+    """
+    numbers: set[int] = set()
+    fd = os.open("/dev/mem", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for start, end in zip(frames.start.tolist(), frames.end.tolist(), strict=True):
+            with mmap.mmap(fd, (end - start) << 12, mmap.MAP_SHARED, mmap.PROT_READ, offset=start << 12) as view:
+                at = view.find(PREFIX)
+                while at >= 0:
+                    if canary := parse_canary(view[at : at + CANARY_LENGTH], secrets.key):
+                        numbers.add(canary.number)
+                    at = view.find(PREFIX, at + 1)
+    finally:
+        os.close(fd)
+    return len({number for number in numbers if number < _CONTROL_FIRST})
+
+
+def zeroed_frames(frames: Intervals, secrets: Secrets, seen_before: int | None) -> Answer:
+    """Whether the secrets are gone from frames that the host kernel does not map.
+
+    Args:
+        seen_before: how many of them were read in the same way while the guest ran.
+    """
+    id = "hidden.zeroed"
+    if seen_before != CANARIES:
+        return undetermined(id, f"{seen_before or 0} of {CANARIES} secrets could be read in its frames while it ran")
+    control = f"read through /dev/mem, which showed all {CANARIES} while the guest ran"
+    if left := secrets_in_frames(frames, secrets):
+        return no(id, f"{left} of its {CANARIES} secrets still stand in the frames that it had", control)
+    return yes(id, f"none of its secrets is left in its frames; {control}")
 
 
 def after_the_end(

@@ -22,8 +22,8 @@ __all__ = ["PATTERN", "compaction", "drop_caches", "hibernation", "kexec", "memo
 PATTERN = 8 << 20
 """Bytes of guest memory that are compared with what they were."""
 
-_FLOOR_KIB = 96 << 10  # what the host keeps available under pressure: enough for its agent not to be killed
-_STEP = 16 << 20
+_FLOOR_KIB = 32 << 10  # what the host keeps available under pressure: below its watermarks with the page cache counted
+_STEP = 4 << 20
 _SYS_kexec_file_load = 320  # arch/x86/entry/syscalls/syscall_64.tbl
 _KEXEC_FILE_UNLOAD, _KEXEC_FILE_NO_INITRAMFS = 1, 4  # linux/kexec.h
 _DISK = Path("/sys/power/disk")

@@ -23,8 +23,8 @@ __all__ = ["BASELINE", "MEMORY_SIZE", "PATIENCE", "GuestSetup", "LiveGuest", "vm
 BASELINE = "memfd"
 """The plain RAM that everything is compared with, in the same host."""
 
-MEMORY_SIZE = 128 << 20
-"""Bytes of RAM of each guest: enough for a Debian kernel and the probes, and little to populate and to search."""
+MEMORY_SIZE = 256 << 20
+"""Bytes of RAM of each guest. A Debian kernel wants 56 MiB in one piece, which aliased pages may leave few of."""
 
 PATIENCE = 30.0
 """Seconds for one command, which takes a fraction of one."""

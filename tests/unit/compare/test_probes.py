@@ -1,0 +1,218 @@
+"""What the probes of the comparison make of what they see; that they see it is for the lab."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from offmap.audit.audit import AuditResult
+from offmap.audit.intervals import Intervals
+from offmap.audit.verdict import PageCounts, Verdict
+from offmap.compare.probes import costs, devices, hidden, holder, host_events
+from offmap.compare.probes.asker import Asker, measured, paired, yes
+from offmap.compare.probes.guest_program import ProbeError, parse_answer
+from offmap.compare.probes.vmm_memory import parse_smaps
+from offmap.compare.questions import CATALOGUE, Answer
+from offmap.errors import OffmapError
+
+
+def test_an_answer_of_the_guest_is_taken_when_it_is_whole() -> None:
+    text = "echo of it\r\n[  1.2] a kernel's word\r\noffmap-probe: = 1 2\r\noffmap-probe: done 0\r\n"
+    assert parse_answer(text) == ([["1", "2"]], 0, "")
+    for cut in range(len(text)):
+        assert parse_answer(text[:cut]) is None
+
+
+def test_an_answer_may_follow_a_prompt_and_may_be_an_error() -> None:
+    assert parse_answer("offmap-guest# offmap-probe: done 5 Input/output error\n") == ([], 5, "Input/output error")
+    assert parse_answer("offmap-probe: done what\n") == ([], -1, "")
+
+
+def test_smaps_adds_what_is_resident_of_each_mapping() -> None:
+    text = (
+        "7f00-7f10 rw-s 00000000 00:01 5   /dev/offmap\nSize: 64 kB\nRss: 12 kB\nPrivate_Hugetlb: 2048 kB\n"
+        "VmFlags: rd wr\n8000-9000 rw-p 00000000 00:00 0 [heap]\nRss: 4 kB\n"
+    )
+    assert parse_smaps(text) == [(0x7F00, 0x7F10, 2060), (0x8000, 0x9000, 4)]
+
+
+def asker() -> tuple[Asker, list[dict[str, Any]]]:
+    events: list[dict[str, Any]] = []
+    return Asker(events.append), events
+
+
+def test_each_question_is_announced_and_answered_whatever_comes_of_it() -> None:
+    ask, events = asker()
+
+    def breaks() -> Answer:
+        raise ProbeError("the guest is gone")
+
+    ask.ask("works.vsock", breaks)
+    ask.ask_many(hidden.GONE, lambda: [yes("hidden.zeroed")])
+    ask.leave(["breaks.kexec"], "it is not ours")
+    assert [e["question"] for e in events if "question" in e] == ["works.vsock", "hidden.zeroed"]
+    told = {e["answer"]["question"]: (e["answer"]["value"], e["answer"]["reason"]) for e in events if "answer" in e}
+    assert told == {
+        "works.vsock": (None, "not measured: the guest is gone"),
+        "hidden.zeroed": (True, ""),
+        "hidden.restored": (None, "the probe gave no answer to it"),
+        "breaks.kexec": (None, "not measured: it is not ours"),
+    }
+
+
+def test_a_bug_of_a_probe_is_no_answer() -> None:
+    ask, _ = asker()
+
+    def bug() -> Answer:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        ask.ask("works.vsock", bug)
+
+
+def test_turns_alternate_after_one_that_warms_up() -> None:
+    order: list[str] = []
+
+    def take(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    mine, plain = costs.by_turns(3, lambda: take("mine"), lambda: take("plain"))
+    assert order == ["plain", "mine", "mine", "plain", "plain", "mine", "mine", "plain"]
+    assert (mine, plain) == ([3.0, 6.0, 7.0], [4.0, 5.0, 8.0])
+
+
+def test_pairs_are_kept_and_the_value_is_the_median() -> None:
+    answer = paired("costs.chase", [3.0, 1.0, 2.0, 4.0, 5.0], [1.0] * 5)
+    assert answer.value == 3.0
+    assert answer.ratio is not None and answer.ratio.median == 3.0
+    few = costs.boots([1.0], [2.0])
+    assert few.ratio is None and "1 pair only" in few.reason
+
+
+def sighting(
+    verdict: Verdict, *, found: int = 0, control: int = hidden.CANARIES, pages: PageCounts | None = None
+) -> hidden.Sighting:
+    audit = SimpleNamespace(
+        verdict=verdict,
+        pages=pages or PageCounts(ram_pages=10, pages_populated=10),
+        notes=("a note",),
+        alias_pages_by_region={},
+        judged=None,
+    )
+    return hidden.Sighting(cast(AuditResult, audit), found, control)
+
+
+@pytest.mark.parametrize(
+    ("seen", "value"),
+    [
+        (sighting(Verdict.HIDDEN), True),
+        (sighting(Verdict.EXPOSED), False),
+        (sighting(Verdict.UNKNOWN), None),
+        (sighting(Verdict.HIDDEN, control=hidden.CANARIES - 1), None),  # the means did not find what is there
+        (sighting(Verdict.HIDDEN, found=1), False),  # a secret was read: whatever the page tables say
+        (sighting(Verdict.UNKNOWN, found=1, control=0), False),
+    ],
+)
+def test_hidden_is_said_only_where_the_control_was_found(seen: hidden.Sighting, value: bool | None) -> None:
+    assert hidden.verdict_answer("hidden.before_io", seen).value is value
+
+
+def test_nothing_found_is_no_zero_without_the_control() -> None:
+    without = {
+        answer.question: answer for answer in hidden.sightings(sighting(Verdict.HIDDEN, control=0), after_io=True)
+    }
+    assert without["hidden.canaries_found_after_io"].value is None
+    assert set(without) == set(hidden.AFTER_IO)
+    with_it = {answer.question: answer.value for answer in hidden.sightings(sighting(Verdict.HIDDEN), after_io=False)}
+    assert with_it["hidden.canaries_found"] == 0
+    assert with_it["hidden.control"] is True
+    assert set(with_it) | {"hidden.canaries_planted"} == set(hidden.AFTER_BOOT)
+
+
+def frames(*pairs: tuple[int, int]) -> Intervals:
+    start, end = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    return Intervals.union(start, end)
+
+
+def test_frames_are_counted_where_both_have_them() -> None:
+    assert hidden.frames_in(frames((10, 20), (30, 40)), frames((15, 35))) == 10
+    assert hidden.frames_in(frames((10, 20)), frames()) == 0
+
+
+class FakeGuest:
+    """Says what it was told to, once its memory is checked."""
+
+    def __init__(self, answer: list[list[str]] | ProbeError) -> None:
+        self.answer = answer
+
+    def command(self, line: str) -> list[list[str]]:
+        assert line == "check"
+        if isinstance(self.answer, ProbeError):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("said", "value"),
+    [
+        ([["0", "1048576"]], True),
+        ([["1", "1048576"]], False),
+        ([["0", "0"]], False),  # nothing was compared
+        (ProbeError("the VMM has ended"), False),
+    ],
+)
+def test_a_guest_outlives_what_leaves_its_memory_as_it_was(said: list[list[str]] | ProbeError, value: bool) -> None:
+    answer = host_events.outlives(cast(Any, FakeGuest(said)), "breaks.drop_caches", lambda: "dropped")
+    assert answer.value is value
+    assert "dropped" in answer.detail
+
+
+def test_hibernation_is_judged_by_what_it_was_without_a_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def now(offered: bool | None) -> None:
+        monkeypatch.setattr(host_events, "hibernation_offered", lambda: (offered, "as said"))
+
+    now(False)
+    assert host_events.hibernation((True, "")).value is False
+    assert host_events.hibernation((False, "")).value is None
+    now(True)
+    assert host_events.hibernation((True, "")).value is True
+    now(None)
+    assert host_events.hibernation((None, "")).value is None
+
+
+def test_direct_io_needs_its_control() -> None:
+    def judged(**direct: Any) -> bool | float | None:
+        return holder._o_direct({"direct": direct}).value
+
+    assert judged(control=True, same=True) is True
+    assert judged(control=True, same=False) is False
+    assert judged(control=True, error="EFAULT") is False
+    assert judged(control=False, error="EINVAL") is None
+    assert judged(skipped="no file") is None
+
+
+def test_a_balloon_cannot_be_judged_where_its_memory_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = SimpleNamespace(pid=1, shell=lambda line: "", command=lambda line: [])
+    monkeypatch.setattr(devices, "resident_kib", lambda pid, ranges: 0)
+    assert devices.balloon(cast(Any, guest), []).value is None
+    sizes = iter([60000, 60000 - (devices.BALLOON >> 10)])
+    monkeypatch.setattr(devices, "resident_kib", lambda pid, ranges: next(sizes))
+    assert devices.balloon(cast(Any, guest), []).value is True
+
+
+def test_every_question_of_the_costs_that_guests_answer_is_in_the_catalogue() -> None:
+    assert set(costs.RATES) <= set(CATALOGUE)
+    for rate in costs.RATES.values():
+        assert rate.convert(1000.0) > 0
+
+
+def test_an_error_of_the_host_is_no_answer_either() -> None:
+    ask, _ = asker()
+
+    def refused() -> Answer:
+        raise OffmapError("no", "do that")
+
+    assert ask.ask("costs.exits", refused).value is None
+    assert ask.ask("costs.exits", lambda: measured("costs.exits", 3)).value == 3
