@@ -1,0 +1,90 @@
+"""How the host's end and the program's word make a result."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offmap.compare import cell_run
+from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.cell_run import CellTask, run_cell
+from offmap.compare.matrix import NATIVE, CellSpec
+from offmap.compare.questions import Answer
+from offmap.errors import BackendRefused, OffmapError
+from offmap.lab.errors import LabEnded, LabError, LabPanic, LabTimeout
+from offmap.lab.kernel import HostKernel
+
+OOPS = "\n[    9.1] BUG: unable to handle page fault for address: ffff888040000000\n[    9.2] Call Trace:\n"
+ANSWER = Answer("works.boot", True)
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Give a function that runs a cell whose host ends as it is told, after one answer."""
+    kernel = HostKernel("debian:6.12", "6.12.1", tmp_path, tmp_path)
+    monkeypatch.setattr(cell_run, "kernels_of", lambda spec, report: (kernel, kernel))
+    monkeypatch.setattr(cell_run, "inputs_of", lambda host, guest: {"code": "c"})
+    monkeypatch.setattr(cell_run, "code_digest", lambda: "c")
+    monkeypatch.setattr(cell_run, "guest_program", lambda: b"")
+
+    def run(error: Exception | None, deadline: float = 600) -> CellResult:
+        def host(task: CellTask, kernel: HostKernel, argv: Any, folder: Path, transcript: Any, *rest: Any) -> None:
+            transcript.event({"host": {"kernel": "6.12.1"}})
+            transcript.event({"question": "works.boot"})
+            transcript.event({"answer": ANSWER.to_json()})
+            transcript.event({"question": "costs.boot"})
+            if error is not None:
+                raise error
+            _, end, *_ = rest
+            cell_run._judge(0, "", transcript.said(), end)
+
+        monkeypatch.setattr(cell_run, "_run_in_host", host)
+        return CellResult.from_json(run_cell(CellTask(CellSpec("anon"), "run", deadline)))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "deadline", "outcome", "reason"),
+    [
+        (LabPanic(OOPS), 600, CellOutcome.OOPS, "[    9.1] BUG: unable to handle page fault"),
+        (LabTimeout("it was not done"), 0, CellOutcome.DEADLINE, "it was not done"),
+        (LabTimeout("the lab host did not come up"), 600, CellOutcome.FAILED, "the lab host did not come up"),
+        (LabEnded("the lab host ended by itself", "last words"), 600, CellOutcome.FAILED, "the lab host ended"),
+        (BackendRefused("no module", "build it"), 600, CellOutcome.REFUSED, "no module; build it"),
+        (LabError("no qemu"), 600, CellOutcome.FAILED, "no qemu"),
+        (OffmapError("something"), 600, CellOutcome.FAILED, "something"),
+        (None, 600, CellOutcome.FAILED, "the measuring program ended with status 0: without a word"),
+    ],
+)
+def test_ends(ends: Any, error: Exception | None, deadline: float, outcome: CellOutcome, reason: str) -> None:
+    result = ends(error, deadline)
+    assert result.outcome is outcome
+    assert result.reason.startswith(reason)
+    assert result.answers == {"works.boot": ANSWER}  # what it had by then
+    assert result.asked == "costs.boot"
+    assert result.host == {"kernel": "6.12.1"}
+    assert result.inputs["code"] == "c" and result.inputs["deadline"] == f"{deadline:g}"
+    assert result.oops == (OOPS if outcome is CellOutcome.OOPS else "")
+    assert result.console == ("last words" if isinstance(error, LabEnded) else "")
+
+
+def test_code_that_changes_meanwhile_measured_nothing_that_can_be_named(
+    ends: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cell_run, "code_digest", lambda: "d")
+    assert ends(None).inputs["code"] == "c-d"
+
+
+def test_the_host_is_heard_complaining() -> None:
+    console = "Linux version\nWARNING: CPU: 0 PID: 1 at mm/gup.c\nCall Trace:\n fine again\n"
+    assert cell_run._complaints(console).startswith("WARNING: CPU: 0")
+    assert cell_run._complaints("x86/fpu: enabled\nready\n") == ""
+
+
+def test_the_running_kernel_is_a_kernel() -> None:
+    guest = HostKernel("debian:6.12", "6.12.1", Path("/g"), Path("/g"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cell_run, "host_kernel", lambda spec, say: guest)
+        host, its_guest = cell_run.kernels_of(CellSpec("anon", NATIVE), lambda _: None)
+    assert its_guest is guest and host.name == NATIVE
