@@ -106,6 +106,7 @@ class Store(Owned):
             raise ValueError(f"cell {key} ended twice")
         try:
             write_atomically(self.path(result.spec), result.dumps())
+            self.path(result.spec).chmod(0o644)  # a result, for whoever reads it
         except OSError as error:
             raise OffmapError(
                 f"cannot write {self.path(result.spec)}: {error.strerror}",
