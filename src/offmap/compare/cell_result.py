@@ -41,7 +41,8 @@ class CellResult:
         asked: the question that was being asked when it ended early; empty if unknown or not early.
         answers: by question id, in the order in which they came.
         host: facts of the host that it ran on (offmap.audit.host.HostFacts); empty if that never came up.
-        machine: the same of the machine that the disposable host ran on, and ``accel``: tcg, kvm or native.
+        machine: facts of the machine that the disposable host ran on (offmap.compare.machine), of which ``accel`` (tcg,
+            kvm or native) says what its times are worth.
         inputs: what it depends on: ``code``, ``host_kernel``, ``host_release``, ``guest_kernel``, ``guest_release``
             (digests, and what uname says). A cell with other inputs is another measurement.
         seconds: from its beginning to its end, its host's boot included.

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offmap.audit.host import host_facts, utc_now
+from offmap.audit.host import utc_now
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.events import EventLines, Report
 from offmap.compare.inputs import code_digest, inputs_of, module_input
 from offmap.compare.job import Job
+from offmap.compare.machine import machine_facts
 from offmap.compare.matrix import NATIVE, OF_THE_MODULE, CellSpec
 from offmap.compare.native import refusal_here, run_here
 from offmap.compare.probes.guest_program import guest_program
@@ -231,7 +232,6 @@ def _judge(status: int, complaint: str, said: Said, end: _End) -> None:
 
 def _result(task: CellTask, said: Said, end: _End, inputs: dict[str, str], seconds: float) -> CellResult:
     outcome = end.outcome or CellOutcome.FAILED
-    machine = host_facts().to_json()
     return CellResult(
         spec=task.spec,
         outcome=outcome,
@@ -240,7 +240,7 @@ def _result(task: CellTask, said: Said, end: _End, inputs: dict[str, str], secon
         asked="" if outcome is CellOutcome.BOOTED else said.question,
         answers=said.answers,
         host=said.host,
-        machine={**machine, "accel": end.accel},
+        machine=machine_facts(end.accel),
         inputs={**inputs, "deadline": f"{task.deadline:g}"},
         seconds=round(seconds, 1),
         time=utc_now(),
