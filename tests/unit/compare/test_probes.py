@@ -87,7 +87,7 @@ def test_pairs_are_kept_and_the_value_is_the_median() -> None:
     answer = paired("costs.chase", [3.0, 1.0, 2.0, 4.0, 5.0], [1.0] * 5)
     assert answer.value == 3.0
     assert answer.ratio is not None and answer.ratio.median == 3.0
-    few = costs.boots([1.0], [2.0])
+    few = costs.boots([1.0], [2.0], "bare")
     assert few.ratio is None and "1 pair only" in few.reason
 
 
@@ -194,7 +194,7 @@ def test_direct_io_needs_its_control() -> None:
 
 
 def test_a_balloon_cannot_be_judged_where_its_memory_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    guest = SimpleNamespace(pid=1, shell=lambda line: "", command=lambda line: [])
+    guest = SimpleNamespace(pid=1, shell=lambda line: "08-virtio_balloon.ko", command=lambda line: [])
     monkeypatch.setattr(devices, "resident_kib", lambda pid, ranges: 0)
     assert devices.balloon(cast(Any, guest), []).value is None
     sizes = iter([60000, 60000 - (devices.BALLOON >> 10)])

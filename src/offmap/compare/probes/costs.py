@@ -31,11 +31,13 @@ _DEBUGFS = Path("/sys/kernel/debug/kvm")
 T = TypeVar("T")
 
 
-def by_turns(pairs: int, candidate: Callable[[], T], baseline: Callable[[], T]) -> tuple[list[T], list[T]]:
-    """`pairs` of each after one of each that warms up; who goes first alternates."""
+def by_turns(
+    pairs: int, candidate: Callable[[], T], baseline: Callable[[], T], *, warm_up: bool = True
+) -> tuple[list[T], list[T]]:
+    """`pairs` of each, if so after one of each that warms up; who goes first alternates."""
     mine: list[T] = []
     plain: list[T] = []
-    for number in range(pairs + 1):
+    for number in range(0 if warm_up else 1, pairs + 1):
         takes = [(mine, candidate), (plain, baseline)]
         for kept, take in takes if number % 2 else reversed(takes):
             taken = take()
@@ -152,13 +154,13 @@ def network_rate(guest: LiveGuest, plain: LiveGuest, subnets: Sequence[Subnet]) 
     return paired(id, mine, theirs, detail=f"{len(mine)} pairs of {_NET >> 20} MiB by one TCP connection")
 
 
-def boots(mine: Sequence[float], plain: Sequence[float]) -> Answer:
+def boots(mine: Sequence[float], plain: Sequence[float], of_what: str) -> Answer:
     """Seconds of boots that were timed by turns."""
     pairs = min(len(mine), len(plain))
     few = "" if pairs >= PAIRS else f"of {pairs} pair{'s' if pairs > 1 else ''} only, which gives no spread"
     if not pairs:
         return undetermined("costs.boot", "no pair of boots was timed")
-    return paired("costs.boot", mine, plain, few, "from the VMM's start to init ready, with its devices and secrets")
+    return paired("costs.boot", mine, plain, few, f"from the VMM's start to init ready, {of_what}")
 
 
 def vmm_memory(mine: int, plain: int) -> Answer:

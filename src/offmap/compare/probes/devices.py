@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,18 @@ from offmap.compare.probes.vmm_memory import resident_kib
 from offmap.compare.questions import Answer
 from offmap.compare.vm_process import QEMU
 
-__all__ = ["BALLOON", "DISK_SIZE", "Disk", "balloon", "make_disk", "smp", "virtio_blk", "virtio_net", "vsock"]
+__all__ = [
+    "BALLOON",
+    "DISK_SIZE",
+    "Disk",
+    "balloon",
+    "configure",
+    "make_disk",
+    "smp",
+    "virtio_blk",
+    "virtio_net",
+    "vsock",
+]
 
 MIB = 1 << 20
 DISK_SIZE = 16 * MIB
@@ -66,14 +77,23 @@ def virtio_blk(guest: LiveGuest, disk: Disk) -> Answer:
 
 def virtio_net(guest: LiveGuest, card: str, subnet: Subnet, id: str) -> Answer:
     """Send random bytes to the guest by TCP, and let it send them back."""
-    address = subnet.guest
-    guest.shell(f"ifconfig {card} {address.ip} netmask {address.netmask} up")
+    configure(guest, card, subnet)
     listener, port = listen_tcp(subnet)
     with listener, attempt(echo_peer, listener, MIB) as echoed:
         guest.command(f"echo tcp {subnet.host.ip} {port}")
         if not echoed.result():
             return no(id, "what came back from the guest is not what was sent to it")
     return yes(id, f"{MIB >> 10} KiB by TCP to the guest and back, compared")
+
+
+def configure(guest: LiveGuest, card: str, subnet: Subnet) -> None:
+    """Give a guest's interface its address.
+
+    Raises:
+        ProbeError: there is no such interface.
+    """
+    address = subnet.guest
+    guest.shell(f"ifconfig {card} {address.ip} netmask {address.netmask} up")
 
 
 @contextlib.contextmanager
@@ -96,13 +116,17 @@ def vsock(guest: LiveGuest) -> Answer:
     return yes(id, f"{MIB >> 10} KiB to the guest and back through {how}, compared")
 
 
-def balloon(guest: LiveGuest, ranges: list[RamRange]) -> Answer:
+def balloon(guest: LiveGuest, ranges: Sequence[RamRange]) -> Answer:
     """Let the guest use memory and free it, insert the balloon's driver, and watch the VMM's memory shrink.
 
     Args:
         ranges: of the guest's RAM in the VMM.
     """
     id = "works.balloon"
+    if "virtio_balloon" not in guest.shell("ls /modules"):
+        return undetermined(
+            id, "not measured: this guest's kernel has the driver built in, so it cannot be loaded late"
+        )
     guest.shell(f"head -c {_TOUCHED} /dev/zero >/tmp/touched; rm /tmp/touched")
     before = resident_kib(guest.pid, ranges)
     if before < BALLOON >> 10:
