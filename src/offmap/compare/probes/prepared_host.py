@@ -1,0 +1,162 @@
+"""The host, made ready for a cell: what the guests boot, their disks and interfaces, and what the host was before."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from offmap.compare.job import Job
+from offmap.compare.probes import devices, hidden, host_events
+from offmap.compare.probes.guest_image import probe_initramfs
+from offmap.compare.probes.host_kernel import direct_map_4k_kib, host_memory_kib, load_modules, write_knob
+from offmap.compare.probes.live_guest import BASELINE, MEMORY_SIZE, GuestSetup
+from offmap.compare.probes.network import Subnet, tap
+from offmap.compare.vm_process import QEMU
+from offmap.devices.virtio.balloon_spec import BalloonSpec
+from offmap.devices.virtio.device import Surroundings
+from offmap.errors import BackendRefused, OffmapError
+from offmap.kvm import Kvm
+from offmap.memory.backend import parse_backend
+from offmap.memory.probe import try_out
+from offmap.owned import Owned
+from offmap.vmm.pvclock import is_safe_on_hidden_memory
+
+__all__ = ["SKIPPED_NATIVE", "PreparedHost", "direct_map_split"]
+
+SKIPPED_NATIVE = "it would change this machine, which is nobody's to throw away"
+
+TRIED_SIZE = 4 << 20
+"""Bytes of RAM to try a kind with: whole huge pages, and little enough for any host."""
+
+_HUGE_PAGES = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
+_CARD, _VHOST_CARD, _PLAIN_CARD = "ofcard", "ofvhost", "ofplain"
+
+
+def direct_map_split() -> int | None:
+    """KiB of the direct map in 4 KiB pages; None where this kernel does not tell."""
+    try:
+        return direct_map_4k_kib()
+    except OffmapError:
+        return None
+
+
+class PreparedHost(Owned):
+    """Owns the interfaces.
+
+    Args:
+        folder: in memory, removed by the caller.
+
+    Attributes:
+        backend: the kind of RAM; what QEMU maps counts as `unplugged`.
+        offers_clock: whether the guest gets kvm-clock.
+        disks: of the guest that the cell is about, and of the plain one.
+        why_no_network: empty where there are interfaces.
+        cannot_discard: why single pages of this RAM cannot go back to the host; empty: they can.
+        memory_kib, hibernation: what the host had, and could, before any guest.
+    """
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.job = job
+        self.folder = folder
+        self.secrets = hidden.Secrets()
+        self.backend = parse_backend("unplugged" if job.spec.backend == QEMU else job.spec.backend)
+        clock = job.spec.kvm_clock
+        self.offers_clock = clock == "on" or (clock == "auto" and not self.backend.hides)
+        self.hibernation = host_events.hibernation_offered()
+        self._initrd = folder / "guest.initramfs"
+        self._initrd.write_bytes(probe_initramfs(job.guest_modules))
+        self.disks = [devices.make_disk(folder / f"disk{number}") for number in range(2)]
+        if job.spec.backend == "hugetlb" and not job.native:
+            write_knob(_HUGE_PAGES, str(2 * MEMORY_SIZE >> 21))  # for what is taken before the last has all gone back
+        self.memory_kib = host_memory_kib()
+        self.cannot_discard = ""
+        self._owned = ExitStack()
+        self._subnets: dict[str, Subnet] = {}
+        self.why_no_network = f"not measured: {SKIPPED_NATIVE}" if job.native else self._make_taps()
+
+    def _make_taps(self) -> str:
+        try:
+            load_modules("tun", "vhost_net")
+            for number, name in enumerate((_CARD, _VHOST_CARD, _PLAIN_CARD)):
+                subnet = Subnet(number)
+                self._owned.enter_context(tap(name, subnet))
+                self._subnets[name] = subnet
+            if self.job.spec.backend == QEMU:
+                load_modules("vhost_vsock")
+        except OffmapError as error:
+            return str(error)
+        return ""
+
+    def subnets(self) -> tuple[Subnet, Subnet, Subnet]:
+        """Of the guest's card, of its card with vhost, and of the plain guest's.
+
+        Raises:
+            OffmapError: there are none.
+        """
+        if self.why_no_network:
+            raise OffmapError(self.why_no_network)
+        return self._subnets[_CARD], self._subnets[_VHOST_CARD], self._subnets[_PLAIN_CARD]
+
+    def try_out(self) -> None:
+        """Run one instruction on this RAM: a refusal ends the cell before anything is booted.
+
+        Raises:
+            BackendRefused: this host does not give such RAM, or not with kvm-clock.
+        """
+        wants_clock = self.job.spec.kvm_clock == "on" and self.job.spec.backend != QEMU
+        if wants_clock and self.backend.hides and not is_safe_on_hidden_memory():
+            raise BackendRefused(
+                f"kvm-clock is not offered on {self.backend.name} memory: this host's kernel must map its page"
+            )
+        with Kvm() as kvm, kvm.create_vm() as vm, self.backend.guest_memory(vm, TRIED_SIZE) as memory:
+            try_out(vm, memory)
+            try:
+                BalloonSpec(1 << 20).build(Surroundings(memory, self.backend.hides, vm))
+            except OffmapError as error:
+                self.cannot_discard = error.what
+
+    def plain(self) -> GuestSetup:
+        """The plain guest: baseline and control."""
+        return GuestSetup(
+            BASELINE,
+            self.job.guest_vmlinuz,
+            self._initrd,
+            f"clocksource=kvm-clock {self.secrets.of_control}",
+            vcpus=self.job.spec.vcpus,
+            kvm_clock="on" if self.offers_clock else "off",  # the same clock measures both
+            disk=self.disks[1].path,
+            taps=[] if self.why_no_network else [(_PLAIN_CARD, "off")],
+        )
+
+    def candidate(self) -> GuestSetup:
+        """The guest that the cell is about."""
+        balloon = None if self.cannot_discard or self.job.spec.backend == QEMU else devices.BALLOON
+        return replace(
+            self.plain(),
+            backend=self.job.spec.backend,
+            words=f"clocksource=kvm-clock {self.secrets.of_candidate}",
+            kvm_clock=self.job.spec.kvm_clock,
+            disk=self.disks[0].path,
+            taps=[] if self.why_no_network else [(_CARD, "off"), (_VHOST_CARD, "on")],
+            vsock=self.folder / "vsock",
+            balloon=balloon,
+        )
+
+    def bare(self, backend: str, vcpus: int) -> GuestSetup:
+        """A guest without devices and secrets."""
+        setup = self.candidate() if backend == self.job.spec.backend else self.plain()
+        return replace(setup, words="", vcpus=vcpus, disk=None, taps=[], vsock=None, balloon=None)
+
+    def direct_file(self) -> Path | None:
+        """A file or disk that takes direct I/O; None: there is none here."""
+        if self.job.native:
+            return self.disks[0].path
+        try:
+            load_modules("brd")
+        except OffmapError:
+            return None
+        device = Path("/dev/ram0")
+        return device if os.access(device, os.W_OK) else None
+
+    def close(self) -> None:
+        self._owned.close()
