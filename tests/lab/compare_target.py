@@ -40,6 +40,8 @@ def main() -> int:
     say({"question": "works.boot"})
     say({"answer": {**answer("works.boot", 0)["answer"], "value": True}})
     say({"question": QUESTION})
+    if mode == "sleep":
+        time.sleep(float(argument))
     if mode == "panic":
         Path("/proc/sysrq-trigger").write_text("c")
     if mode == "hang":

@@ -130,6 +130,23 @@ def test_a_hang_ends_at_its_deadline(lab_kernel: HostKernel, tmp_path: Path) -> 
     assert events.of("again") == ["it may take longer now"]
 
 
+@pytest.mark.slow
+def test_a_kernel_of_ones_own_beside_debians(lab_kernel: HostKernel, tmp_path: Path) -> None:
+    image = tmp_path / "own" / "bzImage"
+    (tmp_path / "own/lib/modules").mkdir(parents=True)
+    image.write_bytes(lab_kernel.vmlinuz.read_bytes())
+    (tmp_path / "own/lib/modules" / lab_kernel.release).symlink_to(lab_kernel.modules)
+    specs = [CellSpec("anon", str(image)), CellSpec("anon")]
+    results, _ = compare(tmp_path / "out", specs, Settings(deadline=120, program=program()))
+    assert [results[spec].outcome for spec in specs] == [CellOutcome.BOOTED] * 2
+    assert {path.name for path in (tmp_path / "out/cells").iterdir()} == {f"{spec.key}.json" for spec in specs}
+    # made again, it is another kernel; the others are what they were
+    image.write_bytes(image.read_bytes() + b"\0" * 16)
+    _, events = compare(tmp_path / "out", specs, Settings(deadline=120, program=program()))
+    assert [spec for spec, event in events.all if "again" in event] == [specs[0]]
+    assert events.of("again") == ["the host kernel changed since"]
+
+
 DRIVER = """
 import json, sys
 from pathlib import Path

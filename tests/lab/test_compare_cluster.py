@@ -127,6 +127,45 @@ def test_a_killed_worker_and_every_cell_ends_once(lab_kernel: HostKernel, cluste
     assert runs == {backend: 2 if backend in lost else 1 for backend in BACKENDS}
 
 
+def qemu_of(worker: int) -> int | None:
+    """The disposable host that a worker runs; a thread of the worker is its parent."""
+    for children in Path(f"/proc/{worker}/task").glob("*/children"):
+        for child in children.read_text().split():
+            if "offmap-cell-" in Path(f"/proc/{child}/cmdline").read_text():
+                return int(child)
+    return None
+
+
+@pytest.mark.slow
+def test_a_killed_worker_takes_its_disposable_host_with_it(
+    lab_kernel: HostKernel, cluster: Any, tmp_path: Path
+) -> None:
+    specs = [CellSpec(backend) for backend in BACKENDS[:3]]
+    settings = Settings(program=(str(TARGET), json.dumps(dict.fromkeys(BACKENDS, "sleep 5"))))
+    ended: list[CellSpec] = []
+    results: dict[CellSpec, CellResult] = {}
+
+    def run() -> None:
+        with Store(tmp_path / "out") as store:
+            scheduler = Scheduler(store, settings, lambda spec, event: ended.append(spec) if "ended" in event else None)
+            with cluster_pool(cluster.scheduler_address, code_digest()) as pool:
+                results.update(scheduler.run(specs, pool))
+
+    victim = next(iter(worker_pids(cluster).values()))
+    thread, raised = in_background(run)
+    until(lambda: qemu_of(victim) is not None or bool(raised))
+    assert not raised
+    host = qemu_of(victim)
+    assert host is not None
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: not alive(host), 10)
+    thread.join(200)
+    assert not thread.is_alive() and not raised
+    assert Counter(ended) == Counter(specs)
+    assert {result.outcome for result in results.values()} == {CellOutcome.BOOTED}
+    assert all(result.host["lab"] for result in results.values())
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="cells on the running kernel need root: ending is not tested")
 def test_ended_from_here_nothing_runs_on_there(lab_kernel: HostKernel, cluster: Any, tmp_path: Path) -> None:
     specs = [CellSpec(backend, NATIVE) for backend in BACKENDS[:3]]

@@ -19,8 +19,8 @@ def machine_facts(accel: str) -> dict[str, Any]:
         accel: what ran the host: ``tcg``, ``kvm``, ``native``, or nothing if there was none.
 
     Returns:
-        ``accel``, ``cpu``, ``processors`` (that we may use), ``memory_bytes``; ``qemu`` but for native; ``kernel`` where
-        it ran the guests or their host, which it does not under emulation.
+        ``accel``, ``cpu``, ``processors`` (that we may use), ``memory_bytes``; ``qemu`` but for native; ``kernel``
+        where it ran the guests or their host, which it does not under emulation.
     """
     facts = host_facts()
     found: dict[str, Any] = {
