@@ -114,12 +114,13 @@ def _mb_per_s(size: int) -> Callable[[float], float]:
     return lambda microseconds: round(size / max(microseconds, 1.0), 3)  # bytes a µs are 10^6 bytes a second
 
 
-_CHASE, _STEPS = 8 << 20, 100_000
-_COPY, _DISK, _NET = 8 << 20, 4 << 20, 4 << 20
+# Each takes some tenths of a second under emulation: less would be lost in a clock tick.
+_CHASE, _STEPS = 16 << 20, 500_000
+_COPY, _COPIES, _DISK, _NET = 16 << 20, 12, 12 << 20, 4 << 20
 
 RATES = {
     "costs.chase": Rate(f"chase {_CHASE} {_STEPS}", lambda nanoseconds: nanoseconds),
-    "costs.copy": Rate(f"copy {_COPY}", _mb_per_s(_COPY)),
+    "costs.copy": Rate(f"copy {_COPY} {_COPIES}", _mb_per_s(_COPY * _COPIES)),
     "costs.blk_read": Rate(f"read /dev/vda {_DISK}", _mb_per_s(_DISK)),
     "costs.blk_write": Rate(f"write /dev/vda {_DISK}", _mb_per_s(_DISK)),
 }

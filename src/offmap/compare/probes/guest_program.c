@@ -11,7 +11,7 @@
  *   echo vsock PORT                   the same, to the host
  *   send ADDRESS PORT BYTES           microseconds to send so much by TCP and get one byte for it
  *   chase BYTES STEPS                 nanoseconds a step, of dependent loads in random order
- *   copy BYTES                        microseconds to copy so much
+ *   copy BYTES TIMES                  microseconds to copy so much so often
  *   fill BYTES / check                fill memory with a pattern; count the words that are not as they were
  *   cpus                              run on each CPU that is online; print the number of each
  *   cpuid LEAF                        eax ebx ecx edx
@@ -273,8 +273,10 @@ static int copy(void)
 	}
 	double started = now();
 
-	memcpy(to, from, size);
-	__asm__ volatile("" : : "r"(to) : "memory");
+	for (int times = number(2); times > 0; times--) {
+		memcpy(to, from, size);
+		__asm__ volatile("" : : "r"(to) : "memory");
+	}
 	printf("offmap-probe: = %.0f\n", now() - started);
 	return 0;
 }
