@@ -14,6 +14,16 @@ import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from offmap.audit.btf import Btf
+from offmap.audit.guest_pages import GuestPages
+from offmap.audit.kcore import Kcore
+from offmap.audit.kernel_objects import KernelObjects
+from offmap.audit.oracle import translate
+from offmap.audit.placed import Placer
+from offmap.audit.regions import Layout
+from offmap.audit.walk import walk_kernel_half
 
 PAGE = 4096
 GUEST_PAGES = 64
@@ -75,6 +85,20 @@ def plant_freed(secret: bytes) -> None:
     os.waitpid(child, 0)
 
 
+def own_stack() -> Any:
+    """What the scan would say of a page of this thread's kernel stack; nobody can plant a secret there at will."""
+    with Kcore() as kcore:
+        info = kcore.vmcoreinfo
+        layout = Layout.of(info, kcore.page_offset_base, kcore.segments)
+        tasks = KernelObjects(kcore, layout, Btf.of_host()).tasks()
+        stack = next(task.stack for task in tasks if task.pid == os.getpid())
+        mappings = walk_kernel_half(kcore, info.root_pa, info.levels, kcore.page_offset_base, info.sme_mask)
+        placer = Placer(kcore, layout, mappings, GuestPages.none())
+        pa = translate(mappings, stack)
+        assert pa is not None
+        return placer.owners(placer.look([pa // PAGE]))[pa // PAGE].to_json()
+
+
 def main() -> int:
     folder, arguments = Path(sys.argv[1]), sys.argv[2:]
     secret = secrets.token_bytes(100)
@@ -101,6 +125,7 @@ def main() -> int:
             "tmpfs": str(on_tmpfs),
             "disk": str(on_disk),
             "source": str(source),
+            "stack": own_stack(),
         }
         print(json.dumps(planted), flush=True)
         command = [sys.executable, "-m", "offmap.cli.main", "audit", str(os.getpid()), "--json"]

@@ -53,7 +53,8 @@ def test_drgn_agrees_on_every_kind_of_memory(lab_kernel: HostKernel, series: str
     kernel = host_kernel(f"debian:{series}")
     initrd = tmp_path / "guest.initramfs"
     initrd.write_bytes(guest_initramfs())
-    with LabHost.start(kernel, memory="2G", cmdline=RESERVED, out=tmp_path) as host:
+    # Secret memory is off by default before 6.5.
+    with LabHost.start(kernel, memory="2G", cmdline=f"{RESERVED} secretmem.enable=1", out=tmp_path) as host:
         insert(host, lab_module(kernel), tmp_path)
         for kind, statuses in (("anon", (1,)), ("secretmem", (0, 1)), ("reserved", (0,))):
             assert agreed(host, kind, *statuses)["frames_agreed"] == 300, kind
@@ -66,6 +67,9 @@ def test_drgn_agrees_on_every_kind_of_memory(lab_kernel: HostKernel, series: str
                 guest.expect(READY)
                 done = host.output([sys.executable, "-m", "offmap", "audit", str(guest.pid), *SAMPLE], timeout=120.0)
                 assert done.status == 0, (backend, done.stderr)
-                assert check(json.loads(done.stdout))["frames_agreed"] == 300, backend
+                oracle = check(json.loads(done.stdout))
+                # What the guest has not touched is not in the VMM's page tables (yet): that cannot be asked.
+                assert oracle["frames_agreed"] > 30, backend
+                assert oracle["frames_agreed"] + oracle["frames_unasked"] == 300, backend
                 guest.keys("poweroff -f\n")
                 assert guest.end() == 0, guest.errors

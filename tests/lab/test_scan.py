@@ -51,6 +51,10 @@ def check(planted: Any, result: Any) -> None:
     holders = {process["pid"] for owner in owners(result, "process") for process in owner["processes"]}
     assert {planted["pid"], planted["other"]} <= holders
 
+    # A thread's kernel stack, as the scan would name it.
+    assert planted["stack"]["sort"] == "kernel_stack"
+    assert planted["stack"]["name"].endswith(f"({planted['pid']})")
+
     # The kernel's own: a key in kmalloc'ed memory, a pipe's page, and what a process that has ended left behind.
     assert any(owner["name"].startswith("kmalloc") for owner in owners(result, "slab"))
     assert owners(result, "kernel")
