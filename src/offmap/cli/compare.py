@@ -148,6 +148,8 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
     from offmap.compare.probes.guest_program import guest_program
     from offmap.compare.scheduler import Pool, Scheduler, Settings, local_pool
     from offmap.compare.store import Store
+    from offmap.lab.initramfs import busybox
+    from offmap.lab.qemu import find_qemu
 
     if args.native and os.geteuid() != 0:
         raise OffmapError("measuring on the running kernel needs root", "run it with sudo")
@@ -172,6 +174,10 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
                 )
                 pool = stack.enter_context(cluster_pool(args.dask, code_digest(), kernels))
             else:
+                if not args.native:
+                    find_qemu()
+                    busybox()
+                    scheduler.prepare(to_run)
                 pool = stack.enter_context(local_pool(jobs))
             progress.began(len(done), pool.at_a_time)
             results |= scheduler.run(to_run, pool)

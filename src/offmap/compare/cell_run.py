@@ -115,6 +115,7 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
             host, guest = kernels_of(task.spec, report)
             inputs = {**inputs_of(host, guest), **module_input(task.spec, host)}
             guest_program()  # a disposable host would compile it for itself, each time
+            module = _module(task.spec, host)
             # guest RAM, files to read past the page cache: a disk, where /tmp is one
             with tempfile.TemporaryDirectory(prefix="offmap-cell-") as folder:
                 job = Job(task.spec, guest.vmlinuz, guest.modules, guest.release, Path(folder))
@@ -123,7 +124,7 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
                 if job.native:
                     _run_native(task, argv, transcript, cell, end)
                 else:
-                    _run_in_host(task, host, argv, Path(folder), transcript, cell, end, report)
+                    _run_in_host(task, host, module, argv, Path(folder), transcript, cell, end, report)
         except CellStopped:
             raise
         except OffmapError as error:
@@ -158,6 +159,7 @@ def _run_native(task: CellTask, argv: Sequence[str], transcript: Transcript, cel
 def _run_in_host(
     task: CellTask,
     kernel: HostKernel,
+    module: Path | None,
     argv: Sequence[str],
     folder: Path,
     transcript: Transcript,
@@ -166,7 +168,6 @@ def _run_in_host(
     report: Report,
 ) -> None:
     last = time.monotonic() + task.deadline
-    module = _module(task.spec, kernel)
     report({"stage": f"booting Linux {kernel.release}"})
     host: LabHost | None = None
 
@@ -204,7 +205,7 @@ def _run_in_host(
 
 
 def _module(spec: CellSpec, kernel: HostKernel) -> Path | None:
-    if spec.backend not in OF_THE_MODULE:
+    if spec.backend not in OF_THE_MODULE or spec.host_kernel == NATIVE:
         return None
     try:
         return lab_module(kernel)

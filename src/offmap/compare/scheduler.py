@@ -7,7 +7,7 @@ again, elsewhere. However the comparison ends, no cell of it goes on.
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -15,10 +15,11 @@ from typing import Any, Protocol
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.cell_run import DEADLINE, MEASURE, CellTask, kernels_of, run_cell
 from offmap.compare.inputs import code_digest, inputs_of, module_input
-from offmap.compare.matrix import CellSpec
+from offmap.compare.matrix import OF_THE_MODULE, CellSpec
 from offmap.compare.running import stop_cells
 from offmap.compare.store import Store
 from offmap.errors import OffmapError
+from offmap.kmod.lab_module import lab_module
 from offmap.lab.kernel import HostKernel
 
 __all__ = ["Pool", "Scheduler", "Settings", "local_pool"]
@@ -133,6 +134,14 @@ class Scheduler:
                 self._events(spec, {"again": why})
             to_run.append(spec)
         return done, to_run
+
+    def prepare(self, specs: Sequence[CellSpec]) -> None:
+        """Build what cells that run on this machine will need, before any of them waits for it."""
+        for name in dict.fromkeys(spec.host_kernel for spec in specs if spec.backend in OF_THE_MODULE):
+            spec = next(spec for spec in specs if spec.host_kernel == name)
+            self._events(spec, {"stage": f"building the offmap module for {name}, unless that has been done"})
+            with suppress(OffmapError):  # the cell will say so
+                lab_module(kernels_of(spec, partial(self._events, spec))[0])
 
     def run(self, specs: Sequence[CellSpec], pool: Pool) -> dict[CellSpec, CellResult]:
         """Run cells that are missing; each is kept as soon as it ends.

@@ -28,14 +28,14 @@ def ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(cell_run, "guest_program", lambda: b"")
 
     def run(error: Exception | None, deadline: float = 600) -> CellResult:
-        def host(task: CellTask, kernel: HostKernel, argv: Any, folder: Path, transcript: Any, *rest: Any) -> None:
+        def host(task: CellTask, kernel: HostKernel, module: None, argv: Any, folder: Path, *rest: Any) -> None:
+            transcript, _, end, _ = rest
             transcript.event({"host": {"kernel": "6.12.1"}})
             transcript.event({"question": "works.boot"})
             transcript.event({"answer": ANSWER.to_json()})
             transcript.event({"question": "costs.boot"})
             if error is not None:
                 raise error
-            _, end, *_ = rest
             cell_run._judge(0, "", transcript.said(), end)
 
         monkeypatch.setattr(cell_run, "_run_in_host", host)
