@@ -22,7 +22,8 @@ __all__ = ["PATTERN", "compaction", "drop_caches", "hibernation", "kexec", "memo
 PATTERN = 8 << 20
 """Bytes of guest memory that are compared with what they were."""
 
-_FLOOR_KIB = 32 << 10  # what the host keeps available under pressure: below its watermarks with the page cache counted
+_FLOOR_KIB = 8 << 10  # of MemAvailable: what is taken is less than all, or the kernel would kill somebody
+_RECLAIMED = 2048  # pages: so many the host must have taken from its own caches
 _STEP = 4 << 20
 _SYS_kexec_file_load = 320  # arch/x86/entry/syscalls/syscall_64.tbl
 _KEXEC_FILE_UNLOAD, _KEXEC_FILE_NO_INITRAMFS = 1, 4  # linux/kexec.h
@@ -58,12 +59,12 @@ def compaction() -> str:
 
 
 def memory_pressure() -> str:
-    """Let a process, which is the first that the kernel would kill, take nearly all memory for a moment."""
-    started, reclaimed = meminfo()["MemAvailable"], _vmstat("pgsteal_direct") + _vmstat("pgsteal_kswapd")
+    """Let a process, which is the first that the kernel would kill, take memory until the host reclaims some."""
+    started, before = meminfo()["MemAvailable"], _reclaimed()
     receive, send = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _take_memory(send)
+        _take_memory(send, before)
     os.close(send)
     try:
         held = os.read(receive, 1) != b""  # it has what it wants, or is dead
@@ -72,7 +73,7 @@ def memory_pressure() -> str:
         os.close(receive)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-    reclaimed = _vmstat("pgsteal_direct") + _vmstat("pgsteal_kswapd") - reclaimed
+    reclaimed = _reclaimed() - before
     if not held and not os.WIFSIGNALED(status):
         raise OffmapError("a process that was to take the host's memory could not")
     if not held:
@@ -80,12 +81,16 @@ def memory_pressure() -> str:
     return f"MemAvailable went from {started} KiB to {left}; {reclaimed} pages reclaimed"
 
 
-def _take_memory(send: int) -> None:
+def _reclaimed() -> int:
+    return _vmstat("pgsteal_direct") + _vmstat("pgsteal_kswapd")
+
+
+def _take_memory(send: int, reclaimed_before: int) -> None:
     """Never returns."""
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
         taken = []
-        while meminfo()["MemAvailable"] > _FLOOR_KIB + (_STEP >> 10):
+        while meminfo()["MemAvailable"] > _FLOOR_KIB and _reclaimed() < reclaimed_before + _RECLAIMED:
             piece = mmap.mmap(-1, _STEP, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             piece.madvise(MADV_POPULATE_WRITE)
             taken.append(piece)
