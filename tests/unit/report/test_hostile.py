@@ -48,12 +48,14 @@ PLACES = places(DOCUMENT)
 def changed(document: Json, path: tuple[Any, ...], value: Any) -> Json:
     made = copy.deepcopy(document)
     at: Any = made
-    for key in path[:-1]:
-        if not isinstance(at, dict | list) or (key not in at if isinstance(at, dict) else key >= len(at)):
-            return made  # an earlier change took it away
-        at = at[key]
-    if isinstance(at, dict) or (isinstance(at, list) and path[-1] < len(at)):
-        at[path[-1]] = value
+    *way, last = path
+    try:
+        for key in way:
+            at = at[key]
+        if isinstance(at, dict | list):
+            at[last] = value
+    except (KeyError, IndexError, TypeError):
+        pass  # an earlier change took it away
     return made
 
 
