@@ -169,9 +169,7 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
             if args.dask:
                 from offmap.compare.cluster import cluster_pool
 
-                kernels = tuple(
-                    {name for spec in to_run for name in (spec.host_kernel, spec.guest_kernel) if "/" in name}
-                )
+                kernels = tuple({name for spec in to_run for name in (spec.host_kernel, spec.guest_kernel)})
                 pool = stack.enter_context(cluster_pool(args.dask, code_digest(), kernels))
             else:
                 if not args.native:

@@ -6,7 +6,6 @@ the same. Results come back through the cluster; nothing is shared but that.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
@@ -33,7 +32,7 @@ def worker_facts(code: str, kernels: tuple[str, ...]) -> dict[str, Any]:
 
     Args:
         code: digest of the code that it must have.
-        kernels: paths of kernels that it must have too.
+        kernels: that cells will want, as CellSpec names them.
 
     Returns:
         ``reason``: why it cannot run cells, and what to do; empty if it can. ``machine``: its boot id. ``cells``: how
@@ -42,6 +41,7 @@ def worker_facts(code: str, kernels: tuple[str, ...]) -> dict[str, Any]:
     from offmap.compare.capacity import cells_at_a_time
     from offmap.compare.inputs import code_digest
     from offmap.compare.probes.guest_program import guest_program
+    from offmap.lab.apt import have_apt
     from offmap.lab.cache import cache_folder
     from offmap.lab.initramfs import busybox
     from offmap.lab.qemu import find_qemu
@@ -54,10 +54,12 @@ def worker_facts(code: str, kernels: tuple[str, ...]) -> dict[str, Any]:
         guest_program()
         if code_digest() != code:
             raise OffmapError("its offmap is not the one here", "give it the same checkout")
-        if lacking := [path for path in kernels if not os.access(path, os.R_OK)]:
-            raise OffmapError(f"it has no {lacking[0]}", "put the kernel on all machines at the same path")
-        if not any(shutil.which(tool) for tool in ("apt-get", "dpkg-deb")) and not kernels:
-            raise OffmapError("it has no apt-get to download kernels with", "run workers on Debian or Ubuntu")
+        for kernel in kernels:
+            if "/" in kernel and not os.access(kernel, os.R_OK):
+                raise OffmapError(f"it has no {kernel}", "put the kernel on all machines at the same path")
+            kept = cache_folder("kernels") / kernel.replace(":", "-") / "tree"
+            if kernel.startswith("debian:") and not kept.is_dir() and not have_apt():
+                raise OffmapError(f"it has no {kernel} in its cache, and no apt-get to get it", "run it on Debian")
     except OffmapError as error:
         reason = str(error)
     return {"reason": reason, "machine": _BOOT_ID.read_text().strip(), "cells": cells_at_a_time()}
@@ -124,7 +126,7 @@ def cluster_pool(address: str, code: str, kernels: tuple[str, ...] = ()) -> Iter
 
     Args:
         code: `code_digest` of here.
-        kernels: paths of kernels that cells will want.
+        kernels: that cells will want, as CellSpec names them.
 
     Raises:
         OffmapError: dask is not installed, there is no such cluster, or a worker is not fit.

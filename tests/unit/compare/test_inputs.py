@@ -94,4 +94,10 @@ def test_a_worker_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, files: Pat
     monkeypatch.setattr("offmap.compare.probes.guest_program.guest_program", lambda: b"")
     assert worker_facts(code_digest(), (str(files / "bzImage"),))["reason"] == ""
     assert worker_facts(code_digest(), ("/no/bzImage",))["reason"].startswith("it has no /no/bzImage; ")
+    monkeypatch.setattr("offmap.lab.apt.have_apt", lambda: False)
+    assert worker_facts(code_digest(), ("debian:6.1",))["reason"].startswith(
+        "it has no debian:6.1 in its cache, and no"
+    )
+    (files / "kernels/debian-6.1/tree").mkdir(parents=True)
+    assert worker_facts(code_digest(), ("debian:6.1",))["reason"] == ""
     assert worker_facts("other", ())["reason"] == "its offmap is not the one here; give it the same checkout"
