@@ -169,10 +169,11 @@ with _ended_by_signals(), Store(Path(sys.argv[1])) as store:
     ("number", "when"),
     [
         pytest.param(signal.SIGTERM, "asking", id="SIGTERM"),
-        pytest.param(signal.SIGINT, "booting", id="SIGINT-in-the-boot", marks=pytest.mark.slow),
-        pytest.param(signal.SIGKILL, "asking", id="SIGKILL", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "booting", id="SIGINT-in-the-boot"),
+        pytest.param(signal.SIGKILL, "asking", id="SIGKILL"),
     ],
 )
+@pytest.mark.slow
 def test_nothing_runs_on(lab_kernel: HostKernel, tmp_path: Path, number: int, when: str) -> None:
     before = cell_hosts()
     argv = [sys.executable, "-c", DRIVER, str(tmp_path), str(TARGET), json.dumps({"anon": "hang", "memfd": "hang"})]
