@@ -18,37 +18,37 @@ from offmap import __version__
 from offmap.report.hosts import HostReport
 from offmap.report.views import page_view
 
-__all__ = ["render_html"]
+__all__ = ["asset", "environment", "policy_hash", "render_html"]
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
     return Environment(
         loader=PackageLoader("offmap.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
     return files("offmap.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def policy_hash(text: str) -> str:
     """As Content-Security-Policy wants it (W3C CSP3, section 2.3.1, hash-source)."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def render_html(reports: Sequence[HostReport]) -> str:
     """The page: of one VM, of a host's, or of many hosts'."""
-    style, script = _asset("style.css"), _asset("page.js")
+    style, script = asset("style.css"), asset("page.js")
     return (
-        _environment()
+        environment()
         .get_template("audit.html.j2")
         .render(
             page=page_view(reports),
             version=__version__,
             style=Markup(style),
-            style_hash=_hash(style),
+            style_hash=policy_hash(style),
             script=Markup(script),
-            script_hash=_hash(script),
+            script_hash=policy_hash(script),
         )
     )

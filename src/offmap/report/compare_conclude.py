@@ -1,0 +1,191 @@
+"""A conclusion per host kernel, written from the data by rules: what hides, what it loses, what is not known."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from offmap.compare.cell_result import CellResult
+from offmap.compare.matrix import BACKENDS
+from offmap.compare.questions import CATALOGUE, Group, Question
+from offmap.report.compare_standing import (
+    BASELINE,
+    KindFinding,
+    Standing,
+    finding_of,
+    least_lost,
+    standing_of,
+    why_undetermined,
+)
+from offmap.report.compare_words import TIMES, number, release_of, short_kernel
+
+__all__ = ["COSTS", "Conclusion", "conclude", "cost_of", "kinds_of", "list_words", "titles_of"]
+
+COSTS: tuple[Question, ...] = tuple(asked for asked in CATALOGUE.values() if asked.group is Group.COSTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """What may be said of one host kernel.
+
+    Attributes:
+        kernel: as the matrix names it; a path by its last part.
+        release: what uname says there.
+        answer: one sentence: what hides there.
+        findings: of every kind that was run or could have been, in the order of the matrix.
+        choice: one or two sentences: what speaks for which, or why that is not settled.
+        unsettled: what could not be determined, one line each.
+    """
+
+    kernel: str
+    name: str
+    release: str
+    answer: str
+    findings: tuple[KindFinding, ...]
+    choice: str
+    unsettled: tuple[str, ...]
+
+
+def conclude(results: Sequence[CellResult]) -> list[Conclusion]:
+    """One for each host kernel, in the order in which they come."""
+    kernels = dict.fromkeys(result.spec.host_kernel for result in results)
+    return [_of(kernel, [cell for cell in results if cell.spec.host_kernel == kernel]) for kernel in kernels]
+
+
+def kinds_of(results: Sequence[CellResult]) -> list[str]:
+    """Every kind that is compared, in the order of the matrix; what is not in the matrix comes last."""
+    run = {result.spec.backend for result in results}
+    return [*BACKENDS, *sorted(run - set(BACKENDS))]
+
+
+def _of(kernel: str, cells: Sequence[CellResult]) -> Conclusion:
+    plain = [cell for cell in cells if cell.spec.backend == BASELINE]
+    findings = tuple(
+        finding_of(kind, [cell for cell in cells if cell.spec.backend == kind], plain) for kind in kinds_of(cells)
+    )
+    release = next((found for cell in cells if (found := release_of(cell))), "")
+    return Conclusion(
+        kernel,
+        short_kernel(kernel),
+        release,
+        _answer(findings),
+        findings,
+        _choice(findings),
+        tuple(_unsettled(findings)),
+    )
+
+
+def _with(findings: Sequence[KindFinding], *standings: Standing) -> list[str]:
+    return [finding.backend for finding in findings if finding.standing in standings]
+
+
+def list_words(words: Sequence[str], last: str = "and") -> str:
+    """``a, b and c``."""
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} {last} {words[-1]}"
+
+
+def _answer(findings: Sequence[KindFinding]) -> str:
+    hide = _with(findings, Standing.HIDES)
+    partly = _with(findings, Standing.PARTLY)
+    open_ = _with(findings, Standing.UNDETERMINED, Standing.FAILED, Standing.DEADLINE)
+    if hide:
+        said = f"{list_words(hide)} {'boots and hides' if len(hide) == 1 else 'boot and hide'} all guest RAM"
+    elif partly:
+        said = "Nothing hides in every setting"
+    elif open_:
+        said = "Nothing was found to hide"
+    else:
+        said = "Nothing that was run hides here"
+    if partly:
+        said += f"; {list_words(partly)} in some settings"
+    if open_:
+        said += f"; of {list_words(open_)} it could not be determined"
+    oops = _with(findings, Standing.OOPS)
+    if oops:
+        said += f"; {list_words(oops)} brought the host down"
+    return f"{said[0].upper()}{said[1:]}." if said.startswith("Nothing") else f"{said}."
+
+
+def _choice(findings: Sequence[KindFinding]) -> str:
+    hide = [finding for finding in findings if finding.standing is Standing.HIDES]
+    if not hide:
+        return ""
+    titles = {finding.backend: titles_of(finding.lost) for finding in hide}
+    if len(hide) == 1:
+        open_ = len(hide[0].undetermined)
+        also = f"; of {open_} more it could not be determined" if open_ else ""
+        return f"It loses {list_words(titles[hide[0].backend]) or 'nothing that was determined'}{also}."
+    best = least_lost(findings)
+    if best is not None:
+        lost = list_words(titles[best.backend]) or "nothing"
+        return f"{best.backend} loses least, even if all that is not known of it were lost: {lost}."
+    common = [id for id in hide[0].lost if all(id in finding.lost for finding in hide)]
+    said = ""
+    if common:
+        said = f"All of them lose {list_words(titles_of(common))}. "
+    own = []
+    for finding in sorted(hide, key=lambda one: len(one.lost) + len(one.undetermined)):
+        rest = titles_of(id for id in finding.lost if id not in common)
+        lost = list_words(rest) or "nothing"
+        open_ = len(finding.undetermined)
+        own.append(f"{finding.backend} {lost}" + (f" ({open_} not determined)" if open_ else ""))
+    return f"{said}{'Beyond that' if common else 'Lost'}: {'; '.join(own)}."
+
+
+_NOUNS = {
+    "works.smp": "a second vCPU",
+    "works.balloon": "the balloon",
+    "works.ram_snapshot": "snapshots of RAM",
+    "hidden.zeroed": "being zeroed at its end",
+    "hidden.restored": "being given back at its end",
+    "breaks.gdb_attach": "gdb",
+    "breaks.drop_caches": "its life after drop_caches",
+    "breaks.compaction": "its life after compaction",
+    "breaks.memory_pressure": "its life after memory pressure",
+    "breaks.hibernation": "the host's hibernation",
+    "breaks.kexec": "kexec",
+}
+"""What is lost where the question's own statement does not hold; the other titles are nouns already."""
+
+
+def titles_of(ids: Iterable[str]) -> list[str]:
+    """As things to be had or lost."""
+    return [_NOUNS.get(id, CATALOGUE[id].title) for id in ids]
+
+
+def _unsettled(findings: Sequence[KindFinding]) -> list[str]:
+    lines = []
+    for finding in findings:
+        for cell in finding.cells:
+            standing = standing_of(cell)
+            where = f"{cell.spec.title}"
+            if standing is Standing.UNDETERMINED:
+                lines.append(f"{where}: {'; '.join(why_undetermined(cell)[:3])}")
+            elif standing in {Standing.FAILED, Standing.DEADLINE}:
+                lines.append(f"{where}: {standing.word}: {cell.reason}")
+    none = Counter(id for finding in findings if finding.standing is Standing.HIDES for id in finding.undetermined)
+    hide = [finding for finding in findings if finding.standing is Standing.HIDES]
+    for id, count in none.items():
+        of = [finding.backend for finding in hide if id in finding.undetermined]
+        who = "all that hide" if count == len(hide) and count > 1 else list_words(of)
+        why = dict.fromkeys(finding.undetermined[id] for finding in hide if id in finding.undetermined)
+        lines.append(f"{titles_of([id])[0]}, of {who}: {'; '.join(why)}")
+    not_run = _with(findings, Standing.NOT_RUN)
+    if not_run:
+        lines.append(f"not run on this kernel: {list_words(not_run)}")
+    return lines
+
+
+def cost_of(finding: KindFinding, asked: Question) -> str:
+    """In few words: the range of the medians over the cells that hide (all, where none does)."""
+    answers = [cell.answer(asked.id) for cell in finding.hiding or finding.cells]
+    ratios = [answer.ratio.median for answer in answers if answer.ratio is not None]
+    if ratios:
+        low, high = number(min(ratios)), number(max(ratios))
+        return f"{TIMES}{low}" if low == high else f"{TIMES}{low} to {TIMES}{high}"
+    values = [float(answer.value) for answer in answers if answer.value is not None]
+    if not values:
+        return "?"
+    low, high = number(min(values)), number(max(values))
+    return f"{low} {asked.unit}".strip() if low == high else f"{low} to {high} {asked.unit}".strip()

@@ -1,0 +1,113 @@
+"""How a comparison is repeated: the command that makes these cells, what is missing of them, and the hosts' facts."""
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from offmap.compare.cell_result import CellResult
+from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, NATIVE, Axes, cells_of
+from offmap.errors import OffmapError
+from offmap.report.compare_words import short_kernel
+from offmap.units import format_size
+
+__all__ = ["axes_of", "command_of", "facts_of", "missing_of"]
+
+_NAMES = 200  # of cells that are missing
+
+
+def axes_of(results: Sequence[CellResult]) -> Axes | None:
+    """The smallest matrix with all of these cells; None where one of them is in no matrix of this version."""
+    specs = [result.spec for result in results]
+    try:
+        return Axes(
+            backends=_ordered((spec.backend for spec in specs), DEFAULT_AXES.backends),
+            host_kernels=_ordered((spec.host_kernel for spec in specs), FULL_AXES.host_kernels),
+            guest_kernels=_ordered((spec.guest_kernel for spec in specs), FULL_AXES.guest_kernels),
+            vcpus=tuple(sorted({spec.vcpus for spec in specs})),
+            kvm_clocks=_ordered((spec.kvm_clock for spec in specs), ("auto", "off", "on")),
+        )
+    except OffmapError:
+        return None
+
+
+def _ordered(values: Iterable[str], order: Sequence[str]) -> tuple[str, ...]:
+    present = dict.fromkeys(values)
+    return (*(each for each in order if each in present), *(each for each in present if each not in order))
+
+
+def command_of(results: Sequence[CellResult]) -> str:
+    """What makes these cells again, from a checkout."""
+    axes = axes_of(results)
+    if axes is None:
+        return ""
+    if axes == DEFAULT_AXES:
+        return "offmap compare"
+    if axes == FULL_AXES:
+        return "offmap compare --full"
+    words = ["offmap", "compare"]
+    if axes.host_kernels == (NATIVE,):
+        words.append("--native")
+    elif axes.host_kernels != DEFAULT_AXES.host_kernels:
+        words += _options("--host-kernel", axes.host_kernels)
+    if axes.backends != DEFAULT_AXES.backends:
+        words += _options("--backend", axes.backends)
+    if axes.guest_kernels != DEFAULT_AXES.guest_kernels:
+        words += _options("--guest-kernel", axes.guest_kernels)
+    if axes.vcpus != DEFAULT_AXES.vcpus:
+        words += _options("--vcpus", axes.vcpus)
+    if axes.kvm_clocks != DEFAULT_AXES.kvm_clocks:
+        words += _options("--kvm-clock", axes.kvm_clocks)
+    return shlex.join(words)
+
+
+def _options(name: str, values: Sequence[object]) -> list[str]:
+    return [word for value in values for word in (name, short_kernel(str(value)))]
+
+
+def missing_of(results: Sequence[CellResult]) -> list[str]:
+    """Cells of the same matrix that are not among these, by their titles."""
+    axes = axes_of(results)
+    if axes is None:
+        return []
+    there = {result.spec for result in results}
+    names = [spec.title for spec in cells_of(axes) if spec not in there]
+    more = len(names) - _NAMES
+    return [*names[:_NAMES], f"and {more} more"] if more > 0 else names
+
+
+def facts_of(results: Sequence[CellResult]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The hosts that the cells ran on, and the machines that these ran on: each once, without their names."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for result in results:
+        inputs = result.inputs
+        name = short_kernel(result.spec.host_kernel)
+        if result.host and f"host {name}" not in found:
+            facts = _facts(result.host, "kernel", "cpu", "microcode", "memory_bytes", "cmdline")
+            found[f"host {name}"] = [*facts, ("digest of its image", inputs.get("host_kernel", ""))]
+        guest = f"guest {short_kernel(result.spec.guest_kernel)}"
+        if inputs.get("guest_release") and guest not in found:
+            found[guest] = [("kernel", inputs["guest_release"]), ("digest of its image", inputs["guest_kernel"])]
+    machines = {}
+    for result in results:
+        facts = _facts(result.machine, "kernel", "cpu", "microcode", "memory_bytes", "accel")
+        machines[tuple(facts)] = facts
+    for at, facts in enumerate(machines.values(), 1):
+        found["machine" if len(machines) == 1 else f"machine {at}"] = facts
+    codes = dict.fromkeys(result.inputs.get("code", "") for result in results)
+    found["offmap"] = [
+        ("version", ", ".join(dict.fromkeys(result.offmap for result in results))),
+        ("digest of what measured", ", ".join(code for code in codes if code)),
+    ]
+    return [(name, [(key, value) for key, value in facts if value]) for name, facts in found.items()]
+
+
+_LABELS = {"cpu": "CPU", "memory_bytes": "memory", "cmdline": "command line", "accel": "runs the hosts by"}
+
+
+def _facts(source: Mapping[str, Any], *names: str) -> list[tuple[str, str]]:
+    facts = []
+    for name in names:
+        value = source.get(name, "")
+        text = format_size(value) if name == "memory_bytes" and isinstance(value, int) else str(value)
+        facts.append((_LABELS.get(name, name), text))
+    return facts
