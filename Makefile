@@ -46,4 +46,4 @@ slow: setup-slow
 
 # make bench BENCH=--quick
 bench: setup
-	@for benchmark in exit_cost walk scan drgn_peer boot_time boot_login virtio_blk populate guest_memory; do $(PYTHON) benchmarks/$$benchmark.py $(BENCH) || exit; done
+	@for benchmark in exit_cost walk scan drgn_peer boot_time boot_login virtio_blk virtio_net populate guest_memory; do $(PYTHON) benchmarks/$$benchmark.py $(BENCH) || exit; done
