@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from offmap.uapi import if_tun, vhost
-from offmap.uapi.virtio import balloon, net, vsock
+from offmap.uapi.virtio import balloon, console, net, vsock
 
 HEADERS = """
 #include <stddef.h>
@@ -23,18 +23,24 @@ HEADERS = """
 #include <linux/sockios.h>
 #include <linux/vhost.h>
 #include <linux/virtio_balloon.h>
+#include <linux/virtio_console.h>
 #include <linux/virtio_net.h>
 #include <linux/virtio_vsock.h>
 #include <sys/socket.h>
 #include <linux/vm_sockets.h>
 """
 
-MODULES = (if_tun, vhost, balloon, net, vsock)
+MODULES = (if_tun, vhost, balloon, console, net, vsock)
 
 LONGER = {"virtio_net_config", "vhost_memory"}  # in the header: what we declare is their beginning
 
 PACKED = {
     "virtio_vsock_hdr": (vsock.VIRTIO_VSOCK_HDR.format, vsock.virtio_vsock_hdr._fields),
+    "virtio_console_config": (
+        console.VIRTIO_CONSOLE_CONFIG.format,
+        ("cols", "rows", "max_nr_ports", "emerg_wr"),
+    ),
+    "virtio_console_control": (console.VIRTIO_CONSOLE_CONTROL.format, ("id", "event", "value")),
     "virtio_balloon_stat": (balloon.VIRTIO_BALLOON_STAT.format, ("tag", "val")),
 }
 
