@@ -7,7 +7,6 @@ one with a kernel mapping of two of its pages planted.
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -57,14 +56,15 @@ def told(result: AuditResult) -> dict[str, Any]:
     return {name: document[name] for name in wanted}
 
 
-def planted(result: AuditResult, count: int) -> int:
-    """Map some pages that no alias has by the test module; the fd that holds the mapping."""
+def planted(result: AuditResult, count: int, of_linux: bool) -> int:
+    """Map some pages that no alias has by the test module; the fd that holds the mapping.
+
+    Memory that has a struct page cannot be remapped, and other memory has none to be mapped by.
+    """
     judged = result.judged
     assert judged is not None
     here = (judged.state == POPULATED) & ~judged.excluded & (judged.reached == 0) & (judged.pages >= count)
     pa = int(judged.pfn[here][0]) * PAGE
-    # Memory that has a struct page cannot be remapped, and other memory has none to be mapped by.
-    of_linux = subprocess.run(["grep", "-q", "secretmem", f"/proc/{result.pid}/maps"], check=False).returncode == 0
     addresses = " ".join(hex(pa + n * PAGE) for n in range(count))
     words = f"vmap {addresses}" if of_linux else f"memremap {pa:#x} {count * PAGE}"
     fd = os.open("/dev/offmap-alias", os.O_WRONLY)
@@ -88,7 +88,7 @@ def look(name: str, argv: list[str], ready: str, found: dict[str, Any]) -> None:
             result = audit_process(vmm.pid, ranges=ranges)
             found[f"{name}, RAM"] = told(result)
         if not result.pages.direct_map_pages:
-            fd = planted(result, 2)
+            fd = planted(result, 2, name.endswith("bridge"))
             try:
                 found[f"{name}, planted"] = told(audit_process(vmm.pid, ranges=ranges))
             finally:
@@ -114,6 +114,8 @@ def main() -> int:
         if kind == "hugetlb":
             Path(HUGE_PAGES).write_text("0")
     print(json.dumps(found))
+    if "OFFMAP_OUT" in os.environ:
+        Path(os.environ["OFFMAP_OUT"], "vmms.json").write_text(json.dumps(found))
     return 0
 
 

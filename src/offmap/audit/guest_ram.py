@@ -8,9 +8,10 @@ Our convention, which any VMM may adopt: the VMM holds open a memfd named ``offm
 
 Auditors find it by its link in /proc/PID/fd; it vanishes with the process. ``excluded`` ranges are kept from the guest
 (reserved in its E820 map). The claim says *where* to look and nothing else: ``backend`` is only repeated to the reader.
+What KVM has in a memory slot and the claim leaves out is audited too.
 
-Of a VMM that does not, the large writable mappings are taken, and called guesses: a guess can show that RAM is
-exposed, never that it is hidden.
+Of a VMM that makes no claim, what KVM has in memory slots is taken. Where KVM's list cannot be had, the large writable
+mappings are, and called guesses: a guess can show that RAM is exposed, never that it is hidden.
 """
 
 import json
@@ -86,6 +87,7 @@ class GuestRam:
     unseen_guest_memfd: bool = False
     read_only_bytes: int = 0
     why_guessed: str = field(default="", compare=False)
+    omitted_bytes: int = 0
 
     @property
     def guessed(self) -> bool:
@@ -160,7 +162,7 @@ AskKvm = Callable[[int, Sequence[int]], Sequence[KvmSlot]]
 
 
 def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
-    """Find the guest RAM of a process: what its VMM says, else what KVM says, else guesses for one that holds a VM.
+    """Find the guest RAM of a process: what its VMM or KVM says, else guesses for one that holds a VM.
 
     Args:
         ask_kvm: reads KVM's own list.
@@ -186,23 +188,34 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
                 parts.append(parse_memslots(os.pread(fd, _MEMSLOTS_LIMIT, 0)))
         finally:
             os.close(fd)
+    vms = [number for number, link in sorted(links.items()) if link == KVM_VM_LINK]
     if parts:
-        ranges = tuple(dict.fromkeys(part for claim in parts for part in claim.ranges))
+        claimed = tuple(dict.fromkeys(part for claim in parts for part in claim.ranges))
+        mappings, why = process.maps(), "the process holds no KVM VM"
+        omitted: tuple[RamRange, ...] = ()
+        if ask_kvm is not None and vms:
+            try:
+                omitted, why = _of_slots(ask_kvm(process.pid, vms), mappings, claimed), ""
+            except Unknown as error:
+                why = str(error)
+        ranges = claimed + omitted
         return GuestRam(
             ranges,
             tuple(hole for claim in parts for hole in claim.excluded),
-            _unseen_guest_memfd(_guest_memfds(process, links), ranges, process.maps()),
+            _unseen_guest_memfd(_guest_memfds(process, links), ranges, mappings),
+            why_guessed=why,
+            omitted_bytes=sum(part.bytes for part in omitted),
         )
-    if KVM_VM_LINK not in links.values():
+    if not vms:
         raise Undetermined(
             f"process {process.pid} holds no KVM VM and no offmap-memslots list",
             "say which addresses to audit with --range VA:LENGTH",
         )
-    mappings = process.maps()
     why = "KVM was not asked"
     if ask_kvm is not None:
         try:
-            slots = ask_kvm(process.pid, [number for number, link in sorted(links.items()) if link == KVM_VM_LINK])
+            slots = ask_kvm(process.pid, vms)
+            mappings = process.maps()  # after the slots, whose memory was there before them
             if ranges := _of_slots(slots, mappings):
                 return GuestRam(
                     ranges,
@@ -212,6 +225,7 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
             why = "its VM has no memory yet"
         except Unknown as error:
             why = str(error)
+    mappings = process.maps()
     guesses = guess_ranges(mappings)
     if not guesses:
         raise Undetermined(
@@ -226,9 +240,12 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
     )
 
 
-def _of_slots(slots: Sequence[KvmSlot], mappings: Sequence[Vma]) -> tuple[RamRange, ...]:
-    """The memory that the guest can write to, each byte of the process's once: a slot may show what another does."""
-    found: list[RamRange] = []
+def _of_slots(
+    slots: Sequence[KvmSlot], mappings: Sequence[Vma], known: Sequence[RamRange] = ()
+) -> tuple[RamRange, ...]:
+    """The memory that the guest can write to, each byte of the process's once (a slot may show what another does),
+    less the slots that lie in one of the ``known`` ranges."""
+    found = list(known)
     for slot in sorted(slots, key=lambda slot: (-slot.bytes, slot.guest_phys_addr)):
         va, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
         if slot.read_only or any(part.va <= va and end <= part.va + part.bytes for part in found):
@@ -236,7 +253,7 @@ def _of_slots(slots: Sequence[KvmSlot], mappings: Sequence[Vma]) -> tuple[RamRan
         backing = find_mapping(mappings, va)
         name = "" if backing is None else backing.path or "anonymous"
         found.append(RamRange(va, slot.bytes, Source.KVM, slot.guest_phys_addr, name))
-    return tuple(sorted(found, key=lambda part: part.guest_phys_addr or 0))
+    return tuple(sorted(found[len(known) :], key=lambda part: part.guest_phys_addr or 0))
 
 
 def _guest_memfds(process: Process, links: Mapping[int, str]) -> dict[tuple[str, int], int]:
