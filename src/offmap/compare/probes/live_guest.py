@@ -84,14 +84,19 @@ def vmm_command(setup: GuestSetup) -> list[str]:
     return argv
 
 
+def guest_tsc_khz() -> int:
+    """The frequency of a guest's TSC in kHz, which it cannot find out by itself without kvm-clock."""
+    with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        return vcpu.tsc_khz()
+
+
 def _qemu(setup: GuestSetup, command_line: str, size: str) -> list[str]:
     """As docs/qemu.md has it: its RAM from /dev/offmap, and no kvm-clock unless it is asked for."""
     cpu = "host,svm=off,vmx=off"
     command_line += " pci=off"
     if setup.kvm_clock != "on":
         cpu += ",kvmclock=off,kvmclock-stable-bit=off"
-        with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
-            command_line += f" tsc_early_khz={vcpu.tsc_khz()} tsc=reliable"
+        command_line += f" tsc_early_khz={guest_tsc_khz()} tsc=reliable"
     memory = f"memory-backend-file,id=ram,size={size},mem-path={DEVICE},share=on"
     argv = [find_qemu(), "-accel", "kvm", "-cpu", cpu, "-M", "microvm,acpi=on,rtc=on,memory-backend=ram"]
     argv += ["-object", memory, "-m", f"size={int(size) >> 20}M", "-smp", str(setup.vcpus)]

@@ -1,0 +1,143 @@
+"""The guest's program, run here instead of in a guest: what is commanded over its console is done and told."""
+
+import os
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from offmap.compare.guest import READY
+from offmap.compare.probes import live_guest, network
+from offmap.compare.probes.guest_program import ProbeError, guest_program
+from offmap.compare.probes.live_guest import GuestSetup, LiveGuest, vmm_command
+from offmap.compare.vm_process import QEMU
+from offmap.errors import BackendRefused, OffmapError
+
+SETUP = GuestSetup("memfd", Path("/kernel"), Path("/initrd"))
+
+
+@pytest.fixture
+def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LiveGuest]:
+    """Give one whose console is the program's, with what a boot says before it."""
+    program = tmp_path / "guest_program"
+    program.write_bytes(guest_program())
+    program.chmod(0o755)
+    script = f'echo "{READY}, Linux 6.12.0"; read -r line; exec {program}'
+    monkeypatch.setattr(live_guest, "vmm_command", lambda _setup: ["sh", "-c", script])
+    with LiveGuest(SETUP, tmp_path / "vmm") as live:
+        live.boot()
+        live.begin()
+        yield live
+
+
+def test_it_boots_and_answers(guest: LiveGuest) -> None:
+    assert guest.release == "6.12.0"
+    assert guest.boot_seconds > 0
+    assert guest.is_alive()
+    assert [int(cpu) for cpu in guest.command("cpus")[0]] == sorted(os.sched_getaffinity(0))
+    assert guest.value("chase 65536 1000") > 0
+    assert guest.value("copy 65536 3") >= 0
+
+
+def test_memory_is_compared_with_what_it_was(guest: LiveGuest) -> None:
+    guest.command("fill 65536")
+    assert guest.command("check") == [["0", "8192"]]
+
+
+def test_a_command_that_fails_says_why_and_the_next_is_answered(guest: LiveGuest, tmp_path: Path) -> None:
+    with pytest.raises(ProbeError, match="'read' failed: No such file or directory"):
+        guest.command(f"read {tmp_path}/nothing 4096")
+    with pytest.raises(ProbeError, match="Function not implemented"):
+        guest.command("nonsense")
+    assert guest.shell("echo one; echo two") == "one\ntwo"
+    with pytest.raises(ProbeError):
+        guest.shell("exit 3")
+    assert guest.is_alive()
+
+
+def test_a_disk_is_copied_within_itself(guest: LiveGuest, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    data = os.urandom(1 << 20)
+    disk.write_bytes(data + bytes(1 << 20))
+    try:
+        guest.command(f"disk {disk} {1 << 20}")
+    except ProbeError as error:
+        pytest.skip(f"no direct I/O in {tmp_path}: {error}")
+    assert disk.read_bytes() == data + data
+
+
+def test_bytes_come_back_and_are_taken(guest: LiveGuest) -> None:
+    for peer, line in ((network.echo_peer, "echo tcp"), (network.sink_peer, "send")):
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        with listener, network.attempt(peer, listener, 300_000) as done:
+            guest.command(f"{line} 127.0.0.1 {port}" + (" 300000" if line == "send" else ""))
+            assert done.result()
+
+
+def test_an_echo_that_is_not_the_same_is_seen() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def liar() -> None:
+        with socket.create_connection(listener.getsockname()) as call:
+            while call.recv(1 << 16):
+                pass
+            call.sendall(b"something else")
+
+    thread = threading.Thread(target=liar)
+    thread.start()
+    with listener:
+        assert not network.echo_peer(listener, 1000)
+    thread.join()
+
+
+def test_a_vmm_that_ends_ends_all_questions(guest: LiveGuest) -> None:
+    with pytest.raises(ProbeError, match="the VMM has ended"):
+        guest.command("sh kill $PPID")
+    with pytest.raises(ProbeError, match="the VMM has ended"):
+        guest.command("clock")
+    assert not guest.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("complaint", "error"), [("refused: no such RAM; get some", BackendRefused), ("it broke", OffmapError)]
+)
+def test_a_vmm_that_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, error: type[OffmapError]
+) -> None:
+    script = f"echo 'offmap run: {complaint}' >&2; exit 2"
+    monkeypatch.setattr(live_guest, "vmm_command", lambda _setup: ["sh", "-c", script])
+    with LiveGuest(SETUP, tmp_path) as live, pytest.raises(error, match=complaint.removeprefix("refused: ")) as caught:
+        live.boot()
+    assert type(caught.value) is error
+
+
+def test_commands_name_what_the_guest_has() -> None:
+    words = vmm_command(
+        GuestSetup(
+            "reserved",
+            Path("/kernel"),
+            Path("/initrd"),
+            disk=Path("/disk"),
+            taps=[("of0", "on")],
+            vsock=Path("/vsock"),
+            balloon=4096,
+        )
+    )
+    text = " ".join(words)
+    assert words[:4] == [sys.executable, "-m", "offmap", "run"]
+    for part in ("--drive /disk", "--net tap=of0,vhost=on", "--vsock cid=9,path=/vsock", "--balloon size=4096"):
+        assert part in text
+
+
+def test_qemu_maps_the_device_and_has_no_clock_of_kvms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_guest, "find_qemu", lambda: "qemu")
+    monkeypatch.setattr(live_guest, "guest_tsc_khz", lambda: 2000000)
+    without = " ".join(vmm_command(GuestSetup(QEMU, Path("/kernel"), Path("/initrd"))))
+    assert "mem-path=/dev/offmap,share=on" in without
+    assert "kvmclock=off" in without and "tsc_early_khz=2000000" in without
+    with_it = " ".join(vmm_command(GuestSetup(QEMU, Path("/kernel"), Path("/initrd"), kvm_clock="on")))
+    assert "kvmclock=off" not in with_it and "tsc_early_khz" not in with_it
