@@ -22,10 +22,10 @@ CONSOLE = 20_000
 _SHOWN_COSTS = {
     "costs.populate": "populate",
     "costs.boot": "boot",
-    "costs.copy": "memory copy, MB/s",
-    "costs.chase": "pointer chase, ns",
-    "costs.blk_read": "disk read, MB/s",
-    "costs.net": "network, MB/s",
+    "costs.copy": "memory copy",
+    "costs.chase": "pointer chase",
+    "costs.blk_read": "disk read",
+    "costs.net": "network",
 }
 """Of a conclusion's table; the others are in the table of the setting."""
 
@@ -188,7 +188,7 @@ def _setting(key: Setting, cells: Sequence[CellResult], results: Sequence[CellRe
     elsewhere = {
         result.spec.backend: result
         for result in results
-        if result.spec.host_kernel == host and standing_of(result) is Standing.REFUSED
+        if result.spec.host_kernel == host and result.spec.backend not in of and standing_of(result) is Standing.REFUSED
     }
     kinds = [kind for kind in kinds_of(results) if kind in of or kind in elsewhere]
     columns = [(of.get(kind), kind) for kind in kinds]
@@ -233,7 +233,8 @@ def _table_cell(asked: Question, cell: CellResult | None) -> View | None:
         return None
     answer = cell.answer(asked.id)
     shown = said(asked, answer)
-    return {"said": shown, "href": f"{anchor(cell.spec)}.{asked.id}", "tip": answer.reason or answer.detail}
+    place = f".{asked.id}" if asked.id in cell.answers else ""
+    return {"said": shown, "href": anchor(cell.spec) + place, "tip": answer.reason or answer.detail}
 
 
 def _apart(result: CellResult) -> View:

@@ -1,6 +1,7 @@
 """How the comparison's answers are written: words and symbols for people, the same in HTML and in Markdown."""
 
 from dataclasses import dataclass
+from statistics import median
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import Answer, Better, Kind, Question, Ratio
@@ -40,8 +41,8 @@ def said(asked: Question, answer: Answer) -> Said:
     more = ""
     if answer.ratio is not None:
         more = against(answer.ratio)
-    elif answer.samples and answer.baseline and answer.baseline[0] > 0:
-        more = f"{TIMES}{number(answer.samples[0] / answer.baseline[0])}, 1 pair"
+    elif pairs := [mine / plain for mine, plain in zip(answer.samples, answer.baseline, strict=False) if plain > 0]:
+        more = f"{TIMES}{number(median(pairs))}, {len(pairs)} pair{'s' if len(pairs) > 1 else ''} only"
     return Said("number", "", number(float(answer.value)), more)
 
 

@@ -1,0 +1,181 @@
+"""The comparison's page, Markdown and JSON: what they say, and that nothing is fetched or injected."""
+
+import base64
+import hashlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, cells_of
+from offmap.compare.questions import CATALOGUE, Answer
+from offmap.report.compare import write_reports
+from offmap.report.compare_document import compare_document
+from offmap.report.compare_html import render_compare_html
+from offmap.report.compare_markdown import render_compare_markdown
+from offmap.report.compare_plot import LEFT, WIDTH, ratio_plot
+from offmap.report.compare_repeat import command_of, missing_of
+from offmap.report.schema import compare_schema_text
+
+from .compare_samples import answers_of, cell, without
+from .test_html import Page
+from .test_schema import strict
+
+HOSTILE = "<script>alert(1)</script>|\x1b[2J`*_\n# x"
+
+
+def several() -> list[CellResult]:
+    oops = cell(
+        "secretmem-bridge", outcome=CellOutcome.OOPS, reason="BUG: page fault", oops="BUG: page fault\nRIP: kvm"
+    )
+    return [
+        cell("memfd"),
+        cell("unplugged", answers={"works.balloon": Answer("works.balloon", False, "PFNMAP")}),
+        cell("secretmem", outcome=CellOutcome.REFUSED, reason="refused by GUP"),
+        replace(oops, asked="works.kvm_clock"),
+        without(cell("reserved"), "hidden.after_io"),
+    ]
+
+
+def test_the_page_says_the_answer_first() -> None:
+    text = Page(render_compare_html(several())).text
+    answer = "unplugged boots and hides all guest RAM; of reserved it could not be determined; secretmem-bridge brought"
+    assert 0 < text.index(answer) < text.index("Every question, every kind") < text.index("Each cell")
+    assert text.index("It loses the balloon.") < text.index("What could not be determined")
+
+
+def test_every_refusal_and_oops_is_one_click_away() -> None:
+    made = Page(render_compare_html(several()))
+    ids = {attributes["id"] for _, attributes in made.elements if attributes.get("id")}
+    links = [str(attributes["href"]) for tag, attributes in made.elements if tag == "a"]
+    assert links and all(link.startswith("#") and link[1:] in ids for link in links)
+    for result in several():
+        assert links.count(f"#cell-{result.spec.key}") >= 2
+    assert (
+        "RIP: kvm" in made.text
+        and "refused by GUP" in made.text
+        and "ended while it asked kvm-clock" in made.text.replace("askedkvm", "asked kvm")
+    )
+
+
+def test_yes_no_and_unknown_are_words_too() -> None:
+    made = Page(render_compare_html(several()))
+    (table,) = [table for table in made.tables if table[0][0] == "question" and len(table[0]) > 3]
+    kinds = table[0][1:]
+    rows = {row[0]: row[1:] for row in table if len(row) == len(table[0])}
+    at = next(number for number, name in enumerate(kinds) if name.startswith("unplugged"))
+    assert rows["balloon gives memory back"][at] == "✗ no" and rows["boots"][at] == "✓ yes"
+    reserved = next(number for number, name in enumerate(kinds) if name.startswith("reserved"))
+    assert rows["hidden after I/OE"][reserved] == "? not determined"
+    refused = next(number for number, name in enumerate(kinds) if name.startswith("secretmem⊘"))
+    assert {row[refused] for row in rows.values() if len(row) == len(kinds)} - {kinds[refused]} == {""}
+
+
+def test_nothing_is_fetched_and_the_policy_fits() -> None:
+    text = render_compare_html(several())
+    made = Page(text)
+    (policy,) = [str(each["content"]) for tag, each in made.elements if tag == "meta" and "http-equiv" in each]
+    for kind in ("script", "style"):
+        (raw,) = made.raw[kind]
+        assert base64.b64encode(hashlib.sha256(raw.encode()).digest()).decode() in policy
+    assert "default-src 'none'" in policy
+    for _, attributes in made.elements:
+        assert not {"src", "style", "onclick", "onload"} & set(attributes)
+    assert "http://" not in text and "https://" not in text
+
+
+def test_hostile_text_stays_text() -> None:
+    bad = cell(
+        "unplugged",
+        outcome=CellOutcome.OOPS,
+        reason=HOSTILE,
+        oops=HOSTILE,
+        console=HOSTILE,
+        answers={"works.smp": Answer("works.smp", None, HOSTILE, detail=HOSTILE)},
+    )
+    made = Page(render_compare_html([bad]))
+    assert len(made.raw["script"]) == 1 and "<script>alert(1)</script>" in made.text
+    text = render_compare_markdown([bad])
+    assert "<script>" not in text and "\x1b" not in text and not re.search("^# x", text, re.M)
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) > 2
+
+
+def test_names_of_hosts_are_left_out() -> None:
+    for text in (
+        render_compare_html(several()),
+        render_compare_markdown(several()),
+        json.dumps(compare_document(several())),
+    ):
+        assert "secret-name" not in text and "--private" not in text and "memmap=256M" in text
+
+
+VALIDATOR = jsonschema.Draft202012Validator(strict(json.loads(compare_schema_text())))
+
+
+@pytest.mark.parametrize("results", [[], several(), [cell("hugetlb", host_kernel="/some/where/bzImage")]])
+def test_the_json_is_of_the_published_schema(results: list[CellResult]) -> None:
+    VALIDATOR.validate(json.loads(json.dumps(compare_document(results))))
+
+
+def test_a_document_that_says_something_else_is_not_of_the_schema() -> None:
+    document: Any = compare_document(several())
+    document["cells"][0]["answers"][0]["value"] = "yes"
+    assert not VALIDATOR.is_valid(document)
+
+
+def test_the_reports_are_files(tmp_path: Path) -> None:
+    paths = write_reports(tmp_path, several())
+    assert [path.name for path in paths] == ["report.html", "report.md", "report.json"]
+    assert json.loads(paths[2].read_text())["schema"] == "offmap-compare/1"
+    assert "⊘ refused" in paths[1].read_text()
+
+
+def test_the_plot_has_each_pair_and_no_more() -> None:
+    cells = [cell("memfd"), cell("unplugged", answers=answers_of(False, 0.15)), without(cell("reserved"), "costs.copy")]
+    plot = ratio_plot(CATALOGUE["costs.copy"], cells)
+    assert plot is not None
+    plain, hidden, none = plot["rows"]
+    assert [len(row["dots"]) for row in plot["rows"]] == [5, 5, 0]
+    assert hidden["hides"] and not plain["hides"] and none["text"] == "not measured"
+    assert abs(plain["median"] - plot["one"]) < 0.2 and hidden["median"] < plot["one"]
+    assert hidden["text"].endswith("0.15 (0.15 to 0.15)")
+    assert all(LEFT <= dot["x"] <= LEFT + WIDTH for row in plot["rows"] for dot in row["dots"])
+    assert ratio_plot(CATALOGUE["costs.boot"], cells) is None
+
+
+def test_fewer_than_five_pairs_are_no_ratio() -> None:
+    few = Answer("costs.copy", 50.0, samples=(50.0,) * 4, baseline=(100.0,) * 4)
+    text = render_compare_markdown([cell("memfd"), cell("unplugged", answers={"costs.copy": few})])
+    (line,) = [line for line in text.splitlines() if line.startswith("| guest memory bandwidth")]
+    assert line.endswith("0.5, 4 pairs only |") and "(" not in line.rpartition("|")[0].rpartition("|")[2]
+
+
+def test_the_command_that_makes_it_again() -> None:
+    assert command_of([cell(spec.backend) for spec in cells_of(DEFAULT_AXES)]) == "offmap compare"
+    full = [replace(cell(), spec=spec) for spec in cells_of(FULL_AXES)]
+    assert command_of(full) == "offmap compare --full" and missing_of(full) == []
+    two = [cell("memfd"), cell("memfd", host_kernel="/some/where/bzImage")]
+    assert command_of(two) == "offmap compare --host-kernel debian:6.12 --host-kernel bzImage --backend memfd"
+
+
+def test_cells_that_were_not_run_are_named() -> None:
+    some = [cell("memfd"), cell("unplugged"), cell("memfd", host_kernel="debian:7.3")]
+    assert missing_of(some) == ["unplugged on debian:7.3, guest debian:6.12, 1 vCPU"]
+    assert "1 cells of this matrix" not in (text := Page(render_compare_html(some)).text)
+    assert "1 cell of this matrix was not run" in text
+
+
+def test_kernels_stand_beside_each_other() -> None:
+    made = Page(render_compare_html([*several(), cell("unplugged", host_kernel="/some/where/bzImage")]))
+    assert (
+        "Kernels beside each other" in made.text
+        and "bzImage" in made.text
+        and "/some/where" not in "".join("".join(row) for table in made.tables[:4] for row in table)
+    )

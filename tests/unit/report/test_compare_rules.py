@@ -1,0 +1,212 @@
+"""The rules of the conclusions: nothing is concluded from what is missing."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.matrix import BACKENDS
+from offmap.compare.questions import CATALOGUE, Answer, Kind
+from offmap.report.compare_conclude import conclude
+from offmap.report.compare_standing import LOSSES, Standing, finding_of, least_lost, standing_of, why_undetermined
+
+from .compare_samples import PLAIN, cell, without
+
+EVIDENCE = tuple(id for id in CATALOGUE if id.startswith("hidden.") and id not in {"hidden.zeroed", "hidden.restored"})
+NEEDED = tuple(id for id in (*EVIDENCE, "works.boot") if id != "hidden.excluded_pages")
+
+WEAKER = {
+    Standing.HIDES: {Standing.HIDES, Standing.PARTLY, Standing.UNDETERMINED},
+    Standing.PARTLY: {Standing.PARTLY, Standing.UNDETERMINED, Standing.FAILED, Standing.DEADLINE},
+    Standing.EXPOSED: set(Standing) - {Standing.HIDES, Standing.PARTLY},
+}
+"""What may become of a standing when answers are taken away; any other stays what it is."""
+
+
+@st.composite
+def any_answer(draw: st.DrawFn, id: str) -> Answer:
+    asked = CATALOGUE[id]
+    value: bool | float | None
+    if asked.kind is Kind.TRI_STATE:
+        value = draw(st.sampled_from([True, True, True, False, None]))
+    else:
+        value = draw(st.sampled_from([0.0, 0.0, 32.0, None]))
+    return Answer(id, value, "" if value else "because")
+
+
+@st.composite
+def any_cell(draw: st.DrawFn, backend: str | None = None) -> CellResult:
+    """Mostly a good one, with some answers that are not."""
+    made = cell(
+        backend or draw(st.sampled_from(BACKENDS)),
+        outcome=draw(st.sampled_from([CellOutcome.BOOTED] * 6 + list(CellOutcome))),
+        kvm_clock=draw(st.sampled_from(["auto", "off", "on"])),
+        vcpus=draw(st.sampled_from([1, 2])),
+    )
+    changed = draw(st.sets(st.sampled_from(list(CATALOGUE)), max_size=8))
+    return replace(made, answers={**made.answers, **{id: draw(any_answer(id)) for id in changed}})
+
+
+@st.composite
+def and_less(draw: st.DrawFn, cells: list[CellResult]) -> list[CellResult]:
+    """The same cells with some answers taken away."""
+    return [
+        without(each, *draw(st.sets(st.sampled_from([*NEEDED, *(asked.id for asked in LOSSES)]), max_size=6)))
+        for each in cells
+    ]
+
+
+@given(st.data())
+def test_a_missing_answer_never_makes_a_cell_better(data: st.DataObject) -> None:
+    full = data.draw(any_cell())
+    (less,) = data.draw(and_less([full]))
+    before, after = standing_of(full), standing_of(less)
+    assert after is before or after in WEAKER.get(before, {before})
+    assert not (after is Standing.HIDES and before is not Standing.HIDES)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_missing_answer_never_makes_a_conclusion_stronger(data: st.DataObject) -> None:
+    kinds = data.draw(st.lists(st.sampled_from(BACKENDS), min_size=1, max_size=4, unique=True))
+    full = [data.draw(any_cell(kind)) for kind in kinds for _ in range(data.draw(st.integers(1, 2)))]
+    less = data.draw(and_less(full))
+    (before,), (after,) = conclude(full), conclude(less)
+    for was, now in zip(before.findings, after.findings, strict=True):
+        assert now.standing is was.standing or now.standing in WEAKER.get(was.standing, {was.standing})
+        assert len(now.hiding) <= len(was.hiding)
+    best_before, best_after = least_lost(before.findings), least_lost(after.findings)
+    assert best_after is None or (best_before is not None and best_before.backend == best_after.backend)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_losses_are_never_fewer_for_what_is_not_known(data: st.DataObject) -> None:
+    """Counted at their worst; baselines that are missing included."""
+    full = data.draw(any_cell("unplugged"))
+    plain = data.draw(any_cell("memfd"))
+    less, less_plain = data.draw(and_less([full, plain]))
+    was, now = (finding_of("unplugged", [one], [beside]) for one, beside in ((full, plain), (less, less_plain)))
+    assert set(was.lost) <= {*now.lost, *now.undetermined} and set(was.undetermined) <= set(now.undetermined)
+
+
+def test_hides_if_all_the_evidence_says_so() -> None:
+    assert standing_of(cell("unplugged")) is Standing.HIDES and not why_undetermined(cell("unplugged"))
+    for kind in PLAIN:
+        assert standing_of(cell(kind)) is Standing.EXPOSED
+
+
+@pytest.mark.parametrize("id", NEEDED)
+def test_each_piece_of_the_evidence_is_needed(id: str) -> None:
+    less = without(cell("unplugged"), id)
+    assert standing_of(less) is Standing.UNDETERMINED
+    assert why_undetermined(less) == [f"{CATALOGUE[id].title}: not asked"]
+
+
+@pytest.mark.parametrize(
+    ("id", "value"),
+    [
+        ("hidden.before_io", False),
+        ("hidden.after_io", False),
+        ("hidden.canaries_found", 1.0),
+        ("hidden.canaries_found_after_io", 1.0),
+        ("hidden.direct_map_pages", 1.0),
+        ("hidden.alias_pages_after_io", 1.0),
+    ],
+)
+@pytest.mark.parametrize("outcome", list(CellOutcome))
+def test_one_piece_against_it_is_enough_however_the_cell_ended(
+    id: str, value: bool | float, outcome: CellOutcome
+) -> None:
+    found = cell("unplugged", outcome=outcome, answers={id: Answer(id, value, "seen")})
+    assert standing_of(found) is Standing.EXPOSED
+
+
+@pytest.mark.parametrize(
+    ("id", "value"), [("hidden.control", False), ("hidden.unknown_pages", 3.0), ("works.boot", False)]
+)
+def test_without_a_control_or_with_pages_unknown_nothing_is_hidden(id: str, value: bool | float) -> None:
+    found = cell("unplugged", answers={id: Answer(id, value, "seen")})
+    assert standing_of(found) is Standing.UNDETERMINED
+
+
+@pytest.mark.parametrize("outcome", [one for one in CellOutcome if one is not CellOutcome.BOOTED])
+def test_a_cell_that_did_not_get_to_its_end_does_not_hide(outcome: CellOutcome) -> None:
+    assert standing_of(cell("unplugged", outcome=outcome)).value == outcome.value
+
+
+def test_of_several_cells() -> None:
+    good, bad = (
+        cell("unplugged"),
+        cell("unplugged", vcpus=2, answers={"hidden.after_io": Answer("hidden.after_io", False, "x")}),
+    )
+    oops = cell("unplugged", outcome=CellOutcome.OOPS, reason="BUG")
+    clock = replace(oops, spec=replace(oops.spec, kvm_clock="on"))
+    failed = cell("unplugged", outcome=CellOutcome.FAILED, vcpus=2)
+    cases = [
+        ([good], Standing.HIDES),
+        ([good, bad], Standing.EXPOSED),
+        ([good, oops], Standing.OOPS),
+        ([good, clock], Standing.HIDES),  # which says why offmap does not offer it
+        ([clock], Standing.OOPS),
+        ([good, failed], Standing.PARTLY),
+        ([failed, clock], Standing.FAILED),
+        ([], Standing.NOT_RUN),
+    ]
+    for cells, standing in cases:
+        assert finding_of("unplugged", cells, []).standing is standing
+
+
+def test_what_plain_ram_has_not_either_is_not_lost() -> None:
+    no = {"works.async_pf": Answer("works.async_pf", False, "not offered")}
+    guest = cell("unplugged", answers=no)
+    assert not finding_of("unplugged", [guest], [cell("memfd", answers=no)]).lost
+    assert "works.async_pf" in finding_of("unplugged", [guest], [cell("memfd")]).lost
+    assert "works.async_pf" in finding_of("unplugged", [guest], [without(cell("memfd"), "works.async_pf")]).lost
+
+
+def test_the_sentences() -> None:
+    no = {"works.balloon": Answer("works.balloon", False, "PFNMAP")}
+    (one,) = conclude(
+        [
+            cell("memfd"),
+            cell("unplugged", answers=no),
+            cell("secretmem", outcome=CellOutcome.REFUSED, reason="GUP"),
+            cell("reserved", outcome=CellOutcome.DEADLINE, reason="600 s"),
+            cell("secretmem-bridge", outcome=CellOutcome.OOPS, reason="BUG"),
+        ]
+    )
+    assert one.answer == (
+        "unplugged boots and hides all guest RAM; of reserved it could not be determined; "
+        "secretmem-bridge brought the host down."
+    )
+    assert one.choice == "It loses the balloon."
+    assert "reserved on debian:6.12, guest debian:6.12, 1 vCPU: not in time: 600 s" in one.unsettled
+    assert one.unsettled[-1].startswith("not run on this kernel: anon, hugetlb")
+
+
+def test_nothing_hides_is_not_said_of_what_was_not_seen() -> None:
+    (one,) = conclude([cell("memfd"), cell("reserved", outcome=CellOutcome.FAILED, reason="x")])
+    assert one.answer == "Nothing was found to hide; of reserved it could not be determined." and not one.choice
+    (one,) = conclude([cell("memfd"), cell("secretmem", outcome=CellOutcome.REFUSED, reason="x")])
+    assert one.answer == "Nothing that was run hides here."
+
+
+def test_least_lost_needs_a_margin() -> None:
+    def losing(kind: str, *ids: str, unknown: tuple[str, ...] = ()) -> CellResult:
+        lost = {id: Answer(id, False, "no") for id in ids}
+        return without(cell(kind, answers=lost), *unknown)
+
+    two = ("works.balloon", "works.vhost_net")
+
+    def best(*cells: CellResult) -> str | None:
+        (one,) = conclude(cells)
+        found = least_lost(one.findings)
+        return found.backend if found else None
+
+    assert best(losing("unplugged", "works.balloon"), losing("reserved", *two)) == "unplugged"
+    assert best(losing("unplugged", "works.balloon", unknown=("breaks.kexec",)), losing("reserved", *two)) is None
+    assert best(losing("unplugged"), without(losing("reserved", *two), "hidden.after_io")) is None
+    assert best(losing("unplugged")) is None
