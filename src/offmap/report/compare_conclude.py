@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.matrix import BACKENDS
-from offmap.compare.questions import CATALOGUE, Group, Question
+from offmap.compare.questions import CATALOGUE, Group, Question, Ratio
 from offmap.report.compare_standing import (
     BASELINE,
     KindFinding,
@@ -19,6 +19,8 @@ from offmap.report.compare_standing import (
 from offmap.report.compare_words import TIMES, number, release_of, short_kernel
 
 __all__ = ["COSTS", "Conclusion", "conclude", "cost_of", "kinds_of", "list_words", "titles_of"]
+
+NOISE = "\N{ALMOST EQUAL TO} "
 
 COSTS: tuple[Question, ...] = tuple(asked for asked in CATALOGUE.values() if asked.group is Group.COSTS)
 
@@ -178,14 +180,38 @@ def _unsettled(findings: Sequence[KindFinding]) -> list[str]:
 
 
 def cost_of(finding: KindFinding, asked: Question) -> str:
-    """In few words: the range of the medians over the cells that hide (all, where none does)."""
-    answers = [cell.answer(asked.id) for cell in finding.hiding or finding.cells]
-    ratios = [answer.ratio.median for answer in answers if answer.ratio is not None]
+    """In few words: the range of the medians over the cells that hide (all, where none does).
+
+    A ratio that cannot be told from what plain RAM shows against itself has NOISE before it.
+    """
+    cells = finding.hiding or finding.cells
+    answers = [(cell, cell.answer(asked.id)) for cell in cells]
+    ratios = [(cell, answer.ratio) for cell, answer in answers if answer.ratio is not None]
     if ratios:
-        low, high = number(min(ratios)), number(max(ratios))
-        return f"{TIMES}{low}" if low == high else f"{TIMES}{low} to {TIMES}{high}"
-    values = [float(answer.value) for answer in answers if answer.value is not None]
-    if not values:
-        return "?"
-    low, high = number(min(values)), number(max(values))
-    return f"{low} {asked.unit}".strip() if low == high else f"{low} to {high} {asked.unit}".strip()
+        medians = [ratio.median for _, ratio in ratios]
+        noise = "" if all(_told_apart(ratio, finding.control_of(cell), asked) for cell, ratio in ratios) else NOISE
+        return noise + _range([f"{TIMES}{number(value)}" for value in (min(medians), max(medians))])
+    pairs = [
+        mine / plain
+        for _, answer in answers
+        for mine, plain in zip(answer.samples, answer.baseline, strict=False)
+        if plain > 0
+    ]
+    if pairs:
+        few = f"({len(pairs)} pair{'s' if len(pairs) > 1 else ''})"
+        return f"{_range([f'{TIMES}{number(value)}' for value in (min(pairs), max(pairs))])} {few}"
+    values = [float(answer.value) for _, answer in answers if answer.value is not None]
+    return f"{_range([number(value) for value in (min(values), max(values))])} {asked.unit}".strip() if values else "?"
+
+
+def _range(ends: Sequence[str]) -> str:
+    low, high = ends
+    return low if low == high else f"{low} to {high}"
+
+
+def _told_apart(ratio: Ratio, control: CellResult | None, asked: Question) -> bool:
+    """Whether its quartiles lie beyond 1 and beyond those of plain RAM against itself, on the same side."""
+    noise = control.answer(asked.id).ratio if control is not None else None
+    if noise is None:
+        return False
+    return ratio.low > max(1.0, noise.high) or ratio.high < min(1.0, noise.low)

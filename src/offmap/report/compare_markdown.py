@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from offmap.compare.cell_result import CellResult
+from offmap.report.compare_conclude import NOISE
 from offmap.report.compare_views import compare_view
 from offmap.report.compare_words import TIMES
 from offmap.report.decode import plain
@@ -55,8 +56,9 @@ def _lines(page: dict[str, Any]) -> Iterable[str]:
             yield from (f"- {_text(line)}" for line in one["unsettled"])
             yield ""
     yield (
-        f"Costs: median of the ratios to {page['baseline']} RAM in the same host, in turns; a figure without {TIMES} "
-        "has no five pairs, and no spread."
+        f"Costs: median of the ratios to {page['baseline']} RAM in the same host, in turns ({TIMES}1: the same). "
+        f"{NOISE.strip()}: not to be told from what {page['baseline']} shows against itself, with its spread. Fewer "
+        "than five pairs are said in brackets, and have no spread."
     )
     yield ""
     if page["overview"]:

@@ -134,6 +134,7 @@ class KindFinding:
         lost: questions that some cell answers with no (of those that hide, where there are such), and plain RAM in the
             same setting does not; by id, with the reason.
         undetermined: questions that no cell answers with no, and not all answer with yes; by id, with the reason.
+        baselines: the cells of BASELINE on the same kernel.
     """
 
     backend: str
@@ -142,6 +143,11 @@ class KindFinding:
     hiding: tuple[CellResult, ...]
     lost: Mapping[str, str]
     undetermined: Mapping[str, str]
+    baselines: tuple[CellResult, ...] = ()
+
+    def control_of(self, cell: CellResult) -> CellResult | None:
+        """Plain RAM against itself, in the same setting; None where that was not measured."""
+        return next((plain for plain in self.baselines if _setting(plain) == _setting(cell)), None)
 
 
 def finding_of(backend: str, cells: Sequence[CellResult], baselines: Iterable[CellResult]) -> KindFinding:
@@ -166,7 +172,7 @@ def finding_of(backend: str, cells: Sequence[CellResult], baselines: Iterable[Ce
             elif answer.value is False and not (same is not None and same.answer(asked.id).value is False):
                 lost.setdefault(asked.id, answer.reason)
     open_ = {id: why for id, why in open_.items() if id not in lost}
-    return KindFinding(backend, _together(cells), tuple(cells), hiding, lost, open_)
+    return KindFinding(backend, _together(cells), tuple(cells), hiding, lost, open_, tuple(plain.values()))
 
 
 def _setting(cell: CellResult) -> tuple[str, int, str]:

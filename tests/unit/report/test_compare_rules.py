@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.matrix import BACKENDS
 from offmap.compare.questions import CATALOGUE, Answer, Kind
-from offmap.report.compare_conclude import conclude
+from offmap.report.compare_conclude import NOISE, conclude, cost_of
 from offmap.report.compare_standing import LOSSES, Standing, finding_of, least_lost, standing_of, why_undetermined
+from offmap.report.compare_words import TIMES
 
 from .compare_samples import PLAIN, cell, without
 
@@ -210,3 +211,24 @@ def test_least_lost_needs_a_margin() -> None:
     assert best(losing("unplugged", "works.balloon", unknown=("breaks.kexec",)), losing("reserved", *two)) is None
     assert best(losing("unplugged"), without(losing("reserved", *two), "hidden.after_io")) is None
     assert best(losing("unplugged")) is None
+
+
+def test_a_cost_must_stand_out_of_the_noise() -> None:
+    """Plain RAM against itself shows how much of a difference is none."""
+
+    def copy(kind: str, *samples: float) -> CellResult:
+        answer = Answer("costs.copy", samples[2], samples=samples, baseline=(100.0,) * len(samples))
+        return cell(kind, answers={"costs.copy": answer})
+
+    def said(*cells: CellResult) -> str:
+        (one,) = conclude(cells)
+        (finding,) = [each for each in one.findings if each.backend == "unplugged"]
+        return cost_of(finding, CATALOGUE["costs.copy"])
+
+    noisy, quiet = copy("memfd", 70, 80, 100, 120, 130), copy("memfd", 99, 99, 100, 101, 101)
+    less = copy("unplugged", 80, 85, 90, 91, 92)
+    assert said(quiet, less) == f"{TIMES}0.9"
+    assert said(noisy, less) == said(less) == f"{NOISE}{TIMES}0.9"
+    assert said(quiet, copy("unplugged", 80, 90, 99, 110, 120)).startswith(NOISE)
+    assert said(quiet, copy("unplugged", 80, 80, 81)) == f"{TIMES}0.8 to {TIMES}0.81 (3 pairs)"
+    assert said(quiet, without(less, "costs.copy")) == "?"
