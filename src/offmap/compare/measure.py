@@ -21,7 +21,7 @@ from offmap.compare.job import Job
 from offmap.compare.probes import costs, devices, hidden, holder, host_events, paravirtual, reach
 from offmap.compare.probes.asker import Asker, no, undetermined, yes
 from offmap.compare.probes.guest_program import ProbeError
-from offmap.compare.probes.live_guest import BASELINE, MEMORY_SIZE, LiveGuest
+from offmap.compare.probes.live_guest import MEMORY_SIZE, GuestSetup, LiveGuest
 from offmap.compare.probes.prepared_host import SKIPPED_NATIVE, TRIED_SIZE, PreparedHost, direct_map_split
 from offmap.compare.probes.vmm_memory import own_kib
 from offmap.compare.questions import Answer
@@ -147,7 +147,7 @@ class _Cell:
         asker, host = self.asker, self.host
         asker.ask("works.virtio_blk", lambda: devices.virtio_blk(guest, host.disks[0]))
         for number, id in enumerate(("works.virtio_net", "works.vhost_net")):
-            asker.ask(id, lambda n=number, id=id: devices.virtio_net(guest, f"eth{n}", host.subnets()[n], id))  # type: ignore[misc]
+            asker.ask(id, lambda n=number, id=id: devices.virtio_net(guest, n, host.subnets()[n], id))  # type: ignore[misc]
         asker.ask("works.vsock", lambda: devices.vsock(guest))
 
     def _balloon(self, guest: LiveGuest) -> Answer:
@@ -188,7 +188,7 @@ class _Cell:
 
         def network() -> Answer:
             subnets = self.host.subnets()[::2]
-            devices.configure(plain, "eth0", subnets[1])
+            devices.configure(plain, 0, subnets[1])
             return costs.network_rate(guest, plain, subnets)
 
         asker.ask("costs.net", network)
@@ -261,18 +261,18 @@ class _Cell:
     def _boots(self) -> Answer:
         """Boot both kinds by turns, without devices and secrets."""
 
-        def boot(backend: str) -> float:
-            with LiveGuest(self.host.bare(backend, self.spec.vcpus), self.host.folder / "boot") as guest:
+        def boot(setup: GuestSetup) -> float:
+            with LiveGuest(self.host.bare(setup, self.spec.vcpus), self.host.folder / "boot") as guest:
                 guest.boot()
                 return guest.boot_seconds
 
         mine, plain = costs.by_turns(
-            self.job.boots, lambda: boot(self.spec.backend), lambda: boot(BASELINE), warm_up=False
+            self.job.boots, lambda: boot(self.host.candidate()), lambda: boot(self.host.plain()), warm_up=False
         )
         return costs.boots(mine, plain, "without devices")
 
     def _smp(self) -> Answer:
-        with LiveGuest(self.host.bare(self.spec.backend, 2), self.host.folder / "smp") as guest:
+        with LiveGuest(self.host.bare(self.host.candidate(), 2), self.host.folder / "smp") as guest:
             guest.boot()
             guest.begin()
             answer = devices.smp(guest)

@@ -147,6 +147,9 @@ class FakeGuest:
     def __init__(self, answer: list[list[str]] | ProbeError) -> None:
         self.answer = answer
 
+    def check_alive(self) -> None:
+        """It is."""
+
     def command(self, line: str) -> list[list[str]]:
         assert line == "check"
         if isinstance(self.answer, ProbeError):

@@ -79,7 +79,14 @@ def _populate_once(vm: Vm, name: str, size: int) -> float:
 def exits(guest: LiveGuest, plain: LiveGuest) -> Answer:
     """VM exits of both guests since their start, by KVM's own count; to be asked when both have just booted."""
     mine, theirs = _exits(guest.pid), _exits(plain.pid)
-    return Answer("costs.exits", mine["exits"], "", (mine["exits"],), (theirs["exits"],), _exits_text(mine, theirs))
+    return Answer(
+        "costs.exits",
+        mine["exits"],
+        "",
+        (mine["exits"],),
+        (theirs["exits"],),
+        _exits_text(mine, theirs, plain.setup.backend),
+    )
 
 
 _COUNTS = ("exits", "io_exits", "mmio_exits", "irq_exits", "halt_exits", "pf_taken", "tlb_flush")
@@ -92,8 +99,8 @@ def _exits(pid: int) -> dict[str, int]:
     return {name: int((folders[0] / name).read_text()) for name in _COUNTS if (folders[0] / name).exists()}
 
 
-def _exits_text(mine: dict[str, int], theirs: dict[str, int]) -> str:
-    pairs = (f"{name} {mine[name]} ({theirs.get(name, 0)} on {BASELINE})" for name in mine)
+def _exits_text(mine: dict[str, int], theirs: dict[str, int], plain: str) -> str:
+    pairs = (f"{name} {mine[name]} ({theirs.get(name, 0)} on {plain})" for name in mine)
     return "from power-on to init ready, all vCPUs: " + ", ".join(pairs)
 
 
@@ -166,7 +173,7 @@ def boots(mine: Sequence[float], plain: Sequence[float], of_what: str) -> Answer
 
 def vmm_memory(mine: int, plain: int) -> Answer:
     """KiB of both VMMs without their guest's RAM."""
-    detail = f"resident pages of all its mappings but the guest's RAM (smaps); {plain} KiB on {BASELINE}"
+    detail = f"resident pages of all its mappings but the guest's RAM (smaps); {plain} KiB on plain RAM"
     return Answer("costs.vmm_memory", mine, "", (float(mine),), (float(plain),), detail)
 
 

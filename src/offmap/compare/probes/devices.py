@@ -10,7 +10,7 @@ from pathlib import Path
 
 from offmap.audit.guest_ram import RamRange
 from offmap.compare.probes.asker import no, undetermined, yes
-from offmap.compare.probes.live_guest import LiveGuest
+from offmap.compare.probes.live_guest import LiveGuest, card_mac
 from offmap.compare.probes.network import (
     VSOCK_PORT,
     Subnet,
@@ -75,7 +75,7 @@ def virtio_blk(guest: LiveGuest, disk: Disk) -> Answer:
     return yes(id, f"{MIB >> 10} KiB read and written by the guest with O_DIRECT, flushed, and compared in the host")
 
 
-def virtio_net(guest: LiveGuest, card: str, subnet: Subnet, id: str) -> Answer:
+def virtio_net(guest: LiveGuest, card: int, subnet: Subnet, id: str) -> Answer:
     """Send random bytes to the guest by TCP, and let it send them back."""
     configure(guest, card, subnet)
     listener, port = listen_tcp(subnet)
@@ -86,14 +86,15 @@ def virtio_net(guest: LiveGuest, card: str, subnet: Subnet, id: str) -> Answer:
     return yes(id, f"{MIB >> 10} KiB by TCP to the guest and back, compared")
 
 
-def configure(guest: LiveGuest, card: str, subnet: Subnet) -> None:
-    """Give a guest's interface its address.
+def configure(guest: LiveGuest, card: int, subnet: Subnet) -> None:
+    """Give a guest's n-th card its address.
 
     Raises:
         ProbeError: there is no such interface.
     """
     address = subnet.guest
-    guest.shell(f"ifconfig {card} {address.ip} netmask {address.netmask} up")
+    name = f"$(cd /sys/class/net; grep -l {card_mac(card)} */address | cut -d/ -f1)"
+    guest.shell(f"ifconfig {name} {address.ip} netmask {address.netmask} up")
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
@@ -148,10 +149,20 @@ static int timed_disk(int out)
 	return 0;
 }
 
+/* A connection that gets nowhere is given up, so that the next question can be put. */
+static int patient(int fd)
+{
+	struct timeval most = { .tv_sec = 10 };
+
+	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &most, sizeof(most)); /* connect(2)'s too */
+	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &most, sizeof(most));
+	return fd;
+}
+
 static int call(const char *address, int port)
 {
 	struct sockaddr_in at = { .sin_family = AF_INET, .sin_port = htons(port) };
-	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int fd = patient(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
 
 	inet_pton(AF_INET, address, &at.sin_addr);
 	if (fd < 0 || connect(fd, (struct sockaddr *)&at, sizeof(at)))
@@ -162,7 +173,7 @@ static int call(const char *address, int port)
 static int call_vsock(int port)
 {
 	struct sockaddr_vm at = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = port };
-	int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int fd = patient(socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0));
 
 	if (fd < 0 || connect(fd, (struct sockaddr *)&at, sizeof(at)))
 		return -1;

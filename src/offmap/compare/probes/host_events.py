@@ -37,6 +37,7 @@ def outlives(guest: LiveGuest, id: str, act: Callable[[], str]) -> Answer:
     Args:
         act: does it, and says what it was.
     """
+    guest.check_alive()
     detail = act()
     try:
         wrong, words = guest.command("check")[0]

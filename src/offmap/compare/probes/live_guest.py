@@ -18,10 +18,13 @@ from offmap.kvm import Kvm
 from offmap.lab.qemu import find_qemu
 from offmap.uapi.offmap_module import DEVICE
 
-__all__ = ["BASELINE", "MEMORY_SIZE", "PATIENCE", "GuestSetup", "LiveGuest", "vmm_command"]
+__all__ = ["BASELINE", "MEMORY_SIZE", "PATIENCE", "QEMU_BASELINE", "GuestSetup", "LiveGuest", "card_mac", "vmm_command"]
 
 BASELINE = "memfd"
 """The plain RAM that everything is compared with, in the same host."""
+
+QEMU_BASELINE = "qemu-memfd"
+"""The same for QEMU, so that VMMs are not what is compared."""
 
 MEMORY_SIZE = 256 << 20
 """Bytes of RAM of each guest. A Debian kernel wants 56 MiB in one piece, which aliased pages may leave few of."""
@@ -39,12 +42,13 @@ class GuestSetup:
     """One guest.
 
     Attributes:
-        backend: as ``offmap run --memory`` has it, or QEMU.
+        backend: as ``offmap run --memory`` has it, QEMU, or QEMU_BASELINE.
         words: for its kernel's command line.
         kvm_clock: on, off, or auto.
         disk: a raw image for its /dev/vda.
         taps: a network interface for each, by the name of the host's side, and how vhost is to be: on or off.
-        vsock: the host's socket, of ``offmap run --vsock``.
+        vsock: the host's socket, of ``offmap run --vsock``; QEMU's is the host kernel's.
+        cid: its context id there.
         balloon: bytes; None: no such device.
     """
 
@@ -57,6 +61,7 @@ class GuestSetup:
     disk: Path | None = None
     taps: Sequence[tuple[str, str]] = field(default=())
     vsock: Path | None = None
+    cid: int = 9
     balloon: int | None = None
 
 
@@ -68,20 +73,25 @@ def vmm_command(setup: GuestSetup) -> list[str]:
     """
     command_line = f"console=ttyS0 quiet {setup.words}".strip()
     size = str(MEMORY_SIZE)
-    if setup.backend == QEMU:
+    if setup.backend in {QEMU, QEMU_BASELINE}:
         return _qemu(setup, command_line, size)
     argv = [sys.executable, "-m", "offmap", "run", "--kernel", str(setup.kernel), "--initrd", str(setup.initrd)]
     argv += ["--cmdline", command_line, "--memory", setup.backend, "--memory-size", size]
     argv += ["--vcpus", str(setup.vcpus), "--kvm-clock", setup.kvm_clock]
     if setup.disk is not None:
         argv += ["--drive", str(setup.disk)]
-    for name, vhost in setup.taps:
-        argv += ["--net", f"tap={name},vhost={vhost}"]
+    for number, (name, vhost) in enumerate(setup.taps):
+        argv += ["--net", f"tap={name},vhost={vhost},mac={card_mac(number)}"]
     if setup.vsock is not None:
-        argv += ["--vsock", f"cid=9,path={setup.vsock}"]
+        argv += ["--vsock", f"cid={setup.cid},path={setup.vsock}"]
     if setup.balloon is not None:
         argv += ["--balloon", f"size={setup.balloon}"]
     return argv
+
+
+def card_mac(number: int) -> str:
+    """The address of a guest's n-th card, to be known by: in which order its kernel finds them is the VMM's affair."""
+    return f"02:00:00:00:00:{number:02x}"
 
 
 def guest_tsc_khz() -> int:
@@ -97,23 +107,23 @@ def _qemu(setup: GuestSetup, command_line: str, size: str) -> list[str]:
     if setup.kvm_clock != "on":
         cpu += ",kvmclock=off,kvmclock-stable-bit=off"
         command_line += f" tsc_early_khz={guest_tsc_khz()} tsc=reliable"
-    memory = f"memory-backend-file,id=ram,size={size},mem-path={DEVICE},share=on"
+    kind = f"memory-backend-file,mem-path={DEVICE}" if setup.backend == QEMU else "memory-backend-memfd"
+    memory = f"{kind},id=ram,size={size},share=on"
     argv = [find_qemu(), "-accel", "kvm", "-cpu", cpu, "-M", "microvm,acpi=on,rtc=on,memory-backend=ram"]
     argv += ["-object", memory, "-m", f"size={int(size) >> 20}M", "-smp", str(setup.vcpus)]
     argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
     argv += ["-global", "virtio-mmio.force-legacy=false"]
     argv += ["-kernel", str(setup.kernel), "-initrd", str(setup.initrd), "-append", command_line]
-    # Of a microvm's virtio-mmio transports the guest's kernel finds that of the last device first.
     devices = []
     if setup.disk is not None:
         argv += ["-drive", f"id=disk,file={setup.disk},format=raw,if=none,cache=writeback"]
         devices += ["virtio-blk-device,drive=disk"]
     for number, (name, vhost) in enumerate(setup.taps):
         argv += ["-netdev", f"tap,id=net{number},ifname={name},script=no,downscript=no,vhost={vhost}"]
-        devices += [f"virtio-net-device,netdev=net{number}"]
+        devices += [f"virtio-net-device,netdev=net{number},mac={card_mac(number)}"]
     if setup.vsock is not None:
-        devices += ["vhost-vsock-device,guest-cid=9"]
-    for device in reversed(devices):
+        devices += [f"vhost-vsock-device,guest-cid={setup.cid}"]
+    for device in devices:
         argv += ["-device", device]
     return argv
 
@@ -206,10 +216,18 @@ class LiveGuest(VmProcess):
         said = bytes(self._console[start:]).decode(errors="replace").replace("\r\n", "\n")
         return said.partition("offmap-probe: done")[0].strip()
 
+    def check_alive(self) -> None:
+        """Before something is done to it, as one that is gone already outlives nothing.
+
+        Raises:
+            ProbeError: it does not answer.
+        """
+        self.command("clock")
+
     def is_alive(self) -> bool:
         """Whether it still answers."""
         try:
-            self.command("clock")
+            self.check_alive()
         except ProbeError:
             return False
         return True

@@ -9,7 +9,7 @@ from offmap.compare.job import Job
 from offmap.compare.probes import devices, hidden, host_events
 from offmap.compare.probes.guest_image import probe_initramfs
 from offmap.compare.probes.host_kernel import direct_map_4k_kib, host_memory_kib, load_modules, write_knob
-from offmap.compare.probes.live_guest import BASELINE, MEMORY_SIZE, GuestSetup
+from offmap.compare.probes.live_guest import BASELINE, MEMORY_SIZE, QEMU_BASELINE, GuestSetup
 from offmap.compare.probes.network import Subnet, tap
 from offmap.compare.vm_process import QEMU
 from offmap.devices.virtio.balloon_spec import BalloonSpec
@@ -29,7 +29,8 @@ TRIED_SIZE = 4 << 20
 """Bytes of RAM to try a kind with: whole huge pages, and little enough for any host."""
 
 _HUGE_PAGES = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
-_CARD, _VHOST_CARD, _PLAIN_CARD = "ofcard", "ofvhost", "ofplain"
+_CARDS = ("ofcard", "ofvhost", "ofplain", "ofplainvhost")
+"""Of the guest that the cell is about and of the plain one, each without vhost and with it."""
 
 
 def direct_map_split() -> int | None:
@@ -71,31 +72,30 @@ class PreparedHost(Owned):
         self.memory_kib = host_memory_kib()
         self.cannot_discard = ""
         self._owned = ExitStack()
-        self._subnets: dict[str, Subnet] = {}
+        self._subnets: list[Subnet] = []
         self.why_no_network = f"not measured: {SKIPPED_NATIVE}" if job.native else self._make_taps()
 
     def _make_taps(self) -> str:
         try:
             load_modules("tun", "vhost_net")
-            for number, name in enumerate((_CARD, _VHOST_CARD, _PLAIN_CARD)):
-                subnet = Subnet(number)
-                self._owned.enter_context(tap(name, subnet))
-                self._subnets[name] = subnet
+            for number, name in enumerate(_CARDS):
+                self._subnets.append(Subnet(number))
+                self._owned.enter_context(tap(name, self._subnets[-1]))
             if self.job.spec.backend == QEMU:
                 load_modules("vhost_vsock")
         except OffmapError as error:
             return str(error)
         return ""
 
-    def subnets(self) -> tuple[Subnet, Subnet, Subnet]:
-        """Of the guest's card, of its card with vhost, and of the plain guest's.
+    def subnets(self) -> list[Subnet]:
+        """Of the guest's card, of its card with vhost, and of the plain guest's two.
 
         Raises:
             OffmapError: there are none.
         """
         if self.why_no_network:
             raise OffmapError(self.why_no_network)
-        return self._subnets[_CARD], self._subnets[_VHOST_CARD], self._subnets[_PLAIN_CARD]
+        return self._subnets
 
     def try_out(self) -> None:
         """Run one instruction on this RAM: a refusal ends the cell before anything is booted.
@@ -115,36 +115,41 @@ class PreparedHost(Owned):
             except OffmapError as error:
                 self.cannot_discard = error.what
 
-    def plain(self) -> GuestSetup:
-        """The plain guest: baseline and control."""
-        return GuestSetup(
-            BASELINE,
-            self.job.guest_vmlinuz,
-            self._initrd,
-            f"clocksource=kvm-clock {self.secrets.of_control}",
-            vcpus=self.job.spec.vcpus,
-            kvm_clock="on" if self.offers_clock else "off",  # the same clock measures both
-            disk=self.disks[1].path,
-            taps=[] if self.why_no_network else [(_PLAIN_CARD, "off")],
-        )
-
     def candidate(self) -> GuestSetup:
         """The guest that the cell is about."""
-        balloon = None if self.cannot_discard or self.job.spec.backend == QEMU else devices.BALLOON
-        return replace(
-            self.plain(),
-            backend=self.job.spec.backend,
-            words=f"clocksource=kvm-clock {self.secrets.of_candidate}",
-            kvm_clock=self.job.spec.kvm_clock,
+        spec = self.job.spec
+        return GuestSetup(
+            spec.backend,
+            self.job.guest_vmlinuz,
+            self._initrd,
+            f"clocksource=kvm-clock {self.secrets.of_candidate}",
+            vcpus=spec.vcpus,
+            kvm_clock=spec.kvm_clock,
             disk=self.disks[0].path,
-            taps=[] if self.why_no_network else [(_CARD, "off"), (_VHOST_CARD, "on")],
+            taps=self._taps(0),
             vsock=self.folder / "vsock",
-            balloon=balloon,
+            balloon=None if self.cannot_discard or spec.backend == QEMU else devices.BALLOON,
         )
 
-    def bare(self, backend: str, vcpus: int) -> GuestSetup:
-        """A guest without devices and secrets."""
-        setup = self.candidate() if backend == self.job.spec.backend else self.plain()
+    def plain(self) -> GuestSetup:
+        """The plain guest, baseline and control: the same in all but its RAM, as each device costs the others time."""
+        return replace(
+            self.candidate(),
+            backend=QEMU_BASELINE if self.job.spec.backend == QEMU else BASELINE,
+            words=f"clocksource=kvm-clock {self.secrets.of_control}",
+            kvm_clock="on" if self.offers_clock else "off",  # the same clock measures both
+            disk=self.disks[1].path,
+            taps=self._taps(2),
+            vsock=self.folder / "vsock-plain",
+            cid=10,
+        )
+
+    def _taps(self, first: int) -> list[tuple[str, str]]:
+        return [] if self.why_no_network else [(_CARDS[first], "off"), (_CARDS[first + 1], "on")]
+
+    @staticmethod
+    def bare(setup: GuestSetup, vcpus: int) -> GuestSetup:
+        """A guest on the same RAM, without devices and secrets."""
         return replace(setup, words="", vcpus=vcpus, disk=None, taps=[], vsock=None, balloon=None)
 
     def direct_file(self) -> Path | None:

@@ -92,6 +92,7 @@ def process_vm_readv(guest: LiveGuest, ranges: Sequence[RamRange], key: CanaryKe
 def ptrace(guest: LiveGuest, ranges: Sequence[RamRange], key: CanaryKey) -> Answer:
     """Attach to the VMM, look for a secret in it, and fetch a word of that by PTRACE_PEEKDATA."""
     id, pid = "breaks.ptrace", guest.pid
+    guest.check_alive()
     _ptrace(_PTRACE_ATTACH, pid, 0)
     try:
         os.waitpid(pid, _WALL)
@@ -131,6 +132,7 @@ def gdb_attach(guest: LiveGuest, ranges: Sequence[RamRange]) -> Answer:
     gdb = shutil.which("gdb")
     if gdb is None:
         return undetermined(id, "not measured: there is no gdb")
+    guest.check_alive()
     # Without symbols: they are the VMM's, which is not what is asked, and take longest to load.
     argv = [gdb, "-nx", "-nh", "-batch", "-iex", "set auto-load no", "-iex", "set auto-solib-add off"]
     argv += ["-p", str(guest.pid), "-ex", f"x/1gx {ranges[0].va:#x}", "-ex", "detach"]
