@@ -15,7 +15,7 @@ from offmap.report.compare_words import TIMES, against, number
 
 __all__ = ["ratio_plot"]
 
-LEFT, WIDTH, RIGHT = 150, 300, 150
+LEFT, WIDTH, RIGHT = 160, 290, 190
 ROW, TOP = 22, 8
 _MARGIN = 1.06  # beyond the farthest dot, as a factor
 _NARROWEST = 1.25  # a scale that shows less than ±25 % would make noise look like news
