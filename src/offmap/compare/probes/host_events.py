@@ -22,7 +22,6 @@ __all__ = ["PATTERN", "compaction", "drop_caches", "hibernation", "kexec", "memo
 PATTERN = 8 << 20
 """Bytes of guest memory that are compared with what they were."""
 
-_FLOOR_KIB = 8 << 10  # of MemAvailable: what is taken is less than all, or the kernel would kill somebody
 _RECLAIMED = 2048  # pages: so many the host must have taken from its own caches
 _STEP = 4 << 20
 _SYS_kexec_file_load = 320  # arch/x86/entry/syscalls/syscall_64.tbl
@@ -60,7 +59,10 @@ def compaction() -> str:
 
 
 def memory_pressure() -> str:
-    """Let a process, which is the first that the kernel would kill, take memory until the host reclaims some."""
+    """Let a process, which is the first that the kernel would kill, take memory until the host reclaims some.
+
+    Where there is nothing left to reclaim, the kernel kills that process.
+    """
     started, before = meminfo()["MemAvailable"], _reclaimed()
     receive, send = os.pipe()
     pid = os.fork()
@@ -91,7 +93,7 @@ def _take_memory(send: int, reclaimed_before: int) -> None:
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
         taken = []
-        while meminfo()["MemAvailable"] > _FLOOR_KIB and _reclaimed() < reclaimed_before + _RECLAIMED:
+        while _reclaimed() < reclaimed_before + _RECLAIMED:
             piece = mmap.mmap(-1, _STEP, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             piece.madvise(MADV_POPULATE_WRITE)
             taken.append(piece)
