@@ -129,9 +129,13 @@ def _choice(findings: Sequence[KindFinding]) -> str:
     own = []
     for finding in sorted(hide, key=lambda one: len(one.lost) + len(one.undetermined)):
         rest = titles_of(id for id in finding.lost if id not in common)
-        lost = list_words(rest) or "nothing"
         open_ = len(finding.undetermined)
-        own.append(f"{finding.backend} {lost}" + (f" ({open_} not determined)" if open_ else ""))
+        if rest or open_ or not common:
+            own.append(
+                f"{finding.backend} {list_words(rest) or 'nothing'}" + (f" ({open_} not determined)" * bool(open_))
+            )
+    if not own:
+        return f"{said[:-2]}, and no more."
     return f"{said}{'Beyond that' if common else 'Lost'}: {'; '.join(own)}."
 
 

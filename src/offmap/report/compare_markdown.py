@@ -81,7 +81,7 @@ def _lines(page: dict[str, Any]) -> Iterable[str]:
         yield from (f"- {_text(titles)}: {_text(text)}." for titles, text in page["emulation"])
         yield ""
     yield "## How to repeat it"
-    yield f"    scripts/setup && {page['command'] or 'offmap compare'}"
+    yield f"    scripts/setup --compare && {page['command'] or 'offmap compare'}"
     yield ""
     yield "## The hosts"
     for name, facts in page["facts"]:
