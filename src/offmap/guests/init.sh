@@ -2,6 +2,7 @@
 # First process of a guest that offmap made the image of: find the root file system, load what the devices need, and
 # start its init, or run one command in it.
 # On the kernel's command line: root=DEVICE, rw, init=PROGRAM, and offmap.overlay=tmpfs: changes go to RAM, not to DEVICE.
+# For a command also ip=ADDRESS::GATEWAY:NETMASK (as nfsroot.rst has it), for the network card; else it asks by DHCP.
 # /exec, from the outside (guests/job.py), holds the command, if there is one.
 b=/bin/busybox
 fail() {
@@ -13,13 +14,14 @@ $b mount -t proc proc /proc
 $b mount -t sysfs sysfs /sys
 $b mount -t devtmpfs devtmpfs /dev
 
-root=/dev/vda overlay= init=/sbin/init mode=ro
+root=/dev/vda overlay= init=/sbin/init mode=ro ip=
 set -f
 for word in $($b cat /proc/cmdline); do
 	case $word in
 	root=*) root=${word#root=} ;;
 	offmap.overlay=*) overlay=${word#*=} ;;
 	init=*) init=${word#init=} ;;
+	ip=*) ip=${word#ip=} ;;
 	ro | rw) mode=$word ;;
 	esac
 done
@@ -100,7 +102,12 @@ $b mount -t tmpfs -o mode=755 tmpfs /newroot/run
 $b mount -t tmpfs -o mode=1777 tmpfs /newroot/tmp
 [ -e /newroot/etc/hostname ] && $b hostname "$($b cat /newroot/etc/hostname)"
 $b ifconfig lo 127.0.0.1 up
-if [ -e /sys/class/net/eth0 ]; then
+if [ -e /sys/class/net/eth0 ] && [ "$ip" ]; then
+	address=${ip%%:*} rest=${ip#*:} rest=${rest#*:}
+	gateway=${rest%%:*} rest=${rest#*:}
+	$b ifconfig eth0 "$address" netmask "${rest%%:*}" up || echo "offmap-guest: cannot give eth0 the address $address"
+	[ -z "$gateway" ] || $b route add default gw "$gateway"
+elif [ -e /sys/class/net/eth0 ]; then
 	$b udhcpc -i eth0 -n -q -t 5 -T 1 -s /udhcpc >/dev/null 2>&1 || echo "offmap-guest: no answer to DHCP on eth0"
 fi
 
