@@ -342,6 +342,10 @@ def _judge(
         notes.append(
             f"the ranges are guesses (large mappings of a process with a KVM VM){why}; --range names them for sure"
         )
+    elif ram.why_guessed:
+        notes.append(f"that the VMM's list leaves no memory out was not checked with KVM's: {ram.why_guessed}")
+    if ram.omitted_bytes:
+        notes.append(f"{format_size(ram.omitted_bytes)} that the VMM's list leaves out, and KVM has, are judged too")
     if ram.read_only_bytes:
         notes.append(f"{format_size(ram.read_only_bytes)} that the guest cannot write to (firmware) is not judged")
     if ram.unseen_guest_memfd:

@@ -1,5 +1,6 @@
 """KVM's memory slots, out of kernel memory made here; a list that does not add up is not believed."""
 
+import json
 import os
 import struct
 from collections.abc import Sequence
@@ -162,7 +163,7 @@ class HoldsVm(Process):
     """This process, with a VM among its descriptors."""
 
     def descriptors(self) -> dict[int, str]:
-        return {DESCRIPTOR: "anon_inode:kvm-vm"}
+        return super().descriptors() | {DESCRIPTOR: "anon_inode:kvm-vm"}
 
 
 def test_kvms_list_comes_before_guesses_and_after_it_they_are_guesses() -> None:
@@ -191,3 +192,28 @@ def test_kvms_list_comes_before_guesses_and_after_it_they_are_guesses() -> None:
         guessed = find_guest_ram(process, refuse)
         assert guessed.guessed and guessed.why_guessed == "no BTF"
     assert held
+
+
+def test_what_a_claim_leaves_out_is_judged_too() -> None:
+    claimed, left_out = (KvmSlot(n << 20, 0x7F00_0000_0000 + (n << 20), 1 << 20, False) for n in range(2))
+    slot = {"guest_phys_addr": 0, "memory_size": claimed.bytes, "userspace_addr": claimed.userspace_addr}
+    fd = os.memfd_create("offmap-memslots")
+    try:
+        os.write(fd, json.dumps({"schema": "offmap-memslots/1", "slots": [slot]}).encode())
+        with HoldsVm(os.getpid()) as process:
+            whole = find_guest_ram(process, lambda pid, fds: [claimed])
+            assert [part.source for part in whole.ranges] == [Source.MEMSLOT]
+            assert (whole.omitted_bytes, whole.why_guessed) == (0, "")
+            part = find_guest_ram(process, lambda pid, fds: [left_out, claimed])
+            assert [(part.source, part.va) for part in part.ranges] == [
+                (Source.MEMSLOT, claimed.userspace_addr),
+                (Source.KVM, left_out.userspace_addr),
+            ]
+            assert part.omitted_bytes == left_out.bytes and not part.guessed
+
+            def refuse(pid: int, descriptors: Sequence[int]) -> Sequence[KvmSlot]:
+                raise Unknown("no BTF")
+
+            assert find_guest_ram(process, refuse).why_guessed == "no BTF"
+    finally:
+        os.close(fd)
