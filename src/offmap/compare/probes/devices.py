@@ -10,7 +10,7 @@ from pathlib import Path
 
 from offmap.audit.guest_ram import RamRange
 from offmap.compare.probes.asker import no, undetermined, yes
-from offmap.compare.probes.live_guest import LiveGuest, card_mac
+from offmap.compare.probes.live_guest import QEMU_BASELINE, LiveGuest, card_mac
 from offmap.compare.probes.network import (
     VSOCK_PORT,
     Subnet,
@@ -101,7 +101,7 @@ def configure(guest: LiveGuest, card: int, subnet: Subnet) -> None:
 def _vsock_listener(guest: LiveGuest) -> Iterator[socket.socket]:
     if guest.setup.vsock is None:
         return
-    listener = listen_vsock() if guest.setup.backend == QEMU else listen_unix(guest.setup.vsock)
+    listener = listen_vsock() if guest.setup.backend in {QEMU, QEMU_BASELINE} else listen_unix(guest.setup.vsock)
     with listener:
         yield listener
 
