@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -226,7 +225,9 @@ def _kept(specs: "Sequence[CellSpec]", args: argparse.Namespace) -> "list[CellRe
 
 
 def _report(out: Path, results: "Sequence[CellResult]") -> None:
-    for path in import_module("offmap.report.compare").write_reports(out, results):
+    from offmap.report.compare import write_reports
+
+    for path in write_reports(out, results):
         print(path)
 
 
