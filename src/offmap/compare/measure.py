@@ -21,8 +21,9 @@ from offmap.compare.job import Job
 from offmap.compare.probes import costs, devices, hidden, holder, host_events, paravirtual, reach
 from offmap.compare.probes.asker import Asker, no, undetermined, yes
 from offmap.compare.probes.guest_program import ProbeError
+from offmap.compare.probes.host_kernel import direct_map
 from offmap.compare.probes.live_guest import MEMORY_SIZE, GuestSetup, LiveGuest
-from offmap.compare.probes.prepared_host import SKIPPED_NATIVE, TRIED_SIZE, PreparedHost, direct_map_split
+from offmap.compare.probes.prepared_host import SKIPPED_NATIVE, TRIED_SIZE, PreparedHost
 from offmap.compare.probes.vmm_memory import own_kib
 from offmap.compare.questions import Answer
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
@@ -45,7 +46,7 @@ class _Cell:
         self.job = host.job
         self.spec = host.job.spec
         self.asker = asker
-        self.split_before = direct_map_split()
+        self.direct_map_before = direct_map()
         self.first: hidden.Sighting | None = None
         self.ranges: Sequence[RamRange] = ()
 
@@ -137,11 +138,7 @@ class _Cell:
         self.asker.ask_many(ids, probe)
 
     def _tell_split(self, id: str, when: str) -> None:
-        now = direct_map_split()
-        if now is None or self.split_before is None:
-            self.asker.leave([id], "this kernel does not tell how its direct map is split")
-        else:
-            self.asker.tell(costs.split(id, now - self.split_before, when))
+        self.asker.tell(costs.split(id, self.direct_map_before, direct_map(), when))
 
     def _devices(self, guest: LiveGuest, plain: LiveGuest) -> None:
         asker, host = self.asker, self.host

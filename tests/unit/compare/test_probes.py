@@ -219,3 +219,12 @@ def test_an_error_of_the_host_is_no_answer_either() -> None:
 
     assert ask.ask("costs.exits", refused).value is None
     assert ask.ask("costs.exits", lambda: measured("costs.exits", 3)).value == 3
+
+
+def test_the_direct_map_is_compared_with_what_it_was() -> None:
+    id = "costs.direct_map_left"
+    before = {"DirectMap4k": 100, "DirectMap2M": 4096}
+    answer = costs.split(id, before, {"DirectMap4k": 2148, "DirectMap2M": 2048}, "afterwards")
+    assert answer.value == 2048
+    assert "DirectMap2M 4096 KiB, now 2048" in answer.detail
+    assert costs.split(id, before, {}, "afterwards").value is None

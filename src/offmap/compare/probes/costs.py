@@ -1,6 +1,6 @@
 """What it costs, in pairs: the kind in question and plain RAM by turns, in the same host."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -177,6 +177,14 @@ def vmm_memory(mine: int, plain: int) -> Answer:
     return Answer("costs.vmm_memory", mine, "", (float(mine),), (float(plain),), detail)
 
 
-def split(id: str, kib: int, when: str) -> Answer:
-    """KiB of the direct map that are in 4 KiB pages and were not."""
-    return measured(id, kib, detail=when)
+def split(id: str, before: Mapping[str, int], now: Mapping[str, int], when: str) -> Answer:
+    """KiB of the direct map that are in 4 KiB pages and were not.
+
+    Args:
+        before, now: KiB by page size.
+    """
+    size = "DirectMap4k"
+    if size not in before or size not in now:
+        return undetermined(id, "this kernel does not tell how its direct map is split (/proc/meminfo)")
+    sizes = ", ".join(f"{name} {before.get(name, 0)} KiB, now {kib}" for name, kib in now.items())
+    return measured(id, now[size] - before[size], detail=f"{when}: {sizes}")

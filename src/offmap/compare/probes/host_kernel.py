@@ -8,7 +8,7 @@ from pathlib import Path
 
 from offmap.errors import OffmapError
 
-__all__ = ["direct_map_4k_kib", "host_memory_kib", "load_modules", "meminfo", "write_knob"]
+__all__ = ["direct_map", "host_memory_kib", "load_modules", "meminfo", "write_knob"]
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -44,16 +44,9 @@ def meminfo() -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"^(\S+):\s+(\d+)", _MEMINFO.read_text(), re.MULTILINE)}
 
 
-def direct_map_4k_kib() -> int:
-    """KiB of the direct map in 4 KiB pages.
-
-    Raises:
-        OffmapError: this kernel does not tell.
-    """
-    kib = meminfo().get("DirectMap4k")
-    if kib is None:
-        raise OffmapError("this kernel does not tell how its direct map is split (/proc/meminfo has no DirectMap4k)")
-    return kib
+def direct_map() -> dict[str, int]:
+    """KiB of the direct map by page size, as /proc/meminfo names them; empty where this kernel does not tell."""
+    return {name: kib for name, kib in meminfo().items() if name.startswith("DirectMap")}
 
 
 def host_memory_kib() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from offmap.compare.job import Job
 from offmap.compare.probes import devices, hidden, host_events
 from offmap.compare.probes.guest_image import probe_initramfs
-from offmap.compare.probes.host_kernel import direct_map_4k_kib, host_memory_kib, load_modules, write_knob
+from offmap.compare.probes.host_kernel import host_memory_kib, load_modules, write_knob
 from offmap.compare.probes.live_guest import BASELINE, MEMORY_SIZE, QEMU_BASELINE, GuestSetup
 from offmap.compare.probes.network import Subnet, tap
 from offmap.compare.vm_process import QEMU
@@ -21,7 +21,7 @@ from offmap.memory.probe import try_out
 from offmap.owned import Owned
 from offmap.vmm.pvclock import is_safe_on_hidden_memory
 
-__all__ = ["SKIPPED_NATIVE", "PreparedHost", "direct_map_split"]
+__all__ = ["SKIPPED_NATIVE", "PreparedHost"]
 
 SKIPPED_NATIVE = "it would change this machine, which is nobody's to throw away"
 
@@ -31,14 +31,6 @@ TRIED_SIZE = 4 << 20
 _HUGE_PAGES = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 _CARDS = ("ofcard", "ofvhost", "ofplain", "ofplainvhost")
 """Of the guest that the cell is about and of the plain one, each without vhost and with it."""
-
-
-def direct_map_split() -> int | None:
-    """KiB of the direct map in 4 KiB pages; None where this kernel does not tell."""
-    try:
-        return direct_map_4k_kib()
-    except OffmapError:
-        return None
 
 
 class PreparedHost(Owned):
