@@ -131,8 +131,8 @@ class KindFinding:
         standing: of all its cells together.
         cells: all of them.
         hiding: those of them that hide.
-        lost: questions that some cell answers with no (of those that hide, where there are such), and plain RAM in the
-            same setting does not; by id, with the reason.
+        lost: questions that some cell answers with no (of those that hide, else of those that came to their end: a guest
+            that is gone answers everything with no), and plain RAM in the same setting does not; by id, with the reason.
         undetermined: questions that no cell answers with no, and not all answer with yes; by id, with the reason.
         baselines: the cells of BASELINE on the same kernel.
     """
@@ -160,11 +160,12 @@ def finding_of(backend: str, cells: Sequence[CellResult], baselines: Iterable[Ce
     if not cells:
         return KindFinding(backend, Standing.NOT_RUN, (), (), {}, {})
     hiding = tuple(cell for cell in cells if standing_of(cell) is Standing.HIDES)
+    whole = [cell for cell in cells if cell.outcome is CellOutcome.BOOTED]
     plain = {_setting(cell): cell for cell in baselines}
     lost: dict[str, str] = {}
     open_: dict[str, str] = {}
     for asked in LOSSES:
-        for cell in hiding or cells:
+        for cell in hiding or whole:
             answer = cell.answer(asked.id)
             same = plain.get(_setting(cell))
             if answer.value is None:

@@ -141,7 +141,7 @@ def _few(titles: list[str]) -> str:
 
 
 def _ran(cells: Iterable[CellResult]) -> bool:
-    return any(cell.answer("works.boot").value is True for cell in cells)
+    return any(cell.outcome is CellOutcome.BOOTED for cell in cells)
 
 
 def _count(cells: Sequence[CellResult], hiding: Sequence[CellResult]) -> str:
@@ -192,7 +192,8 @@ def _setting(key: Setting, cells: Sequence[CellResult], results: Sequence[CellRe
     }
     kinds = [kind for kind in kinds_of(results) if kind in of or kind in elsewhere]
     columns = [(of.get(kind), kind) for kind in kinds]
-    plots = [plot for asked in COSTS if (plot := ratio_plot(asked, [cell for cell in cells if _ran([cell])]))]
+    booted = [cell for cell in cells if cell.answer("works.boot").value is True]
+    plots = [plot for asked in COSTS if (plot := ratio_plot(asked, booted))]
     return {
         "title": f"{short_kernel(host)}, guest {short_kernel(guest)}, {vcpus} vCPU{'s' if vcpus > 1 else ''}"
         + ("" if clock == "auto" else f", kvm-clock {clock}"),

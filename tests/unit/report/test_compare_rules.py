@@ -232,3 +232,10 @@ def test_a_cost_must_stand_out_of_the_noise() -> None:
     assert said(quiet, copy("unplugged", 80, 90, 99, 110, 120)).startswith(NOISE)
     assert said(quiet, copy("unplugged", 80, 80, 81)) == f"{TIMES}0.8 to {TIMES}0.81 (3 pairs)"
     assert said(quiet, without(less, "costs.copy")) == "?"
+
+
+@pytest.mark.parametrize("outcome", [one for one in CellOutcome if one is not CellOutcome.BOOTED])
+def test_what_a_cell_said_that_did_not_get_to_its_end_is_no_loss(outcome: CellOutcome) -> None:
+    """The guest may have been gone already."""
+    gone = {"breaks.gdb_attach": Answer("breaks.gdb_attach", False, "the guest did not live through it")}
+    assert not finding_of("unplugged", [cell("unplugged", outcome=outcome, answers=gone)], [cell("memfd")]).lost
