@@ -131,8 +131,9 @@ class KindFinding:
         standing: of all its cells together.
         cells: all of them.
         hiding: those of them that hide.
-        lost: questions that some cell answers with no (of those that hide, else of those that came to their end: a guest
-            that is gone answers everything with no), and plain RAM in the same setting does not; by id, with the reason.
+        lost: questions that some cell answers with no, and plain RAM in the same setting does not; by id, with the
+            reason. Of the cells that hide, else of those that came to their end: a guest that is gone would answer
+            everything with no.
         undetermined: questions that no cell answers with no, and not all answer with yes; by id, with the reason.
         baselines: the cells of BASELINE on the same kernel.
     """
