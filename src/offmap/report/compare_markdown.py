@@ -56,9 +56,9 @@ def _lines(page: dict[str, Any]) -> Iterable[str]:
             yield from (f"- {_text(line)}" for line in one["unsettled"])
             yield ""
     yield (
-        f"Costs: median of the ratios to {page['baseline']} RAM in the same host, in turns ({TIMES}1: the same). "
-        f"{NOISE.strip()}: not to be told from what {page['baseline']} shows against itself, with its spread. Fewer "
-        "than five pairs are said in brackets, and have no spread."
+        f"Costs: median of the ratios to {page['baseline']} RAM under the same VMM in the same host, in turns "
+        f"({TIMES}1: the same). {NOISE.strip()}: not to be told from what {page['baseline']} shows against itself, "
+        "with its spread. Fewer than five pairs are said in brackets, and have no spread."
     )
     yield ""
     if page["overview"]:
