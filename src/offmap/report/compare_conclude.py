@@ -195,15 +195,6 @@ def cost_of(finding: KindFinding, asked: Question) -> str:
         medians = [ratio.median for _, ratio in ratios]
         noise = "" if all(_told_apart(ratio, finding.control_of(cell), asked) for cell, ratio in ratios) else NOISE
         return noise + _range([f"{TIMES}{number(value)}" for value in (min(medians), max(medians))])
-    pairs = [
-        mine / plain
-        for _, answer in answers
-        for mine, plain in zip(answer.samples, answer.baseline, strict=False)
-        if plain > 0
-    ]
-    if pairs:
-        few = f"({len(pairs)} pair{'s' if len(pairs) > 1 else ''})"
-        return f"{_range([f'{TIMES}{number(value)}' for value in (min(pairs), max(pairs))])} {few}"
     values = [float(answer.value) for _, answer in answers if answer.value is not None]
     return f"{_range([number(value) for value in (min(values), max(values))])} {asked.unit}".strip() if values else "?"
 

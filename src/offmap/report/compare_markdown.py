@@ -58,7 +58,7 @@ def _lines(page: dict[str, Any]) -> Iterable[str]:
     yield (
         f"Costs: median of the ratios to {page['baseline']} RAM under the same VMM in the same host, in turns "
         f"({TIMES}1: the same). {NOISE.strip()}: not to be told from what {page['baseline']} shows against itself, "
-        "with its spread. Fewer than five pairs are said in brackets, and have no spread."
+        "with its spread. Fewer than five pairs give no ratio."
     )
     yield ""
     if page["overview"]:

@@ -21,10 +21,10 @@ CONSOLE = 20_000
 
 _SHOWN_COSTS = {
     "costs.populate": "populate",
-    "costs.boot": "boot",
     "costs.copy": "memory copy",
     "costs.chase": "pointer chase",
     "costs.blk_read": "disk read",
+    "costs.blk_write": "disk write",
     "costs.net": "network",
 }
 """Of a conclusion's table; the others are in the table of the setting."""

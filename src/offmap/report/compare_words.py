@@ -41,8 +41,9 @@ def said(asked: Question, answer: Answer) -> Said:
     more = ""
     if answer.ratio is not None:
         more = against(answer.ratio)
-    elif pairs := [mine / plain for mine, plain in zip(answer.samples, answer.baseline, strict=False) if plain > 0]:
-        more = f"{TIMES}{number(median(pairs))}, {len(pairs)} pair{'s' if len(pairs) > 1 else ''} only"
+    elif answer.baseline:  # too few for a ratio
+        count = min(len(answer.samples), len(answer.baseline))
+        more = f"plain {number(median(answer.baseline))}, {count} pair{'s' if count > 1 else ''} only"
     return Said("number", "", number(float(answer.value)), more)
 
 
