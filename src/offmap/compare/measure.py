@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from offmap.audit.audit import audit_process
@@ -26,6 +27,7 @@ from offmap.compare.probes.live_guest import MEMORY_SIZE, GuestSetup, LiveGuest
 from offmap.compare.probes.prepared_host import SKIPPED_NATIVE, TRIED_SIZE, PreparedHost
 from offmap.compare.probes.vmm_memory import own_kib
 from offmap.compare.questions import Answer
+from offmap.compare.vm_process import QEMU
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
 
 __all__ = ["main"]
@@ -181,7 +183,7 @@ class _Cell:
 
         def memory() -> Answer:
             with Process(plain.pid) as process:
-                ranges = find_guest_ram(process).ranges
+                ranges = plain.ranges() or find_guest_ram(process).ranges
             return costs.vmm_memory(own_kib(guest.pid, self.ranges), own_kib(plain.pid, ranges))
 
         asker.ask("costs.vmm_memory", memory)
@@ -248,6 +250,10 @@ class _Cell:
         asker.ask("costs.populate", lambda: costs.populate(host.backend.name))
         task = holder.Holder(host.backend.name, host.direct_file(), host.folder, may_dump=not self.job.native)
         asker.ask_many(holder.QUESTIONS, lambda: holder.hold(task))
+        if self.spec.backend == QEMU:
+            for id in ("costs.populate", *holder.QUESTIONS):
+                known = asker.answers[id]
+                asker.tell(replace(known, detail=f"by a process of offmap's that maps /dev/offmap; {known.detail}"))
         if self.spec.vcpus == 1:
             asker.stage("booting with 2 vCPUs")
             asker.ask("works.smp", self._smp)

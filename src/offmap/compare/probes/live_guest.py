@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offmap.audit.guest_ram import RamRange
+from offmap.audit.guest_ram import RamRange, Source
+from offmap.audit.process import Process
 from offmap.compare.guest import READY
 from offmap.compare.probes.guest_program import ProbeError, parse_answer
 from offmap.compare.vm_process import POWER_OFF_DEADLINE, QEMU, VmProcess, device_ranges
@@ -33,6 +34,7 @@ PATIENCE = 30.0
 """Seconds for one command, which takes a fraction of one."""
 
 _BOOT_DEADLINE = 120.0  # seconds; under emulation it takes 3 to 20
+_QEMU_MEMFD = "/memfd:memory-backend-memfd"  # backends/hostmem-memfd.c
 _NEVER = re.compile(r"(?!)")
 _READY = re.compile(re.escape(READY) + r", Linux (\S+)\r?\n")
 
@@ -234,7 +236,16 @@ class LiveGuest(VmProcess):
 
     def ranges(self) -> list[RamRange] | None:
         """Where its RAM is, if the VMM itself does not say so."""
-        return device_ranges(self.pid) if self.setup.backend == QEMU else None
+        if self.setup.backend == QEMU:
+            return device_ranges(self.pid)
+        if self.setup.backend == QEMU_BASELINE:
+            with Process(self.pid) as process:
+                return [
+                    RamRange(mapping.start, mapping.end - mapping.start, Source.REQUESTED)
+                    for mapping in process.maps()
+                    if mapping.path.startswith(_QEMU_MEMFD)
+                ]
+        return None
 
     def power_off(self) -> int | None:
         """Have the guest power itself off; the VMM's exit status, or None if it did not end in time."""
