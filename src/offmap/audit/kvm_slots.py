@@ -62,7 +62,11 @@ class KvmSlots(KernelObjects):
     """
 
     def __init__(self, kcore: Kcore, layout: Layout) -> None:
-        if os.readlink("/proc/self/ns/pid") != _INIT_PID_NAMESPACE:  # noqa: PTH115
+        try:
+            namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+        except FileNotFoundError:
+            namespace = _INIT_PID_NAMESPACE  # a kernel without PID namespaces (CONFIG_PID_NS) has none but that
+        if namespace != _INIT_PID_NAMESPACE:
             raise Unknown("the auditor is in a PID namespace of its own")
         super().__init__(kcore, layout, _btf())
         self._kvm_layout = layout
