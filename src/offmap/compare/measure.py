@@ -64,7 +64,7 @@ class _Cell:
                 plain.begin()
                 self._beside(plain)
         except BackendRefused as error:
-            if self.spec.kvm_clock == "on" and not self.job.native:
+            if self.host.withholds_clock and not self.job.native:
                 self._provoke()
             return "refused", str(error)
         asker.stage("the same RAM without a guest")

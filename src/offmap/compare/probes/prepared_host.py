@@ -89,14 +89,19 @@ class PreparedHost(Owned):
             raise OffmapError(self.why_no_network)
         return self._subnets
 
+    @property
+    def withholds_clock(self) -> bool:
+        """Whether kvm-clock is asked for where offmap does not offer it."""
+        wanted = self.job.spec.kvm_clock == "on" and self.job.spec.backend != QEMU
+        return wanted and self.backend.hides and not is_safe_on_hidden_memory()
+
     def try_out(self) -> None:
         """Run one instruction on this RAM: a refusal ends the cell before anything is booted.
 
         Raises:
             BackendRefused: this host does not give such RAM, or not with kvm-clock.
         """
-        wants_clock = self.job.spec.kvm_clock == "on" and self.job.spec.backend != QEMU
-        if wants_clock and self.backend.hides and not is_safe_on_hidden_memory():
+        if self.withholds_clock:
             raise BackendRefused(
                 f"kvm-clock is not offered on {self.backend.name} memory: this host's kernel must map its page"
             )
