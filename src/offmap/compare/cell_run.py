@@ -37,11 +37,12 @@ DEADLINE = 600.0
 """Seconds for a cell, from the boot of its host; under emulation on an idle processor it takes 60 to 120."""
 
 HOST_MEMORY = "2G"
-HOST_CMDLINE = "memmap=256M$0x60000000 clearcpuid=erms"
+HOST_CMDLINE = "memmap=256M$0x60000000 secretmem.enable=1 clearcpuid=erms"
 """256 MiB at 1.5 GiB that Linux never owns, for `reserved`. Every cell's host has it, so that all are alike.
 
 An emulated ``rep stosb`` stores byte by byte; where the processor promises that it is fast, clear_page() uses it
 (clear_page_64.S), and what is zeroed page by page would look ten times as slow as what is zeroed otherwise.
+Linux before 6.5 has no memfd_secret unless it is told to (secretmem.enable).
 """
 
 MEASURE = ("-m", "offmap.compare.measure")
