@@ -11,7 +11,7 @@ from offmap import __version__
 from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import CATALOGUE
 from offmap.report.compare_conclude import Conclusion, conclude
-from offmap.report.compare_repeat import command_of, missing_of
+from offmap.report.compare_repeat import commands_of, missing_of
 from offmap.report.compare_standing import BASELINE, standing_of
 
 __all__ = ["SCHEMA", "compare_document"]
@@ -27,7 +27,7 @@ def compare_document(results: Sequence[CellResult]) -> dict[str, Any]:
         "schema": SCHEMA,
         "offmap": __version__,
         "time": max((result.time for result in results), default=""),
-        "command": command_of(results),
+        "commands": commands_of(results),
         "baseline": BASELINE,
         "emulated": any(result.emulated for result in results),
         "conclusions": [_conclusion(each) for each in conclude(results)],

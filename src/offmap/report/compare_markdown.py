@@ -81,7 +81,8 @@ def _lines(page: dict[str, Any]) -> Iterable[str]:
         yield from (f"- {_text(titles)}: {_text(text)}." for titles, text in page["emulation"])
         yield ""
     yield "## How to repeat it"
-    yield f"    scripts/setup --compare && {page['command'] or 'offmap compare'}"
+    yield "    scripts/setup --compare"
+    yield from (f"    {command}" for command in page["commands"])
     yield ""
     yield "## The hosts"
     for name, facts in page["facts"]:

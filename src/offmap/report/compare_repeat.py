@@ -10,7 +10,7 @@ from offmap.errors import OffmapError
 from offmap.report.compare_words import short_kernel
 from offmap.units import format_size
 
-__all__ = ["axes_of", "command_of", "facts_of", "missing_of"]
+__all__ = ["axes_of", "commands_of", "facts_of", "missing_of"]
 
 _NAMES = 200  # of cells that are missing
 
@@ -35,11 +35,23 @@ def _ordered(values: Iterable[str], order: Sequence[str]) -> tuple[str, ...]:
     return (*(each for each in order if each in present), *(each for each in present if each not in order))
 
 
-def command_of(results: Sequence[CellResult]) -> str:
-    """What makes these cells again, from a checkout."""
+def commands_of(results: Sequence[CellResult]) -> list[str]:
+    """What makes these cells again, from a checkout, and no others: one command, or one for each setting."""
     axes = axes_of(results)
     if axes is None:
-        return ""
+        return []
+    specs = {result.spec for result in results}
+    if specs == set(cells_of(axes)):
+        return [_command(axes)]
+    groups: dict[tuple[str, str, int, str], list[CellResult]] = {}
+    for result in results:
+        spec = result.spec
+        groups.setdefault((spec.host_kernel, spec.guest_kernel, spec.vcpus, spec.kvm_clock), []).append(result)
+    each = [axes_of(group) for group in groups.values()]
+    return [_command(axes) for axes in each if axes is not None]
+
+
+def _command(axes: Axes) -> str:
     if axes == DEFAULT_AXES:
         return "offmap compare"
     if axes == FULL_AXES:

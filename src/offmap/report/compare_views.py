@@ -8,7 +8,7 @@ from offmap.compare.matrix import BACKENDS, CellSpec
 from offmap.compare.questions import CATALOGUE, Group, Question
 from offmap.report.compare_conclude import COSTS, Conclusion, conclude, cost_of, kinds_of, titles_of
 from offmap.report.compare_plot import ratio_plot
-from offmap.report.compare_repeat import command_of, facts_of, missing_of
+from offmap.report.compare_repeat import commands_of, facts_of, missing_of
 from offmap.report.compare_standing import BASELINE, Standing, finding_of, standing_of
 from offmap.report.compare_words import number, said, short_kernel
 
@@ -51,7 +51,7 @@ def compare_view(results: Sequence[CellResult]) -> View:
         "cells": [result_view(result) for result in results],
         "missing": missing_of(results),
         "facts": facts_of(results),
-        "command": command_of(results),
+        "commands": commands_of(results),
         "emulation": _emulation() if emulated else [],
         "standings": [(each.symbol, each.word, _MEANING[each]) for each in Standing],
     }

@@ -19,7 +19,7 @@ from offmap.report.compare_document import compare_document
 from offmap.report.compare_html import render_compare_html
 from offmap.report.compare_markdown import render_compare_markdown
 from offmap.report.compare_plot import LEFT, WIDTH, ratio_plot
-from offmap.report.compare_repeat import command_of, missing_of
+from offmap.report.compare_repeat import commands_of, missing_of
 from offmap.report.schema import compare_schema_text
 
 from .compare_samples import answers_of, cell, without
@@ -158,11 +158,15 @@ def test_fewer_than_five_pairs_are_no_ratio() -> None:
 
 
 def test_the_command_that_makes_it_again() -> None:
-    assert command_of([cell(spec.backend) for spec in cells_of(DEFAULT_AXES)]) == "offmap compare"
+    assert commands_of([cell(spec.backend) for spec in cells_of(DEFAULT_AXES)]) == ["offmap compare"]
     full = [replace(cell(), spec=spec) for spec in cells_of(FULL_AXES)]
-    assert command_of(full) == "offmap compare --full" and missing_of(full) == []
+    assert commands_of(full) == ["offmap compare --full"] and missing_of(full) == []
     two = [cell("memfd"), cell("memfd", host_kernel="/some/where/bzImage")]
-    assert command_of(two) == "offmap compare --host-kernel debian:6.12 --host-kernel bzImage --backend memfd"
+    assert commands_of(two) == ["offmap compare --host-kernel debian:6.12 --host-kernel bzImage --backend memfd"]
+    assert commands_of([*two, cell("unplugged")]) == [
+        "offmap compare --backend memfd --backend unplugged",
+        "offmap compare --host-kernel bzImage --backend memfd",
+    ]
 
 
 def test_cells_that_were_not_run_are_named() -> None:
