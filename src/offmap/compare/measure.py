@@ -84,14 +84,19 @@ class _Cell:
                     each.command("load virtio_mmio virtio_blk failover virtio_net vsock msr")
             asker.stage("trying its devices")
             self._devices(guest, plain)
+            guest.check_alive()
             asker.stage("asking for KVM's features")
             self._features(guest, console)
+            guest.check_alive()
             asker.stage("measuring what it costs")
             self._costs(guest, plain)
+            guest.check_alive()
             asker.stage("looking at it after I/O")
             self._look(guest, plain, hidden.AFTER_IO)
+            guest.check_alive()
             asker.stage("trying what may break")
             self._breaks(guest)
+            guest.check_alive()
             asker.ask("works.balloon", lambda: self._balloon(guest))
             if not self.host.offers_clock and not self.job.native:
                 asker.ask("works.kvm_clock", lambda: self._forbidden_clock(guest))  # may end the host
@@ -197,6 +202,7 @@ class _Cell:
         asker.ask("breaks.process_vm_readv", lambda: reach.process_vm_readv(guest, ranges, key))
         asker.ask("breaks.ptrace", lambda: reach.ptrace(guest, ranges, key))
         asker.ask("breaks.gdb_attach", lambda: reach.gdb_attach(guest, ranges))
+        guest.check_alive()
         asker.ask("breaks.hibernation", lambda: host_events.hibernation(self.host.hibernation))
         events: dict[str, Callable[[], str]] = {
             "breaks.drop_caches": host_events.drop_caches,

@@ -76,6 +76,7 @@ def _answer(id: str, call: str, found: Sequence[int], total: int, error: OSError
 
 def process_vm_readv(guest: LiveGuest, ranges: Sequence[RamRange], key: CanaryKey) -> Answer:
     """Search all of the VMM's guest RAM by process_vm_readv(2)."""
+    guest.check_alive()
     room = ctypes.create_string_buffer(_PIECE + CANARY_LENGTH)
     pid = guest.pid
 
