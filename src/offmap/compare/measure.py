@@ -50,6 +50,7 @@ class _Cell:
         self.asker = asker
         self.direct_map_before = direct_map()
         self.first: hidden.Sighting | None = None
+        self.last: hidden.Sighting | None = None
         self.ranges: Sequence[RamRange] = ()
 
     def run(self) -> tuple[str, str]:
@@ -135,7 +136,7 @@ class _Cell:
 
         def probe() -> list[Answer]:
             sighting = hidden.look(guest, plain, self.host.secrets)
-            self.first = self.first or sighting
+            self.first, self.last = self.first or sighting, sighting
             self.ranges = sighting.audit.ram.ranges
             answers = hidden.sightings(sighting, after_io=after_io)
             if not after_io:
@@ -238,13 +239,13 @@ class _Cell:
         if self.spec.backend not in _NOT_LINUXS:
             return None
         try:
-            return hidden.secrets_in_frames(hidden.guest_frames(self.first), self.host.secrets)
+            return hidden.secrets_in_frames(hidden.guest_frames(self.last), self.host.secrets)
         except OSError:
             return None
 
     def _gone(self, plain: LiveGuest, seen_raw: int | None) -> None:
         asker, secrets = self.asker, self.host.secrets
-        frames = hidden.guest_frames(self.first)
+        frames = hidden.guest_frames(self.last)
         linuxs = self.spec.backend not in _NOT_LINUXS
         asker.ask_many(hidden.GONE, lambda: hidden.after_the_end(plain, secrets, frames, self.host.memory_kib, linuxs))
         if not linuxs:

@@ -78,6 +78,12 @@ def test_bytes_come_back_and_are_taken(guest: LiveGuest) -> None:
             assert done.result()
 
 
+def test_a_guest_that_does_not_call_keeps_nobody_waiting(guest: LiveGuest) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, pytest.raises(ProbeError), network.attempt(network.echo_peer, listener, 10):
+        guest.command("nonsense")
+
+
 def test_an_echo_that_is_not_the_same_is_seen() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
 

@@ -108,5 +108,6 @@ def attempt(peer: Callable[[socket.socket, int], bool], listener: socket.socket,
         try:
             yield future
         except BaseException:
-            listener.close()  # nobody will call any more
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # nobody will call any more, and close(2) would not tell
             raise
