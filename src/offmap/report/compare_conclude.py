@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.matrix import BACKENDS
-from offmap.compare.questions import CATALOGUE, Group, Question, Ratio
+from offmap.compare.questions import CATALOGUE, MIN_PAIRS, Answer, Group, Question
 from offmap.report.compare_standing import (
     BASELINE,
     KindFinding,
@@ -190,10 +190,10 @@ def cost_of(finding: KindFinding, asked: Question) -> str:
     """
     cells = finding.hiding or finding.cells
     answers = [(cell, cell.answer(asked.id)) for cell in cells]
-    ratios = [(cell, answer.ratio) for cell, answer in answers if answer.ratio is not None]
-    if ratios:
-        medians = [ratio.median for _, ratio in ratios]
-        noise = "" if all(_told_apart(ratio, finding.control_of(cell), asked) for cell, ratio in ratios) else NOISE
+    paired = [(cell, answer) for cell, answer in answers if answer.ratio is not None]
+    if paired:
+        medians = [answer.ratio.median for _, answer in paired if answer.ratio is not None]
+        noise = "" if all(_told_apart(answer, finding.control_of(cell)) for cell, answer in paired) else NOISE
         return noise + _range([f"{TIMES}{number(value)}" for value in (min(medians), max(medians))])
     values = [float(answer.value) for _, answer in answers if answer.value is not None]
     return f"{_range([number(value) for value in (min(values), max(values))])} {asked.unit}".strip() if values else "?"
@@ -204,9 +204,18 @@ def _range(ends: Sequence[str]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _told_apart(ratio: Ratio, control: CellResult | None, asked: Question) -> bool:
-    """Whether its quartiles lie beyond 1 and beyond those of plain RAM against itself, on the same side."""
-    noise = control.answer(asked.id).ratio if control is not None else None
-    if noise is None:
+def _told_apart(answer: Answer, control: CellResult | None) -> bool:
+    """Whether each pair lies beyond 1 and beyond every pair of plain RAM against itself, on the same side.
+
+    Of five pairs each, chance does that on each side once in 252 times; of quartiles far more often.
+    """
+    mine = _pairs(answer)
+    noise = _pairs(control.answer(answer.question)) if control is not None else []
+    if len(noise) < MIN_PAIRS:
         return False
-    return ratio.low > max(1.0, noise.high) or ratio.high < min(1.0, noise.low)
+    return min(mine) > max(1.0, *noise) or max(mine) < min(1.0, *noise)
+
+
+def _pairs(answer: Answer) -> list[float]:
+    pairs = zip(answer.samples, answer.baseline, strict=False)
+    return [mine / plain for mine, plain in pairs if plain > 0]
