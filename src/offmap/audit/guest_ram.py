@@ -60,13 +60,18 @@ class Source(Enum):
 
 @dataclass(frozen=True)
 class RamRange:
-    """A range of the process's addresses that is to be audited; page-aligned."""
+    """A range of the process's addresses that is to be audited; page-aligned.
+
+    ``excluded``: guest-physical (address, size) of what its VM's guest does not get. They are of the claim that named
+    the range: what one VM keeps from its guest at an address, another VM of the process may give to its own there.
+    """
 
     va: int
     bytes: int
     source: Source
     guest_phys_addr: int | None = None
     backend: str = ""
+    excluded: tuple[tuple[int, int], ...] = ()
 
     @property
     def pages(self) -> int:
@@ -75,7 +80,7 @@ class RamRange:
 
 @dataclass(frozen=True)
 class GuestRam:
-    """All ranges of a process that are to be audited, and the guest-physical ranges that the guest does not get.
+    """All ranges of a process that are to be audited.
 
     ``unseen_guest_memfd``: the process holds guest_memfd memory that none of the ranges shows. Its pages may be in no
     process's page tables, so there is no telling where they are. ``read_only_bytes`` are in slots that the guest cannot
@@ -83,7 +88,6 @@ class GuestRam:
     """
 
     ranges: tuple[RamRange, ...]
-    excluded: tuple[tuple[int, int], ...] = ()
     unseen_guest_memfd: bool = False
     read_only_bytes: int = 0
     why_guessed: str = field(default="", compare=False)
@@ -115,6 +119,11 @@ def parse_memslots(text: bytes) -> GuestRam:
     slots, excluded = claim.get("slots"), claim.get("excluded", [])
     if not isinstance(slots, list) or not isinstance(excluded, list):
         raise Undetermined("the process's offmap-memslots list has no list of slots")
+    holes = []
+    for pair in excluded:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise Undetermined(f"the process's offmap-memslots list is malformed: excluded range {pair!r}")
+        holes.append((_number(pair[0], "excluded"), _number(pair[1], "excluded")))
     ranges = []
     for slot in slots:
         if not isinstance(slot, dict):
@@ -125,18 +134,14 @@ def parse_memslots(text: bytes) -> GuestRam:
             source=Source.MEMSLOT,
             guest_phys_addr=_number(slot.get("guest_phys_addr"), "guest_phys_addr"),
             backend=str(slot.get("backend", "")),
+            excluded=tuple(holes),
         )
         if not part.bytes or (part.va | part.bytes | (part.guest_phys_addr or 0)) % PAGE or part.va + part.bytes >> 64:
             raise Undetermined(f"the process's offmap-memslots list is malformed: slot {slot!r} is not made of pages")
         ranges.append(part)
-    holes = []
-    for pair in excluded:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise Undetermined(f"the process's offmap-memslots list is malformed: excluded range {pair!r}")
-        holes.append((_number(pair[0], "excluded"), _number(pair[1], "excluded")))
     if not ranges:
         raise Undetermined("the process's offmap-memslots list is empty")
-    return GuestRam(tuple(ranges), tuple(holes))
+    return GuestRam(tuple(ranges))
 
 
 def guess_ranges(mappings: Sequence[Vma]) -> tuple[RamRange, ...]:
@@ -201,7 +206,6 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
         ranges = claimed + omitted
         return GuestRam(
             ranges,
-            tuple(hole for claim in parts for hole in claim.excluded),
             _unseen_guest_memfd(_guest_memfds(process, links), ranges, mappings),
             why_guessed=why,
             omitted_bytes=sum(part.bytes for part in omitted),
@@ -244,11 +248,17 @@ def _of_slots(
     slots: Sequence[KvmSlot], mappings: Sequence[Vma], known: Sequence[RamRange] = ()
 ) -> tuple[RamRange, ...]:
     """The memory that the guest can write to, each byte of the process's once (a slot may show what another does),
-    less the slots that lie in one of the ``known`` ranges."""
+    less the slots that lie in one of the ``known`` ranges. One that keeps pages from its guest is of use only to a slot
+    at the same guest-physical place: by another the guest gets them."""
     found = list(known)
     for slot in sorted(slots, key=lambda slot: (-slot.bytes, slot.guest_phys_addr)):
         va, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
-        if slot.read_only or any(part.va <= va and end <= part.va + part.bytes for part in found):
+        if slot.read_only or any(
+            part.va <= va
+            and end <= part.va + part.bytes
+            and (not part.excluded or slot.guest_phys_addr - va == (part.guest_phys_addr or 0) - part.va)
+            for part in found
+        ):
             continue
         backing = find_mapping(mappings, va)
         name = "" if backing is None else backing.path or "anonymous"

@@ -151,7 +151,7 @@ def excluded_ranges(ram: GuestRam) -> Intervals:
     starts, ends, position = [], [], 0
     for part in ram.ranges:
         if part.guest_phys_addr is not None:
-            for start, size in ram.excluded:
+            for start, size in part.excluded:
                 first = max(-(-(start - part.guest_phys_addr) // PAGE), 0)
                 last = min((start + size - part.guest_phys_addr) // PAGE, part.pages)
                 starts.append(position + first)
@@ -167,7 +167,7 @@ def classify(
 
     Args:
         before, after: the frames as they were before and after the walk; a page that differs is unknown.
-        excluded: pages that the guest does not get.
+        excluded: pages that the guest does not get; those that are unknown count all the same.
         kinds: of the mappings' runs; without them, all outside the direct map are OTHER.
     """
     page = distinct(before.page, after.page, excluded.edges[excluded.edges < before.total])
@@ -178,7 +178,7 @@ def classify(
     changed = (state != after.state[two]) | ~same_frame
     # What could not be seen keeps its reason; of the rest it is said that it changed.
     reasons = (*before.reasons, _CHANGED)
-    reason = np.where(state == UNKNOWN, why, len(reasons) - 1)
+    reason = np.where(state == UNKNOWN, why.astype(np.int64), len(reasons) - 1)
     if after.ended:
         reasons = (*reasons, f"{after.ended} before it was looked at again")
         reason = np.where((state != UNKNOWN) & (after.state[two] == UNKNOWN), len(reasons) - 1, reason)
@@ -197,6 +197,7 @@ def classify(
     for code, frames in sets:
         reached[populated & frames.contains(pfn)] |= np.uint32(1 << code)
     page = page[source] + offset
+    state = state[source]
     blind = ""
     if mappings.unreadable:
         example = mappings.unreadable[0]
@@ -205,9 +206,10 @@ def classify(
         page,
         length,
         pfn,
-        state[source],
+        state,
         why[source].astype(np.uint16),
-        excluded.contains(page),
+        # That a page is kept from the guest excuses an alias of it that was seen, and not what nobody could see.
+        excluded.contains(page) & (state != UNKNOWN),
         reached,
         reasons,
         blind,

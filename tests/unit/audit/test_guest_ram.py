@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmap.audit.guest_ram import RamRange, Source, _unseen_guest_memfd, find_guest_ram, guess_ranges, parse_memslots
+from offmap.audit.guest_ram import (
+    RamRange,
+    Source,
+    _of_slots,
+    _unseen_guest_memfd,
+    find_guest_ram,
+    guess_ranges,
+    parse_memslots,
+)
+from offmap.audit.kvm_slots import KvmSlot
 from offmap.audit.maps import find_mapping, parse_maps
 from offmap.audit.process import NoSuchProcess, Process
 from offmap.errors import OffmapError, Undetermined
@@ -58,7 +67,7 @@ def test_memslots_claim() -> None:
     text = json.loads(claim())
     text["excluded"] = [[0x1000, 0x2000]]
     ram = parse_memslots(json.dumps(text).encode())
-    assert ram.excluded == ((0x1000, 0x2000),) and not ram.guessed
+    assert ram.ranges[0].excluded == ((0x1000, 0x2000),) and not ram.guessed
     assert (ram.ranges[0].va, ram.ranges[0].pages, ram.ranges[0].guest_phys_addr) == (0x7F00_0000_0000, 1, 0)
 
 
@@ -110,6 +119,28 @@ def test_own_memslots_memfd_is_found_by_its_name() -> None:
             assert find_guest_ram(process).ranges[0].source is Source.MEMSLOT
     finally:
         os.close(fd)
+
+
+def test_what_one_vm_keeps_from_its_guest_another_may_give_to_its_own() -> None:
+    fds = [os.memfd_create("offmap-memslots") for _ in range(2)]
+    try:
+        for fd, va, holes in zip(fds, (0x7F00_0000_0000, 0x7F10_0000_0000), ([[0, 4096]], []), strict=True):
+            os.write(fd, json.dumps(json.loads(claim(userspace_addr=va)) | {"excluded": holes}).encode())
+        with Process(os.getpid()) as process:
+            ranges = find_guest_ram(process).ranges
+    finally:
+        for fd in fds:
+            os.close(fd)
+    assert {part.va: part.excluded for part in ranges} == {0x7F00_0000_0000: ((0, 4096),), 0x7F10_0000_0000: ()}
+
+
+def test_page_kept_from_the_guest_at_one_address_counts_at_another() -> None:
+    part = RamRange(0x7F00_0000_0000, 1 << 20, Source.MEMSLOT, 0, excluded=((0x1000, 4096),))
+    same, other = (KvmSlot(gpa, part.va, part.bytes, False) for gpa in (0, 1 << 30))
+    assert _of_slots([same], [], [part]) == ()
+    assert [(found.guest_phys_addr, found.excluded) for found in _of_slots([same, other], [], [part])] == [
+        (1 << 30, ())
+    ]
 
 
 def test_guest_memfd_that_no_range_shows_is_noticed() -> None:

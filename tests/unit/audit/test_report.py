@@ -53,7 +53,7 @@ def test_clean_scan_says_what_it_could_not_read() -> None:
 
 
 def test_unseen_guest_memfd_is_never_hidden() -> None:
-    assert result(HIDDEN, ram=GuestRam(RAM.ranges, (), True)).verdict is Verdict.UNKNOWN
+    assert result(HIDDEN, ram=GuestRam(RAM.ranges, unseen_guest_memfd=True)).verdict is Verdict.UNKNOWN
 
 
 def test_pages_to_come_are_not_promised() -> None:

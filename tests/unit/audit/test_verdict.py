@@ -1,5 +1,7 @@
 """The verdict: hidden is said only of pages that were seen and that nothing maps."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -138,6 +140,21 @@ def test_pages_of_the_direct_map_cannot_be_excluded_into_hidden() -> None:
     assert (counts.verdict(False), counts.excluded_direct_pages) == (Verdict.UNKNOWN, 1)
 
 
+def test_pages_that_nobody_could_see_cannot_be_excluded_into_hidden() -> None:
+    seen = frames((0, UNKNOWN), (100, POPULATED))
+    counts = classify(seen, seen, pages([True, False]), mappings([(0, 9)], [])).counts()
+    assert (counts.verdict(False), counts.unknown_pages, counts.excluded_pages) == (Verdict.UNKNOWN, 1, 0)
+
+
+def test_as_many_reasons_as_there_can_be() -> None:
+    reasons: dict[str, Sequence[int]] = {f"reason {number}": [number] for number in range(400)}
+    seen = Frames.of_pages(np.zeros(401, np.int64), np.array([UNKNOWN] * 400 + [POPULATED], np.uint8), reasons)
+    after = Frames.of_pages(np.ones(401, np.int64), np.array([UNKNOWN] * 400 + [POPULATED], np.uint8), reasons)
+    counts = classify(seen, after, NONE, mappings([], [])).counts()
+    assert (counts.unknown_pages, sum(counts.reasons.values())) == (401, 401)
+    assert counts.reasons["came, went or moved during the audit"] == 1
+
+
 def test_all_pages_excluded_is_unknown() -> None:
     seen = frames((100, POPULATED))
     counts = classify(seen, seen, pages([True]), mappings([], [])).counts()
@@ -145,14 +162,17 @@ def test_all_pages_excluded_is_unknown() -> None:
 
 
 def test_page_is_excluded_only_if_all_of_it_is() -> None:
-    part = RamRange(0x7000_0000, 8 * PAGE, Source.MEMSLOT, guest_phys_addr=0x10_0000)
-    ram = GuestRam((part,), ((0x10_0000 + 100, 3 * PAGE),))
+    hole = (0x10_0000 + 100, 3 * PAGE)
+    part = RamRange(0x7000_0000, 8 * PAGE, Source.MEMSLOT, guest_phys_addr=0x10_0000, excluded=(hole,))
+    other = RamRange(0x9000_0000, 8 * PAGE, Source.KVM, guest_phys_addr=0x10_0000)  # of another VM of the process
+    ram = GuestRam((part, other))
     assert excluded_ranges(ram).edges.tolist() == [1, 3]
 
 
 def test_excluded_range_outside_every_slot_excludes_nothing() -> None:
-    part = RamRange(0x7000_0000, 2 * PAGE, Source.MEMSLOT, guest_phys_addr=0x10_0000)
-    assert not excluded_ranges(GuestRam((part,), ((0, 0x10_0000), (1 << 40, PAGE)))).size
+    holes = ((0, 0x10_0000), (1 << 40, PAGE))
+    part = RamRange(0x7000_0000, 2 * PAGE, Source.MEMSLOT, guest_phys_addr=0x10_0000, excluded=holes)
+    assert not excluded_ranges(GuestRam((part,))).size
 
 
 def test_aliases_are_listed_as_contiguous_ranges() -> None:
@@ -205,7 +225,7 @@ def test_every_page_is_judged_as_if_it_were_the_only_one(
     for pfn, before, later, out in guest:
         known = before == later == POPULATED
         mapped = known and pfn in in_direct | in_alias
-        if out:
+        if out and before == later != UNKNOWN:
             expected.excluded_pages += 1
             expected.excluded_mapped_pages += mapped
             expected.excluded_direct_pages += known and pfn in in_direct
