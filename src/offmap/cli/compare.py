@@ -51,6 +51,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     how.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR", help="default: %(default)s")
     how.add_argument("--jobs", type=_count, metavar="N", help="cells at a time (default: as cores and memory allow)")
     how.add_argument("--deadline", type=_seconds, metavar="SECONDS", help="for a cell (default: 600)")
+    how.add_argument(
+        "--boots",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="pairs of guests to time the boot of, by turns; 5 give a ratio",
+    )
     how.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="of the disposable hosts")
     where = how.add_mutually_exclusive_group()
     where.add_argument("--dask", metavar="ADDRESS", help="on the workers of that dask cluster: tcp://HOST:8786")
@@ -68,7 +75,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _count(text: str) -> int:
     count = int(text) if text.isdecimal() else 0
     if count < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no number of cells")
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return count
 
 
@@ -154,7 +161,7 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
         raise OffmapError("measuring on the running kernel needs root", "run it with sudo")
     guest_program()  # without a compiler no cell can be measured
     jobs = 1 if args.native else args.jobs or cells_at_a_time()
-    settings = Settings(deadline=args.deadline or DEADLINE, accel=args.accel)
+    settings = Settings(deadline=args.deadline or DEADLINE, accel=args.accel, boots=args.boots)
     with ExitStack() as stack:
         store = stack.enter_context(Store(args.out))
         progress = stack.enter_context(CompareProgress(console, len(specs)))

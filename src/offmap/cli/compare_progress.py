@@ -27,7 +27,7 @@ def summary(result: CellResult) -> str:
         said = answers
     else:
         said = next(iter(result.reason.splitlines()), "no reason given")
-        if result.asked:
+        if result.asked and outcome is not CellOutcome.REFUSED:
             said += f" (at {result.asked})"
         if result.answers:
             said += f"; {answers}"

@@ -60,6 +60,7 @@ class CellTask:
         run: which comparison wants it, for `stop_cells`.
         deadline: seconds from the boot of its host.
         accel: of the disposable host: auto, tcg or kvm.
+        boots: pairs of guests whose boots are timed (Job.boots).
         program: Python's arguments for the measuring program (offmap.compare.job).
     """
 
@@ -67,6 +68,7 @@ class CellTask:
     run: str
     deadline: float = DEADLINE
     accel: str = "auto"
+    boots: int = 1
     program: tuple[str, ...] = MEASURE
 
 
@@ -123,7 +125,7 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
             module = _module(task.spec, host)
             # guest RAM, files to read past the page cache: a disk, where /tmp is one
             with tempfile.TemporaryDirectory(prefix="offmap-cell-") as folder:
-                job = Job(task.spec, guest.vmlinuz, guest.modules, guest.release, Path(folder))
+                job = Job(task.spec, guest.vmlinuz, guest.modules, guest.release, Path(folder), task.boots)
                 argv = [sys.executable, *task.program, job.dumps()]
                 began = time.monotonic()  # what had to be downloaded or built is not the cell's time
                 if job.native:
@@ -247,7 +249,7 @@ def _result(task: CellTask, said: Said, end: _End, inputs: dict[str, str], secon
         answers=said.answers,
         host=said.host,
         machine=machine_facts(end.accel),
-        inputs={**inputs, "deadline": f"{task.deadline:g}"},
+        inputs={**inputs, "deadline": f"{task.deadline:g}", "boots": str(task.boots)},
         seconds=round(seconds, 1),
         time=utc_now(),
         console=end.console,

@@ -63,6 +63,7 @@ class Settings:
 
     deadline: float = DEADLINE
     accel: str = "auto"
+    boots: int = 1
     program: tuple[str, ...] = MEASURE
 
 
@@ -125,7 +126,8 @@ class Scheduler:
                 host, guest = kernels_of(spec, partial(self._events, spec))
                 known[names] = host, inputs_of(host, guest)
             host, inputs = known[names]
-            found, why = self._store.done(spec, {**inputs, **module_input(spec, host)}, self._settings.deadline)
+            wanted = {**inputs, **module_input(spec, host)}
+            found, why = self._store.done(spec, wanted, self._settings.deadline, self._settings.boots)
             if found is not None:
                 done[spec] = found
                 self._events(spec, {"skipped": True})
@@ -157,7 +159,7 @@ class Scheduler:
         futures: dict[Future[dict[str, Any]], CellSpec] = {}
 
         def submit(spec: CellSpec) -> None:
-            task = CellTask(spec, self.run_id, settings.deadline, settings.accel, settings.program)
+            task = CellTask(spec, self.run_id, settings.deadline, settings.accel, settings.boots, settings.program)
             futures[pool.executor.submit(call, task)] = spec
 
         try:

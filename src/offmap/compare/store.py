@@ -72,11 +72,13 @@ class Store(Owned):
         """Where a cell is kept."""
         return self.cells / f"{spec.key}.json"
 
-    def done(self, spec: CellSpec, inputs: dict[str, str], deadline: float) -> tuple[CellResult | None, str]:
+    def done(
+        self, spec: CellSpec, inputs: dict[str, str], deadline: float, boots: int = 1
+    ) -> tuple[CellResult | None, str]:
         """What there is of a cell from an earlier run, if it counts, and why it does not, if there is something.
 
-        It counts if it is whole, and made from the same code and kernels. A cell that failed, or had less time than it
-        would have now, is run again.
+        It counts if it is whole, and made from the same code and kernels. A cell that failed, had less time than it
+        would have now, or timed fewer boots, is run again.
         """
         try:
             found = read_cell(self.path(spec))
@@ -90,8 +92,10 @@ class Store(Owned):
             return None, f"{changed} changed since"
         if found.outcome is CellOutcome.FAILED:
             return None, f"it failed: {found.reason.splitlines()[0] if found.reason else 'no reason'}"
-        if found.outcome is CellOutcome.DEADLINE and _seconds(found.inputs.get("deadline", "")) < deadline:
+        if found.outcome is CellOutcome.DEADLINE and _number(found.inputs.get("deadline", "")) < deadline:
             return None, "it may take longer now"
+        if found.outcome is CellOutcome.BOOTED and _number(found.inputs.get("boots", "1")) < boots:
+            return None, f"{boots} boots are timed now"
         return found, ""
 
     def put(self, result: CellResult) -> None:
@@ -119,7 +123,7 @@ class Store(Owned):
         self._lock.close()
 
 
-def _seconds(text: str) -> float:
+def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:

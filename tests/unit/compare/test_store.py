@@ -65,6 +65,15 @@ def test_failures_are_tried_again_and_deadlines_with_more_time(tmp_path: Path) -
         assert store.done(SPEC, INPUTS, 601) == (None, "it may take longer now")
 
 
+def test_with_more_boots_to_time_it_is_run_again(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.put(result())
+        assert store.done(SPEC, INPUTS, 600, 5) == (None, "5 boots are timed now")
+    with Store(tmp_path) as store:
+        store.put(result(CellOutcome.REFUSED))  # with any number
+        assert store.done(SPEC, INPUTS, 600, 5)[0] is not None
+
+
 @pytest.mark.parametrize(
     "damage",
     [
