@@ -193,7 +193,6 @@ def test_direct_io_needs_its_control() -> None:
     assert judged(control=True, same=False) is False
     assert judged(control=True, error="EFAULT") is False
     assert judged(control=False, error="EINVAL") is None
-    assert judged(skipped="no file") is None
 
 
 def test_a_balloon_cannot_be_judged_where_its_memory_does_not_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,8 @@ def load_modules(*names: str) -> None:
         raise OffmapError("there is no modprobe", "install kmod")
     done = subprocess.run([modprobe, "-a", *names], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise OffmapError(f"this kernel does not load {', '.join(names)}: {done.stderr.strip() or 'no reason given'}")
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise OffmapError(f"this kernel has not all of {', '.join(names)}: {last.removeprefix('modprobe: ')}")
 
 
 def write_knob(path: str, value: str) -> None:

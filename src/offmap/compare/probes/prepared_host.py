@@ -1,5 +1,6 @@
 """The host, made ready for a cell: what the guests boot, their disks and interfaces, and what the host was before."""
 
+import contextlib
 import os
 from contextlib import ExitStack
 from dataclasses import replace
@@ -149,16 +150,17 @@ class PreparedHost(Owned):
         """A guest on the same RAM, without devices and secrets."""
         return replace(setup, words="", vcpus=vcpus, disk=None, taps=[], vsock=None, balloon=None)
 
-    def direct_file(self) -> Path | None:
-        """A file or disk that takes direct I/O; None: there is none here."""
-        if self.job.native:
-            return self.disks[0].path
-        try:
-            load_modules("brd")
-        except OffmapError:
-            return None
+    def direct_file(self) -> Path:
+        """A disk or file to read past the page cache; the folder's is on 9p in a lab host, which pins pages as well."""
         device = Path("/dev/ram0")
-        return device if os.access(device, os.W_OK) else None
+        if not self.job.native:
+            with contextlib.suppress(OffmapError):
+                load_modules("brd")
+            if os.access(device, os.W_OK):
+                return device
+        path = self.job.folder / "direct"
+        path.write_bytes(bytes(1 << 20))
+        return path
 
     def close(self) -> None:
         self._owned.close()

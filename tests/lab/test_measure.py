@@ -1,0 +1,92 @@
+"""Real cells of the comparison, measured in disposable hosts of their own: what is known of each kind must come out."""
+
+from typing import Any
+
+import pytest
+
+from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.cell_run import CellTask, run_cell
+from offmap.compare.matrix import CellSpec
+from offmap.compare.probes import hidden
+from offmap.compare.questions import CATALOGUE, Kind
+
+pytestmark = [pytest.mark.lab, pytest.mark.slow]
+
+COMMON = {
+    "works.boot": True,
+    "works.smp": True,
+    "works.virtio_blk": True,
+    "works.virtio_net": True,
+    "works.vhost_net": True,
+    "works.vsock": True,
+    "works.ram_snapshot": True,
+    "hidden.control": True,
+    "hidden.restored": True,
+    "hidden.canaries_planted": hidden.CANARIES,
+    "breaks.drop_caches": True,
+    "breaks.compaction": True,
+    "breaks.memory_pressure": True,
+}
+PLAIN = {
+    "works.kvm_clock": True,
+    "works.balloon": True,
+    "hidden.before_io": False,
+    "hidden.after_io": False,
+    "hidden.canaries_found": hidden.CANARIES,
+    "breaks.o_direct": True,
+    "breaks.process_vm_readv": True,
+    "breaks.ptrace": True,
+    "breaks.core_dump": True,
+}
+HIDDEN = {
+    "works.kvm_clock": False,
+    "works.balloon": False,
+    "hidden.before_io": True,
+    "hidden.after_io": True,
+    "hidden.direct_map_pages": 0,
+    "hidden.alias_pages": 0,
+    "hidden.canaries_found": 0,
+    "hidden.canaries_found_after_io": 0,
+    "hidden.zeroed": True,
+    "breaks.o_direct": False,
+    "breaks.process_vm_readv": False,
+    "breaks.core_dump": False,
+}
+EXPECTED: dict[str, dict[str, Any]] = {
+    "memfd": COMMON | PLAIN,
+    # /dev/mem has an access method of its own (generic_access_phys), by which a debugger reads what GUP refuses.
+    "reserved": COMMON | HIDDEN | {"breaks.ptrace": True, "costs.direct_map_split": 0},
+    "secretmem-bridge": COMMON | HIDDEN | {"breaks.ptrace": False, "breaks.hibernation": False},
+    "unplugged": COMMON | HIDDEN | {"breaks.ptrace": False, "costs.direct_map_split": 0, "costs.direct_map_left": 0},
+}
+
+
+def measured(spec: CellSpec) -> CellResult:
+    return CellResult.from_json(run_cell(CellTask(spec, f"test-{spec.backend}")))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("backend", EXPECTED)
+def test_a_cell(backend: str) -> None:
+    result = measured(CellSpec(backend))
+    assert result.outcome is CellOutcome.BOOTED, (result.reason, result.console)
+    expected = EXPECTED[backend]
+    values = {id: result.answer(id).value for id in expected}
+    assert values == expected, {id: result.answer(id) for id in expected if values[id] != expected[id]}
+    # Every question was put, and has an answer or a reason.
+    assert set(result.answers) == set(CATALOGUE)
+    for id, answer in result.answers.items():
+        assert answer.value is not None or answer.reason, id
+    pairs = [id for id, answer in result.answers.items() if answer.ratio is not None]
+    assert {"costs.populate", "costs.chase", "costs.copy", "costs.blk_read", "costs.blk_write", "costs.net"} <= set(
+        pairs
+    )
+    assert all(CATALOGUE[id].kind is Kind.NUMBER for id in pairs)
+
+
+@pytest.mark.timeout(300)
+def test_a_clock_that_the_host_cannot_keep_costs_that_cell_its_host() -> None:
+    result = measured(CellSpec("secretmem-bridge", kvm_clock="on"))
+    assert result.outcome is CellOutcome.OOPS
+    assert result.asked == "works.kvm_clock"
+    assert "BUG: unable to handle page fault" in result.oops
