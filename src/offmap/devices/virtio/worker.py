@@ -101,7 +101,8 @@ class Worker(Owned):
         os.eventfd_write(self._wake, 1)
 
     def _run_calls(self, _events: int) -> None:
-        while self._calls:
+        # Only those that are there now: one that posts itself, to go on later, lets kicks and host files have a turn.
+        for _ in range(len(self._calls)):
             try:
                 self._calls.popleft()()
             except Exception as error:

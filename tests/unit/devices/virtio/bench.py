@@ -100,7 +100,7 @@ class Bench(Owned):
     def run(self, seconds: float = 0.0) -> bool:
         """Handle what is due, and what comes up within so many seconds; whether there was something."""
         busy = False
-        while self._inline.posted:
+        for _ in range(len(self._inline.posted)):
             busy = True
             self._inline.posted.popleft()()
         for fd, events in self._inline.epoll.poll(0 if busy else seconds):

@@ -65,6 +65,23 @@ def test_what_a_handler_raises_is_reported_and_the_thread_goes_on() -> None:
     os.close(kick)
 
 
+def test_who_posts_himself_again_and_again_leaves_the_others_their_turn() -> None:
+    kick, kicked = os.eventfd(0, os.EFD_NONBLOCK), threading.Event()
+    with Worker("test", lambda _: None) as worker:
+
+        def go_on() -> None:
+            if not kicked.is_set():
+                worker.post(go_on)
+
+        worker.watch(kick, lambda _: kicked.set(), select.EPOLLIN | select.EPOLLET)
+        worker.post(go_on)
+        os.eventfd_write(kick, 1)
+        came = kicked.wait(10)
+        kicked.set()
+    assert came
+    os.close(kick)
+
+
 def test_closing_ends_the_thread_after_what_was_posted() -> None:
     done: list[int] = []
     worker = Worker("to be closed", lambda _: None)
