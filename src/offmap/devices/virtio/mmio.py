@@ -10,6 +10,7 @@ the loads of a driver, it may see half of a changing configuration; the generati
 interrupt that says so comes when all of it is there, so that the driver reads it again.
 """
 
+import os
 import select
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -252,7 +253,7 @@ class MmioTransport:
 
     def _activate(self) -> None:
         self._was_ready = True
-        self._queues = [self._queue(setup) if setup.ready else None for setup in self._setups]
+        self._queues = [self._queue(n, setup) if setup.ready else None for n, setup in enumerate(self._setups)]
         self._device.activate(
             Activation(
                 self._queues,
@@ -267,7 +268,7 @@ class MmioTransport:
             if queue is not None:
                 self._device.handle(number)
 
-    def _queue(self, setup: _QueueSetup) -> Queue:
+    def _queue(self, number: int, setup: _QueueSetup) -> Queue:
         if setup.size > setup.size_max:
             raise DriverError(f"sets up a queue of size {setup.size}, where {setup.size_max} is the most")
         return Queue(
@@ -279,6 +280,7 @@ class MmioTransport:
             interrupt=partial(self.interrupt_status.raise_, reg.VIRTIO_MMIO_INT_VRING),
             event_idx=bool(self._driver_features >> VIRTIO_RING_F_EVENT_IDX & 1),
             indirect=bool(self._driver_features >> VIRTIO_RING_F_INDIRECT_DESC & 1),
+            again=partial(os.eventfd_write, self._kicks[number], 1) if number < len(self._kicks) else None,
         )
 
     def watch_kicks(self, number: int, fd: int) -> None:

@@ -33,6 +33,12 @@ MAX_QUEUE_SIZE = 1 << 15  # virtio 1.2, 2.7: "The maximum Queue Size value is 32
 
 _WORTHWHILE = 8  # descriptors in a table from which on looking at it as a whole is quicker
 
+_MOST_TABLES = 128  # kinds of tables that are remembered: one of 512 descriptors takes some 64 KiB
+_MOST_BYTES = (1 << 32) - 1  # of a chain (2.7.5.2), so that what was written of it fits into its used element
+
+_SHARE = 64 << 20  # bytes that `chains` goes through before others have their turn; a buffer counts as _AT_LEAST
+_AT_LEAST = 256 << 10
+
 _DESCRIPTOR = Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
 
 
@@ -64,11 +70,16 @@ class Chain:
 
 
 class _Tables(dict[int, Struct]):
-    """How to read all of a table of so many descriptors."""
+    """How to read all of a table of so many descriptors. Of all queues, and so on any thread."""
 
     def __missing__(self, count: int) -> Struct:
+        if len(self) >= _MOST_TABLES:
+            self.clear()  # a driver that makes one of each size shall not fill our memory with them
         self[count] = struct = Struct("<" + count * "QIHH")
         return struct
+
+
+_TABLES = _Tables()
 
 
 class Queue:
@@ -81,6 +92,7 @@ class Queue:
         interrupt: tells the driver that there are used buffers.
         event_idx: VIRTIO_RING_F_EVENT_IDX was negotiated.
         indirect: VIRTIO_RING_F_INDIRECT_DESC was negotiated.
+        again: makes that the queue is looked at again later, as by a kick; None: `chains` goes on as long as it can.
 
     Attributes:
         size, desc, avail, used: as above.
@@ -100,6 +112,7 @@ class Queue:
         interrupt: Callable[[], None],
         event_idx: bool = False,
         indirect: bool = False,
+        again: Callable[[], None] | None = None,
     ) -> None:
         if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
             raise DriverError(f"sets up a queue of size {size}, which is not a power of two")
@@ -117,6 +130,7 @@ class Queue:
         self._interrupt = interrupt
         self._event_idx = event_idx
         self._indirect = indirect
+        self._again = again
         self._desc = dma.view(desc, 16 * size)
         # le16 flags, idx, ring[size], used_event
         self._avail = dma.view(avail, 6 + 2 * size).cast("H")
@@ -129,7 +143,6 @@ class Queue:
         self._last_avail = 0
         self._used_idx = 0
         self._signalled = 0  # used idx at the last decision to interrupt or not
-        self._tables = _Tables()
         self._fenced = -1  # used idx before the last fence
         self._lock = threading.Lock()
 
@@ -184,7 +197,7 @@ class Queue:
                 left += 1  # it is no buffer itself: a chain of the queue's size may be in its table
                 count = length // 16
                 if count <= size:
-                    words = self._tables[count].unpack_from(ram, address)
+                    words = _TABLES[count].unpack_from(ram, address)
                     if left == size and count >= _WORTHWHILE:
                         chain = _straight(head, words, start, end, ram)
                         if chain is not None:
@@ -201,6 +214,8 @@ class Queue:
                 readable.append(ram[address : address + length])
                 readable_bytes += length
             if not flags & VRING_DESC_F_NEXT:
+                if readable_bytes + writable_bytes > _MOST_BYTES:
+                    raise DriverError(f"makes a chain of {readable_bytes + writable_bytes} bytes")
                 return Chain(head, readable, writable, readable_bytes, writable_bytes)
 
     def push(self, chain: Chain, written: int) -> None:
@@ -248,14 +263,23 @@ class Queue:
         return self._avail[1] != self._last_avail
 
     def chains(self) -> Iterator[Chain]:
-        """All buffers that are available; at the end, the driver has been asked for a kick with the next one.
+        """The buffers that are available; at the end, the driver has been asked for a kick with the next one.
+
+        A driver may add them as quickly as they are used, and need not even run for it: a drive's data can be read
+        into the available ring. So after a share of them the rest is left for another time (`again`), and whoever
+        waits for the thread, to stop the device for example, comes in between.
 
         Raises:
             DriverError: as `pop`.
         """
+        left = _SHARE
         while True:
             while (chain := self.pop()) is not None:
+                left -= chain.readable_bytes + chain.writable_bytes + _AT_LEAST
                 yield chain
+                if left <= 0 and self._again is not None:
+                    self._again()
+                    return
             if not self.rearm():
                 return
 
@@ -271,6 +295,7 @@ class Queue:
         self._desc = memoryview(bytes(16 * self.size))
         self._last_avail = 0
         self._interrupt = _nothing
+        self._again = None
 
     def _fence(self) -> None:
         with self._lock:
@@ -293,6 +318,8 @@ def _straight(head: int, words: tuple[int, ...], start: int, end: int, ram: memo
     if words[3:-4:4] != tuple(range(1, count)):
         return None
     lengths = words[1::4]
+    if sum(lengths) > _MOST_BYTES:
+        return None
     ends = tuple(map(add, words[::4], lengths))
     if min(words[::4]) < start or max(ends) > end:
         return None

@@ -2,7 +2,7 @@
 
 import mmap
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from offmap.devices.virtio.dma import Dma
@@ -61,7 +61,7 @@ class Driver:
         self._next_buffer = self._buffers
         memory.write(self.avail, bytes(TABLES - AVAIL))  # whatever another driver has left there
 
-    def queue(self) -> Queue:
+    def queue(self, again: Callable[[], None] | None = None) -> Queue:
         """The device's side."""
         return Queue(
             self.dma,
@@ -72,6 +72,7 @@ class Driver:
             interrupt=self._interrupt,
             event_idx=self.event_idx,
             indirect=self.indirect,
+            again=again,
         )
 
     def _interrupt(self) -> None:

@@ -17,7 +17,7 @@ from offmap.memory.guest import GuestMemory
 from offmap.uapi.virtio import blk as uapi
 from offmap.uapi.virtio.config import VIRTIO_CONFIG_S_NEEDS_RESET
 
-from .driver import Driver, guest_memory
+from .driver import NEXT, WRITE, Driver, guest_memory
 from .transport import Wired
 
 SECTORS = 256
@@ -320,6 +320,31 @@ def in_small_steps(real: Callable[..., int]) -> Callable[..., int]:
         return real(fd, parts, offset)
 
     return call
+
+
+def test_a_drive_that_feeds_its_own_queue_can_be_stopped(memory: GuestMemory, tmp_path: Path) -> None:
+    """Each sector is the next request: its header, and an available index that is one higher. No vCPU takes part."""
+    count = 1 << 16  # so that both wrap at once
+    image = tmp_path / "program"
+    with image.open("wb") as file:
+        for sector in range(count):
+            ring = struct.pack("<HHHHHH", 0, sector + 2 & 0xFFFF, 0, 0, 0, 0)
+            header = struct.pack("<IIQ", uapi.VIRTIO_BLK_T_IN, 0, (sector + 1) % count)
+            file.write((ring.ljust(256, b"\0") + header).ljust(512, b"\0"))
+    driver = Driver(memory, 4)
+    wired = Wired(Blk(Disk(image)), driver).set_up()
+    memory.write(driver.avail + 256, struct.pack("<IIQ", uapi.VIRTIO_BLK_T_IN, 0, 0))
+    driver.descriptor(0, driver.avail + 256, 16, NEXT, 1)
+    driver.descriptor(1, driver.avail, 512, NEXT | WRITE, 2)
+    driver.descriptor(2, 0x40000, 1, WRITE)
+    driver.make_available(0)
+    os.eventfd_write(wired.kicks[0], 1)
+    while driver.used_idx() < 1000:
+        wired.settle()
+    stopping = threading.Thread(target=wired.close, daemon=True)
+    stopping.start()
+    stopping.join(10)
+    assert not stopping.is_alive()
 
 
 def test_calls_that_move_a_part(drive: Drive, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:

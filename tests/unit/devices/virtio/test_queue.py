@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmap.devices.virtio.queue import Chain, DriverError, Queue
+from offmap.devices.virtio.queue import _TABLES, Chain, DriverError, Queue
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
 
@@ -144,6 +144,19 @@ def test_chains_are_given_while_the_driver_adds_more(memory: GuestMemory) -> Non
     assert seen == 5
 
 
+def test_a_driver_that_never_stops_adding_leaves_the_thread_to_others(memory: GuestMemory) -> None:
+    driver = Driver(memory)
+    asked: list[None] = []
+    queue = driver.queue(again=lambda: asked.append(None))
+    driver.add(1)
+    for served, chain in enumerate(queue.chains()):
+        queue.push(chain, 0)
+        driver.add(1)
+        assert served < 10_000
+    assert len(asked) == 1
+    assert queue.pop() is not None, "nothing is lost"
+
+
 def test_an_undone_pop_gives_the_same_again(memory: GuestMemory) -> None:
     driver = Driver(memory)
     queue = driver.queue()
@@ -184,6 +197,37 @@ def test_long_chains(memory: GuestMemory, indirect: bool, reads: int, writes: in
     assert chain.readable_bytes == sum(map(len, content))
     assert chain.writable_bytes == writes * (writes + 1) // 2
     assert driver.result() == b"\xaa" * chain.writable_bytes
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_a_chain_is_no_longer_than_a_used_element_can_say(indirect: bool) -> None:
+    """2.7.5.2: 2^32 bytes at most; the same piece of memory may be named again and again."""
+    with guest_memory(1 << 30) as memory:
+        driver = Driver(memory, size=16, indirect=indirect)
+        queue = driver.queue()
+        table = 0x20000 if indirect else driver.desc
+        for number in range(16):
+            flags = WRITE | (NEXT if number < 15 else 0)
+            driver.descriptor(number, 0x40000, 1 << 28, flags, number + 1, 0x20000)
+        if not indirect:
+            memory.write(driver.desc, memory.read(0x20000, 16 * 16))
+        else:
+            driver.descriptor(0, table, 16 * 16, INDIRECT)
+        driver.make_available(0)
+        with pytest.raises(DriverError, match="makes a chain of 4294967296 bytes"):
+            queue.pop()
+        queue.stop()
+        driver.dma.release()
+
+
+def test_tables_of_every_length_do_not_pile_up(memory: GuestMemory) -> None:
+    driver = Driver(memory, size=512)
+    queue = Queue(driver.dma, 512, driver.desc, driver.avail, driver.used, interrupt=lambda: None, indirect=True)
+    for count in range(1, 513):
+        driver.descriptor(0, 0x20000, 16 * count, INDIRECT)
+        driver.make_available(0)
+        assert queue.pop() is not None
+    assert len(_TABLES) <= 128
 
 
 @pytest.mark.parametrize("change", ["order", "shuffled", "flags", "outside"])
