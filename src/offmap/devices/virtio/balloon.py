@@ -26,7 +26,8 @@ _PFN = struct.Struct("<I")
 _ACTUAL = uapi.virtio_balloon_config.actual.offset
 _STAT_SIZE = uapi.VIRTIO_BALLOON_STAT.size
 _REPORTING_VQ = 4
-_BATCH = 1024  # pages; Linux names 256 at a time
+_MOST_PAGES = 1 << 16  # that one buffer may name; Linux names 256 at a time, and all of its RAM would take minutes
+_BATCH = 1024  # pages
 _MOST_STATS = 64  # a driver has 10
 _STAT_NAMES = {
     uapi.VIRTIO_BALLOON_S_SWAP_IN: "swap_in",
@@ -138,6 +139,8 @@ class Balloon(VirtioDevice):
         """Where the pages that a chain names are in this process: address and size."""
         if chain.readable_bytes % _PFN.size or chain.writable or self._activation is None:
             raise DriverError(f"names pages in {chain.readable_bytes} bytes, which are not whole numbers")
+        if chain.readable_bytes > _MOST_PAGES * _PFN.size:
+            raise DriverError(f"names {chain.readable_bytes // _PFN.size} pages in one buffer")
         view = self._activation.dma.view
         for piece in chain.readable:
             if len(piece) % _PFN.size:
