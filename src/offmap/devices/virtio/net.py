@@ -115,6 +115,7 @@ class Net(VirtioDevice):
         vhost: VhostNet | None = None,
     ) -> None:
         self._vhost = vhost
+        self._refused = False  # by vhost
         self._bypassed = False  # the packets are moved by the host kernel
         self._backend = backend
         self._mac = mac
@@ -150,7 +151,13 @@ class Net(VirtioDevice):
         self._activation = activation
         self._mergeable = activation.has(uapi.VIRTIO_NET_F_MRG_RXBUF)
         if self._backend.has_vnet_hdr and not self._gone:
-            self._backend.set_offload(sum(flag for feature, flag in _GUEST_OFFLOADS.items() if activation.has(feature)))
+            offloads = sum(flag for feature, flag in _GUEST_OFFLOADS.items() if activation.has(feature))
+            try:
+                self._backend.set_offload(offloads)
+            except KernelError as error:
+                if error.errno != errno.EBADFD:
+                    raise
+                self._gone = True  # the tap was deleted before the driver came: a card without a link
         if (changes := self._backend.changes) is not None:
             activation.worker.watch(changes, self._changed)
         self._changed()
@@ -200,7 +207,10 @@ class Net(VirtioDevice):
             self._vhost.start(self._backend.fd, list(queues.items()), activation.features, activation.dma, bypass)
         except KernelError as error:
             self._vhost.stop()
-            self._say(f"net: vhost-net does not take this guest: {error}; its packets go through this process instead")
+            if not self._refused:  # said once, however often the driver resets its card
+                self._refused = True
+                instead = "its packets go through this process instead"
+                self._say(f"net: vhost-net does not take this guest: {error}; {instead}")
             return
         bypass.take(list(queues))
         activation.worker.watch(self._vhost.errors, self._vhost_failed)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from offmap.devices.virtio.iov import length
 from offmap.devices.virtio.net import CTRL, RX, TX, Net
 from offmap.devices.virtio.queue import DriverError
+from offmap.errors import KernelError
 from offmap.uapi import if_tun
 from offmap.uapi.virtio import net as uapi
 
@@ -323,6 +324,18 @@ def test_a_host_side_that_goes_for_good(plain: Card, number: int, queue: int) ->
     plain.kick(TX)
     assert plain.tx.used_idx() == 1
     plain.bench.settle()
+
+
+def test_a_tap_that_is_deleted_before_the_driver_comes(plain: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(flags: int) -> None:
+        raise KernelError("TUNSETOFFLOAD", errno.EBADFD)
+
+    plain.net.reset()
+    plain.wire.up = False
+    monkeypatch.setattr(plain.wire, "set_offload", gone)
+    plain.bench.activate()
+    assert uapi.virtio_net_config.from_buffer_copy(plain.net.config()).status == 0
+    assert plain.said == ["net: the link is down: the test says so"]
 
 
 def test_the_interface_is_down_during_traffic(card: Card) -> None:

@@ -122,6 +122,15 @@ def test_what_the_kernel_does_not_take_goes_through_us(call: str) -> None:
         assert card.wire.sent == [HEADER + b"x" * 60]
 
 
+def test_a_driver_that_resets_its_card_over_and_over_does_not_fill_the_log() -> None:
+    card = Card(refuses="VHOST_SET_MEM_TABLE")
+    with card.bench:
+        for _ in range(20):
+            card.net.reset()
+            card.bench.activate()
+        assert len(card.said) == 1
+
+
 def test_pages_kept_from_the_guest_are_kept_from_the_kernel_too() -> None:
     kernel = Kernel()
     with guest_memory() as memory:
