@@ -8,7 +8,6 @@ and nothing else. What the host's socket does not take at once is the only guest
 import errno
 import select
 import socket
-from collections import deque
 from collections.abc import Sequence
 from enum import Enum, auto
 
@@ -60,8 +59,7 @@ class Connection:
         # From the guest.
         self._guest_down = 0
         self._host_told = False  # that nothing more will come
-        self._backlog: deque[memoryview] = deque()
-        self._backlog_bytes = 0
+        self._backlog = bytearray()  # in one piece: a guest that sends single bytes shall cost us no more than them
         self._fwd_cnt = self._fwd_told = 0
 
     # From the guest
@@ -78,14 +76,13 @@ class Connection:
     def take(self, payload: Sequence[memoryview]) -> None:
         """Bytes from the guest, for the socket."""
         size = length(payload)
-        if self._guest_down & uapi.VIRTIO_VSOCK_SHUTDOWN_SEND or self._backlog_bytes + size > BUF_ALLOC:
+        if self._guest_down & uapi.VIRTIO_VSOCK_SHUTDOWN_SEND or len(self._backlog) + size > BUF_ALLOC:
             self.failed = True  # it said that it was done, or sends beyond its credit
             return
         done = 0 if self._backlog else self._send(payload)
         if done < size:
-            rest = b"".join(part(payload, done))
-            self._backlog.append(memoryview(rest))
-            self._backlog_bytes += len(rest)
+            for piece in part(payload, done):
+                self._backlog += piece
 
     def take_shutdown(self, flags: int) -> None:
         """What the guest does no more: VIRTIO_VSOCK_SHUTDOWN_*."""
@@ -135,19 +132,16 @@ class Connection:
 
     def _flush(self) -> None:
         while self._backlog:
-            piece = self._backlog[0]
-            done = self._send([piece])
-            self._backlog_bytes -= done
-            if done < len(piece):
-                self._backlog[0] = piece[done:]
+            with memoryview(self._backlog) as rest:
+                done = self._send([rest])
+            if not done:
                 return
-            self._backlog.popleft()
+            del self._backlog[:done]
         self._shut_if_drained()
 
     def _drop_backlog(self) -> None:
-        self._fwd_cnt += self._backlog_bytes
+        self._fwd_cnt += len(self._backlog)
         self._backlog.clear()
-        self._backlog_bytes = 0
 
     def _shut_if_drained(self) -> None:
         over = self._guest_down & uapi.VIRTIO_VSOCK_SHUTDOWN_SEND and not self._backlog
@@ -180,9 +174,11 @@ class Connection:
             return True
         if self.state is State.ASKED:
             return False
-        if self._tell_credit or self._ours_down & ~self._ours_told:
+        if self._tell_credit:
             return True
-        return self._may_read() and (self.credit() > 0 or not self._asked_credit)
+        if self._may_read():  # the end comes behind what is to be read, and that may have to wait for credit
+            return self.credit() > 0 or not self._asked_credit
+        return bool(self._ours_down & ~self._ours_told)
 
     def _may_read(self) -> bool:
         done = self._ours_down & uapi.VIRTIO_VSOCK_SHUTDOWN_SEND or self._guest_down & uapi.VIRTIO_VSOCK_SHUTDOWN_RCV

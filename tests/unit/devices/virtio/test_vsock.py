@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import struct
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -256,6 +257,31 @@ def test_a_guest_that_sends_beyond_its_credit_is_cut_off(guest: Guest) -> None:
         assert RST in ops
 
 
+def test_single_bytes_that_the_host_does_not_read_cost_no_more_than_bytes(guest: Guest) -> None:
+    host = guest.connected()
+    with contextlib.suppress(AssertionError):  # until the socket is full
+        while True:
+            guest.send(RW, b"x" * 32768)
+            (connection,) = guest.vsock._connections.values()
+            assert not connection._backlog
+    tracemalloc.start()
+    try:
+        for number in range(2000):
+            guest.send(RW, bytes([number & 0xFF]))
+        assert len(guest.vsock._connections) == 1
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 64 << 10
+    host.setblocking(False)
+    received = b""
+    while not received.endswith(bytes(n & 0xFF for n in range(1900, 2000))):
+        with contextlib.suppress(BlockingIOError):
+            received += host.recv(1 << 16)
+        guest.bench.settle()
+    host.close()
+
+
 def test_the_guest_is_told_when_there_is_room_again(guest: Guest) -> None:
     with guest.connected() as host:
         guest.send(RW, bytes(65536))
@@ -279,6 +305,24 @@ def test_no_more_is_sent_than_the_guest_has_room_for(guest: Guest) -> None:
         assert guest.op() == CREDIT_REQUEST
         guest.send(CREDIT_UPDATE, buf_alloc=1000, fwd_cnt=1400)
         assert guest.packet()[0].len == 100
+
+
+def test_a_host_that_leaves_data_behind_does_not_spin_while_the_guest_has_no_room(guest: Guest) -> None:
+    host = guest.connected()
+    guest.send(CREDIT_UPDATE, buf_alloc=0)
+    host.sendall(b"left behind")
+    host.close()
+    guest.bench.settle()  # fails if it does not come to rest
+    seen = []
+    while not guest.nothing():
+        seen.append(guest.op())
+    assert SHUTDOWN not in seen, "the end comes behind the data"
+    guest.give_buffers()
+    guest.send(CREDIT_UPDATE, buf_alloc=1 << 18)
+    while (packet := guest.packet())[0].op != RW:
+        pass
+    assert packet[1] == b"left behind"
+    assert guest.op() == SHUTDOWN
 
 
 def test_without_buffers_everything_waits(guest: Guest) -> None:
