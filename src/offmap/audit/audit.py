@@ -1,7 +1,7 @@
 """One audit of one process, from its PID to a verdict."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
@@ -219,7 +219,7 @@ def _audit(
     info = kcore.vmcoreinfo
     layout = Layout.of(info, kcore.page_offset_base, kcore.segments)
 
-    def ask_kvm(pid: int, descriptors: Sequence[int]) -> Sequence[KvmSlot]:
+    def ask_kvm(pid: int, descriptors: Mapping[int, str]) -> Sequence[KvmSlot]:
         return KvmSlots(kcore, layout).of(pid, descriptors)
 
     with OwnPage() as control:

@@ -16,6 +16,7 @@ mappings are, and called guesses: a guess can show that RAM is exposed, never th
 
 import json
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,13 +24,15 @@ from enum import Enum
 from typing import Any
 
 from offmap.audit.btf import Unknown
-from offmap.audit.kvm_slots import KvmSlot
+from offmap.audit.kvm_slots import KVM_VM_LINK, KvmSlot, OthersVm
 from offmap.audit.maps import Mapping as Vma
 from offmap.audit.maps import find_mapping
 from offmap.audit.process import Process
+from offmap.audit.residency import link as link_of
 from offmap.errors import Undetermined
 
 __all__ = [
+    "KVM_VCPU_LINK",
     "KVM_VM_LINK",
     "MEMSLOTS_LINK",
     "GuestRam",
@@ -46,7 +49,7 @@ MEMSLOTS_SCHEMA = "offmap-memslots/1"
 _MEMSLOTS_LIMIT = 1 << 20  # far more than KVM_USER_MEM_SLOTS of them take
 _GUESS_MINIMUM = 16 << 20  # smaller mappings are heaps, stacks and libraries more often than RAM
 _GUEST_MEMFD = "[kvm-gmem]"  # virt/kvm/guest_memfd.c, __kvm_gmem_create
-KVM_VM_LINK = "anon_inode:kvm-vm"
+KVM_VCPU_LINK = re.compile(r"anon_inode:kvm-vcpu:\d+")
 
 
 class Source(Enum):
@@ -162,8 +165,9 @@ def guess_ranges(mappings: Sequence[Vma]) -> tuple[RamRange, ...]:
     )
 
 
-# The memory slots of the VMs that a process holds by these descriptors; raises Unknown where they cannot be had.
-AskKvm = Callable[[int, Sequence[int]], Sequence[KvmSlot]]
+# The memory slots of the VMs that a process holds by these descriptors, given with what their links say; raises Unknown
+# where they cannot be had.
+AskKvm = Callable[[int, Mapping[int, str]], Sequence[KvmSlot]]
 
 
 def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
@@ -173,7 +177,8 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
         ask_kvm: reads KVM's own list.
 
     Raises:
-        Undetermined: the process holds no VM, has no mapping that could be RAM, or its claim is malformed.
+        Undetermined: the process holds no VM, or another's beside a claim, has no mapping that could be RAM, or its
+            claim is malformed.
     """
     links = process.descriptors()
     claims = [number for number, link in sorted(links.items()) if link == MEMSLOTS_LINK]
@@ -193,20 +198,26 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
                 parts.append(parse_memslots(os.pread(fd, _MEMSLOTS_LIMIT, 0)))
         finally:
             os.close(fd)
-    vms = [number for number, link in sorted(links.items()) if link == KVM_VM_LINK]
+    # A VM lives as long as a vCPU of its is held.
+    vms = {n: link for n, link in sorted(links.items()) if link == KVM_VM_LINK or KVM_VCPU_LINK.fullmatch(link)}
     if parts:
         claimed = tuple(dict.fromkeys(part for claim in parts for part in claim.ranges))
         mappings, why = process.maps(), "the process holds no KVM VM"
         omitted: tuple[RamRange, ...] = ()
+        slots: Sequence[KvmSlot] = ()
         if ask_kvm is not None and vms:
             try:
-                omitted, why = _of_slots(ask_kvm(process.pid, vms), mappings, claimed), ""
+                slots = ask_kvm(process.pid, vms)
+                omitted, why = _of_slots(slots, mappings, claimed), ""
+            except OthersVm as error:
+                # A child that was forked has the claim, too, and may have other pages at the addresses that it names.
+                raise Undetermined(f"{error}, so that its claim says nothing of it", "audit that process") from None
             except Unknown as error:
                 why = str(error)
         ranges = claimed + omitted
         return GuestRam(
             ranges,
-            _unseen_guest_memfd(_guest_memfds(process, links), ranges, mappings),
+            _unseen_guest_memfd(_guest_memfds(process, links, mappings), ranges, mappings, slots),
             why_guessed=why,
             omitted_bytes=sum(part.bytes for part in omitted),
         )
@@ -223,7 +234,9 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
             if ranges := _of_slots(slots, mappings):
                 return GuestRam(
                     ranges,
-                    unseen_guest_memfd=_unseen_guest_memfd(_guest_memfds(process, links), ranges, mappings),
+                    unseen_guest_memfd=_unseen_guest_memfd(
+                        _guest_memfds(process, links, mappings), ranges, mappings, slots
+                    ),
                     read_only_bytes=sum(slot.bytes for slot in slots if slot.read_only),
                 )
             why = "its VM has no memory yet"
@@ -239,7 +252,7 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
         )
     return GuestRam(
         guesses,
-        unseen_guest_memfd=_unseen_guest_memfd(_guest_memfds(process, links), guesses, mappings),
+        unseen_guest_memfd=_unseen_guest_memfd(_guest_memfds(process, links, mappings), guesses, mappings),
         why_guessed=why,
     )
 
@@ -266,9 +279,14 @@ def _of_slots(
     return tuple(sorted(found[len(known) :], key=lambda part: part.guest_phys_addr or 0))
 
 
-def _guest_memfds(process: Process, links: Mapping[int, str]) -> dict[tuple[str, int], int]:
-    """Every guest_memfd that is open: its size, by device and inode as maps shows them (0 if it cannot be asked)."""
+def _guest_memfds(process: Process, links: Mapping[int, str], mappings: Sequence[Vma]) -> dict[tuple[str, int], int]:
+    """Every guest_memfd that is open or mapped: its size, by device and inode as maps shows them (0 if it cannot be
+    asked)."""
     files = {}
+    for vma in mappings:
+        if _GUEST_MEMFD in vma.path:
+            status = process.stat(link_of(vma))
+            files[vma.device, vma.inode] = 0 if status is None else status.st_size
     for number, link in links.items():
         if _GUEST_MEMFD in link:
             status = process.stat(f"fd/{number}")
@@ -281,13 +299,19 @@ def _guest_memfds(process: Process, links: Mapping[int, str]) -> dict[tuple[str,
 
 
 def _unseen_guest_memfd(
-    files: Mapping[tuple[str, int], int], ranges: Iterable[RamRange], mappings: Sequence[Vma]
+    files: Mapping[tuple[str, int], int],
+    ranges: Iterable[RamRange],
+    mappings: Sequence[Vma],
+    slots: Iterable[KvmSlot] = (),
 ) -> bool:
     """Whether a part of a guest_memfd is in none of the ranges.
 
     Args:
         files: bytes of each, by device and inode.
+        slots: one may have a guest_memfd that another process holds.
     """
+    if not files and any(slot.guest_memfd for slot in slots):
+        return True
     shown: dict[tuple[str, int], list[tuple[int, int]]] = {file: [] for file in files}
     for part in ranges:
         for vma in mappings:

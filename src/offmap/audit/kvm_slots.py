@@ -8,7 +8,7 @@ is of that process's memory, and the slots have together as many pages as KVM co
 
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,9 +19,10 @@ from offmap.audit.kernel_objects import KernelObjects, symbol
 from offmap.audit.regions import VMALLOC, Layout
 from offmap.errors import Undetermined
 
-__all__ = ["KvmSlot", "KvmSlots"]
+__all__ = ["KVM_VM_LINK", "KvmSlot", "KvmSlots", "OthersVm"]
 
 PAGE = 4096
+KVM_VM_LINK = "anon_inode:kvm-vm"
 _BTF = Path("/sys/kernel/btf")
 _INIT_PID_NAMESPACE = "pid:[4026531836]"  # include/linux/proc_ns.h, PROC_PID_INIT_INO
 _ADDRESS_SPACES = 2  # x86's KVM_ADDRESS_SPACE_NUM, later KVM_MAX_NR_ADDRESS_SPACES: SMM has its own
@@ -30,17 +31,26 @@ _NODES = 2  # of each slot, one for each set of slots
 _MOST_SLOTS = 32767  # KVM_MEM_SLOTS_NUM, SHRT_MAX
 _OF_KVM = _MOST_SLOTS - 3  # KVM_USER_MEM_SLOTS: from there on they are KVM's own (APIC access page, TSS, identity map)
 _KVM_MEM_READONLY = 1 << 1  # include/uapi/linux/kvm.h
+_KVM_MEM_GUEST_MEMFD = 1 << 2  # the same
 _KVM_MEMSLOT_INVALID = 1 << 16  # include/linux/kvm_host.h: being deleted or moved
+
+
+class OthersVm(Unknown):
+    """The VM is of another process's memory: its userspace addresses say nothing in this one."""
 
 
 @dataclass(frozen=True)
 class KvmSlot:
-    """One memory slot: where the guest and where the VMM has it; ``read_only`` is ROM."""
+    """One memory slot: where the guest and where the VMM has it; ``read_only`` is ROM.
+
+    ``guest_memfd``: the guest's private pages are in one of those, and not at ``userspace_addr``.
+    """
 
     guest_phys_addr: int
     userspace_addr: int
     bytes: int
     read_only: bool
+    guest_memfd: bool = False
 
 
 @lru_cache(maxsize=1)
@@ -71,11 +81,14 @@ class KvmSlots(KernelObjects):
         super().__init__(kcore, layout, _btf())
         self._kvm_layout = layout
 
-    def of(self, pid: int, descriptors: Iterable[int]) -> Sequence[KvmSlot]:
-        """The slots of all VMs that process ``pid`` holds by these descriptors.
+    def of(self, pid: int, descriptors: Mapping[int, str]) -> Sequence[KvmSlot]:
+        """The slots of all VMs that process ``pid`` holds by these descriptors: of VMs, or of their vCPUs.
+
+        Args:
+            descriptors: what the link of each says.
 
         Raises:
-            Unknown: they cannot be found, or do not add up.
+            Unknown: they cannot be found, or do not add up; OthersVm: they are not of this process's memory.
         """
         task = self._task(pid)
         memory = self._field(task, "task_struct", "mm")
@@ -84,12 +97,21 @@ class KvmSlots(KernelObjects):
         table = self._field(self._field(task, "task_struct", "files"), "files_struct", "fdt")
         files, size = self._field(table, "fdtable", "fd"), self._field(table, "fdtable", "max_fds", size=4)
         found: dict[KvmSlot, None] = {}
-        for number in descriptors:
+        seen = set()
+        for number, link in descriptors.items():
             if number >= size:
                 raise Unknown(f"process {pid} has no descriptor {number}")
             kvm = self._field(self._pointer(files + 8 * number), "file", "private_data")
-            if self._field(kvm, "kvm", "mm") != memory:
-                raise Unknown(f"the VM of process {pid} was made by another")
+            if link != KVM_VM_LINK:
+                kvm = self._field(kvm, "kvm_vcpu", "kvm")
+            if kvm in seen:
+                continue
+            seen.add(kvm)
+            owner = self._field(kvm, "kvm", "mm")
+            if not owner:
+                raise Unknown(f"descriptor {number} of process {pid} is no VM's")
+            if owner != memory:
+                raise OthersVm(f"the VM of process {pid} was made by another")
             found |= dict.fromkeys(self._slots(kvm))
         return tuple(found)
 
@@ -133,7 +155,8 @@ class KvmSlots(KernelObjects):
             raise Unknown("KVM's slots are being changed")
         if number >= _OF_KVM:
             return [], pages
-        return [KvmSlot(first * PAGE, where, pages * PAGE, bool(flags & _KVM_MEM_READONLY))], pages
+        read_only, guest_memfd = (bool(flags & flag) for flag in (_KVM_MEM_READONLY, _KVM_MEM_GUEST_MEMFD))
+        return [KvmSlot(first * PAGE, where, pages * PAGE, read_only, guest_memfd)], pages
 
     def _read(self, va: int, size: int) -> bytes:
         # struct kvm and large tables of descriptors are in the vmalloc space.

@@ -9,14 +9,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from offmap.audit.guest_ram import KVM_VM_LINK, MEMSLOTS_LINK
+from offmap.audit.guest_ram import KVM_VCPU_LINK, KVM_VM_LINK, MEMSLOTS_LINK
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
 from offmap.audit.reach import VmmFacts
 from offmap.errors import Undetermined
 
 __all__ = ["VmProcess", "find_vms", "recognise", "vmm_facts"]
 
-_KVM_VCPU_LINK = re.compile(r"anon_inode:kvm-vcpu:\d+")
 _DEBUGFS = Path("/sys/kernel/debug/kvm")
 _DEBUGFS_VM = re.compile(r"\d+-\d+")
 
@@ -65,7 +64,7 @@ def vmm_facts(process: Process, links: Mapping[int, str] | None = None) -> VmmFa
         vmm=recognise(process.name(), executable, arguments, MEMSLOTS_LINK in links.values()),
         executable=executable,
         vms=sum(link == KVM_VM_LINK for link in links.values()),
-        vcpus=len({link for link in links.values() if _KVM_VCPU_LINK.fullmatch(link)}),
+        vcpus=len({link for link in links.values() if KVM_VCPU_LINK.fullmatch(link)}),
     )
 
 
@@ -77,7 +76,7 @@ def find_vms() -> tuple[list[VmProcess], list[str]]:
         try:
             with Process(pid) as process:
                 links = process.descriptors()
-                if any(link == KVM_VM_LINK or _KVM_VCPU_LINK.fullmatch(link) for link in links.values()):
+                if any(link == KVM_VM_LINK or KVM_VCPU_LINK.fullmatch(link) for link in links.values()):
                     found.append(VmProcess(pid, process.name(), vmm_facts(process, links)))
         except (NoSuchProcess, ProcessEnded):
             continue

@@ -3,21 +3,23 @@
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 
 from offmap.audit.btf import Unknown
-from offmap.audit.guest_ram import Source, find_guest_ram
-from offmap.audit.kvm_slots import KvmSlot, KvmSlots
+from offmap.audit.guest_ram import Source, _of_slots, _unseen_guest_memfd, find_guest_ram
+from offmap.audit.kvm_slots import KVM_VM_LINK, KvmSlot, KvmSlots, OthersVm
 from offmap.audit.process import Process
+from offmap.errors import Undetermined
 
 PAGE = 4096
 PID, DESCRIPTOR = 42, 5
+VM = {DESCRIPTOR: KVM_VM_LINK}
 INIT, TASK, FILES, TABLE, ARRAY, FILE, KVM, MM = (0x1000 * n for n in range(1, 9))
 SETS = (0x1_0000, 0x2_0000)  # struct kvm_memslots of each address space
 SLOTS = 0x3_0000
-READ_ONLY, INVALID = 1 << 1, 1 << 16
+READ_ONLY, GUEST_MEMFD, INVALID = 1 << 1, 1 << 2, 1 << 16
 
 # Offsets of this kernel.
 OFFSETS: dict[tuple[str, ...], int] = {
@@ -29,6 +31,7 @@ OFFSETS: dict[tuple[str, ...], int] = {
     ("fdtable", "fd"): 0x8,
     ("fdtable", "max_fds"): 0x0,
     ("file", "private_data"): 0x40,
+    ("kvm_vcpu", "kvm"): 0x0,
     ("kvm", "mm"): 0x100,
     ("kvm", "memslots"): 0x200,
     ("kvm", "nr_memslot_pages"): 0x300,
@@ -110,7 +113,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 
 def test_slots_of_both_address_spaces_each_once(kernel: Kernel) -> None:
-    assert set(kernel.of(PID, [DESCRIPTOR])) == {
+    assert set(kernel.of(PID, VM)) == {
         KvmSlot(0, 0x7F00_0000_0000, 160 * PAGE, False),
         KvmSlot(0xFFFC0 * PAGE, 0x7F10_0000_0000, 64 * PAGE, True),
     }
@@ -120,20 +123,20 @@ def test_slots_of_one_bucket_are_all_found_and_kvms_own_are_no_ram(kernel: Kerne
     kernel.slot(0, 0x100, 256, 0x7F20_0000_0000, number=256)
     kernel.slot(0, 0xFEE00, 1, 0x7F30_0000_0000, number=32766)
     kernel.put(KVM, ("kvm", "nr_memslot_pages"), 160 + 64 + 160 + 256 + 1)
-    found = kernel.of(PID, [DESCRIPTOR])
+    found = kernel.of(PID, VM)
     assert len(found) == 3 and KvmSlot(0x10_0000, 0x7F20_0000_0000, 256 * PAGE, False) in found
 
 
 def test_a_list_that_does_not_add_up_is_not_believed(kernel: Kernel) -> None:
     kernel.put(KVM, ("kvm", "nr_memslot_pages"), 160 + 64)
     with pytest.raises(Unknown, match="add up"):
-        kernel.of(PID, [DESCRIPTOR])
+        kernel.of(PID, VM)
 
 
 def test_a_slot_that_is_being_deleted_is_no_answer(kernel: Kernel) -> None:
     kernel.slot(0, 0x200, 1, 0x7F40_0000_0000, INVALID, number=9)
     with pytest.raises(Unknown, match="being changed"):
-        kernel.of(PID, [DESCRIPTOR])
+        kernel.of(PID, VM)
 
 
 def test_a_ring_of_slots_ends(kernel: Kernel) -> None:
@@ -141,22 +144,54 @@ def test_a_ring_of_slots_ends(kernel: Kernel) -> None:
     link = at + OFFSETS["kvm_memory_slot", "id_node"] + 16
     kernel.memory |= {link + index: byte for index, byte in enumerate(struct.pack("<Q", link))}
     with pytest.raises(Unknown, match="do not end"):
-        kernel.of(PID, [DESCRIPTOR])
+        kernel.of(PID, VM)
 
 
 def test_what_was_not_read_is_no_answer(kernel: Kernel) -> None:
     with pytest.raises(Unknown, match="no process"):
-        kernel.of(PID + 1, [DESCRIPTOR])
+        kernel.of(PID + 1, VM)
     with pytest.raises(Unknown, match="descriptor"):
-        kernel.of(PID, [64])
-    with pytest.raises(Unknown):
-        kernel.of(PID, [DESCRIPTOR + 1])
+        kernel.of(PID, {64: KVM_VM_LINK})
+    with pytest.raises(Unknown, match="no VM's"):
+        kernel.of(PID, {DESCRIPTOR + 1: KVM_VM_LINK})
     kernel.put(KVM, ("kvm", "mm"), MM + 8)
-    with pytest.raises(Unknown, match="by another"):
-        kernel.of(PID, [DESCRIPTOR])
+    with pytest.raises(OthersVm, match="by another"):
+        kernel.of(PID, VM)
     kernel.put(TASK, ("task_struct", "mm"), 0)
     with pytest.raises(Unknown, match="address space"):
-        kernel.of(PID, [DESCRIPTOR])
+        kernel.of(PID, VM)
+
+
+def test_a_vm_of_which_only_a_vcpu_is_held(kernel: Kernel) -> None:
+    vcpu, file, number = 0x9000, 0xA000, DESCRIPTOR + 1
+    for at, value in ((ARRAY + 8 * number, file), (file + 0x40, vcpu), (vcpu, KVM)):
+        kernel.memory |= {at + index: byte for index, byte in enumerate(struct.pack("<Q", value))}
+    only = {number: "anon_inode:kvm-vcpu:0"}
+    assert kernel.of(PID, only) == kernel.of(PID, VM) == kernel.of(PID, VM | only) and kernel.of(PID, VM)
+
+
+def test_slot_whose_private_pages_are_in_a_guest_memfd(kernel: Kernel) -> None:
+    kernel.slot(0, 0x300, 1, 0x7F50_0000_0000, GUEST_MEMFD, number=3)
+    kernel.put(KVM, ("kvm", "nr_memslot_pages"), 160 + 64 + 160 + 1)
+    slots = kernel.of(PID, VM)
+    assert [slot.guest_phys_addr for slot in slots if slot.guest_memfd] == [0x300 * PAGE]
+    # Another process holds it: nothing here shows its pages.
+    assert _unseen_guest_memfd({}, _of_slots(slots, []), [], slots)
+    assert not _unseen_guest_memfd({}, _of_slots(slots, []), [], [slot for slot in slots if not slot.guest_memfd])
+
+
+def test_a_claim_that_a_child_has_of_its_parent_is_not_believed() -> None:
+    def refuse(pid: int, descriptors: Mapping[int, str]) -> Sequence[KvmSlot]:
+        raise OthersVm("the VM of process 7 was made by another")
+
+    slot = {"guest_phys_addr": 0, "memory_size": PAGE, "userspace_addr": 0x7F00_0000_0000}
+    fd = os.memfd_create("offmap-memslots")
+    try:
+        os.write(fd, json.dumps({"schema": "offmap-memslots/1", "slots": [slot]}).encode())
+        with HoldsVm(os.getpid()) as process, pytest.raises(Undetermined, match="its claim says nothing"):
+            find_guest_ram(process, refuse)
+    finally:
+        os.close(fd)
 
 
 class HoldsVm(Process):
@@ -172,19 +207,19 @@ def test_kvms_list_comes_before_guesses_and_after_it_they_are_guesses() -> None:
         KvmSlot(1 << 30, 0x7F10_0000_0000, PAGE, True),
         KvmSlot(1 << 31, 0x7F00_0000_0000 + PAGE, 16 * PAGE, False),  # a part of the first, at another address
     ]
-    asked: list[tuple[int, Sequence[int]]] = []
+    asked: list[tuple[int, Mapping[int, str]]] = []
 
-    def ask(pid: int, descriptors: Sequence[int]) -> Sequence[KvmSlot]:
+    def ask(pid: int, descriptors: Mapping[int, str]) -> Sequence[KvmSlot]:
         asked.append((pid, descriptors))
         return slots
 
-    def refuse(pid: int, descriptors: Sequence[int]) -> Sequence[KvmSlot]:
+    def refuse(pid: int, descriptors: Mapping[int, str]) -> Sequence[KvmSlot]:
         raise Unknown("no BTF")
 
     held = bytearray(64 << 20)  # at least one mapping large enough to be a guess
     with HoldsVm(os.getpid()) as process:
         ram = find_guest_ram(process, ask)
-        assert asked == [(os.getpid(), [DESCRIPTOR])]
+        assert asked == [(os.getpid(), {DESCRIPTOR: KVM_VM_LINK})]
         assert [(part.source, part.va, part.guest_phys_addr) for part in ram.ranges] == [
             (Source.KVM, 0x7F00_0000_0000, 0)
         ]
@@ -211,7 +246,7 @@ def test_what_a_claim_leaves_out_is_judged_too() -> None:
             ]
             assert part.omitted_bytes == left_out.bytes and not part.guessed
 
-            def refuse(pid: int, descriptors: Sequence[int]) -> Sequence[KvmSlot]:
+            def refuse(pid: int, descriptors: Mapping[int, str]) -> Sequence[KvmSlot]:
                 raise Unknown("no BTF")
 
             assert find_guest_ram(process, refuse).why_guessed == "no BTF"
