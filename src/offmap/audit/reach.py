@@ -149,14 +149,15 @@ class PhysicalCell:
     kinds: tuple[Kind, ...]
 
     @property
-    def hidden_pages(self) -> int:
+    def unmapped_pages(self) -> int:
+        """Those that no mapping was found of. Whether they are hidden is for the verdict to say."""
         return self.guest_pages - self.mapped_pages - self.unknown_pages
 
     def to_json(self) -> dict[str, Any]:
         return {
             **asdict(self),
             "pa": f"{self.pa:#x}",
-            "hidden_pages": self.hidden_pages,
+            "unmapped_pages": self.unmapped_pages,
             "kinds": [kind.value for kind in self.kinds],
         }
 

@@ -136,7 +136,7 @@ class Cell:
     kinds: tuple[str, ...]
 
     @property
-    def hidden_pages(self) -> int:
+    def unmapped_pages(self) -> int:
         return self.guest_pages - self.mapped_pages - self.unknown_pages
 
 

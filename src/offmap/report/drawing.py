@@ -107,7 +107,7 @@ def _view(picture: Picture, vms: dict[int, Vm], caption: str) -> View:
         "caption": caption,
         "rows": rows,
         "height": y,
-        "label": _label(picture),
+        "label": _label(picture, vms),
         "legend": _legend(picture, vms),
         "data": {
             "start": drawn[0].start,
@@ -144,7 +144,7 @@ def _words(shown: Shown, vm: Vm) -> str:
         ("in the direct map", cell.direct_map_pages),
         ("aliased", cell.alias_pages),
         ("unknown", cell.unknown_pages),
-        ("without a mapping", cell.hidden_pages),
+        ("without a mapping", cell.unmapped_pages),
     ):
         if pages and pages != cell.guest_pages:
             parts.append(f"{pages:,} {name}")
@@ -196,8 +196,9 @@ def _legend(picture: Picture, vms: dict[int, Vm]) -> list[View]:
     return legend
 
 
-def _label(picture: Picture) -> str:
+def _label(picture: Picture, vms: dict[int, Vm]) -> str:
     counts: dict[str, int] = {}
     for each in picture.shown:
-        counts[NAMES[each.look]] = counts.get(NAMES[each.look], 0) + 1
+        name = _name(each, vms[each.pid])
+        counts[name] = counts.get(name, 0) + 1
     return "Physical memory: " + ", ".join(f"{count} ranges {name}" for name, count in counts.items())

@@ -171,7 +171,7 @@ def _check(vm: Vm) -> None:
     """
     pages = vm.pages
     where = f"VM {vm.pid}: "
-    if min(vm.pages_by_state.values()) < 0 or any(cell.hidden_pages < 0 for cell in vm.physical.cells):
+    if min(vm.pages_by_state.values()) < 0 or any(cell.unmapped_pages < 0 for cell in vm.physical.cells):
         raise Malformed(where + "its pages do not add up")
     mapped = pages.mapped_pages or (
         not pages.excluded_mapped_pages and any(cell.mapped_pages for cell in vm.physical.cells)

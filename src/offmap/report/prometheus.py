@@ -86,7 +86,8 @@ def _of_hosts(hosts: dict[str, list[HostReport]], merged: bool) -> Iterable[_Fam
         label = _host_label(name, merged)
         for version, kernel in dict.fromkeys((report.offmap, report.host.kernel) for report in reports):
             info.add(1, {**label, "offmap": version, "kernel": kernel})
-        success.add(all(not (r.failed or r.not_audited or r.notes) for r in reports), label)
+        partial = any(vm.partial for report in reports for vm in report.vms)
+        success.add(not partial and all(not (r.failed or r.not_audited or r.notes) for r in reports), label)
         verdict.verdict(worst(report.verdict for report in reports), label)
         timestamp.add(min(_epoch(report.time) for report in reports), label)
         duration.add(sum(report.seconds for report in reports), label)
@@ -104,8 +105,9 @@ def _of_vms(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Famil
     verdict = _Family("offmap_vm_verdict", "The verdict on one VM.")
     ram = _Family(
         "offmap_guest_ram_bytes",
-        "Guest RAM by state: hidden (no kernel mapping), exposed (the kernel maps it), unknown (it could not be "
-        "judged), unpopulated (no page there yet), excluded (kept from the guest).",
+        "Guest RAM by state: hidden (no kernel mapping, of a VM that is hidden as a whole), unmapped (no mapping was "
+        "found, of a VM that is exposed or unknown), exposed (the kernel maps it), unknown (it could not be judged), "
+        "unpopulated (no page there yet), excluded (kept from the guest).",
     )
     direct = _Family("offmap_direct_map_bytes", "Guest RAM in the host kernel's direct map.")
     alias = _Family(
@@ -123,7 +125,7 @@ def _of_vms(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Famil
         for vm in audited[:room]:
             labels = _vm_labels(vm, label)
             verdict.verdict(vm.verdict, labels)
-            for state, pages in vm.pages_by_state.items():
+            for state, pages in _states(vm).items():
                 ram.add(pages * PAGE, {**labels, "state": state})
             direct.add(vm.pages.direct_map_pages * PAGE, labels)
             for region, pages in list(vm.alias_pages_by_region.items())[:_REGIONS]:
@@ -132,6 +134,13 @@ def _of_vms(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Famil
                 canaries.add(vm.pages.canaries_found, labels)
         omitted.add(len(audited) + len(failures) - min(len(audited), room) - min(len(failures), LISTED), label)
     return verdict, ram, direct, alias, canaries, omitted
+
+
+def _states(vm: Vm) -> dict[str, int]:
+    """Pages by state; every VM has a series for each, so that one which changes its word leaves none behind."""
+    states = vm.pages_by_state
+    unmapped = 0 if vm.verdict is Verdict.HIDDEN else states["hidden"]
+    return states | {"hidden": states["hidden"] - unmapped, "unmapped": unmapped}
 
 
 def _vm_labels(vm: Vm | NotAudited, label: Labels) -> Labels:

@@ -48,7 +48,7 @@ def cell(pa: int, size: int, *, direct: int = 0, alias: int = 0, unknown: int = 
         "alias_pages": alias,
         "mapped_pages": direct + alias,
         "unknown_pages": unknown,
-        "hidden_pages": guest - direct - alias - unknown,
+        "unmapped_pages": guest - direct - alias - unknown,
         "kinds": ["direct_map"] * bool(direct) + ["kernel_image"] * bool(alias),
     }
 

@@ -91,6 +91,13 @@ def test_hidden_is_said_of_nothing_in_a_page_about_a_vm_that_is_not() -> None:
         assert not made.classes("f-hidden")
 
 
+def test_who_cannot_see_the_picture_is_not_told_hidden_either() -> None:
+    for document, word in ((exposed(), "no mapping found"), (unknown(), "no mapping found"), (vm(), "hidden")):
+        labels = [have["aria-label"] or "" for _, have in page(document).elements if "aria-label" in have]
+        (label,) = {text for text in labels if text.startswith("Physical memory")}
+        assert word in label and ("hidden" in label) == (word == "hidden")
+
+
 def test_picture_has_a_cell_for_each_range_with_its_facts() -> None:
     made = page(exposed())
     looks = {name: made.classes(f"f-{name}") for name in ("direct", "alias-image", "unmapped")}

@@ -43,12 +43,13 @@ def test_states_add_up_to_the_ram() -> None:
     found = of(exposed())
     sizes = {
         state: value(found, "offmap_guest_ram_bytes", state=state, pid="170", process="qemu-system-x86", vmm="QEMU")
-        for state in ("exposed", "unknown", "hidden", "unpopulated", "excluded")
+        for state in ("exposed", "unknown", "hidden", "unmapped", "unpopulated", "excluded")
     }
     assert sizes == {
         "exposed": 100 * PAGE,
         "unknown": 0,
-        "hidden": 80 * PAGE,
+        "hidden": 0,  # the VM is not
+        "unmapped": 80 * PAGE,
         "unpopulated": 76 * PAGE,
         "excluded": 0,
     }
@@ -67,6 +68,19 @@ def test_verdict_is_a_state_set(document: Json, verdict: str) -> None:
     assert value(found, "offmap_audit_duration_seconds") == 1.25
     assert value(found, "offmap_audit_info", kernel="6.12.0", offmap="0.1.0") == 1
     assert value(found, "offmap_host_direct_map_bytes", page_size="4096") == 20 << 20
+
+
+def test_hidden_is_said_of_no_page_of_a_vm_that_is_not() -> None:
+    for document in (exposed(), unknown()):
+        found = of(document)
+        assert value(found, "offmap_guest_ram_bytes", state="hidden") == 0
+    found = of(vm(ram=8))
+    assert value(found, "offmap_guest_ram_bytes", state="hidden") == 8 * PAGE
+    assert value(found, "offmap_guest_ram_bytes", state="unmapped") == 0
+
+
+def test_a_partial_audit_is_no_success() -> None:
+    assert value(of(unknown(partial="process 7 ended during the audit")), "offmap_audit_success") == 0
 
 
 def test_a_failed_audit_alerts_and_says_hidden_nowhere() -> None:
