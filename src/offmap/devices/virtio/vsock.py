@@ -57,6 +57,7 @@ class Vsock(VirtioDevice):
         self._listening = False
         self._held = False  # the guest's packets are not looked at until it has taken our answers
         self._next_port = 0
+        self._refused = False  # a connection from the host
 
     def config(self) -> bytes:
         """struct virtio_vsock_config: the guest's context id."""
@@ -259,7 +260,9 @@ class Vsock(VirtioDevice):
             return
         except OSError as error:
             # EMFILE: it would be offered again at once. Who connects now has to wait for another to end.
-            self._say(f"vsock: cannot accept a connection: {error.strerror}; no more until one ends")
+            if not self._refused:  # said once: guest and host can make it so as often as they like
+                self._refused = True
+                self._say(f"vsock: cannot accept a connection: {error.strerror}; no more until one ends")
             self._activation.worker.unwatch(self._listener.fd)
             self._listening = False
             return

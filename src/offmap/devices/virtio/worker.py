@@ -112,9 +112,9 @@ class Worker(Owned):
         poll = self._epoll.poll
         handlers = self._handlers
         while not self._closing:
-            for fd, events in poll(-1, _MOST_EVENTS):
-                handler = handlers.get(fd)  # an earlier handler of this round may have unwatched it
-                if handler is not None:
+            for fd, events, handler in [(fd, events, handlers.get(fd)) for fd, events in poll(-1, _MOST_EVENTS)]:
+                # An earlier handler of this round may have unwatched it, and another file may have its number now.
+                if handler is not None and handlers.get(fd) is handler:
                     try:
                         handler(events)
                     except Exception as error:

@@ -1,6 +1,7 @@
 """The socket device: real Unix sockets on one side, and on the other a guest that the test plays, packet by packet."""
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -425,6 +426,28 @@ def test_a_caller_that_leaves_in_the_middle_of_its_line(guest: Guest) -> None:
         guest.bench.settle()
     guest.bench.settle()
     assert len(guest.bench.watched) == 1, "only the listener is left"
+
+
+def test_a_process_without_fds_says_so_once(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_fds() -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    hosts = [guest.connected()]
+    monkeypatch.setattr(guest.vsock._listener, "accept", no_fds)
+    with socket.socket(socket.AF_UNIX) as waiting:
+        waiting.connect(str(guest.path))
+        for number in range(10):
+            guest.bench.settle()
+            guest.send(RST, guest_port=GUEST_PORT + number)  # one ends, so there may be room
+            Path(f"{guest.path}_{HOST_PORT}").unlink()
+            with guest.listen() as listener:
+                guest.give_buffers(1)
+                guest.send(REQUEST, guest_port=GUEST_PORT + number + 1)
+                assert guest.op() == RESPONSE
+                hosts.append(listener.accept()[0])
+    assert len(guest.said) == 1
+    for host in hosts:
+        host.close()
 
 
 def test_many_connections_and_a_reset(guest: Guest) -> None:

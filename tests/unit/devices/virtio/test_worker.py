@@ -82,6 +82,31 @@ def test_who_posts_himself_again_and_again_leaves_the_others_their_turn() -> Non
     os.close(kick)
 
 
+def test_an_event_of_a_closed_file_is_not_taken_for_one_of_the_next_with_its_number() -> None:
+    stale: list[int] = []
+    first, second, quiet = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(3))
+    with Worker("test", lambda _: None) as worker:
+
+        def replace(_: int) -> None:
+            worker.unwatch(first)
+            worker.unwatch(second)
+            os.dup2(quiet, second)  # as close and open would
+            worker.watch(second, stale.append)
+
+        def both_at_once() -> None:
+            worker.watch(first, replace)
+            worker.watch(second, lambda _: None)
+            os.eventfd_write(first, 1)
+            os.eventfd_write(second, 1)
+
+        worker.call(both_at_once)
+        worker.call(lambda: None)
+        worker.call(lambda: None)
+    assert not stale
+    for fd in (first, second, quiet):
+        os.close(fd)
+
+
 def test_closing_ends_the_thread_after_what_was_posted() -> None:
     done: list[int] = []
     worker = Worker("to be closed", lambda _: None)
