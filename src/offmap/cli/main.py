@@ -99,6 +99,10 @@ def _main(arguments: list[str], on_status: Callable[[int], None] = lambda _: Non
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             print(f"offmap {command}: cannot write the output: {error.strerror}; make room", file=sys.stderr)
             return ExitStatus.FAILED
+        if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+            whose = "this process" if error.errno == errno.EMFILE else "this host"
+            print(f"offmap {command}: {whose} may open no more files; raise its limit (ulimit -n)", file=sys.stderr)
+            return ExitStatus.FAILED
         # A bug. Python's own status for it is 1, which would say "exposed".
         import traceback
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: one line for each thing that is wrong, and the exit status that says how."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -185,6 +186,16 @@ def test_a_full_disk_behind_the_output_is_one_line() -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("cannot write the output: No space left on device; make room")
     assert "Traceback" not in done.stderr
+
+
+def test_a_process_without_fds_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(_: str) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("offmap.cli.main.import_module", full)
+    assert main(["run"]) == ExitStatus.FAILED
+    error = capsys.readouterr().err
+    assert error == "offmap run: this process may open no more files; raise its limit (ulimit -n)\n"
 
 
 def test_an_interrupt_while_a_command_is_imported_is_one_line(

@@ -137,8 +137,8 @@ class VirtioBus(Owned):
             self._interrupts.register(place.address + VIRTIO_MMIO_INTERRUPT_ACK, status)
             return status
 
-        transport = MmioTransport(name, device, page, self._dma, make_status, self._say)
         kicks = [self._eventfd() for _ in device.queue_sizes]
+        transport = MmioTransport(name, device, page, self._dma, make_status, self._say)
         self._building.callback(transport.quiesce)  # before its fds are closed
         for number, kick in enumerate(kicks):
             self._vm.ioeventfd(kick, place.address + VIRTIO_MMIO_QUEUE_NOTIFY, 4, datamatch=number)

@@ -90,6 +90,7 @@ class MmioTransport:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.name = name
+        self.worker = Worker(f"virtio {name}", self._failed)  # may fail: before anything holds on to the page
         self._device = device
         self._page = page
         self._registers = page.cast("I")
@@ -115,7 +116,6 @@ class MmioTransport:
             self._show(register, value)
         self._forget_driver()
         self._select_shared_memory(0)
-        self.worker = Worker(f"virtio {name}", self._failed)
         self.worker.call(self._refresh_config)
 
     # --- registers, on vCPU threads ---
