@@ -1,0 +1,107 @@
+"""docs/which-way.md says what docs/results says, and docs/results is what the rules make of its own cells."""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from offmap.compare.cell_result import CellResult
+from offmap.compare.questions import CATALOGUE
+from offmap.report.compare_conclude import conclude, cost_of, titles_of
+from offmap.report.compare_document import compare_document
+from offmap.report.compare_standing import KindFinding, Standing
+from offmap.report.compare_words import TIMES, number
+from offmap.report.schema import compare_schema_text
+
+DOCS = Path(__file__).parents[3] / "docs"
+REPORT = DOCS / "results" / "report.json"
+
+
+@cache
+def document() -> Any:
+    return json.loads(REPORT.read_text(encoding="utf-8"))
+
+
+@cache
+def results() -> list[CellResult]:
+    return [CellResult.from_json(each) for each in document()["cells"]]
+
+
+def page() -> str:
+    return (DOCS / "which-way.md").read_text(encoding="utf-8")
+
+
+def row(kernel: str, finding: KindFinding) -> str:
+    """The line of the page's table."""
+    ran = finding.hiding or [cell for cell in finding.cells if cell.outcome.value == "booted"]
+    if not ran:
+        return f"| {kernel} | `{finding.backend}` | {finding.standing.word} | | | | |"
+    (one,) = ran
+
+    def value(id: str) -> str:
+        found = one.answer(id).value
+        return "?" if found is None else number(float(found))
+
+    lost = ", ".join(titles_of(finding.lost)) or "nothing"
+    if finding.undetermined:
+        lost += f"; not determined: {', '.join(titles_of(finding.undetermined))}"
+    populate = cost_of(finding, CATALOGUE["costs.populate"])
+    numbers = [value("hidden.excluded_pages"), populate, value("costs.direct_map_left")]
+    return f"| {kernel} | `{finding.backend}` | {finding.standing.word} | {lost} | {' | '.join(numbers)} |"
+
+
+def rows() -> list[str]:
+    return [row(one.name, finding) for one in conclude(results()) for finding in one.findings if finding.cells]
+
+
+def test_the_table_is_that_of_the_results() -> None:
+    lines = [line for line in page().splitlines() if re.match(r"\| (debian|patched):", line)]
+    assert lines == rows()
+
+
+def test_every_figure_of_the_page_is_in_the_results() -> None:
+    known = set()
+    for result in results():
+        for id, answer in result.answers.items():
+            if answer.ratio is not None:
+                known |= {
+                    f"{TIMES}{number(value)}" for value in (answer.ratio.median, answer.ratio.low, answer.ratio.high)
+                }
+            if answer.value is not None and not isinstance(answer.value, bool):
+                known |= {f"{number(float(answer.value))} {unit}" for unit in ("KiB", "pages", "secrets")}
+            assert id in CATALOGUE
+    known.add("4 KiB")  # the smallest page
+    figures = re.findall(rf"{TIMES}[\d.]*\d|\b\d[\d,.]* (?:KiB|pages|secrets)", page())
+    assert figures and [figure for figure in figures if figure not in known] == []
+
+
+def test_what_it_calls_hiding_hides() -> None:
+    hides = {
+        (one.name, finding.backend)
+        for one in conclude(results())
+        for finding in one.findings
+        if finding.standing is Standing.HIDES
+    }
+    kinds = ("unplugged", "reserved", "secretmem-bridge", "qemu-unplugged")
+    assert {("debian:6.12", kind) for kind in kinds} == {pair for pair in hides if pair[0] == "debian:6.12"}
+
+
+def test_the_results_are_what_the_rules_make_of_them() -> None:
+    jsonschema.Draft202012Validator(json.loads(compare_schema_text())).validate(document())
+    made = compare_document(results())
+    assert made["conclusions"] == document()["conclusions"]
+    assert [cell["standing"] for cell in made["cells"]] == [cell["standing"] for cell in document()["cells"]]
+
+
+def test_the_results_name_nobody() -> None:
+    for path in sorted((DOCS / "results").iterdir()):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"/(work|root|home|tmp)/", text), path.name
+    assert not any("name" in cell[of] for cell in document()["cells"] for of in ("host", "machine"))
+
+
+def test_it_says_how_many_cells_were_run() -> None:
+    assert f"{len(results())} cells" in page()
