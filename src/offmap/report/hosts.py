@@ -176,9 +176,18 @@ def _check(vm: Vm) -> None:
     mapped = pages.mapped_pages or (
         not pages.excluded_mapped_pages and any(cell.mapped_pages for cell in vm.physical.cells)
     )
-    if vm.verdict is Verdict.HIDDEN and (
-        mapped or pages.unknown_pages or not pages.pages_populated or pages.canaries_found
-    ):
+    speaks_against = (
+        mapped,
+        pages.unknown_pages or any(cell.unknown_pages for cell in vm.physical.cells),
+        not pages.pages_populated,
+        pages.direct_map_pages or pages.alias_pages or pages.excluded_direct_pages,
+        vm.reach or vm.aliases or vm.direct_map_ranges,
+        vm.walk.unreadable,
+        pages.canaries_found or (vm.scan is not None and vm.scan.found),
+        vm.partial,
+        any(part.source == "guess" for part in vm.ranges),
+    )
+    if vm.verdict is Verdict.HIDDEN and any(speaks_against):
         raise Malformed(where + "it says hidden, and its figures do not")
     if vm.verdict is not Verdict.EXPOSED and pages.mapped_pages:
         raise Malformed(where + f"it says {vm.verdict.value}, and {pages.mapped_pages} of its pages are mapped")

@@ -11,6 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from offmap.audit.audit import AuditResult
+from offmap.audit.guest_ram import GuestRam, RamRange, Source
 from offmap.audit.reach import VmmFacts
 from offmap.audit.verdict import PageCounts, Verdict
 from offmap.audit.vms import VmProcess
@@ -32,6 +33,8 @@ def result(verdict: Verdict, pid: int = 1) -> AuditResult:
     cells = audited().physical
     if verdict is not Verdict.EXPOSED:
         empty["physical"] = type(cells)()
+        empty["ram"] = GuestRam((RamRange(0, 8192, Source.MEMSLOT, 0, "anon"),))
+        empty["mappings"] = dataclasses.replace(audited().mappings, unreadable=())
     return audited(verdict=verdict, pages=RESULTS[verdict], pid=pid, **empty)
 
 

@@ -9,7 +9,7 @@ import pytest
 from offmap.audit.verdict import Verdict
 from offmap.report.merge import Damaged, merged_json, read_reports
 
-from .samples import Json, every_vm, exposed, host, not_audited, unknown, vm
+from .samples import PAGE, Json, every_vm, exposed, host, mapping, not_audited, pages, total, unknown, vm
 from .test_schema import check
 
 NOW = "2026-11-22T23:00:00Z"
@@ -96,6 +96,24 @@ def test_each_file_that_cannot_be_used_has_a_line(tmp_path: Path) -> None:
         strict=True,
     ):
         assert line.startswith(part), line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"partial": "process 169 ended during the audit"},
+        {"pages": pages(65536, direct_map_pages=1)},
+        {"pages": pages(65536, alias_pages=1)},
+        {"pages": pages(65536, excluded_pages=1, excluded_direct_pages=1, pages_populated=65535)},
+        {"reach": [total(1)]},
+        {"aliases": [mapping(0x200_0000, PAGE, alias=True)]},
+        {"walk": vm()["walk"] | {"unreadable": [{"va": "0xffffc90000000000", "bytes": 4096, "reason": "a reason"}]}},
+        {"ranges": [vm()["ranges"][0] | {"source": "guess"}]},
+    ],
+)
+def test_hidden_is_not_taken_on_trust(tmp_path: Path, changes: Json) -> None:
+    (line,) = refused(write(tmp_path, a=vm(**changes)))
+    assert line == "a.json: VM 169: it says hidden, and its figures do not"
 
 
 def test_a_vm_that_is_there_twice_is_refused(tmp_path: Path) -> None:
