@@ -47,6 +47,8 @@ PAGE = 4096
 MEMSLOTS_LINK = "/memfd:offmap-memslots (deleted)"
 MEMSLOTS_SCHEMA = "offmap-memslots/1"
 _MEMSLOTS_LIMIT = 1 << 20  # far more than KVM_USER_MEM_SLOTS of them take
+_USER_BITS = 56  # 5-level page tables: the user half (Documentation/arch/x86/x86_64/mm.rst)
+_PHYSICAL_BITS = 52  # the widest MAXPHYADDR that there is (Intel SDM volume 3, section 4.1.4)
 _GUESS_MINIMUM = 16 << 20  # smaller mappings are heaps, stacks and libraries more often than RAM
 _GUEST_MEMFD = "[kvm-gmem]"  # virt/kvm/guest_memfd.c, __kvm_gmem_create
 KVM_VCPU_LINK = re.compile(r"anon_inode:kvm-vcpu:\d+")
@@ -139,7 +141,9 @@ def parse_memslots(text: bytes) -> GuestRam:
             backend=str(slot.get("backend", "")),
             excluded=tuple(holes),
         )
-        if not part.bytes or (part.va | part.bytes | (part.guest_phys_addr or 0)) % PAGE or part.va + part.bytes >> 64:
+        guest = part.guest_phys_addr or 0
+        ends = part.va + part.bytes > 1 << _USER_BITS or guest + part.bytes > 1 << _PHYSICAL_BITS
+        if not part.bytes or (part.va | part.bytes | guest) % PAGE or ends:
             raise Undetermined(f"the process's offmap-memslots list is malformed: slot {slot!r} is not made of pages")
         ranges.append(part)
     if not ranges:

@@ -21,6 +21,7 @@ __all__ = ["add_parser"]
 
 PAGE = 4096
 _MOST_THREADS = 64
+_LONGEST_WATCH = 86400 * 365  # time.sleep() does not take just any number
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -96,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
     from offmap.audit.every_vm import audit_every_vm
     from offmap.cli.audit_watch import watch
 
-    if args.watch is not None and not 0 < args.watch < float("inf"):
-        raise OffmapError("--watch takes a number of seconds above 0", "give seconds, like --watch 10")
+    if args.watch is not None and not 0 < args.watch <= _LONGEST_WATCH:
+        raise OffmapError(f"--watch takes seconds above 0, at most {_LONGEST_WATCH}", "give seconds, like --watch 10")
     if args.all and (args.range or args.watch is not None):
         raise OffmapError("--range and --watch are for one process", "give its PID instead of --all")
     ranges = [parse_range(text) for text in args.range] if args.range else None

@@ -91,6 +91,8 @@ def test_memslots_claim() -> None:
         claim(userspace_addr=1 << 64),
         claim(userspace_addr=(1 << 64) - 4096, memory_size=8192),
         claim(guest_phys_addr=None),
+        claim(userspace_addr=0xFFFF_8000_0000_0000),
+        claim(guest_phys_addr=1 << 63),
     ],
 )
 def test_malformed_claim_is_undetermined_and_never_replaced_by_a_guess(text: bytes) -> None:

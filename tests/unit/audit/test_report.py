@@ -120,6 +120,9 @@ def test_bad_range_is_refused_in_one_line(text: str) -> None:
         (["--oracle", "drgn", "--oracle-sample", "0"], "sample"),
         (["--oracle", "drgn", "--oracle-sample", "5:x"], "sample"),
         (["--oracle-sample", "5"], "--oracle drgn"),
+        (["--watch", "0"], "seconds"),
+        (["--watch", "nan"], "seconds"),
+        (["--watch", "1e11"], "seconds"),
     ],
 )
 def test_what_cannot_be_scanned_for_or_asked_is_refused(words: list[str], said: str) -> None:
