@@ -11,6 +11,7 @@ from offmap.errors import Undetermined
 
 if TYPE_CHECKING:
     from offmap.audit.audit import AuditResult
+    from offmap.audit.process import Process
 
 __all__ = ["watch"]
 
@@ -38,8 +39,9 @@ def watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: O
         raise _Stopped
 
     signal.signal(signal.SIGTERM, stop)
+    watched = _held(pid)
     try:
-        while True:
+        while seen is None or watched is None or watched.running():  # its PID may be another's afterwards
             with output.recording_failure():
                 result = once()
             if result.partial and seen is not None and not _runs(pid):
@@ -53,6 +55,9 @@ def watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: O
     except (NoSuchProcess, Undetermined):
         if seen is None or _runs(pid):
             raise
+    finally:
+        if watched is not None:
+            watched.close()
     if seen is None:
         raise Undetermined("the watch ended before its first audit did", "let it run longer")
     return int(worst.exit_status)
@@ -79,6 +84,15 @@ def _tell(result: "AuditResult", before: "AuditResult | None", output: Output) -
     else:
         lines = [f"{time.strftime('%H:%M:%S')} changed: {verdict_line(report.vms[0])}", *render_changes(changes)]
         print("\n".join(lines), flush=True)
+
+
+def _held(pid: int) -> "Process | None":
+    from offmap.audit.process import NoSuchProcess, Process
+
+    try:
+        return Process(pid)
+    except NoSuchProcess:
+        return None  # the audit says so
 
 
 def _runs(pid: int) -> bool:

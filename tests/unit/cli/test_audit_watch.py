@@ -107,6 +107,19 @@ def test_what_ended_before_it_was_seen_whole_is_undetermined(capsys: pytest.Capt
         run(NoSuchProcess("gone"))
 
 
+def test_another_process_that_got_the_pid_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def running(self) -> bool:
+            return False
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("offmap.cli.audit_watch._held", lambda pid: Gone())
+    monkeypatch.setattr("offmap.cli.audit_watch._runs", lambda pid: True)
+    assert run(HIDDEN, EXPOSED) == 0
+
+
 def test_a_program_that_was_replaced_counts_while_its_process_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offmap.cli.audit_watch._runs", lambda pid: True)
     again = replace(ENDED, partial="process 7 replaced its program during the audit")
