@@ -136,6 +136,7 @@ class Net(VirtioDevice):
         self._pieces = [memoryview(bytearray(1))]
         self._unsent: Chain | None = None  # a packet that the host would not take yet
         self._watched = 0
+        self._goes_on = False  # _go_on was posted
 
     def config(self) -> bytes:
         """struct virtio_net_config."""
@@ -240,7 +241,8 @@ class Net(VirtioDevice):
     def _ready(self, events: int) -> None:
         if events & (select.EPOLLIN | select.EPOLLERR | select.EPOLLHUP):
             self._receive()
-        if events & select.EPOLLOUT and self._backend.flush():
+        # An interface that has gone is an error for ever, and never writable: the next write says so.
+        if events & (select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP) and self._backend.flush():
             self._watch(self._watched & ~select.EPOLLOUT)
             self._transmit()
 
@@ -352,7 +354,8 @@ class Net(VirtioDevice):
                         self._failed(error)
                 queue.push(chain, 0)
             # More than one's share: receive first.
-            if self._activation is not None:
+            if self._activation is not None and not self._goes_on:
+                self._goes_on = True  # once: kicks come too, and each would leave one more of them
                 self._activation.worker.post(self._go_on)
         finally:
             queue.notify()
@@ -360,6 +363,7 @@ class Net(VirtioDevice):
                 self._watch(self._watched | select.EPOLLOUT)
 
     def _go_on(self) -> None:
+        self._goes_on = False
         if self._activation is not None:
             self._transmit()
 

@@ -56,6 +56,7 @@ class Vsock(VirtioDevice):
         self._resets: deque[virtio_vsock_hdr] = deque()
         self._listening = False
         self._held = False  # the guest's packets are not looked at until it has taken our answers
+        self._posted: set[Callable[[], None]] = set()  # what goes on later
         self._next_port = 0
         self._refused = False  # a connection from the host
 
@@ -227,14 +228,15 @@ class Vsock(VirtioDevice):
 
     def _later(self, function: Callable[[], None]) -> None:
         """Go on after others have had their turn."""
-        activation = self._activation
 
         def go_on() -> None:
-            if self._activation is activation is not None:
+            self._posted.discard(function)
+            if self._activation is not None:
                 function()
 
-        if activation is not None:
-            activation.worker.post(go_on)
+        if self._activation is not None and function not in self._posted:
+            self._posted.add(function)  # once: kicks come too, and each would leave one more of them
+            self._activation.worker.post(go_on)
 
     # The host's side
 

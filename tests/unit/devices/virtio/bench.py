@@ -97,6 +97,11 @@ class Bench(Owned):
         """The fds that the device watches."""
         return set(self._inline.handlers)
 
+    @property
+    def posted(self) -> int:
+        """How many calls the device has put off."""
+        return len(self._inline.posted)
+
     def run(self, seconds: float = 0.0) -> bool:
         """Handle what is due, and what comes up within so many seconds; whether there was something."""
         busy = False

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import select
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -336,6 +337,33 @@ def test_a_tap_that_is_deleted_before_the_driver_comes(plain: Card, monkeypatch:
     plain.bench.activate()
     assert uapi.virtio_net_config.from_buffer_copy(plain.net.config()).status == 0
     assert plain.said == ["net: the link is down: the test says so"]
+
+
+def test_an_interface_that_goes_while_a_packet_waits_for_it(card: Card) -> None:
+    """Without a receive buffer, and with a tap that never becomes writable again."""
+    card.wire.full = True
+    card.tx.add(HEADER + b"c" * 60)
+    card.net.handle(TX)
+    card.wire.full, card.wire.error = False, errno.EBADFD
+    card.net._ready(select.EPOLLERR)
+    assert card.wire.fd not in card.bench.watched
+    assert card.tx.used_idx() == 1
+    assert len(card.said) == 1
+
+
+def test_kicks_of_a_driver_that_never_stops_sending_do_not_pile_up(card: Card) -> None:
+    class Endless(list[bytes]):
+        """A wire on which each packet makes the driver add another."""
+
+        def append(self, packet: bytes) -> None:
+            card.tx.add(HEADER + bytes(60))
+
+    card.wire.sent = Endless()
+    card.tx.add(HEADER + bytes(60))
+    for _ in range(20):
+        card.net.handle(TX)
+        assert card.bench.posted == 1
+    card.wire.sent = []
 
 
 def test_the_interface_is_down_during_traffic(card: Card) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmap.devices.virtio.queue import DriverError
+from offmap.devices.virtio.queue import Chain, DriverError
 from offmap.devices.virtio.vsock import RX, TX, Vsock
 from offmap.devices.virtio.vsock_connection import BUF_ALLOC
 from offmap.devices.virtio.vsock_host import Listener
@@ -474,6 +474,29 @@ def test_many_connections_and_a_reset(guest: Guest) -> None:
 def test_packets_of_no_connection_are_reset(guest: Guest, op: int) -> None:
     guest.give_buffers()
     guest.send(op, b"x")
+    assert guest.op() == RST
+
+
+def test_kicks_of_a_driver_that_never_stops_sending_do_not_pile_up(
+    guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, take = guest.bench.drivers[TX], guest.vsock._take_packet
+
+    def endless(chain: Chain) -> None:
+        take(chain)
+        driver.add(bytes(VIRTIO_VSOCK_HDR.size))
+
+    monkeypatch.setattr(guest.vsock, "_take_packet", endless)
+    driver.add(bytes(VIRTIO_VSOCK_HDR.size))
+    for _ in range(20):
+        guest.vsock.handle(TX)
+        assert guest.bench.posted == 1
+    guest.vsock.reset()
+    guest.bench.settle()
+    guest.bench.activate()
+    monkeypatch.undo()
+    guest.give_buffers()
+    guest.send(CREDIT_REQUEST)
     assert guest.op() == RST
 
 
