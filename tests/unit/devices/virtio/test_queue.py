@@ -281,6 +281,15 @@ def test_rings_outside_ram(memory: GuestMemory, part: str, address: int) -> None
         driver.queue()
 
 
+@pytest.mark.parametrize("part", ["desc", "avail", "used"])
+def test_rings_in_pages_that_are_kept_from_the_guest(memory: GuestMemory, part: str) -> None:
+    driver = Driver(memory, excluded=[PhysicalRange(0x30000, 0x31000)])
+    for address in (0x30000, 0x30FF0, 0x2FFF0):
+        setattr(driver, part, address)
+        with pytest.raises(DriverError, match="not all in the guest's RAM"):
+            driver.queue()
+
+
 # A hostile one: chains
 
 
