@@ -11,7 +11,7 @@ from offmap.audit.control import check_control
 from offmap.audit.drgn_kernel import require_drgn
 from offmap.audit.frames import resolve
 from offmap.audit.guest_pages import GuestPages
-from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, find_guest_ram
+from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, Source, find_guest_ram
 from offmap.audit.host import HostFacts, host_facts, utc_now
 from offmap.audit.join import join
 from offmap.audit.kcore import Kcore
@@ -344,6 +344,8 @@ def _judge(
         )
     elif ram.why_guessed:
         notes.append(f"that the VMM's list leaves no memory out was not checked with KVM's: {ram.why_guessed}")
+    if any(part.source is Source.REQUESTED for part in ram.ranges):
+        notes.append("only what --range names was judged; whether the guest has more RAM was not looked at")
     if ram.omitted_bytes:
         notes.append(f"{format_size(ram.omitted_bytes)} that the VMM's list leaves out, and KVM has, are judged too")
     if ram.read_only_bytes:

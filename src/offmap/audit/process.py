@@ -133,9 +133,22 @@ class Process(Owned):
         """Its command name (comm)."""
         return self.read("comm").decode("utf-8", "replace").rstrip("\n")
 
-    def descriptors(self) -> dict[int, str]:
-        """Its open file descriptors and what each link says; those closed meanwhile are left out."""
-        folder = self.open("fd", os.O_RDONLY | os.O_DIRECTORY)
+    def threads(self) -> list[int]:
+        """IDs of its threads; the main one is there too, even when it has ended before others."""
+        folder = self.open("task", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return [int(name) for name in os.listdir(folder)]  # noqa: PTH208 (a Path cannot be made of an fd)
+        finally:
+            os.close(folder)
+
+    def descriptors(self, thread: int | None = None) -> dict[int, str]:
+        """Its open file descriptors and what each link says; those closed meanwhile are left out.
+
+        Args:
+            thread: as this one has them; the main thread has none any more once it has ended.
+        """
+        name = "fd" if thread is None else f"task/{thread}/fd"
+        folder = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
         try:
             links = {}
             for name in os.listdir(folder):  # noqa: PTH208 (a Path cannot be made of an fd)

@@ -71,12 +71,14 @@ def vmm_facts(process: Process, links: Mapping[int, str] | None = None) -> VmmFa
 def find_vms() -> tuple[list[VmProcess], list[str]]:
     """All processes that hold a VM, in order of their PIDs, and why there may be more of them."""
     found: list[VmProcess] = []
-    unreadable = 0
+    unreadable = headless = 0
     for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
         try:
             with Process(pid) as process:
                 links = process.descriptors()
-                if any(link == KVM_VM_LINK or KVM_VCPU_LINK.fullmatch(link) for link in links.values()):
+                if not links and not process.running():
+                    headless += _held_by_threads(process)
+                if _holds_vm(links):
                     found.append(VmProcess(pid, process.name(), vmm_facts(process, links)))
         except (NoSuchProcess, ProcessEnded):
             continue
@@ -85,10 +87,27 @@ def find_vms() -> tuple[list[VmProcess], list[str]]:
     notes = []
     if unreadable:
         notes.append(f"the descriptors of {unreadable} processes cannot be read; run the audit as root")
+    if headless:
+        notes.append(f"{headless} processes hold VMs, and cannot be looked at since their main threads have ended")
     more = _listed_by_kvm() - sum(vm.facts.vms for vm in found)
     if more > 0:
         notes.append(f"KVM lists {more} VMs more than processes hold descriptors of")
     return found, notes
+
+
+def _holds_vm(links: Mapping[int, str]) -> bool:
+    return any(link == KVM_VM_LINK or KVM_VCPU_LINK.fullmatch(link) for link in links.values())
+
+
+def _held_by_threads(process: Process) -> bool:
+    """Whether a thread that outlives the main one holds a VM; /proc/PID itself shows nothing of such a process."""
+    for thread in process.threads():
+        try:
+            if _holds_vm(process.descriptors(thread)):
+                return True
+        except Undetermined:  # that one has ended too
+            continue
+    return False
 
 
 def _listed_by_kvm() -> int:

@@ -80,6 +80,11 @@ def test_firmware_and_why_it_was_guessed_are_said() -> None:
     assert "this kernel has no BTF" in note
 
 
+def test_a_verdict_on_ranges_that_were_asked_for_says_so() -> None:
+    (note,) = _judge(HIDDEN, GuestRam((RamRange(0, 4096, Source.REQUESTED),)), None)[1]
+    assert "only what --range names" in note
+
+
 def test_slots_that_changed_are_never_hidden() -> None:
     assert _judge(HIDDEN, RAM, None, moved=True)[0] is Verdict.UNKNOWN
     assert _judge(EXPOSED, RAM, None, moved=True)[0] is Verdict.EXPOSED

@@ -1,6 +1,8 @@
 """Finding VMs, and what their VMMs are called."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -8,7 +10,7 @@ from offmap.audit.every_vm import EveryVm, NotAudited, audit_every_vm
 from offmap.audit.host import host_facts
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
 from offmap.audit.reach import VmmFacts
-from offmap.audit.vms import VmProcess, recognise, vmm_facts
+from offmap.audit.vms import VmProcess, find_vms, recognise, vmm_facts
 from offmap.errors import ExitStatus, Undetermined
 
 
@@ -70,6 +72,29 @@ def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(monkeypat
     every = audit_every_vm(audit)  # type: ignore[arg-type]
     assert [(each.pid, each.reason) for each in every.failures] == [(1, "no kcore")]
     assert every.exit_status is ExitStatus.UNDETERMINED
+
+
+def test_a_vm_of_a_process_whose_main_thread_has_ended_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offmap.audit.vms.KVM_VM_LINK", "/memfd:headless-vm (deleted)")
+    program = """if True:
+        import ctypes, os, sys, threading, time
+        fd = os.memfd_create("headless-vm")
+        threading.Thread(target=sys.stdin.read, daemon=True).start()
+        print(flush=True)
+        ctypes.CDLL(None).syscall(60, 0)  # exit, of this thread alone
+    """
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None and child.stdout is not None
+        child.stdout.readline()
+        with Process(child.pid) as process:
+            while process.running():
+                os.sched_yield()
+        try:
+            found, notes = find_vms()
+        finally:
+            child.kill()
+    assert child.pid not in [vm.pid for vm in found]
+    assert any("1 processes hold VMs" in note for note in notes)
 
 
 def test_process_that_ended_is_said_to_have() -> None:
