@@ -6,13 +6,13 @@ when the other end of the socket is closed, hence with this process, however tha
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import shutil
 import socket
 import struct
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from ctypes import sizeof
 
@@ -27,6 +27,8 @@ _LENGTH = struct.Struct("!I")
 _HEADER = bytes(sizeof(virtio_net_hdr_v1))
 _NO_HEADER = (1).to_bytes(2, "little").rjust(sizeof(virtio_net_hdr_v1), b"\0")  # all 0 but num_buffers, which is 1
 MAX_FRAME = 65535 + 18  # an IP packet, and its Ethernet header with a VLAN tag
+_MOST_SAID = 256 << 10  # bytes that it may say; what comes later is lost
+_LONGEST_LINE = 300  # characters of it that a user is told
 _END_SECONDS = 2.0  # that passt may take to end: it takes milliseconds
 
 
@@ -172,8 +174,10 @@ class Passt(FrameStream):
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as undo:
             undo.callback(ours.close)
-            # Not a pipe: nobody reads it while the guest runs.
-            self._log = undo.enter_context(tempfile.TemporaryFile())
+            # Not a pipe: nobody reads it while the guest runs. Sealed, as a guest can make it say much.
+            self._log = undo.enter_context(os.fdopen(os.memfd_create("passt", os.MFD_ALLOW_SEALING), "r+b"))
+            os.ftruncate(self._log.fileno(), _MOST_SAID)
+            fcntl.fcntl(self._log, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
             with theirs:
                 command = [program, "--foreground", "--stderr", "--fd", str(theirs.fileno()), *options]
                 self._process = subprocess.Popen(
@@ -195,9 +199,9 @@ class Passt(FrameStream):
     def last_words(self) -> str:
         """Why it ended, as it said itself."""
         self._log.seek(0)
-        said = self._log.read().decode(errors="replace").splitlines()
+        said = self._log.read().rstrip(b"\0").decode(errors="replace").splitlines()
         lines = [line for line in said if line.strip() and not re.match("Failed to send .* to syslog", line)]
-        return lines[-1] if lines else f"it ended with status {self._process.poll()}"
+        return lines[-1][:_LONGEST_LINE] if lines else f"it ended with status {self._process.poll()}"
 
     def close(self) -> None:
         if self.fd < 0:

@@ -157,6 +157,15 @@ def test_a_passt_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert passt.last_words() == "No routable interface"
 
 
+def test_what_it_says_does_not_fill_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_passt(tmp_path, monkeypatch, "head -c 10000000 /dev/zero | tr '\\0' x; exit 0")
+    with Passt() as passt:
+        while passt.is_up():
+            pass
+        assert os.fstat(passt._log.fileno()).st_size == 256 << 10
+        assert passt.last_words() == "x" * 300
+
+
 def test_one_that_does_not_go_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offmap.devices.virtio.passt._END_SECONDS", 0.1)
     fake_passt(tmp_path, monkeypatch, "exec sleep 100")
