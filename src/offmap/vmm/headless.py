@@ -16,6 +16,7 @@ __all__ = ["Headless"]
 
 _KEPT = 64  # pieces of console output, each a line or less
 _DAY = 86400.0
+_LONGEST_LINE = 300  # characters of what the guest has said that a user is told
 
 
 class Headless:
@@ -88,7 +89,9 @@ class Headless:
         telling = [
             line for line in lines if "offmap-guest:" in line or "Kernel panic" in line or "Out of memory" in line
         ]
-        return next(reversed(telling or [line for line in lines if line]), "")
+        said = next(reversed(telling or [line for line in lines if line]), "")
+        # For somebody's terminal or log: a guest can write anything to its console.
+        return "".join(c if c.isprintable() else "?" for c in said[:_LONGEST_LINE])
 
     def _wake(self) -> None:
         os.eventfd_write(self._events, 1)
