@@ -74,20 +74,20 @@ class Output:
         from offmap.report.hosts import AUDIT, parse_report
         from offmap.report.text import render_fleet, render_vm
 
-        if self.json:
-            print(json.dumps(document, indent=2), flush=True)
-            if self._html is self._prometheus is None:
-                return
         with self.recording_failure():
+            if self.json:
+                print(json.dumps(document, indent=2), flush=True)
+                if self._html is self._prometheus is None:
+                    return
             try:
                 report = parse_report(document)
             except Malformed as error:
                 raise OffmapError(f"the audit's result contradicts itself: {error}", "report this as a bug") from None
-        if not self.json:
-            if report.schema == AUDIT:
-                print(render_vm(report.vms[0], self.color), flush=True)
-            else:
-                print(render_fleet([report], self.color), flush=True)
+            if not self.json:
+                if report.schema == AUDIT:
+                    print(render_vm(report.vms[0], self.color), flush=True)
+                else:
+                    print(render_fleet([report], self.color), flush=True)
         self.write_files([report])
 
     def write_files(self, reports: Sequence["HostReport"], merged: bool = False) -> None:
@@ -177,9 +177,9 @@ def merge(paths: Sequence[Path], output: Output) -> int:
             for reason in error.reasons:
                 print(f"offmap audit: {reason}", file=sys.stderr)
             raise
-    if output.json:
-        print(json.dumps(merged_json(reports, utc_now()), indent=2), flush=True)
-    else:
-        print(render_fleet(reports, output.color), flush=True)
+        if output.json:
+            print(json.dumps(merged_json(reports, utc_now()), indent=2), flush=True)
+        else:
+            print(render_fleet(reports, output.color), flush=True)
     output.write_files(reports, merged=True)
     return int(exit_status_of(worst(report.verdict for report in reports)))

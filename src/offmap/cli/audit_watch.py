@@ -46,9 +46,9 @@ def watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: O
                 result = once()
             if result.partial and seen is not None and not _runs(pid):
                 break  # the end of what is watched, and not a finding
+            worst = max(worst, result.verdict, key=gravity.index)
             _tell(result, seen, output)
             seen = result
-            worst = max(worst, result.verdict, key=gravity.index)
             time.sleep(seconds)
     except (_Stopped, KeyboardInterrupt):
         pass

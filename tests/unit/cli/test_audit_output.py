@@ -1,5 +1,6 @@
 """Every way that an audit is shown ends in the same exit status, and none is left saying what no longer holds."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -151,6 +152,24 @@ def test_a_result_that_contradicts_itself_is_never_shown(
     said = capsys.readouterr()
     assert said.out == "" and "contradicts itself" in said.err and said.err.count("\n") == 1
     assert metrics(prom)["offmap_audit_success", ""] == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_result_that_nobody_could_be_told_is_none(
+    more: list[str], audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prom = tmp_path / "offmap.prom"
+    options = [*more, "--prometheus", str(prom)]
+    audit(result(Verdict.HIDDEN))
+    assert main(["audit", "1", *options]) == ExitStatus.DONE
+    audit(result(Verdict.EXPOSED))
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["audit", "1", *options]) == ExitStatus.FAILED
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
+    assert metrics(prom)["offmap_audit_verdict", "hidden"] == 0
 
 
 def test_of_all_vms_the_worst_counts(audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
