@@ -15,7 +15,7 @@ from pathlib import Path
 
 from boot_time import COMMAND_LINE, PEER, TUNED_MACHINE, qemu_version, time_to
 from figure import Figure, Limit
-from lab import EVEN_ZEROING, GUEST_SIZE
+from lab_runs import EVEN_ZEROING, GUEST_SIZE
 from offmap.errors import OffmapError
 from offmap.guests.build import build_image
 from offmap.guests.recipe import RootRecipe

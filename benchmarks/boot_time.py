@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from figure import Figure, Limit
-from lab import GUEST_SIZE, run_in_lab
+from lab_runs import GUEST_SIZE, run_in_lab
 from offmap.compare.guest import READY
 from offmap.errors import OffmapError
 from offmap.lab.qemu import find_qemu

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from figure import Figure, Limit
-from lab import run_in_lab
+from lab_runs import run_in_lab
 from offmap.audit.audit import audit_process
 from offmap.audit.btf import Btf, Unknown
 from offmap.audit.drgn_kernel import DrgnKernel

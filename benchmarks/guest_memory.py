@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from figure import Figure, Limit
-from lab import EVEN_ZEROING, GUEST_SIZE, run_in_lab, shmem_huge_pages
+from lab_runs import EVEN_ZEROING, GUEST_SIZE, run_in_lab, shmem_huge_pages
 from offmap.errors import OffmapError
 from offmap.kmod.lab_module import lab_module
 from offmap.kmod.loaded import load

@@ -15,7 +15,7 @@ from typing import Any
 
 import ram
 from figure import Figure, Limit
-from lab import EVEN_ZEROING, run_in_lab, shmem_huge_pages
+from lab_runs import EVEN_ZEROING, run_in_lab, shmem_huge_pages
 from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.kmod.lab_module import lab_module
 from offmap.kmod.loaded import load

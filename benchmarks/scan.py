@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from figure import Figure, Limit
-from lab import run_in_lab
+from lab_runs import run_in_lab
 from offmap.audit.canary import CANARY_LENGTH, new_key
 from offmap.audit.kcore import Kcore
 from offmap.audit.own_memory import LockedBuffer

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from figure import Figure
-from lab import GUEST_SIZE, run_in_lab
+from lab_runs import GUEST_SIZE, run_in_lab
 from offmap.errors import OffmapError
 from offmap.lab.cpio import char_device, directory, newc, regular
 from offmap.lab.initramfs import busybox

@@ -19,7 +19,7 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 
 from figure import Figure
-from lab import GUEST_SIZE, run_in_lab
+from lab_runs import GUEST_SIZE, run_in_lab
 from offmap.devices.virtio.tap import open_tap
 from offmap.errors import OffmapError
 from offmap.lab.cpio import char_device, directory, newc, regular

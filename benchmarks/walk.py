@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from figure import Figure, Limit
-from lab import run_in_lab
+from lab_runs import run_in_lab
 from offmap.audit.kcore import Kcore
 from offmap.audit.walk import walk_kernel_half
 from offmap.errors import OffmapError

@@ -43,6 +43,7 @@ def main() -> int:
     if mode == "sleep":
         time.sleep(float(argument))
     if mode == "panic":
+        time.sleep(2)  # nothing tells that what was said has left this host
         Path("/proc/sysrq-trigger").write_text("c")
     if mode == "hang":
         time.sleep(3600)

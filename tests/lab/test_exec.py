@@ -247,7 +247,7 @@ def test_command_that_uses_up_all_memory(lab_kernel: HostKernel) -> None:
 
 
 def test_exec_deadline_leaves_nothing(tmp_path: Path, launched: list[Launched]) -> None:
-    launch = Launched(tmp_path, "sh", "-c", "echo ready; exec sleep 1000", options=("--timeout", "10"))
+    launch = Launched(tmp_path, "sh", "-c", "echo ready; exec sleep 1000", options=("--timeout", "30"))
     launched.append(launch)
     pid = launch.await_line(b"ready\n")
     status, _, err = launch.finish()
