@@ -197,8 +197,8 @@ def test_a_claim_that_a_child_has_of_its_parent_is_not_believed() -> None:
 class HoldsVm(Process):
     """This process, with a VM among its descriptors."""
 
-    def descriptors(self) -> dict[int, str]:
-        return super().descriptors() | {DESCRIPTOR: "anon_inode:kvm-vm"}
+    def descriptors(self, thread: int | None = None) -> dict[int, str]:
+        return super().descriptors(thread) | {DESCRIPTOR: "anon_inode:kvm-vm"}
 
 
 def test_kvms_list_comes_before_guesses_and_after_it_they_are_guesses() -> None:
