@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,3 +200,65 @@ def test_an_image_is_written_to_by_one_guest_at_a_time(host: LabHost, images: di
     assert check.status == 0, check.stdout
     third = host.output([*run, "--exec", "cat /root/mark"], timeout=PATIENCE)
     assert third.stdout == b"mine\n", third.stderr
+
+
+EVERY_DEVICE = """set -e
+get() { exec 3<>/dev/tcp/198.18.7.1/8000; printf "GET /$1 HTTP/1.0\\r\\n\\r\\n" >&3; LC_ALL=C sed '1,/^\\r*$/d' <&3; }
+get big | tee /tmp/big | sha256sum
+sha256sum </dev/vdb
+dd if=/tmp/big of=/dev/vdc bs=1M conv=fsync status=none
+head -c 65536 /dev/hwrng | wc -c
+get vsock_nc >/tmp/vsock_nc
+chmod +x /tmp/vsock_nc
+/tmp/vsock_nc connect 5000 </tmp/big
+# So that there is traffic for as long as the audit takes.
+while [ $SECONDS -lt 15 ]; do
+    get big | cmp - /tmp/big
+    dd if=/dev/vdc bs=1M iflag=direct status=none | cmp - /tmp/big
+done
+"""
+QUOTED = EVERY_DEVICE.replace("'", "'\\''")
+VSOCK_SINK = """
+import hashlib, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1] + "_5000")
+listener.listen()
+print("listening", flush=True)
+peer, _ = listener.accept()
+digest = hashlib.sha256()
+while piece := peer.recv(1 << 16):
+    digest.update(piece)
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("backend", ["reserved", "unplugged"])
+def test_every_device_of_a_hidden_guest_at_once(host: LabHost, images: dict[str, Image], backend: str) -> None:
+    """The same bytes by network, drives and vsock, by their checksums, audited meanwhile."""
+    assert host.options.out is not None
+    folder = host.options.out / f"devices-{backend}"
+    folder.mkdir()
+    source = Path(__file__).parents[1] / "payloads" / "vsock_nc.c"
+    subprocess.run(["gcc", "-O1", "-static", "-o", str(folder / "vsock_nc"), str(source)], check=True)
+    prepare = f"modprobe tun; mkdir -p /tmp/www && cd /tmp/www && cp {folder}/vsock_nc . && truncate -s 8M /tmp/written"
+    prepare += " && head -c 8388608 /dev/urandom >big && cp big /tmp/read && sha256sum <big"
+    checksum = host.output(["sh", "-c", f"PATH=$PATH:/usr/sbin:/sbin; {prepare}"]).stdout.decode().split()[0]
+    heard: list[bytes] = []
+    socket_path = f"/tmp/{backend}.sock"
+    sink = host.popen([sys.executable, "-I", "-S", "-c", VSOCK_SINK, socket_path], stdout=heard.append)
+    server = host.popen(["/run/offmap-lab/busybox", "httpd", "-f", "-p", "8000", "-h", "/tmp/www"])
+    try:
+        options = ["--image", str(images["6.12"].folder), "--memory", backend, "--audit", "--rng"]
+        options += ["--drive", "/tmp/read,readonly=on", "--drive", "/tmp/written"]
+        options += ["--net", "tap=ofdev0,address=198.18.7.1/24", "--vsock", f"cid=7,path={socket_path}"]
+        options += ["--cmdline", "console=ttyS0 quiet ip=198.18.7.2::198.18.7.1:255.255.255.0"]
+        done = host.output([*OFFMAP, "run", *options, "--exec", f"bash -c '{QUOTED}'"], timeout=PATIENCE)
+    finally:
+        server.kill()
+    errors = done.stderr.decode()
+    assert done.status == 0, errors
+    assert done.stdout.decode().split() == [checksum, "-", checksum, "-", "65536"], errors
+    assert "HIDDEN: " in errors and "EXPOSED" not in errors and "UNKNOWN" not in errors
+    assert sink.wait(30) == 0
+    assert b"".join(heard).decode().split() == ["listening", checksum]
+    assert host.output(["sh", "-c", "sha256sum </tmp/written"]).stdout.decode().split()[0] == checksum
