@@ -159,6 +159,7 @@ def test_wrong_use_ends_in_one_line(lab_host: LabHost) -> None:
     assert "text:" in refused(lab_host, 2, *command, "1", "--scan", "words")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cmdline", ["no5lvl nokaslr", "no5lvl pti=on"])
 def test_four_levels_with_large_leaves(lab_kernel: HostKernel, cmdline: str) -> None:
     with LabHost.start(lab_kernel, memory="6G", cmdline=f"{cmdline} memmap=256M$0x60000000") as host:
