@@ -1,6 +1,7 @@
 """Run one machine to its end without a terminal: the event loop of a guest that does one job."""
 
 import os
+import re
 import selectors
 import time
 from collections import deque
@@ -14,9 +15,14 @@ from offmap.vmm.stop_signals import stopped_by_signals
 
 __all__ = ["Headless"]
 
-_KEPT = 64  # pieces of console output, each a line or less
+_KEPT = 1024  # pieces of console output, each a line or less: an oops has a hundred lines
 _DAY = 86400.0
 _LONGEST_LINE = 300  # characters of what the guest has said that a user is told
+# What says most of a guest's end: its init, or the kernel. Of an oops before a panic (arch/x86/mm/fault.c,
+# kernel/traps.c, kernel/dumpstack.c) its first line and where it happened.
+_END = re.compile("offmap-guest:|Kernel panic|Out of memory")
+_OOPS = re.compile("BUG: |Oops: |general protection|double fault|stack segment|invalid opcode|kernel BUG at")
+_PLACE = re.compile(r"RIP: 0010:")  # in the kernel: __KERNEL_CS
 
 
 class Headless:
@@ -84,14 +90,18 @@ class Headless:
 
     @property
     def last_words(self) -> str:
-        """The line on its console that says most of its end: of its init, of a panic, or else the last one."""
+        """What on its console says most of its end: of its init, of a panic and its oops, or else the last line."""
         lines = [line.strip() for line in b"".join(self._console).decode(errors="replace").splitlines()]
-        telling = [
-            line for line in lines if "offmap-guest:" in line or "Kernel panic" in line or "Out of memory" in line
-        ]
-        said = next(reversed(telling or [line for line in lines if line]), "")
+        last = next((line for line in reversed(lines) if _END.search(line)), None)
+        if last is None:
+            said = [next((line for line in reversed(lines) if line), "")]
+        elif "Kernel panic" in last:
+            said = [next((line for line in lines if first.search(line)), "") for first in (_OOPS, _PLACE)] + [last]
+        else:
+            said = [last]
         # For somebody's terminal or log: a guest can write anything to its console.
-        return "".join(c if c.isprintable() else "?" for c in said[:_LONGEST_LINE])
+        told = "; ".join(line[:_LONGEST_LINE] for line in said if line)
+        return "".join(c if c.isprintable() else "?" for c in told)
 
     def _wake(self) -> None:
         os.eventfd_write(self._events, 1)

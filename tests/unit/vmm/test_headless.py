@@ -14,6 +14,13 @@ from offmap.vmm.headless import Headless
         ([], ""),
         ([b"one\r\n", b"two\r\n\r\n"], "two"),
         ([b"Kernel panic - ", b"not syncing\r\nRebooting"], "Kernel panic - not syncing"),
+        (
+            [
+                b"[ 5.1] BUG: unable to handle page fault\n[ 5.1] #PF: error\n[ 5.1] Oops: Oops: 0002\n",
+                b"[ 5.1] RIP: 0010:vring_interrupt+0x1\n[ 5.2] RIP: 0010:default_idle+0xf\n[ 5.2] Kernel panic: x\n",
+            ],
+            "[ 5.1] BUG: unable to handle page fault; [ 5.1] RIP: 0010:vring_interrupt+0x1; [ 5.2] Kernel panic: x",
+        ),
         ([b"offmap-guest: no root device /dev/vda\nreboot: Power down\n"], "offmap-guest: no root device /dev/vda"),
         ([b"\x1b]0;title\x07\x1b[2Jgone\xff\n"], "?]0;title??[2Jgone\N{REPLACEMENT CHARACTER}"),
         ([b"x" * 1_000_000], "x" * 300),
