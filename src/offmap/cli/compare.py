@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offmap.cli.arguments import count, seconds
 from offmap.errors import ExitStatus, OffmapError
 
 if TYPE_CHECKING:
@@ -49,11 +50,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     axes.add_argument("--kvm-clock", action="append", choices=("auto", "on", "off"), help="offer it to the guest")
     how = parser.add_argument_group("how it is run")
     how.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR", help="default: %(default)s")
-    how.add_argument("--jobs", type=_count, metavar="N", help="cells at a time (default: as cores and memory allow)")
-    how.add_argument("--deadline", type=_seconds, metavar="SECONDS", help="for a cell (default: 600)")
+    how.add_argument("--jobs", type=count, metavar="N", help="cells at a time (default: as cores and memory allow)")
+    how.add_argument("--deadline", type=seconds, metavar="SECONDS", help="for a cell (default: 600)")
     how.add_argument(
         "--boots",
-        type=_count,
+        type=count,
         default=1,
         metavar="N",
         help="pairs of guests to time the boot of, by turns; 5 give a ratio",
@@ -70,23 +71,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     what.add_argument("--list", action="store_true", help="say which cells there are and how they stand; run none")
     what.add_argument("--report-only", action="store_true", help="write the report of what is done; run none")
     parser.set_defaults(run=run)
-
-
-def _count(text: str) -> int:
-    count = int(text) if text.isdecimal() else 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return count
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
-    return seconds
 
 
 def run(args: argparse.Namespace) -> int:

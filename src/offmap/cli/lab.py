@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from offmap.cli.arguments import seconds
 from offmap.errors import OffmapError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "$OFFMAP_OUT is a folder that survives.",
     )
     add_lab_options(run)
-    run.add_argument("--timeout", type=_seconds, metavar="S", help="end the command and the host after S seconds")
+    run.add_argument("--timeout", type=seconds, metavar="S", help="end the command and the host after S seconds")
     run.add_argument("--out", type=Path, metavar="DIR", help=f"the folder that survives (default: {DEFAULT_OUT})")
     run.add_argument("--verbose", action="store_true", help="show progress even when stderr is no terminal")
     run.add_argument(
@@ -107,16 +108,6 @@ def run_kernel_list(_args: argparse.Namespace) -> int:
         for subject in series.subjects():
             print(f"    {subject}")
     return 0
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
-    return seconds
 
 
 def run_exec(args: argparse.Namespace) -> int:
