@@ -2,29 +2,13 @@
 
 from collections.abc import Sequence
 
-from markupsafe import Markup
-
-from offmap import __version__
 from offmap.compare.cell_result import CellResult
 from offmap.report.compare_views import compare_view
-from offmap.report.html import asset, environment, policy_hash
+from offmap.report.html import render_page
 
 __all__ = ["render_compare_html"]
 
 
 def render_compare_html(results: Sequence[CellResult]) -> str:
     """The page, with the look and the security policy of the audit's."""
-    style = asset("style.css") + asset("compare.css")
-    script = asset("compare.js")
-    return (
-        environment()
-        .get_template("compare.html.j2")
-        .render(
-            page=compare_view(results),
-            version=__version__,
-            style=Markup(style),
-            style_hash=policy_hash(style),
-            script=Markup(script),
-            script_hash=policy_hash(script),
-        )
-    )
+    return render_page("compare.html.j2", compare_view(results), ["style.css", "compare.css"], "compare.js")

@@ -18,37 +18,47 @@ from offmap import __version__
 from offmap.report.hosts import HostReport
 from offmap.report.views import page_view
 
-__all__ = ["asset", "environment", "policy_hash", "render_html"]
+__all__ = ["render_html", "render_page"]
 
 
 @cache
-def environment() -> Environment:
+def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("offmap.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
 
 
-def asset(name: str) -> str:
+def _asset(name: str) -> str:
     return files("offmap.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def policy_hash(text: str) -> str:
+def _policy_hash(text: str) -> str:
     """As Content-Security-Policy wants it (W3C CSP3, section 2.3.1, hash-source)."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def render_html(reports: Sequence[HostReport]) -> str:
-    """The page: of one VM, of a host's, or of many hosts'."""
-    style, script = asset("style.css"), asset("page.js")
+def render_page(template: str, page: object, styles: Sequence[str], script: str) -> str:
+    """A whole page: its style sheets as one and its script in it, each allowed by its hash.
+
+    Args:
+        template, styles, script: by their names in ``templates/``.
+        page: what the template shows.
+    """
+    style, code = "".join(map(_asset, styles)), _asset(script)
     return (
-        environment()
-        .get_template("audit.html.j2")
+        _environment()
+        .get_template(template)
         .render(
-            page=page_view(reports),
+            page=page,
             version=__version__,
             style=Markup(style),
-            style_hash=policy_hash(style),
-            script=Markup(script),
-            script_hash=policy_hash(script),
+            style_hash=_policy_hash(style),
+            script=Markup(code),
+            script_hash=_policy_hash(code),
         )
     )
+
+
+def render_html(reports: Sequence[HostReport]) -> str:
+    """The page: of one VM, of a host's, or of many hosts'."""
+    return render_page("audit.html.j2", page_view(reports), ["style.css"], "page.js")
