@@ -127,7 +127,7 @@ class MmioTransport:
         """As after a reset (4.2.2.1, 2.1.2)."""
         self._status = 0
         self._driver_features = 0
-        self._device_features_sel = self._driver_features_sel = 0
+        self._driver_features_sel = 0
         self._setups = [_QueueSetup(size) for size in self._device.queue_sizes]
         self._queue_sel = 0
         self._show(reg.VIRTIO_MMIO_STATUS, 0)

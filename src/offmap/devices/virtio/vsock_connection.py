@@ -54,7 +54,7 @@ class Connection:
         self._reply = uapi.VIRTIO_VSOCK_OP_REQUEST if state is State.ASKED else uapi.VIRTIO_VSOCK_OP_RESPONSE
         self._sent = 0
         self._peer_buf_alloc = self._peer_fwd_cnt = 0
-        self._tell_credit = self._ask_credit = self._asked_credit = False
+        self._tell_credit = self._asked_credit = False
         self._ours_down = self._ours_told = 0  # VIRTIO_VSOCK_SHUTDOWN_*: what we do no more, and what the guest knows
         # From the guest.
         self._guest_down = 0
