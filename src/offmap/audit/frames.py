@@ -69,24 +69,6 @@ class Frames:
         """Pages in each run."""
         return np.diff(np.append(self.page, self.total))
 
-    @classmethod
-    def of_pages(
-        cls, pfn: NDArray[np.integer], state: NDArray[np.integer], reasons: dict[str, Sequence[int]] | None = None
-    ) -> "Frames":
-        """From one frame and one state for each page; ``reasons`` name pages that are UNKNOWN."""
-        building = _Building()
-        why = np.zeros(len(state), dtype=np.uint8)
-        for reason, pages in (reasons or {}).items():
-            why[list(pages)] = building.number(reason)
-        building.add_pages(pfn.astype(np.int64), state.astype(np.uint8), why)
-        return building.frames()
-
-    @classmethod
-    def all_unknown(cls, pages: int, reason: str) -> "Frames":
-        building = _Building()
-        building.add_unknown(pages, reason)
-        return building.frames()
-
 
 class _Building:
     """Frames being put together, from the first page on."""

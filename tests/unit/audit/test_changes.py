@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from offmap.audit.audit import AuditResult
 from offmap.audit.changes import Difference, compare
-from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
+from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
 from offmap.audit.host import HostFacts
 from offmap.audit.intervals import Intervals
@@ -16,6 +16,8 @@ from offmap.audit.mappings import RUN, KernelMappings
 from offmap.audit.reach import Kind
 from offmap.audit.verdict import PageCounts, Verdict, classify
 from offmap.report.changes import render_changes
+
+from .frames_of_pages import frames_of_pages
 
 PAGE = 4096
 BASE = 0xFFFF_8880_0000_0000
@@ -30,7 +32,7 @@ def audited(pages: list[Page], direct: range = DIRECT, first: int = 0) -> AuditR
     runs = np.zeros(1, dtype=RUN)
     runs[0] = (BASE + direct.start * PAGE, direct.start * PAGE, len(direct) * PAGE, 1, True, True)
     kernel = KernelMappings(runs, (), {}, BASE)
-    seen = Frames.of_pages(
+    seen = frames_of_pages(
         np.array([frame for _, frame in pages], dtype=np.int64),
         np.array([state for state, _ in pages], dtype=np.uint8),
         {"swapped out": [index for index, (state, _) in enumerate(pages) if state == UNKNOWN]},

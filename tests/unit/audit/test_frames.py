@@ -15,6 +15,8 @@ from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames, _Building, _d
 from offmap.audit.pageflags import KPF_ZERO_PAGE, PageFlags
 from offmap.audit.pagemap import PagemapEnds
 
+from .frames_of_pages import frames_of_pages
+
 PRESENT, SWAPPED, FILE, SOFT_DIRTY = 1 << 63, 1 << 62, 1 << 61, 1 << 55
 MISSING = module._MISSING
 ZERO = 7  # the frame of the page of zeroes
@@ -82,7 +84,7 @@ def test_pagemap_that_ends_is_not_taken_for_missing_pages(tmp_path: Path) -> Non
 
 @given(st.lists(st.tuples(st.sampled_from([UNKNOWN, EMPTY, POPULATED]), st.integers(1, 9)), max_size=20))
 def test_pages_become_the_fewest_runs(pages: list[tuple[int, int]]) -> None:
-    frames = Frames.of_pages(np.array([pfn for _, pfn in pages]), np.array([state for state, _ in pages]))
+    frames = frames_of_pages(np.array([pfn for _, pfn in pages]), np.array([state for state, _ in pages]))
     assert [page[:2] for page in by_page(frames)] == [(s, pfn if s == POPULATED else 0) for s, pfn in pages]
     check_runs(frames)
 

@@ -18,13 +18,15 @@ from offmap.audit.regions import VMALLOC, Layout
 from offmap.audit.verdict import PageCounts, Verdict, classify, excluded_ranges, mapped_guest_ranges
 from offmap.errors import ExitStatus
 
+from .frames_of_pages import frames_of_pages
+
 PAGE = 4096
 BASE = 0xFFFF_8880_0000_0000
 ALIAS = 0xFFFF_C900_0000_0000
 
 
 def frames(*pages: tuple[int, int]) -> Frames:
-    return Frames.of_pages(
+    return frames_of_pages(
         np.array([pfn for pfn, _ in pages], dtype=np.int64), np.array([state for _, state in pages], dtype=np.uint8)
     )
 
@@ -102,7 +104,8 @@ def test_page_that_came_during_the_walk_is_unknown() -> None:
 
 def test_process_that_ended_leaves_unknown_pages_and_the_reason() -> None:
     seen = frames((100, POPULATED), (101, POPULATED), (0, EMPTY))
-    after = Frames.all_unknown(3, "process 7 ended before it was looked at")
+    unseen = {"process 7 ended before it was looked at": range(3)}
+    after = frames_of_pages(np.zeros(3, np.int64), np.full(3, UNKNOWN), unseen)
     after.ended = "process 7 ended"
     counts = classify(seen, after, NONE, mappings([(0, 200)], [])).counts()
     assert (counts.unknown_pages, counts.mapped_pages, counts.pages_populated) == (3, 0, 0)
@@ -148,8 +151,8 @@ def test_pages_that_nobody_could_see_cannot_be_excluded_into_hidden() -> None:
 
 def test_as_many_reasons_as_there_can_be() -> None:
     reasons: dict[str, Sequence[int]] = {f"reason {number}": [number] for number in range(400)}
-    seen = Frames.of_pages(np.zeros(401, np.int64), np.array([UNKNOWN] * 400 + [POPULATED], np.uint8), reasons)
-    after = Frames.of_pages(np.ones(401, np.int64), np.array([UNKNOWN] * 400 + [POPULATED], np.uint8), reasons)
+    seen = frames_of_pages(np.zeros(401, np.int64), np.array([UNKNOWN] * 400 + [POPULATED], np.uint8), reasons)
+    after = frames_of_pages(np.ones(401, np.int64), np.array([UNKNOWN] * 400 + [POPULATED], np.uint8), reasons)
     counts = classify(seen, after, NONE, mappings([], [])).counts()
     assert (counts.unknown_pages, sum(counts.reasons.values())) == (401, 401)
     assert counts.reasons["came, went or moved during the audit"] == 1

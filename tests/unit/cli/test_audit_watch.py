@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from offmap.audit.audit import AuditResult
-from offmap.audit.frames import POPULATED, Frames
+from offmap.audit.frames import POPULATED
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
 from offmap.audit.host import HostFacts
 from offmap.audit.intervals import Intervals
@@ -20,6 +20,8 @@ from offmap.audit.verdict import Verdict, classify
 from offmap.cli.audit_output import Output, add_output_options
 from offmap.cli.audit_watch import watch
 from offmap.errors import Undetermined
+
+from ..audit.frames_of_pages import frames_of_pages
 
 NOBODY = 1 << 30  # no process has this PID
 BASE = 0xFFFF_8880_0000_0000
@@ -39,7 +41,7 @@ def result(mapped: range, partial: str = "") -> AuditResult:
     runs = np.zeros(1, dtype=RUN)
     runs[0] = (BASE + mapped.start * PAGE, mapped.start * PAGE, len(mapped) * PAGE, 1, True, True)
     kernel = KernelMappings(runs if len(mapped) else runs[:0], (), {4: 1}, BASE)
-    seen = Frames.of_pages(np.arange(100, 104), np.full(4, POPULATED))
+    seen = frames_of_pages(np.arange(100, 104), np.full(4, POPULATED))
     nothing = np.zeros(0, dtype=np.int64)
     judged = classify(seen, seen, Intervals(nothing, nothing), kernel)
     counts = judged.counts()
