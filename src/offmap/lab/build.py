@@ -177,8 +177,12 @@ def compile_kernel(tree: Path, series: PatchSeries, key: str, new: Path, log: Pa
     _make([*make, "modules_install"], log)
     image = objects / "arch/x86/boot/bzImage"
     release = image_release(image)
+    modules = new / "lib/modules" / release
     for link in ("build", "source"):
-        (new / "lib/modules" / release / link).unlink(missing_ok=True)
+        (modules / link).unlink(missing_ok=True)
+    # What a distribution's headers package holds (scripts/package/install-extmod-build): offmap.ko is built against it.
+    install = tree / "scripts/package/install-extmod-build"
+    _make([*make, "run-command", f"KBUILD_RUN_COMMAND={install} {modules / 'build'}"], log)
     (new / "boot").mkdir()
     for name, path in (("vmlinuz", image), ("config", objects / ".config"), ("System.map", objects / "System.map")):
         path.rename(new / "boot" / f"{name}-{release}")
