@@ -171,6 +171,27 @@ def test_device_memory(rig: Callable[[bytes], Rig]) -> None:
     assert machine.counts["mmio", 0x20000, "in"] == 1
 
 
+def test_device_memory_straight_after_an_exception(rig: Callable[[bytes], Rig]) -> None:
+    machine = rig(
+        b"\xb8\x00\x20\x8e\xd8\xb9\x64\x00"  # mov ax, 0x2000; mov ds, ax; mov cx, 100
+        b"\x31\xdb\xb8\x05\x00\xf6\xf3"  # again: xor bx, bx; mov ax, 5; div bl: #DE
+        b"\xa2\x08\x00\xe2\xf4" + END  # mov [8], al; loop again
+    )
+    machine.memory.write(0, (0x1100).to_bytes(4, "little"))  # vector 0
+    machine.memory.write(0x1100, b"\xb3\x01\xcf")  # mov bl, 1; iret: divides again, by 1
+    assert machine.run() is None
+    assert machine.mmio.writes == [(8, 1, 5)] * 100
+
+
+def test_a_guest_with_its_stack_in_a_device_comes_to_an_end(rig: Callable[[bytes], Rig]) -> None:
+    machine = rig(b"\xb8\x00\x20\x8e\xd0\x31\xdb\xf6\xf3" + END)  # mov ax, 0x2000; mov ss, ax; xor bx, bx; div bl
+    machine.memory.write(0, (0x1100).to_bytes(4, "little"))
+    machine.memory.write(0x1100, END)
+    stop = machine.run()
+    # What KVM makes of the push differs: it is emulated, or an event that cannot be delivered, or a triple fault.
+    assert stop is None or stop.outcome is Outcome.FAILED
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["before it runs", "while it runs"])
 def test_stop_ends_a_guest_that_spins(rig: Callable[[bytes], Rig], before: bool) -> None:
     machine = rig(b"\xba\x00\x01\xee\xeb\xfe")  # out dx, al: it is in the guest; jmp .
