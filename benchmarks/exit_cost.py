@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from c_program import compile_program
 from figure import Figure, Limit
 from offmap.devices.bus import MmioBus, PioBus
 from offmap.errors import OffmapError
@@ -119,22 +120,6 @@ def run_ours(code: bytes, counts: ExitCounts | None = None) -> float:
     return seconds[0]
 
 
-def compile_peer(folder: Path) -> Path:
-    """Compile exit_cost.c into ``folder``.
-
-    Raises:
-        OffmapError: there is no compiler, or it refuses.
-    """
-    program = folder / "exit_cost"
-    source = Path(__file__).with_suffix(".c")
-    command = ["gcc", "-O2", "-Wall", "-Wextra", "-o", str(program), str(source)]
-    try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise OffmapError(f"cannot compile {source.name}: {error}", "install gcc and libc6-dev") from None
-    return program
-
-
 def run_peer(program: Path, code: bytes) -> float:
     """Run the guest by the loop in C; returns the seconds that took.
 
@@ -184,7 +169,7 @@ def main() -> int:
     exits, rounds = (20_000, 5) if args.quick else (args.exits, args.rounds)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            program = compile_peer(Path(folder))
+            program = compile_program(Path(__file__).with_suffix(".c"), Path(folder))
             for access in ("out", "in"):
                 measure(program, access, exits, rounds)
     except OffmapError as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from c_program import static_program
 from figure import Figure, Limit
 from lab_runs import EVEN_ZEROING, GUEST_SIZE, run_in_lab, shmem_huge_pages
 from offmap.errors import OffmapError
@@ -109,27 +110,14 @@ def inside(module: str, kernel: str, initrd: str, rounds: int) -> int:
     return 0
 
 
-def compile_guest() -> bytes:
-    """guest_memory.c as a static program.
+def guest() -> bytes:
+    """An initramfs whose init is guest_memory.c.
 
     Raises:
         OffmapError: there is no compiler, or it refuses.
     """
-    source = Path(__file__).with_suffix(".c")
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "init"
-        command = ["gcc", "-O2", "-static", "-Wall", "-Wextra", "-o", str(program), str(source)]
-        try:
-            subprocess.run(command, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise OffmapError(f"cannot compile {source.name}: {error}", "install gcc and libc6-dev") from None
-        return program.read_bytes()
-
-
-def guest(program: bytes) -> bytes:
-    """Its initramfs."""
     console = char_device("dev/console", 5, 1)  # Documentation/admin-guide/devices.txt
-    return newc([directory("dev"), console, regular("init", program, 0o755)])
+    return newc([directory("dev"), console, regular("init", static_program(Path(__file__).with_suffix(".c")), 0o755)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -147,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.inside:
             return inside(args.module, args.guest_kernel, args.guest_initrd, rounds)
         more = ["--rounds", str(rounds), "--module", str(lab_module(host_kernel()))]
-        return run_in_lab(__file__, more, cmdline=EVEN_ZEROING, initrd=guest(compile_guest()))
+        return run_in_lab(__file__, more, cmdline=EVEN_ZEROING, initrd=guest())
     except OffmapError as error:
         print(f"guest_memory: {error}", file=sys.stderr)
         return error.exit_status

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from c_program import compile_program
 from figure import Figure, Limit
 from lab_runs import run_in_lab
 from offmap.audit.canary import CANARY_LENGTH, new_key
@@ -40,22 +41,6 @@ _SECRET_BYTES = 32
 _FILE_BYTES = 1 << 30
 
 Stretches = Sequence[tuple[int, int]]
-
-
-def compile_peer(folder: Path) -> Path:
-    """Compile the loop in C.
-
-    Raises:
-        OffmapError: there is no compiler, or it failed.
-    """
-    program = folder / "scan_peer"
-    source = Path(__file__).with_name("scan_peer.c")
-    command = ["gcc", "-O2", "-Wall", "-Wextra", "-pthread", "-o", str(program), str(source)]
-    try:
-        subprocess.run(command, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise OffmapError(f"cannot compile {source.name}: {error}", "install gcc and libc6-dev") from None
-    return program
 
 
 def run_peer(program: str, path: str, stretches: Stretches, threads: int) -> float:
@@ -181,7 +166,7 @@ def main() -> int:
         if args.inside:
             return inside(args.peer, rounds)
         with tempfile.TemporaryDirectory() as folder:
-            program = str(compile_peer(Path(folder)))
+            program = str(compile_program(Path(__file__).with_name("scan_peer.c"), Path(folder), "-pthread"))
             measure_file(program, rounds)
             return run_in_lab(__file__, ["--rounds", str(rounds), "--peer", program])
     except OffmapError as error:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from c_program import static_program
 from figure import Figure
 from lab_runs import GUEST_SIZE, run_in_lab
 from offmap.errors import OffmapError
@@ -55,23 +56,11 @@ def guest(seconds: float, patterns: Sequence[str]) -> bytes:
     files = {name.rsplit("/", 1)[-1].split(".ko")[0] + ".ko": load_module(kernel.modules / name) for name in names}
     entries = [directory(name) for name in ("bin", "dev", "proc", "modules")]
     entries += [char_device("dev/console", 5, 1), regular("bin/busybox", busybox(), 0o755)]
-    entries += [regular("bin/virtio_blk", compiled(Path(__file__).with_suffix(".c")), 0o755)]
+    entries += [regular("bin/virtio_blk", static_program(Path(__file__).with_suffix(".c")), 0o755)]
     entries += [regular("init", INIT.format(seconds=seconds, patterns=" ".join(patterns)).encode(), 0o755)]
     entries += [regular(f"modules/{name}", data) for name, data in files.items()]
     entries += [regular("modules/order", "".join(f"{name}\n" for name in files).encode())]
     return newc(entries)
-
-
-def compiled(source: Path) -> bytes:
-    """The program, statically linked."""
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / source.stem
-        command = ["gcc", "-O2", "-Wall", "-Wextra", "-static", "-o", str(program), str(source)]
-        try:
-            subprocess.run(command, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            raise OffmapError(f"cannot compile {source.name}: {error}", "install gcc and libc6-dev") from None
-        return program.read_bytes()
 
 
 def offmap_command(kernel: str, initrd: str, image: str, memory: str, *more: str) -> list[str]:

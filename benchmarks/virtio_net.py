@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Interface
 from pathlib import Path
 
+from c_program import compile_program, static_program
 from figure import Figure
 from lab_runs import GUEST_SIZE, run_in_lab
 from offmap.devices.virtio.tap import open_tap
@@ -27,7 +28,6 @@ from offmap.lab.modules import ModuleIndex, load_module
 from offmap.lab.provision import host_kernel
 from offmap.lab.qemu import find_qemu
 from offmap.uapi.if_tun import TUNSETPERSIST
-from virtio_blk import compiled
 
 PEER = "qemu-system-x86_64 -M microvm,acpi=on,rtc=on -accel kvm, virtio-net-device, tap, vhost=off, on ordinary RAM"
 AT_LEAST = 0.5  # of QEMU's throughput (issue 4)
@@ -47,7 +47,7 @@ def guest() -> bytes:
     names = ModuleIndex.of(kernel.modules).load_order(["virtio_mmio", "virtio_net"])
     files = {name.rsplit("/", 1)[-1].split(".ko")[0] + ".ko": load_module(kernel.modules / name) for name in names}
     entries = [directory("dev"), directory("modules"), char_device("dev/console", 5, 1)]
-    entries += [regular("init", compiled(Path(__file__).with_suffix(".c")), 0o755)]
+    entries += [regular("init", static_program(Path(__file__).with_suffix(".c")), 0o755)]
     entries += [regular(f"modules/{name}", data) for name, data in files.items()]
     entries += [regular("modules/order", "".join(f"{name}\n" for name in files).encode())]
     return newc(entries)
@@ -145,9 +145,7 @@ def inside(kernel: str, initrd: str, rounds: int, mb: int) -> int:
     }
     samples: dict[str, dict[str, list[float]]] = {name: {letter: [] for letter in DIRECTIONS} for name in who}
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "virtio_net"
-        program.write_bytes(compiled(Path(__file__).with_suffix(".c")))
-        program.chmod(0o755)
+        program = compile_program(Path(__file__).with_suffix(".c"), Path(folder), "-static")
         for _ in range(rounds):
             for name, argv in who.items():
                 for letter, rates in measure(argv, program, size, letters).items():
