@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from boot_time import COMMAND_LINE, PEER, TUNED_MACHINE, qemu_version, time_to
+from command import benchmark_parser, exit_status
 from figure import Figure, Limit
 from lab_runs import EVEN_ZEROING, GUEST_SIZE
 from offmap.errors import OffmapError
@@ -120,17 +121,11 @@ def run(rounds: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="1 round")
+    parser = benchmark_parser(__doc__, rounds=5, quick="1 round")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
-    try:
-        return run(rounds) if args.inside is None else inside(args.inside, rounds)
-    except OffmapError as error:
-        print(f"boot_login: {error}", file=sys.stderr)
-        return error.exit_status
+    return exit_status("boot_login", lambda: run(rounds) if args.inside is None else inside(args.inside, rounds))
 
 
 if __name__ == "__main__":

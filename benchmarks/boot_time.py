@@ -4,7 +4,6 @@ Both run by turns in one disposable host, with the same kernel, initrd, command 
 on ordinary RAM. A run is timed from just before the VMM is forked to the line that the guest's init prints first.
 """
 
-import argparse
 import json
 import os
 import selectors
@@ -17,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import GUEST_SIZE, run_in_lab
+from lab_runs import GUEST_SIZE, add_inside_options, run_in_lab
 from offmap.compare.guest import READY
 from offmap.errors import OffmapError
 from offmap.lab.qemu import find_qemu
@@ -139,21 +139,17 @@ def qemu_version() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="2 rounds")
-    for hidden in ("--guest-kernel", "--guest-initrd"):
-        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser = benchmark_parser(__doc__, rounds=5, quick="2 rounds")
+    add_inside_options(parser)
     args = parser.parse_args()
     rounds = 2 if args.quick else args.rounds
-    try:
+
+    def run() -> int:
         if args.inside:
             return inside(args.guest_kernel, args.guest_initrd, rounds)
         return run_in_lab(__file__, ["--rounds", str(rounds)])
-    except OffmapError as error:
-        print(f"boot_time: {error}", file=sys.stderr)
-        return error.exit_status
+
+    return exit_status("boot_time", run)
 
 
 if __name__ == "__main__":

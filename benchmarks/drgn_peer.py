@@ -7,7 +7,6 @@ and whether it is in the kernel image. That is less than the audit answers: an a
 asked for a random sample of pages, and the time for all is extrapolated from that, in proportion.
 """
 
-import argparse
 import random
 import re
 import sys
@@ -17,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import run_in_lab
+from lab_runs import add_inside_options, run_in_lab
 from offmap.audit.audit import audit_process
 from offmap.audit.btf import Btf, Unknown
 from offmap.audit.drgn_kernel import DrgnKernel
@@ -95,23 +95,19 @@ def inside(kernel: str, initrd: str, rounds: int, sample: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each (default: %(default)s)")
+    parser = benchmark_parser(__doc__, rounds=5, quick="1 round")
     parser.add_argument("--sample", type=int, default=5000, metavar="N", help="pages to ask (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="1 round")
-    for hidden in ("--guest-kernel", "--guest-initrd"):
-        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    add_inside_options(parser)
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
-    try:
+
+    def run() -> int:
         if args.inside:
             return inside(args.guest_kernel, args.guest_initrd, rounds, args.sample)
         arguments = ["--rounds", str(rounds), "--sample", str(args.sample)]
         return run_in_lab(__file__, arguments, memory=_HOST, cmdline=_RESERVED)
-    except OffmapError as error:
-        print(f"drgn_peer: {error}", file=sys.stderr)
-        return error.exit_status
+
+    return exit_status("drgn_peer", run)
 
 
 if __name__ == "__main__":

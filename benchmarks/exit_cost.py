@@ -5,7 +5,6 @@ The guest writes to (or reads from) a port N times in a loop; the device there o
 Both run the same guest by turns; the guest's own instructions and the kernel's share are in both.
 """
 
-import argparse
 import ctypes
 import mmap
 import platform
@@ -20,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from c_program import compile_program
+from command import benchmark_parser, exit_status
 from figure import Figure, Limit
 from offmap.devices.bus import MmioBus, PioBus
 from offmap.errors import OffmapError
@@ -161,21 +161,19 @@ def measure(program: Path, access: str, exits: int, rounds: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = benchmark_parser(__doc__, rounds=7, quick="5 short rounds")
     parser.add_argument("--exits", type=int, default=200_000, metavar="N", help="per run (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="5 short rounds")
     args = parser.parse_args()
     exits, rounds = (20_000, 5) if args.quick else (args.exits, args.rounds)
-    try:
+
+    def run() -> int:
         with tempfile.TemporaryDirectory() as folder:
             program = compile_program(Path(__file__).with_suffix(".c"), Path(folder))
             for access in ("out", "in"):
                 measure(program, access, exits, rounds)
-    except OffmapError as error:
-        print(f"exit_cost: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+        return 0
+
+    return exit_status("exit_cost", run)
 
 
 if __name__ == "__main__":

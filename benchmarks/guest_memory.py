@@ -4,7 +4,6 @@ What can differ is the page size of the nested page tables, which KVM takes from
 from KVM's statistics at the end of each run. The guest is guest_memory.c, compiled now and alone in its initramfs.
 """
 
-import argparse
 import json
 import re
 import subprocess
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from c_program import static_program
+from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import EVEN_ZEROING, GUEST_SIZE, run_in_lab, shmem_huge_pages
+from lab_runs import EVEN_ZEROING, GUEST_SIZE, add_inside_options, run_in_lab, shmem_huge_pages
 from offmap.errors import OffmapError
 from offmap.kmod.lab_module import lab_module
 from offmap.kmod.loaded import load
@@ -121,24 +121,18 @@ def guest() -> bytes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument(
-        "--quick", action="store_true", help="1 round, which is too few to say whether the limit is met"
-    )
-    for hidden in ("--guest-kernel", "--guest-initrd", "--module"):
-        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser = benchmark_parser(__doc__, rounds=5, quick="1 round, which is too few to say whether the limit is met")
+    add_inside_options(parser, "--module")
     args = parser.parse_args(arguments)
     rounds = 1 if args.quick else args.rounds
-    try:
+
+    def run() -> int:
         if args.inside:
             return inside(args.module, args.guest_kernel, args.guest_initrd, rounds)
         more = ["--rounds", str(rounds), "--module", str(lab_module(host_kernel()))]
         return run_in_lab(__file__, more, cmdline=EVEN_ZEROING, initrd=guest())
-    except OffmapError as error:
-        print(f"guest_memory: {error}", file=sys.stderr)
-        return error.exit_status
+
+    return exit_status("guest_memory", run)
 
 
 if __name__ == "__main__":

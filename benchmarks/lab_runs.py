@@ -1,5 +1,6 @@
 """Where the benchmarks of a host run: a disposable one, in which this same script runs a second time."""
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 
-__all__ = ["EVEN_ZEROING", "GUEST_SIZE", "run_in_lab", "shmem_huge_pages"]
+__all__ = ["EVEN_ZEROING", "GUEST_SIZE", "add_inside_options", "run_in_lab", "shmem_huge_pages"]
 
 GUEST_SIZE = "256M"
 _RESERVED = "memmap=256M$0x40000000"  # GUEST_SIZE at 1 GiB that the host kernel never owns
@@ -34,6 +35,13 @@ def shmem_huge_pages(policy: str) -> Iterator[None]:
         yield
     finally:
         _SHMEM_ENABLED.write_text(before)
+
+
+def add_inside_options(parser: argparse.ArgumentParser, *more: str) -> None:
+    """Add what the script is told where it runs in the host, hidden: what `run_in_lab` says, and ``more``."""
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    for option in ("--guest-kernel", "--guest-initrd", *more):
+        parser.add_argument(option, default="", help=argparse.SUPPRESS)
 
 
 def run_in_lab(

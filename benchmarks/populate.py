@@ -4,7 +4,6 @@ In three places: on this machine's own kernel (nothing is loaded into it, so not
 host with the offmap module, and on the patched one, where guest_memfd's flag is compared with its absence.
 """
 
-import argparse
 import os
 import resource
 import sys
@@ -14,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import ram
+from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import EVEN_ZEROING, run_in_lab, shmem_huge_pages
-from offmap.errors import BackendRefused, KernelError, OffmapError
+from lab_runs import EVEN_ZEROING, add_inside_options, run_in_lab, shmem_huge_pages
+from offmap.errors import BackendRefused, KernelError
 from offmap.kmod.lab_module import lab_module
 from offmap.kmod.loaded import load
 from offmap.kvm import Kvm, Vm
@@ -223,31 +223,26 @@ def outside(place: str, rounds: int, limit_rounds: int, kinds: Sequence[str], qu
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of each (default: %(default)s)")
+    quick = "3 rounds of what has no limit, and the patched kernel only if it is built"
+    parser = benchmark_parser(__doc__, rounds=7, quick=quick)
     # More of them by default: they take a fraction of a second each, and this may be a busy machine.
     parser.add_argument(
         "--limit-rounds", type=int, default=7, metavar="N", help="of what has a limit (default: %(default)s)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="3 rounds of what has no limit, and the patched kernel only if it is built"
-    )
     parser.add_argument("--place", choices=PLACES, action="append", help="where (default: all three)")
     parser.add_argument("--kind", choices=ram.KINDS, action="append", help="of RAM (default: all)")
-    for hidden in ("--guest-kernel", "--guest-initrd", "--module"):
-        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    add_inside_options(parser, "--module")
     args = parser.parse_args()
     rounds = 3 if args.quick else args.rounds
     kinds = args.kind or list(ram.KINDS)
-    try:
+
+    def run() -> int:
         if args.inside:
             return inside(args.place[0], args.module, rounds, args.limit_rounds, kinds)
         places = args.place or PLACES
         return max(outside(place, rounds, args.limit_rounds, kinds, args.quick) for place in places)
-    except OffmapError as error:
-        print(f"populate: {error}", file=sys.stderr)
-        return error.exit_status
+
+    return exit_status("populate", run)
 
 
 if __name__ == "__main__":

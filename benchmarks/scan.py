@@ -8,7 +8,6 @@ processor); and on a file in /dev/shm of this machine, with one thread and two, 
 reading is fast. Half of that file is zeroes, half is noise.
 """
 
-import argparse
 import os
 import secrets
 import subprocess
@@ -21,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from c_program import compile_program
+from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import run_in_lab
+from lab_runs import add_inside_options, run_in_lab
 from offmap.audit.canary import CANARY_LENGTH, new_key
 from offmap.audit.kcore import Kcore
 from offmap.audit.own_memory import LockedBuffer
@@ -154,24 +154,20 @@ def measure_file(program: str, rounds: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="1 round")
-    for hidden in ("--guest-kernel", "--guest-initrd", "--peer"):
-        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser = benchmark_parser(__doc__, rounds=5, quick="1 round")
+    add_inside_options(parser, "--peer")
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
-    try:
+
+    def run() -> int:
         if args.inside:
             return inside(args.peer, rounds)
         with tempfile.TemporaryDirectory() as folder:
             program = str(compile_program(Path(__file__).with_name("scan_peer.c"), Path(folder), "-pthread"))
             measure_file(program, rounds)
             return run_in_lab(__file__, ["--rounds", str(rounds), "--peer", program])
-    except OffmapError as error:
-        print(f"scan: {error}", file=sys.stderr)
-        return error.exit_status
+
+    return exit_status("scan", run)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ tmpfs, so that no disk is measured; the program in the guest (virtio_blk.c) goes
 its one processor, so all of it is work: the guest's driver, exits, VMM, and the host kernel's copying.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -15,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from c_program import static_program
+from command import benchmark_parser, exit_status
 from figure import Figure
-from lab_runs import GUEST_SIZE, run_in_lab
+from lab_runs import GUEST_SIZE, add_inside_options, run_in_lab
 from offmap.errors import OffmapError
 from offmap.lab.cpio import char_device, directory, newc, regular
 from offmap.lab.initramfs import busybox
@@ -135,24 +135,20 @@ def inside(kernel: str, initrd: str, rounds: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each (default: %(default)s)")
+    parser = benchmark_parser(__doc__, rounds=3, quick="1 round")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each pattern (default: %(default)s)")
     parser.add_argument("--patterns", default=",".join(PATTERNS), help="PATTERN:BYTES:DEPTH,… (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="1 round")
-    for hidden in ("--guest-kernel", "--guest-initrd"):
-        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    add_inside_options(parser)
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
-    try:
+
+    def run() -> int:
         if args.inside:
             return inside(args.guest_kernel, args.guest_initrd, rounds)
         initrd = guest(args.seconds, args.patterns.split(","))
         return run_in_lab(__file__, ["--rounds", str(rounds)], initrd=initrd)
-    except OffmapError as error:
-        print(f"virtio_blk: {error}", file=sys.stderr)
-        return error.exit_status
+
+    return exit_status("virtio_blk", run)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ guest's (virtio_net.c). The host emulates its one processor, so all of it is wor
 exits, VMM, and the host kernel's copying. Each guest runs both directions several times; the first of each is left out.
 """
 
-import argparse
 import fcntl
 import os
 import re
@@ -19,8 +18,9 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 
 from c_program import compile_program, static_program
+from command import benchmark_parser, exit_status
 from figure import Figure
-from lab_runs import GUEST_SIZE, run_in_lab
+from lab_runs import GUEST_SIZE, add_inside_options, run_in_lab
 from offmap.devices.virtio.tap import open_tap
 from offmap.errors import OffmapError
 from offmap.lab.cpio import char_device, directory, newc, regular
@@ -162,22 +162,18 @@ def inside(kernel: str, initrd: str, rounds: int, mb: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="of each (default: %(default)s)")
+    parser = benchmark_parser(__doc__, rounds=3, quick="1 round of 30 MB")
     parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="of one stream (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="1 round of 30 MB")
-    for hidden in ("--guest-kernel", "--guest-initrd"):
-        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    add_inside_options(parser)
     args = parser.parse_args()
     rounds, mb = (1, 30) if args.quick else (args.rounds, args.megabytes)
-    try:
+
+    def run() -> int:
         if args.inside:
             return inside(args.guest_kernel, args.guest_initrd, rounds, mb)
         return run_in_lab(__file__, ["--rounds", str(rounds), "--megabytes", str(mb)], initrd=guest())
-    except OffmapError as error:
-        print(f"virtio_net: {error}", file=sys.stderr)
-        return error.exit_status
+
+    return exit_status("virtio_net", run)
 
 
 if __name__ == "__main__":

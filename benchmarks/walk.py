@@ -3,7 +3,6 @@
 Its peer is a plain pread of the same page tables and nothing more. What is beyond that is ours.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -11,11 +10,11 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import run_in_lab
+from lab_runs import add_inside_options, run_in_lab
 from offmap.audit.kcore import Kcore
 from offmap.audit.walk import walk_kernel_half
-from offmap.errors import OffmapError
 
 PAGE = 4096
 MAX_WALK_SECONDS = 2.0
@@ -89,21 +88,15 @@ def inside(rounds: int) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="3 walks")
-    for hidden in ("--guest-kernel", "--guest-initrd"):
-        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser = benchmark_parser(__doc__, rounds=5, quick="3 walks")
+    add_inside_options(parser)
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
-    try:
-        if args.inside:
-            return inside(rounds)
-        return run_in_lab(__file__, ["--rounds", str(rounds)])
-    except OffmapError as error:
-        print(f"walk: {error}", file=sys.stderr)
-        return error.exit_status
+
+    def run() -> int:
+        return inside(rounds) if args.inside else run_in_lab(__file__, ["--rounds", str(rounds)])
+
+    return exit_status("walk", run)
 
 
 if __name__ == "__main__":

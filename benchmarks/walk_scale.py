@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from command import benchmark_parser
 from figure import Figure, Limit
 from offmap.audit.frames import POPULATED, Frames
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
@@ -152,9 +153,7 @@ def measure(path: Path, name: str, what: str, rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of each (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one of each")
+    parser = benchmark_parser(__doc__, rounds=5, quick="one of each")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
