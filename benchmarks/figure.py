@@ -19,15 +19,31 @@ class Limit:
     """What a figure must reach.
 
     Attributes:
-        of: the field (``ours`` or ``ratio``) that must be at most `at_most`.
-        at_most: inclusive.
-        all_pairs: for "no slower than": it is missed only if every pair of samples, taken by turns, is above. (Of five
+        of: the field (``ours`` or ``ratio``) that is limited.
+        at_most, at_least: inclusive; None where there is no such bound.
+        all_pairs: for "no slower than": it is missed only if every pair of samples, taken by turns, is beyond. (Of five
             pairs of equals that happens once in 32 times.)
     """
 
     of: str
-    at_most: float
+    at_most: float | None = None
     all_pairs: bool = False
+    at_least: float | None = None
+
+    def allows(self, value: float | None) -> bool:
+        """Whether it is within the bounds; what there is no value of is not."""
+        if value is None:
+            return False
+        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
+
+    def to_json(self, value: float | None, pairs: Sequence[float]) -> dict[str, Any]:
+        """With ``met``: of the value, or with ``all_pairs`` of any of the pairs."""
+        bounds = {"at_most": self.at_most, "at_least": self.at_least}
+        result: dict[str, Any] = {"of": self.of}
+        result |= {name: bound for name, bound in bounds.items() if bound is not None}
+        if self.all_pairs:
+            return {**result, "met": self.allows(value) or any(map(self.allows, pairs)), "all_pairs": True}
+        return {**result, "met": self.allows(value)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +89,7 @@ class Figure:
             "spread": {"ours": _spread(self.ours), "peer": _spread(self.peer), "ratio": _spread(pairs)},
         }
         if self.limit is not None:
-            value = {"ours": ours, "ratio": ratio}[self.limit.of]
-            met = value is not None and value <= self.limit.at_most
-            result["limit"] = {"of": self.limit.of, "at_most": self.limit.at_most, "met": met}
-            if self.limit.all_pairs:
-                result["limit"] |= {"met": met or any(p <= self.limit.at_most for p in pairs), "all_pairs": True}
+            result["limit"] = self.limit.to_json({"ours": ours, "ratio": ratio}[self.limit.of], pairs)
         return {**result, **self.facts, "host": host_facts().to_json()}
 
     def print(self) -> None:
