@@ -16,14 +16,13 @@ from pathlib import Path
 from boot_time import COMMAND_LINE, PEER, TUNED_MACHINE, qemu_version, time_to
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import EVEN_ZEROING, GUEST_SIZE
+from lab_runs import EVEN_ZEROING, GUEST_SIZE, qemu_argv
 from offmap.errors import OffmapError
 from offmap.guests.build import build_image
 from offmap.guests.recipe import RootRecipe
 from offmap.kmod.lab_module import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
-from offmap.lab.qemu import find_qemu
 from offmap.units import parse_size
 
 LOGIN = b" login: "
@@ -73,8 +72,7 @@ def offmap_command(image: Path, memory: str, *more: str) -> list[str]:
 
 def qemu_command(image: Path) -> list[str]:
     """QEMU's quickest machine with the same guest: what `offmap run --image` does, in its words."""
-    argv = [find_qemu(), "-M", TUNED_MACHINE, "-accel", "kvm", "-cpu", "host", "-m", GUEST_SIZE, "-smp", "1"]
-    argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]
+    argv = qemu_argv(TUNED_MACHINE)
     argv += ["-drive", f"file={image / 'root.img'},format=raw,readonly=on,if=none,id=root"]
     argv += ["-device", "virtio-blk-device,drive=root", "-kernel", str(image / "vmlinuz")]
     return [*argv, "-initrd", str(image / "initrd.img"), "-append", f"{ROOT} {COMMAND_LINE} pci=off"]

@@ -18,7 +18,7 @@ from typing import Any
 
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import GUEST_SIZE, add_inside_options, run_in_lab
+from lab_runs import GUEST_SIZE, add_inside_options, qemu_argv, run_in_lab
 from offmap.compare.guest import READY
 from offmap.errors import OffmapError
 from offmap.lab.qemu import find_qemu
@@ -83,9 +83,7 @@ def offmap_command(kernel: str, initrd: str, memory: str, *more: str) -> list[st
 
 def qemu_command(kernel: str, initrd: str, machine: str) -> list[str]:
     """QEMU's quickest machine with the same guest. ``pci=off``, which offmap adds too, helps it."""
-    argv = [find_qemu(), "-M", machine, "-accel", "kvm", "-cpu", "host", "-m", GUEST_SIZE, "-smp", "1"]
-    argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]
-    return [*argv, "-kernel", kernel, "-initrd", initrd, "-append", f"{COMMAND_LINE} pci=off"]
+    return [*qemu_argv(machine), "-kernel", kernel, "-initrd", initrd, "-append", f"{COMMAND_LINE} pci=off"]
 
 
 def split(kernel: str, initrd: str, rounds: int) -> tuple[list[float], list[float]]:

@@ -11,8 +11,9 @@ from offmap.compare.guest import guest_initramfs
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
+from offmap.lab.qemu import find_qemu
 
-__all__ = ["EVEN_ZEROING", "GUEST_SIZE", "add_inside_options", "run_in_lab", "shmem_huge_pages"]
+__all__ = ["EVEN_ZEROING", "GUEST_SIZE", "add_inside_options", "qemu_argv", "run_in_lab", "shmem_huge_pages"]
 
 GUEST_SIZE = "256M"
 _RESERVED = "memmap=256M$0x40000000"  # GUEST_SIZE at 1 GiB that the host kernel never owns
@@ -35,6 +36,16 @@ def shmem_huge_pages(policy: str) -> Iterator[None]:
         yield
     finally:
         _SHMEM_ENABLED.write_text(before)
+
+
+def qemu_argv(machine: str) -> list[str]:
+    """The peer of `offmap run`, before its guest: QEMU with as little in it as can be, and GUEST_SIZE of ordinary RAM.
+
+    Raises:
+        OffmapError: there is no QEMU.
+    """
+    argv = [find_qemu(), "-M", machine, "-accel", "kvm", "-cpu", "host", "-m", GUEST_SIZE, "-smp", "1"]
+    return [*argv, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]
 
 
 def add_inside_options(parser: argparse.ArgumentParser, *more: str) -> None:

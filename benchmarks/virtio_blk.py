@@ -15,13 +15,12 @@ from pathlib import Path
 from c_program import static_program
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import GUEST_SIZE, add_inside_options, run_in_lab
+from lab_runs import GUEST_SIZE, add_inside_options, qemu_argv, run_in_lab
 from offmap.errors import OffmapError
 from offmap.lab.cpio import char_device, directory, newc, regular
 from offmap.lab.initramfs import busybox
 from offmap.lab.modules import ModuleIndex, load_module
 from offmap.lab.provision import host_kernel
-from offmap.lab.qemu import find_qemu
 
 IMAGE_SIZE = 96 << 20
 PATTERNS = (
@@ -70,8 +69,7 @@ def offmap_command(kernel: str, initrd: str, image: str, memory: str, *more: str
 
 def qemu_command(kernel: str, initrd: str, image: str, *more: str) -> list[str]:
     """QEMU's, with its drive by the host's page cache as ours is."""
-    argv = [find_qemu(), "-M", "microvm,acpi=on,rtc=on", "-accel", "kvm", "-cpu", "host", "-m", GUEST_SIZE, "-smp", "1"]
-    argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]
+    argv = qemu_argv("microvm,acpi=on,rtc=on")
     argv += ["-global", "virtio-mmio.force-legacy=false"]
     argv += ["-drive", f"id=d,file={image},format=raw,if=none,cache=writeback"]
     argv += [*(more or ("-device", "virtio-blk-device,drive=d"))]

@@ -19,13 +19,12 @@ from pathlib import Path
 from c_program import compile_program, static_program
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import GUEST_SIZE, add_inside_options, run_in_lab
+from lab_runs import GUEST_SIZE, add_inside_options, qemu_argv, run_in_lab
 from offmap.devices.virtio.tap import open_tap
 from offmap.errors import OffmapError
 from offmap.lab.cpio import char_device, directory, newc, regular
 from offmap.lab.modules import ModuleIndex, load_module
 from offmap.lab.provision import host_kernel
-from offmap.lab.qemu import find_qemu
 from offmap.uapi.if_tun import TUNSETPERSIST
 
 PEER = "qemu-system-x86_64 -M microvm,acpi=on,rtc=on -accel kvm, virtio-net-device, tap, vhost=off, on ordinary RAM"
@@ -66,8 +65,7 @@ def offmap_command(kernel: str, initrd: str, words: str, memory: str, net: str) 
 
 def qemu_command(kernel: str, initrd: str, words: str, vhost: str) -> list[str]:
     """QEMU's."""
-    argv = [find_qemu(), "-M", "microvm,acpi=on,rtc=on", "-accel", "kvm", "-cpu", "host", "-m", GUEST_SIZE, "-smp", "1"]
-    argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-serial", "stdio"]
+    argv = qemu_argv("microvm,acpi=on,rtc=on")
     argv += ["-global", "virtio-mmio.force-legacy=false"]
     argv += ["-netdev", f"tap,id=n,ifname={TAP},script=no,downscript=no,vhost={vhost}"]
     argv += ["-device", "virtio-net-device,netdev=n"]
