@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
 from offmap.devices.virtio.dma import DriverError
-from offmap.devices.virtio.iov import part
+from offmap.devices.virtio.iov import length, part
 from offmap.devices.virtio.queue import Chain, Queue
 from offmap.devices.virtio.worker import Worker
 from offmap.uapi.virtio import console as uapi
@@ -30,6 +30,7 @@ _CONTROL_TO_DRIVER, _CONTROL_FROM_DRIVER = 2, 3
 _DATA_QUEUE_SIZE = 16  # Linux fills an input queue with pages: of 256, they would be 1 MiB of the guest's RAM
 _CONTROL_QUEUE_SIZE = 32
 _MOST_MESSAGES = 1024  # to the driver that it has not taken; an honest one leaves a few for each port
+_BOUNCE_SIZE = 64 << 10  # what a pipe holds; a guest may describe as much room as it likes
 _IOV_MAX = 1024  # UIO_MAXIOV, linux/uio.h: what readv and writev take at once
 
 
@@ -46,6 +47,9 @@ class Port:
         last: what comes by it is passed on when all that came by the other ports before has been.
         on_error: called, on the device's thread, with what writing to `output` failed of, once; what comes later is
             lost.
+        on_open: called, on the device's thread, when the guest opens it or first writes to it: Linux has a console
+            print its whole log before it opens it.
+        on_close: called, on the device's thread, when a port that was open is so no more, or its driver has gone.
     """
 
     name: str = ""
@@ -54,6 +58,8 @@ class Port:
     console: bool = False
     last: bool = False
     on_error: Callable[[OSError], None] = lambda _: None
+    on_open: Callable[[], None] = lambda: None
+    on_close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ class _Stream:
         self.port = port
         self.number = number
         self.open = False  # by the guest
+        self.in_use = False  # opened or written to: what on_open and on_close were told
         self.input_ended = False
         self.output_failed = False
         self.input_queue: Queue | None = None
@@ -82,7 +89,13 @@ class _Stream:
         self.input_polls = port.input is not None and _polls(port.input)
         self.output_is_socket = port.output is not None and stat.S_ISSOCK(os.fstat(port.output).st_mode)
 
+    def use(self, in_use: bool) -> None:
+        if self.in_use != in_use:
+            self.in_use = in_use
+            (self.port.on_open if in_use else self.port.on_close)()
+
     def forget(self) -> None:
+        self.use(False)
         self.open = False
         self.input_queue = self.output_queue = self.unwritten = None
 
@@ -141,6 +154,7 @@ class Console(VirtioDevice):
             self._control_queue = self._queues[_CONTROL_TO_DRIVER]
         elif self._streams:
             self._streams[0].open = True
+            self._streams[0].use(True)
 
     def reset(self) -> None:
         for stream in self._streams:
@@ -199,14 +213,17 @@ class Console(VirtioDevice):
                 self._send(stream, uapi.VIRTIO_CONSOLE_PORT_NAME, 1, stream.port.name.encode())
         elif event == uapi.VIRTIO_CONSOLE_PORT_OPEN:
             stream.open = bool(value)
+            stream.use(stream.open)
             if stream.open and stream.port.console:
                 self._send_size(stream)
             self._receive(stream)
 
     def _send_size(self, stream: _Stream) -> None:
         if self._size != (0, 0):
-            size = uapi.VIRTIO_CONSOLE_RESIZE_FORMAT.pack(*self._size)
-            self._send(stream, uapi.VIRTIO_CONSOLE_RESIZE, 0, size)
+            # The last one counts. A window that is dragged about must not fill the queue of a guest that is busy.
+            head = uapi.VIRTIO_CONSOLE_CONTROL.pack(stream.number, uapi.VIRTIO_CONSOLE_RESIZE, 0)
+            self._messages = deque(message for message in self._messages if not message.startswith(head))
+            self._send(stream, uapi.VIRTIO_CONSOLE_RESIZE, 0, uapi.VIRTIO_CONSOLE_RESIZE_FORMAT.pack(*self._size))
 
     def _send(self, stream: _Stream, event: int, value: int = 1, more: bytes = b"") -> None:
         if len(self._messages) >= _MOST_MESSAGES:
@@ -313,6 +330,7 @@ class Console(VirtioDevice):
                 if queue.rearm():
                     continue
                 break
+            stream.use(True)
             size = self._write(stream, chain, start)
             if start + size < chain.readable_bytes:
                 stream.unwritten = (chain, start + size)
@@ -333,7 +351,7 @@ class Console(VirtioDevice):
             if stream.output_is_socket:
                 with socket.socket(fileno=os.dup(fd)) as peer:
                     return peer.sendmsg(buffers, [], socket.MSG_DONTWAIT)
-            return os.writev(fd, buffers)
+            return _write_from(fd, buffers)
         except BlockingIOError:
             if self._worker is not None:
                 self._worker.watch(fd, lambda _: self._output_ready(stream), select.EPOLLOUT)
@@ -361,7 +379,7 @@ def _polls(fd: int) -> bool:
     return False
 
 
-def _copy(data: bytes, buffers: Sequence[memoryview]) -> int:
+def _copy(data: bytes | memoryview, buffers: Sequence[memoryview]) -> int:
     done = 0
     for piece in part(buffers, 0, len(data)):
         piece[:] = data[done : done + len(piece)]
@@ -376,4 +394,25 @@ def _read_into(fd: int, chain: Chain) -> int:
         if error.errno != errno.EFAULT:
             raise
     # Some file systems read by GUP (uncached 9p), which hidden RAM refuses.
-    return _copy(os.read(fd, chain.writable_bytes), chain.writable)
+    with memoryview(bytearray(min(chain.writable_bytes, _BOUNCE_SIZE))) as bounce:
+        size = os.readv(fd, [bounce])
+        _copy(bounce[:size], chain.writable)
+        bounce[:size] = bytes(size)
+    return size
+
+
+def _write_from(fd: int, buffers: Sequence[memoryview]) -> int:
+    try:
+        return os.writev(fd, buffers)
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+    with memoryview(bytearray(min(length(buffers), _BOUNCE_SIZE))) as bounce:
+        done = 0
+        for piece in part(buffers, 0, len(bounce)):
+            bounce[done : done + len(piece)] = piece
+            done += len(piece)
+        try:
+            return os.write(fd, bounce)
+        finally:
+            bounce[:] = bytes(len(bounce))

@@ -1,11 +1,13 @@
 """virtio-console: ports that are found by their names, bytes in both directions, and drivers that break the rules."""
 
+import errno
+import mmap
 import os
 import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
@@ -36,8 +38,8 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
 class Guest(Owned):
     """A device on its worker, and a driver for each of its queues."""
 
-    def __init__(self, *ports: Port, features: int = MULTIPORT) -> None:
-        self.device = Console(ports)
+    def __init__(self, *ports: Port, features: int = MULTIPORT, device: Console | None = None) -> None:
+        self.device = device or Console(ports)
         self.errors: list[Exception] = []
         self.changes = 0
         self._room = 0  # buffers for messages that are not used yet
@@ -208,6 +210,41 @@ def test_input_from_a_file_and_from_nothing(stack: ExitStack, tmp_path: Path) ->
     guest.drivers[4].add(60)
     guest.kick(4)
     assert {(number, value) for number, _, value, _ in guest.told()} == {(1, 0), (2, 0)}
+
+
+def test_what_a_file_system_cannot_move_itself_passes_by_a_small_buffer(
+    stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EFAULT: by GUP, hidden RAM cannot be reached. A guest that describes much room makes us take no more memory."""
+    path = tmp_path / "input"
+    content = bytes(range(256)) * 768
+    path.write_bytes(content)
+    source = stack.enter_context(path.open("rb"))
+    target = stack.enter_context((tmp_path / "output").open("wb"))
+    guest = stack.enter_context(Guest(Port(), Port("file", input=source.fileno(), output=target.fileno())))
+    readv, write = os.readv, os.write
+    sizes: list[int] = []
+
+    def no_gup(fd: int, buffers: Sequence[memoryview]) -> int:
+        if isinstance(buffers[0].obj, mmap.mmap):
+            raise OSError(errno.EFAULT, "Bad address")
+        sizes.append(sum(map(len, buffers)))
+        return readv(fd, buffers)
+
+    def counted_write(fd: int, data: memoryview) -> int:
+        if fd == target.fileno():
+            sizes.append(len(data))
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "readv", no_gup)
+    monkeypatch.setattr(os, "writev", no_gup)
+    monkeypatch.setattr(os, "write", counted_write)
+    guest.open(1)
+    assert b"".join(guest.read(1, 70_000) for _ in range(3)) == content
+    guest.write(1, content[:100_000], content[100_000:])
+    assert (tmp_path / "output").read_bytes() == content
+    assert max(sizes) == 64 << 10
+    assert guest.errors == []
 
 
 def test_output_in_its_order_and_a_reader_that_is_slow(stack: ExitStack) -> None:
