@@ -22,6 +22,12 @@ def add_boot_options(parser: argparse.ArgumentParser) -> None:
         help="the guest kernel's command line (default: %(default)s; an image adds its root)",
     )
     parser.add_argument(
+        "--console",
+        choices=("serial", "virtio"),
+        help="the guest's console: its serial port, ttyS0 (the default), or a virtio console, hvc0, which is told "
+        "the terminal's size; console=hvc0 is added to the command line",
+    )
+    parser.add_argument(
         "--image",
         metavar="IMAGE[,rw=on]",
         help="boot an image of offmap image build, by its name or folder; what the guest writes stays in its RAM and "
@@ -52,6 +58,8 @@ def boot_of(args: argparse.Namespace) -> tuple[BootSource, list[tuple[str, Devic
     Raises:
         OffmapError: there is no such image, or options contradict each other.
     """
+    if args.exec is not None and args.console is not None:
+        raise OffmapError("a command of --exec has no console", "leave out --console")
     image = args.image if args.image is not None or args.exec is None else "debian"
     if image is not None:
         return _image(args, image)

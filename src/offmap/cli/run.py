@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     error: OffmapError | None = None
     try:
         if args.exec is None:
-            error = Session(config, say=_say, on_up=on_up, on_end=on_end).run().error
+            hvc = args.console == "virtio"
+            error = Session(config, hvc=hvc, say=_say, on_up=on_up, on_end=on_end).run().error
         else:
             from offmap.guests.job import Job
 

@@ -41,6 +41,8 @@ for device in /sys/bus/virtio/devices/*; do
 	# virtio 1.2, chapter 5: the device's number, which initrd.py names the lists by
 	[ -e "$device/device" ] && read -r number <"$device/device" && load "virtio-$number"
 done
+# The console may be another by now: hvc0.
+(: </dev/console) 2>/dev/null && exec </dev/console >/dev/console 2>&1
 
 try=0
 until [ -b "$root" ]; do

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-__all__ = ["with_machine_parameters"]
+__all__ = ["with_hvc0", "with_machine_parameters"]
 
 
 def with_machine_parameters(command_line: str, tsc_khz: int | None, more: Iterable[str] = ()) -> str:
@@ -24,8 +24,27 @@ def with_machine_parameters(command_line: str, tsc_khz: int | None, more: Iterab
     parameters = {"pci": "off"}
     if tsc_khz is not None:
         parameters |= {"tsc_early_khz": str(tsc_khz), "tsc": "reliable"}
-    words = command_line.split(" ")
-    end = words.index("--") if "--" in words else len(words)
+    words, end = _words(command_line)
     given = {word.partition("=")[0] for word in words[:end]}
     added = [f"{name}={value}" for name, value in parameters.items() if name not in given]
     return " ".join([*words[:end], *added, *more, *words[end:]]).strip()
+
+
+def with_hvc0(command_line: str) -> str:
+    """`command_line` with ``console=hvc0`` as the last of its consoles, which /dev/console is; unless it is there.
+
+    One before it stays: the kernel has hvc0 only once a driver has found the device, and init may want to be heard
+    earlier.
+    """
+    words, end = _words(command_line)
+    if "console=hvc0" in words[:end]:
+        return command_line
+    consoles = [number for number, word in enumerate(words[:end]) if word.startswith("console=")]
+    place = consoles[-1] + 1 if consoles else end
+    return " ".join([*words[:place], "console=hvc0", *words[place:]]).strip()
+
+
+def _words(command_line: str) -> tuple[list[str], int]:
+    """Its words, and how many of them are the kernel's."""
+    words = command_line.split(" ")
+    return words, words.index("--") if "--" in words else len(words)

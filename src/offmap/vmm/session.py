@@ -4,10 +4,13 @@ import contextlib
 import os
 import selectors
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from offmap.errors import KernelError, OffmapError
+from offmap.vmm.command_line import with_hvc0
 from offmap.vmm.config import MachineConfig
+from offmap.vmm.hvc import Hvc
 from offmap.vmm.machine import Machine
 from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.output import ConsoleOutput
@@ -19,14 +22,18 @@ __all__ = ["Session"]
 _LINE_DELAY = 0.003  # seconds that a character may wait for the rest of its line, so that the line costs one write
 _READ_SIZE = 4096
 _DAY = 86400.0
+_NOTHING = contextlib.nullcontext()
 
 
 class Session:
     """A machine between `stdin` and `stdout` (fds).
 
     Args:
+        hvc: give the guest a virtio console, hvc0. The user is at its first serial port until the guest opens hvc0, and
+            at hvc0 for as long as it has it open. What Linux prints, it then prints to both.
         say: takes a line for the user, which must not mix with the guest's output.
-        on_up: called on this thread once the guest has opened its console, as Linux does just before init.
+        on_up: called on this thread once the guest has opened its console, as Linux does just before init (hvc0: when
+            its driver has found it).
         on_end: called when the guest has stopped, before the machine is taken apart.
     """
 
@@ -36,6 +43,7 @@ class Session:
         *,
         stdin: int = 0,
         stdout: int = 1,
+        hvc: bool = False,
         say: Callable[[str], None],
         on_up: Callable[[Machine], None] = lambda _: None,
         on_end: Callable[[Machine], None] = lambda _: None,
@@ -44,6 +52,10 @@ class Session:
         self._stdin = stdin
         self._stdout = stdout
         self._output: ConsoleOutput | None = None
+        self._with_hvc = hvc
+        self._hvc: Hvc | None = None
+        self._at_hvc = False  # and not at the serial port
+        self._serial_opened = False
         self._say = say
         self._on_up = on_up
         self._on_end = on_end
@@ -65,10 +77,11 @@ class Session:
             with (
                 ConsoleOutput(self._stdout) as self._output,
                 stopped_by_signals(self._stop),
-                Machine(self._config, self._write, on_open=self._opened, on_event=self._wake, say=self._say) as machine,
+                self._attached(self._output) as config,
+                Machine(config, self._write, on_open=self._opened, on_event=self._wake, say=self._say) as machine,
             ):
                 self._machine = machine
-                with RawTerminal(self._stdin):
+                with RawTerminal(self._stdin), self._hvc.following_the_size() if self._hvc else _NOTHING:
                     machine.start()
                     self._loop(machine, self._output)
                 self._on_end(machine)
@@ -76,22 +89,53 @@ class Session:
         finally:
             os.close(self._events)
 
+    @contextlib.contextmanager
+    def _attached(self, output: ConsoleOutput) -> Iterator[MachineConfig]:
+        """The machine to build, with the device that the terminal is at."""
+        if not self._with_hvc:
+            yield self._config
+            return
+        terminal = self._stdout if os.isatty(self._stdout) else self._stdin
+        with Hvc(
+            output.fd,
+            terminal,
+            on_open=lambda: self._move(to_hvc=True),
+            on_close=lambda: self._move(to_hvc=False),
+            on_error=self._output_failed,
+        ) as self._hvc:
+            yield replace(
+                self._config,
+                source=replace(self._config.source, command_line=with_hvc0(self._config.source.command_line)),
+                devices=[*self._config.devices, ("console", self._hvc)],
+            )
+
     def _wake(self) -> None:
         os.eventfd_write(self._events, 1)
 
     def _opened(self) -> None:
-        self._up = True
+        self._up = self._serial_opened = True
+        self._wake()
+
+    def _move(self, *, to_hvc: bool) -> None:
+        """The guest has opened its hvc0, or has none any more; on the device's thread, before it writes anything."""
+        if self._machine is not None:
+            self._machine.console.flush()  # the beginning of a line, which belongs to what was before
+        self._at_hvc = to_hvc
+        self._up = self._up or to_hvc
         self._wake()
 
     def _write(self, data: bytes) -> None:
         """Write all of it; a reader that has gone away ends the machine from the loop, not from a vCPU's thread."""
-        if self._output is None or self._output_error is not None:
+        if self._output is None or self._output_error is not None or self._at_hvc:
             return
         try:
             self._output.write(data)
         except OSError as error:
-            self._output_error = error
-            self._wake()
+            self._output_failed(error)
+
+    def _output_failed(self, error: OSError) -> None:
+        self._output_error = error
+        self._wake()
 
     def _quit(self, machine: Machine, reason: OffmapError | None = None) -> None:
         """End it as the user asked, whether or not somebody reads what it has said."""
@@ -108,7 +152,7 @@ class Session:
     def _loop(self, machine: Machine, output: ConsoleOutput) -> None:
         escape = EscapeKey()
         pending = b""  # read, and not yet taken by the guest
-        at_end = announced = flush_due = writing = False
+        at_end = announced = flush_due = writing = feeding = False
         # poll(2), because epoll refuses regular files, and a guest's input may come from one.
         with selectors.PollSelector() as selector, selectors.PollSelector() as stopped:
             selector.register(machine.stopped_fd, selectors.EVENT_READ)
@@ -116,7 +160,7 @@ class Session:
             stopped.register(machine.stopped_fd, selectors.EVENT_READ)
             reading = False
             while machine.stopped is None:
-                if reading != (not pending and not at_end):
+                if reading != (len(pending) < _READ_SIZE and not at_end):
                     reading = not reading
                     if reading:
                         selector.register(self._stdin, selectors.EVENT_READ)
@@ -128,6 +172,12 @@ class Session:
                         selector.register(output.fd, selectors.EVENT_WRITE)
                     else:
                         selector.unregister(output.fd)
+                if self._hvc is not None and feeding != (self._at_hvc and bool(pending)):
+                    feeding = not feeding
+                    if feeding:
+                        selector.register(self._hvc.input_fd, selectors.EVENT_WRITE)
+                    else:
+                        selector.unregister(self._hvc.input_fd)
                 due = machine.next_event()
                 # No longer than a day: poll(2) takes an int of milliseconds, and the host's clock may have been set.
                 timeout = None if due is None else min(max(due - time.time(), 0), _DAY)
@@ -147,17 +197,27 @@ class Session:
                 if reading and self._stdin in ready:
                     data = self._read_stdin()
                     at_end = not data
-                    pending, asked = escape.filter(data)
+                    passed, asked = escape.filter(data)
+                    pending += passed
                     if asked is Typed.QUIT:
                         self._quit(machine)
                     elif asked is Typed.HELP:
                         self._say("Ctrl-A x: quit; Ctrl-A a: send Ctrl-A; Ctrl-A h: this help")
                 if pending:
-                    pending = pending[machine.console.feed(pending) :]
+                    pending = pending[self._feed(machine, pending) :]
                 machine.tick()
                 if self._up and not announced:
                     announced = True
                     self._on_up(machine)
+
+    def _feed(self, machine: Machine, data: bytes) -> int:
+        """Send it to the guest, where the terminal is now; how many bytes were taken."""
+        if self._hvc is None:
+            return machine.console.feed(data)
+        if self._at_hvc:
+            return self._hvc.feed(data)
+        # What is typed before the guest listens anywhere waits, as it may be hvc0 where it does.
+        return machine.console.feed(data) if self._serial_opened else 0
 
     def _read_stdin(self) -> bytes:
         try:

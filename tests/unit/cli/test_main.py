@@ -65,6 +65,7 @@ def test_wrong_use_is_one_line_that_names_the_help(words: tuple[str, ...]) -> No
 def test_failures_of_exec_are_told_apart_from_its_commands() -> None:
     assert "see offmap" in wrong("run", "--exec", "true", "--fly", status=125)
     assert "there is no image nonesuch" in wrong("run", "--image", "nonesuch", "--exec=true", status=125)
+    assert "leave out --console" in wrong("run", "--exec", "true", "--console", "virtio", status=125)
     assert "of its own" in wrong("run", "--image", "x", "--kernel", "k", status=2)
     assert "no option of an image" in wrong("run", "--image", "x,rw=maybe")
     assert run("run", "--exec", "true", "--help").returncode == 0

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmap.vmm.command_line import with_machine_parameters
+from offmap.vmm.command_line import with_hvc0, with_machine_parameters
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,18 @@ def test_what_may_come_more_than_once_is_added_to_what_the_user_gave() -> None:
     more = ["virtio_mmio.device=4K@0xd0000000:5", "virtio_mmio.device=4K@0xd0001000:6"]
     line = with_machine_parameters("virtio_mmio.device=1K@0xe0000000:20 -- quiet", None, more)
     assert line == f"virtio_mmio.device=1K@0xe0000000:20 pci=off {more[0]} {more[1]} -- quiet"
+
+
+@pytest.mark.parametrize(
+    ("given_", "result"),
+    [
+        ("", "console=hvc0"),
+        ("quiet", "quiet console=hvc0"),
+        ("root=/dev/vda console=ttyS0 quiet", "root=/dev/vda console=ttyS0 console=hvc0 quiet"),
+        ("console=ttyS0 quiet console=ttyS1,9600", "console=ttyS0 quiet console=ttyS1,9600 console=hvc0"),
+        ("console=hvc0 console=ttyS0", "console=hvc0 console=ttyS0"),
+        ("quiet -- console=hvc0", "quiet console=hvc0 -- console=hvc0"),
+    ],
+)
+def test_hvc0_is_the_last_console_unless_it_was_given(given_: str, result: str) -> None:
+    assert with_hvc0(given_) == result

@@ -20,4 +20,5 @@ VIRTIO_CONSOLE_PORT_NAME = 7
 VIRTIO_CONSOLE_CONFIG = struct.Struct("<HHII")  # struct virtio_console_config: cols, rows, max_nr_ports, emerg_wr
 VIRTIO_CONSOLE_CONTROL = struct.Struct("<IHH")  # struct virtio_console_control: id, event, value
 VIRTIO_CONSOLE_RESIZE_FORMAT = struct.Struct("<HH")
-"""struct virtio_console_resize (5.3.6.2): cols, rows. Linux took them the other way round before 6.16."""
+"""struct virtio_console_resize (5.3.6.2): cols, rows. Linux took them the other way round before 6.16 and
+the stable kernels that have its fix (6.12.65; Debian's 6.1.0-56 has it, too)."""
