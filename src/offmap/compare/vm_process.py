@@ -17,7 +17,7 @@ from offmap.audit.process import Process
 from offmap.kvm import Kvm
 from offmap.uapi.offmap_module import DEVICE
 
-__all__ = ["QEMU", "Boot", "VmProcess", "device_ranges", "offmap_command", "qemu_command"]
+__all__ = ["QEMU", "Boot", "VmProcess", "device_ranges", "offmap_command", "qemu_clock", "qemu_command"]
 
 QEMU = "qemu-unplugged"
 """Not one of our backends: an unmodified QEMU whose guest RAM is a mapping of /dev/offmap."""
@@ -49,17 +49,46 @@ def offmap_command(boot: Boot, backend: str, folder: Path) -> list[str]:
 
 
 def qemu_command(boot: Boot) -> list[str]:
-    """QEMU as docs/qemu.md has it: its RAM from /dev/offmap, and no kvm-clock, whose page KVM would map."""
-    with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
-        tsc_khz = vcpu.tsc_khz()
+    """QEMU as docs/qemu.md has it: its RAM from /dev/offmap, and no kvm-clock unless it is asked for.
+
+    Raises:
+        OffmapError: KVM does not say how fast its TSC is.
+    """
+    clock, words = qemu_clock(boot.kvm_clock == "on")
     memory = f"memory-backend-file,id=ram,size={boot.memory_size},mem-path={DEVICE},share=on"
     return [
-        *("qemu-system-x86_64", "-accel", "kvm", "-cpu", "host,kvmclock=off,kvmclock-stable-bit=off,svm=off,vmx=off"),
+        *("qemu-system-x86_64", "-accel", "kvm", "-cpu", f"host,svm=off,vmx=off{clock}"),
         *("-M", "microvm,acpi=on,rtc=on,memory-backend=ram", "-object", memory, "-m", boot.memory_size),
         *("-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"),
         *("-kernel", str(boot.kernel), "-initrd", str(boot.initrd)),
-        *("-append", f"{boot.command_line} pci=off tsc_early_khz={tsc_khz} tsc=reliable"),
+        *("-append", f"{boot.command_line} pci=off{words}"),
     ]
+
+
+def qemu_clock(offered: bool) -> tuple[str, str]:
+    """What makes QEMU offer kvm-clock, or not, exactly as ``offmap run --kvm-clock`` does (offmap.vmm.cpuid).
+
+    Returns:
+        To append to its ``-cpu``, and to the guest kernel's command line: without kvm-clock a microvm has no clock that
+        its guest could know the frequency of the TSC from.
+
+    Raises:
+        OffmapError: KVM does not say how fast its TSC is.
+    """
+    if offered:
+        return "", ""
+    # Bits 0, 3 (both kvmclock) and 24 of leaf 0x40000001 (feature_word_info in QEMU's target/i386/cpu.c), no others.
+    return ",kvmclock=off,kvmclock-stable-bit=off", f" tsc_early_khz={guest_tsc_khz()} tsc=reliable"
+
+
+def guest_tsc_khz() -> int:
+    """The frequency of a guest's TSC in kHz, which it cannot find out by itself without kvm-clock.
+
+    Raises:
+        OffmapError: KVM does not say.
+    """
+    with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        return vcpu.tsc_khz()
 
 
 def device_ranges(pid: int) -> list[RamRange]:

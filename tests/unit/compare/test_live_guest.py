@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from offmap.compare import vm_process
 from offmap.compare.guest import READY
 from offmap.compare.probes import live_guest, network
 from offmap.compare.probes.guest_program import ProbeError, guest_program
@@ -141,9 +142,22 @@ def test_commands_name_what_the_guest_has() -> None:
 
 def test_qemu_maps_the_device_and_has_no_clock_of_kvms(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live_guest, "find_qemu", lambda: "qemu")
-    monkeypatch.setattr(live_guest, "guest_tsc_khz", lambda: 2000000)
+    monkeypatch.setattr(vm_process, "guest_tsc_khz", lambda: 2000000)
     without = " ".join(vmm_command(GuestSetup(QEMU, Path("/kernel"), Path("/initrd"))))
     assert "mem-path=/dev/offmap" in without and "share=on" in without
     assert "kvmclock=off" in without and "tsc_early_khz=2000000" in without
     with_it = " ".join(vmm_command(GuestSetup(QEMU, Path("/kernel"), Path("/initrd"), kvm_clock="on")))
     assert "kvmclock=off" not in with_it and "tsc_early_khz" not in with_it
+
+
+@pytest.mark.parametrize(("kvm_clock", "offered"), [("auto", False), ("off", False), ("on", True)])
+def test_the_demonstrations_qemu_has_the_clock_that_its_row_names(
+    kvm_clock: str, offered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vm_process, "guest_tsc_khz", lambda: 2000000)
+    boot = vm_process.Boot(Path("/kernel"), Path("/initrd"), "256M", "console=ttyS0", kvm_clock)
+    words = vm_process.qemu_command(boot)
+    cpu, command_line = (words[words.index(option) + 1] for option in ("-cpu", "-append"))
+    # No more is taken away than offmap's own guests go without (offmap.vmm.cpuid): steal time and the others stay.
+    assert cpu == "host,svm=off,vmx=off" + ("" if offered else ",kvmclock=off,kvmclock-stable-bit=off")
+    assert command_line == "console=ttyS0 pci=off" + ("" if offered else " tsc_early_khz=2000000 tsc=reliable")

@@ -13,9 +13,8 @@ from offmap.audit.guest_ram import RamRange, Source
 from offmap.audit.process import Process
 from offmap.compare.guest import READY
 from offmap.compare.probes.guest_program import ProbeError, parse_answer
-from offmap.compare.vm_process import POWER_OFF_DEADLINE, QEMU, VmProcess, device_ranges
+from offmap.compare.vm_process import POWER_OFF_DEADLINE, QEMU, VmProcess, device_ranges, qemu_clock
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
-from offmap.kvm import Kvm
 from offmap.lab.qemu import find_qemu
 from offmap.uapi.offmap_module import DEVICE
 
@@ -96,19 +95,11 @@ def card_mac(number: int) -> str:
     return f"02:00:00:00:00:{number:02x}"
 
 
-def guest_tsc_khz() -> int:
-    """The frequency of a guest's TSC in kHz, which it cannot find out by itself without kvm-clock."""
-    with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
-        return vcpu.tsc_khz()
-
-
 def _qemu(setup: GuestSetup, command_line: str, size: str) -> list[str]:
     """As docs/qemu.md has it: its RAM from /dev/offmap, and no kvm-clock unless it is asked for."""
-    cpu = "host,svm=off,vmx=off"
-    command_line += " pci=off"
-    if setup.kvm_clock != "on":
-        cpu += ",kvmclock=off,kvmclock-stable-bit=off"
-        command_line += f" tsc_early_khz={guest_tsc_khz()} tsc=reliable"
+    clock, words = qemu_clock(setup.kvm_clock == "on")
+    cpu = f"host,svm=off,vmx=off{clock}"
+    command_line += f" pci=off{words}"
     kind = f"memory-backend-file,mem-path={DEVICE}" if setup.backend == QEMU else "memory-backend-memfd"
     memory = f"{kind},id=ram,size={size},share=on"
     argv = [find_qemu(), "-accel", "kvm", "-cpu", cpu, "-M", "microvm,acpi=on,rtc=on,memory-backend=ram"]

@@ -22,7 +22,7 @@ from offmap.memory.probe import try_out
 from offmap.owned import Owned
 from offmap.vmm.pvclock import is_safe_on_hidden_memory
 
-__all__ = ["SKIPPED_NATIVE", "PreparedHost"]
+__all__ = ["SKIPPED_NATIVE", "PreparedHost", "is_clock_offered"]
 
 SKIPPED_NATIVE = "it would change this machine, which is nobody's to throw away"
 
@@ -32,6 +32,17 @@ TRIED_SIZE = 4 << 20
 _HUGE_PAGES = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 _CARDS = ("ofcard", "ofvhost", "ofplain", "ofplainvhost")
 """Of the guest that the cell is about and of the plain one, each without vhost and with it."""
+
+
+def is_clock_offered(wanted: str, *, hides: bool, safe: bool) -> bool:
+    """Whether the guest gets kvm-clock; by itself, wherever the host kernel can keep it on this RAM.
+
+    Args:
+        wanted: on, off or auto.
+        hides: whether the RAM has no mapping in the host kernel.
+        safe: whether this host's KVM keeps the clock by userspace address.
+    """
+    return wanted == "on" or (wanted == "auto" and (safe or not hides))
 
 
 class PreparedHost(Owned):
@@ -54,8 +65,9 @@ class PreparedHost(Owned):
         self.folder = folder
         self.secrets = hidden.Secrets()
         self.backend = parse_backend("unplugged" if job.spec.backend == QEMU else job.spec.backend)
-        clock = job.spec.kvm_clock
-        self.offers_clock = clock == "on" or (clock == "auto" and not self.backend.hides)
+        self.offers_clock = is_clock_offered(
+            job.spec.kvm_clock, hides=self.backend.hides, safe=is_safe_on_hidden_memory()
+        )
         self.hibernation = host_events.hibernation_offered()
         self._initrd = folder / "guest.initramfs"
         self._initrd.write_bytes(probe_initramfs(job.guest_modules))
@@ -122,7 +134,7 @@ class PreparedHost(Owned):
             self._initrd,
             f"clocksource=kvm-clock {self.secrets.of_candidate}",
             vcpus=spec.vcpus,
-            kvm_clock=spec.kvm_clock,
+            kvm_clock="on" if self.offers_clock else "off",
             disk=self.disks[0].path,
             taps=self._taps(0),
             vsock=self.folder / "vsock",
@@ -135,7 +147,6 @@ class PreparedHost(Owned):
             self.candidate(),
             backend=QEMU_BASELINE if self.job.spec.backend == QEMU else BASELINE,
             words=f"clocksource=kvm-clock {self.secrets.of_control}",
-            kvm_clock="on" if self.offers_clock else "off",  # the same clock measures both
             disk=self.disks[1].path,
             taps=self._taps(2),
             vsock=self.folder / "vsock-plain",
