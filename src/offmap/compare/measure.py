@@ -127,7 +127,8 @@ class _Cell:
             asker.tell(no("works.boot", str(error)))
             raise
         asker.tell(yes("works.boot", f"Linux {guest.release}, {MEMORY_SIZE >> 20} MiB, init ready"))
-        asker.ask("costs.exits", lambda: costs.exits(guest, plain))
+        counts = [costs.exit_counts(each.pid) for each in (guest, plain)]
+        asker.tell(costs.exits(counts[:1], counts[1:], plain.setup.backend))
         asker.tell(costs.boots([guest.boot_seconds], [plain.boot_seconds], "with its devices and secrets"))
         return console
 
@@ -266,20 +267,22 @@ class _Cell:
             asker.ask("works.smp", self._smp)
         if self.job.boots > 1:
             asker.stage(f"booting {self.job.boots} pairs of guests")
-            asker.ask("costs.boot", self._boots)
+            asker.ask_many(("costs.boot", "costs.exits"), self._boots)
 
-    def _boots(self) -> Answer:
+    def _boots(self) -> list[Answer]:
         """Boot both kinds by turns, without devices and secrets."""
 
-        def boot(setup: GuestSetup) -> float:
+        def boot(setup: GuestSetup) -> tuple[float, dict[str, int]]:
             with LiveGuest(self.host.bare(setup, self.spec.vcpus), self.host.folder / "boot") as guest:
                 guest.boot()
-                return guest.boot_seconds
+                return guest.boot_seconds, costs.exit_counts(guest.pid)
 
-        mine, plain = costs.by_turns(
-            self.job.boots, lambda: boot(self.host.candidate()), lambda: boot(self.host.plain()), warm_up=False
-        )
-        return costs.boots(mine, plain, "without devices")
+        setups = self.host.candidate(), self.host.plain()
+        mine, plain = costs.by_turns(self.job.boots, lambda: boot(setups[0]), lambda: boot(setups[1]), warm_up=False)
+        return [
+            costs.boots([seconds for seconds, _ in mine], [seconds for seconds, _ in plain], "without devices"),
+            costs.exits([counts for _, counts in mine], [counts for _, counts in plain], setups[1].backend),
+        ]
 
     def _smp(self) -> Answer:
         with LiveGuest(self.host.bare(self.host.candidate(), 2), self.host.folder / "smp") as guest:

@@ -162,6 +162,7 @@ def question(id: str) -> Question:
 
 _TLB = "emulation has no TLB and no nested page tables of the hardware's: page sizes cost nothing there"
 _CPU = "an emulated CPU: only the ratio to plain RAM in the same host means anything"
+_EXITS = "an emulated CPU has no virtual interrupt controller (AVIC, APICv), which would save hardware many exits"
 _SPECULATION = "reach through the kernel's page tables is what is judged; an emulated CPU does not speculate"
 
 
@@ -234,7 +235,14 @@ _QUESTIONS = (
         _CPU,
     ),
     _number("costs.boot", "boot", "s", Better.LOWER, "From the VMM's start until the guest's init is ready.", _CPU),
-    _number("costs.exits", "exits in a boot", "", Better.LOWER, "Exits to the VMM, or to KVM where that tells."),
+    _number(
+        "costs.exits",
+        "exits in a boot",
+        "",
+        Better.LOWER,
+        "Of all vCPUs, from power-on until the guest's init is ready, by KVM's own count.",
+        _EXITS,
+    ),
     _number(
         "costs.direct_map_split",
         "direct map in 4 KiB pages, more",

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.cell_run import DEADLINE, MEASURE, CellTask, kernels_of, run_cell
 from offmap.compare.inputs import code_digest, inputs_of, module_input
-from offmap.compare.matrix import OF_THE_MODULE, CellSpec
+from offmap.compare.matrix import OF_THE_MODULE, CellSpec, longest_first
 from offmap.compare.running import stop_cells
 from offmap.compare.store import Store
 from offmap.errors import OffmapError
@@ -163,7 +163,7 @@ class Scheduler:
             futures[pool.executor.submit(call, task)] = spec
 
         try:
-            for spec in specs:
+            for spec in longest_first(specs):
                 submit(spec)
             while futures:
                 ended, _ = wait(futures, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)

@@ -13,6 +13,7 @@ from offmap.compare.matrix import (
     cells_of,
     default_matrix,
     full_matrix,
+    longest_first,
 )
 from offmap.errors import OffmapError
 from offmap.memory.backend import BACKENDS as RAM
@@ -77,3 +78,14 @@ def test_specs_go_through_json() -> None:
         CellSpec.from_json({**CellSpec("anon").to_json(), "vcpus": "2"})
     with pytest.raises(ValueError, match="no cell"):
         CellSpec.from_json({"backend": "anon"})
+
+
+def test_no_long_cell_is_left_for_the_end() -> None:
+    cells = cells_of(DEFAULT_AXES.narrowed(host_kernels=["debian:6.12", "patched:7.3"]))
+    run = longest_first(cells)
+    assert sorted(run) == sorted(cells)
+    assert [cell.host_kernel for cell in run] == [cell.host_kernel for cell in cells]  # a setting after the other
+    kinds = [cell.backend for cell in run]
+    assert kinds[:2] == ["secretmem-bridge", "qemu-unplugged"]
+    assert kinds[7:10] == ["secretmem", "guest_memfd", "guest_memfd-unmapped"]  # refused on 6.12
+    assert kinds[10:13] == ["secretmem-bridge", "secretmem", "guest_memfd-unmapped"]  # and not there

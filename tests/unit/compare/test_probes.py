@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from offmap.audit.audit import AuditResult
+from offmap.audit.canary import new_key
 from offmap.audit.intervals import Intervals
 from offmap.audit.verdict import PageCounts, Verdict
 from offmap.compare.probes import costs, devices, hidden, holder, host_events
 from offmap.compare.probes.asker import Asker, measured, paired, yes
 from offmap.compare.probes.guest_program import ProbeError, parse_answer
+from offmap.compare.probes.prepared_host import is_clock_offered
 from offmap.compare.probes.vmm_memory import parse_smaps
 from offmap.compare.questions import CATALOGUE, Answer
 from offmap.errors import OffmapError
@@ -227,3 +229,43 @@ def test_the_direct_map_is_compared_with_what_it_was() -> None:
     assert answer.value == 2048
     assert "DirectMap2M 4096 KiB, now 2048" in answer.detail
     assert costs.split(id, before, {}, "afterwards").value is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "hides", "safe", "offered"),
+    [
+        ("auto", False, False, True),
+        ("auto", True, False, False),
+        ("auto", True, True, True),  # KVM goes by userspace address: nothing to withhold it for
+        ("off", False, True, False),
+        ("on", True, False, True),  # who asks for it is refused elsewhere, or has a QEMU
+    ],
+)
+def test_kvm_clock_is_offered_where_the_host_can_keep_it(wanted: str, hides: bool, safe: bool, offered: bool) -> None:
+    assert is_clock_offered(wanted, hides=hides, safe=safe) is offered
+
+
+def test_exits_are_counted_boot_by_boot() -> None:
+    mine = [{"exits": 100 + number, "io_exits": 7} for number in range(5)]
+    answer = costs.exits(mine, [{"exits": 200, "io_exits": 9}] * 5, "memfd")
+    assert answer.value == 102 and answer.ratio is not None and answer.ratio.median == 0.51
+    assert "io_exits 7 (9 on memfd)" in answer.detail
+    blind = costs.exits([*mine, {}], [{"exits": 200}] * 6, "memfd")
+    assert blind.value is None and "debugfs" in blind.reason
+
+
+def test_a_look_at_the_control_alone_tells_whose_secrets_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = new_key()
+    own = hidden._CONTROL_FIRST
+    found = [SimpleNamespace(number=number) for number in (3, 3, own, own + 1)]
+    asked: list[dict[str, Any]] = []
+
+    def audit(pid: int, **how: Any) -> Any:
+        asked.append({"pid": pid, **how})
+        return SimpleNamespace(scan=SimpleNamespace(found=found))
+
+    monkeypatch.setattr(hidden, "audit_process", audit)
+    guest, control = (SimpleNamespace(pid=pid, ranges=lambda pid=pid: [pid]) for pid in (1, 2))
+    seen = hidden.look(cast(Any, guest), cast(Any, control), hidden.Secrets(key))
+    assert (seen.found, seen.control_found) == (1, 2)
+    assert asked == [{"pid": 1, "ranges": [1]}, {"pid": 2, "scan": key, "ranges": [2]}]

@@ -17,7 +17,7 @@ from offmap.kvm import Kvm, Vm
 from offmap.memory.backend import parse_backend
 from offmap.uapi.mman import MADV_POPULATE_WRITE
 
-__all__ = ["PAIRS", "RATES", "Rate", "by_turns", "exits", "populate", "rates"]
+__all__ = ["PAIRS", "RATES", "Rate", "by_turns", "exit_counts", "exits", "populate", "rates"]
 
 PAIRS = 5
 """Of each: fewer would say nothing of the spread."""
@@ -76,32 +76,32 @@ def _populate_once(vm: Vm, name: str, size: int) -> float:
             backing.close()
 
 
-def exits(guest: LiveGuest, plain: LiveGuest) -> Answer:
-    """VM exits of both guests since their start, by KVM's own count; to be asked when both have just booted."""
-    mine, theirs = _exits(guest.pid), _exits(plain.pid)
-    return Answer(
-        "costs.exits",
-        mine["exits"],
-        "",
-        (mine["exits"],),
-        (theirs["exits"],),
-        _exits_text(mine, theirs, plain.setup.backend),
-    )
-
-
 _COUNTS = ("exits", "io_exits", "mmio_exits", "irq_exits", "halt_exits", "pf_taken", "tlb_flush")
 
 
-def _exits(pid: int) -> dict[str, int]:
+def exit_counts(pid: int) -> dict[str, int]:
+    """VM exits of a guest since its start by KVM's own count, by kind; empty where this kernel does not tell."""
     folders = list(_DEBUGFS.glob(f"{pid}-*")) if _DEBUGFS.is_dir() else []
     if not folders:
-        raise OffmapError("this kernel does not tell (no /sys/kernel/debug/kvm)", "mount debugfs")
+        return {}
     return {name: int((folders[0] / name).read_text()) for name in _COUNTS if (folders[0] / name).exists()}
 
 
-def _exits_text(mine: dict[str, int], theirs: dict[str, int], plain: str) -> str:
-    pairs = (f"{name} {mine[name]} ({theirs.get(name, 0)} on {plain})" for name in mine)
-    return "from power-on to init ready, all vCPUs: " + ", ".join(pairs)
+def exits(mine: Sequence[Mapping[str, int]], plain: Sequence[Mapping[str, int]], baseline: str) -> Answer:
+    """Exits of boots.
+
+    Args:
+        mine, plain: `exit_counts` of guests that had just booted, in pairs.
+        baseline: the plain kind's name.
+    """
+    id = "costs.exits"
+    if not all("exits" in counts for counts in (*mine, *plain)):
+        return undetermined(id, "not measured: this kernel does not tell (no /sys/kernel/debug/kvm); mount debugfs")
+    last, theirs = mine[-1], plain[-1]
+    kinds = ", ".join(f"{name} {count} ({theirs.get(name, 0)} on {baseline})" for name, count in last.items())
+    detail = f"from power-on to init ready, all vCPUs; in the last pair: {kinds}"
+    mine_taken, plain_taken = ([float(counts["exits"]) for counts in each] for each in (mine, plain))
+    return paired(id, mine_taken, plain_taken, detail=detail)
 
 
 @dataclass(frozen=True, slots=True)

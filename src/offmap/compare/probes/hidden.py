@@ -7,7 +7,7 @@ both at once, and one that does not find the plain guest's proves nothing.
 import mmap
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,11 +96,19 @@ def look(guest: LiveGuest, control: LiveGuest, secrets: Secrets) -> Sighting:
         Undetermined: this host does not let itself be looked at.
     """
     audit = audit_process(guest.pid, ranges=guest.ranges())
-    scan = audit_process(control.pid, scan=secrets.key).scan
-    numbers = [canary.number for canary in scan.found] if scan is not None else []
-    return Sighting(
-        audit, len({n for n in numbers if n < _CONTROL_FIRST}), len({n for n in numbers if n >= _CONTROL_FIRST})
-    )
+    return replace(_look_once(control, secrets), audit=audit)
+
+
+def _look_once(control: LiveGuest, secrets: Secrets) -> Sighting:
+    """The same of the control alone, which has planted secrets of its own.
+
+    Raises:
+        Undetermined: this host does not let itself be looked at.
+    """
+    audit = audit_process(control.pid, scan=secrets.key, ranges=control.ranges())
+    numbers = {canary.number for canary in audit.scan.found} if audit.scan is not None else set()
+    control_found = sum(number >= _CONTROL_FIRST for number in numbers)
+    return Sighting(audit, len(numbers) - control_found, control_found)
 
 
 def verdict_answer(id: str, sighting: Sighting) -> Answer:
@@ -206,7 +214,7 @@ def after_the_end(
         memory_kib: what memory the host had before it.
         owned_by_linux: whether the memory was the host kernel's before, so that it must be so again.
     """
-    sighting = look(control, control, secrets)
+    sighting = _look_once(control, secrets)
     if sighting.found:
         zeroed = no("hidden.zeroed", f"{sighting.found} of its {CANARIES} secrets are still in the host's memory")
     elif not sighting.controlled:
