@@ -22,6 +22,7 @@ __all__ = ["add_parser"]
 
 _NAMED_KERNELS = ("debian:", "patched:")
 _KEYWORDS = ("running", "native")
+BOOTS = 5  # pairs: offmap.compare.questions.MIN_PAIRS, which is not imported before a comparison is run
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,8 +31,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "compare",
         help="compare the ways of hiding guest RAM: what works, hides, breaks and costs",
         description="Run a matrix of cells, each a guest on one kind of RAM in a disposable host of its own, and write "
-        "one report. What is done is kept: run again, it goes on where it was. Options that name an axis may be given "
-        "several times and stand for that axis of the matrix.",
+        "one report of all that the output folder has by then. What is done is kept: run again, it goes on where it "
+        "was. Options that name an axis may be given several times and stand for that axis of the matrix.",
         epilog="Without an axis: every kind of RAM on debian:6.12, with one guest. Exit status: 0 if every cell came "
         "to a result, be it a refusal or an oops; 2 if one failed or was not done in time.",
     )
@@ -51,13 +52,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     how = parser.add_argument_group("how it is run")
     how.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR", help="default: %(default)s")
     how.add_argument("--jobs", type=count, metavar="N", help="cells at a time (default: as cores and memory allow)")
-    how.add_argument("--deadline", type=seconds, metavar="SECONDS", help="for a cell (default: 600)")
+    how.add_argument("--deadline", type=seconds, metavar="SECONDS", help="for a cell (default: 900)")
     how.add_argument(
         "--boots",
         type=count,
-        default=1,
+        default=BOOTS,
         metavar="N",
-        help="pairs of guests to time the boot of, by turns; 5 give a ratio",
+        help="pairs of guests to time the boot of, by turns (default: %(default)s; fewer give no ratio)",
     )
     how.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="of the disposable hosts")
     where = how.add_mutually_exclusive_group()
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         return ExitStatus.DONE
     with _ended_by_signals():
         results = _run(args, specs, console)
-    _report(args.out, results)
+    _report(args.out, _beside_others(results, args.out))
     from offmap.compare.scheduler import first_failure
 
     if failure := first_failure(results):
@@ -192,27 +193,40 @@ def _list(specs: "Sequence[CellSpec]", out: Path) -> None:
     print(f"{len(specs)} cells")
 
 
-def _kept(specs: "Sequence[CellSpec]", args: argparse.Namespace) -> "list[CellResult]":
-    """What there is: of the cells that were named, or of all if none were."""
+def _found(out: Path) -> "dict[CellSpec, CellResult]":
+    """Every cell that the folder has."""
     from offmap.compare.store import read_cell
 
     found = {}
-    for path in sorted((args.out / "cells").glob("*.json")):
+    for path in sorted((out / "cells").glob("*.json")):
         try:
             result = read_cell(path)
         except ValueError as error:
             print(f"offmap compare: {path} is left out: {error}", file=sys.stderr)
             continue
         found[result.spec] = result
+    return found
+
+
+def _beside_others(results: "Sequence[CellResult]", out: Path) -> "list[CellResult]":
+    """These, and what the folder has of earlier runs: the row of one kernel stands beside those of the others."""
+    from offmap.report.compare_repeat import in_order
+
+    return in_order([*(_found(out) | {result.spec: result for result in results}).values()])
+
+
+def _kept(specs: "Sequence[CellSpec]", args: argparse.Namespace) -> "list[CellResult]":
+    """What there is: of the cells that were named, or of all if none were."""
+    from offmap.report.compare_repeat import in_order
+
+    found = _found(args.out)
     named = (
         args.full or args.native or any((args.backend, args.host_kernel, args.guest_kernel, args.vcpus, args.kvm_clock))
     )
-    chosen = [found[spec] for spec in specs if spec in found]
-    if not named:
-        chosen += [result for spec, result in found.items() if spec not in set(specs)]
+    chosen = [found[spec] for spec in specs if spec in found] if named else [*found.values()]
     if not chosen:
         raise OffmapError(f"there is nothing in {args.out} to report", "run it without --report-only")
-    return chosen
+    return in_order(chosen)
 
 
 def _report(out: Path, results: "Sequence[CellResult]") -> None:

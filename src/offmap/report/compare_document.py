@@ -11,14 +11,14 @@ from offmap import __version__
 from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import CATALOGUE
 from offmap.report.compare_conclude import Conclusion, conclude
-from offmap.report.compare_repeat import commands_of, missing_of
+from offmap.report.compare_repeat import commands_of, missing_of, notes_of
 from offmap.report.compare_standing import BASELINE, standing_of
 
 __all__ = ["SCHEMA", "compare_document"]
 
 SCHEMA = "offmap-compare/1"
 _OF_HOSTS = ("kernel", "cpu", "microcode", "cmdline", "memory_bytes", "lab")
-_OF_MACHINES = ("kernel", "cpu", "microcode", "memory_bytes", "accel")
+_OF_MACHINES = ("kernel", "cpu", "microcode", "processors", "memory_bytes", "accel", "qemu")
 
 
 def compare_document(results: Sequence[CellResult]) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def compare_document(results: Sequence[CellResult]) -> dict[str, Any]:
         "emulated": any(result.emulated for result in results),
         "conclusions": [_conclusion(each) for each in conclude(results)],
         "missing": missing_of(results),
+        "notes": notes_of(results),
         "questions": [
             {
                 "id": asked.id,

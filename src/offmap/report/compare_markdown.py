@@ -40,6 +40,9 @@ def _lines(page: dict[str, Any]) -> Iterable[str]:
     yield ""
     yield f"{page['when']}, offmap {page['versions']}, {page['count']} cells: {page['outcomes']}."
     yield ""
+    for note in page["notes"]:
+        yield _text(note)
+        yield ""
     for one in page["conclusions"]:
         release = f" ({one['release']})" if one["release"] not in {"", one["name"]} else ""
         yield f"## Host kernel {_text(one['name'] + release)}"

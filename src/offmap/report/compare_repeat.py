@@ -6,13 +6,15 @@ from typing import Any
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, NATIVE, Axes, cells_of
+from offmap.compare.questions import MIN_PAIRS
 from offmap.errors import OffmapError
 from offmap.report.compare_words import short_kernel
 from offmap.units import format_size
 
-__all__ = ["axes_of", "commands_of", "facts_of", "missing_of"]
+__all__ = ["axes_of", "commands_of", "facts_of", "in_order", "missing_of", "notes_of"]
 
 _NAMES = 200  # of cells that are missing
+_BOOTS = str(MIN_PAIRS)  # the command's default
 
 
 def axes_of(results: Sequence[CellResult]) -> Axes | None:
@@ -35,8 +37,38 @@ def _ordered(values: Iterable[str], order: Sequence[str]) -> tuple[str, ...]:
     return (*(each for each in order if each in present), *(each for each in present if each not in order))
 
 
+def in_order(results: Sequence[CellResult]) -> list[CellResult]:
+    """In the order of their matrix, whenever each was run; what is in none comes last."""
+    axes = axes_of(results)
+    places = {} if axes is None else {spec: place for place, spec in enumerate(cells_of(axes))}
+    return sorted(results, key=lambda result: places.get(result.spec, len(places)))
+
+
+def notes_of(results: Sequence[CellResult]) -> list[str]:
+    """What a reader must know of where these cells come from, if they are not all alike."""
+    notes = []
+    codes = {result.inputs["code"] for result in results if "code" in result.inputs}
+    if len(codes) > 1:
+        notes.append(
+            f"These cells were measured by {len(codes)} states of offmap's code; within a cell all is of one. "
+            "Run again, it measures those of other states anew."
+        )
+    ways = sorted({str(result.machine["accel"]) for result in results if result.machine.get("accel")})
+    if len(ways) > 1:
+        notes.append(
+            f"Some of these hosts were run by {' and some by '.join(ways)}: their ratios are not of the same machine."
+        )
+    return notes
+
+
 def commands_of(results: Sequence[CellResult]) -> list[str]:
     """What makes these cells again, from a checkout, and no others: one command, or one for each setting."""
+    boots = {result.inputs.get("boots", _BOOTS) for result in results}
+    option = f" --boots {boots.pop()}" if len(boots) == 1 and boots != {_BOOTS} else ""
+    return [command + option for command in _commands_of(results)]
+
+
+def _commands_of(results: Sequence[CellResult]) -> list[str]:
     axes = axes_of(results)
     if axes is None:
         return []
@@ -100,8 +132,9 @@ def facts_of(results: Sequence[CellResult]) -> list[tuple[str, list[tuple[str, s
         if inputs.get("guest_release") and guest not in found:
             found[guest] = [("kernel", inputs["guest_release"]), ("digest of its image", inputs["guest_kernel"])]
     machines = {}
-    for result in results:
-        facts = _facts(result.machine, "kernel", "cpu", "microcode", "memory_bytes", "accel")
+    # A cell that was refused before its host was started says nothing of what would have run that.
+    for result in [cell for cell in results if cell.machine.get("accel")] or results:
+        facts = _facts(result.machine, "kernel", "cpu", "microcode", "processors", "memory_bytes", "accel", "qemu")
         machines[tuple(facts)] = facts
     for at, facts in enumerate(machines.values(), 1):
         found["machine" if len(machines) == 1 else f"machine {at}"] = facts
@@ -113,7 +146,13 @@ def facts_of(results: Sequence[CellResult]) -> list[tuple[str, list[tuple[str, s
     return [(name, [(key, value) for key, value in facts if value]) for name, facts in found.items()]
 
 
-_LABELS = {"cpu": "CPU", "memory_bytes": "memory", "cmdline": "command line", "accel": "runs the hosts by"}
+_LABELS = {
+    "cpu": "CPU",
+    "memory_bytes": "memory",
+    "cmdline": "command line",
+    "accel": "runs the hosts by",
+    "qemu": "QEMU",
+}
 
 
 def _facts(source: Mapping[str, Any], *names: str) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from offmap.compare.matrix import BACKENDS, CellSpec
 from offmap.compare.questions import CATALOGUE, Group, Question
 from offmap.report.compare_conclude import COSTS, Conclusion, conclude, cost_of, kinds_of, titles_of
 from offmap.report.compare_plot import ratio_plot
-from offmap.report.compare_repeat import commands_of, facts_of, missing_of
+from offmap.report.compare_repeat import commands_of, facts_of, missing_of, notes_of
 from offmap.report.compare_standing import BASELINE, Standing, finding_of, standing_of
 from offmap.report.compare_words import number, said, short_kernel
 
@@ -50,6 +50,7 @@ def compare_view(results: Sequence[CellResult]) -> View:
         "apart": [_apart(result) for result in results if result.outcome is not CellOutcome.BOOTED],
         "cells": [result_view(result) for result in results],
         "missing": missing_of(results),
+        "notes": notes_of(results),
         "facts": facts_of(results),
         "commands": commands_of(results),
         "emulation": _emulation() if emulated else [],
@@ -145,7 +146,9 @@ def _ran(cells: Iterable[CellResult]) -> bool:
 
 
 def _count(cells: Sequence[CellResult], hiding: Sequence[CellResult]) -> str:
-    return f"{len(hiding)} of {len(cells)} settings" if len(cells) > 1 else ""
+    if len(cells) < 2:
+        return ""
+    return f"hides in {len(hiding)} of {len(cells)} settings" if hiding else f"{len(cells)} settings"
 
 
 def _why(cells: Sequence[CellResult], standing: Standing) -> str:

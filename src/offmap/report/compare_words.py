@@ -43,7 +43,8 @@ def said(asked: Question, answer: Answer) -> Said:
         more = against(answer.ratio)
     elif answer.baseline:  # too few for a ratio
         count = min(len(answer.samples), len(answer.baseline))
-        more = f"plain {number(median(answer.baseline))}, {count} pair{'s' if count > 1 else ''} only"
+        often = f"{count} pairs only" if count > 1 else "once each"
+        more = f"plain {number(median(answer.baseline))}, {often}"
     return Said("number", "", number(float(answer.value)), more)
 
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from offmap.cli import compare
 from offmap.cli.main import main
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.matrix import CellSpec
+from offmap.compare.questions import MIN_PAIRS
 from offmap.compare.store import Store
 
 
@@ -67,3 +69,19 @@ def test_what_makes_no_sense_is_one_line(
     assert status == 2
     assert why in said[-1]
     assert said[-1].startswith("offmap compare: ")
+
+
+def test_the_report_of_a_run_has_the_rows_of_earlier_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    earlier = CellResult(spec=CellSpec("anon"), outcome=CellOutcome.OOPS, reason="as it was")
+    with Store(tmp_path) as store:
+        store.put(earlier)
+    (tmp_path / "cells/damaged.json").write_text("{")
+    now = CellResult(spec=CellSpec("memfd", "debian:6.1"), outcome=CellOutcome.REFUSED, reason="now")
+    assert compare._beside_others([now], tmp_path) == [earlier, now]
+    again = CellResult(spec=CellSpec("anon"), outcome=CellOutcome.REFUSED, reason="again")
+    assert compare._beside_others([again], tmp_path) == [again]
+    assert "damaged.json is left out" in capsys.readouterr().err
+
+
+def test_as_many_boots_are_timed_as_a_ratio_needs() -> None:
+    assert compare.BOOTS == MIN_PAIRS

@@ -19,7 +19,7 @@ from offmap.report.compare_document import compare_document
 from offmap.report.compare_html import render_compare_html
 from offmap.report.compare_markdown import render_compare_markdown
 from offmap.report.compare_plot import LEFT, WIDTH, ratio_plot
-from offmap.report.compare_repeat import commands_of, missing_of
+from offmap.report.compare_repeat import commands_of, in_order, missing_of
 from offmap.report.schema import compare_schema_text
 
 from .compare_samples import answers_of, cell, without
@@ -167,6 +167,36 @@ def test_the_command_that_makes_it_again() -> None:
         "offmap compare --backend memfd --backend unplugged",
         "offmap compare --host-kernel bzImage --backend memfd",
     ]
+
+
+def test_fewer_boots_are_part_of_the_command() -> None:
+    cells = [cell(spec.backend) for spec in cells_of(DEFAULT_AXES)]
+    assert commands_of([replace(each, inputs={**each.inputs, "boots": "5"}) for each in cells]) == ["offmap compare"]
+    few = [replace(each, inputs={**each.inputs, "boots": "1"}) for each in cells]
+    assert commands_of(few) == ["offmap compare --boots 1"]
+
+
+def test_cells_of_several_runs_stand_in_one_order_and_say_so() -> None:
+    later = cell("memfd", host_kernel="debian:6.1")
+    later = replace(later, inputs={**later.inputs, "code": "other"}, machine={**later.machine, "accel": "kvm"})
+    cells = [later, cell("unplugged"), cell("memfd", host_kernel="debian:6.12")]
+    assert [(each.spec.host_kernel, each.spec.backend) for each in in_order(cells)] == [
+        ("debian:6.12", "memfd"),
+        ("debian:6.12", "unplugged"),
+        ("debian:6.1", "memfd"),
+    ]
+    notes = compare_document(cells)["notes"]
+    assert "2 states of offmap's code" in notes[0] and "by kvm and some by tcg" in notes[1]
+    for text in (render_compare_html(cells), render_compare_markdown(cells)):
+        assert "2 states of offmap" in text
+    assert compare_document(cells[1:])["notes"] == []
+
+
+def test_settings_that_hide_are_counted_as_such() -> None:
+    plain = [cell("memfd", vcpus=count) for count in (1, 2)]
+    mixed = [cell("reserved"), without(cell("reserved", vcpus=2), "hidden.after_io")]
+    text = render_compare_markdown([*plain, *mixed])
+    assert "exposed, 2 settings" in text and "hides in part, hides in 1 of 2 settings" in text
 
 
 def test_cells_that_were_not_run_are_named() -> None:
