@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from offmap.compare.guest import READY, guest_initramfs
+from offmap.kmod.lab_module import lab_module
 from offmap.lab.build import patched_kernel
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
@@ -69,6 +70,21 @@ def target(host: LabHost, what: str, kind: str = "") -> Any:
     done = host.output([sys.executable, TARGET, what, kind], timeout=PATIENCE)
     assert done.status == 0, done.stderr.decode()
     return json.loads(done.stdout)
+
+
+def test_it_has_what_the_comparison_asks_of_a_kernel(patched_host: LabHost) -> None:
+    """What it lacked would be a refusal of the configuration, and say nothing of the memory."""
+    script = """
+        modprobe -a tun vhost_net vhost_vsock brd || exit 1
+        for device in net/tun vhost-net vhost-vsock ram0; do test -c /dev/$device -o -b /dev/$device || exit 2; done
+        grep -qw disk /sys/power/state && ! grep -q disabled /sys/power/disk || exit 3
+        grep -q kexec_file_load /proc/kallsyms || exit 4
+    """
+    done = patched_host.output(["sh", "-c", script], timeout=PATIENCE)
+    assert done.status == 0, (done.status, done.stderr)
+    module = lab_module(patched_host.kernel)
+    done = patched_host.output(["sh", "-c", f"insmod {module} && test -c /dev/offmap && rmmod offmap"])
+    assert done.status == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
