@@ -21,6 +21,7 @@ CONSOLE = 20_000
 
 _SHOWN_COSTS = {
     "costs.populate": "populate",
+    "costs.boot": "boot",
     "costs.copy": "memory copy",
     "costs.chase": "pointer chase",
     "costs.blk_read": "disk read",
