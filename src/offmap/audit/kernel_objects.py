@@ -7,7 +7,7 @@ only: no verdict rests on them.
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,8 +187,12 @@ class KernelObjects:
         raw = self._read(va, min(_NAME_LENGTH, PAGE - va % PAGE))
         return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
 
+    def _keeps_structures(self, regions: Set[str]) -> bool:
+        """Whether what begins and ends in these regions may be a structure of the kernel's."""
+        return regions <= _READABLE
+
     def _read(self, va: int, size: int) -> bytes:
-        if self._layout.name(va) not in _READABLE or self._layout.name(va + size - 1) not in _READABLE:
+        if not self._keeps_structures({self._layout.name(va), self._layout.name(va + size - 1)}):
             raise Unknown(f"{va:#x} is not where the kernel keeps its structures")
         buffer = bytearray(size)
         try:

@@ -8,7 +8,7 @@ is of that process's memory, and the slots have together as many pages as KVM co
 
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,6 @@ from offmap.audit.btf import Btf, Unknown
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects, symbol
 from offmap.audit.regions import VMALLOC, Layout
-from offmap.errors import Undetermined
 
 __all__ = ["KVM_VM_LINK", "KvmSlot", "KvmSlots", "OthersVm"]
 
@@ -79,7 +78,6 @@ class KvmSlots(KernelObjects):
         if namespace != _INIT_PID_NAMESPACE:
             raise Unknown("the auditor is in a PID namespace of its own")
         super().__init__(kcore, layout, _btf())
-        self._kvm_layout = layout
 
     def of(self, pid: int, descriptors: Mapping[int, str]) -> Sequence[KvmSlot]:
         """The slots of all VMs that process ``pid`` holds by these descriptors: of VMs, or of their vCPUs.
@@ -158,14 +156,6 @@ class KvmSlots(KernelObjects):
         read_only, guest_memfd = (bool(flags & flag) for flag in (_KVM_MEM_READONLY, _KVM_MEM_GUEST_MEMFD))
         return [KvmSlot(first * PAGE, where, pages * PAGE, read_only, guest_memfd)], pages
 
-    def _read(self, va: int, size: int) -> bytes:
-        # struct kvm and large tables of descriptors are in the vmalloc space.
-        names = {self._kvm_layout.name(va), self._kvm_layout.name(va + size - 1)}
-        if names == {VMALLOC}:
-            buffer = bytearray(size)
-            try:
-                self._kcore.read_virtual(va, memoryview(buffer))
-            except Undetermined as error:
-                raise Unknown(str(error)) from None
-            return bytes(buffer)
-        return super()._read(va, size)
+    def _keeps_structures(self, regions: Set[str]) -> bool:
+        # struct kvm and large tables of descriptors are in the vmalloc space, all of each.
+        return regions == {VMALLOC} or super()._keeps_structures(regions)

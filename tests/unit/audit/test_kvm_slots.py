@@ -9,8 +9,10 @@ import pytest
 
 from offmap.audit.btf import Unknown
 from offmap.audit.guest_ram import Source, _of_slots, _unseen_guest_memfd, find_guest_ram
+from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.kvm_slots import KVM_VM_LINK, KvmSlot, KvmSlots, OthersVm
 from offmap.audit.process import Process
+from offmap.audit.regions import DIRECT_MAP, VMALLOC, VMEMMAP, Layout
 from offmap.errors import Undetermined
 
 PAGE = 4096
@@ -192,6 +194,30 @@ def test_a_claim_that_a_child_has_of_its_parent_is_not_believed() -> None:
             find_guest_ram(process, refuse)
     finally:
         os.close(fd)
+
+
+class Zeroes:
+    """A kcore that has everything."""
+
+    def read_virtual(self, va: int, buffer: memoryview) -> None:
+        buffer[:] = bytes(len(buffer))
+
+
+def test_structures_are_read_where_the_kernel_keeps_them_and_only_kvms_in_the_vmalloc_space() -> None:
+    direct, vmalloc, vmemmap = (0xFFFF_8880_0000_0000 + 0x10_0000 * n for n in range(3))
+    layout = Layout(
+        [(direct, vmalloc, DIRECT_MAP), (vmalloc, vmemmap, VMALLOC), (vmemmap, vmemmap + 0x10_0000, VMEMMAP)]
+    )
+    everything, slots = KernelObjects.__new__(KernelObjects), KvmSlots.__new__(KvmSlots)
+    for objects in (everything, slots):
+        objects._kcore, objects._layout = Zeroes(), layout  # type: ignore[assignment]
+        assert objects._read(direct, 16) == objects._read(vmemmap + 8, 16) == bytes(16)
+        for va in (vmalloc - 8, vmemmap - 8, vmemmap + 0x10_0000 - 8, 0x7F00_0000_0000):
+            with pytest.raises(Unknown, match="not where"):
+                objects._read(va, 16)
+    assert slots._read(vmalloc, 16) == bytes(16)
+    with pytest.raises(Unknown, match="not where"):
+        everything._read(vmalloc, 16)
 
 
 class HoldsVm(Process):
