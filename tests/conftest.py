@@ -1,6 +1,7 @@
-"""What tests of every kind share: small guest kernels, and hypothesis without a stop-watch."""
+"""What tests of every kind share: small guest kernels, hypothesis without a stop-watch, signals as at a terminal."""
 
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,10 @@ from hypothesis import settings
 # An example that takes long on a machine busy with something else is no failure.
 settings.register_profile("offmap", deadline=None)
 settings.load_profile("offmap")
+
+# A shell starts what it puts into the background with SIGINT ignored, and what a test starts and interrupts inherits it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PAYLOADS = Path(__file__).with_name("payloads")
 
