@@ -13,7 +13,7 @@ from hypothesis import settings
 settings.register_profile("offmap", deadline=None)
 settings.load_profile("offmap")
 
-# A shell starts what it puts into the background with SIGINT ignored, and what a test starts and interrupts inherits it.
+# A shell starts what it puts into the background with SIGINT ignored, and what a test interrupts inherits that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
