@@ -130,9 +130,13 @@ def _firmware_ram() -> list[PhysicalRange]:
     """RAM as the firmware reported it, before the command line changed the map (/sys/firmware/memmap)."""
     found = []
     for entry in Path("/sys/firmware/memmap").glob("*"):
-        if (entry / "type").read_text().strip() == "System RAM":
-            start, last = (int((entry / name).read_text(), 16) for name in ("start", "end"))
-            found.append(PhysicalRange(start, last + 1))
+        try:
+            if (entry / "type").read_text().strip() == "System RAM":
+                start, last = (int((entry / name).read_text(), 16) for name in ("start", "end"))
+                found.append(PhysicalRange(start, last + 1))
+        except FileNotFoundError:
+            # Memory that is unplugged takes its entry with it (firmware_map_remove); it was Linux's own, not reserved.
+            continue
     return merged(found)
 
 
