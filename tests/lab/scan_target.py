@@ -48,6 +48,13 @@ def plant_guest(secret: bytes) -> mmap.mmap:
     return memory
 
 
+def plant_own(secret: bytes) -> mmap.mmap:
+    """Memory of this process beside the guest; within a page, as across two a scan looks only in files and guests."""
+    memory = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(secret)
+    return memory
+
+
 def plant_file(path: Path, secret: bytes) -> None:
     path.write_bytes(bytes(FILE_OFFSET) + secret + bytes(PAGE))
 
@@ -61,8 +68,8 @@ def plant_key(secret: bytes) -> None:
 
 def start_other(secret: bytes) -> "subprocess.Popen[bytes]":
     """Another process that holds it, in memory of its own; it lives until its standard input is closed."""
-    script = "import sys; kept = bytearray(sys.stdin.buffer.read(int(sys.argv[1]))); print('ready', flush=True); "
-    script += "sys.stdin.buffer.read()"
+    script = "import mmap, sys; kept = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); "
+    script += "kept.write(sys.stdin.buffer.read(int(sys.argv[1]))); print('ready', flush=True); sys.stdin.buffer.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", script, str(len(secret))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -107,6 +114,7 @@ def main() -> int:
     plant_freed(secret)
     guest = plant_guest(secret)
     va = ctypes.addressof(ctypes.c_char.from_buffer(guest))
+    own = plant_own(secret)
     on_tmpfs, on_disk = folder / "copy on tmpfs", Path("/var/tmp/offmap-scan-test")
     plant_file(on_tmpfs, secret)
     plant_file(on_disk, secret)
@@ -135,6 +143,7 @@ def main() -> int:
         other.kill()
         other.wait()
         on_disk.unlink()
+        own.close()
 
 
 if __name__ == "__main__":
