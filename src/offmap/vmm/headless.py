@@ -3,7 +3,6 @@
 import os
 import re
 import selectors
-import time
 from collections import deque
 from collections.abc import Callable
 
@@ -16,7 +15,6 @@ from offmap.vmm.stop_signals import stopped_by_signals
 __all__ = ["Headless"]
 
 _KEPT = 1024  # pieces of console output, each a line or less: an oops has a hundred lines
-_DAY = 86400.0
 _LONGEST_LINE = 300  # characters of what the guest has said that a user is told
 # What says most of a guest's end: its init, or the kernel. Of an oops before a panic (arch/x86/mm/fault.c,
 # kernel/traps.c, kernel/dumpstack.c) its first line and where it happened.
@@ -116,9 +114,7 @@ class Headless:
             for fd in (machine.stopped_fd, self._events, self._finished):
                 selector.register(fd, selectors.EVENT_READ)
             while machine.stopped is None:
-                due = machine.next_event()
-                timeout = None if due is None else min(max(due - time.time(), 0), _DAY)
-                ready = {key.fd for key, _ in selector.select(timeout)}
+                ready = {key.fd for key, _ in selector.select(machine.seconds_to_tick())}
                 if self._events in ready:
                     os.eventfd_read(self._events)
                     machine.console.flush(wait=False)

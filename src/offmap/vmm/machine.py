@@ -40,6 +40,7 @@ __all__ = ["Machine"]
 
 _KICK = signal.SIGUSR1
 """Interrupts KVM_RUN of the thread it is sent to; its handler does nothing."""
+_DAY = 86400.0
 
 
 class _VmIrqLine:
@@ -228,9 +229,11 @@ class Machine(Owned):
         """How KVM's nested page tables map the guest now; None where this KVM does not tell. Not after `close`."""
         return self._vm.mapped_pages()
 
-    def next_event(self) -> float | None:
-        """When `tick` is due next (as time.time()), or None."""
-        return self._rtc.next_event()
+    def seconds_to_tick(self) -> float | None:
+        """How long an event loop may wait before it calls `tick`; None: until `on_event`."""
+        due = self._rtc.next_event()
+        # No longer than a day: poll(2) takes an int of milliseconds, and the host's clock may have been set.
+        return None if due is None else min(max(due - time.time(), 0), _DAY)
 
     def tick(self) -> None:
         """Let the devices see what has become due."""

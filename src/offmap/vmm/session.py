@@ -3,7 +3,6 @@
 import contextlib
 import os
 import selectors
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -21,7 +20,6 @@ __all__ = ["Session"]
 
 _LINE_DELAY = 0.003  # seconds that a character may wait for the rest of its line, so that the line costs one write
 _READ_SIZE = 4096
-_DAY = 86400.0
 _NOTHING = contextlib.nullcontext()
 
 
@@ -178,10 +176,7 @@ class Session:
                         selector.register(self._hvc.input_fd, selectors.EVENT_WRITE)
                     else:
                         selector.unregister(self._hvc.input_fd)
-                due = machine.next_event()
-                # No longer than a day: poll(2) takes an int of milliseconds, and the host's clock may have been set.
-                timeout = None if due is None else min(max(due - time.time(), 0), _DAY)
-                ready = {key.fd for key, _ in selector.select(timeout)}
+                ready = {key.fd for key, _ in selector.select(machine.seconds_to_tick())}
                 if self._events in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.eventfd_read(self._events)
