@@ -33,6 +33,14 @@ def test_limit(figure: ModuleType, of: str, at_most: float, met: bool) -> None:
     assert data["limit"] == {"of": of, "at_most": at_most, "met": met}
 
 
+@pytest.mark.parametrize(("at_least", "met"), [(0.5, True), (0.6, False)])
+def test_limit_of_what_is_better_the_more_there_is(figure: ModuleType, at_least: float, met: bool) -> None:
+    data = figure.Figure("b", "f", "MB/s", [2.0], "other", [4.0], figure.Limit("ratio", at_least=at_least)).to_json()
+    assert data["limit"] == {"of": "ratio", "at_least": at_least, "met": met}
+    alone = figure.Figure("b", "f", "MB/s", [2.0], limit=figure.Limit("ratio", at_least=at_least)).to_json()
+    assert alone["limit"]["met"] is False
+
+
 def test_a_limit_without_a_peer_is_not_met(figure: ModuleType) -> None:
     data = figure.Figure("b", "f", "s", [2.0], limit=figure.Limit("ratio", 1.0)).to_json()
     assert data["ratio"] is None
