@@ -119,6 +119,31 @@ def test_kernels(host: LabHost, images: dict[str, Image], kernel: str) -> None:
     assert check.status == 0, check.stdout
 
 
+def test_a_terminal_on_hvc0_and_its_size(host: LabHost, images: dict[str, Image]) -> None:
+    """On hidden RAM. What the guest says early is seen on its serial port; what it says on hvc0 is seen once."""
+    image = images["6.12"]
+    target = Path(__file__).with_name("hvc_target.py")
+    options = ["--image", str(image.folder), "--memory", "unplugged"]
+    done = host.output([sys.executable, str(target), *options], timeout=2 * BOOT)
+    assert done.status == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert "Ctrl-A x: quit" in seen.pop("errors")
+    assert seen == {
+        "banners": 1,
+        "mounts": 1,
+        "logins": 1,
+        "tty": "/dev/hvc0",
+        "release": image.facts["kernel_release"],
+        "first": "33 101",
+        "second": "50 132",
+        "lines": 20000,
+        "alarms": "",
+        "power down": 1,
+        "restored": True,
+        "status": 0,
+    }
+
+
 def test_several_guests_at_once_each_audited_by_itself(host: LabHost, images: dict[str, Image]) -> None:
     job = ("--image", str(images["6.12"].folder), "--exec", "echo up; read word; echo $word; test $word = go")
     kinds = {"first": "unplugged", "second": "unplugged", "third": "reserved", "fourth": "anon"}
