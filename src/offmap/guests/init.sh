@@ -14,7 +14,7 @@ $b mount -t proc proc /proc
 $b mount -t sysfs sysfs /sys
 $b mount -t devtmpfs devtmpfs /dev
 
-root=/dev/vda overlay= init=/sbin/init mode=ro ip=
+root=/dev/vda overlay= init=/sbin/init mode=ro ip= hvc0=
 set -f
 for word in $($b cat /proc/cmdline); do
 	case $word in
@@ -22,6 +22,7 @@ for word in $($b cat /proc/cmdline); do
 	offmap.overlay=*) overlay=${word#*=} ;;
 	init=*) init=${word#init=} ;;
 	ip=*) ip=${word#ip=} ;;
+	console=hvc0*) hvc0=1 ;;
 	ro | rw) mode=$word ;;
 	esac
 done
@@ -41,7 +42,15 @@ for device in /sys/bus/virtio/devices/*; do
 	# virtio 1.2, chapter 5: the device's number, which initrd.py names the lists by
 	[ -e "$device/device" ] && read -r number <"$device/device" && load "virtio-$number"
 done
-# The console may be another by now: hvc0.
+if [ "$hvc0" ] && [ -e /sys/module/virtio_console ]; then
+	# It comes some time after its driver; systemd starts a login only where it is a console by then.
+	try=0
+	until $b grep -q hvc0 /sys/class/tty/console/active || [ $try -ge 300 ]; do
+		try=$((try + 1))
+		$b usleep 10000
+	done
+fi
+# The console may be another by now.
 (: </dev/console) 2>/dev/null && exec </dev/console >/dev/console 2>&1
 
 try=0

@@ -47,8 +47,8 @@ class Port:
         last: what comes by it is passed on when all that came by the other ports before has been.
         on_error: called, on the device's thread, with what writing to `output` failed of, once; what comes later is
             lost.
-        on_open: called, on the device's thread, when the guest opens it or first writes to it: Linux has a console
-            print its whole log before it opens it.
+        on_open: called, on the device's thread, when the guest opens it or first writes to it: a kernel's console may
+            print the log before its driver opens the port.
         on_close: called, on the device's thread, when a port that was open is so no more, or its driver has gone.
     """
 

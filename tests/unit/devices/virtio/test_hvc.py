@@ -123,7 +123,7 @@ def test_bytes_go_both_ways_and_what_was_typed_early_waits(session: Session) -> 
 
 
 def test_it_is_in_use_from_its_first_word_to_its_drivers_end(session: Session) -> None:
-    """Linux prints its log before it opens a console, and may take its driver away and put it back."""
+    """A kernel may print its log before it opens its console, and may take the driver away and put it back."""
     assert session.events == []
     session.guest.write(0, b"[    0.000000] Linux version")
     assert session.events == ["open"]
