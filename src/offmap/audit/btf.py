@@ -62,6 +62,9 @@ class Btf:
             self._words += array("I", part[header + type_off : header + type_off + (type_len & -4)])
             self._strings += part[header + str_off : header + str_off + str_len]
         self._at = self._index()
+        # Asked for again at each field of each task, and searched for among some 130,000 types.
+        self._structs: dict[str, int] = {}
+        self._offsets: dict[tuple[str, ...], int] = {}
 
     @classmethod
     def of_host(cls, path: str = PATH) -> Self:
@@ -90,6 +93,11 @@ class Btf:
         return found
 
     def _struct(self, name: str) -> int:
+        if name not in self._structs:
+            self._structs[name] = self._find_struct(name)
+        return self._structs[name]
+
+    def _find_struct(self, name: str) -> int:
         start = self._strings.find(b"\0" + name.encode() + b"\0") + 1
         words, at = np.asarray(self._words), np.asarray(self._at)
         for found in at[words[at] == start].tolist() if start else ():
@@ -107,6 +115,9 @@ class Btf:
         Raises:
             Unknown: no such member.
         """
+        known = self._offsets.get((name, *members))
+        if known is not None:
+            return known
         at, total = self._struct(name), 0
         for member in members:
             found = self._member(at, member.encode())
@@ -114,6 +125,7 @@ class Btf:
                 raise Unknown(f"struct {name} has no member {'.'.join(members)}")
             total += found[0]
             at = self._at[self._resolve(found[1])]
+        self._offsets[name, *members] = total
         return total
 
     def _member(self, at: int, name: bytes) -> tuple[int, int] | None:

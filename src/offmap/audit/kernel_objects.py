@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from offmap.audit.btf import Btf, Unknown
@@ -20,6 +21,7 @@ from offmap.errors import Undetermined
 __all__ = ["CachedFile", "KernelObjects", "Task", "symbol"]
 
 PAGE = 4096
+_KALLSYMS = Path("/proc/kallsyms")
 _MAPPING_FLAGS = 3  # PAGE_MAPPING_FLAGS (FOLIO_MAPPING_FLAGS): anonymous, KSM or movable memory, no file's
 _MOST_DEEP = 256  # folders above a file
 _MOST_TASKS = 1 << 17
@@ -202,22 +204,24 @@ class KernelObjects:
         return bytes(buffer)
 
 
+@lru_cache
 def symbol(name: str) -> int:
-    """Address of a kernel symbol.
+    """Address of a symbol of the kernel's own, no module's: it stays while this process lives, so it is read once.
 
     Raises:
-        Unknown: /proc/kallsyms does not tell.
+        Unknown: /proc/kallsyms does not tell. That is not remembered: it may tell later (``kernel.kptr_restrict``).
     """
     try:
-        text = b"\n" + Path("/proc/kallsyms").read_bytes()
+        text = b"\n" + _KALLSYMS.read_bytes()
     except OSError as error:
-        raise Unknown(f"cannot read /proc/kallsyms: {error.strerror}") from None
+        raise Unknown(f"cannot read {_KALLSYMS}: {error.strerror}") from None
+    # A module's, which may move, has a tab and the module's name behind it (kernel/kallsyms.c, s_show): not found.
     at = text.find(f" {name}\n".encode())
     if at >= 0:
         address = int(text[text.rindex(b"\n", 0, at) :].split(maxsplit=1)[0], 16)
         if address:
             return address
-    raise Unknown(f"/proc/kallsyms does not tell where {name} is")
+    raise Unknown(f"{_KALLSYMS} does not tell where {name} is")
 
 
 def _mounted(path: str, device: tuple[int, int]) -> str:

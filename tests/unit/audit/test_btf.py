@@ -69,6 +69,14 @@ def test_sizes_and_offsets() -> None:
     assert btf.offset("dentry", "d_name", "name") == 24
 
 
+def test_asked_again() -> None:
+    btf = page()
+    for _ in range(2):
+        assert (btf.offset("dentry", "d_name"), btf.offset("dentry", "d_name", "name")) == (16, 24)
+        with pytest.raises(Unknown, match=r"d_name\.no"):
+            btf.offset("dentry", "d_name", "no")
+
+
 @pytest.mark.parametrize(
     "names", [("page", "nothing"), ("nothing",), ("dentry", "d_name", "no"), ("page", "flags", "x")]
 )

@@ -1,0 +1,44 @@
+"""Symbols of the kernel: read once, no module's, and a refusal is not for ever."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from offmap.audit import kernel_objects
+from offmap.audit.btf import Unknown
+from offmap.audit.kernel_objects import symbol
+
+TEXT = "ffffffff81000000 T _stext\nffffffff82a0f940 D init_task\nffffffffc0a01000 d vm_list\t[kvm]\n"
+
+
+@pytest.fixture
+def kallsyms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    path = tmp_path / "kallsyms"
+    monkeypatch.setattr(kernel_objects, "_KALLSYMS", path)
+    symbol.cache_clear()
+    yield path
+    symbol.cache_clear()
+
+
+def test_a_symbol_is_read_once(kallsyms: Path) -> None:
+    kallsyms.write_text(TEXT)
+    assert symbol("init_task") == 0xFFFF_FFFF_82A0_F940
+    kallsyms.unlink()
+    assert symbol("init_task") == 0xFFFF_FFFF_82A0_F940
+
+
+def test_a_refusal_is_not_remembered(kallsyms: Path) -> None:
+    with pytest.raises(Unknown, match="cannot read"):
+        symbol("init_task")
+    kallsyms.write_text("0000000000000000 D init_task\n")  # as kernel.kptr_restrict has it
+    with pytest.raises(Unknown, match="does not tell"):
+        symbol("init_task")
+    kallsyms.write_text(TEXT)
+    assert symbol("init_task") == 0xFFFF_FFFF_82A0_F940
+
+
+def test_a_modules_symbol_which_may_move_is_not_found(kallsyms: Path) -> None:
+    kallsyms.write_text(TEXT)
+    with pytest.raises(Unknown, match="does not tell"):
+        symbol("vm_list")
