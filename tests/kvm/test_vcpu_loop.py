@@ -183,15 +183,6 @@ def test_device_memory_straight_after_an_exception(rig: Callable[[bytes], Rig]) 
     assert machine.mmio.writes == [(8, 1, 5)] * 100
 
 
-def test_a_guest_with_its_stack_in_a_device_comes_to_an_end(rig: Callable[[bytes], Rig]) -> None:
-    machine = rig(b"\xb8\x00\x20\x8e\xd0\x31\xdb\xf6\xf3" + END)  # mov ax, 0x2000; mov ss, ax; xor bx, bx; div bl
-    machine.memory.write(0, (0x1100).to_bytes(4, "little"))
-    machine.memory.write(0x1100, END)
-    stop = machine.run()
-    # What KVM makes of the push differs: it is emulated, or an event that cannot be delivered, or a triple fault.
-    assert stop is None or stop.outcome is Outcome.FAILED
-
-
 @pytest.mark.parametrize("before", [True, False], ids=["before it runs", "while it runs"])
 def test_stop_ends_a_guest_that_spins(rig: Callable[[bytes], Rig], before: bool) -> None:
     machine = rig(b"\xba\x00\x01\xee\xeb\xfe")  # out dx, al: it is in the guest; jmp .

@@ -22,6 +22,7 @@ from .console import PATIENCE, Guest
 # The first test may have to build the kernel.
 pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(1800)]
 
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("secretmem", "unmapped")
 BACKENDS = ("secretmem", "guest_memfd-unmapped")
 TARGET = str(Path(__file__).with_name("patched_target.py"))
@@ -198,6 +199,14 @@ def test_a_guest_keeps_time_by_kvm_clock_and_stays_hidden(
         assert abs(int(guest.shell("date +%s")) - now) <= 3
         guest.keys("poweroff -f\n")
         assert guest.end() == 0, guest.errors
+
+
+def test_a_device_write_straight_after_an_exception_reaches_the_device(patched_host: LabHost) -> None:
+    """What newer KVM takes for an event that cannot be delivered, on an emulated processor (VcpuLoop)."""
+    program = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/kvm/test_vcpu_loop.py"]
+    done = patched_host.output([*program, "-k", "exception"], cwd=ROOT, timeout=PATIENCE)
+    assert done.status == 0, done.stdout.decode()
+    assert b"1 passed" in done.stdout
 
 
 def test_a_stock_kernel_gives_neither(lab_host: LabHost, lab_kernel: HostKernel) -> None:

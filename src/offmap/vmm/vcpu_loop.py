@@ -51,7 +51,7 @@ _KVM_INTERNAL_ERROR_NAMES = {
     _KVM_INTERNAL_ERROR_DELIVERY_EV: "delivery of an event",
     4: "unexpected exit",
 }
-_MOST_DELIVERY_EXITS = 1000  # in a second; a guest that gets nowhere makes more, under emulation too
+_MOST_DELIVERY_EXITS = 100  # in a second, with the same registers; a guest that gets nowhere makes more
 
 
 class VcpuLoop:
@@ -69,6 +69,7 @@ class VcpuLoop:
         self._stop = False
         self._delivery_exits = 0
         self._delivery_exits_since = 0.0  # monotonic seconds
+        self._delivery_registers = b""
 
     def request_stop(self) -> None:
         """Make `run` return; the caller then sends the thread a signal, in case it is in the guest."""
@@ -193,8 +194,10 @@ class VcpuLoop:
         MMIO makes no headway.
         """
         now = time.monotonic()
-        if now - self._delivery_exits_since > 1:
+        registers = bytes(self.vcpu.get_regs())
+        if now - self._delivery_exits_since > 1 or registers != self._delivery_registers:
             self._delivery_exits_since = now
+            self._delivery_registers = registers
             self._delivery_exits = 0
         self._delivery_exits += 1
         return self._delivery_exits <= _MOST_DELIVERY_EXITS
