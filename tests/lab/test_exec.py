@@ -209,7 +209,7 @@ def test_panic_is_reported_at_once(lab_kernel: HostKernel) -> None:
 
 def test_host_that_powers_off_is_reported(lab_kernel: HostKernel) -> None:
     with LabHost.start(lab_kernel, memory="512M") as host, pytest.raises(LabEnded, match="powered off or reset"):
-        # The power goes some time after the disks: a command that still needs a file, to run sleep, would end before it.
+        # The power goes some time after the disks: a command that needs a file still, to run sleep, would end before.
         host.run(["sh", "-c", "echo o > /proc/sysrq-trigger; kill -STOP $$"], timeout=PATIENCE)
 
 
