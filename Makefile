@@ -35,8 +35,9 @@ lint: setup
 	@.venv/bin/mypy --no-error-summary
 	@.venv/bin/lint-imports --no-logo >/dev/null || .venv/bin/lint-imports
 
+# Two files at a time, in the order of SUITE: a lab host keeps one processor busy.
 test: setup-tests lint
-	OFFMAP_NO_SKIP=1 $(PYTEST) -m "not slow" $(SUITE)
+	OFFMAP_NO_SKIP=1 $(PYTEST) -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(SUITE)
 
 # Patched and older host kernels too.
 test-all: test slow
