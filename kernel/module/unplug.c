@@ -27,7 +27,9 @@
 #include <linux/memory.h>
 #include <linux/memory_hotplug.h>
 #include <linux/mm.h>
+#include <linux/mount.h>
 #include <linux/mutex.h>
+#include <linux/path.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/sort.h>
@@ -157,7 +159,8 @@ static int zero_piece(const struct piece *piece, bool keep)
  * The kernel onlines added memory, or not, as the host's policy for new memory
  * says. But this is not new: it was online, and maybe where only movable pages
  * go. Nothing exported sets that; what does is a file of sysfs. It is written by
- * a kernel thread, as the caller may be exiting and have no root folder.
+ * a kernel thread, as the caller may be exiting, in a sysfs of its own: since 7.x
+ * the root folder of kernel threads is empty.
  *
  * Among the zones for kernel memory the kernel chooses, by what still spans the
  * block: one from the very end of ZONE_DMA32 comes back in ZONE_NORMAL.
@@ -168,15 +171,23 @@ struct online_work {
 	int ret;
 };
 
-static int set_block_state(u64 block, const char *state)
+static struct vfsmount *mount_sysfs(void)
 {
+	struct file_system_type *type = get_fs_type("sysfs");
+
+	return type ? kern_mount(type) : ERR_PTR(-ENODEV);
+}
+
+static int set_block_state(struct vfsmount *sysfs, u64 block, const char *state)
+{
+	const struct path root = { .mnt = sysfs, .dentry = sysfs->mnt_root };
 	struct file *file;
 	char path[64];
 	loff_t pos = 0;
 	ssize_t ret;
 
-	snprintf(path, sizeof(path), "/sys/devices/system/memory/memory%llu/state", block);
-	file = filp_open(path, O_WRONLY, 0);
+	snprintf(path, sizeof(path), "devices/system/memory/memory%llu/state", block);
+	file = file_open_root(&root, path, O_WRONLY, 0);
 	if (IS_ERR(file))
 		return PTR_ERR(file);
 	/* What a system call would be restarted for: the hotplug lock was taken. */
@@ -191,6 +202,7 @@ static void online_piece(struct work_struct *work)
 	struct online_work *online = container_of(work, struct online_work, work);
 	const struct piece *piece = online->piece;
 	u64 block = memory_block_size_bytes();
+	struct vfsmount *sysfs = NULL;
 	struct page *page;
 	phys_addr_t start;
 	int ret;
@@ -199,13 +211,21 @@ static void online_piece(struct work_struct *work)
 		page = pfn_to_online_page(PHYS_PFN(start));
 		if (page && is_zone_movable_page(page) == piece->movable)
 			continue;
-		ret = page ? set_block_state(div64_u64(start, block), "offline") : 0;
+		if (!sysfs)
+			sysfs = mount_sysfs();
+		if (IS_ERR(sysfs)) {
+			online->ret = PTR_ERR(sysfs);
+			return;
+		}
+		ret = page ? set_block_state(sysfs, div64_u64(start, block), "offline") : 0;
 		if (!ret)
-			ret = set_block_state(div64_u64(start, block),
+			ret = set_block_state(sysfs, div64_u64(start, block),
 					      piece->movable ? "online_movable" : "online_kernel");
 		if (ret)
 			online->ret = ret;
 	}
+	if (sysfs)
+		kern_unmount(sysfs);
 }
 
 /* Adding memory takes memory, for its struct pages: wait so long for some. */

@@ -114,6 +114,20 @@ def test_what_is_out_is_gone_from_the_host_and_comes_back(host: LabHost) -> None
     assert ask(host, "state")["direct_map"] == before["direct_map"]
 
 
+def test_what_comes_back_is_online_whatever_the_policy_for_new_memory(host: LabHost) -> None:
+    policy = "/sys/devices/system/memory/auto_online_blocks"
+    before = ask(host, "state")
+    was = host.output(["cat", policy]).stdout.decode().strip()
+    for there in ("offline", "online_movable"):
+        assert host.output(["sh", "-c", f"echo {there} >{policy}"]).status == 0
+        try:
+            with Holding(host) as out:
+                assert sum(length for _, length in out["ranges"]) == SIZE
+            given_back(host, before)
+        finally:
+            host.output(["sh", "-c", f"echo {was} >{policy}"])
+
+
 def test_leftovers_are_zeroed_before_and_after(host: LabHost) -> None:
     found = ask(host, "leftovers")
     assert found["leftovers"] > 0  # the control: there was something to zero
@@ -440,6 +454,7 @@ def test_other_kernels(lab_kernel: HostKernel, series: str, tmp_path: Path) -> N
     with LabHost.start(kernel, memory="2G", cmdline="secretmem.enable=1", out=tmp_path) as host:
         insert(host, lab_module(kernel), tmp_path)
         test_what_is_out_is_gone_from_the_host_and_comes_back(host)
+        test_what_comes_back_is_online_whatever_the_policy_for_new_memory(host)
         test_leftovers_are_zeroed_before_and_after(host)
         test_two_takers_get_disjoint_memory(host)
         test_hostile_use_is_refused(host)
