@@ -87,7 +87,11 @@ class _Stream:
         self.output_queue: Queue | None = None
         self.unwritten: tuple[Chain, int] | None = None  # popped, and written up to there
         self.input_polls = port.input is not None and _polls(port.input)
-        self.output_is_socket = port.output is not None and stat.S_ISSOCK(os.fstat(port.output).st_mode)
+        mode = 0 if port.output is None else os.fstat(port.output).st_mode
+        self.output_is_socket = stat.S_ISSOCK(mode)
+        # What could not be opened anew to be non-blocking, such as another user's terminal.
+        waits = not stat.S_ISSOCK(mode) and not stat.S_ISREG(mode)
+        self.output_blocks = port.output is not None and waits and os.get_blocking(port.output)
 
     def use(self, in_use: bool) -> None:
         if self.in_use != in_use:
@@ -155,6 +159,10 @@ class Console(VirtioDevice):
         elif self._streams:
             self._streams[0].open = True
             self._streams[0].use(True)
+
+    def failed(self) -> None:
+        for stream in self._streams:
+            stream.use(False)
 
     def reset(self) -> None:
         for stream in self._streams:
@@ -330,7 +338,8 @@ class Console(VirtioDevice):
                 if queue.rearm():
                     continue
                 break
-            stream.use(True)
+            if stream.unwritten is None:  # or the rest of what it wrote before it closed the port
+                stream.use(True)
             size = self._write(stream, chain, start)
             if start + size < chain.readable_bytes:
                 stream.unwritten = (chain, start + size)
@@ -351,6 +360,13 @@ class Console(VirtioDevice):
             if stream.output_is_socket:
                 with socket.socket(fileno=os.dup(fd)) as peer:
                     return peer.sendmsg(buffers, [], socket.MSG_DONTWAIT)
+            if stream.output_blocks:
+                # Room for so much is what poll(2) promises, of a pipe and of a terminal's line.
+                poll = select.poll()
+                poll.register(fd, select.POLLOUT)
+                if not poll.poll(0):
+                    raise BlockingIOError
+                buffers = part(buffers, 0, min(length(buffers), select.PIPE_BUF))
             return _write_from(fd, buffers)
         except BlockingIOError:
             if self._worker is not None:

@@ -108,6 +108,9 @@ class VirtioDevice(Owned, ABC):
                 until the driver resets it.
         """
 
+    def failed(self) -> None:
+        """The driver broke the rules; nothing comes from it until it resets the device, if it ever does."""
+
     @abstractmethod
     def reset(self) -> None:
         """Forget the queues and everything about the driver; nothing of the guest's memory may be held afterwards."""

@@ -338,6 +338,7 @@ class MmioTransport:
         for queue in self._queues:
             if queue is not None:
                 queue.stop()
+        self._device.failed()
         if self._bypassed:
             self._device.reset()  # or whoever serves them would go on
         self._add_status(VIRTIO_CONFIG_S_NEEDS_RESET)

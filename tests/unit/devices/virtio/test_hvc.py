@@ -160,3 +160,31 @@ def test_a_terminal_that_does_not_read_stops_the_guest(session: Session) -> None
         got += len(os.read(session.master, 65536).replace(b"\r", b""))
     assert got == size
     assert session.failed == []
+
+
+def test_another_users_terminal_that_does_not_read_does_not_hold_the_machine(session: Session) -> None:
+    """It cannot be opened anew, so that writing to it would block; the worker must end all the same."""
+    os.set_blocking(session.slave, True)
+    device = Hvc(
+        session.slave, session.slave, on_open=lambda: None, on_close=lambda: None, on_error=session.failed.append
+    )
+    with device, Guest(device=device.build(Surroundings(guest_memory(), False, Vm.__new__(Vm)))) as guest:
+        guest.write(0, *[b"y" * (1 << 15)] * 8)
+    assert session.failed == []
+
+
+def test_what_is_left_to_write_does_not_open_a_port_that_was_closed(session: Session) -> None:
+    session.guest.write(0, *[b"y" * (1 << 15)] * 8)
+    session.guest.tell(0, uapi.VIRTIO_CONSOLE_PORT_OPEN, 0)
+    assert session.events == ["open", "close"]
+    got = 0
+    while got < 1 << 18:
+        got += len(os.read(session.master, 65536).replace(b"\r", b""))
+    session.guest.worker.call(lambda: None)
+    assert session.events == ["open", "close"]
+
+
+def test_a_driver_that_broke_the_rules_has_no_console_any_more(session: Session) -> None:
+    session.guest.open(0)
+    session.guest.worker.call(session.guest.device.failed)
+    assert session.events == ["open", "close"]
