@@ -20,6 +20,7 @@ __all__ = ["Session"]
 
 _LINE_DELAY = 0.003  # seconds that a character may wait for the rest of its line, so that the line costs one write
 _READ_SIZE = 4096
+_MOST_TYPED = 64 << 10  # bytes that wait for a guest to read them; of a terminal, what comes then is lost
 _NOTHING = contextlib.nullcontext()
 
 
@@ -151,6 +152,7 @@ class Session:
         escape = EscapeKey()
         pending = b""  # read, and not yet taken by the guest
         at_end = announced = flush_due = writing = feeding = False
+        at_terminal = os.isatty(self._stdin)
         # poll(2), because epoll refuses regular files, and a guest's input may come from one.
         with selectors.PollSelector() as selector, selectors.PollSelector() as stopped:
             selector.register(machine.stopped_fd, selectors.EVENT_READ)
@@ -158,7 +160,7 @@ class Session:
             stopped.register(machine.stopped_fd, selectors.EVENT_READ)
             reading = False
             while machine.stopped is None:
-                if reading != (len(pending) < _READ_SIZE and not at_end):
+                if reading != ((len(pending) < _READ_SIZE or at_terminal) and not at_end):
                     reading = not reading
                     if reading:
                         selector.register(self._stdin, selectors.EVENT_READ)
@@ -194,6 +196,8 @@ class Session:
                     at_end = not data
                     passed, asked = escape.filter(data)
                     pending += passed
+                    if len(pending) > _MOST_TYPED:  # a terminal: its Ctrl-A must be seen
+                        pending = pending[:_MOST_TYPED]
                     if asked is Typed.QUIT:
                         self._quit(machine)
                     elif asked is Typed.HELP:
