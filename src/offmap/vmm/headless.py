@@ -90,13 +90,11 @@ class Headless:
     def last_words(self) -> str:
         """What on its console says most of its end: of its init, of a panic and its oops, or else the last line."""
         lines = [line.strip() for line in b"".join(self._console).decode(errors="replace").splitlines()]
-        last = next((line for line in reversed(lines) if _END.search(line)), None)
-        if last is None:
+        end = next((number for number in reversed(range(len(lines))) if _END.search(lines[number])), None)
+        if end is None:
             said = [next((line for line in reversed(lines) if line), "")]
-        elif "Kernel panic" in last:
-            said = [next((line for line in lines if first.search(line)), "") for first in (_OOPS, _PLACE)] + [last]
         else:
-            said = [last]
+            said = [*(_oops(lines[:end]) if "Kernel panic" in lines[end] else []), lines[end]]
         # For somebody's terminal or log: a guest can write anything to its console.
         told = "; ".join(line[:_LONGEST_LINE] for line in said if line)
         return "".join(c if c.isprintable() else "?" for c in told)
@@ -124,3 +122,15 @@ class Headless:
                 if self._up and not announced:
                     announced = True
                     self._on_up(machine)
+
+
+def _oops(before: list[str]) -> list[str]:
+    """The headline of the last oops before a panic, and where it was."""
+    first = next((number for number in reversed(range(len(before))) if _OOPS.search(before[number])), None)
+    if first is None:
+        return []
+    # "BUG: " and "Oops: " are two lines of one report.
+    while first and _OOPS.search(" ".join(before[max(first - 3, 0) : first])):
+        first -= 1
+    headline = next(line for line in before[first:] if _OOPS.search(line))
+    return [headline, *[line for line in before[first:] if _PLACE.search(line)][:1]]
