@@ -8,7 +8,6 @@ look-up and the device's own method. Everything else takes the long way round.
 
 import mmap
 import struct
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from fcntl import ioctl
@@ -51,7 +50,7 @@ _KVM_INTERNAL_ERROR_NAMES = {
     _KVM_INTERNAL_ERROR_DELIVERY_EV: "delivery of an event",
     4: "unexpected exit",
 }
-_MOST_DELIVERY_EXITS = 100  # in a second, with the same registers; a guest that gets nowhere makes more
+_MOST_DELIVERY_EXITS = 100  # in succession, with the same registers
 
 
 class VcpuLoop:
@@ -68,7 +67,6 @@ class VcpuLoop:
         self._counts = counts
         self._stop = False
         self._delivery_exits = 0
-        self._delivery_exits_since = 0.0  # monotonic seconds
         self._delivery_registers = b""
 
     def request_stop(self) -> None:
@@ -138,6 +136,7 @@ class VcpuLoop:
                 data.pack_into(area, position, self._pio.read(port, size))
 
     def _mmio_exit(self) -> None:
+        self._delivery_exits = 0  # it gets on
         address, data, length, is_write = _EXIT_MMIO.unpack_from(self.vcpu.area, _EXIT_UNION_OFFSET)
         if self._counts is not None:
             key = ("mmio", address & ~0xFFF, "out" if is_write else "in")
@@ -193,10 +192,8 @@ class VcpuLoop:
         queued the event again if there was one, and rip has not moved. Only a guest that has its IDT or a stack in
         MMIO makes no headway.
         """
-        now = time.monotonic()
         registers = bytes(self.vcpu.get_regs())
-        if now - self._delivery_exits_since > 1 or registers != self._delivery_registers:
-            self._delivery_exits_since = now
+        if registers != self._delivery_registers:
             self._delivery_registers = registers
             self._delivery_exits = 0
         self._delivery_exits += 1
