@@ -42,10 +42,10 @@ for device in /sys/bus/virtio/devices/*; do
 	# virtio 1.2, chapter 5: the device's number, which initrd.py names the lists by
 	[ -e "$device/device" ] && read -r number <"$device/device" && load "virtio-$number"
 done
-if [ "$hvc0" ] && [ -e /sys/module/virtio_console ]; then
+if [ "$hvc0" ] && [ ! -e /exec ] && [ -e /sys/module/virtio_console ]; then
 	# It comes some time after its driver; systemd starts a login only where it is a console by then.
 	try=0
-	until $b grep -q hvc0 /sys/class/tty/console/active || [ $try -ge 300 ]; do
+	until $b grep -qs hvc0 /sys/class/tty/console/active || [ $try -ge 300 ]; do
 		try=$((try + 1))
 		$b usleep 10000
 	done
