@@ -134,9 +134,11 @@ def _firmware_ram() -> list[PhysicalRange]:
             if (entry / "type").read_text().strip() == "System RAM":
                 start, last = (int((entry / name).read_text(), 16) for name in ("start", "end"))
                 found.append(PhysicalRange(start, last + 1))
-        except FileNotFoundError:
+        except OSError as error:
             # Memory that is unplugged takes its entry with it (firmware_map_remove); it was Linux's own, not reserved.
-            continue
+            # ENODEV where it goes while the file is open (kernfs_get_active).
+            if error.errno not in (errno.ENOENT, errno.ENODEV):
+                raise
     return merged(found)
 
 
