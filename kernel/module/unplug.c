@@ -191,8 +191,11 @@ static int set_block_state(struct vfsmount *sysfs, u64 block, const char *state)
 	if (IS_ERR(file))
 		return PTR_ERR(file);
 	/* What a system call would be restarted for: the hotplug lock was taken. */
-	while ((ret = kernel_write(file, state, strlen(state), &pos)) == -ERESTARTNOINTR)
+	while ((ret = kernel_write(file, state, strlen(state), &pos)) == -ERESTARTNOINTR) {
+		/* restart_syscall() marks one as pending; offline_pages() would give up. */
+		flush_signals(current);
 		msleep(20);
+	}
 	filp_close(file, NULL);
 	return ret < 0 ? ret : 0;
 }
