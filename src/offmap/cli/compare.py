@@ -209,7 +209,10 @@ def _found(out: Path) -> "dict[CellSpec, CellResult]":
 
 
 def _beside_others(results: "Sequence[CellResult]", out: Path) -> "list[CellResult]":
-    """These, and what the folder has of earlier runs: the row of one kernel stands beside those of the others."""
+    """These, and what the folder has of earlier runs: the row of one kernel stands beside those of the others.
+
+    Earlier cells may be of other code, kernels or machines: the report's notes (offmap.report.compare_notes) say so.
+    """
     from offmap.report.compare_repeat import in_order
 
     return in_order([*(_found(out) | {result.spec: result for result in results}).values()])

@@ -31,7 +31,7 @@ class Conclusion:
 
     Attributes:
         kernel: as the matrix names it; a path by its last part.
-        release: what uname says there.
+        release: what uname says there; all of them, where the cells had several.
         answer: one sentence: what hides there.
         findings: of every kind that was run or could have been, in the order of the matrix.
         choice: one or two sentences: what speaks for which, or why that is not settled.
@@ -64,11 +64,11 @@ def _of(kernel: str, cells: Sequence[CellResult]) -> Conclusion:
     findings = tuple(
         finding_of(kind, [cell for cell in cells if cell.spec.backend == kind], plain) for kind in kinds_of(cells)
     )
-    release = next((found for cell in cells if (found := release_of(cell))), "")
+    releases = dict.fromkeys(found for cell in cells if (found := release_of(cell)))  # several, of several runs
     return Conclusion(
         kernel,
         short_kernel(kernel),
-        release,
+        list_words([*releases]),
         _answer(findings),
         findings,
         _choice(findings),

@@ -1,17 +1,18 @@
 """How a comparison is repeated: the command that makes these cells, what is missing of them, and the hosts' facts."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, NATIVE, Axes, cells_of
 from offmap.compare.questions import MIN_PAIRS
 from offmap.errors import OffmapError
+from offmap.report.compare_notes import KernelState, guest_kernel_state, host_kernel_state
 from offmap.report.compare_words import short_kernel
 from offmap.units import format_size
 
-__all__ = ["axes_of", "commands_of", "facts_of", "in_order", "missing_of", "notes_of"]
+__all__ = ["axes_of", "commands_of", "facts_of", "in_order", "missing_of"]
 
 _NAMES = 200  # of cells that are missing
 _BOOTS = str(MIN_PAIRS)  # the command's default
@@ -42,23 +43,6 @@ def in_order(results: Sequence[CellResult]) -> list[CellResult]:
     axes = axes_of(results)
     places = {} if axes is None else {spec: place for place, spec in enumerate(cells_of(axes))}
     return sorted(results, key=lambda result: places.get(result.spec, len(places)))
-
-
-def notes_of(results: Sequence[CellResult]) -> list[str]:
-    """What a reader must know of where these cells come from, if they are not all alike."""
-    notes = []
-    codes = {result.inputs["code"] for result in results if "code" in result.inputs}
-    if len(codes) > 1:
-        notes.append(
-            f"These cells were measured by {len(codes)} states of offmap's code; within a cell all is of one. "
-            "Run again, it measures those of other states anew."
-        )
-    ways = sorted({str(result.machine["accel"]) for result in results if result.machine.get("accel")})
-    if len(ways) > 1:
-        notes.append(
-            f"Some of these hosts were run by {' and some by '.join(ways)}: their ratios are not of the same machine."
-        )
-    return notes
 
 
 def commands_of(results: Sequence[CellResult]) -> list[str]:
@@ -122,15 +106,14 @@ def missing_of(results: Sequence[CellResult]) -> list[str]:
 def facts_of(results: Sequence[CellResult]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The hosts that the cells ran on, and the machines that these ran on: each once, without their names."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for result in results:
-        inputs = result.inputs
-        name = short_kernel(result.spec.host_kernel)
-        if result.host and f"host {name}" not in found:
-            facts = _facts(result.host, "kernel", "cpu", "microcode", "memory_bytes", "cmdline")
-            found[f"host {name}"] = [*facts, ("digest of its image", inputs.get("host_kernel", ""))]
-        guest = f"guest {short_kernel(result.spec.guest_kernel)}"
-        if inputs.get("guest_release") and guest not in found:
-            found[guest] = [("kernel", inputs["guest_release"]), ("digest of its image", inputs["guest_kernel"])]
+    hosts = [result for result in results if result.host]
+    guests = [result for result in results if result.inputs.get("guest_release")]
+    for name, result in _each_kernel("host", hosts, lambda cell: cell.spec.host_kernel, host_kernel_state):
+        facts = _facts(result.host, "kernel", "cpu", "microcode", "memory_bytes", "cmdline")
+        found[name] = [*facts, ("digest of its image", host_kernel_state(result)[1])]
+    for name, result in _each_kernel("guest", guests, lambda cell: cell.spec.guest_kernel, guest_kernel_state):
+        release, digest = guest_kernel_state(result)
+        found[name] = [("kernel", release), ("digest of its image", digest)]
     machines = {}
     # A cell that was refused before its host was started says nothing of what would have run that.
     for result in [cell for cell in results if cell.machine.get("accel")] or results:
@@ -144,6 +127,21 @@ def facts_of(results: Sequence[CellResult]) -> list[tuple[str, list[tuple[str, s
         ("digest of what measured", ", ".join(code for code in codes if code)),
     ]
     return [(name, [(key, value) for key, value in facts if value]) for name, facts in found.items()]
+
+
+def _each_kernel(
+    what: str,
+    results: Iterable[CellResult],
+    name_of: Callable[[CellResult], str],
+    state_of: Callable[[CellResult], KernelState],
+) -> Iterator[tuple[str, CellResult]]:
+    """A heading, and a cell, for every kernel; where one name stands for several, these are numbered."""
+    named: dict[str, dict[KernelState, CellResult]] = {}
+    for result in results:
+        named.setdefault(short_kernel(name_of(result)), {}).setdefault(state_of(result), result)
+    for name, states in named.items():
+        for at, result in enumerate(states.values(), 1):
+            yield f"{what} {name}" + (f", {at} of {len(states)}" if len(states) > 1 else ""), result
 
 
 _LABELS = {

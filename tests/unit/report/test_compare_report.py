@@ -192,6 +192,96 @@ def test_cells_of_several_runs_stand_in_one_order_and_say_so() -> None:
     assert compare_document(cells[1:])["notes"] == []
 
 
+def of_inputs(result: CellResult, **inputs: str) -> CellResult:
+    return replace(result, inputs={**result.inputs, **inputs})
+
+
+def everywhere(cells: list[CellResult]) -> list[str]:
+    """The notes, of which each is in every form of the report."""
+    notes: list[str] = compare_document(cells)["notes"]
+    page, markdown = Page(render_compare_html(cells)).text, render_compare_markdown(cells)
+    for note in notes:
+        assert note in page and note.replace("_", r"\_") in markdown
+    return notes
+
+
+def test_cells_of_other_code_are_named_where_that_is_short() -> None:
+    most = [cell(backend, kernel) for backend in ("memfd", "unplugged") for kernel in ("debian:6.12", "debian:7.3")]
+    odd = of_inputs(cell("reserved"), code="old")
+    (note,) = everywhere([*most, odd])
+    assert "Not of the same as most: reserved on debian:6.12. Run again" in note
+    row = [of_inputs(cell(backend, "debian:6.1"), code="old") for backend in ("memfd", "anon")]
+    (note,) = everywhere([*most, odd, *row, of_inputs(cell("memfd", vcpus=2), code="old")])
+    # As many of each: none was measured later, so the first stands for most.
+    assert "reserved on debian:6.12, all on debian:6.1 and memfd on debian:6.12 in some settings." in note
+    many = [of_inputs(cell(f"kind{number}"), code="old") for number in range(9)]
+    (note,) = compare_document([*(cell(f"other{number}") for number in range(10)), *many])["notes"]
+    assert "kind" not in note and "2 states" in note
+
+
+def test_of_equally_many_the_later_code_is_the_one_to_go_by() -> None:
+    later = replace(of_inputs(cell("unplugged"), code="new"), time="2027-01-01T00:00:00Z")
+    assert "Not of the same as most: memfd on debian:6.12." in everywhere([cell("memfd"), later])[0]
+
+
+def test_a_host_kernel_that_was_another_one_is_noted_and_both_are_shown() -> None:
+    first = [of_inputs(cell(backend), host_kernel="d1", host_release="6.12.117") for backend in ("memfd", "unplugged")]
+    updated = replace(cell("reserved"), host={"kernel": "6.12.120", "cpu": "QEMU TCG"})
+    updated = of_inputs(updated, host_kernel="d2", host_release="6.12.120")
+    cells = [*first, updated]
+    assert everywhere(cells) == [
+        "Host kernel debian:6.12 is not one kernel here but 2: 6.12.117 (image d1); 6.12.120 (image d2) for reserved "
+        "on debian:6.12. So what is concluded for it compares cells of different kernels."
+    ]
+    assert compare_document(cells)["conclusions"][0]["release"] == "6.12.117 and 6.12.120"
+    text = render_compare_markdown(cells)
+    assert "host debian:6.12, 1 of 2: kernel 6.12.117" in text and "host debian:6.12, 2 of 2: kernel 6.12.120" in text
+    assert everywhere(first) == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"host_kernel": "d2"}, "Host kernel debian:6.12 is not one kernel here but 2: 6.12.117 (image d1); 6.12.117"),
+        (
+            {"guest_kernel": "d2"},
+            "Guest kernel debian:6.12 is not one kernel here but 2: 6.12.117 (image d1); 6.12.117",
+        ),
+        ({"guest_release": "6.12.9"}, "2: 6.12.117 (image d1); 6.12.9 (image d1) for unplugged on debian:6.12. So its"),
+    ],
+)
+def test_a_digest_or_a_release_alone_makes_another_kernel(inputs: dict[str, str], said: str) -> None:
+    (note,) = everywhere([cell("memfd"), cell("anon"), of_inputs(cell("unplugged"), **inputs)])
+    assert said in note
+
+
+def test_kernels_of_different_names_or_unknown_ones_are_no_note() -> None:
+    other = of_inputs(cell("memfd", host_kernel="debian:6.1"), host_kernel="d2", host_release="6.1.9")
+    failed = replace(cell("anon", outcome=CellOutcome.FAILED, reason="no kernel"), inputs={}, host={}, machine={})
+    assert compare_document([cell("memfd"), other, failed])["notes"] == []
+
+
+def test_the_release_of_a_patched_kernel_is_its_digest_and_said_once() -> None:
+    first, rebuilt = (
+        of_inputs(cell(kind, host_kernel="patched:7.3"), host_kernel=f"7.3-{digest}", host_release=f"7.3-{digest}")
+        for kind, digest in (("memfd", "aa"), ("unplugged", "bb"))
+    )
+    assert "2: 7.3-aa; 7.3-bb for unplugged on patched:7.3." in everywhere([first, rebuilt])[0]
+
+
+def test_other_processors_and_qemus_are_one_note() -> None:
+    def on(backend: str, **machine: str) -> CellResult:
+        return replace(cell(backend), machine={"accel": "tcg", "cpu": "one CPU", "qemu": "QEMU 7.2", **machine})
+
+    assert everywhere([on("memfd"), on("anon", qemu="QEMU 9.0")]) == [
+        "These cells were measured with 2 QEMU versions (QEMU 7.2; QEMU 9.0): costs of different cells are not of the "
+        "same machine."
+    ]
+    (note,) = everywhere([on("memfd"), on("anon", qemu="QEMU 9.0", cpu="a CPU")])
+    assert "with 2 CPUs (a CPU; one CPU) and 2 QEMU versions (QEMU 7.2; QEMU 9.0):" in note
+    assert everywhere([on("memfd"), on("anon", qemu="QEMU 9.0", accel="")]) == []
+
+
 def test_settings_that_hide_are_counted_as_such() -> None:
     plain = [cell("memfd", vcpus=count) for count in (1, 2)]
     mixed = [cell("reserved"), without(cell("reserved", vcpus=2), "hidden.after_io")]
