@@ -52,6 +52,7 @@ class _Cell:
         self.first: hidden.Sighting | None = None
         self.last: hidden.Sighting | None = None
         self.ranges: Sequence[RamRange] = ()
+        self.plain_exits: dict[str, int] = {}
 
     def run(self) -> tuple[str, str]:
         """Ask everything; returns the outcome and its reason."""
@@ -62,6 +63,8 @@ class _Cell:
             asker.stage("booting the plain guest")
             with LiveGuest(self.host.plain(), self.host.folder / "plain") as plain:
                 plain.boot()
+                # Before anything else is done with it: it idles, and exits for that, while the other one boots.
+                self.plain_exits = costs.exit_counts(plain.pid)
                 plain.begin()
                 self._beside(plain)
         except BackendRefused as error:
@@ -120,6 +123,7 @@ class _Cell:
         asker.say({"question": "works.boot"})
         try:
             console = guest.boot()
+            counts = costs.exit_counts(guest.pid)
             guest.begin()
         except BackendRefused:
             raise
@@ -127,8 +131,7 @@ class _Cell:
             asker.tell(no("works.boot", str(error)))
             raise
         asker.tell(yes("works.boot", f"Linux {guest.release}, {MEMORY_SIZE >> 20} MiB, init ready"))
-        counts = [costs.exit_counts(each.pid) for each in (guest, plain)]
-        asker.tell(costs.exits(counts[:1], counts[1:], plain.setup.backend))
+        asker.tell(costs.exits([counts], [self.plain_exits], plain.setup.backend))
         asker.tell(costs.boots([guest.boot_seconds], [plain.boot_seconds], "with its devices and secrets"))
         return console
 
@@ -267,7 +270,7 @@ class _Cell:
             asker.ask("works.smp", self._smp)
         if self.job.boots > 1:
             asker.stage(f"booting {self.job.boots} pairs of guests")
-            asker.ask_many(("costs.boot", "costs.exits"), self._boots)
+            asker.ask_many(("costs.boot", "costs.exits"), self._boots, or_as_known=True)
 
     def _boots(self) -> list[Answer]:
         """Boot both kinds by turns, without devices and secrets."""

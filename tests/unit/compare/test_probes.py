@@ -63,6 +63,27 @@ def test_each_question_is_announced_and_answered_whatever_comes_of_it() -> None:
     }
 
 
+def test_what_is_known_of_one_pair_stands_if_more_cannot_be_had() -> None:
+    ask, events = asker()
+    ids = ("costs.boot", "costs.exits")
+
+    def breaks() -> list[Answer]:
+        raise ProbeError("the guest is gone")
+
+    ask.ask_many(ids, breaks, or_as_known=True)
+    assert [ask.answers[id].value for id in ids] == [None, None]
+    ask.tell(paired("costs.boot", [2.0], [1.0], detail="one pair"))
+    ask.ask_many(ids, breaks, or_as_known=True)
+    known, unknown = (ask.answers[id] for id in ids)
+    assert (known.value, known.samples, known.baseline) == (2.0, (2.0,), (1.0,))
+    assert known.detail == "one pair; asked again, not measured: the guest is gone"
+    assert unknown.value is None and events[-1]["answer"] == unknown.to_json()
+    ask.ask_many(ids, lambda: [paired("costs.boot", [4.0], [2.0])], or_as_known=True)
+    assert ask.answers["costs.boot"].value == 4.0
+    ask.ask_many(ids, breaks)
+    assert ask.answers["costs.boot"].value is None
+
+
 def test_a_bug_of_a_probe_is_no_answer() -> None:
     ask, _ = asker()
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -81,16 +82,27 @@ class Asker:
         self.tell(answer)
         return answer
 
-    def ask_many(self, ids: Sequence[str], probe: Callable[[], Sequence[Answer]]) -> None:
-        """Put questions that one measurement answers."""
+    def ask_many(self, ids: Sequence[str], probe: Callable[[], Sequence[Answer]], *, or_as_known: bool = False) -> None:
+        """Put questions that one measurement answers.
+
+        Args:
+            or_as_known: they were answered before, and where this gives no value the known one stands. Not for what is
+                hidden: of that, what could not be seen again is not known any more.
+        """
         self._emit({"question": ids[0]})
         try:
             answers = list(probe())
         except (OffmapError, OSError) as error:
             answers = [failed(id, error) for id in ids]
-        self.tell(*answers)
         said = {answer.question for answer in answers}
-        self.tell(*(undetermined(id, "the probe gave no answer to it") for id in ids if id not in said))
+        answers += [undetermined(id, "the probe gave no answer to it") for id in ids if id not in said]
+        self.tell(*map(self._or_known, answers) if or_as_known else answers)
+
+    def _or_known(self, answer: Answer) -> Answer:
+        known = self.answers.get(answer.question)
+        if answer.value is not None or known is None or known.value is None:
+            return answer
+        return replace(known, detail=f"{known.detail}; asked again, {answer.reason}".removeprefix("; "))
 
     def leave(self, ids: Sequence[str], reason: str) -> None:
         """Questions that are not put here, and why."""

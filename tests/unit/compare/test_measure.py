@@ -1,0 +1,92 @@
+"""The order of a cell's questions, with guests that only count."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self, cast
+
+import pytest
+
+from offmap.compare import measure
+from offmap.compare.probes import costs, holder
+from offmap.compare.probes.asker import Asker, measured
+from offmap.errors import OffmapError
+
+BOOT, IDLE = 1000, 50_000  # exits
+
+
+class CountedGuest:
+    """A guest whose exits go on as soon as anything is done after its boot: to it, or to another one."""
+
+    all: dict[int, "CountedGuest"]
+
+    def __init__(self, setup: Any, folder: Path) -> None:
+        self.setup, self.pid, self.exits = setup, len(self.all) + 1, 0
+        self.release, self.boot_seconds = "6.12", 1.0 + self.pid
+        self.all[self.pid] = self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def boot(self) -> str:
+        if self.setup.backend == "broken":
+            raise OffmapError("it did not boot")
+        self._pass()
+        self.exits += BOOT + self.pid
+        return "console"
+
+    def begin(self) -> None:
+        self._pass()
+
+    def _pass(self) -> None:
+        for each in self.all.values():
+            each.exits += IDLE if each.exits else 0
+
+
+@pytest.fixture
+def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    CountedGuest.all = {}
+    monkeypatch.setattr(measure, "LiveGuest", CountedGuest)
+    monkeypatch.setattr(costs, "exit_counts", lambda pid: {"exits": CountedGuest.all[pid].exits})
+    host = SimpleNamespace(
+        job=SimpleNamespace(spec=SimpleNamespace(backend="unplugged", vcpus=2), boots=5, native=False),
+        folder=tmp_path,
+        backend=SimpleNamespace(name="unplugged"),
+        try_out=lambda: None,
+        plain=lambda: SimpleNamespace(backend="memfd"),
+        candidate=lambda: SimpleNamespace(backend="unplugged"),
+        bare=lambda setup, vcpus: setup,
+        direct_file=lambda: tmp_path,
+    )
+    made = measure._Cell(cast(Any, host), Asker(lambda event: None))
+
+    def beside(plain: Any) -> None:
+        with CountedGuest(host.candidate(), tmp_path) as guest:
+            made._boot(cast(Any, guest), plain)
+
+    monkeypatch.setattr(made, "_beside", beside)
+    monkeypatch.setattr(costs, "populate", lambda name: measured("costs.populate", 1.0))
+    monkeypatch.setattr(holder, "Holder", lambda *args, **more: None)
+    monkeypatch.setattr(holder, "hold", lambda task: [])
+    return made
+
+
+def test_exits_are_of_the_boots_alone(cell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cell, "_without_guest", lambda: None)
+    assert cell.run() == ("booted", "")
+    exits = cell.asker.answers["costs.exits"]
+    assert (exits.baseline, exits.samples) == ((BOOT + 1,), (BOOT + 2,))
+
+
+def test_boots_that_fail_leave_the_first_pair(cell: Any) -> None:
+    bare = cell.host.bare
+    cell.host.bare = lambda setup, vcpus: SimpleNamespace(backend="broken")
+    cell.run()
+    boot, exits = (cell.asker.answers[f"costs.{name}"] for name in ("boot", "exits"))
+    assert (boot.samples, boot.baseline, exits.samples) == ((3.0,), (2.0,), (BOOT + 2,))
+    assert all(answer.detail.endswith("not measured: it did not boot") for answer in (boot, exits))
+    cell.host.bare = bare
+    cell._without_guest()
+    assert [len(cell.asker.answers[f"costs.{name}"].samples) for name in ("boot", "exits")] == [5, 5]
