@@ -121,7 +121,8 @@ def _choice(findings: Sequence[KindFinding]) -> str:
     best = least_lost(findings)
     if best is not None:
         lost = list_words(titles[best.backend]) or "nothing"
-        return f"{best.backend} loses least, even if all that is not known of it were lost: {lost}."
+        sure = ", even if all that is not known of it were lost" if best.undetermined else ""
+        return f"{best.backend} loses least{sure}: {lost}."
     common = [id for id in hide[0].lost if all(id in finding.lost for finding in hide)]
     said = ""
     if common:
