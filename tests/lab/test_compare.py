@@ -1,12 +1,14 @@
 """The comparison's cells in real disposable hosts: those that end badly cost only themselves."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,8 @@ def compare(
     return done, events
 
 
-def cell_hosts() -> set[int]:
-    """The process ids of all QEMUs that are the disposable host of a cell (of anybody's: other tests may run)."""
+def cell_hosts(folder: str) -> set[int]:
+    """The process ids of all QEMUs that are the disposable host of a cell whose temporary files are in `folder`."""
     found = set()
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
@@ -72,7 +74,8 @@ def cell_hosts() -> set[int]:
                 words = (process / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if words[0].rpartition(b"/")[2].startswith(b"qemu-system") and b"offmap-cell-" in b" ".join(words):
+            own = f"{folder}/offmap-cell-".encode()  # other tests have such hosts too, and run meanwhile
+            if words[0].rpartition(b"/")[2].startswith(b"qemu-system") and own in b" ".join(words):
                 found.add(int(process.name))
     return found
 
@@ -165,6 +168,13 @@ with _ended_by_signals(), Store(Path(sys.argv[1])) as store:
 """
 
 
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """Give a folder whose name leaves room for that of a socket in it."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
 @pytest.mark.parametrize(
     ("number", "when"),
     [
@@ -174,19 +184,20 @@ with _ended_by_signals(), Store(Path(sys.argv[1])) as store:
     ],
 )
 @pytest.mark.slow
-def test_nothing_runs_on(lab_kernel: HostKernel, tmp_path: Path, number: int, when: str) -> None:
-    before = cell_hosts()
+def test_nothing_runs_on(lab_kernel: HostKernel, tmp_path: Path, short_folder: str, number: int, when: str) -> None:
+    environment = {**os.environ, "TMPDIR": short_folder}
     argv = [sys.executable, "-c", DRIVER, str(tmp_path), str(TARGET), json.dumps({"anon": "hang", "memfd": "hang"})]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as driver:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, env=environment) as driver:
         assert driver.stdout is not None
         for line in driver.stdout:
             if when in line:
                 break
         if when == "asking":
-            assert cell_hosts() - before
+            assert cell_hosts(short_folder)
         driver.send_signal(number)
         driver.communicate(timeout=30)
-    assert _soon(lambda: not cell_hosts() - before), "a disposable host outlived its comparison"
+    assert _soon(lambda: not cell_hosts(short_folder)), "a disposable host outlived its comparison"
     assert not list((tmp_path / "cells").iterdir())  # and none was called a failure
     with Store(tmp_path):  # nobody holds it
         pass
