@@ -1,6 +1,6 @@
 """Building a patched kernel for disposable hosts: Debian's source, offmap's patches, a small configuration.
 
-About five minutes on two processors; afterwards it is in the cache, by what it was made from. It runs nowhere but in
+About seven minutes on two processors; afterwards it is in the cache, by what it was made from. It runs nowhere but in
 the lab and is never installed.
 """
 
