@@ -114,7 +114,10 @@ def threads(pid: int) -> str:
     """
     found = []
     for task in sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda task: int(task.name)):
-        stat = (task / "stat").read_text()
+        try:
+            stat = (task / "stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
         name, fields = stat[stat.index("(") + 1 : stat.rindex(")")], stat[stat.rindex(")") + 2 :].split()
         user, system = (int(fields[n]) / os.sysconf("SC_CLK_TCK") for n in (11, 12))  # utime, stime: proc(5)
         if user + system >= 0.1:
