@@ -23,17 +23,16 @@ from offmap.kvm import Kvm, Vm
 from offmap.lab.build import built_tree, patched_kernel
 from offmap.lab.provision import host_kernel
 from offmap.lab.series import patch_series
+from offmap.memory.backend import BACKENDS
 
 SIZE = 256 << 20
 SECRET_SIZE = 64 << 20  # what changes the direct map page by page takes its time
 PATCHED = "patched:7.3"
 PLACES = ("here", "stock", "patched")
-WHERE: Mapping[str, Sequence[str]] = {
-    "here": ("anon", "memfd", "hugetlb", "secretmem", "guest_memfd"),
-    "stock": ("anon", "memfd", "hugetlb", "reserved", "unplugged", "secretmem", "secretmem-bridge"),
-    "patched": ("anon", "memfd", "reserved", "secretmem", "guest_memfd", "guest_memfd-unmapped"),
-}
-"""The kinds that are measured in each place; memfd against itself shows what such a ratio is worth."""
+NO_MODULE = tuple(name for name, backend in BACKENDS.items() if not backend.needs_module)
+WHERE: Mapping[str, Sequence[str]] = {"here": NO_MODULE, "stock": tuple(BACKENDS), "patched": NO_MODULE}
+"""The kinds that are tried in each place, and left out where they are refused; memfd against itself shows what such a
+ratio is worth."""
 
 PEER = "memfd, fallocate then MADV_POPULATE_WRITE"
 MAX_UNPLUGGED = 0.3  # of memfd's time
@@ -131,7 +130,7 @@ def thread_counts(kind: str) -> tuple[int, ...]:
 
 
 def measure_kind(vm: Vm, rounds: int, kind: str, threads: int) -> None:
-    size = secret_size() if kind.startswith("secretmem") else SIZE
+    size = secret_size() if BACKENDS[kind].page_by_page else SIZE
     pages = size // ram.PAGE
     before = direct_map()
     ours, peer = by_turns(

@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
 from offmap.memory.anon import Anon
+from offmap.memory.backend import BACKENDS, parse_backend
 from offmap.memory.backing import Backing, map_backing
 from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_memfd
 from offmap.memory.guest_memfd_unmapped import unknown_flags
@@ -24,7 +26,6 @@ from offmap.memory.module_device import open_device
 from offmap.memory.populate import populate
 from offmap.memory.reserved import Reserved
 from offmap.memory.secretmem import map_secret, secret_backing, secret_file
-from offmap.memory.unplugged import Unplugged
 from offmap.uapi import offmap_module as module
 from offmap.uapi.mman import MADV_POPULATE_WRITE
 
@@ -139,7 +140,12 @@ def reserved(vm: Vm, size: int, threads: int) -> Backing:
 
 
 def unplugged(vm: Vm, size: int, threads: int) -> Backing:
-    return _touch(Unplugged().allocate(vm, size)[0])
+    return _by_itself("unplugged", vm, size, threads)
+
+
+def _by_itself(kind: str, vm: Vm, size: int, threads: int) -> Backing:
+    """As the backend gives it; then each page is touched."""
+    return _touch(parse_backend(kind).allocate(vm, size)[0])
 
 
 def secretmem(vm: Vm, size: int, threads: int) -> Backing:
@@ -195,17 +201,19 @@ def guest_memfd_unmapped_by_faults(vm: Vm, size: int) -> Backing:
     return backing
 
 
-KINDS: Mapping[str, Populate] = {
+_OWN_WAY: Mapping[str, Populate] = {
     "anon": anon,
     "memfd": memfd,
     "hugetlb": hugetlb,
     "reserved": reserved,
-    "unplugged": unplugged,
     "secretmem": secretmem,
     "secretmem-bridge": secretmem_bridge,
     "guest_memfd": guest_memfd,
     "guest_memfd-unmapped": guest_memfd_unmapped,
 }
+"""Kinds that need more than `_by_itself` to be populated, or to be so by a chosen number of threads."""
+
+KINDS: Mapping[str, Populate] = {name: _OWN_WAY.get(name, partial(_by_itself, name)) for name in BACKENDS}
 """By the backend's name."""
 
 SELF_THREADED: Mapping[str, str] = {

@@ -12,6 +12,7 @@ from offmap.devices.virtio.bus import VIRTIO_MMIO_BASE, VirtioBus
 from offmap.devices.virtio.device import Surroundings
 from offmap.devices.virtio.rng import Rng
 from offmap.kvm import Kvm, Vm
+from offmap.memory.anon import Anon
 from offmap.uapi import kvm as uapi
 from offmap.uapi.virtio import mmio as reg
 
@@ -52,7 +53,7 @@ def test_without_read_only_slots_and_coalescing_everything_is_an_exit(vm: Vm, mo
         stack.enter_context(memory)
         stack.enter_context(vcpu)
         mmio = MmioBus()
-        surroundings = Surroundings(memory, False, vm)
+        surroundings = Surroundings(memory, Anon, vm)
         bus = stack.enter_context(VirtioBus([("rng0", Spec())], surroundings, (), mmio, vcpu.area))
         sregs = vcpu.get_sregs()
         sregs.ds.base = VIRTIO_MMIO_BASE
@@ -100,7 +101,7 @@ def test_what_leaves_the_guest(kvm: Kvm, vm: Vm) -> None:
         stack.enter_context(memory)
         stack.enter_context(vcpu)
         mmio = MmioBus()
-        bus = VirtioBus([("rng0", Spec())], Surroundings(memory, False, vm, said.append), (), mmio, vcpu.area)
+        bus = VirtioBus([("rng0", Spec())], Surroundings(memory, Anon, vm, said.append), (), mmio, vcpu.area)
         stack.enter_context(bus)
         sregs = vcpu.get_sregs()
         sregs.ds.base = VIRTIO_MMIO_BASE

@@ -12,6 +12,7 @@ __all__ = ["Anon"]
 
 class Anon(Backend):
     name = "anon"
+    discards = True
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)

@@ -1,8 +1,12 @@
-"""The ways to get guest RAM, by name and options, as ``--memory NAME[,option=value…]`` spells them."""
+"""The kinds of guest RAM, by the name and options that ``--memory NAME[,option=value…]`` gives.
+
+What a kind is stands on its class and nowhere else. To add one: its module, its row in `BACKENDS`, its row in
+docs/backends.md.
+"""
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import ClassVar, Self
 
@@ -14,35 +18,34 @@ from offmap.units import format_size
 
 __all__ = ["BACKENDS", "Backend", "parse_backend"]
 
-BACKENDS: Mapping[str, str] = {
-    # name: the class, in the module of that name (with _ for -)
-    "anon": "Anon",
-    "memfd": "Memfd",
-    "hugetlb": "Hugetlb",
-    "reserved": "Reserved",
-    "unplugged": "Unplugged",
-    "secretmem": "Secretmem",
-    "secretmem-bridge": "SecretmemBridge",
-    "guest_memfd": "GuestMemfd",
-    "guest_memfd-unmapped": "GuestMemfdUnmapped",
-}
-
 
 class Backend(ABC):
     """Where guest RAM comes from.
 
     Attributes:
         name: as ``--memory`` spells it.
-        hides: whether it promises RAM that the host kernel does not map. The promise is the audit's to check.
-        may_be_aliased: whether its pages have a struct page: they came from Linux's allocator, which may have kernel
-            mappings of them beside the direct map (freed parts of the kernel image). Such RAM is audited before the
-            guest gets it.
+        hides: it promises RAM that the host kernel does not map. The audit checks the promise.
+        may_be_aliased: its pages have a struct page: they come from Linux's allocator, and the kernel may map them
+            beside the direct map (freed parts of its image). Such RAM is audited before the guest gets it.
+        discards: single pages can go back to the host while the guest runs.
+        needs_module: offmap.ko makes it.
+        since: the first Linux release, as (major, minor), whose KVM runs guests from it; None: no release, only a
+            patched kernel.
+        linux_owned: the memory is the host kernel's before the guest, and again after it. Else it is never Linux's.
+        page_by_page: the host prepares each 4 KiB page by itself, which takes several times as long as a memfd.
+        file: a file that another VMM can map as its guest's RAM; empty where there is none.
         progress: called with the share of the RAM that is ready, from 0 to 1, by kinds that take long to get.
     """
 
     name: ClassVar[str]
     hides: ClassVar[bool] = False
     may_be_aliased: ClassVar[bool] = True
+    discards: ClassVar[bool] = False
+    needs_module: ClassVar[bool] = False
+    since: ClassVar[tuple[int, int] | None] = (0, 0)
+    linux_owned: ClassVar[bool] = True
+    page_by_page: ClassVar[bool] = False
+    file: ClassVar[str] = ""
     progress: Callable[[float], None] = staticmethod(lambda _share: None)
 
     @classmethod
@@ -55,6 +58,11 @@ class Backend(ABC):
         if options:
             raise OffmapError(f"memory backend {cls.name} has no option {next(iter(options))!r}")
         return cls()
+
+    @classmethod
+    def in_release(cls, release: tuple[int, int]) -> bool:
+        """Whether Linux `release` (major, minor), as released, runs guests from it."""
+        return cls.since is not None and release >= cls.since
 
     @abstractmethod
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
@@ -69,6 +77,47 @@ class Backend(ABC):
         return GuestMemory(self.allocate(vm, size))
 
 
+class _Registry(Mapping[str, type[Backend]]):
+    """Backends by name. A class is imported when it is asked for, which keeps `offmap run` quick to start.
+
+    Args:
+        classes: each as ``module:class``, by the backend's name.
+    """
+
+    def __init__(self, classes: Mapping[str, str]) -> None:
+        self._classes = classes
+
+    def __getitem__(self, name: str) -> type[Backend]:
+        module, _, class_name = self._classes[name].partition(":")
+        backend: type[Backend] = getattr(import_module(module), class_name)
+        return backend
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._classes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._classes)
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+
+BACKENDS: Mapping[str, type[Backend]] = _Registry(
+    {
+        "anon": "offmap.memory.anon:Anon",
+        "memfd": "offmap.memory.memfd:Memfd",
+        "hugetlb": "offmap.memory.hugetlb:Hugetlb",
+        "reserved": "offmap.memory.reserved:Reserved",
+        "unplugged": "offmap.memory.unplugged:Unplugged",
+        "secretmem": "offmap.memory.secretmem:Secretmem",
+        "secretmem-bridge": "offmap.memory.secretmem_bridge:SecretmemBridge",
+        "guest_memfd": "offmap.memory.guest_memfd:GuestMemfd",
+        "guest_memfd-unmapped": "offmap.memory.guest_memfd_unmapped:GuestMemfdUnmapped",
+    }
+)
+"""Every backend, in the order of tables and reports."""
+
+
 def parse_backend(text: str) -> Backend:
     """The backend that `text` (``NAME[,option=value…]``) asks for.
 
@@ -76,8 +125,7 @@ def parse_backend(text: str) -> Backend:
         OffmapError: an unknown name or option.
     """
     name, *pairs = text.split(",")
-    class_name = BACKENDS.get(name)
-    if class_name is None:
+    if name not in BACKENDS:
         raise OffmapError(f"there is no memory backend {name!r}", f"choose one of {', '.join(BACKENDS)}")
     options = {}
     for pair in pairs:
@@ -85,8 +133,7 @@ def parse_backend(text: str) -> Backend:
         if not equals or not key:
             raise OffmapError(f"{pair!r} is not an option of a memory backend", "write option=value")
         options[key] = value
-    backend: type[Backend] = getattr(import_module(f"offmap.memory.{name.replace('-', '_')}"), class_name)
-    return backend.from_options(options)
+    return BACKENDS[name].from_options(options)
 
 
 def check_host_has(size: int) -> None:

@@ -51,15 +51,6 @@ class Backing(Owned):
             return False
         return True
 
-    @property
-    def can_discard(self) -> bool:
-        """Whether single pages can go back to the host while the rest stays.
-
-        Not so where they were never the host's (VM_PFNMAP: unplugged, reserved, secretmem-bridge), nor of
-        memfd_secret, whose files take neither a hole (they have no fallocate) nor advice (they are locked in memory).
-        """
-        return self._discard is not None or self.guest_memfd is not None
-
     def discard(self, offset: int, size: int) -> None:
         """Give these bytes back to the host; they are zeroes when they are touched again, in other frames.
 
@@ -67,7 +58,8 @@ class Backing(Owned):
             offset, size: whole pages of `page_size`.
 
         Raises:
-            KernelError: the kernel would not; EOPNOTSUPP where `can_discard` says no.
+            KernelError: the kernel would not; EOPNOTSUPP where there is no way. VM_PFNMAP memory is not the host's to
+                take back, and memfd_secret takes neither a hole (it has no fallocate) nor advice (it is locked).
         """
         try:
             if self.guest_memfd is not None:

@@ -112,11 +112,6 @@ class GuestMemory(Owned):
         """
         self.view(guest_phys_addr, len(data))[:] = data
 
-    @property
-    def can_discard(self) -> bool:
-        """Whether the backend can give single pages back to the host."""
-        return all(backing.can_discard for backing in self.backings)
-
     def discard(self, userspace_addr: int, size: int) -> int:
         """Give the whole pages among `size` bytes at `userspace_addr` of this process back to the host.
 

@@ -16,6 +16,8 @@ MAPPABLE = uapi.GUEST_MEMFD_FLAG_MMAP | uapi.GUEST_MEMFD_FLAG_INIT_SHARED
 
 class GuestMemfd(Backend):
     name = "guest_memfd"
+    discards = True
+    since = (6, 18)
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)

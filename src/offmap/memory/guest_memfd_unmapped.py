@@ -33,6 +33,9 @@ class GuestMemfdUnmapped(Backend):
 
     name = "guest_memfd-unmapped"
     hides = True
+    discards = True
+    since = None
+    page_by_page = True
 
     def __init__(self, bit: int | None = None) -> None:
         self.bit = bit

@@ -20,6 +20,7 @@ class Hugetlb(Backend):
     """``hugetlb[,size=2M|1G]``."""
 
     name = "hugetlb"
+    discards = True
 
     def __init__(self, page_size: int = 2 << 20) -> None:
         self.page_size = page_size

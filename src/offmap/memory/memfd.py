@@ -14,6 +14,7 @@ __all__ = ["Memfd"]
 
 class Memfd(Backend):
     name = "memfd"
+    discards = True
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)

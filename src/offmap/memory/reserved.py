@@ -44,6 +44,7 @@ class Reserved(Backend):
     name = "reserved"
     hides = True
     may_be_aliased = False
+    linux_owned = False
 
     def __init__(self, base: int | None = None) -> None:
         self.base = base

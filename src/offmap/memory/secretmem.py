@@ -34,6 +34,8 @@ _REMEDY = {
 class Secretmem(Backend):
     name = "secretmem"
     hides = True
+    since = None
+    page_by_page = True
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)

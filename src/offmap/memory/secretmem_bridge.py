@@ -23,6 +23,8 @@ __all__ = ["SecretmemBridge"]
 class SecretmemBridge(Backend):
     name = "secretmem-bridge"
     hides = True
+    needs_module = True
+    page_by_page = True
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)

@@ -25,6 +25,8 @@ class Unplugged(Backend):
     name = "unplugged"
     hides = True
     may_be_aliased = False
+    needs_module = True
+    file = uapi.DEVICE
 
     def __init__(self, node: int = uapi.OFFMAP_ANY_NODE) -> None:
         self.node = node

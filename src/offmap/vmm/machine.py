@@ -127,7 +127,7 @@ class Machine(Owned):
                 AbsentPit(),
             ):
                 pio.attach(device)
-            surroundings = Surroundings(self.memory, config.backend.hides, self._vm, say)
+            surroundings = Surroundings(self.memory, type(config.backend), self._vm, say)
             virtio = VirtioBus(config.devices, surroundings, self.excluded, mmio, vcpus[0].area)
             building.enter_context(virtio)
             self._loops = [VcpuLoop(vcpu, pio, mmio, self.exit_counts) for vcpu in vcpus]

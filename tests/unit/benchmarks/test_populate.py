@@ -14,8 +14,9 @@ def populate(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def test_every_backend_is_measured_somewhere(populate: ModuleType) -> None:
-    assert set(populate.ram.KINDS) == set(BACKENDS)
+    assert list(populate.ram.KINDS) == list(BACKENDS)
     assert {kind for kinds in populate.WHERE.values() for kind in kinds} == set(BACKENDS)
+    assert populate.ram.SELF_THREADED.keys() <= BACKENDS.keys()
     assert set(populate.WHERE) == set(populate.PLACES)
 
 

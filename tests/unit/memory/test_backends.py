@@ -3,10 +3,12 @@
 import gc
 import mmap
 import os
+import re
 import resource
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,7 +45,49 @@ def mapped(address: int) -> bool:
 def test_every_backend_is_found_by_its_name(name: str) -> None:
     backend = parse_backend(name)
     assert backend.name == name
-    assert backend.hides == (name not in {"anon", "memfd", "hugetlb", "guest_memfd"})
+    assert type(backend) is BACKENDS[name]
+
+
+def having(fact: Callable[[type[backend_module.Backend]], object]) -> set[str]:
+    return {name for name, backend in BACKENDS.items() if fact(backend)}
+
+
+def test_what_each_backend_is() -> None:
+    plain = {"anon", "memfd", "hugetlb", "guest_memfd"}
+    assert having(lambda b: not b.hides) == plain
+    assert having(lambda b: not b.may_be_aliased) == {"reserved", "unplugged"}
+    assert having(lambda b: b.discards) == {*plain, "guest_memfd-unmapped"}
+    assert having(lambda b: b.needs_module) == {"unplugged", "secretmem-bridge"}
+    assert having(lambda b: b.since is None) == {"secretmem", "guest_memfd-unmapped"}
+    assert having(lambda b: not b.linux_owned) == {"reserved"}
+    assert having(lambda b: b.page_by_page) == {"secretmem", "secretmem-bridge", "guest_memfd-unmapped"}
+    assert having(lambda b: b.file) == {"unplugged"}
+    assert BACKENDS["guest_memfd"].in_release((7, 3))
+    assert not BACKENDS["guest_memfd"].in_release((6, 12))
+    assert not BACKENDS["secretmem"].in_release((7, 3))
+    assert BACKENDS["anon"].in_release((6, 1))
+
+
+def test_each_backend_has_its_row_in_the_documentation() -> None:
+    page = (Path(__file__).parents[3] / "docs/backends.md").read_text()
+    documented = dict(re.findall(r"^\| `([a-z_-]+).*?` \| (\w+)", page, re.MULTILINE))
+    assert documented == {name: "yes" if backend.hides else "no" for name, backend in BACKENDS.items()}
+
+
+@pytest.mark.parametrize("name", ["anon", "memfd", "secretmem"])
+def test_what_is_said_of_giving_pages_back_is_so(name: str) -> None:
+    try:
+        backing = secretmem.secret_backing(MIB) if name == "secretmem" else BACKENDS[name]().allocate(VM, MIB)[0]  # type: ignore[arg-type]
+    except BackendRefused as error:
+        pytest.skip(f"{name} memory itself was not tested: {error}")
+    with backing:
+        if BACKENDS[name].discards:
+            backing.view[0] = 1
+            backing.discard(0, 4096)
+            assert backing.view[0] == 0
+        else:
+            with pytest.raises(KernelError, match="Operation not supported"):
+                backing.discard(0, 4096)
 
 
 def test_options() -> None:

@@ -57,7 +57,7 @@ class FakeMachine(Owned):
         self.stopped: Stop | None = None
         self.stopped_fd = os.eventfd(0)
         ((_, spec),) = config.devices
-        device = spec.build(Surroundings(guest_memory(), False, Vm.__new__(Vm)))
+        device = spec.build(Surroundings(guest_memory(), Anon, Vm.__new__(Vm)))
         assert isinstance(device, Console)
         self.hvc = Guest(device=device)
 

@@ -121,7 +121,7 @@ class PreparedHost(Owned):
         with Kvm() as kvm, kvm.create_vm() as vm, self.backend.guest_memory(vm, TRIED_SIZE) as memory:
             try_out(vm, memory)
             try:
-                BalloonSpec(1 << 20).build(Surroundings(memory, self.backend.hides, vm))
+                BalloonSpec(1 << 20).build(Surroundings(memory, type(self.backend), vm))
             except OffmapError as error:
                 self.cannot_discard = error.what
 

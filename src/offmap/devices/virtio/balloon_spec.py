@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from offmap.devices.virtio.balloon import PAGE_SIZE, Balloon
 from offmap.devices.virtio.device import Surroundings
 from offmap.errors import OffmapError
+from offmap.memory.backend import BACKENDS
 from offmap.units import format_size, parse_size
 
 __all__ = ["BalloonSpec", "parse_balloon"]
@@ -23,12 +24,12 @@ class BalloonSpec:
     def build(self, surroundings: Surroundings) -> Balloon:
         """Make the device, if this RAM can be given back at all."""
         memory = surroundings.memory
-        if not memory.can_discard:
+        if not surroundings.backend.discards:
+            can = ", ".join(name for name, backend in BACKENDS.items() if backend.discards)
             raise OffmapError(
                 "RAM of this kind cannot go back to the host page by page: a balloon would take it from the guest, and "
                 "give it to nobody",
-                "leave --balloon out, or use a backend whose pages are the host's: anon, memfd, hugetlb, guest_memfd, "
-                "guest_memfd-unmapped",
+                f"leave --balloon out, or use a backend whose pages are the host's: {can}",
             )
         if self.size >= memory.size:
             raise OffmapError(

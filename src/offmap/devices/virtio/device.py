@@ -13,6 +13,7 @@ from offmap.devices.virtio.dma import Dma
 from offmap.devices.virtio.queue import Queue
 from offmap.devices.virtio.worker import Worker
 from offmap.kvm import Vm
+from offmap.memory.backend import Backend
 from offmap.memory.guest import GuestMemory
 from offmap.owned import Owned
 
@@ -125,15 +126,20 @@ class Surroundings:
 
     Attributes:
         memory: the guest's RAM.
-        hidden: whether it promises to be hidden: GUP then refuses it, and with it direct I/O.
+        backend: where that RAM comes from.
         vm: for devices that have memory slots of their own.
         say: takes a line for the user. A device says what goes wrong once, not with each request.
     """
 
     memory: GuestMemory
-    hidden: bool
+    backend: type[Backend]
     vm: Vm
     say: Callable[[str], None] = field(default=lambda _: None)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the RAM promises to be hidden: GUP then refuses it, and with it direct I/O."""
+        return self.backend.hides
 
 
 class DeviceSpec(Protocol):

@@ -20,6 +20,7 @@ from offmap.memory.anon import Anon
 from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.memory.memfd import map_memfd
+from offmap.memory.secretmem import Secretmem
 from offmap.uapi.virtio import balloon as uapi
 from offmap.uapi.virtio.ring import VRING_DESC_F_NEXT
 
@@ -211,8 +212,8 @@ def test_options() -> None:
 
 def test_ram_that_cannot_be_given_back_is_refused() -> None:
     with GuestMemory([Backing(mmap.mmap(-1, SIZE))]) as memory, pytest.raises(OffmapError, match="page by page"):
-        BalloonSpec(4096).build(Surroundings(memory, True, NOTHING))
+        BalloonSpec(4096).build(Surroundings(memory, Secretmem, NOTHING))
     with GuestMemory([shared()]) as memory:
         with pytest.raises(OffmapError, match="cannot give up 20 MiB"):
-            BalloonSpec(SIZE).build(Surroundings(memory, False, NOTHING))
-        assert BalloonSpec(4096).build(Surroundings(memory, False, NOTHING)).features
+            BalloonSpec(SIZE).build(Surroundings(memory, Anon, NOTHING))
+        assert BalloonSpec(4096).build(Surroundings(memory, Anon, NOTHING)).features

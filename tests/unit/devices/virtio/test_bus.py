@@ -17,6 +17,7 @@ from offmap.devices.virtio.rng import RngSpec
 from offmap.devices.virtio.worker import Worker
 from offmap.errors import OffmapError
 from offmap.kvm import Vm
+from offmap.memory.anon import Anon
 
 from .driver import guest_memory
 
@@ -41,7 +42,7 @@ def open_fds() -> int:
 def build_and_close() -> None:
     """Two devices; whatever comes of it, nothing is left."""
     with guest_memory() as memory, mmap.mmap(-1, 4096) as area:
-        surroundings = Surroundings(memory, False, cast(Vm, NoVm()))
+        surroundings = Surroundings(memory, Anon, cast(Vm, NoVm()))
         specs = [("rng0", RngSpec()), ("rng1", RngSpec())]
         with VirtioBus(specs, surroundings, [], MmioBus(), area):
             pass

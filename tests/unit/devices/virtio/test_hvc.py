@@ -13,6 +13,7 @@ import pytest
 
 from offmap.devices.virtio.device import Surroundings
 from offmap.kvm import Vm
+from offmap.memory.anon import Anon
 from offmap.uapi.virtio import console as uapi
 from offmap.vmm.hvc import Hvc
 
@@ -46,7 +47,7 @@ class Session:
             )
         )
         # What it is made in makes no difference to it.
-        device = self.hvc.build(Surroundings(guest_memory(), False, Vm.__new__(Vm)))
+        device = self.hvc.build(Surroundings(guest_memory(), Anon, Vm.__new__(Vm)))
         self.guest = stack.enter_context(Guest(device=device, features=features))
 
     def sizes(self) -> list[bytes]:
@@ -107,7 +108,7 @@ def test_without_a_terminal_no_size_is_told(stack: ExitStack) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     stack.callback(os.close, null)
     hvc = stack.enter_context(Hvc(null, null, on_open=lambda: None, on_close=lambda: None, on_error=lambda _: None))
-    guest = stack.enter_context(Guest(device=hvc.build(Surroundings(guest_memory(), False, Vm.__new__(Vm)))))
+    guest = stack.enter_context(Guest(device=hvc.build(Surroundings(guest_memory(), Anon, Vm.__new__(Vm)))))
     stack.enter_context(hvc.following_the_size())
     guest.open(0)
     assert guest.told() == []
@@ -168,7 +169,7 @@ def test_another_users_terminal_that_does_not_read_does_not_hold_the_machine(ses
     device = Hvc(
         session.slave, session.slave, on_open=lambda: None, on_close=lambda: None, on_error=session.failed.append
     )
-    with device, Guest(device=device.build(Surroundings(guest_memory(), False, Vm.__new__(Vm)))) as guest:
+    with device, Guest(device=device.build(Surroundings(guest_memory(), Anon, Vm.__new__(Vm)))) as guest:
         guest.write(0, *[b"y" * (1 << 15)] * 8)
     assert session.failed == []
 
