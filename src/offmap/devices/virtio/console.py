@@ -31,6 +31,7 @@ _DATA_QUEUE_SIZE = 16  # Linux fills an input queue with pages: of 256, they wou
 _CONTROL_QUEUE_SIZE = 32
 _MOST_MESSAGES = 1024  # to the driver that it has not taken; an honest one leaves a few for each port
 _BOUNCE_SIZE = 64 << 10  # what a pipe holds; a guest may describe as much room as it likes
+_TERMINAL_ROOM = 128  # a pty counts its room in 256 bytes (TTYB_ALIGN_MASK, tty_buffer.c), and a newline takes two
 _IOV_MAX = 1024  # UIO_MAXIOV, linux/uio.h: what readv and writev take at once
 
 
@@ -361,12 +362,12 @@ class Console(VirtioDevice):
                 with socket.socket(fileno=os.dup(fd)) as peer:
                     return peer.sendmsg(buffers, [], socket.MSG_DONTWAIT)
             if stream.output_blocks:
-                # Room for so much is what poll(2) promises, of a pipe and of a terminal's line.
+                # poll(2) promises room for so much.
                 poll = select.poll()
                 poll.register(fd, select.POLLOUT)
                 if not poll.poll(0):
                     raise BlockingIOError
-                buffers = part(buffers, 0, min(length(buffers), select.PIPE_BUF))
+                buffers = part(buffers, 0, min(length(buffers), _TERMINAL_ROOM if os.isatty(fd) else select.PIPE_BUF))
             return _write_from(fd, buffers)
         except BlockingIOError:
             if self._worker is not None:
