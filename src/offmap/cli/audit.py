@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from offmap.cli.audit_output import Output, add_output_options, add_without_audit, merge, print_schema
+from offmap.cli.log import draws
 from offmap.errors import OffmapError
 from offmap.units import parse_size
 
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if args.oracle_sample is not None and args.oracle is None:
         raise OffmapError("--oracle-sample is of use only to an oracle", "add --oracle drgn")
     sample = parse_sample(args.oracle_sample) if args.oracle else None
-    shows = sys.stderr.isatty() and not args.no_progress
+    shows = draws() and not args.no_progress
 
     def audit(pid: int) -> "AuditResult":
         try:

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from offmap import __version__
 from offmap.errors import ExitStatus, OffmapError
+from offmap.log import Logger
 
 if TYPE_CHECKING:
     from offmap.report.hosts import HostReport
 
 __all__ = ["Output", "add_output_options", "add_without_audit", "merge", "print_schema"]
+
+_log = Logger("offmap.cli.audit")
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +134,7 @@ class Output:
         try:
             self.write_files([failed_report(__version__, utc_now(), host, reason)])
         except OffmapError as another:  # the first error is the one to end with
-            print(f"offmap audit: {another}", file=sys.stderr)
+            _log.warning("%s", another)
 
 
 @contextlib.contextmanager
@@ -175,7 +178,7 @@ def merge(paths: Sequence[Path], output: Output) -> int:
             reports = read_reports(paths)
         except Damaged as error:
             for reason in error.reasons:
-                print(f"offmap audit: {reason}", file=sys.stderr)
+                _log.warning("%s", reason)
             raise
         if output.json:
             print(json.dumps(merged_json(reports, utc_now()), indent=2), flush=True)

@@ -3,7 +3,6 @@
 import argparse
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from offmap.cli.arguments import count, seconds
 from offmap.errors import ExitStatus, OffmapError
+from offmap.log import Logger
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -202,7 +202,7 @@ def _found(out: Path) -> "dict[CellSpec, CellResult]":
         try:
             result = read_cell(path)
         except ValueError as error:
-            print(f"offmap compare: {path} is left out: {error}", file=sys.stderr)
+            Logger("offmap.cli.compare").warning("%s is left out: %s", path, error)
             continue
         found[result.spec] = result
     return found

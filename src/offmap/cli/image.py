@@ -1,10 +1,11 @@
 """``offmap image``: file systems for guests."""
 
 import argparse
-import sys
 from pathlib import Path
 
+from offmap.cli.log import quiet_in_a_file
 from offmap.errors import ExitStatus, OffmapError
+from offmap.log import Logger
 from offmap.units import parse_size
 
 __all__ = ["add_parser"]
@@ -61,17 +62,13 @@ def run_build(args: argparse.Namespace) -> int:
         args.hostname,
     )
     folder = named_image(args.name) if args.folder is None else args.folder
-    say = _say if sys.stderr.isatty() else lambda _: None
+    say = quiet_in_a_file(Logger("offmap.cli.image.build"))
     say("getting the kernel")
     kernel = host_kernel(args.kernel, say=say)
     say("making the root file system, unless the cache has it")
     image = build_image(recipe, kernel, folder)
     print(image.folder)
     return ExitStatus.DONE
-
-
-def _say(line: str) -> None:
-    print(f"offmap image build: {line}", file=sys.stderr, flush=True)
 
 
 def run_initramfs(args: argparse.Namespace) -> int:

@@ -1,20 +1,23 @@
 """``offmap lab``: disposable hosts."""
 
 import argparse
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from offmap.cli.arguments import seconds
+from offmap.cli.log import quiet_in_a_file
 from offmap.errors import OffmapError
+from offmap.log import Logger
 
 if TYPE_CHECKING:
     from offmap.lab.command import LabCommand
     from offmap.lab.host import LabHost
 
 __all__ = ["add_lab_options", "add_parser"]
+
+_log = Logger("offmap.cli")
 
 SIGINT = 2
 DEFAULT_OUT = Path("out/lab")
@@ -53,7 +56,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_lab_options(run)
     run.add_argument("--timeout", type=seconds, metavar="S", help="end the command and the host after S seconds")
     run.add_argument("--out", type=Path, metavar="DIR", help=f"the folder that survives (default: {DEFAULT_OUT})")
-    run.add_argument("--verbose", action="store_true", help="show progress even when stderr is no terminal")
     run.add_argument(
         "--load-module", action="store_true", help="build the offmap module for the host's kernel, and load it there"
     )
@@ -93,7 +95,7 @@ def run_kernel_build(args: argparse.Namespace) -> int:
     from offmap.lab.series import all_series
 
     spec = args.kernel or max(all_series(), key=lambda series: [int(part) for part in series.name.split(".")]).spec
-    print(patched_kernel(spec, lambda line: print(f"offmap: {line}", file=sys.stderr, flush=True)).vmlinuz)
+    print(patched_kernel(spec, _log.info).vmlinuz)
     return 0
 
 
@@ -120,19 +122,19 @@ def run_exec(args: argparse.Namespace) -> int:
     if not argv:
         raise OffmapError("no command to run", "write it after --: offmap lab exec -- uname -a")
     began = time.monotonic()
-    say = _progress(args.verbose)
+    say = quiet_in_a_file(_log)
     with ExitStack() as stack:
         out = _out_folder(args.out)
         console = _console_file(args.console, stack)
-        say("offmap: getting the host kernel")
-        kernel = host_kernel(args.host_kernel, args.modules, lambda line: say(f"offmap: {line}"))
+        say("getting the host kernel")
+        kernel = host_kernel(args.host_kernel, args.modules, say)
         module = None
         if args.load_module:
             from offmap.kmod.lab_module import lab_module
 
-            say("offmap: building the module, unless that has been done")
+            say("building the module, unless that has been done")
             module = lab_module(kernel)
-        say(f"offmap: booting {kernel.release}")
+        say(f"booting {kernel.release}")
         left = args.timeout if args.timeout is not None else BOOT_TIMEOUT
         host = stack.enter_context(
             LabHost.start(
@@ -146,24 +148,11 @@ def run_exec(args: argparse.Namespace) -> int:
                 nodes=args.nodes,
             )
         )
-        say(f"offmap: {host.release} up after {time.monotonic() - began:.1f} s ({host.options.accel})")
+        say(f"{host.release} up after {time.monotonic() - began:.1f} s ({host.options.accel})")
         if module is not None and host.run(["insmod", str(module)], stdout=2) != 0:
             raise LabError(f"the disposable host does not load {module}", "see why with --console FILE")
         deadline = None if args.timeout is None else began + args.timeout
         return _run(host, argv, deadline)
-
-
-def _progress(verbose: bool) -> "_Say":
-    return _Say(verbose or sys.stderr.isatty())
-
-
-class _Say:
-    def __init__(self, wanted: bool) -> None:
-        self._wanted = wanted
-
-    def __call__(self, line: str) -> None:
-        if self._wanted:
-            print(line, file=sys.stderr, flush=True)
 
 
 def _out_folder(chosen: Path | None) -> Path:

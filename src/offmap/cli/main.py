@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import NoReturn
 
 from offmap import __version__
+from offmap.cli.log import LogOptions, add_log_options, logging_to_stderr, split
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
+from offmap.log import ERROR, Logger
 
 __all__ = ["main"]
 
@@ -26,10 +28,21 @@ _COMMANDS = {
 """Each is a module of offmap.cli with `add_parser`; only the one that was asked for is imported."""
 
 
+class _WrongUse(OffmapError):
+    """A command line that its parser refuses.
+
+    Attributes:
+        program: the words of the command, like ``offmap lab exec``.
+    """
+
+    def __init__(self, program: str, message: str) -> None:
+        self.program = program
+        super().__init__(message, f"see {program} --help")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(ExitStatus.FAILED)
+        raise _WrongUse(self.prog, message)
 
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
@@ -45,6 +58,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             import_module(f"offmap.cli.{name}").add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
+    add_log_options(parser)
     return parser
 
 
@@ -55,60 +69,86 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status (offmap.errors.ExitStatus); for ``lab exec`` and ``run --exec`` that of the command.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["run"] and any(word.partition("=")[0] in {"--exec", "--exe", "--ex"} for word in arguments):
-        return _of_another(arguments)
-    return _main(arguments)
+    command, options = split(arguments)
+    if command == "run" and any(word.partition("=")[0] in {"--exec", "--exe", "--ex"} for word in arguments):
+        return _of_another(command, options, arguments)
+    return _main(command, options, arguments)
 
 
-def _of_another(arguments: list[str]) -> int:
+def _of_another(command: str, options: LogOptions, arguments: list[str]) -> int:
     """Run a command whose exit status is another's, and tell our own failures apart from it."""
     status: list[int] = []
     try:
-        own = _main(arguments, status.append)
+        own = _main(command, options, arguments, status.append)
     except SystemExit as stop:
         own = stop.code if isinstance(stop.code, int) else ExitStatus.FAILED
     return status[0] if status else ExitStatus.NOT_RUN if own else own
 
 
-def _main(arguments: list[str], on_status: Callable[[int], None] = lambda _: None) -> int:
-    if any(stream is None for stream in (sys.stdin, sys.stdout, sys.stderr)):
-        # The next file opened would become the missing stream, and the guest's console would write into it.
-        if sys.stderr is not None:
-            print("offmap: a standard stream is closed; redirect it from or to /dev/null instead", file=sys.stderr)
-        return ExitStatus.FAILED
-    command = next((word for word in arguments if not word.startswith("-")), None)
-    try:
-        args = _parser(command).parse_args(arguments)  # imports the command, which takes long enough for a Ctrl-C
-        status: int = args.run(args)
-        sys.stdout.flush()
-        on_status(status)
-    except OffmapError as error:
-        # Scripts tell "this host cannot" from "it failed" by this word.
-        refused = "refused: " if isinstance(error, BackendRefused) else ""
-        print(f"offmap {command}: {refused}{error}", file=sys.stderr)
-        return error.exit_status
-    except KeyboardInterrupt:
-        print(f"offmap {command}: interrupted", file=sys.stderr)
-        return ExitStatus.FAILED
-    except BrokenPipeError:
-        # Nobody reads our output any more. Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitStatus.FAILED
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print(f"offmap {command}: cannot write the output: {error.strerror}; make room", file=sys.stderr)
+def _main(
+    command: str | None,
+    options: LogOptions,
+    arguments: list[str],
+    on_status: Callable[[int], None] = lambda _: None,
+) -> int:
+    program = f"offmap {command}" if command else "offmap"
+    with logging_to_stderr(program, options):
+        if any(stream is None for stream in (sys.stdin, sys.stdout, sys.stderr)):
+            # The next file opened would become the missing stream, and the guest's console would write into it.
+            if sys.stderr is not None:
+                error = OffmapError("a standard stream is closed", "redirect it from or to /dev/null instead")
+                _log_error("offmap", str(error), error)
             return ExitStatus.FAILED
-        if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
-            whose = "this process" if error.errno == errno.EMFILE else "this host"
-            print(f"offmap {command}: {whose} may open no more files; raise its limit (ulimit -n)", file=sys.stderr)
+        try:
+            args = _parser(command).parse_args(arguments)  # imports the command: time enough for a Ctrl-C
+            options.verbose, options.log_format = getattr(args, "verbose", False), getattr(args, "log_format", "text")
+            status: int = args.run(args)
+            sys.stdout.flush()
+            on_status(status)
+            return status
+        except BrokenPipeError:
+            # Nobody reads our output any more. Python would complain again when it flushes at exit.
+            _forget_output()
             return ExitStatus.FAILED
-        # A bug. Python's own status for it is 1, which would say "exposed".
-        import traceback
+        except (Exception, KeyboardInterrupt) as caught:
+            failure = _failure(caught)
+            if failure is None:
+                # Python's own status for it is 1, which would say "exposed".
+                _log_error(program, "this is a bug in offmap", caught)
+                return ExitStatus.FAILED
+            # Scripts tell "this host cannot" from "it failed" by this word.
+            refused = "refused: " if isinstance(failure, BackendRefused) else ""
+            name = failure.program if isinstance(failure, _WrongUse) else program
+            _log_error(name, f"{refused}{failure}", failure)
+            return failure.exit_status
 
-        traceback.print_exc()
-        return ExitStatus.FAILED
-    return status
+
+def _failure(error: BaseException) -> OffmapError | None:
+    """What an exception is to a user; None: a bug."""
+    if isinstance(error, OffmapError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return OffmapError("interrupted")
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        _forget_output()
+        return OffmapError(f"cannot write the output: {error.strerror}", "make room")
+    if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+        whose = "this process" if error.errno == errno.EMFILE else "this host"
+        return OffmapError(f"{whose} may open no more files", "raise its limit (ulimit -n)")
+    return None
+
+
+def _log_error(program: str, message: str, error: BaseException) -> None:
+    logger = Logger(program.replace("offmap", "offmap.cli", 1).replace(" ", "."))
+    try:
+        logger.log(ERROR, "%s", message, error=error)
+    except OSError:  # `logging` cannot be imported: no more files can be opened
+        print(f"{program}: {message}", file=sys.stderr)
+
+
+def _forget_output() -> None:
+    """Let nothing more be written to standard output, not even when Python flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+
+from offmap.cli.log import draws
+from offmap.log import Logger
 
 __all__ = ["PopulateProgress"]
 
 _PATIENCE = 1.0  # seconds until anything is said
-_REDRAW = 0.1  # seconds between two looks of the line on a terminal
+_REDRAW = 0.1  # seconds between two updates of the line on a terminal
 _REPEAT = 5.0  # seconds between two lines elsewhere
 
 
@@ -16,17 +18,15 @@ class PopulateProgress:
     """Takes the share that is ready, from 0 to 1.
 
     On a terminal it is one line, rewritten, and wiped at 1 or by `clear`: the terminal is the guest's then. Elsewhere
-    it is a line every few seconds.
+    it is a log record every few seconds.
 
     Args:
         what: is being got, with its size.
-        stream: where it is said.
         clock: seconds.
     """
 
-    def __init__(self, what: str, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._what = what
-        self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._next: float | None = None
         self._drawn = False
@@ -38,16 +38,16 @@ class PopulateProgress:
         if share >= 1:
             self.clear()
         elif now >= self._next:
-            line = f"offmap run: {self._what}: {share:.0%} ready"
-            terminal = self._stream.isatty()
-            self._next = now + (_REDRAW if terminal else _REPEAT)
-            self._drawn = terminal
-            self._stream.write(f"\r\x1b[K{line}" if terminal else f"{line}\n")
-            self._stream.flush()
+            line = f"{self._what}: {share:.0%} ready"
+            self._drawn = draws()
+            self._next = now + (_REDRAW if self._drawn else _REPEAT)
+            if self._drawn:
+                print(f"\r\x1b[Koffmap run: {line}", end="", file=sys.stderr, flush=True)
+            else:
+                Logger("offmap.cli.run").info(line)
 
     def clear(self) -> None:
         """Wipe the line, if there is one."""
         if self._drawn:
             self._drawn = False
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 import argparse
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from offmap.cli.devices import add_device_options, device_specs
 from offmap.cli.populate_progress import PopulateProgress
 from offmap.cli.self_audit import SelfAudit, keep_from_guest
 from offmap.errors import ExitStatus, OffmapError
+from offmap.log import Logger
 from offmap.memory.backend import BACKENDS, parse_backend
 from offmap.units import format_size, parse_size
 from offmap.vmm.config import MAX_VCPUS, MachineConfig
@@ -60,8 +60,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=run)
 
 
-def _say(line: str) -> None:
-    print(f"offmap run: {line}", file=sys.stderr, flush=True)
+_say = Logger("offmap.cli.run").info
 
 
 def run(args: argparse.Namespace) -> int:

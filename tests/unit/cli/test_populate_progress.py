@@ -2,6 +2,9 @@
 
 import io
 
+import pytest
+
+from offmap.cli.log import LogOptions, logging_to_stderr
 from offmap.cli.populate_progress import PopulateProgress
 
 
@@ -10,13 +13,15 @@ class Terminal(io.StringIO):
         return True
 
 
-def shown(stream: io.StringIO, seconds: float, steps: int = 100) -> str:
-    """What is written while getting it takes so long."""
+def shown(stream: io.StringIO, seconds: float, steps: int = 100, log_format: str = "text") -> str:
+    """What is written to `stream`, which is standard error, while getting the RAM takes so long."""
     now = [0.0]
-    progress = PopulateProgress("1 GiB of secretmem memory", stream, lambda: now[0])
-    for step in range(steps + 1):
-        now[0] = seconds * step / steps
-        progress(step / steps)
+    with pytest.MonkeyPatch.context() as patch, logging_to_stderr("offmap run", LogOptions(log_format=log_format)):
+        patch.setattr("sys.stderr", stream)
+        progress = PopulateProgress("1 GiB of secretmem memory", lambda: now[0])
+        for step in range(steps + 1):
+            now[0] = seconds * step / steps
+            progress(step / steps)
     return stream.getvalue()
 
 
@@ -37,10 +42,18 @@ def test_a_terminal_is_left_as_it_was() -> None:
     assert text.endswith("\r\x1b[K")
 
 
-def test_what_fails_midway_leaves_no_half_a_line() -> None:
+def test_services_get_records_on_a_terminal_too() -> None:
+    for stream in (io.StringIO(), Terminal()):
+        lines = shown(stream, 20, log_format="json").splitlines()
+        assert len(lines) == 4
+        assert all(line.startswith("{") for line in lines)
+
+
+def test_what_fails_midway_leaves_no_half_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 2.0])
     stream = Terminal()
-    progress = PopulateProgress("it", stream, lambda: next(now))
+    monkeypatch.setattr("sys.stderr", stream)
+    progress = PopulateProgress("it", lambda: next(now))
     progress(0.0)
     progress(0.5)
     progress.clear()

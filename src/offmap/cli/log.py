@@ -1,0 +1,88 @@
+"""``-v`` and ``--log-format``: errors and progress on standard error, as lines for people or as JSON for services."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from offmap import log
+
+__all__ = ["LogOptions", "add_log_options", "draws", "logging_to_stderr", "quiet_in_a_file", "split"]
+
+
+class LogOptions(argparse.Namespace):
+    """The values of the two options."""
+
+    verbose = False
+    log_format = "text"
+
+
+_options = LogOptions()
+"""Of the command that runs in this process."""
+
+
+def draws() -> bool:
+    """Whether progress may be drawn on standard error: a line that is rewritten, which no log file wants."""
+    return _options.log_format == "text" and sys.stderr.isatty()
+
+
+def quiet_in_a_file(logger: log.Logger) -> Callable[[str], None]:
+    """What logs progress: for people at a terminal and for services; into any other file only with ``-v``."""
+    return logger.info if sys.stderr.isatty() or _options.log_format == "json" else logger.debug
+
+
+def add_log_options(parser: argparse.ArgumentParser) -> None:
+    """Add both options to `parser` and to the parsers of all its subcommands."""
+    group = parser.add_argument_group("messages", "on standard error")
+    # No defaults: a subcommand's would replace what was given before the subcommand.
+    none = argparse.SUPPRESS
+    group.add_argument("-v", "--verbose", action="store_true", default=none, help="say what is done, step by step")
+    formats = "text (the default), or json: one object a line, for services"
+    group.add_argument("--log-format", choices=("text", "json"), default=none, help=formats)
+    for action in parser._actions:  # argparse has no public way to its subparsers
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in set(action.choices.values()):
+                add_log_options(subparser)
+
+
+def split(arguments: Sequence[str]) -> tuple[str | None, LogOptions]:
+    """Find the command, and the options as far as they can be told before the command line is parsed."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    add_log_options(parser)
+    options = LogOptions()
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    try:
+        _, rest = parser.parse_known_args(own, options)
+    except argparse.ArgumentError:  # no such format: the whole parser says so
+        rest = list(own)
+    return next((word for word in rest if not word.startswith("-")), None), options
+
+
+@contextmanager
+def logging_to_stderr(program: str, options: LogOptions) -> Iterator[None]:
+    """Send log records to standard error.
+
+    Args:
+        program: what the lines begin with that another part than the command logs, like ``offmap run``.
+        options: looked at when the first record comes, and its format again for each.
+    """
+    global _options  # noqa: PLW0603 - the process's, as standard error is
+    before, _options = _options, options
+    undo: list[Callable[[], None]] = []
+
+    def set_up() -> None:
+        from offmap.cli.log_lines import handle
+
+        undo.append(handle(program, options))
+
+    if options.log_format == "json":
+        set_up()  # records of other libraries are to be JSON too
+    else:
+        log.set_up_with(set_up, log.DEBUG if options.verbose else log.INFO)
+    try:
+        yield
+    finally:
+        log.set_up_with(None)
+        for each in undo:
+            each()
+        _options = before

@@ -1,0 +1,86 @@
+"""Log records as lines on standard error. Imported with the first record, as importing ``logging`` takes its time."""
+
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from offmap.cli.log import LogOptions
+from offmap.errors import OffmapError
+
+__all__ = ["handle"]
+
+
+def handle(program: str, options: LogOptions) -> Callable[[], None]:
+    """Handle the records of this process from now on; return what ends it. Arguments: see ``logging_to_stderr``."""
+    handler = _Stderr(program, options)
+    root, ours = logging.getLogger(), logging.getLogger("offmap")
+    level = ours.level
+    root.addHandler(handler)
+    ours.setLevel(logging.DEBUG if options.verbose else logging.INFO)  # of other libraries: WARNING
+    logging.captureWarnings(True)
+
+    def end() -> None:
+        logging.captureWarnings(False)
+        ours.setLevel(level)
+        root.removeHandler(handler)
+
+    return end
+
+
+class _Stderr(logging.Handler):
+    """Writes to whatever ``sys.stderr`` is when a record comes."""
+
+    def __init__(self, program: str, options: LogOptions) -> None:
+        super().__init__()
+        self._program = program
+        self._options = options
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = _json(record) if self._options.log_format == "json" else _text(record, self._program)
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+        except OSError:
+            pass  # nobody reads standard error, or its disk is full: the work goes on
+
+
+def _text(record: logging.LogRecord, program: str) -> str:
+    """``offmap run: message``; a record of level DEBUG names its logger too."""
+    message = record.getMessage()
+    start, command, words = record.name.partition("offmap.cli")
+    if command and not start:
+        # Its name is that of the command: offmap.cli.image.build logs for "offmap image build".
+        line = f"offmap{words.replace('.', ' ')}: {message}"
+    elif record.levelno <= logging.DEBUG:
+        line = f"{program}: {record.name}: {message}"
+    else:
+        line = f"{program}: {message}"
+    return "\n".join([line, *_traceback(record)])
+
+
+def _json(record: logging.LogRecord) -> str:
+    """One object: time (UTC), level, logger, message; of an error what, why, remedy and exit_status too."""
+    fields: dict[str, object] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
+        "level": record.levelname.lower(),
+        "logger": record.name,
+        "message": record.getMessage(),
+    }
+    error = getattr(record, "error", None)
+    if isinstance(error, OffmapError):
+        fields |= {"error": type(error).__name__, "what": error.what, "remedy": error.remedy}
+        fields["exit_status"] = int(error.exit_status)
+    if stack := _traceback(record):
+        fields["traceback"] = "\n".join(stack)
+    return json.dumps(fields)
+
+
+def _traceback(record: logging.LogRecord) -> list[str]:
+    """The lines of a bug's traceback; none for a failure that a user can meet."""
+    error = getattr(record, "error", None) or (record.exc_info and record.exc_info[1])
+    if not isinstance(error, BaseException) or isinstance(error, OffmapError):
+        return []
+    return "".join(traceback.format_exception(error)).splitlines()

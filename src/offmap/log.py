@@ -1,0 +1,57 @@
+"""Loggers under ``offmap``, for which ``logging`` is imported only where somebody may hear them.
+
+Importing ``logging`` would take a tenth of the start of ``offmap run``. Until it is imported nobody has asked for
+records, so those below WARNING are dropped, as ``logging`` itself would drop them.
+"""
+
+import sys
+import threading
+from collections.abc import Callable
+
+__all__ = ["DEBUG", "ERROR", "INFO", "WARNING", "Logger", "set_up_with"]
+
+DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
+
+_lock = threading.Lock()
+_level = WARNING
+_set_up: Callable[[], None] | None = None
+
+
+class Logger:
+    """A logger by its name, like ``offmap.lab.qemu``. Messages and their arguments are those of ``logging``."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def debug(self, message: str, *args: object) -> None:
+        """Log what helps to find a fault."""
+        self.log(DEBUG, message, *args)
+
+    def info(self, message: str, *args: object) -> None:
+        """Log what somebody who waits wants to know."""
+        self.log(INFO, message, *args)
+
+    def warning(self, message: str, *args: object) -> None:
+        """Log what was left out, or may come out wrong."""
+        self.log(WARNING, message, *args)
+
+    def log(self, level: int, message: str, *args: object, error: BaseException | None = None) -> None:
+        """Log it, with `error` as the record's attribute of that name."""
+        global _set_up  # noqa: PLW0603 - the process's, as all of `logging` is
+        if level < _level and "logging" not in sys.modules:
+            return
+        import logging
+
+        with _lock:
+            if _set_up is not None:
+                _set_up()
+                _set_up = None
+        logging.getLogger(self.name).log(level, message, *args, stacklevel=3, extra={"error": error})
+
+
+def set_up_with(set_up: Callable[[], None] | None, level: int = WARNING) -> None:
+    """Have `logging` set up by `set_up`, once, before the first record of `level` or more. None: by nobody."""
+    global _level, _set_up
+    _level, _set_up = level, set_up
