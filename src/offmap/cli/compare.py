@@ -211,16 +211,16 @@ def _found(out: Path) -> "dict[CellSpec, CellResult]":
 def _beside_others(results: "Sequence[CellResult]", out: Path) -> "list[CellResult]":
     """These, and what the folder has of earlier runs: the row of one kernel stands beside those of the others.
 
-    Earlier cells may be of other code, kernels or machines: the report's notes (offmap.report.compare_notes) say so.
+    Earlier cells may be of other code, kernels or machines: the report's notes (offmap.compare.report.notes) say so.
     """
-    from offmap.report.compare_repeat import in_order
+    from offmap.compare.report.repeat import in_order
 
     return in_order([*(_found(out) | {result.spec: result for result in results}).values()])
 
 
 def _kept(specs: "Sequence[CellSpec]", args: argparse.Namespace) -> "list[CellResult]":
     """What there is: of the cells that were named, or of all if none were."""
-    from offmap.report.compare_repeat import in_order
+    from offmap.compare.report.repeat import in_order
 
     found = _found(args.out)
     named = (
@@ -233,7 +233,7 @@ def _kept(specs: "Sequence[CellSpec]", args: argparse.Namespace) -> "list[CellRe
 
 
 def _report(out: Path, results: "Sequence[CellResult]") -> None:
-    from offmap.report.compare import write_reports
+    from offmap.compare.report.write import write_reports
 
     for path in write_reports(out, results):
         print(path)

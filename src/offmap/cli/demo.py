@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from offmap.compare.cell import Outcome
     from offmap.compare.demo import Demo, run_demo
-    from offmap.report.demo import DemoProgress, PipedConsole, cells_table
+    from offmap.compare.report.demo import DemoProgress, PipedConsole, cells_table
 
     console = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
     with DemoProgress(console) as progress:

@@ -10,13 +10,13 @@ import jsonschema
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import CATALOGUE
-from offmap.report.compare_conclude import conclude, cost_of, titles_of
-from offmap.report.compare_document import compare_document
-from offmap.report.compare_standing import KindFinding, Standing
-from offmap.report.compare_words import TIMES, number
+from offmap.compare.report.conclude import conclude, cost_of, titles_of
+from offmap.compare.report.document import compare_document
+from offmap.compare.report.standing import KindFinding, Standing
+from offmap.compare.report.words import TIMES, number
 from offmap.report.schema import compare_schema_text
 
-DOCS = Path(__file__).parents[3] / "docs"
+DOCS = Path(__file__).parents[4] / "docs"
 REPORT = DOCS / "results" / "report.json"
 
 

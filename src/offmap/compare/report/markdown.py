@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from offmap.compare.cell_result import CellResult
-from offmap.report.compare_conclude import NOISE
-from offmap.report.compare_views import compare_view
-from offmap.report.compare_words import TIMES
+from offmap.compare.report.conclude import NOISE
+from offmap.compare.report.views import compare_view
+from offmap.compare.report.words import TIMES
 from offmap.report.decode import plain
 
 __all__ = ["render_compare_markdown"]

@@ -6,12 +6,12 @@ from typing import Any
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.matrix import BACKENDS, CellSpec
 from offmap.compare.questions import CATALOGUE, Group, Question
-from offmap.report.compare_conclude import COSTS, Conclusion, conclude, cost_of, kinds_of, titles_of
-from offmap.report.compare_notes import notes_of
-from offmap.report.compare_plot import ratio_plot
-from offmap.report.compare_repeat import commands_of, facts_of, missing_of
-from offmap.report.compare_standing import BASELINE, Standing, finding_of, standing_of
-from offmap.report.compare_words import number, said, short_kernel
+from offmap.compare.report.conclude import COSTS, Conclusion, conclude, cost_of, kinds_of, titles_of
+from offmap.compare.report.notes import notes_of
+from offmap.compare.report.plot import ratio_plot
+from offmap.compare.report.repeat import commands_of, facts_of, missing_of
+from offmap.compare.report.standing import BASELINE, Standing, finding_of, standing_of
+from offmap.compare.report.words import number, said, short_kernel
 
 __all__ = ["compare_view", "result_view"]
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offmap.compare.cell_result import CellResult
-from offmap.report.compare_document import compare_document
-from offmap.report.compare_html import render_compare_html
-from offmap.report.compare_markdown import render_compare_markdown
+from offmap.compare.report.document import compare_document
+from offmap.compare.report.html import render_compare_html
+from offmap.compare.report.markdown import render_compare_markdown
 from offmap.report.files import PUBLIC, replace_file
 
 __all__ = ["write_reports"]

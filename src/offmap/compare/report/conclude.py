@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from offmap.compare.cell_result import CellResult
 from offmap.compare.matrix import BACKENDS
 from offmap.compare.questions import CATALOGUE, MIN_PAIRS, Answer, Group, Question
-from offmap.report.compare_standing import (
+from offmap.compare.report.standing import (
     BASELINE,
     KindFinding,
     Standing,
@@ -16,7 +16,7 @@ from offmap.report.compare_standing import (
     standing_of,
     why_undetermined,
 )
-from offmap.report.compare_words import TIMES, number, release_of, short_kernel
+from offmap.compare.report.words import TIMES, number, release_of, short_kernel
 
 __all__ = ["COSTS", "Conclusion", "conclude", "cost_of", "kinds_of", "list_words", "titles_of"]
 

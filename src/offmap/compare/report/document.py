@@ -10,10 +10,10 @@ from typing import Any
 from offmap import __version__
 from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import CATALOGUE
-from offmap.report.compare_conclude import Conclusion, conclude
-from offmap.report.compare_notes import notes_of
-from offmap.report.compare_repeat import commands_of, missing_of
-from offmap.report.compare_standing import BASELINE, standing_of
+from offmap.compare.report.conclude import Conclusion, conclude
+from offmap.compare.report.notes import notes_of
+from offmap.compare.report.repeat import commands_of, missing_of
+from offmap.compare.report.standing import BASELINE, standing_of
 
 __all__ = ["SCHEMA", "compare_document"]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from offmap.compare.cell_result import CellResult
-from offmap.report.compare_conclude import list_words
-from offmap.report.compare_words import release_of, short_kernel
+from offmap.compare.report.conclude import list_words
+from offmap.compare.report.words import release_of, short_kernel
 
 __all__ = ["KernelState", "guest_kernel_state", "host_kernel_state", "notes_of"]
 

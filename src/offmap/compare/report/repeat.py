@@ -7,9 +7,9 @@ from typing import Any
 from offmap.compare.cell_result import CellResult
 from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, NATIVE, Axes, cells_of
 from offmap.compare.questions import MIN_PAIRS
+from offmap.compare.report.notes import KernelState, guest_kernel_state, host_kernel_state
+from offmap.compare.report.words import short_kernel
 from offmap.errors import OffmapError
-from offmap.report.compare_notes import KernelState, guest_kernel_state, host_kernel_state
-from offmap.report.compare_words import short_kernel
 from offmap.units import format_size
 
 __all__ = ["axes_of", "commands_of", "facts_of", "in_order", "missing_of"]

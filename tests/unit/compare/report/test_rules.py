@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.matrix import BACKENDS
 from offmap.compare.questions import CATALOGUE, Answer, Kind
-from offmap.report.compare_conclude import NOISE, conclude, cost_of
-from offmap.report.compare_standing import LOSSES, Standing, finding_of, least_lost, standing_of, why_undetermined
-from offmap.report.compare_words import TIMES
+from offmap.compare.report.conclude import NOISE, conclude, cost_of
+from offmap.compare.report.standing import LOSSES, Standing, finding_of, least_lost, standing_of, why_undetermined
+from offmap.compare.report.words import TIMES
 
 from .compare_samples import PLAIN, cell, without
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import Answer, Better, Question
-from offmap.report.compare_standing import Standing, standing_of
-from offmap.report.compare_words import TIMES, against, number
+from offmap.compare.report.standing import Standing, standing_of
+from offmap.compare.report.words import TIMES, against, number
 
 __all__ = ["ratio_plot"]
 

@@ -14,17 +14,17 @@ import pytest
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, cells_of
 from offmap.compare.questions import CATALOGUE, Answer
-from offmap.report.compare import write_reports
-from offmap.report.compare_document import compare_document
-from offmap.report.compare_html import render_compare_html
-from offmap.report.compare_markdown import render_compare_markdown
-from offmap.report.compare_plot import LEFT, WIDTH, ratio_plot
-from offmap.report.compare_repeat import commands_of, in_order, missing_of
+from offmap.compare.report.document import compare_document
+from offmap.compare.report.html import render_compare_html
+from offmap.compare.report.markdown import render_compare_markdown
+from offmap.compare.report.plot import LEFT, WIDTH, ratio_plot
+from offmap.compare.report.repeat import commands_of, in_order, missing_of
+from offmap.compare.report.write import write_reports
 from offmap.report.schema import compare_schema_text
 
+from ...report.test_html import Page
+from ...report.test_schema import strict
 from .compare_samples import answers_of, cell, without
-from .test_html import Page
-from .test_schema import strict
 
 HOSTILE = "<script>alert(1)</script>|\x1b[2J`*_\n# x"
 

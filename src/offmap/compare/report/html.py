@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from offmap.compare.cell_result import CellResult
-from offmap.report.compare_views import compare_view
+from offmap.compare.report.views import compare_view
 from offmap.report.html import render_page
 
 __all__ = ["render_compare_html"]
