@@ -43,12 +43,6 @@ HOST_CMDLINE = "memmap=256M$0x60000000 secretmem.enable=1"
 Linux before 6.5 has no memfd_secret unless it is told to (secretmem.enable).
 """
 
-EMULATED_CMDLINE = "clearcpuid=erms"
-"""Where the processor is emulated only. There ``rep stosb`` stores byte by byte; where the processor promises that it
-is fast, clear_page() uses it (clear_page_64.S), and what is zeroed page by page would look ten times as slow as what is
-zeroed otherwise. A real processor keeps its promise, and is measured with it.
-"""
-
 MEASURE = ("-m", "offmap.compare.measure")
 
 _COMPLAINT = re.compile(r"WARNING: |BUG: |Call Trace|INFO: task .* blocked|rcu: INFO|soft lockup|Out of memory")
@@ -193,7 +187,6 @@ def _run_in_host(
             kernel,
             memory=HOST_MEMORY,
             cmdline=HOST_CMDLINE,
-            emulated_cmdline=EMULATED_CMDLINE,
             out=folder,
             accel=task.accel,
             timeout=min(BOOT_TIMEOUT, task.deadline),

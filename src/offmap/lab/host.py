@@ -79,7 +79,6 @@ class LabHost(Owned):
         timeout: float = BOOT_TIMEOUT,
         nodes: int = 1,
         on_launch: Callable[[Self], None] | None = None,
-        emulated_cmdline: str = "",
     ) -> Self:
         """Boot a host and wait until it takes commands.
 
@@ -94,7 +93,6 @@ class LabHost(Owned):
             timeout: seconds that the boot may take.
             nodes: NUMA nodes that share its RAM.
             on_launch: called with the host before its boot, for whoever must be able to `kill` it meanwhile.
-            emulated_cmdline: appended to the kernel command line too, but only where the processor is emulated.
 
         Raises:
             LabPanic, LabEnded, LabTimeout: the boot failed.
@@ -106,8 +104,6 @@ class LabHost(Owned):
             raise LabError(f"the output folder {folder} is not a writable folder", "give another one with --out")
         if accel == "auto":
             accel = acceleration.choose(kernel, lambda: cls._works_under_kvm(kernel))
-        if accel == "tcg":
-            cmdline = f"{cmdline} {emulated_cmdline}".strip()
         options = HostOptions(size, cmdline, folder, accel, nodes)
         host = cls(kernel, options, Console(console, on_boot))
         try:

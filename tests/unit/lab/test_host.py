@@ -1,19 +1,12 @@
 """What a disposable host is made of."""
 
-from pathlib import Path
-
 import pytest
 
-from offmap.lab.host import LabHost
-from offmap.lab.kernel import HostKernel
-
-KERNEL = HostKernel("debian:6.12", "6.12.1", Path("/vmlinuz"), Path("/modules"))
+from offmap.lab.qemu import HostOptions, command_line
 
 
-@pytest.mark.parametrize(("accel", "cmdline"), [("tcg", "a=1 clearcpuid=erms"), ("kvm", "a=1")])
-def test_what_is_for_an_emulated_processor_is_for_no_other(
-    accel: str, cmdline: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(LabHost, "_boot", lambda self, timeout: None)
-    with LabHost.start(KERNEL, cmdline="a=1", accel=accel, emulated_cmdline="clearcpuid=erms") as host:
-        assert host.options.cmdline == cmdline
+@pytest.mark.parametrize(("accel", "withheld"), [("tcg", True), ("kvm", False)])
+def test_only_an_emulated_processor_is_without_fast_string_instructions(accel: str, withheld: bool) -> None:
+    argv = command_line("qemu", "/vmlinuz", "/initrd", 3, HostOptions(1 << 30, accel=accel))
+    cpu = argv[argv.index("-cpu") + 1].split(",")
+    assert ("-erms" in cpu, "-fsrm" in cpu) == (withheld, withheld)
