@@ -14,7 +14,10 @@ from offmap.lab.kernel import HostKernel
 __all__ = ["code_digest", "difference", "inputs_of", "module_input"]
 
 _DIGITS = 16
-_NO_PART = ("report/", "compare/report/", "cli/compare", "compare/scheduler.py", "compare/store.py", "compare/cluster.py")
+_NO_PART = (
+    *("report/", "compare/report/", "cli/compare"),
+    *("compare/scheduler.py", "compare/store.py", "compare/cluster.py"),
+)
 """Of the package, what shows or schedules and does not measure."""
 
 _NAMES = {

@@ -25,8 +25,8 @@ CMDLINE = (
 
 ACCEL = {
     # One thread: with thread=multi and 2 CPUs a 6.12 host oopsed in __schedule (QEMU 7.2).
-    # -erms, -fsrm: an emulated "rep movsb" copies byte by byte. Kernel and libc use it where the processor promises that
-    # it is fast; a scan of all memory takes twice as long then, and zeroing page by page looks ten times as slow.
+    # -erms, -fsrm: an emulated "rep movsb" copies byte by byte. Kernel and libc use it where the processor promises
+    # that it is fast; a scan of all memory takes twice as long then, and zeroing page by page looks ten times as slow.
     "tcg": ["-accel", "tcg,thread=single", "-cpu", "max,+svm,+npt,-erms,-fsrm"],
     "kvm": ["-accel", "kvm", "-cpu", "host"],
 }
