@@ -17,10 +17,10 @@ from offmap.audit.guest_ram import RamRange
 from offmap.audit.intervals import distinct
 from offmap.audit.reach import LISTED, Kind, Reach
 from offmap.audit.verdict import Judged
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["Change", "Changes", "Difference", "compare"]
 
-PAGE = 4096
 SCHEMA = "offmap-audit-change/1"
 _KINDS = tuple(Kind)
 
@@ -201,18 +201,21 @@ def _change(
     after: AuditResult,
 ) -> Change:
     old, new = then[0].frame(then[1], first), now[0].frame(now[1], first)
-    pa = None if new is None else new * PAGE
+    pa = None if new is None else new * PAGE_SIZE
     return Change(
         what=what,
-        userspace_addr=part.va + first * PAGE,
-        bytes=pages * PAGE,
-        guest_phys_addr=None if part.guest_phys_addr is None else part.guest_phys_addr + first * PAGE,
+        userspace_addr=part.va + first * PAGE_SIZE,
+        bytes=pages * PAGE_SIZE,
+        guest_phys_addr=None if part.guest_phys_addr is None else part.guest_phys_addr + first * PAGE_SIZE,
         pa=pa,
-        pa_before=None if old is None else old * PAGE,
+        pa_before=None if old is None else old * PAGE_SIZE,
         kinds=now[0].kinds(now[1]),
         kinds_before=then[0].kinds(then[1]),
-        reaches=()
-        if pa is None
-        else tuple(each for each in after.aliases if each.pa < pa + pages * PAGE and pa < each.pa + each.bytes)[:8],
+        reaches=() if pa is None else _aliases_between(after, pa, pa + pages * PAGE_SIZE)[:8],
         why=now[0].reasons[int(now[0].why[now[1]])],
     )
+
+
+def _aliases_between(audit: AuditResult, start: int, end: int) -> tuple[Reach, ...]:
+    """The aliases of guest RAM that lie at least in part in the physical addresses from ``start`` to ``end``."""
+    return tuple(alias for alias in audit.aliases if alias.pa < end and start < alias.pa + alias.bytes)

@@ -12,10 +12,10 @@ from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import KernelMappings, covered
 from offmap.audit.pagemap import OwnPage
 from offmap.errors import Undetermined
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["check_control"]
 
-PAGE = 4096
 _ATTEMPTS = 3  # our page may be migrated just then
 
 
@@ -36,7 +36,7 @@ def check_control(page: OwnPage, kcore: Kcore, mappings: KernelMappings) -> None
         if not covered(mappings.direct, np.array([frame], dtype=np.uint64))[0]:
             failure = "the walk does not find the auditor's own page in the direct map"
             continue
-        kcore.read_virtual(mappings.direct_map_base + frame * PAGE, memoryview(seen))
+        kcore.read_virtual(mappings.direct_map_base + frame * PAGE_SIZE, memoryview(seen))
         if seen == secret and page.pfn() == frame:
             return
         failure = "/proc/kcore does not show the auditor's own page"

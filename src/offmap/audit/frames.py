@@ -22,11 +22,11 @@ from offmap.audit.process import Process, ProcessEnded
 from offmap.audit.residency import Backing, allocated_bytes, backing_of, link, open_backing, resident_frames
 from offmap.audit.unplugged import is_offmap_device, physical_ranges
 from offmap.errors import Undetermined
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
 __all__ = ["EMPTY", "POPULATED", "UNKNOWN", "Frames", "resolve"]
 
-PAGE = 4096
 UNKNOWN, EMPTY, POPULATED = 0, 1, 2
 _MISSING = 3  # not in the process's page tables: one of the three above, once its file has been asked
 
@@ -147,7 +147,8 @@ def resolve(process: Process, ranges: Iterable[RamRange], flags: PageFlags) -> F
     pages, host = sum(part.pages for part in wanted), os.sysconf("SC_PHYS_PAGES")
     if pages > _MOST_RAM * host:
         raise Undetermined(
-            f"the ranges to audit are {format_size(pages * PAGE)}, and this host has {format_size(host * PAGE)} of RAM",
+            f"the ranges to audit are {format_size(pages * PAGE_SIZE)}, "
+            f"and this host has {format_size(host * PAGE_SIZE)} of RAM",
             "name those that are RAM with --range VA:LENGTH",
         )
     zero = pagemap.zero_page_pfn()
@@ -175,10 +176,10 @@ def _resolve_range(
     for mapping in mappings:
         start, end = max(mapping.start, part.va), min(mapping.end, last)
         if start < end:
-            building.add_unknown((start - position) // PAGE, "not mapped by the process")
-            _resolve_piece(process, mapping, start, (end - start) // PAGE, building, zero)
+            building.add_unknown((start - position) // PAGE_SIZE, "not mapped by the process")
+            _resolve_piece(process, mapping, start, (end - start) // PAGE_SIZE, building, zero)
             position = end
-    building.add_unknown((last - position) // PAGE, "not mapped by the process")
+    building.add_unknown((last - position) // PAGE_SIZE, "not mapped by the process")
 
 
 def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, building: _Building, zero: int) -> None:
@@ -188,8 +189,8 @@ def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, buil
         if status.st_rdev == _DEV_MEM and mapping.shared:
             # VM_PFNMAP: pagemap shows a hole, but the file's offset is the physical address (drivers/char/mem.c).
             first = mapping.offset + va - mapping.start
-            building.add_run(pages, POPULATED, first // PAGE)
-            building.device_ranges.append((first, first + pages * PAGE))
+            building.add_run(pages, POPULATED, first // PAGE_SIZE)
+            building.device_ranges.append((first, first + pages * PAGE_SIZE))
             return
         if is_offmap_device(status.st_rdev):
             _resolve_unplugged(process, va, pages, building)
@@ -197,7 +198,7 @@ def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, buil
     away = building.number(_AWAY)
     try:
         chunks = [
-            _look(process.pagemap, va + first * PAGE, min(_CHUNK, pages - first), zero, away)
+            _look(process.pagemap, va + first * PAGE_SIZE, min(_CHUNK, pages - first), zero, away)
             for first in range(0, pages, _CHUNK)
         ]
     except pagemap.PagemapEnds as error:
@@ -235,14 +236,14 @@ def _look(fd: int, va: int, pages: int, zero: int, away: int) -> Frames:
 def _resolve_unplugged(process: Process, va: int, pages: int, building: _Building) -> None:
     """Memory that the offmap module took from the kernel; no page table but the process's own shows it."""
     try:
-        ranges = physical_ranges(process.pid, va, pages * PAGE)
+        ranges = physical_ranges(process.pid, va, pages * PAGE_SIZE)
     except OSError as error:
         process.check_alive()
         building.add_unknown(pages, f"the offmap module did not say where it is ({error.strerror or error})")
         return
     process.check_alive()  # the module goes by the PID, which might have been used again
     for start, size in ranges:
-        building.add_run(size // PAGE, POPULATED, start // PAGE)
+        building.add_run(size // PAGE_SIZE, POPULATED, start // PAGE_SIZE)
         building.device_ranges.append((start, start + size))
 
 
@@ -259,7 +260,7 @@ def _settle_missing(process: Process, mapping: Mapping, va: int, chunks: list[Fr
         return
     if kind in {Backing.SHMEM, Backing.HUGETLB} and mapping.shared:
         held = allocated_bytes(process, mapping)
-        if held is not None and held <= _distinct(chunks) * PAGE:
+        if held is not None and held <= _distinct(chunks) * PAGE_SIZE:
             _mark(chunks, EMPTY)  # the file holds nothing beyond what the process has mapped here
             return
     if kind is Backing.HUGETLB:
@@ -281,7 +282,7 @@ def _settle_missing(process: Process, mapping: Mapping, va: int, chunks: list[Fr
                 except (OSError, ValueError) as error:
                     reason = f"in no page table of the process, and its file cannot be asked ({error})"
                     _mark([chunk], UNKNOWN, building.number(reason))
-            offset += chunk.total * PAGE
+            offset += chunk.total * PAGE_SIZE
 
 
 def _mark(chunks: Iterable[Frames], state: int, why: int = 0) -> None:

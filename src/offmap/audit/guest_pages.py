@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.guest_ram import RamRange
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["GuestPages"]
 
-PAGE = 4096
 _NOWHERE = -1
 
 Ints = NDArray[np.int64]
@@ -47,7 +47,7 @@ class GuestPages:
         gpa = np.array(
             [_NOWHERE if part.guest_phys_addr is None else part.guest_phys_addr for part in parts], dtype=np.int64
         )
-        within = (page - first[index]) * PAGE
+        within = (page - first[index]) * PAGE_SIZE
         order = np.argsort(pfn, kind="stable")
         known = np.where(gpa[index] < 0, _NOWHERE, gpa[index] + within)
         return cls(pfn[order], pages[order], (va[index] + within)[order], known[order])
@@ -70,7 +70,7 @@ class GuestPages:
         if not len(here):
             return None
         index = int(here[0])
-        offset = (frame - int(self.pfn[index])) * PAGE
+        offset = (frame - int(self.pfn[index])) * PAGE_SIZE
         guest = int(self.guest_phys_addr[index])
         return int(self.va[index]) + offset, None if guest < 0 else guest + offset
 
@@ -81,7 +81,7 @@ class GuestPages:
         if len(va) < 2:
             return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.uint64)
         last = pfn[:-1] + pages[:-1] - 1
-        seam = (va[:-1] + pages[:-1] * PAGE == va[1:]) & (last + 1 != pfn[1:])
+        seam = (va[:-1] + pages[:-1] * PAGE_SIZE == va[1:]) & (last + 1 != pfn[1:])
         first, second = last[seam], pfn[1:][seam]
         by_frame = np.argsort(first, kind="stable")
         return first[by_frame].astype(np.uint64), second[by_frame].astype(np.uint64)

@@ -30,6 +30,7 @@ from offmap.audit.maps import find_mapping
 from offmap.audit.process import Process
 from offmap.audit.residency import link as link_of
 from offmap.errors import Undetermined
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = [
     "KVM_VCPU_LINK",
@@ -43,7 +44,6 @@ __all__ = [
     "parse_memslots",
 ]
 
-PAGE = 4096
 MEMSLOTS_LINK = "/memfd:offmap-memslots (deleted)"
 MEMSLOTS_SCHEMA = "offmap-memslots/1"
 _MEMSLOTS_LIMIT = 1 << 20  # far more than KVM_USER_MEM_SLOTS of them take
@@ -80,7 +80,7 @@ class RamRange:
 
     @property
     def pages(self) -> int:
-        return self.bytes // PAGE
+        return self.bytes // PAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def parse_memslots(text: bytes) -> GuestRam:
         )
         guest = part.guest_phys_addr or 0
         ends = part.va + part.bytes > 1 << _USER_BITS or guest + part.bytes > 1 << _PHYSICAL_BITS
-        if not part.bytes or (part.va | part.bytes | guest) % PAGE or ends:
+        if not part.bytes or (part.va | part.bytes | guest) % PAGE_SIZE or ends:
             raise Undetermined(f"the process's offmap-memslots list is malformed: slot {slot!r} is not made of pages")
         ranges.append(part)
     if not ranges:

@@ -17,10 +17,10 @@ from offmap.audit.mappings import KernelMappings
 from offmap.audit.reach import LISTED, Kind, Reach, ReachTotal
 from offmap.audit.regions import Layout
 from offmap.audit.verdict import Judged
+from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["Joined", "join"]
 
-PAGE = 4096
 _CHUNK = 1 << 16  # runs of guest pages joined at once
 _KINDS = tuple(Kind)
 
@@ -65,8 +65,8 @@ def join(judged: Judged, mappings: KernelMappings, kinds: Kinds, layout: Layout,
 def _pieces(judged: Judged, mappings: KernelMappings, rows: NDArray[np.intp]) -> Iterator[NDArray[np.void]]:
     """Where the known guest pages and these runs of the walk meet; as many at once as memory is to be had for."""
     runs = mappings.runs[rows]
-    host = (runs["pa"] >> np.uint64(12)).astype(np.int64)
-    host_pages = (runs["bytes"] >> np.uint64(12)).astype(np.int64)
+    host = (runs["pa"] >> PAGE_SHIFT).astype(np.int64)
+    host_pages = (runs["bytes"] >> PAGE_SHIFT).astype(np.int64)
     known = np.flatnonzero(judged.known & (judged.reached != 0))
     page, pfn, pages = _merged(judged.page[known], judged.pfn[known], judged.pages[known])
     order = np.argsort(host, kind="stable")
@@ -82,7 +82,7 @@ def _pieces(judged: Judged, mappings: KernelMappings, rows: NDArray[np.intp]) ->
         found["pfn"] = start
         found["pages"] = np.minimum(pfn[guest] + pages[guest], host[run] + host_pages[run]) - start
         found["page"] = page[guest] + start - pfn[guest]
-        found["va"] = runs["va"][run] + ((start - host[run]) * PAGE).astype(np.uint64)
+        found["va"] = runs["va"][run] + ((start - host[run]) * PAGE_SIZE).astype(np.uint64)
         found["run"] = rows[run]
         yield found
 
@@ -102,7 +102,7 @@ def _listed(
 ) -> tuple[Reach, ...]:
     first = np.cumsum([0, *(part.pages for part in ram.ranges)])
     part = np.searchsorted(first, pieces["page"], side="right") - 1
-    offset = (pieces["page"] - first[part]) * PAGE
+    offset = (pieces["page"] - first[part]) * PAGE_SIZE
     region, regions = layout.names(pieces["va"])
     run = mappings.runs[pieces["run"]]
     columns = (
@@ -114,11 +114,11 @@ def _listed(
     return tuple(
         Reach(
             va=va,
-            pa=pfn * PAGE,
-            bytes=pages * PAGE,
+            pa=pfn * PAGE_SIZE,
+            bytes=pages * PAGE_SIZE,
             kind=_KINDS[kind],
             region=regions[region],
-            page_size=PAGE << 9 * (level - 1),
+            page_size=PAGE_SIZE << 9 * (level - 1),
             writable=writable,
             executable=not nx,
             userspace_addr=ram.ranges[part].va + offset,
@@ -147,7 +147,7 @@ def _totals(
         ReachTotal(
             kind=_KINDS[kind],
             region=regions[region],
-            page_size=PAGE << 9 * (level - 1),
+            page_size=PAGE_SIZE << 9 * (level - 1),
             writable=bool(writable),
             executable=not nx,
             caller=kinds.callers[caller],

@@ -30,10 +30,10 @@ from offmap.uapi.elf import (
     Elf64_Ehdr,
     Elf64_Phdr,
 )
+from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["Kcore", "KcoreReader", "Segment", "direct_map_base", "parse_program_headers"]
 
-PAGE = 4096
 _NO_PADDR = (1 << 64) - 1  # p_paddr of a segment that is not physically contiguous (elf_kcore: -1)
 _CAP_SYS_RAWIO = 17  # include/uapi/linux/capability.h
 _HEADER_LIMIT = 1 << 20  # far above what PN_XNUM program headers would take
@@ -178,7 +178,7 @@ class Kcore(Owned):
         """Whether each page (by its physical address) lies in a RAM segment, so that it can be read."""
         index = np.searchsorted(self._ram_start, pa, side="right").astype(np.intp) - 1
         inside = index >= 0
-        inside[inside] = pa[inside] + np.uint64(PAGE) <= self._ram_end[index[inside]]
+        inside[inside] = pa[inside] + np.uint64(PAGE_SIZE) <= self._ram_end[index[inside]]
         return np.asarray(inside, dtype=np.bool_)
 
     def read_pages(self, pa: NDArray[np.uint64], out: NDArray[np.uint64]) -> None:
@@ -195,16 +195,16 @@ class Kcore(Owned):
             return
         view = out.reshape(-1).view(np.uint8).data
         segment = np.searchsorted(self._ram_start, pa, side="right") - 1
-        breaks = np.flatnonzero((np.diff(pa) != PAGE) | (np.diff(segment) != 0)) + 1
+        breaks = np.flatnonzero((np.diff(pa) != PAGE_SIZE) | (np.diff(segment) != 0)) + 1
         starts = [0, *breaks.tolist()]
         ends = [*breaks.tolist(), len(pa)]
         for start, end in zip(starts, ends, strict=True):
             offset = self._ram_offset[int(segment[start])] + int(pa[start])
-            self._pread(offset, view[start * PAGE : end * PAGE])
+            self._pread(offset, view[start * PAGE_SIZE : end * PAGE_SIZE])
 
     def zero_filled(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Whether kcore hands out zeroes for each of these pages, as their page flags say."""
-        return self._flags.zero_filled(pa >> np.uint64(12))
+        return self._flags.zero_filled(pa >> np.uint64(PAGE_SHIFT))
 
     def _pread(self, offset: int, buffer: memoryview, fd: int | None = None) -> None:
         done, fd = 0, self._fd if fd is None else fd

@@ -17,10 +17,10 @@ from offmap.audit.btf import Btf, Unknown
 from offmap.audit.kcore import Kcore
 from offmap.audit.regions import DIRECT_MAP, KERNEL_TEXT, MODULES, VMEMMAP, Layout
 from offmap.errors import Undetermined
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["CachedFile", "KernelObjects", "Task", "symbol"]
 
-PAGE = 4096
 _KALLSYMS = Path("/proc/kallsyms")
 _MAPPING_FLAGS = 3  # PAGE_MAPPING_FLAGS (FOLIO_MAPPING_FLAGS): anonymous, KSM or movable memory, no file's
 _MOST_DEEP = 256  # folders above a file
@@ -91,7 +91,7 @@ class KernelObjects:
             major, minor = device >> 20, device & 0xF_FFFF  # include/linux/kdev_t.h: MINORBITS
             return CachedFile(
                 self._path(inode, (major, minor)) or f"inode {number}",
-                index * PAGE + (pfn - head) * PAGE,
+                index * PAGE_SIZE + (pfn - head) * PAGE_SIZE,
                 (major, minor),
                 number,
                 kind,
@@ -186,7 +186,7 @@ class KernelObjects:
 
     def _string(self, va: int) -> str:
         # Never across a page's end: what follows may be another thing, or nothing.
-        raw = self._read(va, min(_NAME_LENGTH, PAGE - va % PAGE))
+        raw = self._read(va, min(_NAME_LENGTH, PAGE_SIZE - va % PAGE_SIZE))
         return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
 
     def _keeps_structures(self, regions: Set[str]) -> bool:

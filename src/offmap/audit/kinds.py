@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.reach import Kind
 from offmap.audit.regions import Layout
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["Area", "Kinds", "kinds_of", "parse_vmallocinfo", "read_vmallocinfo"]
 
-PAGE = 4096
 _LINE = re.compile(r"0x([0-9a-f]+)-0x([0-9a-f]+) +(\d+)(.*)")
 _PHYS = re.compile(r"phys=(?:0x)?([0-9a-f]+)")
 _ORDER = tuple(Kind)
@@ -136,7 +136,7 @@ def kinds_of(mappings: KernelMappings, layout: Layout, areas: Iterable[Area]) ->
         for number, area in enumerate(known):
             if area.phys is not None:
                 # The size has the guard page in it.
-                ends = area.phys, area.phys + max(area.size - PAGE, PAGE)
+                ends = area.phys, area.phys + max(area.size - PAGE_SIZE, PAGE_SIZE)
                 low, high = np.searchsorted(runs["pa"][rows], np.array(ends, dtype=np.uint64)).tolist()
                 kind[rows[low:high]] = area_kind[number]
                 caller[rows[low:high]] = area_caller[number]

@@ -17,10 +17,10 @@ from offmap.audit.btf import Btf, Unknown
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects, symbol
 from offmap.audit.regions import VMALLOC, Layout
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["KVM_VM_LINK", "KvmSlot", "KvmSlots", "OthersVm"]
 
-PAGE = 4096
 KVM_VM_LINK = "anon_inode:kvm-vm"
 _BTF = Path("/sys/kernel/btf")
 _INIT_PID_NAMESPACE = "pid:[4026531836]"  # include/linux/proc_ns.h, PROC_PID_INIT_INO
@@ -149,12 +149,13 @@ class KvmSlots(KernelObjects):
         where = self._field(at, "kvm_memory_slot", "userspace_addr")
         flags = self._field(at, "kvm_memory_slot", "flags", size=4)
         number = self._field(at, "kvm_memory_slot", "id", size=2)
-        if where % PAGE or not 0 < pages < 1 << 40 or first >= 1 << 40 or where >> 56 or flags & _KVM_MEMSLOT_INVALID:
+        fits = 0 < pages < 1 << 40 and first < 1 << 40 and not where % PAGE_SIZE and not where >> 56
+        if not fits or flags & _KVM_MEMSLOT_INVALID:
             raise Unknown("KVM's slots are being changed")
         if number >= _OF_KVM:
             return [], pages
         read_only, guest_memfd = (bool(flags & flag) for flag in (_KVM_MEM_READONLY, _KVM_MEM_GUEST_MEMFD))
-        return [KvmSlot(first * PAGE, where, pages * PAGE, read_only, guest_memfd)], pages
+        return [KvmSlot(first * PAGE_SIZE, where, pages * PAGE_SIZE, read_only, guest_memfd)], pages
 
     def _keeps_structures(self, regions: Set[str]) -> bool:
         # struct kvm and large tables of descriptors are in the vmalloc space, all of each.

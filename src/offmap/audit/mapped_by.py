@@ -11,10 +11,10 @@ import numpy as np
 from offmap.audit import pagemap
 from offmap.audit.process import NoSuchProcess, Process
 from offmap.errors import Undetermined
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["MappedBy", "mapped_by"]
 
-PAGE = 4096
 _STEP = 1 << 17  # pages looked at at once
 
 
@@ -57,14 +57,14 @@ def _of_process(
     fd = process.open("pagemap")
     try:
         for mapping in mappings:
-            for start in range(mapping.start, mapping.end, _STEP * PAGE):
+            for start in range(mapping.start, mapping.end, _STEP * PAGE_SIZE):
                 if start >> 63:
                     break  # [vsyscall]
-                pages = min(_STEP, (mapping.end - start) // PAGE)
+                pages = min(_STEP, (mapping.end - start) // PAGE_SIZE)
                 entries = pagemap.read_pagemap(fd, start, pages)
                 here = np.flatnonzero(pagemap.present(entries))
                 frames = pagemap.pfn(entries[here])
                 for index in np.flatnonzero(np.isin(frames, wanted)).tolist():
-                    yield int(frames[index]), start + int(here[index]) * PAGE, mapping.path
+                    yield int(frames[index]), start + int(here[index]) * PAGE_SIZE, mapping.path
     finally:
         os.close(fd)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from offmap.uapi.page import PAGE_SHIFT
+
 __all__ = ["RUN", "KernelMappings", "Span", "covered", "merge_runs"]
 
-PAGE_SHIFT = np.uint64(12)
 
 # One stretch of mappings, contiguous in virtual and physical addresses, of one page size and one set of permissions.
 RUN = np.dtype(

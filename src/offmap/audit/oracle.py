@@ -30,10 +30,10 @@ from offmap.audit.mappings import KernelMappings
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
 from offmap.audit.walk import REFERENCES
 from offmap.errors import OffmapError
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["DEFAULT_PAGES", "Lookups", "Oracle", "OracleDisagrees", "OracleResult", "Sample", "ask_oracle"]
 
-PAGE = 4096
 DEFAULT_PAGES = 256
 _ATTEMPTS = 3
 
@@ -146,7 +146,7 @@ def draw_pages(guest: GuestPages, count: int, draw: random.Random) -> list[tuple
     for number in sorted(draw.sample(range(total), min(count, total))):
         run = int(np.searchsorted(ends, number, side="right"))
         within = number - (int(ends[run]) - int(guest.pages[run]))
-        chosen.append((int(guest.va[run]) + within * PAGE, int(guest.pfn[run]) + within))
+        chosen.append((int(guest.va[run]) + within * PAGE_SIZE, int(guest.pfn[run]) + within))
     return chosen
 
 
@@ -157,20 +157,20 @@ def draw_addresses(mappings: KernelMappings, count: int, draw: random.Random) ->
         return
     for _ in range(count):
         run = runs[draw.randrange(len(runs))]
-        va, pages = int(run["va"]), int(run["bytes"]) // PAGE
-        yield _Question(va + draw.randrange(pages) * PAGE, "an address that the walk found mapped")
-        for beside in (va - PAGE, va + pages * PAGE):
+        va, pages = int(run["va"]), int(run["bytes"]) // PAGE_SIZE
+        yield _Question(va + draw.randrange(pages) * PAGE_SIZE, "an address that the walk found mapped")
+        for beside in (va - PAGE_SIZE, va + pages * PAGE_SIZE):
             if _kernel_half(mappings, beside):
                 yield _Question(beside, "the page next to a mapping")
-        after = va + pages * PAGE
+        after = va + pages * PAGE_SIZE
         index = int(np.searchsorted(runs["va"], np.uint64(after), side="left")) if after >> 64 == 0 else len(runs)
         gap = (int(runs["va"][index]) if index < len(runs) else 1 << 64) - after
-        if gap >= PAGE:
-            yield _Question(after + draw.randrange(gap // PAGE) * PAGE, "an address between mappings")
+        if gap >= PAGE_SIZE:
+            yield _Question(after + draw.randrange(gap // PAGE_SIZE) * PAGE_SIZE, "an address between mappings")
 
 
 def _kernel_half(mappings: KernelMappings, va: int) -> bool:
-    return int(mappings.runs["va"][0]) - PAGE <= va < 1 << 64
+    return int(mappings.runs["va"][0]) - PAGE_SIZE <= va < 1 << 64
 
 
 def ask_oracle(
@@ -240,7 +240,7 @@ class _Asking:
                 # without the present bit, whose frame pagemap tells all the same.
                 self.frames_unasked += 1
                 return ours
-            if ours is not None and theirs == ours * PAGE:
+            if ours is not None and theirs == ours * PAGE_SIZE:
                 self.frames_agreed += 1
                 return ours
             if attempt < _ATTEMPTS - 1:
@@ -249,12 +249,12 @@ class _Asking:
                 if ours is None:
                     return None
         raise _disagreement(
-            f"the page at {va:#x} of the process", None if ours is None else ours * PAGE, theirs, "its frame"
+            f"the page at {va:#x} of the process", None if ours is None else ours * PAGE_SIZE, theirs, "its frame"
         )
 
     def page(self, va: int, frame: int) -> None:
         """Everything about one guest page's kernel addresses."""
-        pa = frame * PAGE
+        pa = frame * PAGE_SIZE
         name = f"the guest page at {va:#x} of the process (frame {frame:#x})"
         addresses = addresses_of(self.mappings, pa)
         for address in addresses:

@@ -8,10 +8,10 @@ from contextlib import suppress
 from offmap.audit import pagemap
 from offmap.audit.maps import parse_maps
 from offmap.owned import Owned
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["LockedBuffer", "frames_at", "own_frames"]
 
-PAGE = 4096
 _libc = ctypes.CDLL(None, use_errno=True)
 _UNCOUNTED = {"[vsyscall]", "[vvar]", "[vvar_vclock]"}  # the kernel's pages, not ours
 
@@ -62,7 +62,7 @@ def own_frames() -> set[int]:
         for mapping in mappings:
             if mapping.path in _UNCOUNTED or mapping.shared:
                 continue
-            entries = pagemap.read_pagemap(fd, mapping.start, mapping.size // PAGE)
+            entries = pagemap.read_pagemap(fd, mapping.start, mapping.size // PAGE_SIZE)
             frames.update(pagemap.pfn(entries[pagemap.private(entries)]).tolist())
     finally:
         os.close(fd)

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from offmap.errors import Undetermined
 from offmap.owned import Owned
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["OwnPage", "PagemapEnds", "pfn", "present", "private", "read_pagemap", "require_pfns", "swapped"]
 
-PAGE = 4096
 _libc = ctypes.CDLL(None, use_errno=True)
 _PFN = np.uint64((1 << 55) - 1)  # bits 0-54, if present
 _FILE = np.uint64(1 << 61)
@@ -61,7 +61,7 @@ def read_pagemap(fd: int, va: int, pages: int) -> NDArray[np.uint64]:
     while done < pages:
         step = min(_CHUNK, pages - done)
         try:
-            got = os.preadv(fd, [view[8 * done : 8 * (done + step)]], (va // PAGE + done) * 8)
+            got = os.preadv(fd, [view[8 * done : 8 * (done + step)]], (va // PAGE_SIZE + done) * 8)
         except OSError as error:
             raise Undetermined(f"reading pagemap failed: {error.strerror}") from None
         if got < 8:
@@ -82,7 +82,7 @@ def require_pfns() -> None:
 
 def zero_page_pfn() -> int:
     """Frame of the zeroes that stand behind anonymous memory read before it is written; 0 if it cannot be told."""
-    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+    with mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
         page[0]
         entries = _own_entries(ctypes.addressof(ctypes.c_char.from_buffer(page)), 1)
     return int(pfn(entries)[0]) if present(entries)[0] else 0
@@ -110,11 +110,11 @@ class OwnPage(Owned):
 
     def __init__(self) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-        self._map = mmap.mmap(-1, PAGE, flags=flags)
-        self._map[:] = bytes(PAGE)
+        self._map = mmap.mmap(-1, PAGE_SIZE, flags=flags)
+        self._map[:] = bytes(PAGE_SIZE)
         self.va = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         # Best effort: a page that moves all the same is noticed, as its frame is asked for again.
-        _libc.mlock(ctypes.c_void_p(self.va), ctypes.c_size_t(PAGE))
+        _libc.mlock(ctypes.c_void_p(self.va), ctypes.c_size_t(PAGE_SIZE))
 
     def close(self) -> None:
         self._map.close()

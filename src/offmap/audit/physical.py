@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from offmap.audit.intervals import Intervals, cut, distinct
 from offmap.audit.reach import Kind, PhysicalCell, PhysicalMap
 from offmap.audit.verdict import Judged
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["physical_map"]
 
-PAGE = 4096
 _CELLS = 4096  # as many can still be looked at one by one
 _KINDS = tuple(Kind)
 
@@ -47,7 +47,7 @@ def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _C
         mask = int(np.bitwise_or.reduce(masks))
         pfn = base + int(place[first]) * bucket
         found.append(_cell(pfn, bucket, int(counts.sum()), mask, judged, masks, counts))
-    return PhysicalMap(tuple(ram), tuple(found), bucket * PAGE)
+    return PhysicalMap(tuple(ram), tuple(found), bucket * PAGE_SIZE)
 
 
 def _once(pfn: Ints, pages: Ints, reached: NDArray[np.uint32]) -> tuple[Ints, Ints, NDArray[np.uint32]]:
@@ -84,8 +84,8 @@ def _cell(
     direct, alias = masks & judged.DIRECT != 0, masks & ~judged.DIRECT != 0
     mapped = int(counts[masks != 0].sum())
     return PhysicalCell(
-        pa=pfn * PAGE,
-        bytes=pages * PAGE,
+        pa=pfn * PAGE_SIZE,
+        bytes=pages * PAGE_SIZE,
         guest_pages=guest,
         direct_map_pages=int(counts[direct].sum()),
         alias_pages=int(counts[alias].sum()),

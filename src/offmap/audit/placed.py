@@ -34,11 +34,11 @@ from offmap.audit.pageflags import (
     PageFlags,
 )
 from offmap.audit.regions import KERNEL_TEXT, MODULES, VMALLOC, Layout
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["Look", "Owner", "Placer", "Sort", "sort_of"]
 
-PAGE = 4096
-_THREAD_SIZE = 4 * PAGE  # arch/x86/include/asm/page_64_types.h, without KASAN
+_THREAD_SIZE = 4 * PAGE_SIZE  # arch/x86/include/asm/page_64_types.h, without KASAN
 _MOST_NAMED = 1 << 10  # pages whose owners are looked up one by one
 
 
@@ -213,7 +213,7 @@ class Placer:
     def _aliased(self, frame: int, regions: Collection[str]) -> list[int]:
         """Addresses outside the direct map that the kernel has this page at, in these regions."""
         runs: NDArray[np.void] = self.mappings.aliases
-        pa = np.uint64(frame * PAGE)
+        pa = np.uint64(frame * PAGE_SIZE)
         here = runs[(runs["pa"] <= pa) & (pa < runs["pa"] + runs["bytes"])]
         addresses = (here["va"] + (pa - here["pa"])).tolist()
         return [va for va in addresses if self.layout.name(va) in regions]

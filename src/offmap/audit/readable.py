@@ -20,10 +20,9 @@ from offmap.audit.kcore import Segment
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.pageflags import PageFlags
 from offmap.errors import Undetermined
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["Piece", "clip", "frames_of", "ioremap_areas", "read_plan", "union", "zero_filled_intervals"]
-
-PAGE = 4096
 
 
 class Piece(NamedTuple):
@@ -76,9 +75,9 @@ def zero_filled_intervals(flags: PageFlags, ram: Sequence[tuple[int, int]]) -> l
     """Physical ranges of RAM that kcore gives zeroes for."""
     found = []
     for start, end in ram:
-        bad = flags.zero_filled_range(start // PAGE, (end - start) // PAGE)
+        bad = flags.zero_filled_range(start // PAGE_SIZE, (end - start) // PAGE_SIZE)
         edges = np.flatnonzero(np.diff(np.concatenate(([False], bad, [False])).astype(np.int8)))
-        found += [(start + int(a) * PAGE, start + int(b) * PAGE) for a, b in edges.reshape(-1, 2)]
+        found += [(start + int(a) * PAGE_SIZE, start + int(b) * PAGE_SIZE) for a, b in edges.reshape(-1, 2)]
     return union(found)
 
 

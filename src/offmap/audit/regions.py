@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from offmap.audit.kcore import Segment
 from offmap.audit.reach import Kind
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo
+from offmap.uapi.page import PAGE_MASK
 
 __all__ = ["CPU_ENTRY_AREA", "DIRECT_MAP", "FIXMAP", "KERNEL_TEXT", "MODULES", "VMALLOC", "VMEMMAP", "Layout"]
 
@@ -144,7 +145,7 @@ class Layout:
         large = [s for s in segments if s.pa is None and s.va < _VADDR_END and s.size >= 16 << 40]
         moved = page_offset_base != fixed.direct_map
         if large:
-            vmalloc, vmalloc_end = large[0].va, large[0].va + large[0].size + 1 & -4096
+            vmalloc, vmalloc_end = large[0].va, large[0].va + large[0].size + 1 & PAGE_MASK
         else:
             vmalloc = info.vmalloc_start or fixed.vmalloc
             vmalloc_end = vmalloc + fixed.vmalloc_end - fixed.vmalloc

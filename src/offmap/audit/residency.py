@@ -21,10 +21,10 @@ from offmap.audit import pagemap
 from offmap.audit.maps import Mapping
 from offmap.audit.process import Process
 from offmap.errors import Undetermined
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["Backing", "allocated_bytes", "backing_of", "link", "open_backing", "resident_frames"]
 
-PAGE = 4096
 _SYS_PIDFD_GETFD = 438  # arch/x86/entry/syscalls/syscall_64.tbl
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -130,18 +130,18 @@ def resident_frames(
     resident = np.zeros(pages, dtype=np.bool_)
     # MAP_NORESERVE: a hugetlb file must not lose huge pages to our reservation.
     flags = mmap.MAP_SHARED | _MAP_NORESERVE
-    with mmap.mmap(fd, pages * PAGE, flags=flags, prot=mmap.PROT_READ, offset=offset) as view:
+    with mmap.mmap(fd, pages * PAGE_SIZE, flags=flags, prot=mmap.PROT_READ, offset=offset) as view:
         # A read-only mmap exports no writable buffer, so its address is asked of numpy, which does not keep it.
         address = int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
         vector = np.zeros(pages, dtype=np.uint8)
         if _libc.mincore(
-            ctypes.c_void_p(address), ctypes.c_size_t(pages * PAGE), vector.ctypes.data_as(ctypes.c_void_p)
+            ctypes.c_void_p(address), ctypes.c_size_t(pages * PAGE_SIZE), vector.ctypes.data_as(ctypes.c_void_p)
         ):
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error))
         here = np.flatnonzero((vector & 1 != 0) & wanted)
         for index in here.tolist():
-            view[index * PAGE]
+            view[index * PAGE_SIZE]
         own = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
             entries = pagemap.read_pagemap(own, address, pages)
@@ -159,7 +159,7 @@ def resident_frames(
 def _data(fd: int, offset: int, pages: int) -> NDArray[np.bool_]:
     """Which pages lie in data rather than in a hole of the file."""
     data = np.zeros(pages, dtype=np.bool_)
-    position, end = offset, offset + pages * PAGE
+    position, end = offset, offset + pages * PAGE_SIZE
     while position < end:
         try:
             start = os.lseek(fd, position, os.SEEK_DATA)
@@ -168,5 +168,5 @@ def _data(fd: int, offset: int, pages: int) -> NDArray[np.bool_]:
                 break
             raise  # it cannot be asked, which is not the same as a hole
         position = os.lseek(fd, start, os.SEEK_HOLE)
-        data[max(start - offset, 0) // PAGE : max(-(-(position - offset) // PAGE), 0)] = True
+        data[max(start - offset, 0) // PAGE_SIZE : max(-(-(position - offset) // PAGE_SIZE), 0)] = True
     return data

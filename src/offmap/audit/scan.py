@@ -29,10 +29,10 @@ from offmap.audit.regions import Layout
 from offmap.audit.search import Found, Lane, Pattern, Read, Seams, buffer_size, search
 from offmap.audit.secret import Secret
 from offmap.errors import Undetermined
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["Place", "ScanResult", "Wanted", "canary_pattern", "default_threads", "scan_memory", "secret_pattern"]
 
-PAGE = 4096
 _THREADS = 2  # one reader rarely fills a memory channel; a host in use has better things to do than more of them
 
 _MOST_PLACES = 1 << 14  # of a secret; nobody reads a longer list
@@ -165,17 +165,17 @@ class _Scan:
 
     def canaries(self, key: CanaryKey) -> dict[Canary, list[Place]]:
         control_key = new_key()
-        with pagemap.OwnPage() as control, LockedBuffer(PAGE) as prefix:
+        with pagemap.OwnPage() as control, LockedBuffer(PAGE_SIZE) as prefix:
             control.write(make_canary(control_key, 0))
             pattern = canary_pattern(prefix, (key, control_key))
             hits, own = self._search(pattern)
             frame = control.pfn()
-            _check_control(any(what[0] == control_key and hit.pa // PAGE == frame for hit, what in hits))
+            _check_control(any(what[0] == control_key and hit.pa // PAGE_SIZE == frame for hit, what in hits))
             # Where a VMM audits itself, the guest's pages are its own.
             kept = [
                 (hit, what[1])
                 for hit, what in hits
-                if what[0] == key and (hit.pa // PAGE in self.guest or hit.pa // PAGE not in own)
+                if what[0] == key and (hit.pa // PAGE_SIZE in self.guest or hit.pa // PAGE_SIZE not in own)
             ]
             places = self._places([hit for hit, _ in kept], pattern)
         found: dict[Canary, list[Place]] = {}
@@ -189,8 +189,8 @@ class _Scan:
         hits, own = self._search(pattern, Seams(*self.guest.seams(), secret.view))
         # The page that holds the secret for us is the positive control: its bytes stand nowhere but there.
         control = frames_at(secret.va, 1)
-        _check_control(any(hit.pa // PAGE in control for hit, _ in hits))
-        kept = [hit for hit, _ in hits if hit.pa // PAGE in self.guest or hit.pa // PAGE not in own]
+        _check_control(any(hit.pa // PAGE_SIZE in control for hit, _ in hits))
+        kept = [hit for hit, _ in hits if hit.pa // PAGE_SIZE in self.guest or hit.pa // PAGE_SIZE not in own]
         return self._places(kept, pattern, secret)
 
     def _search(self, pattern: Pattern[T], seams: Seams | None = None) -> tuple[list[tuple[Found, T]], set[int]]:
@@ -205,7 +205,7 @@ class _Scan:
     def _places(self, hits: Sequence[Found], pattern: Pattern[Any], secret: Secret | None = None) -> list[Place]:
         """What the pages are that these were found in."""
         # First of all: what comes after takes memory, and free pages among these would go for it.
-        looks = self.placer.look({hit.pa // PAGE for hit in hits})
+        looks = self.placer.look({hit.pa // PAGE_SIZE for hit in hits})
         gone = self._gone(hits, pattern)
         owners = self.placer.owners(looks)
         source = secret.file_frames() if secret is not None else set()
@@ -214,10 +214,10 @@ class _Scan:
                 hit.va,
                 hit.pa,
                 self.layout.name(hit.va),
-                hit.pa // PAGE in self.guest,
-                Owner(Sort.GONE) if hit in gone else owners[hit.pa // PAGE].at(hit.pa % PAGE),
+                hit.pa // PAGE_SIZE in self.guest,
+                Owner(Sort.GONE) if hit in gone else owners[hit.pa // PAGE_SIZE].at(hit.pa % PAGE_SIZE),
                 hit.pa2,
-                hit.pa // PAGE in source,
+                hit.pa // PAGE_SIZE in source,
             )
             for hit in hits
         ]
@@ -225,13 +225,13 @@ class _Scan:
     def _gone(self, hits: Iterable[Found], pattern: Pattern[Any]) -> set[Found]:
         """Look again. The guest's own pages may change at any time: what was read there was read."""
         gone = set()
-        with LockedBuffer(pattern.span + PAGE) as buffer:
+        with LockedBuffer(pattern.span + PAGE_SIZE) as buffer:
             data = buffer.view[: pattern.span]
             for hit in hits:
-                if hit.pa2 is not None or hit.pa // PAGE in self.guest:
+                if hit.pa2 is not None or hit.pa // PAGE_SIZE in self.guest:
                     continue
                 # Something else into the kernel's bounce buffer first, lest it be this buffer that is looked at.
-                self.reads[0](self.mappings.direct_map_base + self.kcore.ram[0][0], buffer.view[:PAGE])
+                self.reads[0](self.mappings.direct_map_base + self.kcore.ram[0][0], buffer.view[:PAGE_SIZE])
                 self.reads[0](hit.va, data)
                 if pattern.match(data) is None:
                     gone.add(hit)
@@ -284,6 +284,6 @@ def scan_memory(
         else:
             result.found = scan.canaries(wanted)
     _, never = clip([Piece(0, start, end - start) for start, end in frames_of(unread)], frames_of(readable))
-    result.frames_unread = sum(piece.bytes for piece in never) // PAGE
+    result.frames_unread = sum(piece.bytes for piece in never) // PAGE_SIZE
     result.seconds = time.monotonic() - started
     return result

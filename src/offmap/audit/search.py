@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from offmap.audit.own_memory import LockedBuffer
 from offmap.audit.readable import Piece
 from offmap.errors import OffmapError
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["Found", "Lane", "Pattern", "Read", "Seams", "buffer_size", "search"]
 
-PAGE = 4096
 _BUFFER = 2 << 20  # with smaller ones two threads spend their time on handing each other the interpreter's lock
 _ANCHOR = 64  # memmem's fast path ends at 256 bytes; longer anchors skip no more
 
@@ -56,7 +56,7 @@ class Lane:
 
 def buffer_size(span: int) -> int:
     """Bytes that the buffer of a Lane must have, for a pattern of ``span`` bytes."""
-    return _BUFFER + -(-span // PAGE) * PAGE + PAGE
+    return _BUFFER + -(-span // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
 
 
 class Found(NamedTuple):
@@ -245,17 +245,17 @@ def _within(readable: Sequence[Piece], starts: Sequence[int], va: int, size: int
 
 def _edges(data: memoryview, pa: int, seams: Seams, found: set[int]) -> None:
     """Note the seams that may have the pattern across them, by what stands at the edges of these whole pages."""
-    if (pa | len(data)) % PAGE:
+    if (pa | len(data)) % PAGE_SIZE:
         return  # a piece that a segment of kcore cuts within a page; the guest's pages are whole
-    first, last = pa // PAGE, (pa + len(data)) // PAGE
+    first, last = pa // PAGE_SIZE, (pa + len(data)) // PAGE_SIZE
     length, half = len(seams.secret), len(seams.secret) // 2
-    pages = np.frombuffer(data, dtype=np.uint8).reshape(-1, PAGE)
-    width = min(length - 1, PAGE)
+    pages = np.frombuffer(data, dtype=np.uint8).reshape(-1, PAGE_SIZE)
+    width = min(length - 1, PAGE_SIZE)
     # With at least half of it in the first page, its first half is all there; else its second half is in the second.
     low, high = np.searchsorted(seams.first, [first, last])
     if high > low:
         rows = (seams.first[low:high] - np.uint64(first)).astype(np.intp)
-        edges = np.ascontiguousarray(pages[rows, PAGE - width :])
+        edges = np.ascontiguousarray(pages[rows, PAGE_SIZE - width :])
         found.update((low + row) for row in _rows(edges, seams.secret[: max(half, 1)]))
     low, high = np.searchsorted(seams.second_sorted, [first, last])
     if high > low:
@@ -294,11 +294,11 @@ def _join_seams(
                 return va + pa - start
         return None
 
-    span, width = pattern.span, min(pattern.span - 1, PAGE)
+    span, width = pattern.span, min(pattern.span - 1, PAGE_SIZE)
     buffer = lane.buffer
     for index in candidates:
-        end = (int(seams.first[index]) + 1) * PAGE
-        second = int(seams.second[index]) * PAGE
+        end = (int(seams.first[index]) + 1) * PAGE_SIZE
+        second = int(seams.second[index]) * PAGE_SIZE
         before, after = address(end - width), address(second)
         if before is None or after is None:
             continue  # one of the two is not to be read: then the kernel does not have the whole of it

@@ -14,10 +14,9 @@ from offmap.audit.oracle import Lookups, OracleResult, Sample, ask_oracle
 from offmap.audit.process import Process
 from offmap.audit.regions import Layout
 from offmap.audit.walk import walk_kernel_half
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["second_opinion"]
-
-PAGE = 4096
 
 
 def second_opinion(
@@ -38,7 +37,7 @@ def second_opinion(
     info = kcore.vmcoreinfo
 
     def frame(va: int) -> int | None:
-        found = resolve(process, [RamRange(va, PAGE, Source.REQUESTED)], kcore.page_flags)
+        found = resolve(process, [RamRange(va, PAGE_SIZE, Source.REQUESTED)], kcore.page_flags)
         return int(found.pfn[0]) if found.state[0] == POPULATED else None
 
     def walk() -> KernelMappings:

@@ -10,12 +10,12 @@ import numpy as np
 from offmap.audit.own_memory import LockedBuffer, frames_at
 from offmap.errors import KernelError, OffmapError
 from offmap.owned import Owned
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["LONGEST", "SHORTEST", "Secret", "parse_secret"]
 
-PAGE = 4096
 SHORTEST: Final = 8  # by chance, fewer bytes stand somewhere in any few GiB
-LONGEST: Final = PAGE
+LONGEST: Final = PAGE_SIZE
 _FORMS = "text:WORDS, hex:DIGITS, file:PATH, or - for standard input"
 _DISTINCT = 4  # a row of zeroes stands everywhere
 
@@ -43,7 +43,7 @@ class Secret(Owned):
             )
         self.length = len(data)
         self._fd = None if fd is None else os.dup(fd)
-        self._buffer = LockedBuffer(PAGE)
+        self._buffer = LockedBuffer(PAGE_SIZE)
         self._buffer.view[: self.length] = data
 
     @property
@@ -62,9 +62,9 @@ class Secret(Owned):
             return set()
         try:
             with mmap.mmap(self._fd, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as view:
-                pages = -(-len(view) // PAGE)
+                pages = -(-len(view) // PAGE_SIZE)
                 for page in range(pages):
-                    view[page * PAGE]
+                    view[page * PAGE_SIZE]
                 # A read-only mmap exports no writable buffer, so its address is asked of numpy, which does not keep it.
                 return frames_at(int(np.frombuffer(view, dtype=np.uint8).ctypes.data), pages)
         except (OSError, ValueError):
@@ -111,7 +111,7 @@ def parse_secret(text: str) -> Secret:
 def _read(fd: int, name: str) -> Secret:
     """Read a secret, through no buffer but a locked one."""
     status = os.fstat(fd)
-    with LockedBuffer(LONGEST + PAGE) as buffer:
+    with LockedBuffer(LONGEST + PAGE_SIZE) as buffer:
         size = 0
         try:
             while size <= LONGEST + 1 and (got := os.readv(fd, [buffer.view[size : LONGEST + 2]])):

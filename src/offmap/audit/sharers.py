@@ -22,10 +22,10 @@ from offmap.audit.process import NoSuchProcess, Process
 from offmap.audit.reach import Sharer, Sharing
 from offmap.audit.verdict import Judged
 from offmap.errors import Undetermined
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["count_sharing", "name_sharers", "sharing_of"]
 
-PAGE = 4096
 _WINDOW = 1 << 17  # frames counted, and pages looked at, at once
 
 Ints = NDArray[np.int64]
@@ -183,8 +183,8 @@ def _pages_of(process: Process, guest: Intervals, files: set[File], same_file: b
 
 def _present(process: Process, start: int, end: int) -> Iterator[Ints]:
     """Frames of the present pages of an address range, a window at a time."""
-    for va in range(start, end, _WINDOW * PAGE):
-        entries = pagemap.read_pagemap(process.pagemap, va, min(_WINDOW, (end - va) // PAGE))
+    for va in range(start, end, _WINDOW * PAGE_SIZE):
+        entries = pagemap.read_pagemap(process.pagemap, va, min(_WINDOW, (end - va) // PAGE_SIZE))
         yield pagemap.pfn(entries[pagemap.present(entries)]).astype(np.int64)
 
 

@@ -17,10 +17,10 @@ from offmap.audit.kinds import Kinds
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.reach import Kind
 from offmap.errors import ExitStatus
+from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["Judged", "PageCounts", "Verdict", "classify", "excluded_ranges", "mapped_guest_ranges"]
 
-PAGE = 4096
 _CHANGED = "came, went or moved during the audit"
 
 Ints = NDArray[np.int64]
@@ -152,8 +152,8 @@ def excluded_ranges(ram: GuestRam) -> Intervals:
     for part in ram.ranges:
         if part.guest_phys_addr is not None:
             for start, size in part.excluded:
-                first = max(-(-(start - part.guest_phys_addr) // PAGE), 0)
-                last = min((start + size - part.guest_phys_addr) // PAGE, part.pages)
+                first = max(-(-(start - part.guest_phys_addr) // PAGE_SIZE), 0)
+                last = min((start + size - part.guest_phys_addr) // PAGE_SIZE, part.pages)
                 starts.append(position + first)
                 ends.append(position + max(first, last))
         position += part.pages
@@ -223,8 +223,8 @@ def _reach_sets(mappings: KernelMappings, kinds: Kinds | None) -> list[tuple[int
         if kinds is None
         else kinds.kind
     )
-    start = (mappings.runs["pa"] >> np.uint64(12)).astype(np.int64)
-    end = start + (mappings.runs["bytes"] >> np.uint64(12)).astype(np.int64)
+    start = (mappings.runs["pa"] >> PAGE_SHIFT).astype(np.int64)
+    end = start + (mappings.runs["bytes"] >> PAGE_SHIFT).astype(np.int64)
     return [(each, Intervals.union(start[code == each], end[code == each])) for each in np.unique(code).tolist()]
 
 
@@ -239,6 +239,6 @@ def mapped_guest_ranges(judged: Judged, ram: GuestRam) -> list[tuple[int, int]]:
         if part.guest_phys_addr is not None:
             low, high = np.maximum(hit.start, position), np.minimum(hit.end, position + part.pages)
             for first, end in zip(low[low < high].tolist(), high[low < high].tolist(), strict=True):
-                found.append((part.guest_phys_addr + (first - position) * PAGE, (end - first) * PAGE))
+                found.append((part.guest_phys_addr + (first - position) * PAGE_SIZE, (end - first) * PAGE_SIZE))
         position += part.pages
     return sorted(found)

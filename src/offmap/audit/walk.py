@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.mappings import RUN, KernelMappings, Span, merge_runs
+from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["REFERENCES", "PhysicalReader", "walk_kernel_half"]
 
-PAGE = 4096
 ENTRIES = 512
 # pgtable_types.h: _PAGE_PRESENT, _PAGE_RW, _PAGE_ACCESSED | _PAGE_DIRTY, _PAGE_PSE, _PAGE_NX
 _PRESENT = np.uint64(1 << 0)
@@ -30,7 +30,7 @@ _RW = np.uint64(1 << 1)
 _ACCESSED_DIRTY = np.uint64(1 << 5 | 1 << 6)
 _PSE = np.uint64(1 << 7)
 _NX = np.uint64(1 << 63)
-_PHYSICAL_MASK = (1 << 52) - PAGE  # bits 12 to 51
+_PHYSICAL_MASK = (1 << 52) - PAGE_SIZE  # bits 12 to 51
 
 _CHUNK = 256  # tables decoded at once: 1 MiB, which stays in the processor's caches
 REFERENCES = 16  # how often one table is expanded when many entries share it (espfix, KASAN's zero shadow)
@@ -95,7 +95,7 @@ class _Pass:
     def run(self, root_pa: int) -> None:
         top = np.array([root_pa & self.address_mask], dtype=np.uint64)
         # Base of the sign-extended address space: entry 256 of the top table is the first of the kernel half.
-        base = np.array([(1 << 64) - (1 << 9 * self.levels + 12)], dtype=np.uint64)
+        base = np.array([(1 << 64) - (1 << 9 * self.levels + PAGE_SHIFT)], dtype=np.uint64)
         level = _Level(top, base, np.array([True]), np.array([False]))
         for depth in range(self.levels, 0, -1):
             level = self._read_level(level, depth)
@@ -171,7 +171,7 @@ class _Pass:
     ) -> None:
         if not len(va):
             return
-        size = PAGE << 9 * (depth - 1)
+        size = PAGE_SIZE << 9 * (depth - 1)
         # In a large leaf bit 12 is PAT and the bits up to the page size are reserved: not part of the address.
         pa = entry & np.uint64(self.address_mask & -size)
         step = np.uint64(size)
@@ -196,7 +196,7 @@ class _Pass:
         self.runs.append(runs)
 
     def _give_up(self, level: _Level, depth: int, reason: str) -> None:
-        size = PAGE << 9 * depth
+        size = PAGE_SIZE << 9 * depth
         self.unreadable.extend(Span(va, size, reason) for va in level.va.tolist())
 
     def changed(self) -> list[Span]:
@@ -211,7 +211,7 @@ class _Pass:
             differs &= ((again | entries) & _PRESENT) != 0
             if depth == self.levels:
                 differs[:, : ENTRIES // 2] = False
-            size = PAGE << 9 * (depth - 1)
+            size = PAGE_SIZE << 9 * (depth - 1)
             spans += [
                 Span(int(level.va[row]) + column * size, size, f"its level {depth} entry kept changing")
                 for row, column in zip(*(part.tolist() for part in np.nonzero(differs)), strict=True)

@@ -29,6 +29,7 @@ from offmap.uapi.elf import (
     Elf64_Ehdr,
     Elf64_Phdr,
 )
+from offmap.uapi.page import PAGE_MASK
 
 __all__ = ["LoadedKernel", "check_kernel", "load_kernel", "read_into"]
 
@@ -202,7 +203,7 @@ def _load_elf(file: int, what: str, head: bytes, memory: GuestMemory, memory_map
     if any(low.p_paddr + low.p_memsz > high.p_paddr for low, high in pairwise(loads)):
         # Also keeps a small file from making us copy all of RAM a thousand times over.
         raise OffmapError(f"{what} has segments that overlap in memory", _REMEDY)
-    start = min(phdr.p_paddr for phdr in loads) & ~0xFFF
+    start = min(phdr.p_paddr for phdr in loads) & PAGE_MASK
     end = max(phdr.p_paddr + phdr.p_memsz for phdr in loads)
     memory_map.take("the guest kernel", end - start, at=start)
     for phdr in loads:

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from offmap.errors import OffmapError
 from offmap.memory.iomem import PhysicalRange, intersect, merged, subtract
 from offmap.uapi.bootparam import E820_ACPI, E820_MAX_ENTRIES_ZEROPAGE, E820_RAM, E820_RESERVED
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
 __all__ = ["ACPI_AREA", "MemoryMap"]
 
-PAGE_SIZE = 4096
 
 LOW_MEMORY_END = 0x9F000
 """Conventional memory ends here, below where a PC keeps its EBDA and VGA."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from offmap.cli.audit_output import Output, add_output_options, add_without_audit, merge, print_schema
 from offmap.cli.log import draws
 from offmap.errors import OffmapError
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import parse_size
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
-PAGE = 4096
 _MOST_THREADS = 64
 _LONGEST_WATCH = 86400 * 365  # time.sleep() does not take just any number
 
@@ -173,7 +173,7 @@ def parse_range(text: str) -> "RamRange":
         raise OffmapError(f"{text!r} is not a range", "write VA:LENGTH, like 0x7f0000000000:256M")
     size = parse_size(length)
     # The user half of 5-level page tables ends at 2^56 (Documentation/arch/x86/x86_64/mm.rst).
-    if va < 0 or size <= 0 or (va | size) % PAGE or va + size > 1 << 56:
+    if va < 0 or size <= 0 or (va | size) % PAGE_SIZE or va + size > 1 << 56:
         raise OffmapError(
             f"{text!r} is not a range of whole pages of a process",
             "give an address below 2^56 and a length above 0, both multiples of 4096",

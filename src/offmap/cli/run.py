@@ -14,6 +14,7 @@ from offmap.cli.self_audit import SelfAudit, keep_from_guest
 from offmap.errors import ExitStatus, OffmapError
 from offmap.log import Logger
 from offmap.memory.backend import BACKENDS, parse_backend
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size, parse_size
 from offmap.vmm.config import MAX_VCPUS, MachineConfig
 from offmap.vmm.machine import Machine
@@ -151,7 +152,7 @@ def _write_report(path: Path, machine: Machine, up_after: float | None) -> None:
         "vcpus": machine.config.vcpus,
         "kvm_clock": machine.config.offers_kvm_clock,
         "outcome": machine.stopped.outcome.value if machine.stopped else None,
-        "excluded_pages": sum(r.size for r in machine.excluded) // 4096,
+        "excluded_pages": sum(r.size for r in machine.excluded) // PAGE_SIZE,
         "populate_seconds": round(machine.populate_seconds, 4),
         "init_seconds": None if up_after is None else round(up_after, 4),
         "nested_pages": mapped and mapped.by_size(),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from offmap.errors import BackendRefused, ExitStatus
 from offmap.memory.backend import Backend
 from offmap.memory.iomem import PhysicalRange
+from offmap.uapi.page import PAGE_SIZE
 
 if TYPE_CHECKING:
     import subprocess  # imported where it is used: not every guest's start has to wait for it
@@ -66,7 +67,7 @@ def keep_from_guest(backend: Backend, say: Callable[[str], None]) -> Sequence[Ph
         )
     excluded = [PhysicalRange(start, start + size) for start, size in result["mapped_guest_ranges"]]
     if excluded:
-        count = sum(r.size for r in excluded) // 4096
+        count = sum(r.size for r in excluded) // PAGE_SIZE
         say(f"{count} pages of the guest's RAM are aliased in the host kernel and kept from the guest")
     return excluded
 

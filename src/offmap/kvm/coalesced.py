@@ -4,6 +4,7 @@ import mmap
 from collections.abc import Iterator
 
 from offmap.uapi.kvm import KVM_COALESCED_MMIO_MAX, KVM_COALESCED_MMIO_PAGE_OFFSET
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["CoalescedRing"]
 
@@ -23,8 +24,8 @@ class CoalescedRing:
     """
 
     def __init__(self, area: mmap.mmap | memoryview) -> None:
-        start = KVM_COALESCED_MMIO_PAGE_OFFSET * mmap.PAGESIZE
-        self._words = memoryview(area)[start : start + mmap.PAGESIZE].cast("I")
+        start = KVM_COALESCED_MMIO_PAGE_OFFSET * PAGE_SIZE
+        self._words = memoryview(area)[start : start + PAGE_SIZE].cast("I")
 
     def waiting(self) -> bool:
         """Whether there is anything to take."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from offmap.errors import KernelError
 from offmap.owned import Owned
 from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["Backing", "map_backing"]
 
@@ -31,7 +32,7 @@ class Backing(Owned):
         *,
         guest_memfd: int | None = None,
         discard: int | None = None,
-        page_size: int = mmap.PAGESIZE,
+        page_size: int = PAGE_SIZE,
         on_close: Callable[["Backing"], None] | None = None,
     ) -> None:
         self._mapping = mapping
@@ -114,7 +115,7 @@ def map_backing(
     remedy: str = "",
     guest_memfd: int | None = None,
     discard: int | None = None,
-    page_size: int = mmap.PAGESIZE,
+    page_size: int = PAGE_SIZE,
     on_close: Callable[[Backing], None] | None = None,
 ) -> Backing:
     """Map `size` bytes of `fd` (-1: anonymous memory) readable and writable.

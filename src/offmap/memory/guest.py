@@ -10,7 +10,6 @@ from offmap.owned import Owned
 
 __all__ = ["GuestAddressError", "GuestMemory", "Region", "layout"]
 
-PAGE_SIZE = 4096
 
 MMIO_HOLE_START = 3 << 30
 """RAM stops here and goes on at 4 GiB: the local APICs, the IO-APIC and virtio-mmio live between (as on a PC)."""

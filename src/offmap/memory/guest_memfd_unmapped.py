@@ -18,11 +18,12 @@ from offmap.memory.guest import GuestMemory
 from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_memfd
 from offmap.memory.populate import populate
 from offmap.memory.probe import try_out
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["GuestMemfdUnmapped", "unknown_flags"]
 
 FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
-_PROBE_SIZE = 2 * 4096  # bytes; the probe's instruction is in the second page
+_PROBE_SIZE = 2 * PAGE_SIZE  # bytes; the probe's instruction is in the second page
 _POPULATE_THREADS = 2
 
 

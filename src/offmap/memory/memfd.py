@@ -8,6 +8,7 @@ from offmap.kvm import Vm
 from offmap.memory.backend import Backend, check_host_has
 from offmap.memory.backing import Backing, map_backing
 from offmap.uapi.mman import MADV_HUGEPAGE
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["Memfd"]
 
@@ -23,9 +24,7 @@ class Memfd(Backend):
         return [backing]
 
 
-def map_memfd(
-    what: str, name: str, size: int, flags: int, remedy: str = "", *, page_size: int = mmap.PAGESIZE
-) -> Backing:
+def map_memfd(what: str, name: str, size: int, flags: int, remedy: str = "", *, page_size: int = PAGE_SIZE) -> Backing:
     """Create a memfd of `size` bytes and map it; the mapping alone keeps it.
 
     Raises:

@@ -8,6 +8,7 @@ from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.memory.slots import map_into
 from offmap.uapi.kvm import KVM_EXIT_HLT
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["run_one_instruction", "try_out"]
 
@@ -24,7 +25,7 @@ def run_one_instruction(page: Backing) -> None:
     """
     with Kvm() as kvm, kvm.create_vm() as vm:
         page.view[:1] = _HLT
-        vm.set_user_memory_region(0, _GUEST_PHYS_ADDR, 4096, page.address)
+        vm.set_user_memory_region(0, _GUEST_PHYS_ADDR, PAGE_SIZE, page.address)
         _halt(vm)
 
 

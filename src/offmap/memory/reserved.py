@@ -24,6 +24,7 @@ from offmap.memory.iomem import (
     suggest_reservation,
 )
 from offmap.memory.range_lock import RangeLock
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size, parse_size
 
 __all__ = ["Reserved", "reserved_ranges"]
@@ -35,7 +36,6 @@ _DEV_MEM_REMEDY = {
     errno.ENOENT: "use a kernel with CONFIG_DEVMEM",
 }
 _ALIGNMENT = 2 << 20  # so that a later, larger mapping of the same range can be one of whole 2M pages
-_PAGE_SIZE = 4096
 
 
 class Reserved(Backend):
@@ -57,8 +57,8 @@ class Reserved(Backend):
             raise OffmapError(
                 f"memory backend reserved has no option {next(iter(rest))!r}", "its option is base=ADDRESS"
             )
-        if base is not None and base % _PAGE_SIZE:
-            raise OffmapError(f"base={base:#x} is not the address of a page", f"use a multiple of {_PAGE_SIZE:#x}")
+        if base is not None and base % PAGE_SIZE:
+            raise OffmapError(f"base={base:#x} is not the address of a page", f"use a multiple of {PAGE_SIZE:#x}")
         return cls(base)
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
@@ -73,9 +73,9 @@ class Reserved(Backend):
         except KernelError as error:
             raise BackendRefused(error.what, _DEV_MEM_REMEDY.get(error.errno, "")) from None
         try:
-            taken = lock.take(free, size, _PAGE_SIZE if self.base is not None else _ALIGNMENT)
+            taken = lock.take(free, size, PAGE_SIZE if self.base is not None else _ALIGNMENT)
             if taken is None and self.base is None:
-                taken = lock.take(free, size, _PAGE_SIZE)
+                taken = lock.take(free, size, PAGE_SIZE)
             if taken is None:
                 raise self._refusal(ranges, lock, size)
             return [_map(taken, lock)]
@@ -112,7 +112,7 @@ def reserved_ranges() -> list[PhysicalRange]:
     ranges = subtract(ranges, parse_iomem(iomem, "System RAM"))
     if firmware := list(_firmware_ram()):
         ranges = intersect(ranges, firmware)
-    return [r for r in (r.aligned(_PAGE_SIZE) for r in ranges) if r.size]
+    return [r for r in (r.aligned(PAGE_SIZE) for r in ranges) if r.size]
 
 
 def _how_to_reserve() -> str:

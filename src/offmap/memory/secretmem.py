@@ -18,6 +18,7 @@ from offmap.memory.backing import Backing, map_backing
 from offmap.memory.populate import populate
 from offmap.memory.probe import run_one_instruction
 from offmap.uapi.mman import SYS_memfd_secret
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
 __all__ = ["POPULATE_THREADS", "Secretmem", "map_secret", "secret_file"]
@@ -140,7 +141,7 @@ def probe() -> None:
     Raises:
         BackendRefused: this kernel's GUP refuses the page.
     """
-    with secret_backing(4096) as page:
+    with secret_backing(PAGE_SIZE) as page:
         try:
             run_one_instruction(page)
         except KernelError as error:

@@ -4,6 +4,7 @@ from offmap.audit.changes import Change, Changes, Difference
 from offmap.audit.reach import Kind
 from offmap.report.decode import plain
 from offmap.report.text import KIND_NAMES
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
 __all__ = ["render_changes"]
@@ -17,9 +18,9 @@ def render_changes(changes: Changes) -> list[str]:
     for what in sorted(changes.pages, key=_URGENCY.index):
         listed = [change for change in changes.listed if change.what is what]
         lines += [_line(change) for change in listed[:_SHOWN]]
-        shown = sum(change.bytes for change in listed[:_SHOWN]) // 4096
+        shown = sum(change.bytes for change in listed[:_SHOWN]) // PAGE_SIZE
         if rest := changes.pages[what] - shown:
-            lines.append(f"  {what.value:<12} {rest} more pages ({format_size(rest * 4096)})")
+            lines.append(f"  {what.value:<12} {rest} more pages ({format_size(rest * PAGE_SIZE)})")
     return [plain(line) for line in lines]
 
 

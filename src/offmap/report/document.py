@@ -12,7 +12,6 @@ from offmap.report.scan_document import Oracle, Scan
 
 __all__ = [
     "DIRECT_MAP",
-    "PAGE",
     "Cell",
     "Host",
     "Mapping",
@@ -25,7 +24,6 @@ __all__ = [
     "Walk",
 ]
 
-PAGE = 4096
 DIRECT_MAP = "direct_map"  # audit.reach.Kind
 
 

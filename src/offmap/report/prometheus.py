@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 from offmap.audit.verdict import Verdict
-from offmap.report.document import PAGE, NotAudited, Vm
+from offmap.report.document import NotAudited, Vm
 from offmap.report.hosts import TIME, HostReport, worst
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["LISTED", "render_prometheus"]
 
@@ -126,10 +127,10 @@ def _of_vms(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Famil
             labels = _vm_labels(vm, label)
             verdict.verdict(vm.verdict, labels)
             for state, pages in _states(vm).items():
-                ram.add(pages * PAGE, {**labels, "state": state})
-            direct.add(vm.pages.direct_map_pages * PAGE, labels)
+                ram.add(pages * PAGE_SIZE, {**labels, "state": state})
+            direct.add(vm.pages.direct_map_pages * PAGE_SIZE, labels)
             for region, pages in list(vm.alias_pages_by_region.items())[:_REGIONS]:
-                alias.add(pages * PAGE, {**labels, "region": region})
+                alias.add(pages * PAGE_SIZE, {**labels, "region": region})
             if vm.pages.canaries_found is not None:
                 canaries.add(vm.pages.canaries_found, labels)
         omitted.add(len(audited) + len(failures) - min(len(audited), room) - min(len(failures), LISTED), label)

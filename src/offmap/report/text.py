@@ -4,9 +4,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from offmap.audit.verdict import Verdict
-from offmap.report.document import DIRECT_MAP, PAGE, Mapping, Vm
+from offmap.report.document import DIRECT_MAP, Mapping, Vm
 from offmap.report.hosts import GRAVITY, HostReport, worst
 from offmap.report.scan_document import Place, Scan
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
 __all__ = ["KIND_NAMES", "fleet_line", "render_fleet", "render_vm", "state_names", "verdict_line"]
@@ -143,7 +144,7 @@ def render_vm(vm: Vm, color: bool = False) -> str:
 
 
 def _row(name: str, pages: int, remark: str = "") -> str:
-    return f"  {name:<20} {pages:>10} pages  {format_size(pages * PAGE):>10}  {remark}".rstrip()
+    return f"  {name:<20} {pages:>10} pages  {format_size(pages * PAGE_SIZE):>10}  {remark}".rstrip()
 
 
 def _remark(vm: Vm, state: str) -> str:
@@ -163,13 +164,14 @@ def _mapped_by(vm: Vm) -> list[str]:
     lines = ["", f"  {'mapped by':<20} {'pages':>10}  {'size':>10}  of pages  rights  ranges"]
     if pages.direct_map_pages and not any(total.kind == DIRECT_MAP for total in vm.reach):
         lines.append(
-            f"  {'direct map':<20} {pages.direct_map_pages:>10}  {format_size(pages.direct_map_pages * PAGE):>10}"
+            f"  {'direct map':<20} {pages.direct_map_pages:>10}  {format_size(pages.direct_map_pages * PAGE_SIZE):>10}"
         )
     for total in vm.reach[:_SHOWN]:
         rights = f"r{'w' if total.writable else '-'}{'x' if total.executable else '-'}"
         lines.append(
             f"  {KIND_NAMES.get(total.kind, total.region)[:20]:<20} {total.pages:>10}  "
-            f"{format_size(total.pages * PAGE):>10}  {format_size(total.page_size):<8}  {rights:<6}  {total.ranges:>6}"
+            f"{format_size(total.pages * PAGE_SIZE):>10}  {format_size(total.page_size):<8}  "
+            f"{rights:<6}  {total.ranges:>6}"
         )
         if total.caller:
             lines += _wrapped("", f"by {total.caller}", indent="      ")
@@ -214,7 +216,7 @@ def render_fleet(reports: Sequence[HostReport], color: bool = False) -> str:
         for vm in sorted(report.vms, key=lambda vm: GRAVITY.index(vm.verdict), reverse=True):
             states = vm.pages_by_state
             sizes = (vm.pages.ram_pages, states["exposed"], states["unknown"])
-            figures = " ".join(f"{format_size(pages * PAGE):>9}" for pages in sizes)
+            figures = " ".join(f"{format_size(pages * PAGE_SIZE):>9}" for pages in sizes)
             lines.append(_fleet_row(report, vm.process, vm.pid, vm.verdict, figures, by_host, color))
         for failure in report.not_audited:
             unseen = " ".join(f"{'-':>9}" for _ in range(3))

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from offmap.audit.verdict import Verdict
-from offmap.report.document import DIRECT_MAP, PAGE, Mapping, Vm
+from offmap.report.document import DIRECT_MAP, Mapping, Vm
 from offmap.report.physmap import look_of_kind
 from offmap.report.text import KIND_NAMES, state_names, verdict_line
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
 __all__ = ["NOTES", "View", "mapping_view", "notes_of", "reasons_of", "secrets_of", "size_of", "vm_view"]
@@ -19,7 +20,7 @@ View = dict[str, Any]
 
 def size_of(pages: int) -> str:
     """Their bytes, for people."""
-    return format_size(pages * PAGE)
+    return format_size(pages * PAGE_SIZE)
 
 
 def reasons_of(vm: Vm) -> list[str]:

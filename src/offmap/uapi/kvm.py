@@ -7,6 +7,7 @@ offsets and numbers with the installed headers where those are new enough to hav
 from ctypes import Structure, Union, c_int, c_int16, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 
 from offmap.uapi.ioctl import io, ior, iow, iowr
+from offmap.uapi.page import PAGE_SIZE
 
 KVMIO = 0xAE
 KVM_API_VERSION = 12
@@ -166,7 +167,7 @@ class kvm_coalesced_mmio_ring(Structure):
     _fields_ = [("first", c_uint32), ("last", c_uint32)]
 
 
-KVM_COALESCED_MMIO_MAX = (4096 - sizeof(kvm_coalesced_mmio_ring)) // sizeof(kvm_coalesced_mmio)
+KVM_COALESCED_MMIO_MAX = (PAGE_SIZE - sizeof(kvm_coalesced_mmio_ring)) // sizeof(kvm_coalesced_mmio)
 
 
 class kvm_pit_config(Structure):

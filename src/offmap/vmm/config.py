@@ -8,6 +8,7 @@ from offmap.devices.virtio.device import DeviceSpec
 from offmap.errors import OffmapError
 from offmap.memory.backend import Backend
 from offmap.memory.iomem import PhysicalRange
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 from offmap.vmm.pvclock import is_safe_on_hidden_memory
 
@@ -17,7 +18,6 @@ MAX_VCPUS = 16
 MAX_MEMORY = (
     1 << 40
 )  # what the E820 map and the boot page tables are tested for, and more than any host of today's fleet
-_PAGE_SIZE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class MachineConfig:
     vet: Callable[[], Sequence[PhysicalRange]] = tuple
 
     def __post_init__(self) -> None:
-        if not 0 < self.memory_size <= MAX_MEMORY or self.memory_size % _PAGE_SIZE:
+        if not 0 < self.memory_size <= MAX_MEMORY or self.memory_size % PAGE_SIZE:
             raise OffmapError(
                 f"a guest cannot have {format_size(self.memory_size)} of RAM",
                 f"give --memory-size a whole number of pages up to {format_size(MAX_MEMORY)}, like 256M",

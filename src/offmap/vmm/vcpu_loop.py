@@ -6,7 +6,6 @@ the exit that a guest makes by far the most, one byte at a port, is answered by 
 look-up and the device's own method. Everything else takes the long way round.
 """
 
-import mmap
 import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from offmap.devices.bus import MmioBus, PioBus
 from offmap.errors import KernelError, OffmapError
 from offmap.kvm import Vcpu
 from offmap.uapi import kvm as uapi
+from offmap.uapi.page import PAGE_MASK, PAGE_SIZE
 from offmap.vmm.outcome import Outcome, Stop
 
 __all__ = ["ExitCounts", "VcpuLoop"]
@@ -37,7 +37,7 @@ _MMIO_DATA_OFFSET = 40
 _IMMEDIATE_EXIT_OFFSET = 1
 _IO_WORD = struct.Struct("<BBHI")  # io.direction, .size, .port, .count, as one 64-bit word
 _IO_WORD_INDEX = _EXIT_UNION_OFFSET // 8
-_PIO_DATA_OFFSET = uapi.KVM_PIO_PAGE_OFFSET * mmap.PAGESIZE  # what io.data_offset is where count is 1
+_PIO_DATA_OFFSET = uapi.KVM_PIO_PAGE_OFFSET * PAGE_SIZE  # what io.data_offset is where count is 1
 _SIZES: Mapping[int, struct.Struct] = {1: struct.Struct("<B"), 2: struct.Struct("<H"), 4: struct.Struct("<I")}
 
 _MOST_COUNTS = 1 << 14  # different MMIO pages and ports; beyond them MMIO is counted as one
@@ -139,7 +139,7 @@ class VcpuLoop:
         self._delivery_exits = 0  # it gets on
         address, data, length, is_write = _EXIT_MMIO.unpack_from(self.vcpu.area, _EXIT_UNION_OFFSET)
         if self._counts is not None:
-            key = ("mmio", address & ~0xFFF, "out" if is_write else "in")
+            key = ("mmio", address & PAGE_MASK, "out" if is_write else "in")
             # A guest may touch a page of every address there is: a count of each would be the host's memory gone.
             if key not in self._counts and len(self._counts) >= _MOST_COUNTS:
                 key = ("mmio elsewhere", 0, key[2])

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmap.boot.memory_map import ACPI_AREA, HIGH_MEMORY_START, LOW_MEMORY_END, PAGE_SIZE, MemoryMap
+from offmap.boot.memory_map import ACPI_AREA, HIGH_MEMORY_START, LOW_MEMORY_END, MemoryMap
 from offmap.errors import OffmapError
 from offmap.memory.iomem import PhysicalRange
 from offmap.uapi.bootparam import E820_ACPI, E820_RAM, E820_RESERVED
+from offmap.uapi.page import PAGE_SIZE
 
 MIB = 1 << 20
 FIRST_PAGE = HIGH_MEMORY_START // PAGE_SIZE

@@ -16,13 +16,13 @@ from offmap.errors import OffmapError
 from offmap.kvm import Kvm, Vm
 from offmap.memory.backend import parse_backend
 from offmap.uapi.mman import MADV_POPULATE_WRITE
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["PAIRS", "RATES", "Rate", "by_turns", "exit_counts", "exits", "populate", "rates"]
 
 PAIRS = 5
 """Of each: fewer would say nothing of the spread."""
 
-PAGE = 4096
 _SECRET_SIZE = 32 << 20  # where the direct map is changed page by page, which takes its time
 _SIZE = 128 << 20  # a memory block of a small host, which is what `unplugged` takes at least
 _PAGE_BY_PAGE = ("secretmem", "secretmem-bridge", "guest_memfd-unmapped")
@@ -69,8 +69,8 @@ def _populate_once(vm: Vm, name: str, size: int) -> float:
         for backing in backings:
             # Frames and page-table entries in one call where the kernel can (not of secret memory, nor PFNMAP).
             backing.madvise(MADV_POPULATE_WRITE)
-            np.frombuffer(backing.view, dtype=np.uint8)[::PAGE] = 0
-        return round((monotonic() - started) / (size // PAGE) * 1e6, 4)
+            np.frombuffer(backing.view, dtype=np.uint8)[::PAGE_SIZE] = 0
+        return round((monotonic() - started) / (size // PAGE_SIZE) * 1e6, 4)
     finally:
         for backing in backings:
             backing.close()

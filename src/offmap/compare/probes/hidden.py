@@ -23,6 +23,7 @@ from offmap.compare.probes.asker import measured, no, undetermined, yes
 from offmap.compare.probes.host_kernel import host_memory_kib
 from offmap.compare.probes.live_guest import LiveGuest
 from offmap.compare.questions import Answer
+from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["AFTER_BOOT", "AFTER_IO", "CANARIES", "GONE", "Secrets", "Sighting", "after_the_end", "look", "sightings"]
 
@@ -177,7 +178,8 @@ def secrets_in_frames(frames: Intervals, secrets: Secrets) -> int:
     fd = os.open("/dev/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
         for start, end in zip(frames.start.tolist(), frames.end.tolist(), strict=True):
-            with mmap.mmap(fd, (end - start) << 12, mmap.MAP_SHARED, mmap.PROT_READ, offset=start << 12) as view:
+            size = (end - start) * PAGE_SIZE
+            with mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ, offset=start * PAGE_SIZE) as view:
                 at = view.find(PREFIX)
                 while at >= 0:
                     if canary := parse_canary(view[at : at + CANARY_LENGTH], secrets.key):
@@ -251,8 +253,8 @@ def _restored(mappings: KernelMappings, frames: Intervals, memory_kib: int, owne
 def direct_frames(mappings: KernelMappings) -> Intervals:
     """The page frames that the direct map maps."""
     direct = mappings.direct
-    start: NDArray[np.int64] = (direct["pa"] >> np.uint64(12)).astype(np.int64)
-    return Intervals.union(start, start + (direct["bytes"] >> np.uint64(12)).astype(np.int64))
+    start: NDArray[np.int64] = (direct["pa"] >> PAGE_SHIFT).astype(np.int64)
+    return Intervals.union(start, start + (direct["bytes"] >> PAGE_SHIFT).astype(np.int64))
 
 
 def frames_in(frames: Intervals, others: Intervals) -> int:

@@ -21,6 +21,7 @@ from offmap.compare.questions import Answer
 from offmap.errors import KernelError, OffmapError
 from offmap.kvm import Kvm
 from offmap.memory.backend import parse_backend
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["QUESTIONS", "SIZE", "Holder", "hold"]
 
@@ -106,7 +107,7 @@ def _child(holder: Holder, secret: bytes, control: bytes, send: int) -> None:
                         said[name] = attempt(holder, view)
                     except OSError as error:
                         said[name] = {"error": str(KernelError(name, error))}
-                plain = mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                plain = mmap.mmap(-1, PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
                 for number, byte in enumerate(secret):  # byte by byte: no copy of it in between
                     view[_SECRET_AT + number] = byte ^ 0xFF
                 for number, byte in enumerate(control):

@@ -16,12 +16,12 @@ from offmap.devices.virtio.iov import part
 from offmap.devices.virtio.queue import Chain, DriverError, Queue
 from offmap.errors import KernelError
 from offmap.memory.guest import GuestMemory
+from offmap.uapi.page import PAGE_SIZE
 from offmap.uapi.virtio import balloon as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_BALLOON
 
-__all__ = ["PAGE_SIZE", "Balloon"]
+__all__ = ["Balloon"]
 
-PAGE_SIZE = 1 << uapi.VIRTIO_BALLOON_PFN_SHIFT
 _PFN = struct.Struct("<I")
 _ACTUAL = uapi.virtio_balloon_config.actual.offset
 _STAT_SIZE = uapi.VIRTIO_BALLOON_STAT.size

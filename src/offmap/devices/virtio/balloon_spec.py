@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from offmap.devices.virtio.balloon import PAGE_SIZE, Balloon
+from offmap.devices.virtio.balloon import Balloon
 from offmap.devices.virtio.device import Surroundings
 from offmap.errors import OffmapError
 from offmap.memory.backend import BACKENDS
+from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size, parse_size
 
 __all__ = ["BalloonSpec", "parse_balloon"]

@@ -19,6 +19,7 @@ from offmap.memory.iomem import PhysicalRange
 from offmap.memory.slots import DEVICE_SLOTS
 from offmap.owned import Owned
 from offmap.uapi import kvm as uapi
+from offmap.uapi.page import PAGE_SIZE
 from offmap.uapi.virtio.mmio import VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY
 
 __all__ = ["MAX_DEVICES", "VIRTIO_MMIO_BASE", "VIRTIO_MMIO_SIZE", "Place", "VirtioBus"]
@@ -26,7 +27,7 @@ __all__ = ["MAX_DEVICES", "VIRTIO_MMIO_BASE", "VIRTIO_MMIO_SIZE", "Place", "Virt
 VIRTIO_MMIO_BASE = 0xD000_0000
 """The first device's registers: in the hole below 4 GiB that no RAM is in (memory/guest.py), below the APICs."""
 
-VIRTIO_MMIO_SIZE = mmap.PAGESIZE
+VIRTIO_MMIO_SIZE = PAGE_SIZE
 
 _GSIS = (5, 6, 9, 10, 11, 3, 12, 14, *range(16, 24))
 """Inputs of the IO-APIC (24 of them) that nothing of ours uses, those first that a kernel without ACPI reaches through

@@ -29,6 +29,7 @@ from offmap.uapi.fs import (
     FALLOC_FL_ZERO_RANGE,
 )
 from offmap.uapi.mman import F_OFD_SETLK, FLOCK
+from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["SECTOR", "Disk"]
 
@@ -126,7 +127,7 @@ class Disk(Owned):
 
     def _direct_alignment(self) -> int:
         """The least alignment that direct I/O on this file takes; it differs by file system and disk, hence tried."""
-        with mmap.mmap(-1, mmap.PAGESIZE) as page, memoryview(page) as view:
+        with mmap.mmap(-1, PAGE_SIZE) as page, memoryview(page) as view:
             for size in (SECTOR, 1024, 2048):
                 try:
                     os.preadv(self.fd, [view[:size]], 0)
@@ -135,7 +136,7 @@ class Disk(Owned):
                         continue
                     raise
                 return size
-        return mmap.PAGESIZE
+        return PAGE_SIZE
 
     # --- data ---
 

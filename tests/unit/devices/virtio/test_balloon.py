@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmap.devices.virtio.balloon import PAGE_SIZE, Balloon
+from offmap.devices.virtio.balloon import Balloon
 from offmap.devices.virtio.balloon_spec import BalloonSpec, parse_balloon
 from offmap.devices.virtio.device import Surroundings
 from offmap.devices.virtio.queue import DriverError
@@ -21,6 +21,7 @@ from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.memory.memfd import map_memfd
 from offmap.memory.secretmem import Secretmem
+from offmap.uapi.page import PAGE_SIZE
 from offmap.uapi.virtio import balloon as uapi
 from offmap.uapi.virtio.ring import VRING_DESC_F_NEXT
 
