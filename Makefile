@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest
 SUITE = tests/unit tests/kvm tests/lab
 
-.PHONY: demo demo-patched compare test test-all slow setup setup-compare setup-tests setup-slow lint bench
+.PHONY: demo demo-patched compare test test-all slow setup setup-compare setup-tests setup-slow lint bench man unit
 
 demo: setup
 	.venv/bin/offmap demo
@@ -35,6 +35,10 @@ lint: setup
 	@.venv/bin/mypy --no-error-summary
 	@.venv/bin/lint-imports --no-logo >/dev/null || .venv/bin/lint-imports
 
+# What to run while working on the code: nothing boots, a minute on two idle processors.
+unit: setup-tests lint
+	@$(PYTEST) -q -n 2 tests/unit
+
 # Two files at a time, in the order of SUITE: a lab host keeps one processor busy.
 test: setup-tests lint
 	OFFMAP_NO_SKIP=1 $(PYTEST) -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(SUITE)
@@ -48,3 +52,7 @@ slow: setup-slow
 # make bench BENCH=--quick
 bench: setup
 	@for benchmark in exit_cost walk scan drgn_peer boot_time boot_login virtio_blk virtio_net populate guest_memory; do $(PYTHON) benchmarks/$$benchmark.py $(BENCH) || exit; done
+
+# The manual page, out/man/offmap.1.
+man: setup
+	@$(PYTHON) scripts/man out/man/offmap.1

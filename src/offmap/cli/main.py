@@ -4,7 +4,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -13,7 +13,7 @@ from offmap.cli.log import LogOptions, add_log_options, logging_to_stderr, split
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
 from offmap.log import ERROR, Logger
 
-__all__ = ["main"]
+__all__ = ["main", "whole_parser"]
 
 _COMMANDS = {
     "run": "run a guest on RAM of the kind you choose",
@@ -24,6 +24,7 @@ _COMMANDS = {
     "lab": "run a command in a disposable host",
     "demo": "boot guests on plain and on hidden RAM, and prove which is which",
     "compare": "compare the ways of hiding: what works, hides, breaks and costs",
+    "completion": "print the completion of a shell",
 }
 """Each is a module of offmap.cli with `add_parser`; only the one that was asked for is imported."""
 
@@ -45,7 +46,12 @@ class _Parser(argparse.ArgumentParser):
         raise _WrongUse(self.prog, message)
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
+def whole_parser() -> argparse.ArgumentParser:
+    """The parser of every command, for what is made from it: the man page, the completion of shells."""
+    return _parser(_COMMANDS)
+
+
+def _parser(commands: Container[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="offmap",
         description="KVM guests whose memory the host kernel cannot read, and the proof of it.",
@@ -54,7 +60,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"offmap {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name, summary in _COMMANDS.items():
-        if name == command:
+        if name in commands:
             import_module(f"offmap.cli.{name}").add_parser(subparsers)
         else:
             subparsers.add_parser(name, help=summary)
@@ -100,7 +106,7 @@ def _main(
                 _log_error("offmap", str(error), error)
             return ExitStatus.FAILED
         try:
-            args = _parser(command).parse_args(arguments)  # imports the command: time enough for a Ctrl-C
+            args = _parser((command or "",)).parse_args(arguments)  # imports the command: time enough for a Ctrl-C
             options.verbose, options.log_format = getattr(args, "verbose", False), getattr(args, "log_format", "text")
             status: int = args.run(args)
             sys.stdout.flush()
