@@ -19,6 +19,7 @@ import pytest
 
 from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
+from offmap.hide import Vet
 from offmap.kvm import Kvm
 from offmap.memory.anon import Anon
 from offmap.memory.backend import Backend
@@ -44,7 +45,7 @@ def monitor(payload: Callable[[str], Path], kvm: Kvm) -> Path:
 
 
 def config(kernel: Path, backend: Backend | None = None, vcpus: int = 1, size: int = 32 * MIB) -> MachineConfig:
-    return MachineConfig(BootSource(kernel, None, ""), backend or Anon(), size, vcpus)
+    return MachineConfig(BootSource(kernel, None, ""), backend or Anon(), size, vcpus, vetting=Vet())
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -133,8 +134,8 @@ def test_a_machine_that_cannot_be_made_leaves_nothing(tmp_path: Path, monitor: P
         config(kernel),  # found out after everything has been made
         config(monitor, size=4096),
         config(monitor, Memfd(), size=1 << 40),
-        MachineConfig(BootSource(monitor, tmp_path / "none", ""), Anon(), 32 * MIB),
-        MachineConfig(BootSource(monitor, small, "x" * 3000), Anon(), 32 * MIB),
+        MachineConfig(BootSource(monitor, tmp_path / "none", ""), Anon(), 32 * MIB, vetting=Vet()),
+        MachineConfig(BootSource(monitor, small, "x" * 3000), Anon(), 32 * MIB, vetting=Vet()),
     ]
     for one in bad:
         with pytest.raises(OffmapError) as caught:

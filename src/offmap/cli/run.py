@@ -10,11 +10,11 @@ from offmap import __version__
 from offmap.cli.boot_options import add_boot_options, boot_of, file_name
 from offmap.cli.devices import add_device_options, device_specs
 from offmap.cli.populate_progress import PopulateProgress
-from offmap.cli.self_audit import SelfAudit, keep_from_guest
+from offmap.cli.self_audit import SelfAudit
 from offmap.errors import ExitStatus, OffmapError
+from offmap.hide import Vet
 from offmap.log import Logger
 from offmap.memory.backend import BACKENDS, parse_backend
-from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size, parse_size
 from offmap.vmm.config import MAX_VCPUS, MachineConfig
 from offmap.vmm.machine import Machine
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         backend=backend,
         memory_size=parse_size(args.memory_size),
         vcpus=args.vcpus,
-        vet=lambda: keep_from_guest(backend, _say) if backend.hides and backend.may_be_aliased else (),
+        vetting=Vet(),
         kvm_clock={"auto": None, "on": True, "off": False}[args.kvm_clock],
         count_exits=args.stats or args.report is not None,
         devices=[*devices, *device_specs(args)],
@@ -148,12 +148,12 @@ def _write_report(path: Path, machine: Machine, up_after: float | None) -> None:
         "schema": "offmap-run/1",
         "offmap": __version__,
         "backend": machine.config.backend.name,
-        "ram_bytes": machine.memory.size,
+        "ram_bytes": machine.ram.memory.size,
         "vcpus": machine.config.vcpus,
         "kvm_clock": machine.config.offers_kvm_clock,
         "outcome": machine.stopped.outcome.value if machine.stopped else None,
-        "excluded_pages": sum(r.size for r in machine.excluded) // PAGE_SIZE,
-        "populate_seconds": round(machine.populate_seconds, 4),
+        **machine.ram.to_json(),
+        "populate_seconds": round(machine.ram.populate_seconds, 4),
         "init_seconds": None if up_after is None else round(up_after, 4),
         "nested_pages": mapped and mapped.by_size(),
         "exits": {" ".join((kind, f"{where:#x}", way)).strip(): n for (kind, where, way), n in counts.most_common()},
@@ -165,7 +165,7 @@ def _write_report(path: Path, machine: Machine, up_after: float | None) -> None:
 
 
 def _print_stats(machine: Machine, up_after: float | None) -> None:
-    _say(f"{format_size(machine.memory.size)} of RAM ready in {machine.populate_seconds:.3f} s")
+    _say(f"{format_size(machine.ram.memory.size)} of RAM ready in {machine.ram.populate_seconds:.3f} s")
     if up_after is not None:
         _say(f"init after {up_after:.3f} s")
     _say(f"nested page tables: {machine.mapped_pages() or 'this KVM does not tell'}")

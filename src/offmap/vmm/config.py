@@ -1,13 +1,13 @@
 """What a machine is made of, and the checks that need not build it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from offmap.boot.linux import BootSource
 from offmap.devices.virtio.device import DeviceSpec
 from offmap.errors import OffmapError
+from offmap.hide import NotAudited, Vet
 from offmap.memory.backend import Backend
-from offmap.memory.iomem import PhysicalRange
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 from offmap.vmm.pvclock import is_safe_on_hidden_memory
@@ -15,9 +15,7 @@ from offmap.vmm.pvclock import is_safe_on_hidden_memory
 __all__ = ["MAX_VCPUS", "MachineConfig"]
 
 MAX_VCPUS = 16
-MAX_MEMORY = (
-    1 << 40
-)  # what the E820 map and the boot page tables are tested for, and more than any host of today's fleet
+MAX_MEMORY = 1 << 40  # the E820 map and the boot page tables are tested for so much
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +32,8 @@ class MachineConfig:
         devices: its virtio devices, in the order in which the guest finds them, each with a name for people.
         virtio_mmio_cmdline: announce them on the kernel's command line too, for a kernel that does not look for them
             in ACPI (one that does then says, once a device, that it has found it before).
-        vet: looks at the RAM of this process, whose memory slots are published by then, before anything of the guest
-            is in it; returns the guest-physical pages to keep from the guest, or raises to refuse the RAM.
+        vetting: what to do about RAM that promises to be hidden: have it audited, or say why not. No default: nobody
+            forgets it.
 
     Raises:
         OffmapError: a value that no host could satisfy.
@@ -49,7 +47,7 @@ class MachineConfig:
     count_exits: bool = False
     devices: Sequence[tuple[str, DeviceSpec]] = ()
     virtio_mmio_cmdline: bool = False
-    vet: Callable[[], Sequence[PhysicalRange]] = tuple
+    vetting: Vet | NotAudited = field(kw_only=True)
 
     def __post_init__(self) -> None:
         if not 0 < self.memory_size <= MAX_MEMORY or self.memory_size % PAGE_SIZE:

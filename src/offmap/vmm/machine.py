@@ -23,16 +23,15 @@ from offmap.devices.serial import Serial16550A
 from offmap.devices.virtio.bus import VirtioBus
 from offmap.devices.virtio.device import Surroundings
 from offmap.errors import OffmapError
+from offmap.hide import Ram
 from offmap.kvm import Kvm, Vcpu, Vm
 from offmap.kvm.stats import MappedPages
-from offmap.memory.slots import map_into
 from offmap.owned import Owned
 from offmap.uapi import kvm as uapi
 from offmap.uapi.pc import COM1_IRQ, RTC_IRQ
 from offmap.vmm.command_line import with_machine_parameters
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.cpuid import enabled_xstate, guest_cpuid
-from offmap.vmm.memslots import publish_memslots
 from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.vcpu_loop import ExitCounts, VcpuLoop
 
@@ -71,8 +70,7 @@ class Machine(Owned):
     Attributes:
         console: the guest's first serial port.
         stopped_fd: an eventfd that becomes readable when the machine has stopped.
-        populate_seconds: how long it took to get the RAM.
-        excluded: guest-physical pages that are kept from the guest, because the host kernel maps them.
+        ram: the guest's RAM, and what is known of it.
         exit_counts: VM exits, where the config asked for them.
 
     Raises:
@@ -99,15 +97,8 @@ class Machine(Owned):
             self._vm = building.enter_context(kvm.create_vm())
             self._vm.reserve_vmx_pages()
             self._vm.create_irqchip()
-            started = time.monotonic()
-            self.memory = building.enter_context(config.backend.guest_memory(self._vm, config.memory_size))
-            self.populate_seconds = time.monotonic() - started
-            map_into(self._vm, self.memory)
-            # Published before anything of the guest is in it, so that it can be looked at first.
-            with ExitStack() as statement:
-                statement.callback(os.close, publish_memslots(self.memory, config.backend.name))
-                self.excluded = list(config.vet())
-            building.callback(os.close, publish_memslots(self.memory, config.backend.name, self.excluded))
+            self.ram = building.enter_context(Ram(config.backend, self._vm, config.memory_size, config.vetting, say))
+            memory = self.ram.memory
             vcpus = [building.enter_context(self._vm.create_vcpu(n)) for n in range(config.vcpus)]
             self._set_cpuid(kvm, vcpus)
             self.stopped_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -127,8 +118,8 @@ class Machine(Owned):
                 AbsentPit(),
             ):
                 pio.attach(device)
-            surroundings = Surroundings(self.memory, type(config.backend), self._vm, say)
-            virtio = VirtioBus(config.devices, surroundings, self.excluded, mmio, vcpus[0].area)
+            surroundings = Surroundings(memory, type(config.backend), self._vm, say)
+            virtio = VirtioBus(config.devices, surroundings, self.ram.excluded, mmio, vcpus[0].area)
             building.enter_context(virtio)
             self._loops = [VcpuLoop(vcpu, pio, mmio, self.exit_counts) for vcpu in vcpus]
 
@@ -137,14 +128,14 @@ class Machine(Owned):
             command_line = with_machine_parameters(config.source.command_line, tsc_khz, parameters)
             entry = load_linux(
                 replace(config.source, command_line=command_line),
-                self.memory,
+                memory,
                 build_tables(
                     config.vcpus,
                     [virtio_mmio(n, place.address, place.size, place.gsi) for n, place in enumerate(virtio.places)],
                 ),
-                self.excluded,
+                self.ram.excluded,
             )
-            enter_64bit(vcpus[0], self.memory, entry)
+            enter_64bit(vcpus[0], memory, entry)
             self._owned = building.pop_all()
 
     def _set_cpuid(self, kvm: Kvm, vcpus: list[Vcpu]) -> None:

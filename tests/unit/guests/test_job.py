@@ -12,6 +12,7 @@ from offmap.devices.virtio.console import ConsoleSpec
 from offmap.errors import OffmapError
 from offmap.guests import job as module
 from offmap.guests.job import MAX_COMMAND, Job
+from offmap.hide import Vet
 from offmap.lab.cpio import newc, regular
 from offmap.memory.backend import parse_backend
 from offmap.vmm.config import MachineConfig
@@ -51,7 +52,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Give a function that runs a command in a guest that says this on its status port, and ends like this."""
     initrd = tmp_path / "initrd.img"
     initrd.write_bytes(b"070701 and so on.")
-    config = MachineConfig(BootSource(tmp_path / "vmlinuz", initrd, "quiet"), parse_backend("anon"), 1 << 28)
+    config = MachineConfig(
+        BootSource(tmp_path / "vmlinuz", initrd, "quiet"), parse_backend("anon"), 1 << 28, vetting=Vet()
+    )
     monkeypatch.setattr(module, "Headless", FakeGuest)
 
     def run(command: str, says: bytes = b"", stop: Stop | None = None) -> int:

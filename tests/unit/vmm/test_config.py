@@ -9,16 +9,17 @@ import pytest
 
 from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
+from offmap.hide import Vet
 from offmap.memory.anon import Anon
 from offmap.memory.backing import map_backing
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
+from offmap.memory.memslots import publish_memslots
 from offmap.memory.reserved import Reserved
 from offmap.uapi import kvm as uapi
 from offmap.uapi.mman import MAP_NORESERVE
 from offmap.vmm import vcpu_loop
 from offmap.vmm.config import MachineConfig
-from offmap.vmm.memslots import publish_memslots
 
 SOURCE = BootSource(Path("kernel"), None, "")
 GIB = 1 << 30
@@ -27,21 +28,21 @@ GIB = 1 << 30
 @pytest.mark.parametrize("size", [0, -4096, 1, 4095, 4097, (1 << 40) + 4096, 1 << 64])
 def test_sizes_that_cannot_be(size: int) -> None:
     with pytest.raises(OffmapError, match=r"a guest cannot have .* of RAM; give --memory-size"):
-        MachineConfig(SOURCE, Anon(), size)
+        MachineConfig(SOURCE, Anon(), size, vetting=Vet())
 
 
 @pytest.mark.parametrize("vcpus", [-1, 0, 17])
 def test_vcpus_that_cannot_be(vcpus: int) -> None:
     with pytest.raises(OffmapError, match=r"a guest cannot have -?\d+ vCPUs; ask for 1 to 16"):
-        MachineConfig(SOURCE, Anon(), GIB, vcpus)
+        MachineConfig(SOURCE, Anon(), GIB, vcpus, vetting=Vet())
 
 
 def test_kvm_clock_is_for_memory_that_the_kernel_maps() -> None:
-    assert MachineConfig(SOURCE, Anon(), GIB).offers_kvm_clock
-    assert not MachineConfig(SOURCE, Anon(), GIB, kvm_clock=False).offers_kvm_clock
-    assert not MachineConfig(SOURCE, Reserved(), GIB).offers_kvm_clock
+    assert MachineConfig(SOURCE, Anon(), GIB, vetting=Vet()).offers_kvm_clock
+    assert not MachineConfig(SOURCE, Anon(), GIB, kvm_clock=False, vetting=Vet()).offers_kvm_clock
+    assert not MachineConfig(SOURCE, Reserved(), GIB, vetting=Vet()).offers_kvm_clock
     with pytest.raises(OffmapError, match="kvm-clock cannot be offered on reserved memory"):
-        MachineConfig(SOURCE, Reserved(), GIB, kvm_clock=True)
+        MachineConfig(SOURCE, Reserved(), GIB, kvm_clock=True, vetting=Vet())
 
 
 def test_memslots_are_published_as_they_are() -> None:

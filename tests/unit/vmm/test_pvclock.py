@@ -6,6 +6,7 @@ import pytest
 
 from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
+from offmap.hide import Vet
 from offmap.memory.reserved import Reserved
 from offmap.vmm import config
 from offmap.vmm.config import MachineConfig
@@ -27,9 +28,9 @@ def test_a_kernel_that_does_not_say_is_not_safe(tmp_path: Path) -> None:
 def test_it_is_offered_only_when_asked_for_and_safe(monkeypatch: pytest.MonkeyPatch, safe: bool) -> None:
     monkeypatch.setattr(config, "is_safe_on_hidden_memory", lambda: safe)
     source = BootSource(Path("kernel"), None, "")
-    assert not MachineConfig(source, Reserved(), 1 << 28).offers_kvm_clock
+    assert not MachineConfig(source, Reserved(), 1 << 28, vetting=Vet()).offers_kvm_clock
     if safe:
-        assert MachineConfig(source, Reserved(), 1 << 28, kvm_clock=True).offers_kvm_clock
+        assert MachineConfig(source, Reserved(), 1 << 28, kvm_clock=True, vetting=Vet()).offers_kvm_clock
     else:
         with pytest.raises(OffmapError, match=r"kvm-clock cannot be offered on reserved memory"):
-            MachineConfig(source, Reserved(), 1 << 28, kvm_clock=True)
+            MachineConfig(source, Reserved(), 1 << 28, kvm_clock=True, vetting=Vet())

@@ -19,6 +19,7 @@ from offmap.devices.serial import UART_IER, UART_IER_RDI, UART_LSR, UART_LSR_DR,
 from offmap.devices.virtio.console import Console
 from offmap.devices.virtio.device import Surroundings
 from offmap.errors import OffmapError
+from offmap.hide import Vet
 from offmap.kvm import Vm
 from offmap.memory.anon import Anon
 from offmap.owned import Owned
@@ -141,7 +142,7 @@ class User:
                 self.type(b"\x01x")
 
         failures: list[BaseException] = []
-        config = MachineConfig(BootSource(Path("k"), None, command_line), Anon(), 1 << 28)
+        config = MachineConfig(BootSource(Path("k"), None, command_line), Anon(), 1 << 28, vetting=Vet())
         session = under_test.Session(
             config, stdin=self.slave, stdout=self.slave, hvc=True, say=self.lines.append, on_up=up
         )

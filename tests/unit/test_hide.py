@@ -1,0 +1,118 @@
+"""RAM that promises to be hidden: nobody builds a guest on it without a word on its audit, and no page goes unseen."""
+
+import copy
+import json
+import mmap
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offmap.boot.linux import BootSource
+from offmap.errors import BackendRefused
+from offmap.hide import NotAudited, Ram, Vet, Vetted, vet
+from offmap.kvm import Vm
+from offmap.memory.backend import BACKENDS
+from offmap.memory.backing import map_backing
+from offmap.memory.guest import GuestMemory
+from offmap.memory.iomem import PhysicalRange
+from offmap.memory.secretmem import Secretmem
+from offmap.vmm.config import MachineConfig
+
+PAGES = 100
+SEEN = {"pages": PAGES, "direct": 0, "mapped_pages": 0, "unseen": 0, "why": "", "mapped": []}
+ALIASED: dict[str, Any] = {"mapped_pages": 2, "mapped": [[0x200000, 8192]]}
+HIDING = [name for name, backend in BACKENDS.items() if backend.hides]
+NO_VM = Vm.__new__(Vm)
+
+
+def vetted(monkeypatch: pytest.MonkeyPatch, status: int = 0, **seen: Any) -> Vetted:
+    """What `vet` makes of what its audit says."""
+
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(argv, status, json.dumps(SEEN | seen), "so it\nis not known why\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with GuestMemory([map_backing("test", -1, PAGES * 4096, flags=flags)]) as memory:
+        return vet(Secretmem(), memory)
+
+
+def test_hidden_ram_is_the_guests(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = vetted(monkeypatch)
+    assert (found.pages, found.excluded) == (PAGES, ())
+
+
+def test_aliased_pages_are_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert vetted(monkeypatch, **ALIASED).excluded == (PhysicalRange(0x200000, 0x202000),)
+
+
+@pytest.mark.parametrize(
+    ("status", "seen", "message"),
+    [
+        (0, {"direct": 1}, "1 of 100 pages are in its direct map"),
+        # An alias beside them makes the verdict "exposed", whatever could not be seen.
+        (0, ALIASED | {"unseen": 7, "why": "its level 2 entry kept changing"}, "7 of .*kept changing"),
+        (0, {"unseen": 3}, "3 of 100 pages .*not populated"),
+        (0, {"pages": 99}, "1 of 100 pages could not be audited"),
+        (0, ALIASED | {"mapped_pages": 3}, "could not be audited"),  # one of them has no guest-physical address
+        (1, {}, "cannot be found and kept from the guest: is not known why"),
+        (-9, {}, "cannot be found and kept from the guest: is not known why"),
+    ],
+)
+def test_what_was_not_seen_is_refused(
+    monkeypatch: pytest.MonkeyPatch, status: int, seen: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BackendRefused, match=message):
+        vetted(monkeypatch, status, **seen)
+
+
+def test_the_audit_is_another_process_and_says_why_it_cannot() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "offmap.hide"],
+        input=f"[{1 << 30}, [[0, 4096, 0]]]",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_only_an_audit_makes_ram_vetted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match="only an audit"):
+        Vetted()
+    found = vetted(monkeypatch, **ALIASED)
+    with pytest.raises(AttributeError):
+        found.excluded = ()
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError):
+            attempt(found)
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_who_says_nothing_of_the_audit_builds_no_machine(name: str) -> None:
+    backend = BACKENDS[name]()
+    source = BootSource(Path("kernel"), None, "")
+    with pytest.raises(TypeError, match="vetting"):
+        MachineConfig(source, backend, 1 << 28)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="vetting"):
+        Ram(backend, NO_VM, 1 << 28)  # type: ignore[call-arg]
+
+    class Unseen(Vet):  # type: ignore[misc]
+        pass
+
+    for said in (None, (), lambda: (), Vet, Unseen(), PhysicalRange(0, 4096)):
+        with pytest.raises(TypeError, match="needs a word on its audit"):
+            Ram(backend, NO_VM, 1 << 28, said, print)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs a reason"):
+        NotAudited("")
+
+
+def test_the_audit_is_not_imported_before_it_is_needed() -> None:
+    program = "import sys, offmap.vmm.machine; print(*(m for m in sys.modules if m.startswith('offmap.audit')))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
