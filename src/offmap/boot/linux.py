@@ -88,7 +88,7 @@ def load_linux(source: BootSource, memory: GuestMemory, acpi: AcpiImage, exclude
         offset = bp.E820_TABLE + number * struct.calcsize(bp.E820_ENTRY_FORMAT)
         struct.pack_into(bp.E820_ENTRY_FORMAT, params, offset, start, size, kind)
     memory.write(BOOT_PARAMS, params)
-    memory.write(acpi.base, acpi.blob)
+    memory.write(acpi.rsdp_address, acpi.blob)
     memory.write(RESET_VECTOR, RESET_CODE)
     return kernel.entry
 

@@ -17,7 +17,7 @@ REFRESH, TIMER_2_OUT = 0x10, 0x20
 
 
 class SystemControlPortB:
-    """Port 0x61 without a timer behind it; leave it out where KVM_CREATE_PIT2 emulates the port."""
+    """Port 0x61, without a timer behind it."""
 
     byte_wide = True
 

@@ -3,8 +3,6 @@
 import struct
 from dataclasses import dataclass
 
-from offmap.uapi.kvm import KVM_CPUID_FLAG_SIGNIFCANT_INDEX
-
 __all__ = ["CpuidEntry", "pack_cpuid", "unpack_cpuid"]
 
 _HEADER = struct.Struct("<II")  # struct kvm_cpuid2: nent, padding
@@ -22,11 +20,6 @@ class CpuidEntry:
     ebx: int = 0
     ecx: int = 0
     edx: int = 0
-
-    @property
-    def indexed(self) -> bool:
-        """Whether the answer depends on ECX."""
-        return bool(self.flags & KVM_CPUID_FLAG_SIGNIFCANT_INDEX)
 
 
 def pack_cpuid(entries: list[CpuidEntry], room: int = 0) -> bytearray:

@@ -78,10 +78,6 @@ class Vm(Handle):
         """In-kernel PIC, IO-APIC and, per vCPU, local APIC."""
         self.call("KVM_CREATE_IRQCHIP", uapi.KVM_CREATE_IRQCHIP)
 
-    def create_pit2(self) -> None:
-        """In-kernel i8254, with port 0x61 answered in the kernel too."""
-        self.call("KVM_CREATE_PIT2", uapi.KVM_CREATE_PIT2, uapi.kvm_pit_config(uapi.KVM_PIT_SPEAKER_DUMMY))
-
     def irq_line(self, gsi: int, level: bool) -> None:
         """Drive an interrupt line of the in-kernel irqchip."""
         self.call("KVM_IRQ_LINE", uapi.KVM_IRQ_LINE, uapi.kvm_irq_level(gsi, level))

@@ -18,9 +18,6 @@ __all__ = [
     "ET_CORE",
     "ET_DYN",
     "ET_EXEC",
-    "PF_R",
-    "PF_W",
-    "PF_X",
     "PT_LOAD",
     "PT_NOTE",
     "Elf64_Ehdr",
@@ -41,9 +38,6 @@ EM_X86_64 = 62  # linux/elf-em.h
 PT_LOAD = 1
 PT_NOTE = 4
 
-PF_X = 1
-PF_W = 2
-PF_R = 4
 
 ELF64_EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
 ELF64_PHDR = struct.Struct("<IIQQQQQQ")

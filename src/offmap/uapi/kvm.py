@@ -13,54 +13,32 @@ KVMIO = 0xAE
 KVM_API_VERSION = 12
 
 # --- exit reasons (struct kvm_run.exit_reason) -----------------------------------------------------------------------
-KVM_EXIT_UNKNOWN = 0
-KVM_EXIT_EXCEPTION = 1
 KVM_EXIT_IO = 2
-KVM_EXIT_HYPERCALL = 3
-KVM_EXIT_DEBUG = 4
 KVM_EXIT_HLT = 5
 KVM_EXIT_MMIO = 6
-KVM_EXIT_IRQ_WINDOW_OPEN = 7
 KVM_EXIT_SHUTDOWN = 8
 KVM_EXIT_FAIL_ENTRY = 9
 KVM_EXIT_INTR = 10
 KVM_EXIT_INTERNAL_ERROR = 17
 KVM_EXIT_SYSTEM_EVENT = 24
-KVM_EXIT_X86_RDMSR = 29
-KVM_EXIT_X86_WRMSR = 30
 KVM_EXIT_MEMORY_FAULT = 39
 
 KVM_EXIT_IO_IN = 0
 KVM_EXIT_IO_OUT = 1
 
 # --- capabilities ----------------------------------------------------------------------------------------------------
-KVM_CAP_IRQCHIP = 0
 KVM_CAP_USER_MEMORY = 3
-KVM_CAP_NR_VCPUS = 9
-KVM_CAP_NR_MEMSLOTS = 10
 KVM_CAP_COALESCED_MMIO = 15
-KVM_CAP_IRQFD = 32
-KVM_CAP_PIT2 = 33
-KVM_CAP_IOEVENTFD = 36
-KVM_CAP_SET_IDENTITY_MAP_ADDR = 37
-KVM_CAP_TSC_CONTROL = 60
-KVM_CAP_GET_TSC_KHZ = 61
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
 KVM_CAP_READONLY_MEM = 81
-KVM_CAP_X2APIC_API = 129
-KVM_CAP_IMMEDIATE_EXIT = 136
-KVM_CAP_X86_DISABLE_EXITS = 143
 KVM_CAP_ENFORCE_PV_FEATURE_CPUID = 190
 KVM_CAP_BINARY_STATS_FD = 203
 KVM_CAP_USER_MEMORY2 = 231
-KVM_CAP_MEMORY_FAULT_INFO = 232
 KVM_CAP_GUEST_MEMFD = 234
-KVM_CAP_VM_TYPES = 235
 KVM_CAP_GUEST_MEMFD_FLAGS = 244
 
 # --- memory ----------------------------------------------------------------------------------------------------------
-KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
 KVM_MEM_GUEST_MEMFD = 1 << 2
 
@@ -71,26 +49,17 @@ GUEST_MEMFD_FLAG_INIT_SHARED = 1 << 1
 KVM_CPUID_SIGNATURE = 0x40000000
 KVM_CPUID_FEATURES = 0x40000001
 KVM_FEATURE_CLOCKSOURCE = 0
-KVM_FEATURE_NOP_IO_DELAY = 1
 KVM_FEATURE_CLOCKSOURCE2 = 3
-KVM_FEATURE_ASYNC_PF = 4
 KVM_FEATURE_STEAL_TIME = 5
 KVM_FEATURE_PV_EOI = 6
-KVM_FEATURE_PV_UNHALT = 7
 KVM_FEATURE_ASYNC_PF_INT = 14
 KVM_FEATURE_CLOCKSOURCE_STABLE_BIT = 24
 
-MSR_KVM_WALL_CLOCK_NEW = 0x4B564D00
 MSR_KVM_SYSTEM_TIME_NEW = 0x4B564D01
 
-KVM_IRQCHIP_IOAPIC = 2
-KVM_IRQFD_FLAG_DEASSIGN = 1 << 0
-KVM_IRQFD_FLAG_RESAMPLE = 1 << 1
 KVM_IOEVENTFD_FLAG_DATAMATCH = 1 << 0
 KVM_IOEVENTFD_FLAG_PIO = 1 << 1
-KVM_IOEVENTFD_FLAG_DEASSIGN = 1 << 2
 
-KVM_PIT_SPEAKER_DUMMY = 1
 
 KVM_PIO_PAGE_OFFSET = 1  # asm/kvm.h: where the data of port accesses is in the vCPU's mapping, in pages
 KVM_COALESCED_MMIO_PAGE_OFFSET = 2  # asm/kvm.h: likewise, the ring of coalesced writes
@@ -168,10 +137,6 @@ class kvm_coalesced_mmio_ring(Structure):
 
 
 KVM_COALESCED_MMIO_MAX = (PAGE_SIZE - sizeof(kvm_coalesced_mmio_ring)) // sizeof(kvm_coalesced_mmio)
-
-
-class kvm_pit_config(Structure):
-    _fields_ = [("flags", c_uint32), ("pad", c_uint32 * 15)]
 
 
 class kvm_regs(Structure):
@@ -378,7 +343,6 @@ KVM_CREATE_IRQCHIP = io(KVMIO, 0x60)
 KVM_IRQ_LINE = iow(KVMIO, 0x61, kvm_irq_level)
 KVM_REGISTER_COALESCED_MMIO = iow(KVMIO, 0x67, kvm_coalesced_mmio_zone)
 KVM_IRQFD = iow(KVMIO, 0x76, kvm_irqfd)
-KVM_CREATE_PIT2 = iow(KVMIO, 0x77, kvm_pit_config)
 KVM_IOEVENTFD = iow(KVMIO, 0x79, kvm_ioeventfd)
 KVM_GET_STATS_FD = io(KVMIO, 0xCE)  # on a vCPU fd too
 KVM_CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, kvm_create_guest_memfd)
@@ -389,12 +353,10 @@ KVM_GET_REGS = ior(KVMIO, 0x81, kvm_regs)
 KVM_SET_REGS = iow(KVMIO, 0x82, kvm_regs)
 KVM_GET_SREGS = ior(KVMIO, 0x83, kvm_sregs)
 KVM_SET_SREGS = iow(KVMIO, 0x84, kvm_sregs)
-KVM_GET_MSRS = iowr(KVMIO, 0x88, kvm_msrs)
 KVM_SET_MSRS = iow(KVMIO, 0x89, kvm_msrs)
 KVM_GET_LAPIC = ior(KVMIO, 0x8E, kvm_lapic_state)
 KVM_SET_LAPIC = iow(KVMIO, 0x8F, kvm_lapic_state)
 KVM_SET_CPUID2 = iow(KVMIO, 0x90, kvm_cpuid2)
-KVM_SET_TSC_KHZ = io(KVMIO, 0xA2)
 KVM_GET_TSC_KHZ = io(KVMIO, 0xA3)
 KVM_ENABLE_CAP = iow(KVMIO, 0xA3, kvm_enable_cap)
 KVM_SET_XCRS = iow(KVMIO, 0xA7, kvm_xcrs)

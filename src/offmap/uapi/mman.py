@@ -3,7 +3,6 @@
 from struct import Struct
 
 MADV_HUGEPAGE = 14
-MADV_DONTDUMP = 16
 MADV_POPULATE_WRITE = 23  # Linux 5.14
 
 MAP_NORESERVE = 0x4000

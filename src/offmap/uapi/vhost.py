@@ -2,12 +2,11 @@
 
 from ctypes import Structure, c_int, c_uint, c_uint32, c_uint64
 
-from offmap.uapi.ioctl import io, ior, iow, iowr
+from offmap.uapi.ioctl import io, ior, iow
 
 __all__ = ["vhost_memory", "vhost_memory_region", "vhost_vring_addr", "vhost_vring_file", "vhost_vring_state"]
 
 VHOST_VIRTIO = 0xAF
-VHOST_PAGE_SIZE = 0x1000
 VHOST_FILE_UNBIND = -1
 
 
@@ -52,7 +51,6 @@ VHOST_SET_MEM_TABLE = iow(VHOST_VIRTIO, 0x03, vhost_memory)
 VHOST_SET_VRING_NUM = iow(VHOST_VIRTIO, 0x10, vhost_vring_state)
 VHOST_SET_VRING_ADDR = iow(VHOST_VIRTIO, 0x11, vhost_vring_addr)
 VHOST_SET_VRING_BASE = iow(VHOST_VIRTIO, 0x12, vhost_vring_state)
-VHOST_GET_VRING_BASE = iowr(VHOST_VIRTIO, 0x12, vhost_vring_state)
 VHOST_SET_VRING_KICK = iow(VHOST_VIRTIO, 0x20, vhost_vring_file)
 VHOST_SET_VRING_CALL = iow(VHOST_VIRTIO, 0x21, vhost_vring_file)
 VHOST_SET_VRING_ERR = iow(VHOST_VIRTIO, 0x22, vhost_vring_file)

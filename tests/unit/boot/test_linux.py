@@ -79,9 +79,9 @@ def test_a_guest_in_memory(source: Callable[..., BootSource], kernel: bytes) -> 
         assert address % PAGE == 0
         (rsdp,) = struct.unpack_from("<Q", params.page, bp.ACPI_RSDP_ADDR)
         assert memory.read(rsdp, 8) == b"RSD PTR "
-        assert memory.read(ACPI.base, len(ACPI.blob)) == ACPI.blob
+        assert memory.read(ACPI.rsdp_address, len(ACPI.blob)) == ACPI.blob
         assert memory.read(RESET_VECTOR, len(RESET_CODE)) == RESET_CODE
-        assert ACPI.base + len(ACPI.blob) <= RESET_VECTOR
+        assert ACPI.rsdp_address + len(ACPI.blob) <= RESET_VECTOR
         if not is_elf:
             assert params.page[bp.SETUP_SECTS] == 3
             assert memory.read(16 * MIB, len(CODE)) == CODE

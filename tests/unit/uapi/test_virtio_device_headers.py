@@ -41,7 +41,6 @@ PACKED = {
         ("cols", "rows", "max_nr_ports", "emerg_wr"),
     ),
     "virtio_console_control": (console.VIRTIO_CONSOLE_CONTROL.format, ("id", "event", "value")),
-    "virtio_balloon_stat": (balloon.VIRTIO_BALLOON_STAT.format, ("tag", "val")),
 }
 
 

@@ -62,7 +62,7 @@ def test_topology_is_one_socket_of_as_many_cores(vcpus: int) -> None:
         one = leaf(cpuid, 1)
         assert (one.ebx >> 24, one.ebx >> 16 & 0xFF, one.ebx & 0xFFFF) == (vcpu, vcpus, 0x5678)
         smt, core, end = (leaf(cpuid, 0xB, n) for n in range(3))
-        assert all(level.edx == vcpu and level.indexed for level in (smt, core, end))
+        assert all(level.edx == vcpu and level.flags & INDEXED for level in (smt, core, end))
         assert (smt.eax, smt.ebx, smt.ecx) == (0, 1, 0x100)
         assert (core.ebx, core.ecx) == (vcpus, 0x201)
         assert (end.eax, end.ebx, end.ecx) == (0, 0, 2)

@@ -9,19 +9,17 @@ __all__ = [
     "device",
     "eisaid",
     "integer",
-    "method",
     "name",
     "name_string",
     "package",
     "pkg_length",
-    "return_",
     "scope",
     "string",
 ]
 
 # Opcodes, ACPI 6.4 section 20.3.
 ZERO_OP, ONE_OP = b"\x00", b"\x01"
-NAME_OP, SCOPE_OP, METHOD_OP, RETURN_OP = b"\x08", b"\x10", b"\x14", b"\xa4"
+NAME_OP, SCOPE_OP = b"\x08", b"\x10"
 BYTE_PREFIX, WORD_PREFIX, DWORD_PREFIX, STRING_PREFIX, QWORD_PREFIX = b"\x0a", b"\x0b", b"\x0c", b"\x0d", b"\x0e"
 BUFFER_OP, PACKAGE_OP = b"\x11", b"\x12"
 DEVICE_OP = b"\x5b\x82"
@@ -29,7 +27,6 @@ NULL_NAME, DUAL_NAME_PREFIX, MULTI_NAME_PREFIX = b"\x00", b"\x2e", b"\x2f"
 
 LEAD_CHARS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ_")
 NAME_CHARS = LEAD_CHARS | frozenset("0123456789")
-MAX_PKG_LENGTH = (1 << 28) - 1
 
 
 def pkg_length(content: int) -> bytes:
@@ -118,16 +115,3 @@ def scope(path: str, *terms: bytes) -> bytes:
 def device(path: str, *terms: bytes) -> bytes:
     """``Device (path) { terms }``."""
     return _packed(DEVICE_OP, name_string(path) + b"".join(terms))
-
-
-def method(path: str, arguments: int, *terms: bytes, serialized: bool = False) -> bytes:
-    """``Method (path, arguments, Serialized or not) { terms }``."""
-    if not 0 <= arguments <= 7:
-        raise ValueError(f"an AML method takes up to 7 arguments, not {arguments}")
-    flags = arguments | (0x08 if serialized else 0)
-    return _packed(METHOD_OP, name_string(path) + bytes([flags]) + b"".join(terms))
-
-
-def return_(value: bytes) -> bytes:
-    """``Return (value)``."""
-    return RETURN_OP + value

@@ -5,15 +5,14 @@ Each function returns one descriptor, ``resource_template`` the buffer that hold
 """
 
 import struct
-from collections.abc import Sequence
 
 from offmap.boot.acpi.aml import buffer
 
-__all__ = ["interrupt", "io", "irq", "irq_no_flags", "memory32_fixed", "qword_memory", "resource_template"]
+__all__ = ["interrupt", "io", "irq_no_flags", "memory32_fixed", "qword_memory", "resource_template"]
 
 END_TAG = b"\x79\x00"  # checksum 0: not checked
 DECODE_16 = 0x01
-CONSUMER, EDGE, ACTIVE_LOW, SHARED = 0x01, 0x02, 0x04, 0x08  # extended interrupt descriptor, table 6.53
+CONSUMER, EDGE = 0x01, 0x02  # extended interrupt descriptor, table 6.53
 MEMORY_READ_WRITE = 0x01
 MIN_FIXED, MAX_FIXED = 0x04, 0x08  # address space descriptor, general flags
 
@@ -23,35 +22,21 @@ def resource_template(*descriptors: bytes) -> bytes:
     return buffer(b"".join(descriptors) + END_TAG)
 
 
-def io(port: int, length: int, *, alignment: int = 1) -> bytes:
-    """``IO (Decode16, port, port, alignment, length)``."""
-    return struct.pack("<BBHHBB", 0x47, DECODE_16, port, port, alignment, length)
+def io(port: int, length: int) -> bytes:
+    """``IO (Decode16, port, port, 1, length)``."""
+    return struct.pack("<BBHHBB", 0x47, DECODE_16, port, port, 1, length)
 
 
-def _irq_mask(lines: Sequence[int]) -> int:
-    mask = 0
-    for line in lines:
-        if not 0 <= line <= 15:
-            raise ValueError(f"{line} is no ISA interrupt")
-        mask |= 1 << line
-    return mask
+def irq_no_flags(line: int) -> bytes:
+    """``IRQNoFlags () {line}``: an ISA interrupt, edge-triggered, active high."""
+    if not 0 <= line <= 15:
+        raise ValueError(f"{line} is no ISA interrupt")
+    return struct.pack("<BH", 0x22, 1 << line)
 
 
-def irq_no_flags(*lines: int) -> bytes:
-    """``IRQNoFlags () {lines}``: ISA interrupts, edge-triggered, active high."""
-    return struct.pack("<BH", 0x22, _irq_mask(lines))
-
-
-def irq(*lines: int, level: bool = False, active_low: bool = False, shared: bool = False) -> bytes:
-    """``IRQ (mode, polarity, sharing) {lines}``: ISA interrupts."""
-    info = (0 if level else 0x01) | (0x08 if active_low else 0) | (0x10 if shared else 0)
-    return struct.pack("<BHB", 0x23, _irq_mask(lines), info)
-
-
-def interrupt(*gsis: int, level: bool = False, active_low: bool = False, shared: bool = False) -> bytes:
-    """``Interrupt (ResourceConsumer, mode, polarity, sharing) {gsis}``: global system interrupts."""
-    flags = CONSUMER | (0 if level else EDGE) | (ACTIVE_LOW if active_low else 0) | (SHARED if shared else 0)
-    return struct.pack(f"<BHBB{len(gsis)}I", 0x89, 2 + 4 * len(gsis), flags, len(gsis), *gsis)
+def interrupt(gsi: int) -> bytes:
+    """``Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {gsi}``: a global system interrupt."""
+    return struct.pack("<BHBBI", 0x89, 6, CONSUMER | EDGE, 1, gsi)
 
 
 def memory32_fixed(base: int, length: int) -> bytes:

@@ -8,7 +8,7 @@ for: VGA, keyboard controller, PCI's MSI are not there; the CMOS clock is. Layou
 """
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offmap.boot.acpi import aml
@@ -48,35 +48,17 @@ ALL_PROCESSORS = 0xFF
 TIMER_IRQ, TIMER_GSI = 0, 2  # KVM's default routing: the timer is on pin 2 of the I/O APIC, the 8259 chain on pin 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AcpiImage:
     """Tables ready to be copied into guest memory.
 
-    Args:
-        base: guest-physical address that they were built for.
-        blob: bytes to put there, RSDP first.
-        addresses: where each table is, by its signature.
+    Attributes:
+        rsdp_address: guest-physical address that they were built for; goes into ``boot_params.acpi_rsdp_addr``.
+        blob: bytes to put there. They start with the RSDP, the root pointer.
     """
 
-    base: int
+    rsdp_address: int
     blob: bytes
-    addresses: Mapping[str, int]
-
-    @property
-    def rsdp_address(self) -> int:
-        """Goes into ``boot_params.acpi_rsdp_addr``."""
-        return self.base
-
-    @property
-    def rsdp(self) -> bytes:
-        """The root pointer itself."""
-        return self.blob[: RSDP.size]
-
-    def table(self, signature: str) -> bytes:
-        """One table's bytes; KeyError if there is none of that signature."""
-        start = self.addresses[signature] - self.base
-        (length,) = struct.unpack_from("<I", self.blob, start + 4)
-        return self.blob[start : start + length]
 
 
 def build_tables(vcpus: int, devices: Sequence[AcpiDevice] = (), *, base: int = ACPI_BASE) -> AcpiImage:
@@ -93,12 +75,10 @@ def build_tables(vcpus: int, devices: Sequence[AcpiDevice] = (), *, base: int = 
     if base % ALIGNMENT:
         raise ValueError(f"ACPI tables cannot start at {base:#x}: an RSDP is aligned to {ALIGNMENT}")
     blob = bytearray(RSDP.size)
-    addresses: dict[str, int] = {}
 
     def place(table: bytes) -> int:
         blob.extend(bytes(-len(blob) % ALIGNMENT))
         address = base + len(blob)
-        addresses[table[:4].decode("ascii")] = address
         blob.extend(table)
         return address
 
@@ -106,7 +86,7 @@ def build_tables(vcpus: int, devices: Sequence[AcpiDevice] = (), *, base: int = 
     listed = (place(_fadt(dsdt)), place(_madt(vcpus)))
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     blob[: RSDP.size] = _rsdp(xsdt)
-    return AcpiImage(base, bytes(blob), addresses)
+    return AcpiImage(base, bytes(blob))
 
 
 def _checksum(data: bytes | bytearray) -> int:

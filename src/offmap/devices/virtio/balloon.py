@@ -12,7 +12,6 @@ from ctypes import addressof, c_char
 from itertools import islice
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
-from offmap.devices.virtio.iov import part
 from offmap.devices.virtio.queue import Chain, DriverError, Queue
 from offmap.errors import KernelError
 from offmap.memory.guest import GuestMemory
@@ -24,21 +23,9 @@ __all__ = ["Balloon"]
 
 _PFN = struct.Struct("<I")
 _ACTUAL = uapi.virtio_balloon_config.actual.offset
-_STAT_SIZE = uapi.VIRTIO_BALLOON_STAT.size
 _REPORTING_VQ = 4
 _MOST_PAGES = 1 << 16  # that one buffer may name; Linux names 256 at a time, and all of its RAM would take minutes
 _BATCH = 1024  # pages
-_MOST_STATS = 64  # a driver has 10
-_STAT_NAMES = {
-    uapi.VIRTIO_BALLOON_S_SWAP_IN: "swap_in",
-    uapi.VIRTIO_BALLOON_S_SWAP_OUT: "swap_out",
-    uapi.VIRTIO_BALLOON_S_MAJFLT: "major_faults",
-    uapi.VIRTIO_BALLOON_S_MINFLT: "minor_faults",
-    uapi.VIRTIO_BALLOON_S_MEMFREE: "free_memory",
-    uapi.VIRTIO_BALLOON_S_MEMTOT: "total_memory",
-    uapi.VIRTIO_BALLOON_S_AVAIL: "available_memory",
-    uapi.VIRTIO_BALLOON_S_CACHES: "disk_caches",
-}
 
 
 class Balloon(VirtioDevice):
@@ -52,16 +39,11 @@ class Balloon(VirtioDevice):
     Attributes:
         discarded: bytes given back to the host so far; pages that came and went again count each time.
         actual: pages in the balloon, as the driver says.
-        statistics: what the guest last said of its memory, by name, in its own units (bytes, faults).
     """
 
     device_id = VIRTIO_ID_BALLOON
-    queue_sizes = (128, 128, 16, 128, 128)
-    features = (
-        1 << uapi.VIRTIO_BALLOON_F_STATS_VQ
-        | 1 << uapi.VIRTIO_BALLOON_F_DEFLATE_ON_OOM
-        | 1 << uapi.VIRTIO_BALLOON_F_REPORTING
-    )
+    queue_sizes = (128,) * 5
+    features = 1 << uapi.VIRTIO_BALLOON_F_DEFLATE_ON_OOM | 1 << uapi.VIRTIO_BALLOON_F_REPORTING
 
     def __init__(self, memory: GuestMemory, pages: int, say: Callable[[str], None]) -> None:
         self._memory = memory
@@ -70,10 +52,8 @@ class Balloon(VirtioDevice):
         self._refused = False
         self._activation: Activation | None = None
         self._handlers: dict[int, Callable[[Queue], None]] = {}
-        self._stats_buffer: Chain | None = None
         self.discarded = 0
         self.actual = 0
-        self.statistics: dict[str, int] = {}
 
     def config(self) -> bytes:
         """struct virtio_balloon_config."""
@@ -83,22 +63,13 @@ class Balloon(VirtioDevice):
         if offset == _ACTUAL and len(data) == _PFN.size:
             (self.actual,) = _PFN.unpack(data)
 
-    def set_target(self, pages: int) -> None:
-        """Ask the guest to have so many pages in the balloon. On the worker thread."""
-        self._pages = pages
-        if self._activation is not None:
-            self._activation.config_changed()
-
     def activate(self, activation: Activation) -> None:
         self._activation = activation
-        # Where a feature is missing, Linux up to 6.10 and QEMU let the queues behind its own move up; by the
-        # specification (5.5.2) each has its number, and later kernels try that first. Nobody uses both.
-        handlers = [self._inflate, self._deflate]
-        if activation.has(uapi.VIRTIO_BALLOON_F_STATS_VQ):
-            handlers.append(self._take_statistics)
+        self._handlers = {0: self._inflate, 1: self._deflate, _REPORTING_VQ: self._take_report}
         if activation.has(uapi.VIRTIO_BALLOON_F_REPORTING):
-            handlers.append(self._take_report)
-        self._handlers = {**dict(enumerate(handlers)), _REPORTING_VQ: self._take_report}
+            # The specification gives each queue its number (5.5.2), and Linux since 6.11 tries that first. Linux before
+            # it and QEMU have no gaps: the queue of reports moves up. No driver uses both numbers.
+            self._handlers[2] = self._take_report
 
     def handle(self, queue: int) -> None:
         if self._activation is None:
@@ -111,7 +82,6 @@ class Balloon(VirtioDevice):
     def reset(self) -> None:
         self._activation = None
         self._handlers = {}
-        self._stats_buffer = None
         self.actual = 0
 
     # Pages
@@ -157,29 +127,6 @@ class Balloon(VirtioDevice):
                 if not self._refused:
                     self._refused = True
                     self._say(f"balloon: {error}; what the guest gives up may stay in the host's RAM")
-
-    # Statistics
-
-    def _take_statistics(self, queue: Queue) -> None:
-        """The driver's one buffer: it is kept, and giving it back asks for new figures."""
-        for chain in queue.chains():
-            if chain.writable:
-                raise DriverError("gives a buffer of statistics to be written to")
-            if self._stats_buffer is not None:
-                queue.push(self._stats_buffer, 0)
-            self._stats_buffer = chain
-            raw = b"".join(part(chain.readable, 0, _MOST_STATS * _STAT_SIZE))
-            whole = len(raw) // _STAT_SIZE * _STAT_SIZE
-            found = dict(uapi.VIRTIO_BALLOON_STAT.iter_unpack(raw[:whole]))
-            self.statistics = {name: found[tag] for tag, name in _STAT_NAMES.items() if tag in found}
-
-    def ask_for_statistics(self) -> None:
-        """Make the guest fill `statistics` anew. On the worker thread."""
-        activation, chain = self._activation, self._stats_buffer
-        if activation is not None and chain is not None and (queue := activation.queues[2]) is not None:
-            self._stats_buffer = None
-            queue.push(chain, 0)
-            queue.notify()
 
 
 def _address(view: memoryview) -> int:

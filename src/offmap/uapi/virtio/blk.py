@@ -4,7 +4,6 @@ from ctypes import LittleEndianStructure, c_uint8, c_uint16, c_uint32, c_uint64
 from struct import Struct
 
 # Bit numbers.
-VIRTIO_BLK_F_SIZE_MAX = 1
 VIRTIO_BLK_F_SEG_MAX = 2
 VIRTIO_BLK_F_RO = 5
 VIRTIO_BLK_F_BLK_SIZE = 6
