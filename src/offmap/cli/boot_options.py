@@ -69,7 +69,6 @@ def boot_of(args: argparse.Namespace) -> tuple[BootSource, list[tuple[str, Devic
 
 
 def _image(args: argparse.Namespace, text: str) -> tuple[BootSource, list[tuple[str, DeviceSpec]]]:
-    from offmap.devices.virtio.drive import DriveSpec
     from offmap.guests.image import find_image
 
     if args.kernel is not None or args.initrd is not None:
@@ -83,8 +82,5 @@ def _image(args: argparse.Namespace, text: str) -> tuple[BootSource, list[tuple[
     else:
         where = text
     image = find_image(where)
-    root = "root=/dev/vda rw" if writable else "root=/dev/vda offmap.overlay=tmpfs"
-    if args.exec is not None:
-        root += " panic=-1"  # nobody is there to look at it
-    source = BootSource(image.kernel, image.initrd, f"{root} {args.cmdline}".strip())
-    return source, [("root", DriveSpec(image.root, readonly=not writable))]
+    source, drive = image.boot(args.cmdline, writable=writable, attended=args.exec is None)
+    return source, [drive]

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from offmap.boot.linux import BootSource
+from offmap.devices.virtio.device import DeviceSpec
+from offmap.devices.virtio.drive import DriveSpec
 from offmap.errors import OffmapError
 
 __all__ = ["DEFAULT_NAME", "DESCRIPTION", "ROOT", "SCHEMA", "Image", "find_image", "named_image"]
@@ -46,6 +49,22 @@ class Image:
     def root(self) -> Path:
         """The root file system: raw ext4, no partitions."""
         return self.folder / ROOT
+
+    def boot(
+        self, command_line: str, *, writable: bool = False, attended: bool = True
+    ) -> tuple[BootSource, tuple[str, DeviceSpec]]:
+        """What a guest of it boots, and the drive that must be its first.
+
+        Args:
+            command_line: of its kernel, to which the image adds where its root is.
+            writable: what the guest writes goes into the image, and not into a layer in its own RAM.
+            attended: somebody looks at its console; else a panic ends it.
+        """
+        root = "root=/dev/vda rw" if writable else "root=/dev/vda offmap.overlay=tmpfs"
+        if not attended:
+            root += " panic=-1"
+        source = BootSource(self.kernel, self.initrd, f"{root} {command_line}".strip())
+        return source, ("root", DriveSpec(self.root, readonly=not writable))
 
     @classmethod
     def load(cls, folder: Path) -> Self:

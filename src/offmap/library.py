@@ -1,0 +1,194 @@
+"""The library's functions that put several parts of offmap together (docs/library.md). None prints or exits."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offmap.audit.audit import AuditResult, audit_process
+from offmap.audit.every_vm import EveryVm, audit_every_vm
+from offmap.compare.cell_result import CellResult
+from offmap.compare.doctor import Diagnosis, examine
+from offmap.compare.matrix import DEFAULT_AXES, CellSpec
+from offmap.errors import OffmapError
+from offmap.hide import Vet
+from offmap.lab.host import LabHost
+from offmap.log import Logger
+from offmap.vmm.machine import Machine
+
+__all__ = ["JobResult", "audit_host", "lab_host", "list_backends", "run_job", "run_matrix"]
+
+_log = Logger("offmap.library")
+
+
+def list_backends() -> list[Diagnosis]:
+    """Try each kind of RAM on this host: get some, run a tiny guest in it, audit it, give it back. Takes seconds."""
+    return list(examine())
+
+
+def audit_host() -> EveryVm:
+    """Audit each process of this host that holds a KVM VM. Its `exit_status` is that of the worst verdict."""
+    return audit_every_vm(lambda vm: audit_process(vm.pid))
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """A command that ended in a guest.
+
+    Attributes:
+        status: its exit status, 0 to 255; 128 and more where a signal ended it.
+        audit: of this process's guest RAM, right after the command's end; None if none was asked for.
+    """
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+    audit: AuditResult | None
+
+
+def run_job(
+    command: str,
+    *,
+    memory: str,
+    image: str = "debian",
+    stdin: bytes = b"",
+    memory_size: int = 256 << 20,
+    vcpus: int = 1,
+    audit: bool = True,
+) -> JobResult:
+    """Boot a guest, run one command in it, audit its RAM, and take it apart.
+
+    Args:
+        command: for the guest's /bin/sh.
+        memory: the kind of RAM, as ``--memory`` takes it, like ``unplugged`` or ``unplugged,node=1``.
+        image: of ``offmap image build``, by its name or its folder.
+        memory_size: bytes, whole pages.
+
+    Raises:
+        BackendRefused: this host cannot give such RAM.
+        OffmapError: there is no such image, or the guest ended before its command did.
+        Undetermined: the command ended, and its guest's RAM could not be audited.
+    """
+    from offmap.guests.image import find_image
+    from offmap.guests.job import Job
+    from offmap.memory.backend import parse_backend
+    from offmap.vmm.config import MachineConfig
+
+    found = find_image(image)
+    source, drive = found.boot("console=ttyS0 quiet", attended=False)
+    config = MachineConfig(
+        source=source,
+        backend=parse_backend(memory),
+        memory_size=memory_size,
+        vcpus=vcpus,
+        devices=[drive],
+        vetting=Vet(),
+    )
+    audits: list[AuditResult | OffmapError] = []
+
+    def audit_guest(_machine: Machine) -> None:
+        try:
+            audits.append(audit_process(os.getpid()))
+        except OffmapError as error:
+            audits.append(error)  # the machine is taken apart first
+
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        files[0].write(stdin)
+        files[0].seek(0)
+        job = stack.enter_context(Job(command, *(file.fileno() for file in files)))
+        status = job.run(config, say=_log.info, on_end=audit_guest if audit else _nothing)
+        for file in files:
+            file.seek(0)
+        outcome = audits[0] if audits else None
+        if isinstance(outcome, OffmapError):
+            raise outcome
+        return JobResult(status, files[1].read(), files[2].read(), outcome)
+
+
+def _nothing(_machine: Machine) -> None:
+    pass
+
+
+@contextmanager
+def lab_host(
+    kernel: str | None = None,
+    *,
+    memory: str = "2G",
+    cmdline: str = "",
+    load_module: bool = False,
+    out: Path | None = None,
+) -> Iterator[LabHost]:
+    """Boot a disposable host under QEMU, and end it on leaving.
+
+    Args:
+        kernel: ``debian:6.12``, ``patched:7.3``, ``running``, or the path of a bzImage; by default debian:6.12 where
+            apt is.
+        memory: its RAM, like ``2G``.
+        cmdline: added to its kernel's command line.
+        load_module: build the offmap module for it, and load it.
+        out: a folder that its commands may write to, at the same path.
+
+    Raises:
+        OffmapError: the kernel cannot be had, the host does not boot, or it does not load the module.
+    """
+    from offmap.kmod.lab_module import lab_module
+    from offmap.lab.provision import host_kernel
+
+    chosen = host_kernel(kernel, say=_log.info)
+    module = lab_module(chosen) if load_module else None
+    with LabHost.start(chosen, memory=memory, cmdline=cmdline, out=out) as host:
+        if module is not None and (done := host.output(["insmod", str(module)])).status != 0:
+            raise OffmapError(f"the disposable host does not load {module}: {done.stderr.decode(errors='replace')}")
+        yield host
+
+
+def run_matrix(
+    out: Path,
+    *,
+    backends: Sequence[str] | None = None,
+    host_kernels: Sequence[str] | None = None,
+    guest_kernels: Sequence[str] | None = None,
+    jobs: int | None = None,
+    boots: int = 1,
+    deadline: float = 900.0,
+) -> list[CellResult]:
+    """Measure each kind of RAM on each kernel in disposable hosts. What `out` has from before is not measured again.
+
+    Args:
+        backends, host_kernels, guest_kernels: the matrix; by default each kind of RAM on debian:6.12.
+        jobs: cells at a time; by default as many as processors and memory allow.
+        boots: pairs of guests whose boot is timed; fewer than 5 give no ratio.
+        deadline: seconds for a cell.
+
+    Raises:
+        OffmapError: there is no such kind or kernel, a tool is missing, or `out` cannot be written.
+    """
+    from offmap.compare.capacity import cells_at_a_time
+    from offmap.compare.matrix import cells_of
+    from offmap.compare.probes.guest_program import guest_program
+    from offmap.compare.scheduler import Scheduler, Settings, local_pool
+    from offmap.compare.store import Store
+    from offmap.lab.initramfs import busybox
+    from offmap.lab.qemu import find_qemu
+
+    specs = cells_of(DEFAULT_AXES.narrowed(backends, host_kernels, guest_kernels))
+    guest_program()
+    find_qemu()
+    busybox()
+    with Store(out) as store, local_pool(jobs or cells_at_a_time()) as pool:
+        scheduler = Scheduler(store, Settings(deadline=deadline, boots=boots), _log_event)
+        done, to_run = scheduler.missing(specs)
+        scheduler.prepare(to_run)
+        results = {**done, **scheduler.run(to_run, pool)}
+    return [results[spec] for spec in specs]
+
+
+def _log_event(spec: CellSpec, event: dict[str, Any]) -> None:
+    if "ended" in event:
+        _log.info("%s: %s", spec.title, event["ended"].outcome.value)
+    elif "stage" in event:
+        _log.debug("%s: %s", spec.title, event["stage"])
