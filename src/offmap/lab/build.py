@@ -16,7 +16,7 @@ from pathlib import Path
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import HostKernel, image_release
-from offmap.lab.provision import damaged, used_files, write_manifest
+from offmap.lab.kernel_tree import damaged, used_files, write_manifest
 from offmap.lab.series import PatchSeries, missing_options, patch_series
 from offmap.lab.source import KernelSource, kernel_source
 

@@ -17,11 +17,11 @@ from offmap.lab import apt
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import HostKernel, image_release
+from offmap.lab.kernel_tree import damaged, used_files, write_manifest
 
-__all__ = ["DEFAULT_SERIES", "damaged", "default_spec", "host_kernel", "write_manifest"]
+__all__ = ["DEFAULT_SERIES", "default_spec", "host_kernel"]
 
 DEFAULT_SERIES = "6.12"
-MANIFEST = "manifest.json"  # {"sha256": {relative path: digest}}
 RECORD = "packages.json"  # {file name: sha256} of the .deb files that the tree is unpacked from
 BOOT_FILES = ("vmlinuz", "config", "System.map")
 ELSEWHERE = "give --host-kernel FILE (a bzImage; --modules DIR for its modules), or --host-kernel running"
@@ -49,7 +49,7 @@ def host_kernel(
     if spec == "running":
         return _running(modules)
     if spec.startswith("patched:"):
-        from offmap.lab.build import patched_kernel  # which keeps its results as this module does
+        from offmap.lab.build import patched_kernel
 
         return patched_kernel(spec, say)
     if spec.startswith("debian:"):
@@ -163,34 +163,6 @@ def _release(tree: Path) -> str:
     if len(names) != 1:
         raise LabError(f"{tree} holds {len(names)} kernels where one was expected", "remove it and try again")
     return names[0]
-
-
-def used_files(tree: Path, release: str) -> list[Path]:
-    """List the files that matter: the image, its configuration, the module index and every module."""
-    modules = tree / "lib/modules" / release
-    return [*sorted((tree / "boot").iterdir()), *sorted(modules.glob("modules.*")), *sorted(modules.rglob("*.ko*"))]
-
-
-def write_manifest(tree: Path, files: Iterable[Path]) -> None:
-    """Record the digests of ``files`` below ``tree``."""
-    digests = {str(path.relative_to(tree)): sha256_of(path) for path in files}
-    (tree / MANIFEST).write_text(json.dumps({"sha256": digests}))
-
-
-def damaged(tree: Path) -> str:
-    """Say what is wrong with an unpacked tree, or return an empty string."""
-    try:
-        digests = json.loads((tree / MANIFEST).read_text())["sha256"]
-        if not digests:
-            return "empty manifest"
-        for name, digest in digests.items():
-            if sha256_of(tree / name) != digest:
-                return f"{name} was changed"
-    except FileNotFoundError as error:
-        return f"{error.filename} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"unreadable: {error}"
-    return ""
 
 
 def _run(*argv: str) -> None:

@@ -10,7 +10,7 @@ from offmap.lab import apt, build
 from offmap.lab.build import apply_patches, built_tree, first_complaint, missing_packages, sweep
 from offmap.lab.cache import locked, sha256_of
 from offmap.lab.errors import LabError
-from offmap.lab.provision import write_manifest
+from offmap.lab.kernel_tree import write_manifest
 from offmap.lab.series import PatchSeries
 from offmap.lab.source import KernelSource, kernel_source
 

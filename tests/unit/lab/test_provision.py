@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from offmap.lab import apt, provision
+from offmap.lab import apt, kernel_tree, provision
 from offmap.lab.cache import replace_folder
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import image_release
@@ -36,7 +36,7 @@ def tree(root: Path) -> Path:
     (root / "boot" / f"config-{RELEASE}").write_text("CONFIG_KVM=m\n")
     (modules / "modules.dep").write_text("")
     (modules / "kvm.ko").write_bytes(b"module")
-    provision.write_manifest(root, provision.used_files(root, RELEASE))
+    kernel_tree.write_manifest(root, kernel_tree.used_files(root, RELEASE))
     return root
 
 
@@ -47,7 +47,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_whole_tree_is_accepted(tmp_path: Path) -> None:
-    assert provision.damaged(tree(tmp_path / "t")) == ""
+    assert kernel_tree.damaged(tree(tmp_path / "t")) == ""
 
 
 @pytest.mark.parametrize("name", [f"boot/vmlinuz-{RELEASE}", f"lib/modules/{RELEASE}/kvm.ko"])
@@ -55,14 +55,14 @@ def test_changed_file_is_noticed(tmp_path: Path, name: str) -> None:
     root = tree(tmp_path / "t")
     data = (root / name).read_bytes()
     (root / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert name in provision.damaged(root)
+    assert name in kernel_tree.damaged(root)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"sha256": {}}', '{"sha256": 3}'])
 def test_bad_manifest_is_damage(tmp_path: Path, content: str) -> None:
     root = tree(tmp_path / "t")
-    (root / provision.MANIFEST).write_text(content)
-    assert provision.damaged(root)
+    (root / kernel_tree.MANIFEST).write_text(content)
+    assert kernel_tree.damaged(root)
 
 
 def test_warm_cache_needs_no_apt(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_tampered_package_is_downloaded_again(cache: Path, monkeypatch: pytest.M
     provision.host_kernel("debian:6.12")
     assert calls == [package.name]
     # The leftover of an interrupted run does not stay, and a good package is not downloaded again.
-    (store / "tree" / provision.MANIFEST).write_text("")
+    (store / "tree" / kernel_tree.MANIFEST).write_text("")
     (store / ".tree.leftover").mkdir()
     provision.host_kernel("debian:6.12")
     assert calls == [package.name]
