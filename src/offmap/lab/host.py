@@ -79,6 +79,7 @@ class LabHost(Owned):
         timeout: float = BOOT_TIMEOUT,
         nodes: int = 1,
         on_launch: Callable[[Self], None] | None = None,
+        fresh: bool = False,
     ) -> Self:
         """Boot a host and wait until it takes commands.
 
@@ -93,6 +94,7 @@ class LabHost(Owned):
             timeout: seconds that the boot may take.
             nodes: NUMA nodes that share its RAM.
             on_launch: called with the host before its boot, for whoever must be able to `kill` it meanwhile.
+            fresh: boot in full, whatever could save the boot. Today every host does.
 
         Raises:
             LabPanic, LabEnded, LabTimeout: the boot failed.
