@@ -27,6 +27,7 @@ pytestmark = pytest.mark.lab
 
 TARGET = str(Path(__file__).with_name("module_target.py"))
 AUDIT_TARGET = str(Path(__file__).with_name("audit_target.py"))
+LIBRARY_TARGET = str(Path(__file__).with_name("library_target.py"))
 OFFMAP = (sys.executable, "-m", "offmap")
 MIB = 1 << 20
 SIZE = 256 * MIB
@@ -259,6 +260,32 @@ def check_guest_is_hidden(host: LabHost, kernel: HostKernel, out: Path, backend:
         assert pages["pages_populated"] + pages["excluded_pages"] >= SIZE // 4096
         assert guest.shell("md5sum /kept") == before
         assert "/kept" in before
+
+
+def test_a_guest_by_the_library_gets_no_aliased_page_either(lab_kernel: HostKernel, tmp_path: Path) -> None:
+    """On a fresh host, whose first free pages are those of its kernel's image."""
+    initrd = tmp_path / "guest.initramfs"
+    initrd.write_bytes(guest_initramfs())
+    size = 512 * MIB
+    with LabHost.start(lab_kernel, memory="1536M", out=tmp_path) as host:
+        insert(host, lab_module(lab_kernel), tmp_path)
+        command = [sys.executable, LIBRARY_TARGET, str(lab_kernel.vmlinuz), str(initrd), str(size)]
+        done = host.output(command, timeout=PATIENCE * 2)
+        assert done.status == 0, done.stderr.decode()
+    found = json.loads(done.stdout)
+    excluded = found["ram"]["excluded_pages"]
+    assert found["ram"]["vetting"] == "vetted"
+    assert excluded > 100
+    assert (
+        found["said"][0]
+        == f"{excluded} pages of the guest's RAM are aliased in the host kernel and kept from the guest"
+    )
+    assert found["paused"] > 3  # and booted all the same
+    assert not found["stopped"]
+    pages = found["audit"]["pages"]
+    assert (found["audit"]["verdict"], pages["mapped_pages"], pages["unknown_pages"]) == ("hidden", 0, 0)
+    assert pages["excluded_pages"] == pages["excluded_mapped_pages"] == excluded
+    assert pages["pages_populated"] + excluded == size // 4096
 
 
 def test_under_a_gigabyte_leaf_the_whole_gigabyte_goes_or_nothing(lab_kernel: HostKernel, tmp_path: Path) -> None:

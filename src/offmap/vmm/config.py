@@ -20,7 +20,7 @@ MAX_MEMORY = 1 << 40  # the E820 map and the boot page tables are tested for so 
 
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
-    """One guest.
+    """One guest. Who is told piece by piece begins with a small one and `replace`s it: each step is checked by itself.
 
     Attributes:
         source: kernel, initrd, command line.

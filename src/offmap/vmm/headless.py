@@ -51,7 +51,7 @@ class Headless:
         self._console: deque[bytes] = deque(maxlen=_KEPT)
 
     def run(self) -> Stop:
-        """Build the machine, run it to its end, take it apart. On the process's main thread, as it handles signals.
+        """Build the machine, run it to its end, take it apart. On the process's main thread it handles signals, too.
 
         Returns:
             How it ended: POWERED_OFF when `finished` became readable.

@@ -1,8 +1,6 @@
 """The machine: guest memory, vCPUs and devices put together, started, and taken apart again."""
 
-import contextlib
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -32,13 +30,12 @@ from offmap.uapi.pc import COM1_IRQ, RTC_IRQ
 from offmap.vmm.command_line import with_machine_parameters
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.cpuid import enabled_xstate, guest_cpuid
+from offmap.vmm.kick import accept_kicks, kick
 from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.vcpu_loop import ExitCounts, VcpuLoop
 
 __all__ = ["Machine"]
 
-_KICK = signal.SIGUSR1
-"""Interrupts KVM_RUN of the thread it is sent to; its handler does nothing."""
 _DAY = 86400.0
 
 
@@ -58,7 +55,7 @@ class Machine(Owned):
 
     What runs when: the constructor makes everything and loads the guest; `start` lets the vCPUs go, each on a thread
     of its own; somebody waits for `stopped_fd` and calls `tick` and the console's `flush` in between; `close` takes it
-    apart.
+    apart. Any thread may call any of it, and two may at the same time: what they do happens one after the other.
 
     Args:
         config: what to build.
@@ -89,9 +86,15 @@ class Machine(Owned):
         config.source.check(config.memory_size)
         self.config = config
         self.exit_counts: ExitCounts | None = ExitCounts() if config.count_exits else None
-        self._stop: Stop | None = None
-        self._stop_lock = threading.RLock()  # a signal handler may call stop() inside stop()
+        self._on_event = on_event
         self._threads: list[threading.Thread] = []
+        self._lifecycle = threading.RLock()  # of start, pause, resume, close; never taken by stop
+        # Of all below. Reentrant, as a signal handler may call stop() inside stop().
+        self._changed = threading.Condition(threading.RLock())
+        self._stop: Stop | None = None
+        self._living: set[threading.Thread] = set()  # those of vCPUs that have not ended
+        self._entered: set[VcpuLoop] = set()  # those that are in the guest, or answer its exits
+        self._paused = self._devices_paused = False
         with ExitStack() as building:
             kvm = building.enter_context(Kvm())
             self._vm = building.enter_context(kvm.create_vm())
@@ -119,7 +122,7 @@ class Machine(Owned):
             ):
                 pio.attach(device)
             surroundings = Surroundings(memory, type(config.backend), self._vm, say)
-            virtio = VirtioBus(config.devices, surroundings, self.ram.excluded, mmio, vcpus[0].area)
+            virtio = self._virtio = VirtioBus(config.devices, surroundings, self.ram.excluded, mmio, vcpus[0].area)
             building.enter_context(virtio)
             self._loops = [VcpuLoop(vcpu, pio, mmio, self.exit_counts) for vcpu in vcpus]
 
@@ -136,6 +139,7 @@ class Machine(Owned):
                 self.ram.excluded,
             )
             enter_64bit(vcpus[0], memory, entry)
+            building.callback(self._join)
             self._owned = building.pop_all()
 
     def _set_cpuid(self, kvm: Kvm, vcpus: list[Vcpu]) -> None:
@@ -165,51 +169,138 @@ class Machine(Owned):
                 vcpu.set_xcr0(xcr0)
 
     def start(self) -> None:
-        """Let the vCPUs run. To be called once, on the process's main thread (it installs a signal handler).
+        """Let the vCPUs run. To be called once; a machine that has been stopped before never runs.
 
         Raises:
-            OffmapError: this process may start no more threads.
+            OffmapError: it has been started before, this is a thread of its own, or this process may start no more
+                threads, which ends it.
         """
-        self._previous_handler = signal.signal(_KICK, lambda *_: None)
-        self._owned.callback(signal.signal, _KICK, self._previous_handler)
-        self._owned.callback(self._join)
-        for loop in self._loops:
-            thread = threading.Thread(target=self._run, args=(loop,), name=f"vcpu{loop.vcpu.number}")
-            self._threads.append(thread)
-            try:
-                thread.start()
-            except RuntimeError:
-                self._threads.remove(thread)
-                raise OffmapError(
-                    f"this process may start no thread for vCPU {loop.vcpu.number}", "raise RLIMIT_NPROC (ulimit -u)"
-                ) from None
+        self._refuse_own_threads("started")
+        with self._lifecycle:
+            with self._changed:
+                if self._stop is not None:
+                    return
+                if self._threads:
+                    raise OffmapError("this machine has been started before", "make another one")
+            for loop in self._loops:
+                thread = threading.Thread(target=self._run, args=(loop,), name=f"vcpu{loop.vcpu.number}")
+                with self._changed:
+                    self._threads.append(thread)
+                    self._living.add(thread)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self._threads.remove(thread)
+                    self._living.discard(thread)
+                    error = OffmapError(
+                        f"this process may start no thread for vCPU {loop.vcpu.number}",
+                        "raise RLIMIT_NPROC (ulimit -u)",
+                    )
+                    self.stop(Outcome.FAILED, error)
+                    raise error from None
 
     def _run(self, loop: VcpuLoop) -> None:
+        """The thread of one vCPU."""
         try:
-            stop = loop.run()
+            accept_kicks()
+            while self._may_enter(loop):
+                if (stop := loop.run()) is not None:
+                    self.stop(stop.outcome, stop.error)
         except OffmapError as error:
-            stop = Stop(Outcome.FAILED, error)
+            self.stop(Outcome.FAILED, error)
         except BaseException:
             self.stop(Outcome.FAILED, OffmapError(f"the thread of vCPU {loop.vcpu.number} died"))
             raise
-        if stop is not None:
-            self.stop(stop.outcome, stop.error)
-        with self._stop_lock:
-            pass  # a thread that has ended may not be sent a signal any more, so outlast whoever is in stop()
+        finally:
+            with self._changed:
+                self._entered.discard(loop)
+                self._living.discard(threading.current_thread())  # it may not be sent a signal any more
+                self._changed.notify_all()
+
+    def _may_enter(self, loop: VcpuLoop) -> bool:
+        """Wait while the machine is paused; False once it has stopped."""
+        with self._changed:
+            self._entered.discard(loop)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stop is not None or not self._paused)
+            if self._stop is not None:
+                return False
+            loop.withdraw_stop()
+            self._entered.add(loop)
+            return True
+
+    def _call_out(self) -> None:
+        """Make every vCPU leave the guest. `_changed` is held."""
+        for loop in self._loops:
+            loop.request_stop()
+        for thread in self._living:
+            if thread is not threading.current_thread():
+                kick(thread)
+
+    def pause(self) -> bool:
+        """Have vCPUs and devices stand still; when this returns, none of them touches guest memory.
+
+        It takes as long as a device needs that waits for the host (a disk, a reader of the console). A machine that is
+        paused already stays so.
+
+        Returns:
+            False where the machine has stopped, now or before.
+
+        Raises:
+            OffmapError: it has not been started, or this is a thread of its own.
+        """
+        self._refuse_own_threads("paused")
+        with self._lifecycle:
+            with self._changed:
+                if self._stop is None and not self._threads:
+                    raise OffmapError("this machine has not been started", "start it first")
+                if self._stop is not None or self._paused:
+                    return self._stop is None
+                self._paused = True
+                self._call_out()
+                self._changed.wait_for(lambda: self._stop is not None or not self._entered)
+                if self._stop is not None:
+                    return False
+            self._virtio.pause()
+            self._devices_paused = True
+            return self._stop is None
+
+    def resume(self) -> None:
+        """Go on after `pause`; where it is not paused, or has stopped, do nothing.
+
+        Raises:
+            OffmapError: this is a thread of its own.
+        """
+        self._refuse_own_threads("resumed")
+        with self._lifecycle:
+            self._resume_devices()
+            with self._changed:
+                self._paused = False
+                self._changed.notify_all()
+        self._on_event()  # what became due meanwhile
+
+    def _resume_devices(self) -> None:
+        if self._devices_paused:
+            self._devices_paused = False
+            self._virtio.resume()
+
+    def _refuse_own_threads(self, what: str) -> None:
+        """It would wait for itself."""
+        if threading.current_thread() in self._living or self._virtio.is_on_a_worker:
+            raise OffmapError(
+                f"a machine cannot be {what} by a thread of its own, a vCPU's or a device's",
+                "stop it there, or do it on another thread",
+            )
 
     def stop(self, outcome: Outcome, error: OffmapError | None = None) -> None:
-        """Stop every vCPU; the first call decides what the end was. May be called on any thread, at any time."""
-        with self._stop_lock:
+        """Stop every vCPU, paused or not; the first call decides what the end was. On any thread, at any time."""
+        with self._changed:
             if self._stop is not None:
                 return
             self._stop = Stop(outcome, error)
-            for loop in self._loops:
-                loop.request_stop()
-            for thread in self._threads:
-                if thread is not threading.current_thread() and thread.ident is not None:
-                    with contextlib.suppress(ProcessLookupError):
-                        signal.pthread_kill(thread.ident, _KICK)
-        os.eventfd_write(self.stopped_fd, 1)
+            self._call_out()
+            self._changed.notify_all()
+            os.eventfd_write(self.stopped_fd, 1)
 
     @property
     def stopped(self) -> Stop | None:
@@ -222,20 +313,28 @@ class Machine(Owned):
 
     def seconds_to_tick(self) -> float | None:
         """How long an event loop may wait before it calls `tick`; None: until `on_event`."""
-        due = self._rtc.next_event()
+        due = None if self._paused else self._rtc.next_event()
         # No longer than a day: poll(2) takes an int of milliseconds, and the host's clock may have been set.
         return None if due is None else min(max(due - time.time(), 0), _DAY)
 
     def tick(self) -> None:
-        """Let the devices see what has become due."""
-        self._rtc.tick()
+        """Let the devices see what has become due; those of a machine that is paused see it later."""
+        if not self._paused:
+            self._rtc.tick()
 
     def _join(self) -> None:
-        self.stop(Outcome.QUIT)
         for thread in self._threads:
             thread.join()
+        self._resume_devices()
         self.console.flush()
 
     def close(self) -> None:
-        """Stop it if it runs, and free everything."""
-        self._owned.close()
+        """Stop it if it runs, and free everything. A second call does nothing, once the first has done so.
+
+        Raises:
+            OffmapError: this is a thread of its own.
+        """
+        self._refuse_own_threads("closed")
+        self.stop(Outcome.QUIT)  # whoever waits for the vCPUs to pause waits no more
+        with self._lifecycle:
+            self._owned.close()

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 from offmap.errors import OffmapError
@@ -13,12 +14,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def stopped_by_signals(stop: Callable[[OffmapError], bool]) -> Iterator[None]:
-    """While open, each of these signals calls `stop` with the reason.
+    """While open, each of these signals calls `stop` with the reason; on the main thread only, as Python has it.
 
     Args:
         stop: ends the machine and says True; or says False, if it is still being built. Then the first signal raises
             the reason, so that what there is of it is unwound.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # who runs a machine on another thread ends it from there, too
+        return
     unwinding = False
 
     def handle(number: int, _frame: object) -> None:

@@ -70,10 +70,18 @@ class VcpuLoop:
         self._delivery_registers = b""
 
     def request_stop(self) -> None:
-        """Make `run` return; the caller then sends the thread a signal, in case it is in the guest."""
+        """Make `run` return; the caller then sends the thread a signal, in case it is in the guest.
+
+        The access to a device that the guest was making is completed first.
+        """
         self._stop = True
         # The kernel looks at this before it enters the guest, so that a signal that came before KVM_RUN is not lost.
         self.vcpu.area[_IMMEDIATE_EXIT_OFFSET] = 1
+
+    def withdraw_stop(self) -> None:
+        """Let `run` go on where it was."""
+        self.vcpu.area[_IMMEDIATE_EXIT_OFFSET] = 0
+        self._stop = False
 
     def run(self) -> Stop | None:
         """Run the guest on this vCPU.

@@ -151,6 +151,21 @@ class VirtioBus(Owned):
         self._building.callback(os.close, fd)
         return fd
 
+    def pause(self) -> None:
+        """Have every device leave guest memory alone until `resume`. No vCPU may be running."""
+        for transport in self.transports:
+            transport.pause()
+
+    def resume(self) -> None:
+        """Let the devices go on."""
+        for transport in self.transports:
+            transport.resume()
+
+    @property
+    def is_on_a_worker(self) -> bool:
+        """Whether the caller is on the thread of one of the devices."""
+        return any(transport.worker.is_current for transport in self.transports)
+
     def close(self) -> None:
-        """Stop the devices, whatever they do, and free everything. No vCPU may be running."""
+        """Stop the devices, whatever they do, and free everything. No vCPU may be running, and no device be paused."""
         self._owned.close()

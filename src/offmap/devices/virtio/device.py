@@ -116,6 +116,12 @@ class VirtioDevice(Owned, ABC):
     def reset(self) -> None:
         """Forget the queues and everything about the driver; nothing of the guest's memory may be held afterwards."""
 
+    def pause(self) -> None:
+        """The worker thread is about to stand still: stop whoever else touches guest memory for the device."""
+
+    def resume(self) -> None:
+        """The worker thread goes on."""
+
     def close(self) -> None:
         """Give back what the device owns on the host. The worker thread has ended."""
 

@@ -381,6 +381,16 @@ class MmioTransport:
 
         self._on_worker(write)
 
+    def pause(self) -> None:
+        """Leave guest memory alone until `resume`; when this returns, that is so. No vCPU may be running."""
+        self._on_worker(self._device.pause)
+        self.worker.pause()
+
+    def resume(self) -> None:
+        """Go on."""
+        self.worker.resume()
+        self._on_worker(self._device.resume)
+
     def quiesce(self) -> None:
         """End the worker thread and let go of guest memory, whatever the driver thinks of it."""
         self._on_worker(self._reset)

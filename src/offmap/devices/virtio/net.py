@@ -217,6 +217,14 @@ class Net(VirtioDevice):
         activation.worker.watch(self._vhost.errors, self._vhost_failed)
         self._bypassed = True
 
+    def pause(self) -> None:
+        if self._vhost is not None and self._bypassed:
+            self._vhost.pause()
+
+    def resume(self) -> None:
+        if self._vhost is not None and self._bypassed:
+            self._vhost.resume()
+
     def _stop_vhost(self) -> None:
         if self._vhost is not None and self._activation is not None and self._bypassed:
             self._activation.worker.unwatch(self._vhost.errors)

@@ -49,6 +49,7 @@ class VhostNet(Handle):
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self.errors = -1
+        self._served: list[tuple[int, int, int]] = []  # queue, its kicks, the tap: while it serves
 
     def start(self, tap: int, queues: Sequence[tuple[int, Queue]], features: int, dma: Dma, bypass: Bypass) -> None:
         """Let the kernel serve `queues` (device's number, queue): the receive queue, then the transmit queue.
@@ -63,8 +64,8 @@ class VhostNet(Handle):
         self.errors = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for index, (number, queue) in enumerate(queues):
             self._set_up(index, queue, dma, bypass.kicks[number], bypass.irq)
-        for index in range(len(queues)):
-            self._set_file("VHOST_NET_SET_BACKEND", uapi.VHOST_NET_SET_BACKEND, index, tap)
+        self._served = [(index, bypass.kicks[number], tap) for index, (number, _) in enumerate(queues)]
+        self.resume()
 
     def _set_up(self, index: int, queue: Queue, dma: Dma, kick: int, irq: int) -> None:
         state = uapi.vhost_vring_state(index, queue.size)
@@ -83,12 +84,24 @@ class VhostNet(Handle):
     def _set_file(self, name: str, request: int, index: int, fd: int) -> None:
         self.call(name, request, uapi.vhost_vring_file(index, fd))
 
+    def pause(self) -> None:
+        """Leave the queues alone until `resume`: when this returns, nothing of the guest's memory is touched."""
+        for index, _, _ in self._served:
+            self._set_file("VHOST_NET_SET_BACKEND", uapi.VHOST_NET_SET_BACKEND, index, uapi.VHOST_FILE_UNBIND)
+
+    def resume(self) -> None:
+        """Serve the queues, from where they were."""
+        for index, kick, tap in self._served:
+            self._set_file("VHOST_NET_SET_BACKEND", uapi.VHOST_NET_SET_BACKEND, index, tap)
+            os.eventfd_write(kick, 1)  # the driver's last one may have found nobody
+
     def stop(self) -> None:
         """Take the queues back: when this returns, nothing of the guest's memory is touched any more."""
         if self.errors < 0:
             return
+        self.pause()
+        self._served = []
         for index in range(2):
-            self._set_file("VHOST_NET_SET_BACKEND", uapi.VHOST_NET_SET_BACKEND, index, uapi.VHOST_FILE_UNBIND)
             for name, request in (
                 ("VHOST_SET_VRING_KICK", uapi.VHOST_SET_VRING_KICK),
                 ("VHOST_SET_VRING_CALL", uapi.VHOST_SET_VRING_CALL),

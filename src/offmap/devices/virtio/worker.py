@@ -38,6 +38,7 @@ class Worker(Owned):
         self._calls: deque[Callable[[], None]] = deque()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._closing = False
+        self._go = threading.Event()
         with ExitStack() as building:
             self._epoll = building.enter_context(select.epoll())
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -74,7 +75,7 @@ class Worker(Owned):
         Returns:
             What it returned, or raises what it raised.
         """
-        if threading.current_thread() is self._thread:
+        if self.is_current:
             return function()
         results: list[_T] = []
         errors: list[BaseException] = []
@@ -99,6 +100,27 @@ class Worker(Owned):
         """Run `function` on the thread, some time later; what it raises goes to `on_error`."""
         self._calls.append(function)
         os.eventfd_write(self._wake, 1)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the caller is on this thread."""
+        return threading.current_thread() is self._thread
+
+    def pause(self) -> None:
+        """Make the thread stand still until `resume`; when this returns, it does. Called from outside, once."""
+        standing = threading.Event()
+        go = self._go = threading.Event()
+
+        def stand() -> None:
+            standing.set()
+            go.wait()
+
+        self.post(stand)
+        standing.wait()
+
+    def resume(self) -> None:
+        """Let the thread go on."""
+        self._go.set()
 
     def _run_calls(self, _events: int) -> None:
         # Only those that are there now: one that posts itself, to go on later, lets kicks and host files have a turn.

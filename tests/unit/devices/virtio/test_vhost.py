@@ -95,6 +95,23 @@ def test_a_reset_takes_everything_back(card: Card) -> None:
     assert card.kernel.files("VHOST_NET_SET_BACKEND") == [(0, card.wire.fd), (1, card.wire.fd)]
 
 
+def test_a_pause_takes_the_queues_away_and_no_kick_is_lost(card: Card) -> None:
+    unbound, bound = [(0, -1), (1, -1)], [(0, card.wire.fd), (1, card.wire.fd)]
+    for number in (RX, TX):
+        os.eventfd_read(card.bench.kicks[number])  # of the start
+    card.kernel.calls.clear()
+    card.net.pause()
+    assert card.kernel.files("VHOST_NET_SET_BACKEND") == unbound
+    card.net.resume()
+    assert card.kernel.files("VHOST_NET_SET_BACKEND") == unbound + bound
+    assert [os.eventfd_read(card.bench.kicks[number]) for number in (RX, TX)] == [1, 1]
+    card.net.reset()
+    card.kernel.calls.clear()
+    card.net.pause()
+    card.net.resume()
+    assert card.kernel.calls == []
+
+
 def test_a_broken_ring_is_the_drivers_error(card: Card) -> None:
     os.eventfd_write(card.kernel.errors, 1)
     card.kernel.calls.clear()

@@ -37,6 +37,27 @@ def test_events_of_files() -> None:
     os.close(second)
 
 
+def test_one_that_stands_still_handles_nothing_until_it_goes_on() -> None:
+    seen: list[bytes] = []
+    first, second = os.pipe()
+    with Worker("test", lambda _: None) as worker:
+        worker.watch(first, lambda _: seen.append(os.read(first, 10)))
+        for _ in range(3):
+            worker.pause()
+            os.write(second, b"kick")
+            assert not select.select([], [], [], 0.01)[0]
+            assert seen == []
+            worker.resume()
+            worker.call(lambda: None)
+            worker.call(lambda: None)
+            assert seen == [b"kick"]
+            seen.clear()
+        worker.pause()
+        worker.resume()
+    os.close(first)
+    os.close(second)
+
+
 def test_kicks_that_are_never_read_are_events_each() -> None:
     seen: list[int] = []
     kick = os.eventfd(0, os.EFD_NONBLOCK)
