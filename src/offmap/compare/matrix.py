@@ -14,6 +14,8 @@ from typing import Any, Self
 
 from offmap.compare.vm_process import QEMU
 from offmap.errors import OffmapError
+from offmap.memory.backend import BACKENDS as KINDS
+from offmap.memory.backend import Backend
 
 __all__ = [
     "BACKENDS",
@@ -26,38 +28,28 @@ __all__ = [
     "cells_of",
     "default_matrix",
     "full_matrix",
+    "kind_of",
     "longest_first",
 ]
 
 NATIVE = "native"
 """As a host kernel: the one that this machine runs, without a disposable host."""
 
-BACKENDS = (
-    "anon",
-    "memfd",
-    "hugetlb",
-    "reserved",
-    "unplugged",
-    "secretmem",
-    "secretmem-bridge",
-    "guest_memfd",
-    "guest_memfd-unmapped",
-    QEMU,
-)
+BACKENDS = (*KINDS, QEMU)
 """In the order of the report: the plain kinds first."""
 
-OF_THE_MODULE = frozenset({"unplugged", "secretmem-bridge", QEMU})
+
+def kind_of(backend: str) -> type[Backend]:
+    """What the RAM of a cell is: QEMU's is that of ``unplugged``."""
+    return KINDS["unplugged" if backend == QEMU else backend]
+
+
+OF_THE_MODULE = frozenset(name for name in BACKENDS if kind_of(name).needs_module)
 """Need offmap.ko in the host."""
 
 KVM_CLOCKS = ("auto", "off", "on")
 MAX_VCPUS = 64  # more would not be a comparison of memory any more, and no lab host has the time
-_DEBIAN = ("debian:6.1", "debian:6.12", "debian:7.3")
-_LACKING = {
-    "secretmem": _DEBIAN,  # their GUP refuses secretmem pages
-    "guest_memfd": ("debian:6.1", "debian:6.12"),  # cannot be mapped before 6.18
-    "guest_memfd-unmapped": _DEBIAN,  # not merged as of 7.3
-}
-_HIDING = frozenset({"reserved", "unplugged", "secretmem", "secretmem-bridge", "guest_memfd-unmapped"})
+_RELEASED = re.compile(r"debian:(\d+)\.(\d+)")  # a kernel as released
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -207,11 +199,12 @@ def _sensible(axes: Axes) -> Iterator[CellSpec]:
 
 def _refusal(backend: str, host_kernel: str, kvm_clock: str) -> str:
     """Why that is known to be refused; empty if it is not. What is really said is measured, once."""
-    if host_kernel in _LACKING.get(backend, ()):
+    released = _RELEASED.fullmatch(host_kernel)
+    if released and not kind_of(backend).in_release((int(released[1]), int(released[2]))):
         return "memory"
     # offmap refuses what would oops a kernel as released. With no struct page KVM memremaps the page instead, which
     # QEMU lets happen.
-    if kvm_clock == "on" and backend in _HIDING and host_kernel.startswith("debian:"):
+    if kvm_clock == "on" and kind_of(backend).hides and backend != QEMU and released:
         return "kvm-clock"
     return ""
 

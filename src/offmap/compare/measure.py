@@ -19,6 +19,7 @@ from offmap.audit.host import host_facts
 from offmap.audit.process import Process
 from offmap.audit.verdict import Verdict
 from offmap.compare.job import Job
+from offmap.compare.matrix import kind_of
 from offmap.compare.probes import costs, devices, hidden, holder, host_events, paravirtual, reach
 from offmap.compare.probes.asker import Asker, no, undetermined, yes
 from offmap.compare.probes.guest_program import ProbeError
@@ -31,9 +32,6 @@ from offmap.compare.vm_process import QEMU
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
 
 __all__ = ["main"]
-
-_NOT_LINUXS = frozenset({"reserved"})
-"""Kinds whose memory was never the host kernel's."""
 
 
 class _Cell:
@@ -240,7 +238,7 @@ class _Cell:
 
     def _secrets_in_frames(self) -> int | None:
         """How many secrets show in frames that the kernel does not map: the control of the same look afterwards."""
-        if self.spec.backend not in _NOT_LINUXS:
+        if kind_of(self.spec.backend).linux_owned:
             return None
         try:
             return hidden.secrets_in_frames(hidden.guest_frames(self.last), self.host.secrets)
@@ -250,7 +248,7 @@ class _Cell:
     def _gone(self, plain: LiveGuest, seen_raw: int | None) -> None:
         asker, secrets = self.asker, self.host.secrets
         frames = hidden.guest_frames(self.last)
-        linuxs = self.spec.backend not in _NOT_LINUXS
+        linuxs = kind_of(self.spec.backend).linux_owned
         asker.ask_many(hidden.GONE, lambda: hidden.after_the_end(plain, secrets, frames, self.host.memory_kib, linuxs))
         if not linuxs:
             asker.ask("hidden.zeroed", lambda: hidden.zeroed_frames(frames, secrets, seen_raw))
