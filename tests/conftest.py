@@ -1,9 +1,13 @@
 """What tests of every kind share: small guest kernels, hypothesis without a stop-watch, signals as at a terminal."""
 
+import os
+import re
 import shutil
 import signal
 import subprocess
+import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -40,3 +44,53 @@ def payload(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return built[name]
 
     return build
+
+
+@dataclass(frozen=True)
+class House:
+    """A copy of the tree in which recipes of CONTRIBUTING.md are followed, by tests/house.
+
+    Attributes:
+        tree: where it is.
+        touched: the files that a recipe changed or added, by the recipe's name.
+        listed: those that CONTRIBUTING.md names for it.
+    """
+
+    tree: Path
+    touched: dict[str, set[str]]
+    listed: dict[str, set[str]]
+
+    @classmethod
+    def build(cls, tree: Path) -> "House":
+        root = PAYLOADS.parents[1]
+        recipes = tomllib.loads((root / "tests/house/recipes.toml").read_text())
+        for folder in ("src", "docs"):
+            shutil.copytree(root / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        house = cls(tree, {}, {})
+        for recipe, content in recipes.items():
+            for name, where in content["new"].items():
+                shutil.copy(root / "tests/house" / name, tree / where)
+            for row in content["rows"]:
+                text = (tree / row["file"]).read_text()
+                assert text.count(f"{row['after']}\n") == 1, f"{row['file']}: no such line: {row['after']}"
+                (tree / row["file"]).write_text(text.replace(f"{row['after']}\n", f"{row['after']}\n{row['row']}\n"))
+            house.touched[recipe] = {*content["new"].values(), *(row["file"] for row in content["rows"])}
+            house.listed[recipe] = _listed(root / "CONTRIBUTING.md", content["section"], content["name"])
+        return house
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a Python that is to import offmap from there."""
+        return {**os.environ, "PYTHONPATH": str(self.tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _listed(contributing: Path, section: str, name: str) -> set[str]:
+    """The file that each step of a recipe begins with."""
+    text = contributing.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0]
+    return {file.replace("NAME", name) for file in re.findall(r"^\d\. `([^`]+)`", text, re.MULTILINE)}
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> House:
+    """Give a tree with a kind of RAM (lent), a device (dice) and a question (uptime) that are made up."""
+    return House.build(tmp_path_factory.mktemp("house"))
