@@ -14,8 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TypedDict, final
+from typing import Final, TypedDict, final
 
 from offmap.errors import BackendRefused, OffmapError
 from offmap.kvm import Vm
@@ -31,7 +30,6 @@ __all__ = ["NotAudited", "Ram", "Vet", "Vetted", "vet"]
 
 
 @final
-@dataclass(frozen=True, slots=True)
 class Vet:
     """Audit the RAM before its guest gets it: keep aliased pages from the guest, refuse all else that is not hidden.
 
@@ -40,7 +38,6 @@ class Vet:
 
 
 @final
-@dataclass(frozen=True, slots=True)
 class NotAudited:
     """RAM is placed where its kind is hidden, and nobody looked whether it is.
 
@@ -48,11 +45,10 @@ class NotAudited:
         reason: why not.
     """
 
-    reason: str
-
-    def __post_init__(self) -> None:
-        if not self.reason:
+    def __init__(self, reason: str) -> None:
+        if not reason:
             raise ValueError("RAM that is not audited needs a reason")
+        self.reason: Final = reason
 
 
 @final

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from offmap.errors import BackendRefused, KernelError
-from offmap.kvm import CpuidEntry, Kvm, Vm
+from offmap.kvm import Kvm, Vm
 from offmap.memory.anon import Anon
 from offmap.memory.guest_memfd import GuestMemfd
 from offmap.memory.memfd import Memfd
@@ -77,7 +77,7 @@ def test_pv_features_can_be_enforced(kvm: Kvm, vm: Vm) -> None:
         pytest.skip("this KVM has no KVM_CAP_ENFORCE_PV_FEATURE_CPUID: its enforcement was not tested")
     with vm.create_vcpu(0) as vcpu:
         vcpu.enable_cap(uapi.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 1)
-        vcpu.set_cpuid([CpuidEntry(uapi.KVM_CPUID_FEATURES, eax=0x01007FFB & ~PVCLOCK_FEATURES)])
+        vcpu.set_cpuid([uapi.kvm_cpuid_entry2(uapi.KVM_CPUID_FEATURES, eax=0x01007FFB & ~PVCLOCK_FEATURES)])
         with pytest.raises(KernelError, match="KVM_ENABLE_CAP failed"):
             vcpu.enable_cap(0x7FFF)
 

@@ -5,7 +5,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,7 +69,7 @@ class Guest:
         self.errors: list[OffmapError] = []
         config = MachineConfig(BootSource(kernel, None, ""), Anon(), 32 * MIB, vcpus, vetting=Vet())
         self.machine = on_another_thread(
-            lambda: Machine(replace(config, devices=[("rng0", parse_rng(""))]), self._hear, on_event=self.due.set)
+            lambda: Machine(config.replace(devices=[("rng0", parse_rng(""))]), self._hear, on_event=self.due.set)
         )
 
     def _hear(self, data: bytes) -> None:
@@ -285,9 +284,9 @@ def test_the_processs_own_signals_stay_its_own(monitor: Path) -> None:
 def test_configured_piece_by_piece(monitor: Path) -> None:
     config = MachineConfig(BootSource(monitor, None, ""), Anon(), 32 * MIB, vetting=Vet())
     with pytest.raises(OffmapError, match="17 vCPUs"):
-        replace(config, vcpus=17)
-    config = on_another_thread(lambda: replace(config, backend=Memfd(), vcpus=2))
-    config = replace(config, devices=[*config.devices, ("rng0", parse_rng(""))])
+        config.replace(vcpus=17)
+    config = on_another_thread(lambda: config.replace(backend=Memfd(), vcpus=2))
+    config = config.replace(devices=[*config.devices, ("rng0", parse_rng(""))])
     with Machine(config, lambda _: None) as machine:
         machine.start()
         assert machine.pause()
@@ -306,11 +305,12 @@ def test_what_is_known_of_hidden_ram_stays_with_the_machine(monitor: Path) -> No
     source = BootSource(monitor, None, "")
     config = MachineConfig(source, Promising(), 32 * MIB, vetting=NotAudited("no right to"))
     with Machine(config, lambda _: None, say=said.append) as machine:
-        assert machine.ram.vetting == NotAudited("no right to")
+        assert isinstance(machine.ram.vetting, NotAudited)
         assert machine.ram.to_json()["vetting"] == "placed, not audited"
+        assert machine.ram.to_json()["not_audited_because"] == "no right to"
         assert said == ["the guest's RAM is placed, not audited: no right to"]
     before = descriptors()
     # Here, where there is no /proc/kcore, its audit fails; elsewhere it finds the RAM in the direct map.
     with pytest.raises(BackendRefused, match="the promising memory that this host gave cannot be a guest's"):
-        Machine(replace(config, vetting=Vet()), lambda _: None)
+        Machine(config.replace(vetting=Vet()), lambda _: None)
     assert descriptors() == before

@@ -9,9 +9,9 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 from offmap.boot.memory_map import MemoryMap
 from offmap.errors import KernelError, OffmapError
@@ -40,8 +40,7 @@ _REMEDY = "give a bzImage (like /boot/vmlinuz-…) or an ELF vmlinux for x86-64"
 _DEFAULT_INITRD_ADDR_MAX = 0x7FFFFFFF
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedKernel:
+class LoadedKernel(NamedTuple):
     """A kernel in guest memory.
 
     Attributes:

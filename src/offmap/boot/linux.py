@@ -4,8 +4,8 @@ import os
 import stat
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from offmap.boot.acpi import AcpiImage
 from offmap.boot.kernel_image import check_kernel, load_kernel, read_into
@@ -25,8 +25,7 @@ BOOT_PARAMS = 0x7000
 _CMDLINE = 0x20000
 
 
-@dataclass(frozen=True, slots=True)
-class BootSource:
+class BootSource(NamedTuple):
     """What to boot: files, and the kernel's command line."""
 
     kernel: Path

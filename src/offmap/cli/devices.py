@@ -2,17 +2,15 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 from offmap.devices.virtio.device import DeviceSpec
 
 __all__ = ["add_device_options", "device_specs"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Option:
+class _Option(NamedTuple):
     """One kind of device.
 
     Attributes:

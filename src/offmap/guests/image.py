@@ -7,9 +7,8 @@ several guests can run from one image at once, and what a guest writes is as hid
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from offmap.boot.linux import BootSource
 from offmap.devices.virtio.device import DeviceSpec
@@ -25,8 +24,7 @@ ROOT = "root.img"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(NamedTuple):
     """What a guest boots from.
 
     Attributes:

@@ -7,7 +7,6 @@ and a place for the status at four ports of a virtio console. It runs the comman
 import os
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from offmap.devices.virtio.console import ConsoleSpec, Port
@@ -80,9 +79,8 @@ class Job(Owned):
             *(Port(name, output=fd, on_error=self._output_failed(name)) for name, fd in self._outputs.items()),
             Port("status", output=self._status_end, last=True),
         )
-        config = replace(
-            config,
-            source=replace(config.source, initrd=self._compose_initrd(config.source.initrd)),
+        config = config.replace(
+            source=config.source._replace(initrd=self._compose_initrd(config.source.initrd)),
             devices=[*config.devices, ("exec", ConsoleSpec(ports))],
         )
 

@@ -1,8 +1,7 @@
 """Typed handles on /dev/kvm: each owns an fd and turns errno into our errors."""
 
-from offmap.kvm.cpuid import CpuidEntry
 from offmap.kvm.system import Kvm
 from offmap.kvm.vcpu import Vcpu
 from offmap.kvm.vm import Vm
 
-__all__ = ["CpuidEntry", "Kvm", "Vcpu", "Vm"]
+__all__ = ["Kvm", "Vcpu", "Vm"]

@@ -1,39 +1,21 @@
-"""CPUID leaves as KVM exchanges them: ``struct kvm_cpuid2``."""
+"""CPUID leaves as KVM exchanges them: ``struct kvm_cpuid2``, with its entries."""
 
-import struct
-from dataclasses import dataclass
+from ctypes import sizeof
 
-__all__ = ["CpuidEntry", "pack_cpuid", "unpack_cpuid"]
+from offmap.uapi.kvm import kvm_cpuid2, kvm_cpuid_entry2
 
-_HEADER = struct.Struct("<II")  # struct kvm_cpuid2: nent, padding
-_ENTRY = struct.Struct("<7I12x")  # struct kvm_cpuid_entry2
+__all__ = ["pack_cpuid", "unpack_cpuid"]
 
 
-@dataclass(slots=True)
-class CpuidEntry:
-    """One leaf (and subleaf, where `flags` says that the index counts)."""
-
-    function: int
-    index: int = 0
-    flags: int = 0
-    eax: int = 0
-    ebx: int = 0
-    ecx: int = 0
-    edx: int = 0
+def pack_cpuid(entries: list[kvm_cpuid_entry2], room: int = 0) -> bytearray:
+    """A ``struct kvm_cpuid2`` of `entries`, followed by room for more, up to `room` entries together."""
+    empty = max(room - len(entries), 0)
+    packed = b"".join(map(bytes, [kvm_cpuid2(len(entries) + empty), *entries]))
+    return bytearray(packed + bytes(empty * sizeof(kvm_cpuid_entry2)))
 
 
-def pack_cpuid(entries: list[CpuidEntry], room: int = 0) -> bytearray:
-    """A ``struct kvm_cpuid2`` of `entries`, or with `room` an empty one for that many."""
-    buffer = bytearray(_HEADER.size + _ENTRY.size * max(len(entries), room))
-    _HEADER.pack_into(buffer, 0, max(len(entries), room), 0)
-    for number, e in enumerate(entries):
-        _ENTRY.pack_into(
-            buffer, _HEADER.size + number * _ENTRY.size, e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx
-        )
-    return buffer
-
-
-def unpack_cpuid(buffer: bytes | bytearray) -> list[CpuidEntry]:
+def unpack_cpuid(buffer: bytes | bytearray) -> list[kvm_cpuid_entry2]:
     """The entries of a ``struct kvm_cpuid2`` that the kernel filled in."""
-    count, _ = _HEADER.unpack_from(buffer)
-    return [CpuidEntry(*_ENTRY.unpack_from(buffer, _HEADER.size + n * _ENTRY.size)) for n in range(count)]
+    count = kvm_cpuid2.from_buffer_copy(buffer).nent
+    start, size = sizeof(kvm_cpuid2), sizeof(kvm_cpuid_entry2)
+    return [kvm_cpuid_entry2.from_buffer_copy(buffer, start + number * size) for number in range(count)]

@@ -7,8 +7,7 @@ what reads the file is passed in.
 import ctypes
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from offmap.uapi.kvm import kvm_stats_desc, kvm_stats_header
 
@@ -33,8 +32,7 @@ def read_stats(read: Read) -> dict[str, tuple[int, ...]]:
     return {name: struct.unpack_from(f"={count}Q", data, offset) for name, offset, count in described}
 
 
-@dataclass(frozen=True, slots=True)
-class MappedPages:
+class MappedPages(NamedTuple):
     """Leaf entries of each size in the page tables that KVM runs a guest by."""
 
     pages_4k: int

@@ -4,7 +4,7 @@ import errno
 import os
 
 from offmap.errors import KernelError, OffmapError
-from offmap.kvm.cpuid import CpuidEntry, pack_cpuid, unpack_cpuid
+from offmap.kvm.cpuid import pack_cpuid, unpack_cpuid
 from offmap.kvm.handle import Handle
 from offmap.kvm.vm import Vm
 from offmap.uapi import kvm as uapi
@@ -51,7 +51,7 @@ class Kvm(Handle):
         """Bytes of the area shared with each vCPU."""
         return self.call("KVM_GET_VCPU_MMAP_SIZE", uapi.KVM_GET_VCPU_MMAP_SIZE)
 
-    def supported_cpuid(self) -> list[CpuidEntry]:
+    def supported_cpuid(self) -> list[uapi.kvm_cpuid_entry2]:
         """The CPUID leaves that KVM can give a guest on this host."""
         count = 128
         while True:

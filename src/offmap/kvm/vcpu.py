@@ -5,7 +5,7 @@ import struct
 from collections.abc import Mapping
 
 from offmap.errors import KernelError
-from offmap.kvm.cpuid import CpuidEntry, pack_cpuid
+from offmap.kvm.cpuid import pack_cpuid
 from offmap.kvm.handle import Handle
 from offmap.uapi import kvm as uapi
 
@@ -63,7 +63,7 @@ class Vcpu(Handle):
     def set_sregs(self, sregs: uapi.kvm_sregs) -> None:
         self.call("KVM_SET_SREGS", uapi.KVM_SET_SREGS, sregs)
 
-    def set_cpuid(self, entries: list[CpuidEntry]) -> None:
+    def set_cpuid(self, entries: list[uapi.kvm_cpuid_entry2]) -> None:
         self.call("KVM_SET_CPUID2", uapi.KVM_SET_CPUID2, pack_cpuid(entries))
 
     def set_msrs(self, values: Mapping[int, int]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from offmap.errors import OffmapError
 from offmap.memory.backing import Backing
@@ -21,8 +21,7 @@ class GuestAddressError(OffmapError):
     """An access outside the guest's RAM."""
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """A run of guest-physical addresses and the host memory that holds it.
 
     Attributes:

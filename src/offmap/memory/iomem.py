@@ -5,7 +5,7 @@ Pure functions over the text of these files.
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from offmap.errors import OffmapError
 from offmap.units import parse_size
@@ -21,8 +21,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class PhysicalRange:
+class PhysicalRange(NamedTuple):
     """Physical addresses from `start` up to, not including, `end`."""
 
     start: int

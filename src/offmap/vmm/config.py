@@ -1,7 +1,7 @@
 """What a machine is made of, and the checks that need not build it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Final
 
 from offmap.boot.linux import BootSource
 from offmap.devices.virtio.device import DeviceSpec
@@ -18,7 +18,6 @@ MAX_VCPUS = 16
 MAX_MEMORY = 1 << 40  # the E820 map and the boot page tables are tested for so much
 
 
-@dataclass(frozen=True, slots=True)
 class MachineConfig:
     """One guest. Who is told piece by piece begins with a small one and `replace`s it: each step is checked by itself.
 
@@ -39,17 +38,28 @@ class MachineConfig:
         OffmapError: a value that no host could satisfy.
     """
 
-    source: BootSource
-    backend: Backend
-    memory_size: int
-    vcpus: int = 1
-    kvm_clock: bool | None = None
-    count_exits: bool = False
-    devices: Sequence[tuple[str, DeviceSpec]] = ()
-    virtio_mmio_cmdline: bool = False
-    vetting: Vet | NotAudited = field(kw_only=True)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        source: BootSource,
+        backend: Backend,
+        memory_size: int,
+        vcpus: int = 1,
+        *,
+        vetting: Vet | NotAudited,
+        kvm_clock: bool | None = None,
+        count_exits: bool = False,
+        devices: Sequence[tuple[str, DeviceSpec]] = (),
+        virtio_mmio_cmdline: bool = False,
+    ) -> None:
+        self.source: Final = source
+        self.backend: Final = backend
+        self.memory_size: Final = memory_size
+        self.vcpus: Final = vcpus
+        self.vetting: Final = vetting
+        self.kvm_clock: Final = kvm_clock
+        self.count_exits: Final = count_exits
+        self.devices: Final = devices
+        self.virtio_mmio_cmdline: Final = virtio_mmio_cmdline
         if not 0 < self.memory_size <= MAX_MEMORY or self.memory_size % PAGE_SIZE:
             raise OffmapError(
                 f"a guest cannot have {format_size(self.memory_size)} of RAM",
@@ -62,6 +72,14 @@ class MachineConfig:
                 f"kvm-clock cannot be offered on {self.backend.name} memory: this host's kernel must map its page",
                 "leave --kvm-clock out, or use a kernel that updates it by userspace address (patched:7.3 of the lab)",
             )
+
+    def replace(self, **changes: object) -> "MachineConfig":
+        """The same with some values changed, by their names.
+
+        Raises:
+            OffmapError: a value that no host could satisfy.
+        """
+        return MachineConfig(**vars(self) | changes)
 
     @property
     def offers_kvm_clock(self) -> bool:

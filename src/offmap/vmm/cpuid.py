@@ -3,9 +3,6 @@
 Sources: Documentation/virt/kvm/x86/cpuid.rst; Intel SDM volume 2 and AMD APM volume 3, "CPUID".
 """
 
-from dataclasses import replace
-
-from offmap.kvm import CpuidEntry
 from offmap.uapi import kvm as uapi
 
 __all__ = ["PVCLOCK_FEATURES", "enabled_xstate", "guest_cpuid"]
@@ -26,8 +23,8 @@ _LEAF80000001_ECX_SVM = 1 << 2
 
 
 def guest_cpuid(
-    supported: list[CpuidEntry], *, vcpu: int, vcpus: int, kvm_clock: bool, nested: bool, tsc_deadline: bool
-) -> list[CpuidEntry]:
+    supported: list[uapi.kvm_cpuid_entry2], *, vcpu: int, vcpus: int, kvm_clock: bool, nested: bool, tsc_deadline: bool
+) -> list[uapi.kvm_cpuid_entry2]:
     """The CPUID of vCPU number `vcpu` of `vcpus`: one socket, one thread a core, APIC ids from 0.
 
     Args:
@@ -36,9 +33,9 @@ def guest_cpuid(
         nested: leave VMX and SVM in (KVM maps the pages of a nested guest's control blocks into the host kernel).
         tsc_deadline: KVM's local APIC has the TSC deadline timer (it is not among `supported` before Linux 6.13).
     """
-    guest: list[CpuidEntry] = []
+    guest: list[uapi.kvm_cpuid_entry2] = []
     for entry in supported:
-        e = replace(entry)
+        e = uapi.kvm_cpuid_entry2.from_buffer_copy(entry)
         match e.function:
             case 0x1:
                 e.ebx = e.ebx & 0x0000FFFF | vcpus << 16 | vcpu << 24
@@ -68,7 +65,7 @@ def guest_cpuid(
     return guest + _extended_topology(0xB, vcpu, vcpus)
 
 
-def enabled_xstate(guest: list[CpuidEntry]) -> int | None:
+def enabled_xstate(guest: list[uapi.kvm_cpuid_entry2]) -> int | None:
     """XCR0 of a vCPU that starts with every state component of its CPUID enabled, or None if it has no XSAVE.
 
     Linux enables them all itself (fpu__init_system_xstate in arch/x86/kernel/fpu/xstate.c), so a vCPU may as well have
@@ -86,11 +83,11 @@ def _package_bits(vcpus: int) -> int:
     return (1 << (vcpus - 1).bit_length()) - 1
 
 
-def _extended_topology(leaf: int, vcpu: int, vcpus: int) -> list[CpuidEntry]:
+def _extended_topology(leaf: int, vcpu: int, vcpus: int) -> list[uapi.kvm_cpuid_entry2]:
     """Leaf 0xB: a level of one thread a core (SMT, type 1), then one of `vcpus` cores a package (core, type 2)."""
     flags = uapi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
     return [
-        CpuidEntry(leaf, 0, flags, eax=0, ebx=1, ecx=1 << 8, edx=vcpu),
-        CpuidEntry(leaf, 1, flags, eax=(vcpus - 1).bit_length(), ebx=vcpus, ecx=2 << 8 | 1, edx=vcpu),
-        CpuidEntry(leaf, 2, flags, ecx=2, edx=vcpu),
+        uapi.kvm_cpuid_entry2(leaf, 0, flags, eax=0, ebx=1, ecx=1 << 8, edx=vcpu),
+        uapi.kvm_cpuid_entry2(leaf, 1, flags, eax=(vcpus - 1).bit_length(), ebx=vcpus, ecx=2 << 8 | 1, edx=vcpu),
+        uapi.kvm_cpuid_entry2(leaf, 2, flags, ecx=2, edx=vcpu),
     ]

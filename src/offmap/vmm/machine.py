@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 
 from offmap.boot.acpi import build_tables
 from offmap.boot.acpi.devices import virtio_mmio
@@ -130,7 +129,7 @@ class Machine(Owned):
             parameters = [place.parameter for place in virtio.places] if config.virtio_mmio_cmdline else []
             command_line = with_machine_parameters(config.source.command_line, tsc_khz, parameters)
             entry = load_linux(
-                replace(config.source, command_line=command_line),
+                config.source._replace(command_line=command_line),
                 memory,
                 build_tables(
                     config.vcpus,

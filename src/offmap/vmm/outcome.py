@@ -1,7 +1,7 @@
 """How a machine's life ended."""
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from offmap.errors import OffmapError
 
@@ -17,8 +17,7 @@ class Outcome(Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """The end, and for FAILED the reason."""
 
     outcome: Outcome

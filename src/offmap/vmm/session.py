@@ -4,7 +4,6 @@ import contextlib
 import os
 import selectors
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 from offmap.errors import KernelError, OffmapError
 from offmap.vmm.command_line import with_hvc0
@@ -102,9 +101,9 @@ class Session:
             on_close=lambda: self._move(to_hvc=False),
             on_error=self._output_failed,
         ) as self._hvc:
-            yield replace(
-                self._config,
-                source=replace(self._config.source, command_line=with_hvc0(self._config.source.command_line)),
+            source = self._config.source
+            yield self._config.replace(
+                source=source._replace(command_line=with_hvc0(source.command_line)),
                 devices=[*self._config.devices, ("console", self._hvc)],
             )
 

@@ -4,11 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmap.kvm.cpuid import CpuidEntry, pack_cpuid, unpack_cpuid
+from offmap.kvm.cpuid import pack_cpuid, unpack_cpuid
 from offmap.uapi import kvm as uapi
 from offmap.vmm.cpuid import enabled_xstate, guest_cpuid
 
 ALL = 0xFFFFFFFF
+CpuidEntry = uapi.kvm_cpuid_entry2
 INDEXED = uapi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
 SUPPORTED = [
     CpuidEntry(0x0, eax=0x1F),
@@ -75,7 +76,7 @@ def test_topology_is_one_socket_of_as_many_cores(vcpus: int) -> None:
         assert (cache.eax >> 26) + 1 == 1 << core.eax
         assert cache.eax >> 14 & 0xFFF == 0
         assert cache.eax & 0x3FFF == 0xFC004121 & 0x3FFF
-        assert none == leaf(SUPPORTED, 4, 1)
+        assert bytes(none) == bytes(leaf(SUPPORTED, 4, 1))
         amd = leaf(cpuid, 0x80000008)
         assert (amd.ecx & 0xFF, amd.ecx >> 12 & 0xF) == (vcpus - 1, core.eax)
         assert amd.eax == 0x3030
@@ -94,16 +95,19 @@ def test_hypervisor_bit_and_tsc_deadline() -> None:
 
 def test_all_state_components_are_enabled_from_the_start() -> None:
     xsave = CpuidEntry(0x1, ecx=1 << 26)
-    components = [CpuidEntry(0xD, 0, INDEXED, eax=0x207, ebx=576, edx=1), CpuidEntry(0xD, 1, INDEXED, eax=0xF)]
+    components = [
+        CpuidEntry(0xD, 0, INDEXED, eax=0x207, ebx=576, edx=1),
+        CpuidEntry(0xD, 1, INDEXED, eax=0xF),
+    ]
     assert enabled_xstate([xsave, *components]) == 0x1_0000_0207
     assert enabled_xstate([CpuidEntry(0x1), *components]) is None, "a CPU without XSAVE has no XCR0"
     assert enabled_xstate([xsave]) is None
 
 
 def test_what_kvm_said_is_not_changed() -> None:
-    before = [CpuidEntry(**{name: getattr(e, name) for name in CpuidEntry.__slots__}) for e in SUPPORTED]
+    before = [bytes(entry) for entry in SUPPORTED]
     guest(3, 4)
-    assert before == SUPPORTED
+    assert before == [bytes(entry) for entry in SUPPORTED]
 
 
 WORD = st.integers(0, ALL)
@@ -113,10 +117,10 @@ WORD = st.integers(0, ALL)
 def test_packing_loses_nothing(entries: list[CpuidEntry]) -> None:
     packed = pack_cpuid(entries)
     assert len(packed) == 8 + 40 * len(entries)
-    assert unpack_cpuid(packed) == entries
+    assert [bytes(entry) for entry in unpack_cpuid(packed)] == [bytes(entry) for entry in entries]
 
 
 def test_room_for_the_kernel_to_fill() -> None:
     packed = pack_cpuid([], room=3)
     assert len(packed) == 8 + 3 * 40
-    assert unpack_cpuid(packed) == [CpuidEntry(0)] * 3
+    assert [bytes(entry) for entry in unpack_cpuid(packed)] == [bytes(CpuidEntry(0))] * 3

@@ -1,6 +1,6 @@
 """What the DSDT says about each device: an identity and its resources."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from offmap.boot.acpi import aml
 from offmap.boot.acpi.resources import (
@@ -16,8 +16,7 @@ from offmap.uapi.pc import COM1_IRQ, COM1_PORT, RTC_IRQ, RTC_PORT, UART_PORTS
 __all__ = ["AcpiDevice", "com1", "processor", "rtc", "virtio_mmio"]
 
 
-@dataclass(frozen=True)
-class AcpiDevice:
+class AcpiDevice(NamedTuple):
     """A device of the guest, as its ACPI namespace shows it.
 
     Args:

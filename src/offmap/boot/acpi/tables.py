@@ -9,7 +9,7 @@ for: VGA, keyboard controller, PCI's MSI are not there; the CMOS clock is. Layou
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from offmap.boot.acpi import aml
 from offmap.boot.acpi.devices import AcpiDevice, com1, processor, rtc
@@ -48,8 +48,7 @@ ALL_PROCESSORS = 0xFF
 TIMER_IRQ, TIMER_GSI = 0, 2  # KVM's default routing: the timer is on pin 2 of the I/O APIC, the 8259 chain on pin 0
 
 
-@dataclass(frozen=True, slots=True)
-class AcpiImage:
+class AcpiImage(NamedTuple):
     """Tables ready to be copied into guest memory.
 
     Attributes:

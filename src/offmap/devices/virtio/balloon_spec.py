@@ -1,6 +1,6 @@
 """``--balloon``: a balloon as the user asks for it."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from offmap.devices.virtio.balloon import Balloon
 from offmap.devices.virtio.device import Surroundings
@@ -12,8 +12,7 @@ from offmap.units import format_size, parse_size
 __all__ = ["BalloonSpec", "parse_balloon"]
 
 
-@dataclass(frozen=True, slots=True)
-class BalloonSpec:
+class BalloonSpec(NamedTuple):
     """``--balloon size=BYTES``.
 
     Attributes:

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from ctypes import addressof, c_char
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from offmap.devices.bus import MmioBus
 from offmap.devices.virtio.device import DeviceSpec, Surroundings, VirtioDevice
@@ -37,8 +37,7 @@ the 8259s. Left out: 0 and 2 (timer, cascade), 1, 4 (COM1), 7 and 15 (where an 8
 MAX_DEVICES = len(_GSIS)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where the guest finds a device: guest-physical address and bytes of its registers, and its interrupt line."""
 
     address: int

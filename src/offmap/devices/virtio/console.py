@@ -14,7 +14,7 @@ import socket
 import stat
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
 from offmap.devices.virtio.dma import DriverError
@@ -35,8 +35,7 @@ _TERMINAL_ROOM = 128  # a pty counts its room in 256 bytes (TTYB_ALIGN_MASK, tty
 _IOV_MAX = 1024  # UIO_MAXIOV, linux/uio.h: what readv and writev take at once
 
 
-@dataclass(frozen=True, slots=True)
-class Port:
+class Port(NamedTuple):
     """One port.
 
     Attributes:
@@ -63,8 +62,7 @@ class Port:
     on_close: Callable[[], None] = lambda: None
 
 
-@dataclass(frozen=True, slots=True)
-class ConsoleSpec:
+class ConsoleSpec(NamedTuple):
     """A console device and its ports; a driver without multiple ports gets the first of them only."""
 
     ports: Sequence[Port]

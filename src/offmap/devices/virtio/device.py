@@ -6,8 +6,7 @@ at a time. It never sees the transport's registers, only queues.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from offmap.devices.virtio.dma import Dma
 from offmap.devices.virtio.queue import Queue
@@ -20,8 +19,7 @@ from offmap.owned import Owned
 __all__ = ["Activation", "Bypass", "DeviceSpec", "SharedMemory", "Surroundings", "VirtioDevice"]
 
 
-@dataclass(frozen=True, slots=True)
-class Bypass:
+class Bypass(NamedTuple):
     """What it takes to let the host kernel serve queues without us (vhost.py).
 
     Attributes:
@@ -36,8 +34,7 @@ class Bypass:
     take: Callable[[Collection[int]], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Activation:
+class Activation(NamedTuple):
     """What a device gets when the driver is ready (DRIVER_OK).
 
     Attributes:
@@ -61,8 +58,7 @@ class Activation:
         return bool(self.features >> feature & 1)
 
 
-@dataclass(frozen=True, slots=True)
-class SharedMemory:
+class SharedMemory(NamedTuple):
     """A shared memory region (virtio 1.2, 2.10) that the machine maps for the device: guest-physical, in bytes."""
 
     address: int
@@ -126,8 +122,7 @@ class VirtioDevice(Owned, ABC):
         """Give back what the device owns on the host. The worker thread has ended."""
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
+class Surroundings(NamedTuple):
     """What a device may need of the machine it is built into.
 
     Attributes:
@@ -140,7 +135,7 @@ class Surroundings:
     memory: GuestMemory
     backend: type[Backend]
     vm: Vm
-    say: Callable[[str], None] = field(default=lambda _: None)
+    say: Callable[[str], None] = lambda _: None
 
     @property
     def hidden(self) -> bool:

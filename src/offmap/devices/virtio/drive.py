@@ -1,8 +1,7 @@
 """``--drive PATH[,option=value…]``: what the user asks for of a virtio-blk device."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from offmap.devices.virtio.device import Surroundings
 from offmap.errors import OffmapError
@@ -14,8 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["DriveSpec", "parse_drive"]
 
 
-@dataclass(frozen=True, slots=True)
-class DriveSpec:
+class DriveSpec(NamedTuple):
     """A drive.
 
     Attributes:

@@ -3,8 +3,8 @@
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from ipaddress import IPv4Interface
+from typing import NamedTuple
 
 from offmap.devices.virtio.device import Surroundings
 from offmap.devices.virtio.net import Backend, Net
@@ -23,8 +23,7 @@ _LOCAL = 0x02
 _REMEDY = "see offmap run --help: tap=NAME, fd=N or passt, then mac=, mtu=, vhost=, address=, tcp=, udp="
 
 
-@dataclass(frozen=True, slots=True)
-class NetSpec:
+class NetSpec(NamedTuple):
     """One card: exactly one of `tap`, `fd`, and `passt`.
 
     Attributes:
@@ -44,7 +43,7 @@ class NetSpec:
     mac: bytes = b""
     mtu: int | None = None
     address: IPv4Interface | None = None
-    forwards: tuple[str, ...] = field(default=())
+    forwards: tuple[str, ...] = ()
     vhost: bool = False
 
     def build(self, surroundings: Surroundings) -> Net:

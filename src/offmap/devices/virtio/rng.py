@@ -2,7 +2,6 @@
 
 import errno
 import os
-from dataclasses import dataclass
 from typing import ClassVar
 
 from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
@@ -16,7 +15,6 @@ _SOURCE = "/dev/urandom"
 _MOST = 1 << 16  # bytes in one answer: a driver that asks for a gigabyte shall not keep a processor busy for seconds
 
 
-@dataclass(frozen=True, slots=True)
 class RngSpec:
     """``--rng``."""
 

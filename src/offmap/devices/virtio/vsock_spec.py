@@ -1,7 +1,7 @@
 """``--vsock``: a socket device as the user asks for it."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from offmap.devices.virtio.device import Surroundings
 from offmap.devices.virtio.vsock import Vsock
@@ -14,8 +14,7 @@ __all__ = ["VsockSpec", "parse_vsock"]
 _REMEDY = "write it like --vsock cid=3,path=/run/guest.sock"
 
 
-@dataclass(frozen=True, slots=True)
-class VsockSpec:
+class VsockSpec(NamedTuple):
     """``--vsock cid=N,path=PATH``.
 
     Attributes:
