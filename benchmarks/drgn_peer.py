@@ -28,12 +28,14 @@ from offmap.audit.regions import Layout
 from offmap.audit.verdict import Verdict
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
 from offmap.compare.guest import READY
-from offmap.compare.vm_process import Boot, VmProcess, offmap_command
+from offmap.compare.kinds import kind_of
+from offmap.compare.vm_process import VmProcess
+from offmap.compare.vmm_command import GuestSetup, vmm_command
 from offmap.errors import OffmapError, Undetermined
 
 PAGE = 4096
 MAX_RATIO = 0.01
-_SIZE = "1G"
+_SIZE = 1 << 30
 _HOST = "6G"
 _RESERVED = "memmap=1G$0x100000000"  # the first RAM above 4 GiB
 _BOOT_SECONDS = 180.0
@@ -70,8 +72,8 @@ def inside(kernel: str, initrd: str, rounds: int, sample: int) -> int:
     """Measure, in the disposable host."""
     ours, peer = [], []
     with tempfile.TemporaryDirectory() as folder:
-        boot = Boot(Path(kernel), Path(initrd), _SIZE, "console=ttyS0 quiet")
-        with VmProcess(offmap_command(boot, "reserved", Path(folder)), Path(folder)) as vm:
+        setup = GuestSetup(kind_of("reserved"), Path(kernel), Path(initrd), _SIZE)
+        with VmProcess(vmm_command(setup, Path(folder)), Path(folder)) as vm:
             if READY.encode() not in vm.wait_for(re.compile(re.escape(READY)), _BOOT_SECONDS).encode():
                 raise OffmapError(f"the guest did not boot: {vm.complaint()}")
             for _ in range(rounds):
@@ -90,7 +92,9 @@ def inside(kernel: str, initrd: str, rounds: int, sample: int) -> int:
         "ours_times_faster": round(float(np.median(peer) / np.median(ours)), 1),
     }
     peer_is = "drgn, three translations for each page (extrapolated from a sample)"
-    Figure("drgn_peer", f"audit of a {_SIZE} VM", "s", ours, peer_is, peer, Limit("ratio", MAX_RATIO), facts).print()
+    Figure(
+        "drgn_peer", f"audit of a {_SIZE >> 30}G VM", "s", ours, peer_is, peer, Limit("ratio", MAX_RATIO), facts
+    ).print()
     return 0
 
 

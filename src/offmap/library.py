@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from offmap.audit.audit import AuditResult, audit_process
 from offmap.audit.every_vm import EveryVm, audit_every_vm
 from offmap.compare.cell_result import CellResult
 from offmap.compare.doctor import Diagnosis, examine
-from offmap.compare.matrix import DEFAULT_AXES, CellSpec
+from offmap.compare.events import CellEvent
+from offmap.compare.matrix import DEFAULT_AXES
+from offmap.compare.spec import CellSpec
 from offmap.errors import OffmapError
 from offmap.hide import Vet
 from offmap.lab.host import LabHost
@@ -168,9 +169,10 @@ def run_matrix(
         OffmapError: there is no such kind or kernel, a tool is missing, or `out` cannot be written.
     """
     from offmap.compare.capacity import cells_at_a_time
-    from offmap.compare.matrix import cells_of
+    from offmap.compare.cell_run import Settings
+    from offmap.compare.matrix import cells_of, longest_first
     from offmap.compare.probes.guest_program import guest_program
-    from offmap.compare.scheduler import Scheduler, Settings, local_pool
+    from offmap.compare.scheduler import Scheduler, local_pool
     from offmap.compare.store import Store
     from offmap.lab.initramfs import busybox
     from offmap.lab.qemu import find_qemu
@@ -182,13 +184,12 @@ def run_matrix(
     with Store(out) as store, local_pool(jobs or cells_at_a_time()) as pool:
         scheduler = Scheduler(store, Settings(deadline=deadline, boots=boots), _log_event)
         done, to_run = scheduler.missing(specs)
-        scheduler.prepare(to_run)
-        results = {**done, **scheduler.run(to_run, pool)}
+        results = {**done, **scheduler.run(longest_first(to_run), pool)}
     return [results[spec] for spec in specs]
 
 
-def _log_event(spec: CellSpec, event: dict[str, Any]) -> None:
-    if "ended" in event:
-        _log.info("%s: %s", spec.title, event["ended"].outcome.value)
-    elif "stage" in event:
-        _log.debug("%s: %s", spec.title, event["stage"])
+def _log_event(spec: CellSpec, event: CellEvent) -> None:
+    if event.ended is not None:
+        _log.info("%s: %s", spec.title, event.ended.outcome.value)
+    elif event.stage:
+        _log.debug("%s: %s", spec.title, event.stage)

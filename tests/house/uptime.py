@@ -1,7 +1,7 @@
 """Whether time passes in a guest: a question made up for a test."""
 
-from offmap.compare.probes.asker import no, yes
 from offmap.compare.probes.live_guest import LiveGuest
+from offmap.compare.probes.survey import no, yes
 from offmap.compare.questions import Answer
 
 __all__ = ["goes_forward"]

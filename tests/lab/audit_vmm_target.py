@@ -16,7 +16,9 @@ from offmap.audit.audit import AuditResult, audit_process
 from offmap.audit.every_vm import audit_every_vm
 from offmap.audit.frames import POPULATED
 from offmap.compare.guest import READY
-from offmap.compare.vm_process import Boot, VmProcess, device_ranges, offmap_command, qemu_command
+from offmap.compare.kinds import kind_of
+from offmap.compare.vm_process import VmProcess
+from offmap.compare.vmm_command import GuestSetup, qemu_ranges, vmm_command
 
 PAGE = 4096
 DEADLINE = 120.0
@@ -32,10 +34,10 @@ QEMU_MEMORY = {
 OFFMAP_MEMORY = ("anon", "hugetlb", "reserved", "unplugged", "secretmem-bridge")
 
 
-def qemu(kind: str, boot: Boot) -> list[str]:
+def qemu(kind: str, kernel: str, initrd: str) -> list[str]:
     """A guest that boots on hidden RAM, where its clock page is of interest; on other RAM none runs at all."""
     command = [*QEMU, "-object", QEMU_MEMORY[kind], "-M", "microvm,acpi=on,memory-backend=ram", "-cpu", "host"]
-    command += ["-kernel", str(boot.kernel), "-initrd", str(boot.initrd), "-append", f"{boot.command_line} reboot=t"]
+    command += ["-kernel", kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet reboot=t"]
     return [*command, *(("-serial", "stdio") if kind == "unplugged" else ("-S", "-qmp", "stdio"))]
 
 
@@ -83,7 +85,7 @@ def look(name: str, argv: list[str], ready: str, found: dict[str, Any]) -> None:
         found[name] = told(result)
         every = audit_every_vm(lambda vm: audit_process(vm.pid))
         found[name]["every"] = [[each.pid == vmm.pid, each.vmm.vmm] for each in every.results]
-        ranges = device_ranges(vmm.pid) if name.startswith("qemu") else None
+        ranges = qemu_ranges(vmm.pid, kind_of("qemu-unplugged")) if name.startswith("qemu") else None
         if ranges:
             result = audit_process(vmm.pid, ranges=ranges)
             found[f"{name}, RAM"] = told(result)
@@ -96,21 +98,25 @@ def look(name: str, argv: list[str], ready: str, found: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    boot = Boot(Path(sys.argv[1]), Path(sys.argv[2]), "256M", "console=ttyS0 quiet")
+    kernel, initrd = sys.argv[1:3]
+
+    def command(kind: str, folder: str) -> list[str]:
+        return vmm_command(GuestSetup(kind_of(kind), Path(kernel), Path(initrd)), Path(folder))
+
     found: dict[str, Any] = {}
     for kind in QEMU_MEMORY:
         huge = kind == "hugetlb"
         if huge:
             Path(HUGE_PAGES).write_text("140")
-        look(f"qemu {kind}", qemu(kind, boot), READY if kind == "unplugged" else '"QMP"', found)
+        look(f"qemu {kind}", qemu(kind, kernel, initrd), READY if kind == "unplugged" else '"QMP"', found)
         if huge:
             Path(HUGE_PAGES).write_text("0")
-    look("qemu hidden", qemu_command(boot), READY, found)
+    look("qemu hidden", command("qemu-unplugged", "."), READY, found)
     for kind in OFFMAP_MEMORY:
         if kind == "hugetlb":
             Path(HUGE_PAGES).write_text("140")
         with tempfile.TemporaryDirectory() as folder:
-            look(f"offmap {kind}", offmap_command(boot, kind, Path(folder)), READY, found)
+            look(f"offmap {kind}", command(kind, folder), READY, found)
         if kind == "hugetlb":
             Path(HUGE_PAGES).write_text("0")
     print(json.dumps(found))

@@ -15,8 +15,11 @@ from typing import Any
 import pytest
 
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.matrix import CellSpec
-from offmap.compare.scheduler import Scheduler, Settings, local_pool
+from offmap.compare.cell_run import Settings
+from offmap.compare.events import CellEvent
+from offmap.compare.facts import Host
+from offmap.compare.scheduler import Scheduler, local_pool
+from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store
 from offmap.lab.kernel import HostKernel
 
@@ -37,13 +40,13 @@ class Events:
     """What the scheduler said."""
 
     def __init__(self) -> None:
-        self.all: list[tuple[CellSpec, dict[str, Any]]] = []
+        self.all: list[tuple[CellSpec, CellEvent]] = []
 
-    def __call__(self, spec: CellSpec, event: dict[str, Any]) -> None:
+    def __call__(self, spec: CellSpec, event: CellEvent) -> None:
         self.all.append((spec, event))
 
     def of(self, kind: str) -> list[Any]:
-        return [event[kind] for _, event in self.all if kind in event]
+        return [said for _, event in self.all if (said := getattr(event, kind))]
 
 
 def program(**how: str) -> tuple[str, ...]:
@@ -89,13 +92,13 @@ def test_a_panic_is_that_cells_result_and_the_others_go_on(lab_kernel: HostKerne
     assert panicked.outcome is CellOutcome.OOPS
     assert "sysrq" in panicked.oops.lower() and "Kernel panic - not syncing" in panicked.oops
     assert panicked.asked == QUESTION
-    assert panicked.answers["works.boot"].value is True
+    assert panicked.answered["works.boot"].value is True
     assert panicked.answer(QUESTION).value is None and "oops" in panicked.answer(QUESTION).reason
 
     assert fine.outcome is CellOutcome.BOOTED
-    assert fine.answers[QUESTION].value == 1.5
-    assert fine.host == {"kernel": lab_kernel.release, "lab": True}
-    assert fine.machine["accel"] in {"tcg", "kvm"}
+    assert fine.answered[QUESTION].value == 1.5
+    assert fine.host == Host(kernel=lab_kernel.release, lab=True)
+    assert fine.machine.accel in {"tcg", "kvm"}
     assert fine.inputs["host_release"] == lab_kernel.release
 
     assert (refused.outcome, refused.reason) == (CellOutcome.REFUSED, "not on this host; ask another")
@@ -105,8 +108,8 @@ def test_a_panic_is_that_cells_result_and_the_others_go_on(lab_kernel: HostKerne
     path.write_bytes(path.read_bytes().replace(b"1.5", b"0.5"))
     again, events = compare(tmp_path, specs, settings)
     assert again[specs[0]] == panicked and again[specs[2]] == refused
-    assert again[specs[1]].answers[QUESTION].value == 1.5
-    assert [spec for spec, event in events.all if "ended" in event] == [specs[1]]
+    assert again[specs[1]].answered[QUESTION].value == 1.5
+    assert [spec for spec, event in events.all if event.ended] == [specs[1]]
     assert "damaged" in events.of("again")[0]
 
 
@@ -117,7 +120,7 @@ def test_a_hang_ends_at_its_deadline(lab_kernel: HostKernel, tmp_path: Path) -> 
     results, _ = compare(tmp_path, specs, settings)
     hung, garbage, silent = (results[spec] for spec in specs)
     assert (hung.outcome, hung.asked) == (CellOutcome.DEADLINE, QUESTION)
-    assert "40 s" in hung.reason and hung.answers["works.boot"].value is True
+    assert "40 s" in hung.reason and hung.answered["works.boot"].value is True
     assert 40 <= hung.seconds < 60
     assert garbage.outcome is CellOutcome.FAILED and "no event" in garbage.reason
     assert (silent.outcome, silent.reason) == (
@@ -146,21 +149,22 @@ def test_a_kernel_of_ones_own_beside_debians(lab_kernel: HostKernel, tmp_path: P
     # made again, it is another kernel; the others are what they were
     image.write_bytes(image.read_bytes() + b"\0" * 16)
     _, events = compare(tmp_path / "out", specs, Settings(deadline=120, program=program()))
-    assert [spec for spec, event in events.all if "again" in event] == [specs[0]]
+    assert [spec for spec, event in events.all if event.again] == [specs[0]]
     assert events.of("again") == ["the host kernel changed since"]
 
 
 DRIVER = """
 import json, sys
 from pathlib import Path
-from offmap.cli.compare import _ended_by_signals
-from offmap.compare.matrix import CellSpec
-from offmap.compare.scheduler import Scheduler, Settings, local_pool
+from offmap.cli.signals import ended_by_signals
+from offmap.compare.spec import CellSpec
+from offmap.compare.cell_run import Settings
+from offmap.compare.scheduler import Scheduler, local_pool
 from offmap.compare.store import Store
 specs = [CellSpec("anon"), CellSpec("memfd"), CellSpec("hugetlb")]
 def event(spec, data):
-    print(json.dumps([spec.backend, data.get("stage", "")]), flush=True)
-with _ended_by_signals(), Store(Path(sys.argv[1])) as store:
+    print(json.dumps([spec.backend, data.stage]), flush=True)
+with ended_by_signals(), Store(Path(sys.argv[1])) as store:
     scheduler = Scheduler(store, Settings(program=(sys.argv[2], sys.argv[3])), event)
     done, to_run = scheduler.missing(specs)
     with local_pool(2) as pool:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.cell_run import Settings
 from offmap.compare.cluster import cluster_pool
 from offmap.compare.inputs import code_digest
-from offmap.compare.matrix import NATIVE, CellSpec
-from offmap.compare.scheduler import Scheduler, Settings
+from offmap.compare.scheduler import Scheduler
+from offmap.compare.spec import NATIVE, CellSpec
 from offmap.compare.store import Store, read_cell
 from offmap.errors import OffmapError
 from offmap.lab.kernel import HostKernel
@@ -99,7 +100,7 @@ def test_a_killed_worker_and_every_cell_ends_once(lab_kernel: HostKernel, cluste
 
     def run() -> None:
         with Store(tmp_path / "out") as store:
-            scheduler = Scheduler(store, settings, lambda spec, event: ended.append(spec) if "ended" in event else None)
+            scheduler = Scheduler(store, settings, lambda spec, event: ended.append(spec) if event.ended else None)
             _, to_run = scheduler.missing(specs)
             with cluster_pool(cluster.scheduler_address, code_digest()) as pool:
                 results.update(scheduler.run(to_run, pool))
@@ -147,7 +148,7 @@ def test_a_killed_worker_takes_its_disposable_host_with_it(
 
     def run() -> None:
         with Store(tmp_path / "out") as store:
-            scheduler = Scheduler(store, settings, lambda spec, event: ended.append(spec) if "ended" in event else None)
+            scheduler = Scheduler(store, settings, lambda spec, event: ended.append(spec) if event.ended else None)
             with cluster_pool(cluster.scheduler_address, code_digest()) as pool:
                 results.update(scheduler.run(specs, pool))
 
@@ -163,7 +164,7 @@ def test_a_killed_worker_takes_its_disposable_host_with_it(
     assert not thread.is_alive() and not raised
     assert Counter(ended) == Counter(specs)
     assert {result.outcome for result in results.values()} == {CellOutcome.BOOTED}
-    assert all(result.host["lab"] for result in results.values())
+    assert all(result.host.lab for result in results.values())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="cells on the running kernel need root: ending is not tested")

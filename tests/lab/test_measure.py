@@ -6,9 +6,9 @@ import pytest
 
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.cell_run import CellTask, run_cell
-from offmap.compare.matrix import CellSpec
-from offmap.compare.probes import hidden
+from offmap.compare.job import FULL
 from offmap.compare.questions import CATALOGUE, Kind
+from offmap.compare.spec import CellSpec
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
@@ -22,7 +22,7 @@ COMMON = {
     "works.ram_snapshot": True,
     "hidden.control": True,
     "hidden.restored": True,
-    "hidden.canaries_planted": hidden.CANARIES,
+    "hidden.canaries_planted": FULL.canaries,
     "breaks.drop_caches": True,
     "breaks.compaction": True,
     "breaks.memory_pressure": True,
@@ -32,7 +32,7 @@ PLAIN = {
     "works.balloon": True,
     "hidden.before_io": False,
     "hidden.after_io": False,
-    "hidden.canaries_found": hidden.CANARIES,
+    "hidden.canaries_found": FULL.canaries,
     "breaks.o_direct": True,
     "breaks.process_vm_readv": True,
     "breaks.ptrace": True,
@@ -62,7 +62,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 
 
 def measured(spec: CellSpec) -> CellResult:
-    return CellResult.from_json(run_cell(CellTask(spec, f"test-{spec.backend}")))
+    return run_cell(CellTask(spec, f"test-{spec.backend}"))
 
 
 @pytest.mark.timeout(600)
@@ -74,10 +74,10 @@ def test_a_cell(backend: str) -> None:
     values = {id: result.answer(id).value for id in expected}
     assert values == expected, {id: result.answer(id) for id in expected if values[id] != expected[id]}
     # Every question was put, and has an answer or a reason.
-    assert set(result.answers) == set(CATALOGUE)
-    for id, answer in result.answers.items():
+    assert set(result.answered) == set(CATALOGUE)
+    for id, answer in result.answered.items():
         assert answer.value is not None or answer.reason, id
-    pairs = [id for id, answer in result.answers.items() if answer.ratio is not None]
+    pairs = [id for id, answer in result.answered.items() if answer.ratio is not None]
     assert {"costs.populate", "costs.chase", "costs.copy", "costs.blk_read", "costs.blk_write", "costs.net"} <= set(
         pairs
     )

@@ -9,9 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from offmap.audit.verdict import Verdict
+from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.claims import CANARIES, DemoRow
+from offmap.compare.demo import PRESET, row_of
 from offmap.compare.guest import READY, guest_initramfs
+from offmap.compare.job import Job
+from offmap.compare.spec import CellSpec
+from offmap.compare.transcript import Transcript
 from offmap.kmod.lab_module import lab_module
 from offmap.lab.build import patched_kernel
 from offmap.lab.host import LabHost
@@ -26,7 +34,6 @@ ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("secretmem", "unmapped")
 BACKENDS = ("secretmem", "guest_memfd-unmapped")
 TARGET = str(Path(__file__).with_name("patched_target.py"))
-CANARIES = 64
 BY_GUP = (
     *("O_DIRECT write", "O_DIRECT read", "process_vm_readv", "process_vm_writev", "vmsplice"),
     *("io_uring fixed buffer", "/proc/self/mem read", "/proc/self/mem write"),
@@ -148,33 +155,39 @@ def test_a_clock_is_kept_at_a_good_address_and_a_bad_one_harms_nobody(patched_ho
             assert seen["multiplier"], name
 
 
-def cells(host: LabHost, kernel: Path, initrd: Path, clock: str, *backends: str) -> dict[str, Any]:
-    """What ``offmap.compare.trial`` says of each backend."""
-    argv = [
-        *(sys.executable, "-m", "offmap.compare.trial", "--kernel", str(kernel), "--initrd", str(initrd)),
-        *("--memory-size", "256M", "--canaries", str(CANARIES), "--kvm-clock", clock, *backends),
-    ]
-    done = host.output(argv, timeout=3 * PATIENCE)
-    assert done.status == 0, done.stderr.decode()
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    return {event["cell"]["backend"]: event["cell"] for event in events if "cell" in event}
+def rows(host: LabHost, kernel: Path, initrd: Path, clock: str, *backends: str) -> dict[str, DemoRow]:
+    """What the demonstration's program says of each backend."""
+    found = {}
+    for backend in backends:
+        spec = CellSpec(backend, kvm_clock=clock)
+        job = Job(spec, str(kernel), str(initrd), str(host.options.out), preset=PRESET)
+        argv = [sys.executable, "-m", "offmap.compare.measure", msgspec.json.encode(job).decode()]
+        transcript = Transcript(lambda _: None)
+        done = host.output(argv, timeout=3 * PATIENCE)
+        assert done.status == 0, done.stderr.decode()
+        transcript.feed(done.stdout)
+        said = transcript.said()
+        assert said.outcome is not None and not said.complaint, said
+        answers = tuple(said.answers.values())
+        found[backend] = row_of(CellResult(spec=spec, outcome=said.outcome, reason=said.reason, answers=answers))
+    return found
 
 
 @pytest.mark.parametrize("clock", ["off", "on"])
 def test_guests_boot_and_are_hidden(patched_host: LabHost, guest_kernel: Path, initrd: Path, clock: str) -> None:
-    for name, cell in cells(patched_host, guest_kernel, initrd, clock, *BACKENDS).items():
-        assert (cell["outcome"], cell["verdict"]) == ("booted", "hidden"), (name, cell)
-        assert cell["pages_populated"] == cell["ram_pages"] == 65536, (name, cell)
-        assert cell["direct_map_pages"] == cell["alias_pages"] == cell["unknown_pages"] == 0, (name, cell)
-        assert (cell["canaries_planted"], cell["canaries_found"]) == (CANARIES, 0), (name, cell)
+    for name, row in rows(patched_host, guest_kernel, initrd, clock, *BACKENDS).items():
+        assert (row.outcome, row.verdict) == (CellOutcome.BOOTED, Verdict.HIDDEN), (name, row)
+        assert row.pages_populated == row.ram_pages == 65536, (name, row)
+        assert row.direct_map_pages == row.alias_pages == row.unknown_pages == 0, (name, row)
+        assert (row.canaries_planted, row.canaries_found) == (CANARIES, 0), (name, row)
 
 
 def test_the_same_guest_is_exposed_on_plain_guest_memfd(
     patched_host: LabHost, guest_kernel: Path, initrd: Path
 ) -> None:
-    (cell,) = cells(patched_host, guest_kernel, initrd, "auto", "guest_memfd").values()
-    assert (cell["outcome"], cell["verdict"]) == ("booted", "exposed"), cell
-    assert cell["canaries_found"] == CANARIES, cell
+    (row,) = rows(patched_host, guest_kernel, initrd, "auto", "guest_memfd").values()
+    assert (row.outcome, row.verdict) == (CellOutcome.BOOTED, Verdict.EXPOSED), row
+    assert row.canaries_found == CANARIES, row
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -41,4 +41,4 @@ def test_a_question_is_in_the_report_and_in_its_schema(house: Any) -> None:
 
 
 def test_types_are_right_in_the_changed_modules(house: Any) -> None:
-    python(house, "-c", "import offmap.compare.measure, offmap.devices.virtio.dice, offmap.memory.lent")
+    python(house, "-c", "import offmap.compare.whole_cell, offmap.devices.virtio.dice, offmap.memory.lent")

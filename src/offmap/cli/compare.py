@@ -2,13 +2,13 @@
 
 import argparse
 import os
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offmap.cli.arguments import count, seconds
+from offmap.cli.signals import ended_by_signals
 from offmap.errors import ExitStatus, OffmapError
 from offmap.log import Logger
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from offmap.compare.cell_result import CellResult
-    from offmap.compare.matrix import Axes, CellSpec
+    from offmap.compare.matrix import Axes
+    from offmap.compare.spec import CellSpec
 
 __all__ = ["add_parser"]
 
@@ -71,6 +72,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="say which cells there are and how they stand; run none")
     what.add_argument("--report-only", action="store_true", help="write the report of what is done; run none")
+    what.add_argument("--json-schema", action="store_true", help="print the JSON Schema of report.json; run none")
     parser.set_defaults(run=run)
 
 
@@ -84,6 +86,11 @@ def run(args: argparse.Namespace) -> int:
 
     from offmap.compare.matrix import cells_of
 
+    if args.json_schema:
+        from offmap.compare.report.document import compare_schema
+
+        print(compare_schema(), end="", flush=True)
+        return ExitStatus.DONE
     specs = cells_of(axes_of(args))
     if args.list:
         _list(specs, args.out)
@@ -92,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report_only:
         _report(args.out, _kept(specs, args))
         return ExitStatus.DONE
-    with _ended_by_signals():
+    with ended_by_signals():
         results = _run(args, specs, console)
     _report(args.out, _beside_others(results, args.out))
     from offmap.compare.scheduler import first_failure
@@ -108,7 +115,8 @@ def axes_of(args: argparse.Namespace) -> "Axes":
     Raises:
         OffmapError: an axis cannot have that value.
     """
-    from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, NATIVE
+    from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES
+    from offmap.compare.spec import NATIVE
 
     hosts = [_kernel(name) for name in args.host_kernel or ()]
     if args.native:
@@ -134,10 +142,11 @@ def _kernel(name: str) -> str:
 def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Console") -> "list[CellResult]":
     from offmap.cli.compare_progress import CompareProgress
     from offmap.compare.capacity import cells_at_a_time
-    from offmap.compare.cell_run import DEADLINE
+    from offmap.compare.cell_run import DEADLINE, Settings
     from offmap.compare.inputs import code_digest
+    from offmap.compare.matrix import longest_first
     from offmap.compare.probes.guest_program import guest_program
-    from offmap.compare.scheduler import Pool, Scheduler, Settings, local_pool
+    from offmap.compare.scheduler import Pool, Scheduler, local_pool
     from offmap.compare.store import Store
     from offmap.lab.initramfs import busybox
     from offmap.lab.qemu import find_qemu
@@ -166,10 +175,9 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
                 if not args.native:
                     find_qemu()
                     busybox()
-                    scheduler.prepare(to_run)
                 pool = stack.enter_context(local_pool(jobs))
             progress.began(len(done), pool.at_a_time)
-            results |= scheduler.run(to_run, pool)
+            results |= scheduler.run(longest_first(to_run), pool)
     return [results[spec] for spec in specs]
 
 
@@ -237,18 +245,3 @@ def _report(out: Path, results: "Sequence[CellResult]") -> None:
 
     for path in write_reports(out, results):
         print(path)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end it as Ctrl-C does: nothing runs on."""
-
-    def interrupt(number: int, _frame: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    saved = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in saved.items():
-            signal.signal(number, handler)

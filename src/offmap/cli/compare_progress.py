@@ -3,7 +3,7 @@
 import threading
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,7 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.text import Text
 
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.matrix import CellSpec
+from offmap.compare.events import CellEvent
+from offmap.compare.spec import CellSpec
 
 __all__ = ["CompareProgress", "summary"]
 
@@ -21,7 +22,7 @@ _BAR_WIDTH = 40
 def summary(result: CellResult) -> str:
     """One cell in one line."""
     outcome = result.outcome
-    known = sum(answer.value is not None for answer in result.answers.values())
+    known = sum(answer.value is not None for answer in result.answers)
     answers = f"{known} of {len(result.answers)} questions answered"
     if outcome is CellOutcome.BOOTED:
         said = answers
@@ -55,34 +56,45 @@ class CompareProgress:
         live = Live(get_renderable=self._picture, console=console, refresh_per_second=4, transient=True)
         self._live = live if console.is_terminal else None
 
-    def event(self, spec: CellSpec, data: dict[str, Any]) -> None:
-        """Show one event (offmap.compare.scheduler)."""
+    def event(self, spec: CellSpec, event: CellEvent) -> None:
+        """Show one event."""
         with self._lock:
-            if line := self._take(spec, data):
-                stamp = f"[{time.monotonic() - self._began:6.1f} s]"
-                self._console.print(f"{stamp} {line}", markup=False, highlight=False, soft_wrap=True)
+            if line := self._take(spec, event):
+                self.line(line)
 
-    def _take(self, spec: CellSpec, data: dict[str, Any]) -> str:
-        if "stage" in data:
-            return self._at(spec, data["stage"], data.get("share"))
-        if "begun" in data:
+    def line(self, text: str) -> None:
+        """Show a line that stays."""
+        stamp = f"[{time.monotonic() - self._began:6.1f} s]"
+        self._console.print(f"{stamp} {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def _take(self, spec: CellSpec, event: CellEvent) -> str:
+        """Take an event; gives the line to show, or nothing."""
+        if event.stage:
+            return self._at(spec, event.stage, event.share)
+        if event.begun:
             self._running[spec] = (time.monotonic(), "")
-            return "" if self._live else f"{spec.title}: begins"
-        if "again" in data:
+            return "" if self._live else f"{self.name_of(spec)}: begins"
+        if event.again:
             self._running.pop(spec, None)
-            return f"{spec.title}: is run again, as {data['again']}"
-        if "note" in data:
-            return f"{spec.title}: {data['note']}"
-        if "skipped" in data:
+            return f"{self.name_of(spec)}: is run again, as {event.again}"
+        if event.note:
+            return f"{self.name_of(spec)}: {event.note}"
+        if event.skipped:
             self._skipped += 1
-            return ""
-        if "ended" in data:
-            result: CellResult = data["ended"]
+        if event.ended:
             self._running.pop(spec, None)
             self._ended += 1
-            self._seconds += result.seconds
-            return f"{self._skipped + self._ended}/{self._total} {summary(result)} ({result.seconds:.0f} s)"
+            self._seconds += event.ended.seconds
+            return f"{self._skipped + self._ended}/{self._total} {self.summary(event.ended)}"
         return ""
+
+    def name_of(self, spec: CellSpec) -> str:
+        """What a cell is called here."""
+        return spec.title
+
+    def summary(self, result: CellResult) -> str:
+        """One cell in one line."""
+        return f"{summary(result)} ({result.seconds:.0f} s)"
 
     def _at(self, spec: CellSpec, stage: str, share: float | None) -> str:
         text = stage if share is None else f"{stage} {share:.0%}"
@@ -102,12 +114,7 @@ class CompareProgress:
 
     def _picture(self) -> Group:
         with self._lock:
-            now = time.monotonic()
             done = self._skipped + self._ended
-            lines = [
-                Text(f"  {spec.title}: {stage or 'begins'} ({now - since:.0f} s)", overflow="ellipsis", no_wrap=True)
-                for spec, (since, stage) in self._running.items()
-            ]
             left = f"{done} of {self._total} cells"
             if self._ended:
                 mean = self._seconds / self._ended
@@ -115,7 +122,17 @@ class CompareProgress:
                 rest = (self._total - done - len(self._running) / 2) * mean / self._at_a_time
                 left += f", about {max(rest, 0) / 60:.0f} minutes left"
             bar = ProgressBar(total=max(self._total, 1), completed=done, width=_BAR_WIDTH)
-            return Group(*lines, bar, Text(left))
+            return Group(*self._running_lines(), bar, Text(left))
+
+    def _running_lines(self) -> list[Text]:
+        """What runs now, a line for each cell."""
+        now = time.monotonic()
+        return [
+            Text(
+                f"  {self.name_of(spec)}: {stage or 'begins'} ({now - since:.0f} s)", overflow="ellipsis", no_wrap=True
+            )
+            for spec, (since, stage) in self._running.items()
+        ]
 
     def __enter__(self) -> Self:
         if self._live is not None:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from offmap.cli.signals import ended_by_signals
 from offmap.errors import ExitStatus
 
 __all__ = ["add_parser"]
@@ -34,27 +35,28 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0 if every kind of RAM came out as claimed; see DemoResult.exit_status.
     """
-    from offmap.compare.cell import Outcome
-    from offmap.compare.demo import Demo, run_demo
-    from offmap.compare.report.demo import DemoProgress, PipedConsole, cells_table
+    from offmap.cli.demo_progress import DemoProgress
+    from offmap.compare.report.demo import PipedConsole, cells_table
 
     console = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
-    with DemoProgress(console) as progress:
-        result = run_demo(Demo(args.out, args.host_kernel, args.modules, args.accel), progress.event)
+    with ended_by_signals(), DemoProgress(console) as progress:
+        from offmap.compare.demo import run_demo
+        from offmap.lab.provision import default_spec
+
+        kernel = args.host_kernel or default_spec()
+        result = run_demo(args.out, kernel, args.modules, args.accel, progress.event, progress.line)
     console.print()
     facts = result.host
-    console.print(
-        f"On Linux {facts.get('kernel', '?')}, {facts.get('memory_bytes', 0) >> 20} MiB, {facts.get('cpu', '?')}:"
-    )
+    console.print(f"On Linux {facts.kernel or '?'}, {facts.memory_bytes >> 20} MiB, {facts.cpu or '?'}:")
     console.print()
     console.print(cells_table(result.cells))
     for cell in result.cells:
-        if cell.outcome is not Outcome.BOOTED:
+        if cell.outcome.value != "booted":
             console.print(f"{cell.name} {cell.outcome.value}: {cell.reason}", markup=False, soft_wrap=True)
     if result.left_out:
         console.print(result.left_out, markup=False, soft_wrap=True)
-    for surprise in result.surprises:
-        console.print(f"not as claimed: {surprise.backend} {surprise.what}", markup=False, soft_wrap=True)
+    for mismatch in result.surprises:
+        console.print(f"not as claimed: {mismatch.row} {mismatch.what}", markup=False, soft_wrap=True)
     if result.exit_status is ExitStatus.DONE:
         console.print("All as claimed: what was to be found was found, and nothing of what was to be hidden.")
     console.print(f"Report: {args.out / 'report.json'}", markup=False)

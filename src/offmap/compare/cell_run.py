@@ -11,18 +11,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from offmap.audit.host import utc_now
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.events import EventLines, Report
+from offmap.compare.events import CellEvent, Report
+from offmap.compare.facts import this_machine
 from offmap.compare.inputs import code_digest, inputs_of, module_input
-from offmap.compare.job import Job
-from offmap.compare.machine import machine_facts
-from offmap.compare.matrix import NATIVE, OF_THE_MODULE, CellSpec
+from offmap.compare.job import FULL, Job, Preset
+from offmap.compare.kinds import kind_of
 from offmap.compare.native import refusal_here, run_here
-from offmap.compare.probes.guest_program import guest_program
+from offmap.compare.probes.guest_image import probe_initramfs
 from offmap.compare.running import CellStopped, RunningCell, running_cell
+from offmap.compare.spec import NATIVE, CellSpec
 from offmap.compare.transcript import Said, Transcript
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
 from offmap.kmod.lab_module import lab_module
@@ -31,17 +33,10 @@ from offmap.lab.host import BOOT_TIMEOUT, LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 
-__all__ = ["DEADLINE", "HOST_CMDLINE", "HOST_MEMORY", "MEASURE", "CellTask", "kernels_of", "run_cell"]
+__all__ = ["DEADLINE", "CellTask", "Settings", "kernels_of", "run_cell"]
 
 DEADLINE = 900.0
 """Seconds for a cell, from the boot of its host; under emulation on an idle processor it takes 100 to 250."""
-
-HOST_MEMORY = "2G"
-HOST_CMDLINE = "memmap=256M$0x60000000 secretmem.enable=1"
-"""256 MiB at 1.5 GiB that Linux never owns, for `reserved`. Every cell's host has it, so that all are alike.
-
-Linux before 6.5 has no memfd_secret unless it is told to (secretmem.enable).
-"""
 
 MEASURE = ("-m", "offmap.compare.measure")
 
@@ -51,23 +46,39 @@ _MODULE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
+class Settings:
+    """How cells are run.
+
+    Attributes:
+        deadline: seconds from the boot of a cell's host.
+        accel: of the disposable hosts: auto, tcg or kvm.
+        boots: pairs of guests whose boots are timed (Job.boots).
+        preset: how much is asked.
+        initrd: the guests' initramfs, if there is one already.
+        modules: the host kernel's ``lib/modules/RELEASE`` folder, where it is a bzImage whose folder is elsewhere.
+        program: Python's arguments for the measuring program (offmap.compare.job).
+    """
+
+    deadline: float = DEADLINE
+    accel: str = "auto"
+    boots: int = 1
+    preset: Preset = FULL
+    initrd: Path | None = None
+    modules: Path | None = None
+    program: tuple[str, ...] = MEASURE
+
+
+@dataclass(frozen=True, slots=True)
 class CellTask:
     """What is asked of whoever runs a cell, perhaps on another machine.
 
     Attributes:
         run: which comparison wants it, for `stop_cells`.
-        deadline: seconds from the boot of its host.
-        accel: of the disposable host: auto, tcg or kvm.
-        boots: pairs of guests whose boots are timed (Job.boots).
-        program: Python's arguments for the measuring program (offmap.compare.job).
     """
 
     spec: CellSpec
     run: str
-    deadline: float = DEADLINE
-    accel: str = "auto"
-    boots: int = 1
-    program: tuple[str, ...] = MEASURE
+    how: Settings = Settings()
 
 
 @dataclass(slots=True)
@@ -81,7 +92,7 @@ class _End:
     accel: str = ""
 
 
-def kernels_of(spec: CellSpec, report: Report) -> tuple[HostKernel, HostKernel]:
+def kernels_of(spec: CellSpec, report: Report, modules: Path | None = None) -> tuple[HostKernel, HostKernel]:
     """The host's and the guest's kernel.
 
     Raises:
@@ -89,24 +100,23 @@ def kernels_of(spec: CellSpec, report: Report) -> tuple[HostKernel, HostKernel]:
     """
 
     def say(line: str) -> None:
-        report({"stage": line})
+        report(CellEvent(stage=line))
 
     if spec.host_kernel == NATIVE:
         release = os.uname().release
         host = HostKernel(NATIVE, release, Path(f"/boot/vmlinuz-{release}"), Path("/lib/modules") / release)
     else:
-        host = host_kernel(spec.host_kernel, say=say)
+        host = host_kernel(spec.host_kernel, modules, say)
+    if spec.guest_kernel == spec.host_kernel:
+        return host, host
     return host, host_kernel(spec.guest_kernel, say=say)
 
 
-def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
-    """Run one cell to its end, whatever that is.
+def run_cell(task: CellTask, report: Report = lambda _: None) -> CellResult:
+    """Run one cell to its end, whatever that is; gives its result.
 
     Args:
-        report: takes ``{"stage": …, "share": …}`` as it goes, from any thread.
-
-    Returns:
-        A CellResult, as `CellResult.to_json` gives it.
+        report: takes its stages, from any thread.
 
     Raises:
         CellStopped: `stop_cells` was called for its comparison.
@@ -117,14 +127,16 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
     inputs: dict[str, str] = {}
     with running_cell(task.run) as cell:
         try:
-            host, guest = kernels_of(task.spec, report)
+            host, guest = kernels_of(task.spec, report, task.how.modules)
             inputs = {**inputs_of(host, guest), **module_input(task.spec, host)}
-            guest_program()  # a disposable host would compile it for itself, each time
-            module = _module(task.spec, host)
+            module = _module(task.spec, host, report)
             # guest RAM, files to read past the page cache: a disk, where /tmp is one
             with tempfile.TemporaryDirectory(prefix="offmap-cell-") as folder:
-                job = Job(task.spec, guest.vmlinuz, guest.modules, guest.release, Path(folder), task.boots)
-                argv = [sys.executable, *task.program, job.dumps()]
+                initrd = task.how.initrd or Path(folder) / "guest.initramfs"
+                if task.how.initrd is None:
+                    initrd.write_bytes(probe_initramfs(guest.modules))
+                job = Job(task.spec, str(guest.vmlinuz), str(initrd), folder, task.how.boots, task.how.preset)
+                argv = [sys.executable, *task.how.program, msgspec.json.encode(job).decode()]
                 began = time.monotonic()  # what had to be downloaded or built is not the cell's time
                 if job.native:
                     _run_native(task, argv, transcript, cell, end)
@@ -134,13 +146,13 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> dict[str, Any]:
             raise
         except OffmapError as error:
             cell.check()  # a host that was ended for it is no failure
-            end.outcome, end.reason = _outcome_of(error, end, time.monotonic() - began >= task.deadline)
+            end.outcome, end.reason = _outcome_of(error, end, time.monotonic() - began >= task.how.deadline)
             end.oops = error.oops if isinstance(error, LabPanic) else ""
             if not end.console and isinstance(error, LabEnded):
                 end.console = error.console
     if inputs and inputs["code"] != (now := code_digest()):
         inputs["code"] += f"-{now}"  # of neither; the disposable host reads it as it goes
-    return _result(task, transcript.said(), end, inputs, time.monotonic() - began).to_json()
+    return _result(task, transcript.said(), end, inputs, time.monotonic() - began)
 
 
 def _outcome_of(error: OffmapError, end: _End, late: bool) -> tuple[CellOutcome, str]:
@@ -157,7 +169,7 @@ def _run_native(task: CellTask, argv: Sequence[str], transcript: Transcript, cel
     end.accel = "native"
     if why := refusal_here(task.spec):
         raise BackendRefused(why)
-    status, complaint = run_here(argv, EventLines(transcript.event, "the cell").feed, cell, task.deadline)
+    status, complaint = run_here(argv, transcript.feed, cell, task.how.deadline)
     _judge(status, complaint, transcript.said(), end)
 
 
@@ -172,8 +184,8 @@ def _run_in_host(
     end: _End,
     report: Report,
 ) -> None:
-    last = time.monotonic() + task.deadline
-    report({"stage": f"booting Linux {kernel.release}"})
+    last = time.monotonic() + task.how.deadline
+    report(CellEvent(stage=f"booting a host, Linux {kernel.release}"))
     host: LabHost | None = None
 
     def launched(starting: LabHost) -> None:
@@ -185,23 +197,25 @@ def _run_in_host(
     try:
         with LabHost.start(
             kernel,
-            memory=HOST_MEMORY,
-            cmdline=HOST_CMDLINE,
+            memory=task.how.preset.memory,
+            cmdline=task.how.preset.cmdline,
             out=folder,
-            accel=task.accel,
-            timeout=min(BOOT_TIMEOUT, task.deadline),
+            accel=task.how.accel,
+            timeout=min(BOOT_TIMEOUT, task.how.deadline),
             on_launch=launched,
+            fresh=task.how.preset.fresh,
         ) as running:
             cell.check()
             if module is not None:
                 _load(running, module)
             errors = bytearray()
-            lines = EventLines(transcript.event, "the cell")
             left = max(last - time.monotonic(), 1.0)
             try:
-                status = running.run(argv, stdout=lines.feed, stderr=errors.extend, timeout=left)
+                status = running.run(argv, stdout=transcript.feed, stderr=errors.extend, timeout=left)
             except LabTimeout:
-                raise LabTimeout(f"it was not done after {task.deadline:g} s", "allow more with --deadline") from None
+                raise LabTimeout(
+                    f"it was not done after {task.how.deadline:g} s", "allow more with --deadline"
+                ) from None
             _judge(status, errors.decode(errors="replace"), transcript.said(), end)
     finally:
         if host is not None:
@@ -209,9 +223,10 @@ def _run_in_host(
             end.console = _complaints(host.console.text) if booted else host.console.tail(_COMPLAINT_LINES)
 
 
-def _module(spec: CellSpec, kernel: HostKernel) -> Path | None:
-    if spec.backend not in OF_THE_MODULE or spec.host_kernel == NATIVE:
+def _module(spec: CellSpec, kernel: HostKernel, report: Report) -> Path | None:
+    if spec.host_kernel == NATIVE or not kind_of(spec.backend).backend.needs_module:
         return None
+    report(CellEvent(stage="building the offmap module, unless that has been done"))
     try:
         return lab_module(kernel)
     except OffmapError as error:
@@ -244,10 +259,11 @@ def _result(task: CellTask, said: Said, end: _End, inputs: dict[str, str], secon
         reason=end.reason,
         oops=end.oops,
         asked="" if outcome is CellOutcome.BOOTED else said.question,
-        answers=said.answers,
+        answers=tuple(said.answers.values()),
         host=said.host,
-        machine=machine_facts(end.accel),
-        inputs={**inputs, "deadline": f"{task.deadline:g}", "boots": str(task.boots)},
+        guest=said.guest,
+        machine=this_machine(end.accel),
+        inputs={**inputs, "deadline": f"{task.how.deadline:g}", "boots": str(task.how.boots)},
         seconds=round(seconds, 1),
         time=utc_now(),
         console=end.console,

@@ -1,22 +1,39 @@
-"""What the demonstration claims of each kind of RAM, and how what was measured is held against it."""
+"""What the demonstration claims of each kind of RAM, what it measured, and how the one is held against the other."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from enum import Enum
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from offmap.audit.verdict import Verdict
-from offmap.compare.cell import Cell, Outcome, guest_name
-from offmap.compare.vm_process import QEMU
+from offmap.compare.cell_result import CellOutcome
+from offmap.compare.guest import KVM_CLOCK
+from offmap.compare.spec import CellSpec
 from offmap.errors import ExitStatus
 
-__all__ = ["CANARIES", "PATCHED", "STOCK", "Claim", "Row", "Surprise", "check", "without_control"]
+__all__ = [
+    "CANARIES",
+    "PATCHED",
+    "STOCK",
+    "Claim",
+    "Claimed",
+    "DemoRow",
+    "Mismatch",
+    "check",
+    "row_name",
+    "without_control",
+]
 
 CANARIES = 64
-KVM_CLOCK = "kvm-clock"
-"""The guest kernel's own name of that clocksource (arch/x86/kernel/kvmclock.c)."""
 
 
-class Claim(Enum):
+def row_name(spec: CellSpec) -> str:
+    """What tells a guest from the others of a demonstration: its RAM and, where that was chosen, its clock."""
+    return spec.backend if spec.kvm_clock == "auto" else f"{spec.backend}:kvm-clock={spec.kvm_clock}"
+
+
+class Claimed(Enum):
     """What is to come out."""
 
     EXPOSED = "exposed"  # the positive control: all canaries found
@@ -24,9 +41,8 @@ class Claim(Enum):
     REFUSED = "refused"  # by the kernel's GUP
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A guest of the demonstration.
+class Claim(Struct, frozen=True):
+    """A guest of the demonstration, and what is claimed of it.
 
     Attributes:
         kvm_clock: on, off, or auto, as ``offmap run`` takes it. If not auto, the guest must really run by kvm-clock, or
@@ -34,98 +50,139 @@ class Row:
     """
 
     backend: str
-    claim: Claim
+    verdict: Claimed
     kvm_clock: str = "auto"
 
     @property
     def name(self) -> str:
-        """Its `guest_name`: what the trial is asked for."""
-        return guest_name(self.backend, self.kvm_clock)
+        """The name of its row."""
+        return row_name(CellSpec(self.backend, kvm_clock=self.kvm_clock))
 
 
 STOCK = (
-    Row("anon", Claim.EXPOSED),
-    Row("memfd", Claim.EXPOSED),
-    Row("reserved", Claim.HIDDEN),
-    Row("unplugged", Claim.HIDDEN),
-    Row("secretmem-bridge", Claim.HIDDEN),
-    Row(QEMU, Claim.HIDDEN),
-    Row("secretmem", Claim.REFUSED),
+    Claim("anon", Claimed.EXPOSED),
+    Claim("memfd", Claimed.EXPOSED),
+    Claim("reserved", Claimed.HIDDEN),
+    Claim("unplugged", Claimed.HIDDEN),
+    Claim("secretmem-bridge", Claimed.HIDDEN),
+    Claim("qemu-unplugged", Claimed.HIDDEN),
+    Claim("secretmem", Claimed.REFUSED),
 )
 """On any kernel."""
 
 PATCHED = (
-    Row("anon", Claim.EXPOSED),
-    Row("memfd", Claim.EXPOSED),
-    Row("guest_memfd", Claim.EXPOSED),
-    Row("secretmem", Claim.HIDDEN, "off"),
-    Row("secretmem", Claim.HIDDEN, "on"),
-    Row("guest_memfd-unmapped", Claim.HIDDEN, "off"),
-    Row("guest_memfd-unmapped", Claim.HIDDEN, "on"),
+    Claim("anon", Claimed.EXPOSED),
+    Claim("memfd", Claimed.EXPOSED),
+    Claim("guest_memfd", Claimed.EXPOSED),
+    Claim("secretmem", Claimed.HIDDEN, "off"),
+    Claim("secretmem", Claimed.HIDDEN, "on"),
+    Claim("guest_memfd-unmapped", Claimed.HIDDEN, "off"),
+    Claim("guest_memfd-unmapped", Claimed.HIDDEN, "on"),
 )
 """On a kernel with the patches of kernel/patches/."""
 
 
-@dataclass(frozen=True, slots=True)
-class Surprise:
-    """Something that did not come out as the demonstration claims; `backend` is the name of the row."""
+class DemoRow(Struct, frozen=True, kw_only=True):
+    """One row of the demonstration: what was measured of one guest. None means "was not measured", never 0.
+
+    Attributes:
+        host_kernel, guest_kernel: what ``uname -r`` says; empty if it did not come up.
+        kvm_clock: whether the guest was offered kvm-clock, as ``offmap run`` takes it: on, off, or auto.
+        clocksource: what the guest keeps time by, in its own words.
+        reason: why it was refused or failed, what the audit could not tell, or the host's oops.
+        verdict: the audit's, while the guest ran.
+        canaries_planted: what the guest says it planted in its RAM.
+        canaries_found: distinct ones that were read through the host kernel's mappings.
+        scanned_bytes: how much was read to look for them.
+        populate_seconds: to get the guest's RAM, zeroed where it must be.
+        boot_seconds: from the VMM's process start until the guest's init had done its work.
+    """
 
     backend: str
+    host_kernel: str
+    guest_kernel: str
+    outcome: CellOutcome
+    kvm_clock: str = "auto"
+    clocksource: str | None = None
+    reason: str = ""
+    verdict: Verdict | None = None
+    ram_pages: int | None = None
+    pages_populated: int | None = None
+    direct_map_pages: int | None = None
+    alias_pages: int | None = None
+    unknown_pages: int | None = None
+    excluded_pages: int | None = None
+    canaries_planted: int | None = None
+    canaries_found: int | None = None
+    scanned_bytes: int | None = None
+    populate_seconds: float | None = None
+    boot_seconds: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As its claim has it."""
+        return row_name(CellSpec(self.backend, kvm_clock=self.kvm_clock))
+
+
+class Mismatch(Struct, frozen=True):
+    """Something that did not come out as claimed; `row` is the name of the row."""
+
+    row: str
     what: str
     exit_status: ExitStatus
 
 
-def check(cells: Iterable[Cell], rows: Sequence[Row] = STOCK) -> Iterator[Surprise]:
+def check(cells: Iterable[DemoRow], claims: Sequence[Claim]) -> Iterator[Mismatch]:
     """Hold what was measured against what is claimed.
 
     The plain kinds are the positive control: where their canaries are not found, nothing that was not found counts.
     """
     measured = {cell.name: cell for cell in cells}
-    for row in rows:
-        cell = measured.get(row.name)
+    for claim in claims:
+        cell = measured.get(claim.name)
         if cell is None:
-            yield Surprise(row.name, "was not tried", ExitStatus.FAILED)
-        elif row.claim is Claim.REFUSED:
-            if cell.outcome is not Outcome.REFUSED or "GUP" not in cell.reason:
+            yield Mismatch(claim.name, "was not tried", ExitStatus.FAILED)
+        elif claim.verdict is Claimed.REFUSED:
+            if cell.outcome is not CellOutcome.REFUSED or "GUP" not in cell.reason:
                 text = f"was to be refused by GUP, but {cell.outcome.value}: {_first_line(cell.reason)}"
-                yield Surprise(row.name, text, ExitStatus.FAILED)
-        elif row.claim is Claim.HIDDEN and (cell.verdict is Verdict.EXPOSED or cell.canaries_found):
-            yield from _check_hidden(row, cell)  # graver than whatever else went wrong
-        elif cell.outcome is not Outcome.BOOTED:
-            yield Surprise(row.name, f"{cell.outcome.value}: {_first_line(cell.reason)}", ExitStatus.FAILED)
+                yield Mismatch(claim.name, text, ExitStatus.FAILED)
+        elif claim.verdict is Claimed.HIDDEN and (cell.verdict is Verdict.EXPOSED or cell.canaries_found):
+            yield from _check_hidden(claim, cell)  # graver than whatever else went wrong
+        elif cell.outcome is not CellOutcome.BOOTED:
+            yield Mismatch(claim.name, f"{cell.outcome.value}: {_first_line(cell.reason)}", ExitStatus.FAILED)
         elif cell.canaries_planted != CANARIES:
-            yield Surprise(row.name, f"planted {cell.canaries_planted} canaries, not {CANARIES}", ExitStatus.FAILED)
-        elif row.kvm_clock != "auto" and (wrong := _wrong_clock(row, cell)):
-            yield Surprise(row.name, wrong, ExitStatus.FAILED)
-        elif row.claim is Claim.HIDDEN:
-            yield from _check_hidden(row, cell)
+            yield Mismatch(claim.name, f"planted {cell.canaries_planted} canaries, not {CANARIES}", ExitStatus.FAILED)
+        elif claim.kvm_clock != "auto" and (wrong := _wrong_clock(claim, cell)):
+            yield Mismatch(claim.name, wrong, ExitStatus.FAILED)
+        elif claim.verdict is Claimed.HIDDEN:
+            yield from _check_hidden(claim, cell)
         elif cell.verdict is not Verdict.EXPOSED or cell.canaries_found != CANARIES:
             text = f"the positive control failed: {cell.verdict and cell.verdict.value}, {cell.canaries_found} canaries"
-            yield Surprise(row.name, text, ExitStatus.UNDETERMINED)
+            yield Mismatch(claim.name, text, ExitStatus.UNDETERMINED)
 
 
-def _wrong_clock(row: Row, cell: Cell) -> str:
+def _wrong_clock(claim: Claim, cell: DemoRow) -> str:
     if cell.clocksource is None:
         return "did not say which clocksource it uses"
-    if (cell.clocksource == KVM_CLOCK) != (row.kvm_clock == "on"):
-        return f"was to run with kvm-clock {row.kvm_clock}, and its clocksource is {cell.clocksource}"
+    if (cell.clocksource == KVM_CLOCK) != (claim.kvm_clock == "on"):
+        return f"was to run with kvm-clock {claim.kvm_clock}, and its clocksource is {cell.clocksource}"
     return ""
 
 
-def _check_hidden(row: Row, cell: Cell) -> Iterator[Surprise]:
+def _check_hidden(claim: Claim, cell: DemoRow) -> Iterator[Mismatch]:
     if cell.verdict is Verdict.EXPOSED or cell.canaries_found:
         text = f"is exposed: {cell.direct_map_pages} pages in the direct map, {cell.alias_pages} aliased, "
-        yield Surprise(row.name, text + f"{cell.canaries_found} canaries found", ExitStatus.EXPOSED)
+        yield Mismatch(claim.name, text + f"{cell.canaries_found} canaries found", ExitStatus.EXPOSED)
     elif cell.verdict is not Verdict.HIDDEN or cell.canaries_found is None:
         text = f"cannot be said to be hidden: {_first_line(cell.reason)}"
-        yield Surprise(row.name, text, ExitStatus.UNDETERMINED)
+        yield Mismatch(claim.name, text, ExitStatus.UNDETERMINED)
 
 
-def without_control(cells: Iterable[Cell], rows: Sequence[Row] = STOCK) -> list[Cell]:
+def without_control(cells: Iterable[DemoRow], claims: Sequence[Claim]) -> list[DemoRow]:
     """`cells`, where nothing is called hidden unless the same means found all of a plain guest's canaries."""
     cells = list(cells)
-    plain = {row.backend for row in rows if row.claim is Claim.EXPOSED}
-    controls = [cell for cell in cells if cell.backend in plain and cell.outcome is Outcome.BOOTED]
+    plain = {claim.backend for claim in claims if claim.verdict is Claimed.EXPOSED}
+    controls = [cell for cell in cells if cell.backend in plain and cell.outcome is CellOutcome.BOOTED]
     if controls and all(c.verdict is Verdict.EXPOSED and c.canaries_found == c.canaries_planted for c in controls):
         return cells
     reason = "the positive control failed, so what was not found proves nothing"

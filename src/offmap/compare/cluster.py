@@ -6,20 +6,21 @@ the same. Results come back through the cluster; nothing is shared but that.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from offmap.compare.cell_result import CellResult
 from offmap.compare.cell_run import CellTask, run_cell
+from offmap.compare.events import Events
 from offmap.compare.running import stop_cells
 from offmap.errors import OffmapError
 
 if TYPE_CHECKING:
     from distributed import Client
-
-    from offmap.compare.scheduler import Events
 
 __all__ = ["cluster_pool", "unfit", "worker_facts"]
 
@@ -27,16 +28,27 @@ _CONNECT_SECONDS = "10s"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-def worker_facts(code: str, kernels: tuple[str, ...]) -> dict[str, Any]:
-    """What a worker says of itself; run on each.
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker says of itself.
+
+    Attributes:
+        reason: why it cannot run cells, and what to do; empty if it can.
+        machine: its boot id.
+        cells: how many its machine can run at a time.
+    """
+
+    reason: str
+    machine: str
+    cells: int
+
+
+def worker_facts(code: str, kernels: tuple[str, ...]) -> WorkerFacts:
+    """The facts of the worker that this runs on.
 
     Args:
         code: digest of the code that it must have.
         kernels: that cells will want, as CellSpec names them.
-
-    Returns:
-        ``reason``: why it cannot run cells, and what to do; empty if it can. ``machine``: its boot id. ``cells``: how
-        many its machine can run at a time.
     """
     from offmap.compare.capacity import cells_at_a_time
     from offmap.compare.inputs import code_digest
@@ -62,10 +74,10 @@ def worker_facts(code: str, kernels: tuple[str, ...]) -> dict[str, Any]:
                 raise OffmapError(f"it has no {kernel} in its cache, and no apt-get to get it", "run it on Debian")
     except OffmapError as error:
         reason = str(error)
-    return {"reason": reason, "machine": _BOOT_ID.read_text().strip(), "cells": cells_at_a_time()}
+    return WorkerFacts(reason, _BOOT_ID.read_text().strip(), cells_at_a_time())
 
 
-def unfit(facts: dict[str, Any], threads: dict[str, int]) -> str:
+def unfit(facts: Mapping[str, object], threads: Mapping[str, int]) -> str:
     """Why these workers cannot run the cells, in one line; empty if they can.
 
     Args:
@@ -73,18 +85,20 @@ def unfit(facts: dict[str, Any], threads: dict[str, int]) -> str:
         threads: of each worker, how many tasks it takes at a time.
     """
     at_a_time: dict[str, int] = {}
+    fit: dict[str, WorkerFacts] = {}
     for address, told in facts.items():
-        if not isinstance(told, dict):
+        if not isinstance(told, WorkerFacts):
             return f"{address} cannot run cells: it has no offmap that answers ({_one_line(told)})"
-        if told["reason"]:
-            return f"{address} cannot run cells: {told['reason']}"
-        at_a_time[told["machine"]] = at_a_time.get(told["machine"], 0) + threads.get(address, 1)
-    for address, told in facts.items():
-        wanted = at_a_time[told["machine"]]
-        if wanted > told["cells"]:
+        if told.reason:
+            return f"{address} cannot run cells: {told.reason}"
+        at_a_time[told.machine] = at_a_time.get(told.machine, 0) + threads.get(address, 1)
+        fit[address] = told
+    for address, told in fit.items():
+        wanted = at_a_time[told.machine]
+        if wanted > told.cells:
             return (
                 f"the workers on the machine of {address} take {wanted} cells at a time, and it has processors and "
-                f"memory for {told['cells']}"
+                f"memory for {told.cells}"
             )
     return ""
 
@@ -102,11 +116,11 @@ class _Cluster:
     def at_a_time(self) -> int:
         return sum(self._client.nthreads().values())
 
-    def call(self, _events: "Events") -> Callable[[CellTask], dict[str, Any]]:
+    def call(self, _events: Events) -> Callable[[CellTask], CellResult]:
         return run_cell  # by its name: the worker has its own; how far it is cannot be told from here
 
     def check(self) -> None:
-        workers: dict[str, Any] = {}
+        workers: object = None
         with suppress(OSError):
             workers = self._client.scheduler_info(n_workers=-1)["workers"]
         if not workers:
@@ -146,7 +160,7 @@ def cluster_pool(address: str, code: str, kernels: tuple[str, ...] = ()) -> Iter
         if not threads:
             raise OffmapError(f"the cluster at {address} has no workers", "start some: dask worker ADDRESS")
 
-        def ask() -> Any:  # pickled whole: a worker without offmap can still say so
+        def ask() -> WorkerFacts:  # pickled whole: a worker without offmap can still say so
             from offmap.compare.cluster import worker_facts
 
             return worker_facts(code, kernels)

@@ -1,171 +1,183 @@
-"""The demonstration: one disposable host, a guest on each kind of RAM, and what the host kernel can reach of each."""
+"""The demonstration: a small preset of the comparison, a guest on each kind of RAM, held against what is claimed."""
 
-import json
-import sys
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+
+import msgspec
+from msgspec import Struct
 
 from offmap import __version__
-from offmap.compare.cell import Cell, Outcome, parse_guest_name
-from offmap.compare.claims import CANARIES, PATCHED, STOCK, Row, Surprise, check, without_control
-from offmap.compare.events import EventLines, Report
+from offmap.audit.host import utc_now
+from offmap.audit.verdict import Verdict
+from offmap.compare.capacity import cells_at_a_time
+from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.cell_run import Settings
+from offmap.compare.claims import CANARIES, PATCHED, STOCK, Claim, DemoRow, Mismatch, check, row_name, without_control
+from offmap.compare.events import Events
+from offmap.compare.facts import Host
+from offmap.compare.first_look import QUESTIONS
 from offmap.compare.guest import guest_initramfs
-from offmap.compare.vm_process import QEMU
+from offmap.compare.job import Preset
+from offmap.compare.kinds import kind_of
+from offmap.compare.matrix import longest_first
+from offmap.compare.scheduler import Scheduler, local_pool
+from offmap.compare.spec import CellSpec
 from offmap.errors import ExitStatus, OffmapError
-from offmap.kmod.lab_module import lab_module
-from offmap.lab.errors import LabError, LabPanic
-from offmap.lab.host import LabHost
-from offmap.lab.provision import host_kernel
+from offmap.lab.initramfs import busybox
+from offmap.lab.provision import default_spec, host_kernel
+from offmap.lab.qemu import find_qemu
 
-__all__ = ["Demo", "DemoResult", "claimed_rows", "run_demo"]
+__all__ = ["PRESET", "DemoResult", "claims_of", "row_of", "run_demo", "specs_of"]
 
-SCHEMA = "offmap-demo/1"
-OF_THE_MODULE = ("unplugged", "secretmem-bridge", QEMU)
-"""Need offmap.ko in the host."""
+SCHEMA = "offmap-demo/2"
+PRESET = Preset(
+    questions=QUESTIONS,
+    canaries=CANARIES,
+    memory="1536M",
+    cmdline="memmap=256M$0x40000000 secretmem.enable=1",  # 256 MiB at 1 GiB, for `reserved`
+    fresh=False,
+)
+"""All its hosts are of one kind, whatever RAM their guest gets."""
 
-_MEMORY_SIZE = "256M"
-_HOST_MEMORY = "1536M"
-_HOST_CMDLINE = "memmap=256M$0x40000000"  # 256 MiB at 1 GiB, for `reserved`
-_DEADLINE = 600.0
+_NUMBERS = {
+    "ram_pages": "hidden.ram_pages",
+    "pages_populated": "hidden.populated_pages",
+    "direct_map_pages": "hidden.direct_map_pages",
+    "alias_pages": "hidden.alias_pages",
+    "unknown_pages": "hidden.unknown_pages",
+    "excluded_pages": "hidden.excluded_pages",
+    "canaries_planted": "hidden.canaries_planted",
+    "canaries_found": "hidden.canaries_found",
+    "scanned_bytes": "hidden.scanned_bytes",
+    "populate_seconds": "costs.ram_ready",
+    "boot_seconds": "costs.boot",
+}
+_VERDICTS = {True: Verdict.HIDDEN, False: Verdict.EXPOSED, None: Verdict.UNKNOWN}
 
 
-def claimed_rows(kernel_spec: str | None) -> tuple[Row, ...]:
-    """Which guests to try on a host kernel (offmap.lab.provision.host_kernel), and what is claimed of each."""
-    return PATCHED if (kernel_spec or "").startswith("patched:") else STOCK
-
-
-@dataclass(frozen=True, slots=True)
-class Demo:
-    """Where and how to run it.
+class DemoResult(Struct, frozen=True, tag_field="schema", tag=SCHEMA):
+    """What came out, as report.json has it.
 
     Attributes:
-        out: folder for the report and the guest's initramfs.
-        kernel_spec: the host kernel (offmap.lab.provision.host_kernel). A stock one is the guest's too; the guest of a
-            patched one is stock.
-        accel: of the disposable host: auto, tcg or kvm.
+        time: when it ended (UTC, ISO 8601).
+        host: the disposable hosts, which are alike.
+        left_out: what could not be tried here and why, or empty.
+        surprises: what did not come out as claimed.
     """
 
-    out: Path
-    kernel_spec: str | None = None
-    modules: Path | None = None
-    accel: str = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class DemoResult:
-    """All cells, the facts of the host they ran on, and what did not come out as claimed.
-
-    `left_out` says what could not be tried here and why, or is empty.
-    """
-
-    host: dict[str, Any]
-    cells: tuple[Cell, ...]
-    surprises: tuple[Surprise, ...]
-    report: Path
-    left_out: str = ""
+    offmap: str
+    time: str
+    host: Host
+    cells: tuple[DemoRow, ...]
+    left_out: str
+    surprises: tuple[Mismatch, ...]
 
     @property
     def exit_status(self) -> ExitStatus:
-        """0 only if all came out as claimed; else the gravest surprise's: exposed before failed before unknown."""
-        found = {surprise.exit_status for surprise in self.surprises}
+        """0 only if all came out as claimed; else that of the gravest mismatch: exposed, then failed, then unknown."""
+        found = {mismatch.exit_status for mismatch in self.surprises}
         order = (ExitStatus.EXPOSED, ExitStatus.FAILED, ExitStatus.UNDETERMINED)
         return next((status for status in order if status in found), ExitStatus.DONE)
 
 
-def run_demo(demo: Demo, report: Report) -> DemoResult:
-    """Run it.
+def claims_of(kernel_spec: str) -> tuple[Claim, ...]:
+    """Which guests to try on a host kernel (offmap.lab.provision.host_kernel), and what is claimed of each."""
+    return PATCHED if kernel_spec.startswith("patched:") else STOCK
+
+
+def specs_of(kernel_spec: str, claims: Iterable[Claim]) -> list[CellSpec]:
+    """A cell for each claim, in their order. Guests run the host's kernel, but a stock one where that is patched."""
+    guest = default_spec() if kernel_spec.startswith("patched:") else kernel_spec
+    return [CellSpec(claim.backend, kernel_spec, guest, kvm_clock=claim.kvm_clock) for claim in claims]
+
+
+def row_of(result: CellResult) -> DemoRow:
+    """A cell's answers as a row."""
+    booted = result.answer("works.boot").value is True
+    hidden = result.answer("hidden.before_io")
+    fields: dict[str, object] = {
+        "backend": result.spec.backend,
+        "kvm_clock": result.spec.kvm_clock,
+        "host_kernel": result.host.kernel,
+        "guest_kernel": result.guest.kernel,
+        "clocksource": result.guest.clocksource or None,
+        "outcome": result.outcome,
+        "reason": result.oops or result.reason or (hidden.reason if booted else ""),
+        "verdict": _VERDICTS[hidden.value if isinstance(hidden.value, bool) else None] if booted else None,
+    }
+    for name, id in _NUMBERS.items():
+        value = result.answer(id).value
+        fields[name] = value if value is None or name.endswith("_seconds") else int(value)
+    return msgspec.convert(fields, DemoRow)
+
+
+def run_demo(
+    out: Path, kernel_spec: str, modules: Path | None, accel: str, events: Events, say: Callable[[str], None]
+) -> DemoResult:
+    """Run it, with as many hosts at a time as there are processors.
 
     Args:
-        report: takes each event: ``{"stage": …}``, ``{"backend": …}``, ``{"host": …}``, ``{"cell": …}``.
+        out: folder for the report and the guests' initramfs.
+        kernel_spec: the host kernel (offmap.lab.provision.host_kernel).
+        modules: its ``lib/modules/RELEASE`` folder, where it is a bzImage.
+        accel: of the disposable hosts: auto, tcg or kvm.
+        events: takes the events of the cells, from any thread.
+        say: takes what is waited for before there are any.
 
     Raises:
-        OffmapError: the disposable host could not be made, or the report not be written.
+        OffmapError: a kernel cannot be had, a result is not to be written, or a host could not be made.
     """
-    report({"stage": "getting the host kernel"})
-    rows = claimed_rows(demo.kernel_spec)
-    kernel = host_kernel(demo.kernel_spec, demo.modules, lambda line: report({"stage": line}))
-    guest_kernel = host_kernel() if rows is PATCHED else kernel
-    out = demo.out.resolve()
+    claims = claims_of(kernel_spec)
+    specs = specs_of(kernel_spec, claims)
+    find_qemu()
+    busybox()
+    say("getting the kernels of host and guests")
+    with ThreadPoolExecutor() as threads:
+        wanted = dict.fromkeys((specs[0].host_kernel, specs[0].guest_kernel))
+        kernels = [threads.submit(host_kernel, name, modules if name == kernel_spec else None, say) for name in wanted]
+        for kernel in kernels:
+            kernel.result()
+    path = out.resolve() / "report.json"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        initrd = out / "guest.initramfs"
-        initrd.write_bytes(guest_initramfs())
-        path = out / "report.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # an earlier run's, which would outlive an interrupted one
+        initrd = path.with_name("guest.initramfs")
+        initrd.write_bytes(guest_initramfs())
     except OSError as error:
-        raise OffmapError(f"cannot write to {out}: {error.strerror}", "give another folder with --out") from None
-
-    host: dict[str, Any] = {}
-    cells: list[Cell] = []
-    tried: list[str] = []
-
-    def event(data: dict[str, Any]) -> None:
-        if "host" in data:
-            host.update(data["host"])
-        if "backend" in data:
-            tried.append(data["backend"])
-        if "cell" in data:
-            cells.append(Cell.from_json(data["cell"]))
-        report(data)
-
-    left_out = ""
-    module: Path | None = None
-    of_the_module = [row for row in rows if row.backend in OF_THE_MODULE]
-    if of_the_module:
-        report({"stage": "building the offmap module for it"})
-        try:
-            module = lab_module(kernel)
-        except OffmapError as error:
-            rows = tuple(row for row in rows if row not in of_the_module)
-            left_out = f"{', '.join(row.name for row in of_the_module)} left out: {error}"
-    report({"stage": f"booting a disposable host, Linux {kernel.release}"})
+        raise OffmapError(
+            f"cannot write to {path.parent}: {error.strerror}", "give another folder with --out"
+        ) from None
+    scheduler = Scheduler(None, Settings(accel=accel, boots=1, preset=PRESET, initrd=initrd, modules=modules), events)
+    with local_pool(cells_at_a_time()) as pool:
+        results = scheduler.run(_order(specs), pool)
+    result = judge([results[spec] for spec in specs], claims)
     try:
-        with LabHost.start(kernel, memory=_HOST_MEMORY, cmdline=_HOST_CMDLINE, out=out, accel=demo.accel) as lab:
-            if module is not None and lab.run(["insmod", str(module)], stdout=2) != 0:
-                raise LabError(f"the disposable host does not load {module}", "see why on its console")
-            argv: list[str] = [
-                *(sys.executable, "-m", "offmap.compare.trial", "--kernel", str(guest_kernel.vmlinuz)),
-                *("--initrd", str(initrd), "--memory-size", _MEMORY_SIZE, "--canaries", str(CANARIES)),
-                *(row.name for row in rows),
-            ]
-            lines = EventLines(event)
-            errors = bytearray()
-            status = lab.run(argv, stdout=lines.feed, stderr=errors.extend, timeout=_DEADLINE)
-            if status != ExitStatus.DONE:
-                last = errors.decode(errors="replace").strip().splitlines()[-1:]
-                raise LabError(f"the trial ended with status {status} in the disposable host: {''.join(last)}")
-    except LabPanic as panic:
-        # The oops is a result: of the backend that was being tried.
-        if not tried:
-            raise
-        backend, kvm_clock = parse_guest_name(tried[-1])
-        event(
-            {
-                "cell": Cell(
-                    backend=backend,
-                    kvm_clock=kvm_clock,
-                    host_kernel=kernel.release,
-                    guest_kernel="",
-                    outcome=Outcome.OOPS,
-                    reason=panic.oops,
-                ).to_json()
-            }
-        )
-    surprises = tuple(check(cells, rows))
-    cells = without_control(cells, rows)
-    result = {
-        "schema": SCHEMA,
-        "offmap": __version__,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "host": host,
-        "cells": [cell.to_json() for cell in cells],
-        "left_out": left_out,
-        "surprises": [{"backend": s.backend, "what": s.what} for s in surprises],
-    }
-    try:
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
     except OSError as error:
         raise OffmapError(f"cannot write {path}: {error.strerror}", "give another folder with --out") from None
-    return DemoResult(host, tuple(cells), surprises, path, left_out)
+    return result
+
+
+def _order(specs: Sequence[CellSpec]) -> list[CellSpec]:
+    """The longest first, but one that needs no module before all, so that the first boot need not wait for a build."""
+    first = next(spec for spec in specs if not kind_of(spec.backend).backend.needs_module)
+    return [first, *(spec for spec in longest_first(specs) if spec != first)]
+
+
+def judge(results: Sequence[CellResult], claims: Sequence[Claim]) -> DemoResult:
+    """Hold the cells of a demonstration against what is claimed."""
+    # Without a module for this kernel there was no host to try it on, which says nothing of the kind of RAM.
+    untried = [
+        result
+        for result in results
+        if kind_of(result.spec.backend).backend.needs_module
+        and (result.outcome, result.host) == (CellOutcome.REFUSED, Host())
+    ]
+    names = [row_name(result.spec) for result in untried]
+    left_out = f"{', '.join(names)} left out: {untried[0].reason}" if untried else ""
+    rows = [row_of(result) for result in results if result not in untried]
+    claims = [claim for claim in claims if claim.name not in names]
+    host = next((result.host for result in results if result.host != Host()), Host())
+    surprises = tuple(check(rows, claims))
+    return DemoResult(__version__, utc_now(), host, tuple(without_control(rows, claims)), left_out, surprises)

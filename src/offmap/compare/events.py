@@ -1,41 +1,39 @@
-"""The events of a program that measures in another host: lines of JSON, as they come."""
+"""The events of a running comparison, for whoever shows them."""
 
-import json
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-from offmap.lab.errors import LabError
+from offmap.compare.cell_result import CellResult
+from offmap.compare.spec import CellSpec
 
-__all__ = ["EventLines", "Report"]
-
-Report = Callable[[dict[str, Any]], None]
+__all__ = ["CellEvent", "Events", "Report"]
 
 
-class EventLines:
-    """Turns a stream of bytes into events, a line of JSON each.
+@dataclass(frozen=True, slots=True)
+class CellEvent:
+    """One thing that happened to a cell; all but one kind of it is left out.
 
-    Args:
-        event: takes each.
-        who: says them, for the message about a line that is no event.
+    Attributes:
+        begun: it runs now.
+        stage: what is being done.
+        share: of the stage, from 0 to 1; None if unknown.
+        skipped: it is done from before.
+        again: why it is run again.
+        note: something to be told.
+        ended: its result.
     """
 
-    def __init__(self, event: Report, who: str = "the trial") -> None:
-        self._event = event
-        self._who = who
-        self._rest = b""
+    begun: bool = False
+    stage: str = ""
+    share: float | None = None
+    skipped: bool = False
+    again: str = ""
+    note: str = ""
+    ended: CellResult | None = None
 
-    def feed(self, data: bytes) -> None:
-        """Take the next bytes.
 
-        Raises:
-            LabError: a line that is no event.
-        """
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                event = None
-            if not isinstance(event, dict):
-                raise LabError(f"{self._who} in the disposable host said {line[:80]!r}, which is no event")
-            self._event(event)
+Report = Callable[[CellEvent], None]
+"""Takes the events of one cell, from any thread."""
+
+Events = Callable[[CellSpec, CellEvent], None]
+"""Takes the events of all cells, from any thread."""

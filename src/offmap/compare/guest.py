@@ -7,7 +7,7 @@ from offmap.audit.canary import CanaryKey
 from offmap.lab.cpio import Entry, char_device, directory, newc, regular
 from offmap.lab.initramfs import busybox
 
-__all__ = ["CLOCKSOURCE", "PLANTED", "READY", "canary_parameters", "guest_initramfs"]
+__all__ = ["CLOCKSOURCE", "KVM_CLOCK", "PLANTED", "READY", "canary_parameters", "guest_initramfs"]
 
 READY = "offmap-guest: ready"
 """What its console says once init has done all it was asked to."""
@@ -16,6 +16,9 @@ PLANTED = "offmap-guest: {} canaries planted"
 
 CLOCKSOURCE = "offmap-guest: clocksource"
 """Followed by what it keeps time by."""
+
+KVM_CLOCK = "kvm-clock"
+"""The guest kernel's own name of that clocksource (arch/x86/kernel/kvmclock.c)."""
 
 
 def guest_initramfs(extra: Sequence[Entry] = ()) -> bytes:

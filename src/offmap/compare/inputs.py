@@ -4,7 +4,8 @@ import hashlib
 from pathlib import Path
 
 import offmap
-from offmap.compare.matrix import NATIVE, OF_THE_MODULE, CellSpec
+from offmap.compare.kinds import kind_of
+from offmap.compare.spec import NATIVE, CellSpec
 from offmap.kmod.build import built_module
 from offmap.kmod.loaded import loaded_module
 from offmap.kmod.source import source_folder, source_hash
@@ -77,7 +78,7 @@ def module_state(kernel: HostKernel) -> str:
 
 def module_input(spec: CellSpec, host: HostKernel) -> dict[str, str]:
     """What the cell depends on beside `inputs_of`."""
-    return {"module": module_state(host)} if spec.backend in OF_THE_MODULE else {}
+    return {"module": module_state(host)} if kind_of(spec.backend).backend.needs_module else {}
 
 
 def inputs_of(host: HostKernel, guest: HostKernel) -> dict[str, str]:

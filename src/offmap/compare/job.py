@@ -1,82 +1,87 @@
-"""What is asked of the program that measures one cell, and what it says in answer.
+"""What is asked of the program that measures one cell, and the lines that it says in answer.
 
 It is run as root on the host that the cell is about, a disposable one (``$OFFMAP_LAB`` is set) or this machine's, as
-``python -m offmap.compare.measure JOB_JSON``, and prints a line of JSON as soon as it knows something:
-
-- ``{"host": {…}}``: offmap.audit.host.HostFacts, first of all;
-- ``{"stage": "…", "share": 0.5}``: what it is doing, for the progress display; the share may be left out;
-- ``{"question": "costs.boot"}``: it now asks that; what ends the host is then known to be due to it;
-- ``{"answer": {…}}``: an Answer. A later answer to the same question replaces the first;
-- ``{"outcome": "booted" | "refused" | "failed", "reason": "…"}``: last of all.
-
-It exits with 0 once it has said the outcome, whichever that is.
+``python -m offmap.compare.measure JOB_JSON``. It prints one line of JSON, a `Line`, as soon as it knows something: the
+host first, the outcome last. It exits with 0 once it has said the outcome, whichever that is.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from msgspec import UNSET, Struct, UnsetType
 
-from offmap.compare.matrix import NATIVE, CellSpec
+from offmap.compare.cell_result import CellOutcome
+from offmap.compare.facts import Guest, Host
+from offmap.compare.questions import Answer
+from offmap.compare.spec import NATIVE, CellSpec
 
-__all__ = ["Job"]
+__all__ = ["FULL", "Job", "Line", "Preset"]
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Preset(Struct, frozen=True):
+    """How much is asked of a cell, and the host that it needs.
+
+    Attributes:
+        questions: what is asked: one look at the guest after its boot, without another guest beside it. Empty: all.
+        canaries: how many secrets each guest plants.
+        memory: the disposable host's RAM, as QEMU writes sizes.
+        cmdline: appended to its kernel command line.
+        fresh: whether it must have booted for this cell: its boot, its direct map or its allocator is measured.
+    """
+
+    questions: tuple[str, ...] = ()
+    canaries: int = 32
+    memory: str = "2G"
+    # 256 MiB at 1.5 GiB that Linux never owns, for `reserved`. Every host has it, so that all are alike.
+    # Linux before 6.5 has no memfd_secret unless it is told to (secretmem.enable).
+    cmdline: str = "memmap=256M$0x60000000 secretmem.enable=1"
+    fresh: bool = True
+
+
+FULL = Preset()
+
+
+class Job(Struct, frozen=True):
     """One cell, and what this machine has for it.
 
     Attributes:
         spec: which cell.
-        guest_vmlinuz: the guest's kernel.
-        guest_modules: its ``lib/modules/RELEASE`` folder; may be absent where all that is needed is built in.
-        guest_release: what ``uname -r`` says in it.
+        guest_vmlinuz: path of the guest's kernel.
+        initrd: path of the guest's initramfs.
         folder: an empty folder to write to; it is removed after the cell.
         boots: pairs of guests to boot for the time it takes, by turns; with 1, only what boots anyway is timed.
+        preset: how much is asked.
     """
 
     spec: CellSpec
-    guest_vmlinuz: Path
-    guest_modules: Path
-    guest_release: str
-    folder: Path
+    guest_vmlinuz: str
+    initrd: str
+    folder: str
     boots: int = 1
+    preset: Preset = FULL
 
     @property
     def native(self) -> bool:
         """Whether the host is the machine itself: nothing may be done that could harm it."""
         return self.spec.host_kernel == NATIVE
 
-    def dumps(self) -> str:
-        """As the program's argument."""
-        rest = {
-            "guest_vmlinuz": str(self.guest_vmlinuz),
-            "guest_modules": str(self.guest_modules),
-            "guest_release": self.guest_release,
-            "folder": str(self.folder),
-            "boots": self.boots,
-        }
-        return json.dumps({"spec": self.spec.to_json(), **rest})
 
-    @classmethod
-    def loads(cls, text: str) -> Self:
-        """What `dumps` gave.
+class Line(Struct, frozen=True):
+    """One line that the program says; it has one of these parts, or two that belong together.
 
-        Raises:
-            ValueError: it is no such thing.
-        """
-        data: Any = json.loads(text)
-        if not isinstance(data, Mapping):
-            raise ValueError("no job: not an object")
-        try:
-            return cls(
-                CellSpec.from_json(data["spec"]),
-                Path(data["guest_vmlinuz"]),
-                Path(data["guest_modules"]),
-                str(data["guest_release"]),
-                Path(data["folder"]),
-                int(data.get("boots", 1)),
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no job: {error!r}") from None
+    Attributes:
+        host: the host that it runs on.
+        guest: the guest that the cell is about.
+        stage: what it does now, for the display.
+        share: of the stage, from 0 to 1.
+        question: it now asks that; whatever ends the host is then known to be due to it.
+        answer: a later answer to the same question replaces the first.
+        outcome: ``booted``, ``refused`` or ``failed``.
+        reason: of the outcome.
+    """
+
+    host: Host | UnsetType = UNSET
+    guest: Guest | UnsetType = UNSET
+    stage: str | UnsetType = UNSET
+    share: float | UnsetType = UNSET
+    question: str | UnsetType = UNSET
+    answer: Answer | UnsetType = UNSET
+    outcome: CellOutcome | UnsetType = UNSET
+    reason: str | UnsetType = UNSET

@@ -1,134 +1,31 @@
 """The matrix of the comparison: which cells there are, and in which order they are run.
 
-A cell is one kind of guest RAM, on one host kernel, with one guest. Combinations of which only one can say anything,
-because the host kernel lacks what the kind needs, are kept once: their refusal is the result.
+Combinations that a host kernel is known to refuse, whatever the guest, are kept once: the refusal is the result.
 """
 
-import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from typing import Any, Self
+from typing import TypeVar
 
-from offmap.compare.vm_process import QEMU
+from offmap.compare.kinds import Vmm, kind_names, kind_of
+from offmap.compare.spec import KVM_CLOCKS, CellSpec
 from offmap.errors import OffmapError
-from offmap.memory.backend import BACKENDS as KINDS
-from offmap.memory.backend import Backend
 
-__all__ = [
-    "BACKENDS",
-    "DEFAULT_AXES",
-    "FULL_AXES",
-    "NATIVE",
-    "OF_THE_MODULE",
-    "Axes",
-    "CellSpec",
-    "cells_of",
-    "default_matrix",
-    "full_matrix",
-    "kind_of",
-    "longest_first",
-]
+__all__ = ["DEFAULT_AXES", "FULL_AXES", "Axes", "cells_of", "longest_first"]
 
-NATIVE = "native"
-"""As a host kernel: the one that this machine runs, without a disposable host."""
-
-BACKENDS = (*KINDS, QEMU)
-"""In the order of the report: the plain kinds first."""
-
-
-def kind_of(backend: str) -> type[Backend]:
-    """What the RAM of a cell is: QEMU's is that of ``unplugged``."""
-    return KINDS["unplugged" if backend == QEMU else backend]
-
-
-OF_THE_MODULE = frozenset(name for name in BACKENDS if kind_of(name).needs_module)
-"""Need offmap.ko in the host."""
-
-KVM_CLOCKS = ("auto", "off", "on")
 MAX_VCPUS = 64  # more would not be a comparison of memory any more, and no lab host has the time
-_RELEASED = re.compile(r"debian:(\d+)\.(\d+)")  # a kernel as released
+_RELEASED = re.compile(r"debian:(\d+)\.(\d+)")
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class CellSpec:
-    """One cell.
-
-    Attributes:
-        backend: the kind of guest RAM, as ``offmap run --memory`` names it, or ``qemu-unplugged``.
-        host_kernel: as ``offmap lab exec --host-kernel`` takes it; NATIVE for the running one, without a lab host.
-        guest_kernel: the same.
-        vcpus: of the guest.
-        kvm_clock: on, off, or auto: on wherever the host kernel can keep it on such RAM, off elsewhere.
-    """
-
-    backend: str
-    host_kernel: str = "debian:6.12"
-    guest_kernel: str = "debian:6.12"
-    vcpus: int = 1
-    kvm_clock: str = "auto"
-
-    @property
-    def key(self) -> str:
-        """A name for files: stable, and no two cells have the same."""
-        host, guest = _file_name(self.host_kernel), _file_name(self.guest_kernel)
-        return f"{self.backend}_on-{host}_guest-{guest}_{self.vcpus}vcpu_clock-{self.kvm_clock}"
-
-    @property
-    def title(self) -> str:
-        """A name for people."""
-        vcpus = "1 vCPU" if self.vcpus == 1 else f"{self.vcpus} vCPUs"
-        clock = "" if self.kvm_clock == "auto" else f", kvm-clock {self.kvm_clock}"
-        return f"{self.backend} on {self.host_kernel}, guest {self.guest_kernel}, {vcpus}{clock}"
-
-    def to_json(self) -> dict[str, Any]:
-        """For json.dumps."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """What `to_json` gave.
-
-        Raises:
-            ValueError: it is no such thing.
-        """
-        try:
-            spec = cls(
-                backend=data["backend"],
-                host_kernel=data["host_kernel"],
-                guest_kernel=data["guest_kernel"],
-                vcpus=data["vcpus"],
-                kvm_clock=data["kvm_clock"],
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no cell: {error!r}") from None
-        named = (spec.backend, spec.host_kernel, spec.guest_kernel, spec.kvm_clock)
-        if not all(isinstance(name, str) for name in named) or type(spec.vcpus) is not int:
-            raise ValueError(f"no cell: {dict(data)!r}")
-        return spec
-
-
-def _file_name(kernel: str) -> str:
-    """``debian:6.12`` as debian-6.12; a path as its last part and a digest of all of it."""
-    if re.fullmatch(r"(debian|patched):[0-9.]+", kernel):
-        return kernel.replace(":", "-")
-    if "/" not in kernel:
-        kernel_path = kernel
-        if re.fullmatch(r"[a-z]+", kernel):
-            return kernel
-    else:
-        kernel_path = str(Path(kernel).absolute())
-    digest = hashlib.sha256(kernel_path.encode()).hexdigest()[:8]
-    return f"{re.sub(r'[^A-Za-z0-9.-]', '-', Path(kernel).name)}-{digest}"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Axes:
     """What to combine with what."""
 
-    backends: tuple[str, ...] = BACKENDS
+    backends: tuple[str, ...] = kind_names()
     host_kernels: tuple[str, ...] = ("debian:6.12",)
     guest_kernels: tuple[str, ...] = ("debian:6.12",)
     vcpus: tuple[int, ...] = (1,)
@@ -136,8 +33,8 @@ class Axes:
 
     def __post_init__(self) -> None:
         for name in self.backends:
-            if name not in BACKENDS:
-                raise OffmapError(f"{name!r} is no kind of guest RAM", f"choose from {', '.join(BACKENDS)}")
+            if name not in kind_names():
+                raise OffmapError(f"{name!r} is no kind of guest RAM", f"choose from {', '.join(kind_names())}")
         for clock in self.kvm_clocks:
             if clock not in KVM_CLOCKS:
                 raise OffmapError(f"kvm-clock cannot be {clock!r}", f"choose from {', '.join(KVM_CLOCKS)}")
@@ -158,14 +55,17 @@ class Axes:
         Raises:
             OffmapError: a value that the axis cannot have.
         """
-        given: dict[str, Iterable[Any] | None] = {
-            "backends": backends,
-            "host_kernels": host_kernels,
-            "guest_kernels": guest_kernels,
-            "vcpus": vcpus,
-            "kvm_clocks": kvm_clocks,
-        }
-        return replace(self, **{name: tuple(dict.fromkeys(values)) for name, values in given.items() if values})
+
+        def chosen(values: Sequence[T] | None, own: tuple[T, ...]) -> tuple[T, ...]:
+            return tuple(dict.fromkeys(values)) if values else own
+
+        return Axes(
+            chosen(backends, self.backends),
+            chosen(host_kernels, self.host_kernels),
+            chosen(guest_kernels, self.guest_kernels),
+            chosen(vcpus, self.vcpus),
+            chosen(kvm_clocks, self.kvm_clocks),
+        )
 
 
 DEFAULT_AXES = Axes()
@@ -197,16 +97,17 @@ def _sensible(axes: Axes) -> Iterator[CellSpec]:
         yield CellSpec(backend, host, guest, vcpus, clock)
 
 
-def _refusal(backend: str, host_kernel: str, kvm_clock: str) -> str:
+def _refusal(name: str, host_kernel: str, kvm_clock: str) -> str:
     """Why that is known to be refused; empty if it is not. What is really said is measured, once."""
     released = _RELEASED.fullmatch(host_kernel)
-    if released and not kind_of(backend).in_release((int(released[1]), int(released[2]))):
+    if released is None:
+        return ""
+    kind = kind_of(name)
+    if not kind.backend.in_release((int(released[1]), int(released[2]))):
         return "memory"
     # offmap refuses what would oops a kernel as released. With no struct page KVM memremaps the page instead, which
     # QEMU lets happen.
-    if kvm_clock == "on" and kind_of(backend).hides and backend != QEMU and released:
-        return "kvm-clock"
-    return ""
+    return "kvm-clock" if kvm_clock == "on" and kind.backend.hides and kind.vmm is Vmm.OFFMAP else ""
 
 
 def longest_first(specs: Iterable[CellSpec]) -> list[CellSpec]:
@@ -217,24 +118,15 @@ def longest_first(specs: Iterable[CellSpec]) -> list[CellSpec]:
     """
     settings: dict[tuple[str, str, int, str], list[CellSpec]] = {}
     for spec in specs:
-        settings.setdefault((spec.host_kernel, spec.guest_kernel, spec.vcpus, spec.kvm_clock), []).append(spec)
+        settings.setdefault(spec.setting, []).append(spec)
     return [spec for cells in settings.values() for spec in sorted(cells, key=_weight)]
 
 
 def _weight(spec: CellSpec) -> int:
+    """The less, the longer it takes."""
+    kind = kind_of(spec.backend)
     if _refusal(spec.backend, spec.host_kernel, spec.kvm_clock):
-        return len(_LONGEST) + 1
-    return _LONGEST.index(spec.backend) if spec.backend in _LONGEST else len(_LONGEST)
-
-
-_LONGEST = ("secretmem-bridge", "secretmem", "guest_memfd-unmapped", QEMU)
-
-
-def default_matrix() -> tuple[CellSpec, ...]:
-    """Every backend on stock 6.12, with one guest."""
-    return cells_of(DEFAULT_AXES)
-
-
-def full_matrix() -> tuple[CellSpec, ...]:
-    """Every backend on every host kernel, with every guest."""
-    return cells_of(FULL_AXES)
+        return 4
+    if kind.backend.page_by_page:
+        return 0 if kind.backend.needs_module else 1
+    return 2 if kind.vmm is Vmm.QEMU else 3

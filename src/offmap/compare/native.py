@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from offmap.compare.matrix import OF_THE_MODULE, CellSpec
+from offmap.compare.kinds import kind_of
 from offmap.compare.running import RunningCell
+from offmap.compare.spec import CellSpec
 from offmap.errors import OffmapError
 from offmap.kmod.loaded import loaded_module
 from offmap.lab.errors import LabTimeout
@@ -28,7 +29,7 @@ def refusal_here(spec: CellSpec) -> str:
     """
     if os.geteuid() != 0:
         return "measuring on the running kernel needs root; run it with sudo"
-    if spec.backend in OF_THE_MODULE and loaded_module() is None:
+    if kind_of(spec.backend).backend.needs_module and loaded_module() is None:
         return f"{spec.backend} needs the offmap module, which the running kernel has not loaded; offmap module load"
     return ""
 

@@ -5,12 +5,12 @@ statement: True says that it holds.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from enum import Enum
 from statistics import median, quantiles
-from typing import Any, Self
 
-__all__ = ["CATALOGUE", "Answer", "Better", "Group", "Kind", "Question", "Ratio", "question"]
+from msgspec import Struct
+
+__all__ = ["CATALOGUE", "Answer", "Better", "Group", "Kind", "Question", "Ratio"]
 
 MIN_PAIRS = 5
 """Fewer pairs of samples give no ratio: a median of so few says nothing of its spread."""
@@ -50,8 +50,7 @@ class Better(Enum):
     NEITHER = "neither"
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(Struct, frozen=True):
     """One row of the comparison.
 
     Attributes:
@@ -72,8 +71,7 @@ class Question:
     emulation: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Ratio:
+class Ratio(Struct, frozen=True):
     """Candidate against baseline: median and quartiles of the ratios of alternating pairs."""
 
     median: float
@@ -82,9 +80,8 @@ class Ratio:
     pairs: int
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came of one question in one cell.
+class Answer(Struct, frozen=True):
+    """The answer to one question in one cell.
 
     Attributes:
         question: its id.
@@ -101,8 +98,8 @@ class Answer:
     question: str
     value: bool | float | None
     reason: str = ""
-    samples: tuple[float, ...] = field(default=())
-    baseline: tuple[float, ...] = field(default=())
+    samples: tuple[float, ...] = ()
+    baseline: tuple[float, ...] = ()
     detail: str = ""
 
     def __post_init__(self) -> None:
@@ -126,38 +123,6 @@ class Answer:
         ratios = [mine / plain for mine, plain in pairs]
         low, _, high = quantiles(ratios, n=4, method="inclusive")
         return Ratio(median(ratios), low, high, len(ratios))
-
-    def to_json(self) -> dict[str, Any]:
-        """For json.dumps."""
-        return {**asdict(self), "samples": list(self.samples), "baseline": list(self.baseline)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """What `to_json` gave.
-
-        Raises:
-            ValueError: it is no such thing.
-        """
-        try:
-            return cls(
-                question=str(data["question"]),
-                value=data["value"],
-                reason=str(data["reason"]),
-                samples=tuple(float(sample) for sample in data["samples"]),
-                baseline=tuple(float(sample) for sample in data["baseline"]),
-                detail=str(data["detail"]),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"no answer: {error!r}") from None
-
-
-def question(id: str) -> Question:
-    """The question of that id.
-
-    Raises:
-        KeyError: there is none.
-    """
-    return CATALOGUE[id]
 
 
 _TLB = "emulation has no TLB and no nested page tables of the hardware's: page sizes cost nothing there"
@@ -195,6 +160,7 @@ _QUESTIONS = (
     ),
     _yes("hidden.after_io", "hidden after I/O", "The same, after disk and network I/O.", emulation=_SPECULATION),
     _number("hidden.ram_pages", "pages of guest RAM", "pages", Better.NEITHER, "All that the guest may use, and more."),
+    _number("hidden.populated_pages", "pages in use", "pages", Better.NEITHER, "After boot: those that have a frame."),
     _number(
         "hidden.direct_map_pages",
         "in the direct map",
@@ -208,6 +174,7 @@ _QUESTIONS = (
     _number("hidden.unknown_pages", "could not be judged", "pages", Better.LOWER, "Never counted as hidden."),
     _number("hidden.excluded_pages", "kept from the guest", "pages", Better.LOWER, "As the audit found them aliased."),
     _number("hidden.canaries_planted", "secrets planted", "", Better.NEITHER, "By the guest, in its own RAM."),
+    _number("hidden.scanned_bytes", "memory scanned", "bytes", Better.NEITHER, "All that the host kernel maps."),
     _number("hidden.canaries_found", "secrets found", "", Better.LOWER, "Read through the host kernel's mappings."),
     _number("hidden.canaries_found_after_io", "secrets found after I/O", "", Better.LOWER, "The same, after I/O."),
     _yes(
@@ -240,6 +207,7 @@ _QUESTIONS = (
         "From nothing to RAM that can be used, zeroed where it must be, for each 4 KiB.",
         _CPU,
     ),
+    _number("costs.ram_ready", "RAM ready", "s", Better.LOWER, "The VMM's own time to get its guest's RAM.", _CPU),
     _number("costs.boot", "boot", "s", Better.LOWER, "From the VMM's start until the guest's init is ready.", _CPU),
     _number(
         "costs.exits",

@@ -7,29 +7,26 @@ again, elsewhere. However the comparison ends, no cell of it goes on.
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.cell_run import DEADLINE, MEASURE, CellTask, kernels_of, run_cell
+from offmap.compare.cell_run import CellTask, Settings, kernels_of, run_cell
+from offmap.compare.events import CellEvent, Events
 from offmap.compare.inputs import code_digest, inputs_of, module_input
-from offmap.compare.matrix import OF_THE_MODULE, CellSpec, longest_first
 from offmap.compare.running import stop_cells
+from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store
 from offmap.errors import OffmapError
-from offmap.kmod.lab_module import lab_module
 from offmap.lab.kernel import HostKernel
 
-__all__ = ["Pool", "Scheduler", "Settings", "local_pool"]
+__all__ = ["Pool", "Scheduler", "first_failure", "local_pool"]
 
 LOSSES = 3
 """How often a cell's worker may be lost before the cell itself is taken for what kills workers."""
 
 _LOOK_SECONDS = 30.0  # how often a cluster is asked whether it has any workers left
-
-Events = Callable[[CellSpec, dict[str, Any]], None]
 
 
 class Pool(Protocol):
@@ -43,7 +40,7 @@ class Pool(Protocol):
     def at_a_time(self) -> int:
         """How many, at present."""
 
-    def call(self, events: Events, /) -> Callable[[CellTask], dict[str, Any]]:
+    def call(self, events: Events, /) -> Callable[[CellTask], CellResult]:
         """What to give the executor; events of a running cell go to `events`, if they can be had."""
 
     def check(self) -> None:
@@ -57,16 +54,6 @@ class Pool(Protocol):
         """End all cells of comparison `run`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How cells are run (CellTask)."""
-
-    deadline: float = DEADLINE
-    accel: str = "auto"
-    boots: int = 1
-    program: tuple[str, ...] = MEASURE
-
-
 class _Threads:
     """This machine: a thread for each cell that runs, which waits for the QEMU of its disposable host."""
 
@@ -74,9 +61,9 @@ class _Threads:
         self.executor = executor
         self.at_a_time = jobs
 
-    def call(self, events: Events) -> Callable[[CellTask], dict[str, Any]]:
-        def run(task: CellTask) -> dict[str, Any]:
-            events(task.spec, {"begun": True})
+    def call(self, events: Events) -> Callable[[CellTask], CellResult]:
+        def run(task: CellTask) -> CellResult:
+            events(task.spec, CellEvent(begun=True))
             return run_cell(task, partial(events, task.spec))
 
         return run
@@ -99,13 +86,12 @@ class Scheduler:
     """One comparison.
 
     Args:
-        store: where results go.
+        store: keeps the results, and has those of earlier runs; None: nothing is kept.
         settings: how cells are run.
-        events: takes what happens: ``{"stage": …}`` as cells go, ``{"begun": True}``, ``{"again": reason}``,
-            ``{"skipped": True}``, ``{"ended": CellResult}``, ``{"note": …}``; from any thread.
+        events: takes what happens.
     """
 
-    def __init__(self, store: Store, settings: Settings, events: Events) -> None:
+    def __init__(self, store: Store | None, settings: Settings, events: Events) -> None:
         self._store = store
         self._settings = settings
         self._events = events
@@ -127,43 +113,35 @@ class Scheduler:
                 known[names] = host, inputs_of(host, guest)
             host, inputs = known[names]
             wanted = {**inputs, **module_input(spec, host)}
-            found, why = self._store.done(spec, wanted, self._settings.deadline, self._settings.boots)
+            found, why = None, ""
+            if self._store is not None:
+                found, why = self._store.done(spec, wanted, self._settings.deadline, self._settings.boots)
             if found is not None:
                 done[spec] = found
-                self._events(spec, {"skipped": True})
+                self._events(spec, CellEvent(skipped=True))
                 continue
             if why:
-                self._events(spec, {"again": why})
+                self._events(spec, CellEvent(again=why))
             to_run.append(spec)
         return done, to_run
 
-    def prepare(self, specs: Sequence[CellSpec]) -> None:
-        """Build what cells that run on this machine will need, before any of them waits for it."""
-        for name in dict.fromkeys(spec.host_kernel for spec in specs if spec.backend in OF_THE_MODULE):
-            spec = next(spec for spec in specs if spec.host_kernel == name)
-            self._events(spec, {"stage": f"building the offmap module for {name}, unless that has been done"})
-            with suppress(OffmapError):  # the cell will say so
-                lab_module(kernels_of(spec, partial(self._events, spec))[0])
-
     def run(self, specs: Sequence[CellSpec], pool: Pool) -> dict[CellSpec, CellResult]:
-        """Run cells that are missing; each is kept as soon as it ends.
+        """Run cells, begun in this order; each is kept as soon as it ends.
 
         Raises:
             OffmapError: a result could not be kept, or there is nobody left to run cells.
         """
         code = code_digest()
-        settings = self._settings
         call = pool.call(self._events)
         results: dict[CellSpec, CellResult] = {}
         losses = dict.fromkeys(specs, 0)
-        futures: dict[Future[dict[str, Any]], CellSpec] = {}
+        futures: dict[Future[CellResult], CellSpec] = {}
 
         def submit(spec: CellSpec) -> None:
-            task = CellTask(spec, self.run_id, settings.deadline, settings.accel, settings.boots, settings.program)
-            futures[pool.executor.submit(call, task)] = spec
+            futures[pool.executor.submit(call, CellTask(spec, self.run_id, self._settings))] = spec
 
         try:
-            for spec in longest_first(specs):
+            for spec in specs:
                 submit(spec)
             while futures:
                 ended, _ = wait(futures, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
@@ -172,22 +150,24 @@ class Scheduler:
                 for future in ended:
                     spec = futures.pop(future)
                     try:
-                        result = CellResult.from_json(future.result())
+                        result = future.result()
                     except (Exception, CancelledError) as error:
                         losses[spec] += 1
                         if not _is_loss(error):
                             raise
                         if losses[spec] < LOSSES and not _is_final(error):
                             pool.check()
-                            self._events(spec, {"again": f"its worker was lost ({type(error).__name__})"})
+                            self._events(spec, CellEvent(again=f"its worker was lost ({type(error).__name__})"))
                             submit(spec)
                             continue
                         result = _lost(spec, error)
-                    self._store.put(result)
+                    if self._store is not None:
+                        self._store.put(result)
                     results[spec] = result
-                    self._events(spec, {"ended": result})
-                    if result.inputs.get("code", code) != code:
-                        self._events(spec, {"note": "the code was changed meanwhile; it will be run again next time"})
+                    self._events(spec, CellEvent(ended=result))
+                    if self._store is not None and result.inputs.get("code", code) != code:
+                        note = "the code was changed meanwhile; it will be run again next time"
+                        self._events(spec, CellEvent(note=note))
         except BaseException:
             for future in futures:
                 future.cancel()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.inputs import difference
-from offmap.compare.matrix import CellSpec
+from offmap.compare.spec import CellSpec
 from offmap.errors import OffmapError
 from offmap.lab.cache import write_atomically
 from offmap.owned import Owned
@@ -88,7 +88,7 @@ class Store(Owned):
             return None, f"its file is damaged ({error})"
         if found.spec != spec:
             return None, "its file is of another cell"
-        if changed := difference(dict(found.inputs), inputs):
+        if changed := difference(found.inputs, inputs):
             return None, f"{changed} changed since"
         if found.outcome is CellOutcome.FAILED:
             return None, f"it failed: {found.reason.splitlines()[0] if found.reason else 'no reason'}"

@@ -1,24 +1,37 @@
-"""What the measuring program of a cell has said so far: kept as it comes, for the host may not live to the end."""
+"""What the measuring program of a cell has said so far, kept as it comes: the host may not live to the end."""
 
 import threading
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from offmap.compare.cell_result import CellOutcome
-from offmap.compare.events import Report
+from offmap.compare.events import CellEvent, Report
+from offmap.compare.facts import Guest, Host
+from offmap.compare.job import Line
 from offmap.compare.questions import CATALOGUE, Answer
 
 __all__ = ["Said", "Transcript"]
 
-_SAYS = (CellOutcome.BOOTED, CellOutcome.REFUSED, CellOutcome.FAILED)
-"""The outcomes that it can tell itself."""
+_ITS_OUTCOMES = (CellOutcome.BOOTED, CellOutcome.REFUSED, CellOutcome.FAILED)
+"""The outcomes that the program can tell itself."""
+
+_decoder = msgspec.json.Decoder(Line)
 
 
 @dataclass(slots=True)
 class Said:
-    """All of it: `question` is the one that was asked and not answered, `outcome` is None until it was said."""
+    """All of it.
 
-    host: dict[str, Any] = field(default_factory=dict)
+    Attributes:
+        stage: the last one.
+        question: the one that was asked and not answered.
+        outcome: None until it was said.
+        complaint: what was wrong with the first line that is not as offmap.compare.job describes it.
+    """
+
+    host: Host = field(default_factory=Host)
+    guest: Guest = field(default_factory=Guest)
     answers: dict[str, Answer] = field(default_factory=dict)
     stage: str = ""
     question: str = ""
@@ -28,10 +41,7 @@ class Said:
 
 
 class Transcript:
-    """Takes the events that offmap.compare.job describes.
-
-    An event that is not as described is the program's fault and no answer: it is remembered as the complaint, and the
-    cell fails.
+    """Takes the program's output. A line that is not as described is no answer: it is remembered, and the cell fails.
 
     Args:
         report: gets each stage, for the display.
@@ -41,42 +51,42 @@ class Transcript:
         self._report = report
         self._lock = threading.Lock()  # a host that hangs leaves the reader of its output behind
         self._said = Said()
+        self._rest = b""
 
-    def event(self, data: dict[str, Any]) -> None:
-        """Take one."""
-        with self._lock:
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the output, cut anywhere."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for text in lines:
             try:
-                self._take(data)
-            except (ValueError, TypeError) as error:
-                self._said.complaint = self._said.complaint or f"it said {str(data)[:80]}: {error}"
-        if "stage" in data:
-            self._report({"stage": str(data["stage"]), "share": data.get("share")})
+                with self._lock:
+                    line = _decoder.decode(text)
+                    self._take(line)
+            except ValueError as error:
+                with self._lock:
+                    self._said.complaint = self._said.complaint or f"it said {text[:80]!r}, which is no event: {error}"
+                continue
+            if line.stage:
+                self._report(CellEvent(stage=line.stage, share=line.share if line.share else None))
 
-    def _take(self, data: dict[str, Any]) -> None:
+    def _take(self, line: Line) -> None:
+        """Raises ValueError, with nothing taken, where the line cannot be so."""
         said = self._said
-        if "host" in data:
-            said.host = dict(data["host"])
-        if "stage" in data:
-            said.stage = str(data["stage"])
-        if "question" in data:
-            if data["question"] not in CATALOGUE:
-                raise ValueError("no such question")
-            said.question = data["question"]
-        if "answer" in data:
-            answer = Answer.from_json(data["answer"])
-            said.answers[answer.question] = answer
-            if said.question == answer.question:
+        if line.question and line.question not in CATALOGUE:
+            raise ValueError("no such question")
+        if line.outcome and line.outcome not in _ITS_OUTCOMES:
+            raise ValueError("that is not for it to say")
+        said.host = line.host or said.host
+        said.guest = line.guest or said.guest
+        said.stage = line.stage or said.stage
+        said.question = line.question or said.question
+        if line.answer:
+            said.answers[line.answer.question] = line.answer
+            if said.question == line.answer.question:
                 said.question = ""
-        if "outcome" in data:
-            outcome = CellOutcome(data["outcome"])
-            if outcome not in _SAYS:
-                raise ValueError("that is not for it to say")
-            said.outcome, said.reason = outcome, str(data.get("reason", ""))
+        if line.outcome:
+            said.outcome, said.reason = line.outcome, line.reason or ""
 
     def said(self) -> Said:
         """A copy of what there is by now."""
         with self._lock:
-            now = self._said
-            return Said(
-                dict(now.host), dict(now.answers), now.stage, now.question, now.outcome, now.reason, now.complaint
-            )
+            return replace(self._said, answers=dict(self._said.answers))

@@ -7,8 +7,8 @@ import pytest
 from offmap.cli import compare
 from offmap.cli.main import main
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.matrix import CellSpec
 from offmap.compare.questions import MIN_PAIRS
+from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store
 
 

@@ -6,14 +6,15 @@ from rich.console import Console
 
 from offmap.cli.compare_progress import CompareProgress, summary
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.matrix import CellSpec
+from offmap.compare.events import CellEvent
 from offmap.compare.questions import Answer
+from offmap.compare.spec import CellSpec
 
 ONE, TWO = CellSpec("anon"), CellSpec("memfd")
 FINE = CellResult(
     spec=ONE,
     outcome=CellOutcome.BOOTED,
-    answers={"works.boot": Answer("works.boot", True), "works.vsock": Answer("works.vsock", None, "not asked")},
+    answers=(Answer("works.boot", True), Answer("works.vsock", None, "not asked")),
     seconds=61.4,
 )
 OOPS = CellResult(spec=TWO, outcome=CellOutcome.OOPS, reason="BUG: bad\nmore", asked="works.kvm_clock")
@@ -22,15 +23,15 @@ OOPS = CellResult(spec=TWO, outcome=CellOutcome.OOPS, reason="BUG: bad\nmore", a
 def test_in_a_pipe_it_is_lines() -> None:
     out = io.StringIO()
     with CompareProgress(Console(file=out, width=200), 3) as progress:
-        progress.event(ONE, {"stage": "downloading"})
-        progress.event(ONE, {"stage": "downloading"})
-        progress.event(CellSpec("hugetlb"), {"skipped": True})
-        progress.event(TWO, {"again": "the code changed since"})
+        progress.event(ONE, CellEvent(stage="downloading"))
+        progress.event(ONE, CellEvent(stage="downloading"))
+        progress.event(CellSpec("hugetlb"), CellEvent(skipped=True))
+        progress.event(TWO, CellEvent(again="the code changed since"))
         progress.began(1, 2)
-        progress.event(ONE, {"begun": True})
-        progress.event(ONE, {"stage": "asking", "share": 0.5})
-        progress.event(ONE, {"ended": FINE})
-        progress.event(TWO, {"ended": OOPS})
+        progress.event(ONE, CellEvent(begun=True))
+        progress.event(ONE, CellEvent(stage="asking", share=0.5))
+        progress.event(ONE, CellEvent(ended=FINE))
+        progress.event(TWO, CellEvent(ended=OOPS))
     lines = [line.partition("] ")[2] or line for line in out.getvalue().splitlines()]
     assert lines == [
         "downloading",
@@ -47,11 +48,11 @@ def test_on_a_terminal_it_is_a_picture_that_goes_away() -> None:
     console = Console(file=out, width=100, force_terminal=True)
     with CompareProgress(console, 2) as progress:
         progress.began(0, 1)
-        progress.event(ONE, {"begun": True})
-        progress.event(ONE, {"stage": "asking", "share": 0.5})
+        progress.event(ONE, CellEvent(begun=True))
+        progress.event(ONE, CellEvent(stage="asking", share=0.5))
         with console.capture() as capture:
             console.print(progress._picture())
-        progress.event(ONE, {"ended": FINE})
+        progress.event(ONE, CellEvent(ended=FINE))
         assert f"{ONE.title}: asking 50% (0 s)" in capture.get()
         assert "0 of 2 cells" in capture.get()
         with console.capture() as capture:

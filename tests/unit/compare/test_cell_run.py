@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from offmap.compare import cell_run
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.cell_run import CellTask, run_cell
-from offmap.compare.matrix import NATIVE, CellSpec
+from offmap.compare.cell_run import CellTask, Settings, run_cell
+from offmap.compare.facts import Host
+from offmap.compare.job import Line
 from offmap.compare.questions import Answer
+from offmap.compare.spec import NATIVE, CellSpec
 from offmap.errors import BackendRefused, OffmapError
 from offmap.lab.errors import LabEnded, LabError, LabPanic, LabTimeout
 from offmap.lab.kernel import HostKernel
@@ -22,24 +25,27 @@ ANSWER = Answer("works.boot", True)
 def ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Give a function that runs a cell whose host ends as it is told, after one answer."""
     kernel = HostKernel("debian:6.12", "6.12.1", tmp_path, tmp_path)
-    monkeypatch.setattr(cell_run, "kernels_of", lambda spec, report: (kernel, kernel))
+    monkeypatch.setattr(cell_run, "kernels_of", lambda spec, report, modules: (kernel, kernel))
     monkeypatch.setattr(cell_run, "inputs_of", lambda host, guest: {"code": "c"})
     monkeypatch.setattr(cell_run, "code_digest", lambda: "c")
-    monkeypatch.setattr(cell_run, "guest_program", lambda: b"")
+    monkeypatch.setattr(cell_run, "probe_initramfs", lambda modules: b"")
 
     def run(error: Exception | None, deadline: float = 600) -> CellResult:
         def host(task: CellTask, kernel: HostKernel, module: None, argv: Any, folder: Path, *rest: Any) -> None:
             transcript, _, end, _ = rest
-            transcript.event({"host": {"kernel": "6.12.1"}})
-            transcript.event({"question": "works.boot"})
-            transcript.event({"answer": ANSWER.to_json()})
-            transcript.event({"question": "costs.boot"})
+            for line in (
+                Line(host=Host("6.12.1")),
+                Line(question="works.boot"),
+                Line(answer=ANSWER),
+                Line(question="costs.boot"),
+            ):
+                transcript.feed(msgspec.json.encode(line) + b"\n")
             if error is not None:
                 raise error
             cell_run._judge(0, "", transcript.said(), end)
 
         monkeypatch.setattr(cell_run, "_run_in_host", host)
-        return CellResult.from_json(run_cell(CellTask(CellSpec("anon"), "run", deadline)))
+        return run_cell(CellTask(CellSpec("anon"), "run", Settings(deadline=deadline)))
 
     return run
 
@@ -61,9 +67,9 @@ def test_ends(ends: Any, error: Exception | None, deadline: float, outcome: Cell
     result = ends(error, deadline)
     assert result.outcome is outcome
     assert result.reason.startswith(reason)
-    assert result.answers == {"works.boot": ANSWER}  # what it had by then
+    assert result.answers == (ANSWER,)  # what it had by then
     assert result.asked == "costs.boot"
-    assert result.host == {"kernel": "6.12.1"}
+    assert result.host == Host("6.12.1")
     assert result.inputs["code"] == "c" and result.inputs["deadline"] == f"{deadline:g}"
     assert result.oops == (OOPS if outcome is CellOutcome.OOPS else "")
     assert result.console == ("last words" if isinstance(error, LabEnded) else "")

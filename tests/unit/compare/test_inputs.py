@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from offmap.compare.capacity import CELL_MEMORY, available_memory, cells_at_a_time
-from offmap.compare.cluster import unfit, worker_facts
+from offmap.compare.cluster import WorkerFacts, unfit, worker_facts
 from offmap.compare.inputs import code_digest, difference, inputs_of, kernel_digest, module_input
-from offmap.compare.matrix import NATIVE, CellSpec
+from offmap.compare.spec import NATIVE, CellSpec
 from offmap.lab.kernel import HostKernel
 
 
@@ -70,8 +70,8 @@ def test_memory_that_may_be_had() -> None:
     assert cells_at_a_time() >= 1 and CELL_MEMORY > 1 << 30
 
 
-def facts(reason: str = "", machine: str = "m", cells: int = 2) -> dict[str, object]:
-    return {"reason": reason, "machine": machine, "cells": cells}
+def facts(reason: str = "", machine: str = "m", cells: int = 2) -> WorkerFacts:
+    return WorkerFacts(reason, machine, cells)
 
 
 def test_workers_that_will_do_and_that_will_not() -> None:
@@ -92,12 +92,10 @@ def test_a_worker_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, files: Pat
     monkeypatch.setattr("offmap.lab.qemu.find_qemu", lambda: "qemu")
     monkeypatch.setattr("offmap.lab.initramfs.busybox", lambda: b"")
     monkeypatch.setattr("offmap.compare.probes.guest_program.guest_program", lambda: b"")
-    assert worker_facts(code_digest(), (str(files / "bzImage"),))["reason"] == ""
-    assert worker_facts(code_digest(), ("/no/bzImage",))["reason"].startswith("it has no /no/bzImage; ")
+    assert worker_facts(code_digest(), (str(files / "bzImage"),)).reason == ""
+    assert worker_facts(code_digest(), ("/no/bzImage",)).reason.startswith("it has no /no/bzImage; ")
     monkeypatch.setattr("offmap.lab.apt.have_apt", lambda: False)
-    assert worker_facts(code_digest(), ("debian:6.1",))["reason"].startswith(
-        "it has no debian:6.1 in its cache, and no"
-    )
+    assert worker_facts(code_digest(), ("debian:6.1",)).reason.startswith("it has no debian:6.1 in its cache, and no")
     (files / "kernels/debian-6.1/tree").mkdir(parents=True)
-    assert worker_facts(code_digest(), ("debian:6.1",))["reason"] == ""
-    assert worker_facts("other", ())["reason"] == "its offmap is not the one here; give it the same checkout"
+    assert worker_facts(code_digest(), ("debian:6.1",)).reason == ""
+    assert worker_facts("other", ()).reason == "its offmap is not the one here; give it the same checkout"

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from offmap.compare import vm_process
+from offmap.compare import vmm_command as commands
 from offmap.compare.guest import READY
+from offmap.compare.kinds import kind_of
 from offmap.compare.probes import live_guest, network
 from offmap.compare.probes.guest_program import ProbeError, guest_program
-from offmap.compare.probes.live_guest import GuestSetup, LiveGuest, vmm_command
-from offmap.compare.vm_process import QEMU
+from offmap.compare.probes.live_guest import LiveGuest
+from offmap.compare.vmm_command import GuestSetup, vmm_command
 from offmap.errors import BackendRefused, OffmapError
 
-SETUP = GuestSetup("memfd", Path("/kernel"), Path("/initrd"))
+QEMU, FOLDER = kind_of("qemu-unplugged"), Path("/folder")
+SETUP = GuestSetup(kind_of("memfd"), Path("/kernel"), Path("/initrd"))
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LiveGuest
     program.write_bytes(guest_program())
     program.chmod(0o755)
     script = f'echo "{READY}, Linux 6.12.0"; read -r line; exec {program}'
-    monkeypatch.setattr(live_guest, "vmm_command", lambda _setup: ["sh", "-c", script])
+    monkeypatch.setattr(live_guest, "vmm_command", lambda _setup, _folder: ["sh", "-c", script])
     with LiveGuest(SETUP, tmp_path / "vmm") as live:
         live.boot()
         live.begin()
@@ -35,7 +37,7 @@ def guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LiveGuest
 
 
 def test_it_boots_and_answers(guest: LiveGuest) -> None:
-    assert guest.release == "6.12.0"
+    assert guest.facts.kernel == "6.12.0"
     assert guest.boot_seconds > 0
     assert guest.is_alive()
     assert [int(cpu) for cpu in guest.command("cpus")[0]] == sorted(os.sched_getaffinity(0))
@@ -116,7 +118,7 @@ def test_a_vmm_that_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, error: type[OffmapError]
 ) -> None:
     script = f"echo 'offmap run: {complaint}' >&2; exit 2"
-    monkeypatch.setattr(live_guest, "vmm_command", lambda _setup: ["sh", "-c", script])
+    monkeypatch.setattr(live_guest, "vmm_command", lambda _setup, _folder: ["sh", "-c", script])
     with LiveGuest(SETUP, tmp_path) as live, pytest.raises(error, match=complaint.removeprefix("refused: ")) as caught:
         live.boot()
     assert type(caught.value) is error
@@ -125,14 +127,15 @@ def test_a_vmm_that_does_not_start(
 def test_commands_name_what_the_guest_has() -> None:
     words = vmm_command(
         GuestSetup(
-            "reserved",
+            kind_of("reserved"),
             Path("/kernel"),
             Path("/initrd"),
             disk=Path("/disk"),
             taps=[("of0", "on")],
             vsock=Path("/vsock"),
             balloon=4096,
-        )
+        ),
+        FOLDER,
     )
     text = " ".join(words)
     assert words[:4] == [sys.executable, "-m", "offmap", "run"]
@@ -141,23 +144,21 @@ def test_commands_name_what_the_guest_has() -> None:
 
 
 def test_qemu_maps_the_device_and_has_no_clock_of_kvms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live_guest, "find_qemu", lambda: "qemu")
-    monkeypatch.setattr(vm_process, "guest_tsc_khz", lambda: 2000000)
-    without = " ".join(vmm_command(GuestSetup(QEMU, Path("/kernel"), Path("/initrd"))))
+    monkeypatch.setattr(commands, "find_qemu", lambda: "qemu")
+    monkeypatch.setattr(commands, "guest_tsc_khz", lambda: 2000000)
+    without = " ".join(vmm_command(GuestSetup(QEMU, Path("/kernel"), Path("/initrd")), FOLDER))
     assert "mem-path=/dev/offmap" in without and "share=on" in without
     assert "kvmclock=off" in without and "tsc_early_khz=2000000" in without
-    with_it = " ".join(vmm_command(GuestSetup(QEMU, Path("/kernel"), Path("/initrd"), kvm_clock="on")))
+    with_it = " ".join(vmm_command(GuestSetup(QEMU, Path("/kernel"), Path("/initrd"), kvm_clock="on"), FOLDER))
     assert "kvmclock=off" not in with_it and "tsc_early_khz" not in with_it
 
 
 @pytest.mark.parametrize(("kvm_clock", "offered"), [("auto", False), ("off", False), ("on", True)])
-def test_the_demonstrations_qemu_has_the_clock_that_its_row_names(
-    kvm_clock: str, offered: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vm_process, "guest_tsc_khz", lambda: 2000000)
-    boot = vm_process.Boot(Path("/kernel"), Path("/initrd"), "256M", "console=ttyS0", kvm_clock)
-    words = vm_process.qemu_command(boot)
+def test_qemu_has_the_clock_that_its_row_names(kvm_clock: str, offered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "guest_tsc_khz", lambda: 2000000)
+    monkeypatch.setattr(commands, "find_qemu", lambda: "qemu")
+    words = vmm_command(GuestSetup(QEMU, Path("/kernel"), Path("/initrd"), kvm_clock=kvm_clock), FOLDER)
     cpu, command_line = (words[words.index(option) + 1] for option in ("-cpu", "-append"))
     # No more is taken away than offmap's own guests go without (offmap.vmm.cpuid): steal time and the others stay.
     assert cpu == "host,svm=off,vmx=off" + ("" if offered else ",kvmclock=off,kvmclock-stable-bit=off")
-    assert command_line == "console=ttyS0 pci=off" + ("" if offered else " tsc_early_khz=2000000 tsc=reliable")
+    assert command_line == "console=ttyS0 quiet pci=off" + ("" if offered else " tsc_early_khz=2000000 tsc=reliable")

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from offmap.compare import native
-from offmap.compare.events import EventLines
-from offmap.compare.matrix import NATIVE, CellSpec
 from offmap.compare.running import CellStopped, RunningCell, running_cell, stop_cells
+from offmap.compare.spec import NATIVE, CellSpec
 from offmap.errors import OffmapError
 from offmap.lab.errors import LabTimeout
 
@@ -95,13 +94,6 @@ def test_it_is_ended_with_its_comparison() -> None:
         native.run_here([sys.executable, "-c", CHILD + "time.sleep(600)", "{}"], feed, cell, 60)
     stopper.join()
     assert gone(int(heard))
-
-
-def test_a_line_that_is_no_event_ends_it() -> None:
-    lines = EventLines(lambda _: None, "the cell")
-    script = "import time; print('Segmentation fault', flush=True); time.sleep(600)"
-    with pytest.raises(OffmapError, match="the cell in the disposable host said b'Segmentation fault'"):
-        native.run_here([sys.executable, "-c", script, "{}"], lines.feed, RunningCell("test"), 60)
 
 
 def test_what_cannot_be_started_is_one_line() -> None:

@@ -10,10 +10,11 @@ from offmap.audit.audit import AuditResult
 from offmap.audit.canary import new_key
 from offmap.audit.intervals import Intervals
 from offmap.audit.verdict import PageCounts, Verdict
+from offmap.compare.job import Line
 from offmap.compare.probes import costs, devices, hidden, holder, host_events
-from offmap.compare.probes.asker import Asker, measured, paired, yes
 from offmap.compare.probes.guest_program import ProbeError, parse_answer
 from offmap.compare.probes.prepared_host import is_clock_offered
+from offmap.compare.probes.survey import Survey, measured, paired, yes
 from offmap.compare.probes.vmm_memory import parse_smaps
 from offmap.compare.questions import CATALOGUE, Answer
 from offmap.errors import OffmapError
@@ -39,13 +40,13 @@ def test_smaps_adds_what_is_resident_of_each_mapping() -> None:
     assert parse_smaps(text) == [(0x7F00, 0x7F10, 2060), (0x8000, 0x9000, 4)]
 
 
-def asker() -> tuple[Asker, list[dict[str, Any]]]:
-    events: list[dict[str, Any]] = []
-    return Asker(events.append), events
+def survey() -> tuple[Survey, list[Line]]:
+    lines: list[Line] = []
+    return Survey(lines.append), lines
 
 
 def test_each_question_is_announced_and_answered_whatever_comes_of_it() -> None:
-    ask, events = asker()
+    ask, lines = survey()
 
     def breaks() -> Answer:
         raise ProbeError("the guest is gone")
@@ -53,8 +54,8 @@ def test_each_question_is_announced_and_answered_whatever_comes_of_it() -> None:
     ask.ask("works.vsock", breaks)
     ask.ask_many(hidden.GONE, lambda: [yes("hidden.zeroed")])
     ask.leave(["breaks.kexec"], "it is not ours")
-    assert [e["question"] for e in events if "question" in e] == ["works.vsock", "hidden.zeroed"]
-    told = {e["answer"]["question"]: (e["answer"]["value"], e["answer"]["reason"]) for e in events if "answer" in e}
+    assert [line.question for line in lines if line.question] == ["works.vsock", "hidden.zeroed"]
+    told = {line.answer.question: (line.answer.value, line.answer.reason) for line in lines if line.answer}
     assert told == {
         "works.vsock": (None, "not measured: the guest is gone"),
         "hidden.zeroed": (True, ""),
@@ -64,7 +65,7 @@ def test_each_question_is_announced_and_answered_whatever_comes_of_it() -> None:
 
 
 def test_what_is_known_of_one_pair_stands_if_more_cannot_be_had() -> None:
-    ask, events = asker()
+    ask, lines = survey()
     ids = ("costs.boot", "costs.exits")
 
     def breaks() -> list[Answer]:
@@ -77,7 +78,7 @@ def test_what_is_known_of_one_pair_stands_if_more_cannot_be_had() -> None:
     known, unknown = (ask.answers[id] for id in ids)
     assert (known.value, known.samples, known.baseline) == (2.0, (2.0,), (1.0,))
     assert known.detail == "one pair; asked again, not measured: the guest is gone"
-    assert unknown.value is None and events[-1]["answer"] == unknown.to_json()
+    assert unknown.value is None and lines[-1].answer == unknown
     ask.ask_many(ids, lambda: [paired("costs.boot", [4.0], [2.0])], or_as_known=True)
     assert ask.answers["costs.boot"].value == 4.0
     ask.ask_many(ids, breaks)
@@ -85,7 +86,7 @@ def test_what_is_known_of_one_pair_stands_if_more_cannot_be_had() -> None:
 
 
 def test_a_bug_of_a_probe_is_no_answer() -> None:
-    ask, _ = asker()
+    ask, _ = survey()
 
     def bug() -> Answer:
         raise KeyError("x")
@@ -114,9 +115,10 @@ def test_pairs_are_kept_and_the_value_is_the_median() -> None:
     assert few.ratio is None and "1 pair only" in few.reason
 
 
-def sighting(
-    verdict: Verdict, *, found: int = 0, control: int = hidden.CANARIES, pages: PageCounts | None = None
-) -> hidden.Sighting:
+CANARIES = 32
+
+
+def look(verdict: Verdict, *, found: int = 0, control: int = CANARIES, pages: PageCounts | None = None) -> hidden.Look:
     audit = SimpleNamespace(
         verdict=verdict,
         pages=pages or PageCounts(ram_pages=10, pages_populated=10),
@@ -124,34 +126,32 @@ def sighting(
         alias_pages_by_region={},
         judged=None,
     )
-    return hidden.Sighting(cast(AuditResult, audit), found, control)
+    return hidden.Look(cast(AuditResult, audit), found, 1 << 30, control == CANARIES, f"{control} found")
 
 
 @pytest.mark.parametrize(
     ("seen", "value"),
     [
-        (sighting(Verdict.HIDDEN), True),
-        (sighting(Verdict.EXPOSED), False),
-        (sighting(Verdict.UNKNOWN), None),
-        (sighting(Verdict.HIDDEN, control=hidden.CANARIES - 1), None),  # the means did not find what is there
-        (sighting(Verdict.HIDDEN, found=1), False),  # a secret was read: whatever the page tables say
-        (sighting(Verdict.UNKNOWN, found=1, control=0), False),
+        (look(Verdict.HIDDEN), True),
+        (look(Verdict.EXPOSED), False),
+        (look(Verdict.UNKNOWN), None),
+        (look(Verdict.HIDDEN, control=CANARIES - 1), None),  # the means did not find what is there
+        (look(Verdict.HIDDEN, found=1), False),  # a secret was read: whatever the page tables say
+        (look(Verdict.UNKNOWN, found=1, control=0), False),
     ],
 )
-def test_hidden_is_said_only_where_the_control_was_found(seen: hidden.Sighting, value: bool | None) -> None:
+def test_hidden_is_said_only_where_the_control_was_found(seen: hidden.Look, value: bool | None) -> None:
     assert hidden.verdict_answer("hidden.before_io", seen).value is value
 
 
 def test_nothing_found_is_no_zero_without_the_control() -> None:
-    without = {
-        answer.question: answer for answer in hidden.sightings(sighting(Verdict.HIDDEN, control=0), after_io=True)
-    }
+    without = {answer.question: answer for answer in hidden.answers_after_io(look(Verdict.HIDDEN, control=0))}
     assert without["hidden.canaries_found_after_io"].value is None
     assert set(without) == set(hidden.AFTER_IO)
-    with_it = {answer.question: answer.value for answer in hidden.sightings(sighting(Verdict.HIDDEN), after_io=False)}
-    assert with_it["hidden.canaries_found"] == 0
+    with_it = {answer.question: answer.value for answer in hidden.answers_after_boot(look(Verdict.HIDDEN), 31)}
+    assert (with_it["hidden.canaries_found"], with_it["hidden.canaries_planted"]) == (0, 31)
     assert with_it["hidden.control"] is True
-    assert set(with_it) | {"hidden.canaries_planted"} == set(hidden.AFTER_BOOT)
+    assert set(with_it) == set(hidden.AFTER_BOOT)
 
 
 def frames(*pairs: tuple[int, int]) -> Intervals:
@@ -234,13 +234,15 @@ def test_every_question_of_the_costs_that_guests_answer_is_in_the_catalogue() ->
 
 
 def test_an_error_of_the_host_is_no_answer_either() -> None:
-    ask, _ = asker()
+    ask, _ = survey()
 
     def refused() -> Answer:
         raise OffmapError("no", "do that")
 
-    assert ask.ask("costs.exits", refused).value is None
-    assert ask.ask("costs.exits", lambda: measured("costs.exits", 3)).value == 3
+    ask.ask("costs.exits", refused)
+    assert ask.answers["costs.exits"].value is None
+    ask.ask("costs.exits", lambda: measured("costs.exits", 3))
+    assert ask.answers["costs.exits"].value == 3
 
 
 def test_the_direct_map_is_compared_with_what_it_was() -> None:
@@ -283,10 +285,13 @@ def test_a_look_at_the_control_alone_tells_whose_secrets_they_are(monkeypatch: p
 
     def audit(pid: int, **how: Any) -> Any:
         asked.append({"pid": pid, **how})
-        return SimpleNamespace(scan=SimpleNamespace(found=found))
+        return SimpleNamespace(scan=SimpleNamespace(found=found, bytes_scanned=4096))
 
     monkeypatch.setattr(hidden, "audit_process", audit)
     guest, control = (SimpleNamespace(pid=pid, ranges=lambda pid=pid: [pid]) for pid in (1, 2))
-    seen = hidden.look(cast(Any, guest), cast(Any, control), hidden.Secrets(key))
-    assert (seen.found, seen.control_found) == (1, 2)
+    seen = hidden.look_beside(cast(Any, guest), cast(Any, control), hidden.Secrets(2, key))
+    assert (seen.found, seen.scanned, seen.controlled) == (1, 4096, True)
+    assert "found 2 of the 2 secrets of a plain guest" in seen.control
+    assert not hidden.look_beside(cast(Any, guest), cast(Any, control), hidden.Secrets(3, key)).controlled
+    del asked[2:]
     assert asked == [{"pid": 1, "ranges": [1]}, {"pid": 2, "scan": key, "ranges": [2]}]

@@ -5,22 +5,22 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from offmap.compare import scheduler as module
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.cell_run import CellTask
-from offmap.compare.matrix import CellSpec
+from offmap.compare.cell_run import CellTask, Settings
+from offmap.compare.events import CellEvent, Events
 from offmap.compare.running import CellStopped, running_cell, stop_cells
-from offmap.compare.scheduler import LOSSES, Events, Scheduler, Settings, first_failure
+from offmap.compare.scheduler import LOSSES, Scheduler, first_failure
+from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store, read_cell
 from offmap.errors import OffmapError
 from offmap.lab.kernel import HostKernel
 
 CELLS = [CellSpec(backend) for backend in ("anon", "memfd", "hugetlb", "unplugged")]
-Call = Callable[[CellTask], dict[str, Any]]
+Call = Callable[[CellTask], CellResult]
 
 
 class Pool:
@@ -44,12 +44,12 @@ class Pool:
         self.stopped.append(run)
 
 
-def fine(task: CellTask) -> dict[str, Any]:
-    return CellResult(spec=task.spec, outcome=CellOutcome.BOOTED).to_json()
+def fine(task: CellTask) -> CellResult:
+    return CellResult(spec=task.spec, outcome=CellOutcome.BOOTED)
 
 
-def run(out: Path, call: Call) -> tuple[dict[CellSpec, CellResult], list[tuple[CellSpec, dict[str, Any]]], Pool]:
-    events: list[tuple[CellSpec, dict[str, Any]]] = []
+def run(out: Path, call: Call) -> tuple[dict[CellSpec, CellResult], list[tuple[CellSpec, CellEvent]], Pool]:
+    events: list[tuple[CellSpec, CellEvent]] = []
     pool = Pool(call)
     with Store(out) as store, pool.executor:
         results = Scheduler(store, Settings(), lambda *event: events.append(event)).run(CELLS, pool)
@@ -63,7 +63,7 @@ def kept(out: Path) -> list[CellSpec]:
 def test_all_end_and_are_kept(tmp_path: Path) -> None:
     results, events, pool = run(tmp_path, fine)
     assert set(results) == set(CELLS) and kept(tmp_path) == sorted(CELLS)
-    assert Counter(spec for spec, event in events if "ended" in event) == Counter(CELLS)
+    assert Counter(spec for spec, event in events if event.ended) == Counter(CELLS)
     assert pool.stopped == []
 
 
@@ -71,7 +71,7 @@ def test_all_end_and_are_kept(tmp_path: Path) -> None:
 def test_a_lost_workers_cell_is_run_again(tmp_path: Path, loss: BaseException) -> None:
     runs: Counter[str] = Counter()
 
-    def call(task: CellTask) -> dict[str, Any]:
+    def call(task: CellTask) -> CellResult:
         runs[task.spec.backend] += 1
         if task.spec.backend == "memfd" and runs["memfd"] < LOSSES:
             raise loss
@@ -80,12 +80,12 @@ def test_a_lost_workers_cell_is_run_again(tmp_path: Path, loss: BaseException) -
     results, events, _ = run(tmp_path, call)
     assert runs == {"anon": 1, "memfd": LOSSES, "hugetlb": 1, "unplugged": 1}
     assert {result.outcome for result in results.values()} == {CellOutcome.BOOTED}
-    assert Counter(spec for spec, event in events if "ended" in event) == Counter(CELLS)
-    assert [spec.backend for spec, event in events if "again" in event] == ["memfd"] * (LOSSES - 1)
+    assert Counter(spec for spec, event in events if event.ended) == Counter(CELLS)
+    assert [spec.backend for spec, event in events if event.again] == ["memfd"] * (LOSSES - 1)
 
 
 def test_a_cell_that_kills_workers_fails_and_the_others_do_not(tmp_path: Path) -> None:
-    def call(task: CellTask) -> dict[str, Any]:
+    def call(task: CellTask) -> CellResult:
         if task.spec.backend == "anon":
             raise BrokenExecutor("it was killed")
         return fine(task)
@@ -105,7 +105,7 @@ def test_a_cell_that_dask_has_given_up_is_not_tried_again(tmp_path: Path) -> Non
 
     runs: Counter[str] = Counter()
 
-    def call(task: CellTask) -> dict[str, Any]:
+    def call(task: CellTask) -> CellResult:
         runs[task.spec.backend] += 1
         if task.spec.backend == "anon":
             raise KilledWorker("anon, by 4 workers")
@@ -117,7 +117,7 @@ def test_a_cell_that_dask_has_given_up_is_not_tried_again(tmp_path: Path) -> Non
 
 
 def test_a_bug_ends_the_comparison_and_is_no_result(tmp_path: Path) -> None:
-    def call(task: CellTask) -> dict[str, Any]:
+    def call(task: CellTask) -> CellResult:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -129,7 +129,7 @@ def test_when_nobody_is_left_it_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "_LOOK_SECONDS", 0.05)
     release = threading.Event()
 
-    def call(task: CellTask) -> dict[str, Any]:
+    def call(task: CellTask) -> CellResult:
         release.wait(10)
         return fine(task)
 
@@ -158,7 +158,7 @@ def test_what_is_done_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "kernels_of", lambda spec, report: (kernel, kernel))
     monkeypatch.setattr(module, "module_input", lambda spec, host: {})
     monkeypatch.setattr(module, "inputs_of", lambda host, guest: {"code": code[0]})
-    events: list[dict[str, Any]] = []
+    events: list[CellEvent] = []
     with Store(tmp_path) as store:
         store.put(CellResult(spec=CELLS[1], outcome=CellOutcome.OOPS, inputs={"code": "one"}))
         scheduler = Scheduler(store, Settings(), lambda _, event: events.append(event))
@@ -166,7 +166,7 @@ def test_what_is_done_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert list(done) == [CELLS[1]] and to_run == [CELLS[0], *CELLS[2:]]
         code[0] = "two"
         assert scheduler.missing(CELLS) == ({}, CELLS)
-        assert events == [{"skipped": True}, {"again": "the code changed since"}]
+        assert events == [CellEvent(skipped=True), CellEvent(again="the code changed since")]
 
 
 def test_stopping_ends_what_runs_and_starts_no_more() -> None:

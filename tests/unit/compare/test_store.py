@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.matrix import CellSpec
+from offmap.compare.facts import Host
 from offmap.compare.questions import Answer
+from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store, read_cell
 from offmap.errors import OffmapError
 
@@ -23,8 +24,8 @@ def result(outcome: CellOutcome = CellOutcome.BOOTED, deadline: float = 600, rea
         spec=SPEC,
         outcome=outcome,
         reason=reason,
-        answers={"costs.boot": Answer("costs.boot", 1.25, samples=(1.0, 1.5), detail="ünïcode\n")},
-        host={"kernel": "6.12"},
+        answers=(Answer("costs.boot", 1.25, samples=(1.0, 1.5), detail="ünïcode\n"),),
+        host=Host("6.12"),
         inputs={**INPUTS, "deadline": f"{deadline:g}"},
         seconds=12.5,
     )
@@ -139,7 +140,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.matrix import CellSpec
+from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store
 from offmap.errors import OffmapError
 with Store(Path(sys.argv[1])) as store:

@@ -8,13 +8,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from offmap.compare.probes.asker import measured, paired, undetermined
-from offmap.compare.probes.live_guest import BASELINE, LiveGuest
+from offmap.compare.kinds import BASELINE
+from offmap.compare.probes.live_guest import LiveGuest
 from offmap.compare.probes.network import Subnet, attempt, listen_tcp, sink_peer
+from offmap.compare.probes.survey import measured, paired, undetermined
 from offmap.compare.questions import Answer
 from offmap.errors import OffmapError
 from offmap.kvm import Kvm, Vm
-from offmap.memory.backend import parse_backend
+from offmap.memory.backend import BACKENDS, Backend
 from offmap.uapi.mman import MADV_POPULATE_WRITE
 from offmap.uapi.page import PAGE_SIZE
 
@@ -25,7 +26,6 @@ PAIRS = 5
 
 _SECRET_SIZE = 32 << 20  # where the direct map is changed page by page, which takes its time
 _SIZE = 128 << 20  # a memory block of a small host, which is what `unplugged` takes at least
-_PAGE_BY_PAGE = ("secretmem", "secretmem-bridge", "guest_memfd-unmapped")
 _DEBUGFS = Path("/sys/kernel/debug/kvm")
 
 T = TypeVar("T")
@@ -46,25 +46,25 @@ def by_turns(
     return mine, plain
 
 
-def populate(backend: str) -> Answer:
+def populate(backend: Backend) -> Answer:
     """RAM from nothing to usable: what the VMM does before the guest's first instruction, and then every page touched.
 
     Raises:
         OffmapError: the host does not give it.
     """
-    size = _SECRET_SIZE if backend in _PAGE_BY_PAGE else _SIZE
+    size = _SECRET_SIZE if backend.page_by_page else _SIZE
     with Kvm() as kvm, kvm.create_vm() as vm:
         mine, plain = by_turns(
-            PAIRS, lambda: _populate_once(vm, backend, size), lambda: _populate_once(vm, BASELINE, size)
+            PAIRS, lambda: _populate_once(vm, backend, size), lambda: _populate_once(vm, BACKENDS[BASELINE](), size)
         )
     detail = f"{size >> 20} MiB, {len(mine)} pairs; a write to each page included"
     return paired("costs.populate", mine, plain, detail=detail)
 
 
-def _populate_once(vm: Vm, name: str, size: int) -> float:
+def _populate_once(vm: Vm, backend: Backend, size: int) -> float:
     """Microseconds a page."""
     started = monotonic()
-    backings = parse_backend(name).allocate(vm, size)
+    backings = backend.allocate(vm, size)
     try:
         for backing in backings:
             # Frames and page-table entries in one call where the kernel can (not of secret memory, nor PFNMAP).

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offmap.audit.guest_ram import RamRange
-from offmap.compare.probes.asker import no, undetermined, yes
-from offmap.compare.probes.live_guest import QEMU_BASELINE, LiveGuest, card_mac
+from offmap.compare.kinds import Vmm
+from offmap.compare.probes.live_guest import LiveGuest
 from offmap.compare.probes.network import (
     VSOCK_PORT,
     Subnet,
@@ -20,9 +20,10 @@ from offmap.compare.probes.network import (
     listen_unix,
     listen_vsock,
 )
+from offmap.compare.probes.survey import no, undetermined, yes
 from offmap.compare.probes.vmm_memory import resident_kib
 from offmap.compare.questions import Answer
-from offmap.compare.vm_process import QEMU
+from offmap.compare.vmm_command import card_mac
 
 __all__ = [
     "BALLOON",
@@ -101,7 +102,7 @@ def configure(guest: LiveGuest, card: int, subnet: Subnet) -> None:
 def _vsock_listener(guest: LiveGuest) -> Iterator[socket.socket]:
     if guest.setup.vsock is None:
         return
-    listener = listen_vsock() if guest.setup.backend in {QEMU, QEMU_BASELINE} else listen_unix(guest.setup.vsock)
+    listener = listen_vsock() if guest.setup.kind.vmm is Vmm.QEMU else listen_unix(guest.setup.vsock)
     with listener:
         yield listener
 
@@ -113,7 +114,7 @@ def vsock(guest: LiveGuest) -> Answer:
         guest.command(f"echo vsock {VSOCK_PORT}")
         if not echoed.result():
             return no(id, "what came back from the guest is not what was sent to it")
-    how = "the host kernel's vhost-vsock" if guest.setup.backend == QEMU else "offmap's device"
+    how = "the host kernel's vhost-vsock" if guest.setup.kind.vmm is Vmm.QEMU else "offmap's device"
     return yes(id, f"{MIB >> 10} KiB to the guest and back through {how}, compared")
 
 

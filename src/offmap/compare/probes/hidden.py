@@ -1,45 +1,55 @@
 """What the host kernel can reach of the guest: while it runs, after it has worked, and once it is gone.
 
-The control runs beside it: a guest on plain RAM plants secrets with the same key, so that each scan looks for those of
-both at once, and one that does not find the plain guest's proves nothing.
+The positive control is a guest on plain RAM beside it. It plants secrets with the same key, so each scan looks for
+those of both, and a scan that misses the plain guest's proves nothing. Where the guest is alone, the control is what
+the scan plants in its own memory (offmap.audit.scan), without which there is no result.
 """
 
 import mmap
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offmap.audit.audit import AuditResult, audit_process
+from offmap.audit.audit import AuditResult, Progress, audit_process
 from offmap.audit.canary import CANARY_LENGTH, PREFIX, CanaryKey, new_key, parse_canary
 from offmap.audit.intervals import Intervals
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.reach import Kind
 from offmap.audit.verdict import Verdict
 from offmap.compare.guest import canary_parameters
-from offmap.compare.probes.asker import measured, no, undetermined, yes
 from offmap.compare.probes.host_kernel import host_memory_kib
 from offmap.compare.probes.live_guest import LiveGuest
+from offmap.compare.probes.survey import measured, no, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
-__all__ = ["AFTER_BOOT", "AFTER_IO", "CANARIES", "GONE", "Secrets", "Sighting", "after_the_end", "look", "sightings"]
-
-CANARIES = 32
-"""How many secrets each guest plants."""
+__all__ = [
+    "AFTER_BOOT",
+    "AFTER_IO",
+    "GONE",
+    "Look",
+    "Secrets",
+    "after_the_end",
+    "answers_after_boot",
+    "answers_after_io",
+    "look_alone",
+    "look_beside",
+]
 
 _CONTROL_FIRST = 0x1000  # the number of the control's first
 
 AFTER_BOOT = (
     "hidden.before_io",
     "hidden.ram_pages",
+    "hidden.populated_pages",
     "hidden.direct_map_pages",
     "hidden.alias_pages",
     "hidden.unknown_pages",
     "hidden.excluded_pages",
     "hidden.canaries_planted",
+    "hidden.scanned_bytes",
     "hidden.canaries_found",
     "hidden.control",
 )
@@ -54,105 +64,141 @@ GONE = ("hidden.zeroed", "hidden.restored")
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """What the guests plant."""
+    """What the guests plant.
 
+    Attributes:
+        count: how many each.
+    """
+
+    count: int
     key: CanaryKey = field(default_factory=new_key)
 
     @property
     def of_candidate(self) -> str:
         """For the kernel's command line of the guest that the cell is about."""
-        return canary_parameters(self.key, CANARIES)
+        return canary_parameters(self.key, self.count)
 
     @property
     def of_control(self) -> str:
         """For that of the plain guest."""
-        return canary_parameters(self.key, CANARIES, _CONTROL_FIRST)
+        return canary_parameters(self.key, self.count, _CONTROL_FIRST)
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
-    """One look: the audit, and whose secrets the scan has read."""
+class Look:
+    """An audit of the guest, and a scan for secrets.
+
+    Attributes:
+        found: how many of the guest's secrets were read.
+        scanned: bytes that were read to look for them.
+        controlled: whether the scan found all of the control.
+        control: what the scan found of the control, in words.
+    """
 
     audit: AuditResult
     found: int
-    control_found: int
-
-    @property
-    def controlled(self) -> bool:
-        """Whether the means found all that was there to be found."""
-        return self.control_found == CANARIES
-
-    @property
-    def control_said(self) -> str:
-        return f"the same scan found {self.control_found} of the {CANARIES} secrets of a plain guest beside it"
+    scanned: int
+    controlled: bool
+    control: str
 
 
-def look(guest: LiveGuest, control: LiveGuest, secrets: Secrets) -> Sighting:
-    """Audit a guest, and scan all that the kernel has mapped for both guests' secrets.
+def look_beside(guest: LiveGuest, control: LiveGuest, secrets: Secrets) -> Look:
+    """Audit a guest, and scan all that the kernel has mapped for its secrets and for those of the plain guest.
 
-    The scan belongs to the control's audit: an audit that has read a secret calls its guest exposed, and some of these
+    The scan belongs to the control's audit: an audit that reads a secret calls its guest exposed, and some of these
     are the control's.
 
     Raises:
         Undetermined: this host does not let itself be looked at.
     """
     audit = audit_process(guest.pid, ranges=guest.ranges())
-    return replace(_look_once(control, secrets), audit=audit)
+    return _look_at_control(control, secrets, audit)
 
 
-def _look_once(control: LiveGuest, secrets: Secrets) -> Sighting:
-    """The same of the control alone, which has planted secrets of its own.
+def _look_at_control(control: LiveGuest, secrets: Secrets, audit: AuditResult | None = None) -> Look:
+    """Scan beside the plain guest; the audit is the plain guest's where there is no other.
 
     Raises:
         Undetermined: this host does not let itself be looked at.
     """
-    audit = audit_process(control.pid, scan=secrets.key, ranges=control.ranges())
-    numbers = {canary.number for canary in audit.scan.found} if audit.scan is not None else set()
-    control_found = sum(number >= _CONTROL_FIRST for number in numbers)
-    return Sighting(audit, len(numbers) - control_found, control_found)
+    scanning = audit_process(control.pid, scan=secrets.key, ranges=control.ranges())
+    numbers = {canary.number for canary in scanning.scan.found} if scanning.scan else set()
+    of_control = sum(number >= _CONTROL_FIRST for number in numbers)
+    said = f"the same scan found {of_control} of the {secrets.count} secrets of a plain guest beside it"
+    scanned = scanning.scan.bytes_scanned if scanning.scan else 0
+    return Look(audit or scanning, len(numbers) - of_control, scanned, of_control == secrets.count, said)
 
 
-def verdict_answer(id: str, sighting: Sighting) -> Answer:
+def look_alone(guest: LiveGuest, secrets: Secrets, progress: Progress) -> Look:
+    """Audit a guest, and scan all that the kernel has mapped for its secrets.
+
+    Raises:
+        Undetermined: this host does not let itself be looked at, or the scan missed its own control.
+    """
+    audit = audit_process(guest.pid, scan=secrets.key, ranges=guest.ranges(), progress=progress)
+    scanned = audit.scan.bytes_scanned if audit.scan else 0
+    said = "the same scan found what it had planted in its own memory"
+    return Look(audit, audit.canaries_found or 0, scanned, audit.scan is not None, said)
+
+
+def verdict_answer(id: str, look: Look) -> Answer:
     """The audit's verdict as yes, no, or not determined."""
-    audit, pages = sighting.audit, sighting.audit.pages
+    audit, pages = look.audit, look.audit.pages
     detail = (
         f"of {pages.pages_populated} pages, {pages.direct_map_pages} are in the direct map, {pages.alias_pages} "
-        f"aliased and {pages.unknown_pages} unknown; {sighting.found} secrets found; {sighting.control_said}"
+        f"aliased and {pages.unknown_pages} unknown; {look.found} secrets found; {look.control}"
     )
     notes = "; ".join(audit.notes)
-    if audit.verdict is Verdict.EXPOSED or sighting.found:
+    if audit.verdict is Verdict.EXPOSED or look.found:
         return no(id, "the host kernel maps guest RAM", detail)
     if audit.verdict is Verdict.UNKNOWN:
         return undetermined(id, notes or "some pages could not be judged", detail)
-    if not sighting.controlled:
-        return undetermined(id, sighting.control_said, detail)
+    if not look.controlled:
+        return undetermined(id, look.control, detail)
     return yes(id, detail, notes)
 
 
-def sightings(sighting: Sighting, *, after_io: bool) -> list[Answer]:
-    """What one look answers: AFTER_IO, or AFTER_BOOT, but for the secrets planted."""
-    audit, pages = sighting.audit, sighting.audit.pages
-    regions = "; ".join(f"{name}: {count} pages" for name, count in audit.alias_pages_by_region.items())
-    found = Answer("hidden.canaries_found_after_io" if after_io else "hidden.canaries_found", float(sighting.found))
-    if not sighting.found and not sighting.controlled:
-        found = undetermined(found.question, sighting.control_said)
-    if after_io:
-        return [
-            verdict_answer("hidden.after_io", sighting),
-            measured("hidden.direct_map_pages_after_io", pages.direct_map_pages),
-            measured("hidden.alias_pages_after_io", pages.alias_pages, detail=regions),
-            found,
-        ]
-    control = yes if sighting.controlled else no
+def _found(id: str, look: Look) -> Answer:
+    if not look.found and not look.controlled:
+        return undetermined(id, look.control)
+    return measured(id, look.found)
+
+
+def _aliased(id: str, look: Look) -> Answer:
+    regions = "; ".join(f"{name}: {count} pages" for name, count in look.audit.alias_pages_by_region.items())
+    return measured(id, look.audit.pages.alias_pages, detail=regions)
+
+
+def answers_after_io(look: Look) -> list[Answer]:
+    """AFTER_IO, by one look."""
     return [
-        verdict_answer("hidden.before_io", sighting),
+        verdict_answer("hidden.after_io", look),
+        measured("hidden.direct_map_pages_after_io", look.audit.pages.direct_map_pages),
+        _aliased("hidden.alias_pages_after_io", look),
+        _found("hidden.canaries_found_after_io", look),
+    ]
+
+
+def answers_after_boot(look: Look, planted: int) -> list[Answer]:
+    """AFTER_BOOT, by one look.
+
+    Args:
+        planted: how many secrets the guest says that it planted.
+    """
+    audit, pages = look.audit, look.audit.pages
+    control = yes if look.controlled else no
+    return [
+        verdict_answer("hidden.before_io", look),
         measured("hidden.ram_pages", pages.ram_pages, detail=f"{pages.pages_populated} of them have a frame"),
+        measured("hidden.populated_pages", pages.pages_populated),
         measured("hidden.direct_map_pages", pages.direct_map_pages),
-        measured("hidden.alias_pages", pages.alias_pages, detail=regions),
+        _aliased("hidden.alias_pages", look),
         measured("hidden.unknown_pages", pages.unknown_pages, detail=str(pages.reasons or "")),
         measured("hidden.excluded_pages", pages.excluded_pages, detail=_excluded_text(audit)),
-        found,
-        control("hidden.control", sighting.control_said),
+        measured("hidden.canaries_planted", planted),
+        measured("hidden.scanned_bytes", look.scanned),
+        _found("hidden.canaries_found", look),
+        control("hidden.control", look.control),
     ]
 
 
@@ -197,11 +243,13 @@ def zeroed_frames(frames: Intervals, secrets: Secrets, seen_before: int | None) 
         seen_before: how many of them were read in the same way while the guest ran.
     """
     id = "hidden.zeroed"
-    if seen_before != CANARIES:
-        return undetermined(id, f"{seen_before or 0} of {CANARIES} secrets could be read in its frames while it ran")
-    control = f"read through /dev/mem, which showed all {CANARIES} while the guest ran"
+    if seen_before != secrets.count:
+        return undetermined(
+            id, f"{seen_before or 0} of {secrets.count} secrets could be read in its frames while it ran"
+        )
+    control = f"read through /dev/mem, which showed all {secrets.count} while the guest ran"
     if left := secrets_in_frames(frames, secrets):
-        return no(id, f"{left} of its {CANARIES} secrets still stand in the frames that it had", control)
+        return no(id, f"{left} of its {secrets.count} secrets still stand in the frames that it had", control)
     return yes(id, f"none of its secrets is left in its frames; {control}")
 
 
@@ -216,20 +264,20 @@ def after_the_end(
         memory_kib: what memory the host had before it.
         owned_by_linux: whether the memory was the host kernel's before, so that it must be so again.
     """
-    sighting = _look_once(control, secrets)
-    if sighting.found:
-        zeroed = no("hidden.zeroed", f"{sighting.found} of its {CANARIES} secrets are still in the host's memory")
-    elif not sighting.controlled:
-        zeroed = undetermined("hidden.zeroed", sighting.control_said)
+    look = _look_at_control(control, secrets)
+    if look.found:
+        zeroed = no("hidden.zeroed", f"{look.found} of its {secrets.count} secrets are still in the host's memory")
+    elif not look.controlled:
+        zeroed = undetermined("hidden.zeroed", look.control)
     elif not owned_by_linux:
         zeroed = undetermined(
             "hidden.zeroed",
             "the host kernel maps none of this memory, so a scan of what it maps says nothing of it",
-            sighting.control_said,
+            look.control,
         )
     else:
-        zeroed = yes("hidden.zeroed", sighting.control_said)
-    return [zeroed, _restored(sighting.audit.mappings, frames, memory_kib, owned_by_linux)]
+        zeroed = yes("hidden.zeroed", look.control)
+    return [zeroed, _restored(look.audit.mappings, frames, memory_kib, owned_by_linux)]
 
 
 def _restored(mappings: KernelMappings, frames: Intervals, memory_kib: int, owned_by_linux: bool) -> Answer:
@@ -266,10 +314,9 @@ def frames_in(frames: Intervals, others: Intervals) -> int:
     return both
 
 
-def guest_frames(sighting: Sighting | None) -> Intervals:
+def guest_frames(look: Look | None) -> Intervals:
     """The frames of the guest's RAM; none where it was not looked at."""
-    nothing: Sequence[int] = ()
-    empty = np.array(nothing, dtype=np.int64)
-    if sighting is None or sighting.audit.judged is None:
+    if look is None or look.audit.judged is None:
+        empty = np.zeros(0, dtype=np.int64)
         return Intervals.union(empty, empty)
-    return sighting.audit.judged.frames
+    return look.audit.judged.frames

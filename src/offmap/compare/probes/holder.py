@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from offmap.audit.canary import make_canary, new_key
-from offmap.compare.probes.asker import no, undetermined, yes
+from offmap.compare.probes.survey import no, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.errors import KernelError, OffmapError
 from offmap.kvm import Kvm
-from offmap.memory.backend import parse_backend
+from offmap.memory.backend import Backend
 from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["QUESTIONS", "SIZE", "Holder", "hold"]
@@ -40,13 +40,13 @@ class Holder:
     """What the child is to work on.
 
     Attributes:
-        backend: whose RAM.
+        backend: makes the RAM.
         direct: a file or disk to be read by direct I/O.
         folder: in memory; for its snapshot and its core.
         may_dump: whether it may have the kernel write a core into `folder` (which takes the host's core_pattern).
     """
 
-    backend: str
+    backend: Backend
     direct: Path
     folder: Path
     may_dump: bool
@@ -98,27 +98,25 @@ def _child(holder: Holder, secret: bytes, control: bytes, send: int) -> None:
     """Never returns."""
     try:
         said: dict[str, Any] = {}
-        with Kvm() as kvm, kvm.create_vm() as vm:
-            backend = parse_backend(holder.backend)
-            with backend.guest_memory(vm, SIZE) as memory:
-                view = memory.view(0, SIZE)
-                for name, attempt in (("direct", _read_direct), ("snapshot", _write_snapshot)):
-                    try:
-                        said[name] = attempt(holder, view)
-                    except OSError as error:
-                        said[name] = {"error": str(KernelError(name, error))}
-                plain = mmap.mmap(-1, PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                for number, byte in enumerate(secret):  # byte by byte: no copy of it in between
-                    view[_SECRET_AT + number] = byte ^ 0xFF
-                for number, byte in enumerate(control):
-                    plain[number] = byte ^ 0xFF
-                with os.fdopen(send, "wb") as pipe:
-                    pipe.write(json.dumps(said).encode())
-                if holder.may_dump:
-                    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
-                    resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-                    signal.signal(signal.SIGABRT, signal.SIG_DFL)
-                    os.abort()
+        with Kvm() as kvm, kvm.create_vm() as vm, holder.backend.guest_memory(vm, SIZE) as memory:
+            view = memory.view(0, SIZE)
+            for name, attempt in (("direct", _read_direct), ("snapshot", _write_snapshot)):
+                try:
+                    said[name] = attempt(holder, view)
+                except OSError as error:
+                    said[name] = {"error": str(KernelError(name, error))}
+            plain = mmap.mmap(-1, PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            for number, byte in enumerate(secret):  # byte by byte: no copy of it in between
+                view[_SECRET_AT + number] = byte ^ 0xFF
+            for number, byte in enumerate(control):
+                plain[number] = byte ^ 0xFF
+            with os.fdopen(send, "wb") as pipe:
+                pipe.write(json.dumps(said).encode())
+            if holder.may_dump:
+                ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)
+                resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                signal.signal(signal.SIGABRT, signal.SIG_DFL)
+                os.abort()
     except OffmapError as error:
         os.write(send, json.dumps({"refused": str(error)}).encode())
     except BaseException as error:

@@ -9,10 +9,10 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from offmap.compare.probes.asker import no, undetermined, yes
 from offmap.compare.probes.guest_program import ProbeError
 from offmap.compare.probes.host_kernel import meminfo, write_knob
 from offmap.compare.probes.live_guest import LiveGuest
+from offmap.compare.probes.survey import no, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.errors import KernelError, OffmapError
 from offmap.uapi.mman import MADV_POPULATE_WRITE

@@ -4,17 +4,16 @@ Sources: Documentation/virt/kvm/x86/cpuid.rst and msr.rst.
 """
 
 import os
-import re
 import signal
 from dataclasses import dataclass
 
-from offmap.compare.guest import CLOCKSOURCE
-from offmap.compare.probes.asker import no, undetermined, yes
+from offmap.compare.guest import KVM_CLOCK
 from offmap.compare.probes.guest_program import ProbeError
 from offmap.compare.probes.live_guest import LiveGuest
+from offmap.compare.probes.survey import no, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.kvm import Kvm
-from offmap.memory.backend import parse_backend
+from offmap.memory.backend import Backend
 from offmap.memory.slots import map_into
 from offmap.uapi import kvm as uapi
 from offmap.uapi.kvm import MSR_KVM_SYSTEM_TIME_NEW
@@ -27,7 +26,6 @@ MSR_KVM_STEAL_TIME = 0x4B564D03
 MSR_KVM_PV_EOI_EN = 0x4B564D04
 _ENABLED = 1  # bit 0 of each of them
 _BURN_MS = 400
-_CLOCKSOURCE = re.compile(re.escape(CLOCKSOURCE) + r" (\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +88,20 @@ def _burner() -> int:
     return pid
 
 
-def kvm_clock(guest: LiveGuest, console: str, why_not: str) -> Answer:
+def kvm_clock(guest: LiveGuest, why_not: str) -> Answer:
     """Whether the guest, which was told to prefer it, keeps time by kvm-clock, and the time goes on.
 
     Args:
-        console: of its boot.
         why_not: why it is not offered, where it is not.
     """
     id = "works.kvm_clock"
-    source = _CLOCKSOURCE.search(console)
-    if source is None:
+    source = guest.facts.clocksource
+    if not source:
         return undetermined(id, "the guest did not say what it keeps time by")
     first, second = guest.value("clock"), guest.value("clock")
-    detail = f"clocksource {source[1]}; CLOCK_MONOTONIC went on by {second - first:.0f} µs between two readings"
-    if source[1] != "kvm-clock":
-        return no(id, why_not or f"the guest keeps time by {source[1]}", detail)
+    detail = f"clocksource {source}; CLOCK_MONOTONIC went on by {second - first:.0f} µs between two readings"
+    if source != KVM_CLOCK:
+        return no(id, why_not or f"the guest keeps time by {source}", detail)
     return yes(id, detail) if second > first else no(id, "time stands still", detail)
 
 
@@ -128,7 +125,7 @@ def forbidden_clock(guest: LiveGuest, known: Answer) -> Answer:
     return Answer(known.question, known.value, known.reason, detail=detail)
 
 
-def register_pvclock(backend: str, size: int) -> str:
+def register_pvclock(backend: Backend, size: int) -> str:
     """Register a pvclock page on this kind of RAM, with nothing of offmap's that would prevent it, and run.
 
     KVM fills the page before it enters the guest; where it does that by a kernel mapping that is not there, this call
@@ -138,7 +135,7 @@ def register_pvclock(backend: str, size: int) -> str:
         What came of it.
     """
     page = 0x2000
-    with Kvm() as kvm, kvm.create_vm() as vm, parse_backend(backend).guest_memory(vm, size) as memory:
+    with Kvm() as kvm, kvm.create_vm() as vm, backend.guest_memory(vm, size) as memory:
         memory.write(0x1000, b"\xf4")  # hlt
         vm.reserve_vmx_pages()
         map_into(vm, memory)

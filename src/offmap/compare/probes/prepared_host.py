@@ -7,17 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from offmap.compare.job import Job
+from offmap.compare.kinds import Vmm, kind_of
 from offmap.compare.probes import devices, hidden, host_events
-from offmap.compare.probes.guest_image import probe_initramfs
 from offmap.compare.probes.host_kernel import host_memory_kib, load_modules, write_knob
-from offmap.compare.probes.live_guest import BASELINE, MEMORY_SIZE, QEMU_BASELINE, GuestSetup
 from offmap.compare.probes.network import Subnet, tap
-from offmap.compare.vm_process import QEMU
+from offmap.compare.vmm_command import MEMORY_SIZE, GuestSetup
 from offmap.devices.virtio.balloon_spec import BalloonSpec
 from offmap.devices.virtio.device import Surroundings
 from offmap.errors import BackendRefused, OffmapError
 from offmap.kvm import Kvm
-from offmap.memory.backend import parse_backend
+from offmap.memory.hugetlb import Hugetlb
 from offmap.memory.probe import try_out
 from offmap.owned import Owned
 from offmap.vmm.pvclock import is_safe_on_hidden_memory
@@ -52,7 +51,8 @@ class PreparedHost(Owned):
         folder: in memory, removed by the caller.
 
     Attributes:
-        backend: the kind of RAM; what QEMU maps counts as `unplugged`.
+        kind: of the guest that the cell is about.
+        backend: makes its RAM.
         offers_clock: whether the guest gets kvm-clock.
         disks: of the guest that the cell is about, and of the plain one.
         why_no_network: empty where there are interfaces.
@@ -63,16 +63,17 @@ class PreparedHost(Owned):
     def __init__(self, job: Job, folder: Path) -> None:
         self.job = job
         self.folder = folder
-        self.secrets = hidden.Secrets()
-        self.backend = parse_backend("unplugged" if job.spec.backend == QEMU else job.spec.backend)
+        self.secrets = hidden.Secrets(job.preset.canaries)
+        self.kind = kind_of(job.spec.backend)
+        self.backend = self.kind.backend()
         self.offers_clock = is_clock_offered(
             job.spec.kvm_clock, hides=self.backend.hides, safe=is_safe_on_hidden_memory()
         )
         self.hibernation = host_events.hibernation_offered()
         self._initrd = folder / "guest.initramfs"
-        self._initrd.write_bytes(probe_initramfs(job.guest_modules))
+        self._initrd.write_bytes(Path(job.initrd).read_bytes())
         self.disks = [devices.make_disk(folder / f"disk{number}") for number in range(2)]
-        if job.spec.backend == "hugetlb" and not job.native:
+        if self.kind.backend is Hugetlb and not job.native:
             write_knob(_HUGE_PAGES, str(2 * MEMORY_SIZE >> 21))  # for what is taken before the last has all gone back
         self.memory_kib = host_memory_kib()
         self.cannot_discard = ""
@@ -86,7 +87,7 @@ class PreparedHost(Owned):
             for number, name in enumerate(_CARDS):
                 self._subnets.append(Subnet(number))
                 self._owned.enter_context(tap(name, self._subnets[-1]))
-            if self.job.spec.backend == QEMU:
+            if self.kind.vmm is Vmm.QEMU:
                 load_modules("vhost_vsock")
         except OffmapError as error:
             return str(error)
@@ -105,7 +106,7 @@ class PreparedHost(Owned):
     @property
     def withholds_clock(self) -> bool:
         """Whether kvm-clock is asked for where offmap does not offer it."""
-        wanted = self.job.spec.kvm_clock == "on" and self.job.spec.backend != QEMU
+        wanted = self.job.spec.kvm_clock == "on" and self.kind.vmm is Vmm.OFFMAP
         return wanted and self.backend.hides and not is_safe_on_hidden_memory()
 
     def try_out(self) -> None:
@@ -129,23 +130,23 @@ class PreparedHost(Owned):
         """The guest that the cell is about."""
         spec = self.job.spec
         return GuestSetup(
-            spec.backend,
-            self.job.guest_vmlinuz,
+            self.kind,
+            Path(self.job.guest_vmlinuz),
             self._initrd,
-            f"clocksource=kvm-clock {self.secrets.of_candidate}",
+            words=f"clocksource=kvm-clock {self.secrets.of_candidate}",
             vcpus=spec.vcpus,
             kvm_clock="on" if self.offers_clock else "off",
             disk=self.disks[0].path,
             taps=self._taps(0),
             vsock=self.folder / "vsock",
-            balloon=None if self.cannot_discard or spec.backend == QEMU else devices.BALLOON,
+            balloon=None if self.cannot_discard or self.kind.vmm is Vmm.QEMU else devices.BALLOON,
         )
 
     def plain(self) -> GuestSetup:
         """The plain guest, baseline and control: the same in all but its RAM, as each device costs the others time."""
         return replace(
             self.candidate(),
-            backend=QEMU_BASELINE if self.job.spec.backend == QEMU else BASELINE,
+            kind=self.kind.baseline,
             words=f"clocksource=kvm-clock {self.secrets.of_control}",
             disk=self.disks[1].path,
             taps=self._taps(2),
@@ -169,7 +170,7 @@ class PreparedHost(Owned):
                 load_modules("brd")
             if os.access(device, os.W_OK):
                 return device
-        path = self.job.folder / "direct"
+        path = Path(self.job.folder) / "direct"
         path.write_bytes(bytes(1 << 20))
         return path
 

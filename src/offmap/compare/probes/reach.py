@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from offmap.audit.canary import CANARY_LENGTH, PREFIX, CanaryKey, parse_canary
 from offmap.audit.guest_ram import RamRange
-from offmap.compare.probes.asker import no, undetermined, yes
 from offmap.compare.probes.live_guest import LiveGuest
+from offmap.compare.probes.survey import no, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.errors import KernelError
 

@@ -5,10 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from offmap.compare.cell_result import CellResult
-from offmap.compare.matrix import BACKENDS
+from offmap.compare.kinds import BASELINE, kind_names
 from offmap.compare.questions import CATALOGUE, MIN_PAIRS, Answer, Group, Question
 from offmap.compare.report.standing import (
-    BASELINE,
     KindFinding,
     Standing,
     finding_of,
@@ -56,7 +55,7 @@ def conclude(results: Sequence[CellResult]) -> list[Conclusion]:
 def kinds_of(results: Sequence[CellResult]) -> list[str]:
     """Every kind that is compared, in the order of the matrix; what is not in the matrix comes last."""
     run = {result.spec.backend for result in results}
-    return [*BACKENDS, *sorted(run - set(BACKENDS))]
+    return [*kind_names(), *sorted(run - set(kind_names()))]
 
 
 def _of(kernel: str, cells: Sequence[CellResult]) -> Conclusion:

@@ -1,97 +1,154 @@
 """A comparison as JSON (offmap-compare/1): the cells with all their answers, the questions, and the conclusions.
 
-The form is published: schema/offmap-compare.json. Names of hosts, and the command line of the machine that the
-disposable hosts ran on, are left out: they say nothing of the results, and these are made to be shown.
+The types are the published form: the JSON, its schema and its decoding follow from them. Names of hosts are left out:
+they say nothing of the results, and these are made to be shown.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from offmap import __version__
+from offmap.compare.cell_result import SCHEMA as CELL_SCHEMA
 from offmap.compare.cell_result import CellResult
-from offmap.compare.questions import CATALOGUE
+from offmap.compare.kinds import BASELINE
+from offmap.compare.questions import CATALOGUE, Answer, Question, Ratio
 from offmap.compare.report.conclude import Conclusion, conclude
 from offmap.compare.report.notes import notes_of
 from offmap.compare.report.repeat import commands_of, missing_of
-from offmap.compare.report.standing import BASELINE, standing_of
+from offmap.compare.report.standing import Standing, standing_of
 
-__all__ = ["SCHEMA", "compare_document"]
+__all__ = ["SCHEMA", "CompareDocument", "PublishedCell", "compare_document", "compare_schema"]
 
 SCHEMA = "offmap-compare/1"
-_OF_HOSTS = ("kernel", "cpu", "microcode", "cmdline", "memory_bytes", "lab")
-_OF_MACHINES = ("kernel", "cpu", "microcode", "processors", "memory_bytes", "accel", "qemu")
 
 
-def compare_document(results: Sequence[CellResult]) -> dict[str, Any]:
-    """For json.dumps."""
-    return {
-        "schema": SCHEMA,
-        "offmap": __version__,
-        "time": max((result.time for result in results), default=""),
-        "commands": commands_of(results),
-        "baseline": BASELINE,
-        "emulated": any(result.emulated for result in results),
-        "conclusions": [_conclusion(each) for each in conclude(results)],
-        "missing": missing_of(results),
-        "notes": notes_of(results),
-        "questions": [
-            {
-                "id": asked.id,
-                "group": asked.group.value,
-                "title": asked.title,
-                "kind": asked.kind.value,
-                "better": asked.better.value,
-                "unit": asked.unit,
-                "explanation": asked.explanation,
-                "emulation": asked.emulation,
-            }
-            for asked in CATALOGUE.values()
-        ],
-        "cells": [_cell(result) for result in results],
-    }
+class PublishedAnswer(Answer, frozen=True):
+    """An answer, and the ratio to plain RAM; null where there are fewer than five pairs."""
+
+    ratio: Ratio | None = None
 
 
-def _conclusion(one: Conclusion) -> dict[str, Any]:
-    return {
-        "host_kernel": one.name,
-        "release": one.release,
-        "answer": one.answer,
-        "choice": one.choice,
-        "unsettled": list(one.unsettled),
-        "kinds": [
-            {
-                "backend": finding.backend,
-                "standing": finding.standing.value,
-                "cells": len(finding.cells),
-                "hiding": len(finding.hiding),
-                "lost": dict(finding.lost),
-                "undetermined": dict(finding.undetermined),
-            }
-            for finding in one.findings
-        ],
-    }
+class PublishedCell(CellResult, frozen=True, kw_only=True, dict=True, tag=CELL_SCHEMA):
+    """A cell, its name for files, and what may be said of it."""
+
+    answers: tuple[PublishedAnswer, ...] = ()
+    key: str
+    standing: Standing
 
 
-def _cell(result: CellResult) -> dict[str, Any]:
-    data = result.to_json()
-    answers = []
-    for answer in result.answers.values():
-        ratio = answer.ratio
-        answers.append(
-            {
-                **answer.to_json(),
-                "ratio": ratio and {"median": ratio.median, "low": ratio.low, "high": ratio.high, "pairs": ratio.pairs},
-            }
+class PublishedFinding(Struct, frozen=True):
+    """One kind of RAM on one host kernel.
+
+    Attributes:
+        cells: how many there are.
+        hiding: how many of them hide.
+        lost: questions whose answer is no, and is not so on plain RAM, with the reason.
+        undetermined: questions without an answer, with the reason.
+    """
+
+    backend: str
+    standing: Standing
+    cells: int
+    hiding: int
+    lost: dict[str, str]
+    undetermined: dict[str, str]
+
+
+class PublishedConclusion(Struct, frozen=True):
+    """What is concluded of one host kernel, by rules.
+
+    Attributes:
+        release: what uname says, all of it if its cells had several kernels (see notes); empty if no host came up.
+        answer: what hides on this kernel, in one sentence.
+        choice: what those that hide lose; empty where none does.
+        unsettled: what could not be determined.
+    """
+
+    host_kernel: str
+    release: str
+    answer: str
+    choice: str
+    unsettled: tuple[str, ...]
+    kinds: tuple[PublishedFinding, ...]
+
+
+class CompareDocument(Struct, frozen=True, tag_field="schema", tag=SCHEMA):
+    """What offmap compare writes as report.json.
+
+    A change that would break a reader gets a new number in the form's name. Fields may be added without one, and
+    readers pass over those they don't know.
+
+    Attributes:
+        offmap: the version that made the report.
+        time: when the last cell ended, in UTC; empty if there is none.
+        commands: what makes these cells again; empty if they are in no matrix of this version.
+        baseline: the kind of plain RAM that every ratio is to.
+        emulated: whether any cell ran on an emulated processor.
+        conclusions: one for each host kernel.
+        missing: titles of the cells of the same matrix that were not run.
+        notes: what a reader must know of where the cells come from, if they are not all alike.
+        questions: what the answers are to, in the order of the report.
+    """
+
+    offmap: str
+    time: str
+    commands: tuple[str, ...]
+    baseline: str
+    emulated: bool
+    conclusions: tuple[PublishedConclusion, ...]
+    missing: tuple[str, ...]
+    questions: tuple[Question, ...]
+    cells: tuple[PublishedCell, ...]
+    notes: tuple[str, ...] = ()
+
+
+def compare_document(results: Sequence[CellResult]) -> CompareDocument:
+    """The published form of a comparison."""
+    return CompareDocument(
+        offmap=__version__,
+        time=max((result.time for result in results), default=""),
+        commands=tuple(commands_of(results)),
+        baseline=BASELINE,
+        emulated=any(result.emulated for result in results),
+        conclusions=tuple(_conclusion(each) for each in conclude(results)),
+        missing=tuple(missing_of(results)),
+        questions=tuple(CATALOGUE.values()),
+        cells=tuple(_cell(result) for result in results),
+        notes=tuple(notes_of(results)),
+    )
+
+
+def compare_schema() -> str:
+    """The JSON Schema (draft 2020-12) of report.json; ends with a newline."""
+    schema = msgspec.json.schema(CompareDocument)
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "urn:offmap:compare"}
+    return json.dumps({**about, **schema}, indent=2) + "\n"
+
+
+def _conclusion(one: Conclusion) -> PublishedConclusion:
+    kinds = tuple(
+        PublishedFinding(
+            finding.backend,
+            finding.standing,
+            len(finding.cells),
+            len(finding.hiding),
+            dict(finding.lost),
+            dict(finding.undetermined),
         )
-    return {
-        **data,
+        for finding in one.findings
+    )
+    return PublishedConclusion(one.name, one.release, one.answer, one.choice, one.unsettled, kinds)
+
+
+def _cell(result: CellResult) -> PublishedCell:
+    fields = asdict(result) | {
+        "answers": tuple(PublishedAnswer(**asdict(answer) | {"ratio": answer.ratio}) for answer in result.answers),
+        "host": replace(result.host, name=""),
         "key": result.spec.key,
-        "standing": standing_of(result).value,
-        "host": _only(result.host, _OF_HOSTS),
-        "machine": _only(result.machine, _OF_MACHINES),
-        "answers": answers,
+        "standing": standing_of(result),
     }
-
-
-def _only(facts: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: facts[name] for name in names if name in facts}
+    return PublishedCell(**fields)

@@ -39,7 +39,7 @@ def notes_of(results: Sequence[CellResult]) -> list[str]:
         cells = [result for result in results if result.spec.guest_kernel == kernel]
         what = "its cells differ in their guests too"
         notes += _kernels(f"Guest kernel {short_kernel(kernel)}", cells, guest_kernel_state, what)
-    ways = sorted({str(result.machine["accel"]) for result in results if result.machine.get("accel")})
+    ways = sorted({result.machine.accel for result in results if result.machine.accel})
     if len(ways) > 1:
         notes.append(
             f"Some of these hosts were run by {' and some by '.join(ways)}: their ratios are not of the same machine."
@@ -83,10 +83,12 @@ def _kernels(
 
 def _machines(results: Sequence[CellResult]) -> list[str]:
     # A cell that was refused before its host was started says nothing of what would have run that.
-    machines = [result.machine for result in results if result.machine.get("accel")]
+    machines = [result.machine for result in results if result.machine.accel]
     parts = []
-    for name, title in (("cpu", "CPUs"), ("qemu", "QEMU versions")):
-        found = sorted({str(machine[name]) for machine in machines if machine.get(name)})
+    for title, found in (
+        ("CPUs", sorted({machine.cpu for machine in machines if machine.cpu})),
+        ("QEMU versions", sorted({machine.qemu for machine in machines if machine.qemu})),
+    ):
         if len(found) > 1:
             parts.append(f"{len(found)} {title} ({'; '.join(found)})")
     if not parts:

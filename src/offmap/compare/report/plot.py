@@ -6,14 +6,13 @@ Worked out here as plain numbers in the picture's own units; the template only w
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import Answer, Better, Question
 from offmap.compare.report.standing import Standing, standing_of
 from offmap.compare.report.words import TIMES, against, number
 
-__all__ = ["ratio_plot"]
+__all__ = ["Plot", "ratio_plot"]
 
 LEFT, WIDTH, RIGHT = 160, 290, 190
 ROW, TOP = 22, 8
@@ -34,7 +33,37 @@ class _Scale:
         return round(LEFT + WIDTH * share, 1)
 
 
-def ratio_plot(asked: Question, cells: Sequence[CellResult]) -> dict[str, Any] | None:
+@dataclass(frozen=True, slots=True)
+class PlotRow:
+    """One kind: each pair as a dot (its place and its text), the median and the quartiles."""
+
+    y: float
+    name: str
+    hides: bool
+    text: str
+    dots: list[tuple[float, str]]
+    median: float | None = None
+    low: float = 0.0
+    high: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """A picture: `one` is the place of ratio 1, `ticks` are the places on the scale and their texts."""
+
+    title: str
+    way: str
+    height: int
+    bottom: int
+    one: float
+    ticks: list[tuple[float, str]]
+    rows: list[PlotRow]
+    width: int = LEFT + WIDTH + RIGHT
+    left: int = LEFT
+    right: int = LEFT + WIDTH
+
+
+def ratio_plot(asked: Question, cells: Sequence[CellResult]) -> Plot | None:
     """For the template; None where not one pair was measured.
 
     Args:
@@ -45,19 +74,15 @@ def ratio_plot(asked: Question, cells: Sequence[CellResult]) -> dict[str, Any] |
         return None
     scale = _scale(ratio for _, answer in answers for ratio in _ratios(answer))
     height = TOP + ROW * len(answers)
-    return {
-        "id": asked.id,
-        "title": asked.title,
-        "way": _way(asked),
-        "width": LEFT + WIDTH + RIGHT,
-        "height": height + 20,
-        "bottom": height,
-        "one": scale.x(1.0),
-        "left": LEFT,
-        "right": LEFT + WIDTH,
-        "ticks": [{"x": scale.x(tick), "text": f"{TIMES}{tick:g}"} for tick in _ticks(scale)],
-        "rows": [_row(at, cell, answer, scale) for at, (cell, answer) in enumerate(answers)],
-    }
+    return Plot(
+        asked.title,
+        _way(asked),
+        height + 20,
+        height,
+        scale.x(1.0),
+        [(scale.x(tick), f"{TIMES}{tick:g}") for tick in _ticks(scale)],
+        [_row(at, cell, answer, scale) for at, (cell, answer) in enumerate(answers)],
+    )
 
 
 def _way(asked: Question) -> str:
@@ -92,25 +117,19 @@ def _ticks(scale: _Scale) -> list[float]:
     return inside
 
 
-def _row(at: int, cell: CellResult, answer: Answer, scale: _Scale) -> dict[str, Any]:
+def _row(at: int, cell: CellResult, answer: Answer, scale: _Scale) -> PlotRow:
     y = TOP + ROW * at + ROW / 2
-    row: dict[str, Any] = {
-        "y": y,
-        "name": cell.spec.backend,
-        "hides": standing_of(cell) is Standing.HIDES,
-        "dots": [],
-        "text": "not measured",
-        "median": None,
-    }
-    ratio = answer.ratio
+    name, hides, ratio = cell.spec.backend, standing_of(cell) is Standing.HIDES, answer.ratio
     if ratio is None:
-        if answer.value is not None:
-            row["text"] = f"{number(float(answer.value))}; no spread"
-        return row
-    drawn = _ratios(answer)
-    row["dots"] = [{"x": scale.x(one), "text": f"{TIMES}{number(one)}"} for one in drawn]
-    row["median"] = scale.x(ratio.median) if ratio.median > 0 else None
-    row["low"] = scale.x(max(ratio.low, scale.low))
-    row["high"] = scale.x(max(ratio.high, scale.low))
-    row["text"] = against(ratio)
-    return row
+        text = "not measured" if answer.value is None else f"{number(float(answer.value))}; no spread"
+        return PlotRow(y, name, hides, text, [])
+    return PlotRow(
+        y,
+        name,
+        hides,
+        against(ratio),
+        [(scale.x(one), f"{TIMES}{number(one)}") for one in _ratios(answer)],
+        scale.x(ratio.median) if ratio.median > 0 else None,
+        scale.x(max(ratio.low, scale.low)),
+        scale.x(max(ratio.high, scale.low)),
+    )

@@ -1,14 +1,15 @@
 """How a comparison is repeated: the command that makes these cells, what is missing of them, and the hosts' facts."""
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from offmap.compare.cell_result import CellResult
-from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, NATIVE, Axes, cells_of
+from offmap.compare.facts import Host, Machine
+from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, Axes, cells_of
 from offmap.compare.questions import MIN_PAIRS
 from offmap.compare.report.notes import KernelState, guest_kernel_state, host_kernel_state
 from offmap.compare.report.words import short_kernel
+from offmap.compare.spec import NATIVE
 from offmap.errors import OffmapError
 from offmap.units import format_size
 
@@ -61,8 +62,7 @@ def _commands_of(results: Sequence[CellResult]) -> list[str]:
         return [_command(axes)]
     groups: dict[tuple[str, str, int, str], list[CellResult]] = {}
     for result in results:
-        spec = result.spec
-        groups.setdefault((spec.host_kernel, spec.guest_kernel, spec.vcpus, spec.kvm_clock), []).append(result)
+        groups.setdefault(result.spec.setting, []).append(result)
     each = [axes_of(group) for group in groups.values()]
     return [_command(axes) for axes in each if axes is not None]
 
@@ -106,7 +106,7 @@ def missing_of(results: Sequence[CellResult]) -> list[str]:
 def facts_of(results: Sequence[CellResult]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The hosts that the cells ran on, and the machines that these ran on: each once, without their names."""
     found: dict[str, list[tuple[str, str]]] = {}
-    hosts = [result for result in results if result.host]
+    hosts = [result for result in results if result.host != Host()]
     guests = [result for result in results if result.inputs.get("guest_release")]
     for name, result in _each_kernel("host", hosts, lambda cell: cell.spec.host_kernel, host_kernel_state):
         facts = _facts(result.host, "kernel", "cpu", "microcode", "memory_bytes", "cmdline")
@@ -116,7 +116,7 @@ def facts_of(results: Sequence[CellResult]) -> list[tuple[str, list[tuple[str, s
         found[name] = [("kernel", release), ("digest of its image", digest)]
     machines = {}
     # A cell that was refused before its host was started says nothing of what would have run that.
-    for result in [cell for cell in results if cell.machine.get("accel")] or results:
+    for result in [cell for cell in results if cell.machine.accel] or results:
         facts = _facts(result.machine, "kernel", "cpu", "microcode", "processors", "memory_bytes", "accel", "qemu")
         machines[tuple(facts)] = facts
     for at, facts in enumerate(machines.values(), 1):
@@ -153,10 +153,10 @@ _LABELS = {
 }
 
 
-def _facts(source: Mapping[str, Any], *names: str) -> list[tuple[str, str]]:
+def _facts(source: Host | Machine, *names: str) -> list[tuple[str, str]]:
     facts = []
     for name in names:
-        value = source.get(name, "")
-        text = format_size(value) if name == "memory_bytes" and isinstance(value, int) else str(value)
+        value = getattr(source, name)
+        text = format_size(value) if name == "memory_bytes" and value else str(value or "")
         facts.append((_LABELS.get(name, name), text))
     return facts

@@ -12,7 +12,6 @@ from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.questions import CATALOGUE, Better, Group, Kind, Question
 
 __all__ = [
-    "BASELINE",
     "LOSSES",
     "KindFinding",
     "Standing",
@@ -21,9 +20,6 @@ __all__ = [
     "standing_of",
     "why_undetermined",
 ]
-
-BASELINE = "memfd"
-"""Plain RAM that all others are held against."""
 
 
 class Standing(Enum):

@@ -68,4 +68,4 @@ def short_kernel(name: str) -> str:
 
 def release_of(cell: CellResult) -> str:
     """What uname says on its host; empty if that never came up and was not known before."""
-    return str(cell.host.get("kernel") or cell.inputs.get("host_release") or "")
+    return cell.host.kernel or cell.inputs.get("host_release", "")

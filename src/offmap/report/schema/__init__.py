@@ -2,14 +2,9 @@
 
 from importlib.resources import files
 
-__all__ = ["compare_schema_text", "schema_text"]
+__all__ = ["schema_text"]
 
 
 def schema_text() -> str:
     """The JSON Schema (draft 2020-12) of whatever ``offmap audit --json`` prints; ends with a newline."""
     return files(__name__).joinpath("offmap-audit.json").read_text(encoding="utf-8")
-
-
-def compare_schema_text() -> str:
-    """The same of the report.json of ``offmap compare``."""
-    return files(__name__).joinpath("offmap-compare.json").read_text(encoding="utf-8")

@@ -1,11 +1,13 @@
 """Cells of a comparison, made up: as they would be if all went as it should, for tests to take something away."""
 
-from dataclasses import replace
 from typing import Any
 
+from msgspec.structs import replace
+
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.matrix import CellSpec
+from offmap.compare.facts import Host, Machine
 from offmap.compare.questions import CATALOGUE, Answer, Kind
+from offmap.compare.spec import CellSpec
 
 PLAIN = ("anon", "memfd", "hugetlb", "guest_memfd")
 _SOME = {"hidden.ram_pages": 65536.0, "hidden.canaries_planted": 32.0}
@@ -46,9 +48,9 @@ def cell(
     return CellResult(
         spec=spec,
         outcome=outcome,
-        answers={**(answers_of(backend in PLAIN) if ran else {}), **(answers or {})},
-        host={"kernel": "6.12.117", "cpu": "QEMU TCG", "cmdline": "memmap=256M$0x60000000", "name": "secret-name"},
-        machine={"kernel": "6.18", "cpu": "some CPU", "accel": "tcg", "cmdline": "--private", "name": "secret-name"},
+        answers=tuple({**(answers_of(backend in PLAIN) if ran else {}), **(answers or {})}.values()),
+        host=Host("6.12.117", "QEMU TCG", cmdline="memmap=256M$0x60000000", name="secret-name"),
+        machine=Machine("tcg", "some CPU", kernel="6.18"),
         inputs={"code": "c0de", "host_kernel": "d1", "guest_kernel": "d1", "guest_release": "6.12.117"},
         seconds=91.5,
         time="2026-11-23T00:00:00Z",
@@ -58,4 +60,4 @@ def cell(
 
 def without(result: CellResult, *ids: str) -> CellResult:
     """The same with these answers taken away."""
-    return replace(result, answers={id: answer for id, answer in result.answers.items() if id not in ids})
+    return replace(result, answers=tuple(answer for answer in result.answers if answer.question not in ids))

@@ -4,23 +4,23 @@ import base64
 import hashlib
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from offmap.compare.cell_result import CellOutcome, CellResult
+from offmap.compare.facts import Host, Machine
 from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES, cells_of
 from offmap.compare.questions import CATALOGUE, Answer
-from offmap.compare.report.document import compare_document
-from offmap.compare.report.html import render_compare_html
+from offmap.compare.report.document import CompareDocument, compare_document, compare_schema
 from offmap.compare.report.markdown import render_compare_markdown
 from offmap.compare.report.plot import LEFT, WIDTH, ratio_plot
 from offmap.compare.report.repeat import commands_of, in_order, missing_of
-from offmap.compare.report.write import write_reports
-from offmap.report.schema import compare_schema_text
+from offmap.compare.report.write import render_compare_html, write_reports
 
 from ...report.test_html import Page
 from ...report.test_schema import strict
@@ -111,23 +111,27 @@ def test_names_of_hosts_are_left_out() -> None:
     for text in (
         render_compare_html(several()),
         render_compare_markdown(several()),
-        json.dumps(compare_document(several())),
+        msgspec.json.encode(compare_document(several())).decode(),
     ):
         assert "secret-name" not in text and "--private" not in text and "memmap=256M" in text
 
 
-VALIDATOR = jsonschema.Draft202012Validator(strict(json.loads(compare_schema_text())))
+VALIDATOR = jsonschema.Draft202012Validator(strict(json.loads(compare_schema())))
 
 
 @pytest.mark.parametrize("results", [[], several(), [cell("hugetlb", host_kernel="/some/where/bzImage")]])
 def test_the_json_is_of_the_published_schema(results: list[CellResult]) -> None:
-    VALIDATOR.validate(json.loads(json.dumps(compare_document(results))))
+    text = msgspec.json.encode(compare_document(results))
+    VALIDATOR.validate(json.loads(text))
+    assert msgspec.json.decode(text, type=CompareDocument) == compare_document(results)
 
 
 def test_a_document_that_says_something_else_is_not_of_the_schema() -> None:
-    document: Any = compare_document(several())
+    document: Any = msgspec.to_builtins(compare_document(several()))
     document["cells"][0]["answers"][0]["value"] = "yes"
     assert not VALIDATOR.is_valid(document)
+    with pytest.raises(ValueError, match=r"cells.*answers.*value"):
+        msgspec.convert(document, CompareDocument)
 
 
 def test_the_reports_are_files(tmp_path: Path) -> None:
@@ -141,12 +145,13 @@ def test_the_plot_has_each_pair_and_no_more() -> None:
     cells = [cell("memfd"), cell("unplugged", answers=answers_of(False, 0.15)), without(cell("reserved"), "costs.copy")]
     plot = ratio_plot(CATALOGUE["costs.copy"], cells)
     assert plot is not None
-    plain, hidden, none = plot["rows"]
-    assert [len(row["dots"]) for row in plot["rows"]] == [5, 5, 0]
-    assert hidden["hides"] and not plain["hides"] and none["text"] == "not measured"
-    assert abs(plain["median"] - plot["one"]) < 0.2 and hidden["median"] < plot["one"]
-    assert hidden["text"].endswith("0.15 (0.15 to 0.15)")
-    assert all(LEFT <= dot["x"] <= LEFT + WIDTH for row in plot["rows"] for dot in row["dots"])
+    plain, hidden, none = plot.rows
+    assert [len(row.dots) for row in plot.rows] == [5, 5, 0]
+    assert hidden.hides and not plain.hides and none.text == "not measured"
+    assert plain.median is not None and hidden.median is not None
+    assert abs(plain.median - plot.one) < 0.2 and hidden.median < plot.one
+    assert hidden.text.endswith("0.15 (0.15 to 0.15)")
+    assert all(LEFT <= x <= LEFT + WIDTH for row in plot.rows for x, _ in row.dots)
     assert ratio_plot(CATALOGUE["costs.boot"], cells) is None
 
 
@@ -178,18 +183,18 @@ def test_fewer_boots_are_part_of_the_command() -> None:
 
 def test_cells_of_several_runs_stand_in_one_order_and_say_so() -> None:
     later = cell("memfd", host_kernel="debian:6.1")
-    later = replace(later, inputs={**later.inputs, "code": "other"}, machine={**later.machine, "accel": "kvm"})
+    later = replace(later, inputs={**later.inputs, "code": "other"}, machine=replace(later.machine, accel="kvm"))
     cells = [later, cell("unplugged"), cell("memfd", host_kernel="debian:6.12")]
     assert [(each.spec.host_kernel, each.spec.backend) for each in in_order(cells)] == [
         ("debian:6.12", "memfd"),
         ("debian:6.12", "unplugged"),
         ("debian:6.1", "memfd"),
     ]
-    notes = compare_document(cells)["notes"]
+    notes = compare_document(cells).notes
     assert "2 states of offmap's code" in notes[0] and "by kvm and some by tcg" in notes[1]
     for text in (render_compare_html(cells), render_compare_markdown(cells)):
         assert "2 states of offmap" in text
-    assert compare_document(cells[1:])["notes"] == []
+    assert compare_document(cells[1:]).notes == ()
 
 
 def of_inputs(result: CellResult, **inputs: str) -> CellResult:
@@ -198,7 +203,7 @@ def of_inputs(result: CellResult, **inputs: str) -> CellResult:
 
 def everywhere(cells: list[CellResult]) -> list[str]:
     """The notes, of which each is in every form of the report."""
-    notes: list[str] = compare_document(cells)["notes"]
+    notes = list(compare_document(cells).notes)
     page, markdown = Page(render_compare_html(cells)).text, render_compare_markdown(cells)
     for note in notes:
         assert note in page and note.replace("_", r"\_") in markdown
@@ -215,7 +220,7 @@ def test_cells_of_other_code_are_named_where_that_is_short() -> None:
     # As many of each: none was measured later, so the first stands for most.
     assert "reserved on debian:6.12, all on debian:6.1 and memfd on debian:6.12 in some settings." in note
     many = [of_inputs(cell(f"kind{number}"), code="old") for number in range(9)]
-    (note,) = compare_document([*(cell(f"other{number}") for number in range(10)), *many])["notes"]
+    (note,) = compare_document([*(cell(f"other{number}") for number in range(10)), *many]).notes
     assert "kind" not in note and "2 states" in note
 
 
@@ -226,14 +231,14 @@ def test_of_equally_many_the_later_code_is_the_one_to_go_by() -> None:
 
 def test_a_host_kernel_that_was_another_one_is_noted_and_both_are_shown() -> None:
     first = [of_inputs(cell(backend), host_kernel="d1", host_release="6.12.117") for backend in ("memfd", "unplugged")]
-    updated = replace(cell("reserved"), host={"kernel": "6.12.120", "cpu": "QEMU TCG"})
+    updated = replace(cell("reserved"), host=Host("6.12.120", "QEMU TCG"))
     updated = of_inputs(updated, host_kernel="d2", host_release="6.12.120")
     cells = [*first, updated]
     assert everywhere(cells) == [
         "Host kernel debian:6.12 is not one kernel here but 2: 6.12.117 (image d1); 6.12.120 (image d2) for reserved "
         "on debian:6.12. So what is concluded for it compares cells of different kernels."
     ]
-    assert compare_document(cells)["conclusions"][0]["release"] == "6.12.117 and 6.12.120"
+    assert compare_document(cells).conclusions[0].release == "6.12.117 and 6.12.120"
     text = render_compare_markdown(cells)
     assert "host debian:6.12, 1 of 2: kernel 6.12.117" in text and "host debian:6.12, 2 of 2: kernel 6.12.120" in text
     assert everywhere(first) == []
@@ -257,8 +262,10 @@ def test_a_digest_or_a_release_alone_makes_another_kernel(inputs: dict[str, str]
 
 def test_kernels_of_different_names_or_unknown_ones_are_no_note() -> None:
     other = of_inputs(cell("memfd", host_kernel="debian:6.1"), host_kernel="d2", host_release="6.1.9")
-    failed = replace(cell("anon", outcome=CellOutcome.FAILED, reason="no kernel"), inputs={}, host={}, machine={})
-    assert compare_document([cell("memfd"), other, failed])["notes"] == []
+    failed = replace(
+        cell("anon", outcome=CellOutcome.FAILED, reason="no kernel"), inputs={}, host=Host(), machine=Machine()
+    )
+    assert compare_document([cell("memfd"), other, failed]).notes == ()
 
 
 def test_the_release_of_a_patched_kernel_is_its_digest_and_said_once() -> None:
@@ -271,7 +278,7 @@ def test_the_release_of_a_patched_kernel_is_its_digest_and_said_once() -> None:
 
 def test_other_processors_and_qemus_are_one_note() -> None:
     def on(backend: str, **machine: str) -> CellResult:
-        return replace(cell(backend), machine={"accel": "tcg", "cpu": "one CPU", "qemu": "QEMU 7.2", **machine})
+        return replace(cell(backend), machine=replace(Machine("tcg", "one CPU", qemu="QEMU 7.2"), **machine))
 
     assert everywhere([on("memfd"), on("anon", qemu="QEMU 9.0")]) == [
         "These cells were measured with 2 QEMU versions (QEMU 7.2; QEMU 9.0): costs of different cells are not of the "

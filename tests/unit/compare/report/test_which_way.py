@@ -4,30 +4,28 @@ import json
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jsonschema
+import msgspec
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import CATALOGUE
 from offmap.compare.report.conclude import conclude, cost_of, titles_of
-from offmap.compare.report.document import compare_document
+from offmap.compare.report.document import CompareDocument, compare_document, compare_schema
 from offmap.compare.report.standing import KindFinding, Standing
 from offmap.compare.report.words import TIMES, number
-from offmap.report.schema import compare_schema_text
 
 DOCS = Path(__file__).parents[4] / "docs"
 REPORT = DOCS / "results" / "report.json"
 
 
 @cache
-def document() -> Any:
-    return json.loads(REPORT.read_text(encoding="utf-8"))
+def document() -> CompareDocument:
+    return msgspec.json.decode(REPORT.read_bytes(), type=CompareDocument)
 
 
-@cache
-def results() -> list[CellResult]:
-    return [CellResult.from_json(each) for each in document()["cells"]]
+def results() -> tuple[CellResult, ...]:
+    return document().cells
 
 
 def page() -> str:
@@ -65,14 +63,14 @@ def test_the_table_is_that_of_the_results() -> None:
 def test_every_figure_of_the_page_is_in_the_results() -> None:
     known = set()
     for result in results():
-        for id, answer in result.answers.items():
+        for answer in result.answers:
             if answer.ratio is not None:
                 known |= {
                     f"{TIMES}{number(value)}" for value in (answer.ratio.median, answer.ratio.low, answer.ratio.high)
                 }
             if answer.value is not None and not isinstance(answer.value, bool):
                 known |= {f"{number(float(answer.value))} {unit}" for unit in ("KiB", "pages", "secrets")}
-            assert id in CATALOGUE
+            assert answer.question in CATALOGUE
     known.add("4 KiB")  # the smallest page
     figures = re.findall(rf"{TIMES}[\d.]*\d|\b\d[\d,.]* (?:KiB|pages|secrets)", page())
     assert figures and [figure for figure in figures if figure not in known] == []
@@ -90,17 +88,17 @@ def test_what_it_calls_hiding_hides() -> None:
 
 
 def test_the_results_are_what_the_rules_make_of_them() -> None:
-    jsonschema.Draft202012Validator(json.loads(compare_schema_text())).validate(document())
+    jsonschema.Draft202012Validator(json.loads(compare_schema())).validate(json.loads(REPORT.read_bytes()))
     made = compare_document(results())
-    assert made["conclusions"] == document()["conclusions"]
-    assert [cell["standing"] for cell in made["cells"]] == [cell["standing"] for cell in document()["cells"]]
+    assert made.conclusions == document().conclusions
+    assert [cell.standing for cell in made.cells] == [cell.standing for cell in document().cells]
 
 
 def test_the_results_name_nobody() -> None:
     for path in sorted((DOCS / "results").iterdir()):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"/(work|root|home|tmp)/", text), path.name
-    assert not any("name" in cell[of] for cell in document()["cells"] for of in ("host", "machine"))
+    assert not any(cell.host.name for cell in document().cells)
 
 
 def test_it_says_how_many_cells_were_run() -> None:

@@ -1,23 +1,21 @@
-"""Asking the questions of one cell: what is being asked is said first, and each answer as soon as it is known."""
+"""Asking the questions of one cell: each is announced first, and answered as soon as the answer is known."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from statistics import median
-from typing import Any
 
-from offmap.compare.questions import Answer, question
+import msgspec
+from msgspec.structs import replace
+
+from offmap.compare.job import Line
+from offmap.compare.questions import CATALOGUE, Answer
 from offmap.errors import OffmapError
 
-__all__ = ["Asker", "Emit", "failed", "measured", "no", "paired", "undetermined", "yes"]
-
-Emit = Callable[[dict[str, Any]], None]
-"""Takes one line of what offmap.compare.job describes."""
+__all__ = ["Survey", "measured", "no", "paired", "undetermined", "yes"]
 
 
-def print_line(event: dict[str, Any]) -> None:
+def print_line(line: Line) -> None:
     """To standard output, at once: the host may not live to write a second line."""
-    print(json.dumps(event), flush=True)
+    print(msgspec.json.encode(line).decode(), flush=True)
 
 
 def yes(id: str, detail: str = "", reason: str = "") -> Answer:
@@ -41,59 +39,53 @@ def paired(id: str, samples: Sequence[float], baseline: Sequence[float], reason:
     return Answer(id, round(median(samples), 4), reason, tuple(samples), tuple(baseline), detail)
 
 
-def failed(id: str, error: Exception) -> Answer:
-    """The question could not be put."""
-    return Answer(id, None, f"not measured: {error}")
-
-
-class Asker:
-    """Puts questions and tells the answers.
+class Survey:
+    """The questions of one cell.
 
     Args:
         emit: takes each line.
+
+    Attributes:
+        answers: so far, by question.
     """
 
-    def __init__(self, emit: Emit = print_line) -> None:
+    def __init__(self, emit: Callable[[Line], None] = print_line) -> None:
         self._emit = emit
         self.answers: dict[str, Answer] = {}
 
-    def say(self, event: dict[str, Any]) -> None:
-        """Something else than an answer."""
-        self._emit(event)
+    def say(self, line: Line) -> None:
+        """Say something else than an answer."""
+        self._emit(line)
 
     def stage(self, text: str) -> None:
-        """What is being done now."""
-        self._emit({"stage": text})
+        """Say what is being done now."""
+        self._emit(Line(stage=text))
 
     def tell(self, *answers: Answer) -> None:
-        """Answers that are known."""
+        """Say answers that are known."""
         for answer in answers:
             self.answers[answer.question] = answer
-            self._emit({"answer": answer.to_json()})
+            self._emit(Line(answer=answer))
 
-    def ask(self, id: str, probe: Callable[[], Answer]) -> Answer:
-        """Put one question; a probe that fails has not determined anything, and the next one is put all the same."""
-        question(id)
-        self._emit({"question": id})
-        try:
-            answer = probe()
-        except (OffmapError, OSError) as error:
-            answer = failed(id, error)
-        self.tell(answer)
-        return answer
+    def ask(self, id: str, probe: Callable[[], Answer]) -> None:
+        """Ask one question. A probe that fails has determined nothing, and the next question is asked all the same."""
+        self.ask_many([id], lambda: [probe()])
 
     def ask_many(self, ids: Sequence[str], probe: Callable[[], Sequence[Answer]], *, or_as_known: bool = False) -> None:
-        """Put questions that one measurement answers.
+        """Ask questions that one measurement answers.
 
         Args:
-            or_as_known: they were answered before, and where this gives no value the known one stands. Not for what is
-                hidden: of that, what could not be seen again is not known any more.
+            or_as_known: they were answered before, and the known answer stands where this gives no value. Not for what
+                is hidden: what could not be seen again is not known any more.
+
+        Raises:
+            KeyError: there is no such question.
         """
-        self._emit({"question": ids[0]})
+        self._emit(Line(question=CATALOGUE[ids[0]].id))
         try:
             answers = list(probe())
         except (OffmapError, OSError) as error:
-            answers = [failed(id, error) for id in ids]
+            answers = [undetermined(id, f"not measured: {error}") for id in ids]
         said = {answer.question for answer in answers}
         answers += [undetermined(id, "the probe gave no answer to it") for id in ids if id not in said]
         self.tell(*map(self._or_known, answers) if or_as_known else answers)
@@ -105,5 +97,5 @@ class Asker:
         return replace(known, detail=f"{known.detail}; asked again, {answer.reason}".removeprefix("; "))
 
     def leave(self, ids: Sequence[str], reason: str) -> None:
-        """Questions that are not put here, and why."""
+        """Say of questions that are not asked here why not."""
         self.tell(*(undetermined(id, f"not measured: {reason}") for id in ids))

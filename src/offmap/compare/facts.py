@@ -1,0 +1,95 @@
+"""Facts that a result is stamped with: of the host that a cell ran on, of its guest, and of the machine under the host.
+
+A fact that is not known is left out.
+"""
+
+import os
+import subprocess
+from functools import cache
+
+from msgspec import Struct
+
+from offmap.audit.host import host_facts
+from offmap.lab.errors import LabError
+from offmap.lab.qemu import find_qemu
+
+__all__ = ["Guest", "Host", "Machine", "this_host", "this_machine"]
+
+
+class Host(Struct, frozen=True, omit_defaults=True):
+    """The host of a cell; without any fact if it never came up.
+
+    Attributes:
+        kernel: what ``uname -r`` says.
+        cmdline: of its kernel.
+        lab: whether it is a disposable host.
+        name: its host name, which a published report leaves out.
+    """
+
+    kernel: str = ""
+    cpu: str = ""
+    microcode: str = ""
+    cmdline: str = ""
+    memory_bytes: int = 0
+    lab: bool = False
+    name: str = ""
+
+
+class Guest(Struct, frozen=True, omit_defaults=True):
+    """The guest that a cell is about, as its console says.
+
+    Attributes:
+        kernel: what ``uname -r`` says.
+        clocksource: what it keeps time by.
+    """
+
+    kernel: str = ""
+    clocksource: str = ""
+
+
+class Machine(Struct, frozen=True, omit_defaults=True):
+    """The machine that a disposable host ran on, or that is the host. Nothing here names it.
+
+    Attributes:
+        accel: what ran the host: ``tcg``, ``kvm`` or ``native``; empty if there was no host.
+        processors: how many the hosts could use.
+        qemu: what it says of its version.
+        kernel: what ``uname -r`` says; left out where the host was emulated, as it does not matter there.
+    """
+
+    accel: str = ""
+    cpu: str = ""
+    microcode: str = ""
+    processors: int = 0
+    memory_bytes: int = 0
+    qemu: str = ""
+    kernel: str = ""
+
+
+def this_host() -> Host:
+    """The host that this process runs on."""
+    facts = host_facts()
+    return Host(facts.kernel, facts.cpu, facts.microcode, facts.cmdline, facts.memory_bytes, facts.lab, facts.name)
+
+
+def this_machine(accel: str) -> Machine:
+    """The machine that this process runs on, which ran a host by `accel`."""
+    facts = host_facts()
+    return Machine(
+        accel=accel,
+        cpu=facts.cpu,
+        processors=len(os.sched_getaffinity(0)),
+        memory_bytes=facts.memory_bytes,
+        qemu="" if accel == "native" else _qemu_version(),
+        kernel="" if accel == "tcg" else facts.kernel,
+    )
+
+
+@cache
+def _qemu_version() -> str:
+    """``QEMU emulator version 7.2.22 …``; empty if there is none."""
+    try:
+        done = subprocess.run([find_qemu(), "--version"], capture_output=True, text=True, check=False)
+    except (LabError, OSError):
+        return ""
+    return next(iter(done.stdout.splitlines()), "")

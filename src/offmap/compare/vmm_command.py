@@ -1,0 +1,147 @@
+"""The command lines of the VMMs that are compared: ``offmap run``, and an unmodified QEMU on the same memory."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from offmap.audit.guest_ram import RamRange, Source
+from offmap.audit.process import Process
+from offmap.compare.kinds import Kind, Vmm
+from offmap.kvm import Kvm
+from offmap.lab.qemu import find_qemu
+
+__all__ = ["MEMORY_SIZE", "REPORT", "GuestSetup", "card_mac", "qemu_ranges", "vmm_command"]
+
+MEMORY_SIZE = 256 << 20
+"""Bytes of RAM of each guest that is compared. A Debian kernel wants 56 MiB in one piece; aliased pages leave few."""
+
+REPORT = "report.json"
+"""What ``offmap run`` writes at its end, in the folder of its guest."""
+
+_QEMU_MEMFD = "/memfd:memory-backend-memfd"  # backends/hostmem-memfd.c
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSetup:
+    """One guest.
+
+    Attributes:
+        kind: its RAM, and what runs it.
+        memory: bytes of RAM, a multiple of 1 MiB.
+        words: for its kernel's command line.
+        kvm_clock: on, off, or auto.
+        disk: a raw image for its /dev/vda.
+        taps: a network interface for each, by the name of the host's side, and how vhost is to be: on or off.
+        vsock: the host's socket, of ``offmap run --vsock``; QEMU's is the host kernel's.
+        cid: its context id there.
+        balloon: bytes; None: no such device.
+    """
+
+    kind: Kind
+    kernel: Path
+    initrd: Path
+    memory: int = MEMORY_SIZE
+    words: str = ""
+    vcpus: int = 1
+    kvm_clock: str = "auto"
+    disk: Path | None = None
+    taps: Sequence[tuple[str, str]] = ()
+    vsock: Path | None = None
+    cid: int = 9
+    balloon: int | None = None
+
+
+def vmm_command(setup: GuestSetup, folder: Path) -> list[str]:
+    """What runs it.
+
+    Args:
+        folder: for the report of ``offmap run``.
+
+    Raises:
+        OffmapError: there is no QEMU, or KVM does not say how fast its TSC is.
+    """
+    command_line = f"console=ttyS0 quiet {setup.words}".strip()
+    if setup.kind.vmm is Vmm.QEMU:
+        return _qemu(setup, command_line)
+    argv = [sys.executable, "-m", "offmap", "run", "--kernel", str(setup.kernel), "--initrd", str(setup.initrd)]
+    argv += ["--cmdline", command_line, "--memory", setup.kind.ram, "--memory-size", str(setup.memory)]
+    argv += ["--vcpus", str(setup.vcpus), "--kvm-clock", setup.kvm_clock, "--report", str(folder / REPORT)]
+    if setup.disk is not None:
+        argv += ["--drive", str(setup.disk)]
+    for number, (name, vhost) in enumerate(setup.taps):
+        argv += ["--net", f"tap={name},vhost={vhost},mac={card_mac(number)}"]
+    if setup.vsock is not None:
+        argv += ["--vsock", f"cid={setup.cid},path={setup.vsock}"]
+    if setup.balloon is not None:
+        argv += ["--balloon", f"size={setup.balloon}"]
+    return argv
+
+
+def card_mac(number: int) -> str:
+    """The address of a guest's n-th card, to be known by: in which order its kernel finds them is the VMM's affair."""
+    return f"02:00:00:00:00:{number:02x}"
+
+
+def _qemu(setup: GuestSetup, command_line: str) -> list[str]:
+    """QEMU as docs/qemu.md has it: its RAM from the kind's file, and no kvm-clock unless it is asked for."""
+    clock, words = _qemu_clock(setup.kvm_clock == "on")
+    cpu = f"host,svm=off,vmx=off{clock}"
+    command_line += f" pci=off{words}"
+    file = setup.kind.backend.file
+    kind = f"memory-backend-file,mem-path={file}" if file else "memory-backend-memfd"
+    memory = f"{kind},id=ram,size={setup.memory},share=on"
+    argv = [find_qemu(), "-accel", "kvm", "-cpu", cpu, "-M", "microvm,acpi=on,rtc=on,memory-backend=ram"]
+    argv += ["-object", memory, "-m", f"{setup.memory >> 20}M", "-smp", str(setup.vcpus)]
+    argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]
+    argv += ["-global", "virtio-mmio.force-legacy=false"]
+    argv += ["-kernel", str(setup.kernel), "-initrd", str(setup.initrd), "-append", command_line]
+    devices = []
+    if setup.disk is not None:
+        argv += ["-drive", f"id=disk,file={setup.disk},format=raw,if=none,cache=writeback"]
+        devices += ["virtio-blk-device,drive=disk"]
+    for number, (name, vhost) in enumerate(setup.taps):
+        argv += ["-netdev", f"tap,id=net{number},ifname={name},script=no,downscript=no,vhost={vhost}"]
+        devices += [f"virtio-net-device,netdev=net{number},mac={card_mac(number)}"]
+    if setup.vsock is not None:
+        devices += [f"vhost-vsock-device,guest-cid={setup.cid}"]
+    for device in devices:
+        argv += ["-device", device]
+    return argv
+
+
+def _qemu_clock(offered: bool) -> tuple[str, str]:
+    """What makes QEMU offer kvm-clock, or not, exactly as ``offmap run --kvm-clock`` does (offmap.vmm.cpuid).
+
+    Returns:
+        To append to its ``-cpu``, and to the guest kernel's command line: without kvm-clock a microvm has no clock that
+        its guest could know the frequency of the TSC from.
+
+    Raises:
+        OffmapError: KVM does not say how fast its TSC is.
+    """
+    if offered:
+        return "", ""
+    # Bits 0, 3 (both kvmclock) and 24 of leaf 0x40000001 (feature_word_info in QEMU's target/i386/cpu.c), no others.
+    return ",kvmclock=off,kvmclock-stable-bit=off", f" tsc_early_khz={guest_tsc_khz()} tsc=reliable"
+
+
+def guest_tsc_khz() -> int:
+    """The frequency of a guest's TSC in kHz, which it cannot find out by itself without kvm-clock.
+
+    Raises:
+        OffmapError: KVM does not say.
+    """
+    with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        return vcpu.tsc_khz()
+
+
+def qemu_ranges(pid: int, kind: Kind) -> list[RamRange]:
+    """Where a QEMU that `vmm_command` started has its guest's RAM."""
+    file = kind.backend.file or _QEMU_MEMFD
+    with Process(pid) as process:
+        return [
+            RamRange(mapping.start, mapping.end - mapping.start, Source.REQUESTED)
+            for mapping in process.maps()
+            if mapping.path.startswith(file)
+        ]
