@@ -18,14 +18,14 @@ export PATH=/bin:/sbin HOME=/ PS1='offmap-guest# '
 
 plant() {
     mkdir -p /tmp/parts
-    number=${OFFMAP_CANARY_FIRST:-0}
-    # 32 hex digits a line, from one process: on an emulated host every fork shows.
+    # 32 hex digits a line, and a file for each, from one process: on an emulated host every fork shows.
     head -c $((OFFMAP_CANARIES * 16)) /dev/urandom | hexdump -v -e '16/1 "%02x" "\n"' >/tmp/nonces
-    while read -r nonce; do
-        id=$(printf %04x $number)
-        echo -n "$OFFMAP_CANARY_KEY:$id:$nonce" >/tmp/parts/$id
-        number=$((number + 1))
-    done </tmp/nonces
+    awk -v key="$OFFMAP_CANARY_KEY" -v first="${OFFMAP_CANARY_FIRST:-0}" '{
+        id = sprintf("%04x", first + NR - 1)
+        part = "/tmp/parts/" id
+        printf "%s:%s:%s", key, id, $0 >part
+        close(part)
+    }' /tmp/nonces
     cd /tmp/parts || return
     sha256sum * >/tmp/checks
     cd / || return

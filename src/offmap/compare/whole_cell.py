@@ -17,7 +17,7 @@ from offmap.audit.process import Process
 from offmap.audit.verdict import Verdict
 from offmap.compare.job import Line
 from offmap.compare.kinds import Vmm
-from offmap.compare.probes import costs, devices, hidden, holder, host_events, paravirtual, reach
+from offmap.compare.probes import costs, devices, hidden, host_events, paravirtual, ram_process, reach
 from offmap.compare.probes.guest_program import ProbeError
 from offmap.compare.probes.host_kernel import direct_map
 from offmap.compare.probes.live_guest import LiveGuest
@@ -254,10 +254,10 @@ class WholeCell:
     def _without_guest(self) -> None:
         survey, host = self.survey, self.host
         survey.ask("costs.populate", lambda: costs.populate(host.backend))
-        task = holder.Holder(host.backend, host.direct_file(), host.folder, may_dump=not self.job.native)
-        survey.ask_many(holder.QUESTIONS, lambda: holder.hold(task))
+        task = ram_process.RamTask(host.backend, host.direct_file(), host.folder, may_dump=not self.job.native)
+        survey.ask_many(ram_process.QUESTIONS, lambda: ram_process.hold_ram(task))
         if host.kind.vmm is Vmm.QEMU:
-            for id in ("costs.populate", *holder.QUESTIONS):
+            for id in ("costs.populate", *ram_process.QUESTIONS):
                 known = survey.answers[id]
                 survey.tell(replace(known, detail=f"by a process of offmap's that maps /dev/offmap; {known.detail}"))
         if self.spec.vcpus == 1:

@@ -9,7 +9,7 @@ import pytest
 from offmap.compare import whole_cell
 from offmap.compare.facts import Guest
 from offmap.compare.kinds import Kind, kind_of
-from offmap.compare.probes import costs, holder
+from offmap.compare.probes import costs, ram_process
 from offmap.compare.probes.survey import Survey, measured
 from offmap.errors import OffmapError
 
@@ -70,8 +70,8 @@ def cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(made, "_beside", beside)
     monkeypatch.setattr(costs, "populate", lambda name: measured("costs.populate", 1.0))
-    monkeypatch.setattr(holder, "Holder", lambda *args, **more: None)
-    monkeypatch.setattr(holder, "hold", lambda task: [])
+    monkeypatch.setattr(ram_process, "RamTask", lambda *args, **more: None)
+    monkeypatch.setattr(ram_process, "hold_ram", lambda task: [])
     return made
 
 

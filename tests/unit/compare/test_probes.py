@@ -11,7 +11,7 @@ from offmap.audit.canary import new_key
 from offmap.audit.intervals import Intervals
 from offmap.audit.verdict import PageCounts, Verdict
 from offmap.compare.job import Line
-from offmap.compare.probes import costs, devices, hidden, holder, host_events
+from offmap.compare.probes import costs, devices, hidden, host_events, ram_process
 from offmap.compare.probes.guest_program import ProbeError, parse_answer
 from offmap.compare.probes.prepared_host import is_clock_offered
 from offmap.compare.probes.survey import Survey, measured, paired, yes
@@ -210,7 +210,7 @@ def test_hibernation_is_judged_by_what_it_was_without_a_guest(monkeypatch: pytes
 
 def test_direct_io_needs_its_control() -> None:
     def judged(**direct: Any) -> bool | float | None:
-        return holder._o_direct({"direct": direct}).value
+        return ram_process._o_direct(ram_process.Attempt(**direct)).value
 
     assert judged(control=True, same=True) is True
     assert judged(control=True, same=False) is False
