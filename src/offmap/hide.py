@@ -8,7 +8,6 @@ The audit is a process of its own (``python -m offmap.hide``), so that what is l
 need not import what only the audit uses.
 """
 
-import json
 import os
 import sys
 import time
@@ -182,7 +181,8 @@ class _Seen(TypedDict):
 
 def _ask(what: str, pid: int, ranges: Sequence[tuple[int, int, int]]) -> _Seen:
     """Have a process of its own audit these ranges: (address, bytes, guest-physical address) of process `pid`."""
-    import subprocess  # not every guest's start has to wait for it
+    import json  # not every guest's start has to wait for these two
+    import subprocess
 
     done = subprocess.run(
         [sys.executable, "-m", "offmap.hide"],
@@ -201,6 +201,8 @@ def _ask(what: str, pid: int, ranges: Sequence[tuple[int, int, int]]) -> _Seen:
 
 def _answer() -> int:
     """Be that process: the question on standard input, what was seen on standard output; 1 if it cannot be."""
+    import json
+
     from offmap.audit.audit import audit_process
     from offmap.audit.guest_ram import RamRange, Source
 

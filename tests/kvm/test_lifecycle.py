@@ -219,6 +219,7 @@ def test_a_thread_of_its_own_may_stop_it_and_no_more(monitor: Path, what: str) -
         guest.act = lambda: guest.machine.stop(Outcome.QUIT)
         guest.type(b"\n")
         assert guest.ended() == Stop(Outcome.QUIT)
+        assert guest.machine._virtio is not None
         worker = guest.machine._virtio.transports[0].worker
         with pytest.raises(OffmapError, match="by a thread of its own"):
             worker.call(getattr(guest.machine, what))

@@ -2,10 +2,13 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offmap.boot.linux import BootSource
-from offmap.devices.virtio.device import DeviceSpec
 from offmap.errors import OffmapError
+
+if TYPE_CHECKING:
+    from offmap.devices.virtio.device import DeviceSpec
 
 __all__ = ["add_boot_options", "boot_of", "file_name"]
 
@@ -52,7 +55,7 @@ def file_name(text: str) -> Path:
     return Path(text)
 
 
-def boot_of(args: argparse.Namespace) -> tuple[BootSource, list[tuple[str, DeviceSpec]]]:
+def boot_of(args: argparse.Namespace) -> "tuple[BootSource, list[tuple[str, DeviceSpec]]]":
     """What to boot, and the devices that it needs before all others.
 
     Raises:
@@ -68,7 +71,7 @@ def boot_of(args: argparse.Namespace) -> tuple[BootSource, list[tuple[str, Devic
     return BootSource(args.kernel, args.initrd, args.cmdline), []
 
 
-def _image(args: argparse.Namespace, text: str) -> tuple[BootSource, list[tuple[str, DeviceSpec]]]:
+def _image(args: argparse.Namespace, text: str) -> "tuple[BootSource, list[tuple[str, DeviceSpec]]]":
     from offmap.guests.image import find_image
 
     if args.kernel is not None or args.initrd is not None:

@@ -3,9 +3,10 @@
 import argparse
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from offmap.devices.virtio.device import DeviceSpec
+if TYPE_CHECKING:
+    from offmap.devices.virtio.device import DeviceSpec
 
 __all__ = ["add_device_options", "device_specs"]
 
@@ -86,7 +87,7 @@ class _Append(argparse.Action):
         namespace.devices = [*namespace.devices, (found, values if isinstance(values, str) else "")]
 
 
-def device_specs(args: argparse.Namespace) -> list[tuple[str, DeviceSpec]]:
+def device_specs(args: argparse.Namespace) -> "list[tuple[str, DeviceSpec]]":
     """The devices that were asked for, each with a name for messages: ``drive0``, ``drive1``, ``rng0``.
 
     Raises:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Container, Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from offmap import __version__
 from offmap.cli.log import LogOptions, add_log_options, logging_to_stderr, split
@@ -41,7 +41,21 @@ class _WrongUse(OffmapError):
         super().__init__(message, f"see {program} --help")
 
 
+class _Help(argparse.HelpFormatter):
+    """As wide as the terminal. argparse's own asks `shutil`, which takes as long to import as the rest of argparse."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            width = int(os.environ.get("COLUMNS", "")) or os.get_terminal_size().columns
+        except (OSError, ValueError):
+            width = 80
+        super().__init__(prog, width=width - 2)
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, *, formatter_class: type[argparse.HelpFormatter] = _Help, **options: Any) -> None:  # argparse's
+        super().__init__(formatter_class=formatter_class, **options)
+
     def error(self, message: str) -> NoReturn:
         raise _WrongUse(self.prog, message)
 
@@ -59,11 +73,11 @@ def _parser(commands: Container[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"offmap {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    for name, summary in _COMMANDS.items():
-        if name in commands:
-            import_module(f"offmap.cli.{name}").add_parser(subparsers)
-        else:
-            subparsers.add_parser(name, help=summary)
+    known = [name for name in _COMMANDS if name in commands]
+    for name in known:
+        import_module(f"offmap.cli.{name}").add_parser(subparsers)
+    for name, summary in _COMMANDS.items() if not known else ():
+        subparsers.add_parser(name, help=summary)
     add_log_options(parser)
     return parser
 

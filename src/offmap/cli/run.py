@@ -1,7 +1,6 @@
 """``offmap run``: one guest, its console on standard input and output, everything else on standard error."""
 
 import argparse
-import json
 import signal
 import time
 from pathlib import Path
@@ -142,6 +141,8 @@ def _write_report(path: Path, machine: Machine, up_after: float | None) -> None:
     `init_seconds` is from the start of the command to the guest's init; `nested_pages` counts the entries of each size
     in KVM's nested page tables at the end, null where KVM does not tell.
     """
+    import json
+
     counts = machine.exit_counts or ExitCounts()
     mapped = machine.mapped_pages()
     report = {

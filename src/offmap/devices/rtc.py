@@ -9,7 +9,6 @@ misled, and never waits. Alarm, periodic and update interrupts come from ``tick`
 import math
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
 from threading import Lock
 
 from offmap.devices.bus import IrqLine
@@ -45,8 +44,7 @@ TIME_REGISTERS = (
     CENTURY,
 )
 ALARM_REGISTERS = (RTC_SECONDS_ALARM, RTC_MINUTES_ALARM, RTC_HOURS_ALARM)
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-FIRST, LAST = ((end.replace(microsecond=0, tzinfo=UTC) - EPOCH).total_seconds() for end in (datetime.min, datetime.max))
+FIRST, LAST = -62135596800, 253402300799  # seconds since 1970: the beginning of year 1, the end of 9999
 
 
 def _nothing() -> None:
@@ -122,28 +120,28 @@ class Rtc:
     def _now(self) -> float:
         return self._clock() + self._offset
 
-    def _encode(self, register: int, moment: datetime) -> int:
+    def _encode(self, register: int, moment: time.struct_time) -> int:
         match register:
             case 0:  # RTC_SECONDS
-                number = moment.second
+                number = moment.tm_sec
             case 2:  # RTC_MINUTES
-                number = moment.minute
+                number = moment.tm_min
             case 4:  # RTC_HOURS
                 if self._ram[RTC_REG_B] & RTC_24H:
-                    number = moment.hour
+                    number = moment.tm_hour
                 else:
-                    number = moment.hour % 12 or 12
-                    return self._to_format(number) | (PM if moment.hour >= 12 else 0)
+                    number = moment.tm_hour % 12 or 12
+                    return self._to_format(number) | (PM if moment.tm_hour >= 12 else 0)
             case 6:  # RTC_DAY_OF_WEEK, Sunday is 1
-                number = moment.isoweekday() % 7 + 1
+                number = (moment.tm_wday + 1) % 7 + 1
             case 7:  # RTC_DAY_OF_MONTH
-                number = moment.day
+                number = moment.tm_mday
             case 8:  # RTC_MONTH
-                number = moment.month
+                number = moment.tm_mon
             case 9:  # RTC_YEAR
-                number = moment.year % 100
+                number = moment.tm_year % 100
             case _:  # CENTURY
-                number = moment.year // 100
+                number = moment.tm_year // 100
         return self._to_format(number)
 
     def _to_format(self, number: int) -> int:
@@ -165,6 +163,8 @@ class Rtc:
 
     def _unlatch(self) -> None:
         """Take the time from the registers; what is no date leaves the clock as it was."""
+        from datetime import UTC, datetime  # few guests set their clock, and it takes a while
+
         ram = self._ram
         try:
             moment = datetime(
@@ -178,7 +178,7 @@ class Rtc:
             )
         except ValueError:
             return
-        self._offset = (moment - EPOCH).total_seconds() - self._clock()
+        self._offset = moment.timestamp() - self._clock()
         self._checked = self._now()
 
     # ---- registers
@@ -297,6 +297,6 @@ class Rtc:
             self._irq.set(level)
 
 
-def _moment(seconds: float) -> datetime:
-    """The date, held at either end of what datetime can say: a guest may set its clock to the last second of 9999."""
-    return EPOCH + timedelta(seconds=math.floor(min(max(seconds, FIRST), LAST)))
+def _moment(seconds: float) -> time.struct_time:
+    """The date. It stays at either end of what datetime can say: a guest may set its clock to the last of 9999."""
+    return time.gmtime(math.floor(min(max(seconds, FIRST), LAST)))

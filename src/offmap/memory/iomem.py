@@ -37,7 +37,7 @@ class PhysicalRange(NamedTuple):
         return PhysicalRange(start, max(start, self.end // page_size * page_size))
 
 
-_IOMEM_LINE = re.compile(r"(?P<indent> *)(?P<start>[0-9a-f]+)-(?P<last>[0-9a-f]+) : (?P<name>.*)")
+_IOMEM_LINE = r"(?P<indent> *)(?P<start>[0-9a-f]+)-(?P<last>[0-9a-f]+) : (?P<name>.*)"
 
 
 def parse_iomem(text: str, name: str) -> list[PhysicalRange]:
@@ -49,7 +49,7 @@ def parse_iomem(text: str, name: str) -> list[PhysicalRange]:
     found = []
     addresses_seen = False
     for line in text.splitlines():
-        match = _IOMEM_LINE.fullmatch(line)
+        match = re.fullmatch(_IOMEM_LINE, line)
         if match is None:
             continue
         start, last = int(match["start"], 16), int(match["last"], 16)
@@ -86,7 +86,7 @@ def suggest_reservation(iomem: str) -> PhysicalRange | None:
     pages could map it. The kernel image's place is no obstacle: KASLR avoids what ``memmap=`` reserves. A crash
     kernel's place is.
     """
-    lines = [match for match in map(_IOMEM_LINE.fullmatch, iomem.splitlines()) if match is not None]
+    lines = [match for line in iomem.splitlines() if (match := re.fullmatch(_IOMEM_LINE, line))]
     crash = [PhysicalRange(int(m["start"], 16), int(m["last"], 16) + 1) for m in lines if m["name"] == "Crash kernel"]
     legacy = PhysicalRange(0, 1 << 24)  # firmware, and the DMA zone
     largest = max(subtract(parse_iomem(iomem, "System RAM"), [legacy, *crash]), key=lambda r: r.size, default=None)

@@ -1,16 +1,18 @@
 """What a machine is made of, and the checks that need not build it."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from offmap.boot.linux import BootSource
-from offmap.devices.virtio.device import DeviceSpec
 from offmap.errors import OffmapError
 from offmap.hide import NotAudited, Vet
 from offmap.memory.backend import Backend
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 from offmap.vmm.pvclock import is_safe_on_hidden_memory
+
+if TYPE_CHECKING:
+    from offmap.devices.virtio.device import DeviceSpec
 
 __all__ = ["MAX_VCPUS", "MachineConfig"]
 
@@ -48,7 +50,7 @@ class MachineConfig:
         vetting: Vet | NotAudited,
         kvm_clock: bool | None = None,
         count_exits: bool = False,
-        devices: Sequence[tuple[str, DeviceSpec]] = (),
+        devices: "Sequence[tuple[str, DeviceSpec]]" = (),
         virtio_mmio_cmdline: bool = False,
     ) -> None:
         self.source: Final = source

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from offmap.boot.acpi import build_tables
 from offmap.boot.acpi.devices import virtio_mmio
@@ -17,8 +18,6 @@ from offmap.devices.legacy import SystemControlPortB
 from offmap.devices.pit import AbsentPit
 from offmap.devices.rtc import Rtc
 from offmap.devices.serial import Serial16550A
-from offmap.devices.virtio.bus import VirtioBus
-from offmap.devices.virtio.device import Surroundings
 from offmap.errors import OffmapError
 from offmap.hide import Ram
 from offmap.kvm import Kvm, Vcpu, Vm
@@ -32,6 +31,9 @@ from offmap.vmm.cpuid import enabled_xstate, guest_cpuid
 from offmap.vmm.kick import accept_kicks, kick
 from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.vcpu_loop import ExitCounts, VcpuLoop
+
+if TYPE_CHECKING:
+    from offmap.devices.virtio.bus import VirtioBus
 
 __all__ = ["Machine"]
 
@@ -94,6 +96,7 @@ class Machine(Owned):
         self._living: set[threading.Thread] = set()  # those of vCPUs that have not ended
         self._entered: set[VcpuLoop] = set()  # those that are in the guest, or answer its exits
         self._paused = self._devices_paused = False
+        self._virtio: VirtioBus | None = None
         with ExitStack() as building:
             kvm = building.enter_context(Kvm())
             self._vm = building.enter_context(kvm.create_vm())
@@ -120,26 +123,35 @@ class Machine(Owned):
                 AbsentPit(),
             ):
                 pio.attach(device)
-            surroundings = Surroundings(memory, type(config.backend), self._vm, say)
-            virtio = self._virtio = VirtioBus(config.devices, surroundings, self.ram.excluded, mmio, vcpus[0].area)
-            building.enter_context(virtio)
+            places = []
+            if config.devices:
+                self._virtio = building.enter_context(self._virtio_bus(mmio, vcpus[0], say))
+                places = self._virtio.places
             self._loops = [VcpuLoop(vcpu, pio, mmio, self.exit_counts) for vcpu in vcpus]
 
             tsc_khz = None if config.offers_kvm_clock else vcpus[0].tsc_khz()
-            parameters = [place.parameter for place in virtio.places] if config.virtio_mmio_cmdline else []
+            parameters = [place.parameter for place in places] if config.virtio_mmio_cmdline else []
             command_line = with_machine_parameters(config.source.command_line, tsc_khz, parameters)
             entry = load_linux(
                 config.source._replace(command_line=command_line),
                 memory,
                 build_tables(
                     config.vcpus,
-                    [virtio_mmio(n, place.address, place.size, place.gsi) for n, place in enumerate(virtio.places)],
+                    [virtio_mmio(n, place.address, place.size, place.gsi) for n, place in enumerate(places)],
                 ),
                 self.ram.excluded,
             )
             enter_64bit(vcpus[0], memory, entry)
             building.callback(self._join)
             self._owned = building.pop_all()
+
+    def _virtio_bus(self, mmio: MmioBus, vcpu: Vcpu, say: Callable[[str], None]) -> "VirtioBus":
+        # A guest without devices need not wait for their modules.
+        from offmap.devices.virtio.bus import VirtioBus
+        from offmap.devices.virtio.device import Surroundings
+
+        surroundings = Surroundings(self.ram.memory, type(self.config.backend), self._vm, say)
+        return VirtioBus(self.config.devices, surroundings, self.ram.excluded, mmio, vcpu.area)
 
     def _set_cpuid(self, kvm: Kvm, vcpus: list[Vcpu]) -> None:
         supported = kvm.supported_cpuid()
@@ -260,7 +272,8 @@ class Machine(Owned):
                 self._changed.wait_for(lambda: self._stop is not None or not self._entered)
                 if self._stop is not None:
                     return False
-            self._virtio.pause()
+            if self._virtio is not None:
+                self._virtio.pause()
             self._devices_paused = True
             return self._stop is None
 
@@ -281,11 +294,12 @@ class Machine(Owned):
     def _resume_devices(self) -> None:
         if self._devices_paused:
             self._devices_paused = False
-            self._virtio.resume()
+            if self._virtio is not None:
+                self._virtio.resume()
 
     def _refuse_own_threads(self, what: str) -> None:
         """It would wait for itself."""
-        if threading.current_thread() in self._living or self._virtio.is_on_a_worker:
+        if threading.current_thread() in self._living or (self._virtio is not None and self._virtio.is_on_a_worker):
             raise OffmapError(
                 f"a machine cannot be {what} by a thread of its own, a vCPU's or a device's",
                 "stop it there, or do it on another thread",

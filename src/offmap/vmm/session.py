@@ -1,23 +1,27 @@
 """Run one machine to its end at this process's terminal: the event loop of ``offmap run``."""
 
 import contextlib
+import math
 import os
-import selectors
+import select
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from offmap.errors import KernelError, OffmapError
 from offmap.vmm.command_line import with_hvc0
 from offmap.vmm.config import MachineConfig
-from offmap.vmm.hvc import Hvc
 from offmap.vmm.machine import Machine
 from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.output import ConsoleOutput
 from offmap.vmm.stop_signals import stopped_by_signals
 from offmap.vmm.terminal import EscapeKey, RawTerminal, Typed
 
+if TYPE_CHECKING:
+    from offmap.vmm.hvc import Hvc
+
 __all__ = ["Session"]
 
-_LINE_DELAY = 0.003  # seconds that a character may wait for the rest of its line, so that the line costs one write
+_LINE_DELAY = 3  # milliseconds that a character may wait for the rest of its line, so that the line costs one write
 _READ_SIZE = 4096
 _MOST_TYPED = 64 << 10  # bytes that wait for a guest to read them; of a terminal, what comes then is lost
 _NOTHING = contextlib.nullcontext()
@@ -93,6 +97,8 @@ class Session:
         if not self._with_hvc:
             yield self._config
             return
+        from offmap.vmm.hvc import Hvc
+
         terminal = self._stdout if os.isatty(self._stdout) else self._stdin
         with Hvc(
             output.fd,
@@ -153,60 +159,61 @@ class Session:
         at_end = announced = flush_due = writing = feeding = False
         at_terminal = os.isatty(self._stdin)
         # poll(2), because epoll refuses regular files, and a guest's input may come from one.
-        with selectors.PollSelector() as selector, selectors.PollSelector() as stopped:
-            selector.register(machine.stopped_fd, selectors.EVENT_READ)
-            selector.register(self._events, selectors.EVENT_READ)
-            stopped.register(machine.stopped_fd, selectors.EVENT_READ)
-            reading = False
-            while machine.stopped is None:
-                if reading != ((len(pending) < _READ_SIZE or at_terminal) and not at_end):
-                    reading = not reading
-                    if reading:
-                        selector.register(self._stdin, selectors.EVENT_READ)
-                    else:
-                        selector.unregister(self._stdin)
-                if writing != flush_due:
-                    writing = not writing
-                    if writing:
-                        selector.register(output.fd, selectors.EVENT_WRITE)
-                    else:
-                        selector.unregister(output.fd)
-                if self._hvc is not None and feeding != (self._at_hvc and bool(pending)):
-                    feeding = not feeding
-                    if feeding:
-                        selector.register(self._hvc.input_fd, selectors.EVENT_WRITE)
-                    else:
-                        selector.unregister(self._hvc.input_fd)
-                ready = {key.fd for key, _ in selector.select(machine.seconds_to_tick())}
-                if self._events in ready:
-                    with contextlib.suppress(BlockingIOError):
-                        os.eventfd_read(self._events)
-                    stopped.select(_LINE_DELAY)
-                    flush_due = True
-                if flush_due and output.ready():
-                    # Never wait here, for a reader or for a vCPU that waits for one: Ctrl-A x must be seen.
-                    flush_due = False
-                    machine.console.flush(wait=False)
-                if self._output_error is not None:
-                    error = KernelError("writing what the guest's console says", self._output_error)
-                    machine.stop(Outcome.FAILED, error)
-                if reading and self._stdin in ready:
-                    data = self._read_stdin()
-                    at_end = not data
-                    passed, asked = escape.filter(data)
-                    pending += passed
-                    if len(pending) > _MOST_TYPED:  # a terminal: its Ctrl-A must be seen
-                        pending = pending[:_MOST_TYPED]
-                    if asked is Typed.QUIT:
-                        self._quit(machine)
-                    elif asked is Typed.HELP:
-                        self._say("Ctrl-A x: quit; Ctrl-A a: send Ctrl-A; Ctrl-A h: this help")
-                if pending:
-                    pending = pending[self._feed(machine, pending) :]
-                machine.tick()
-                if self._up and not announced:
-                    announced = True
-                    self._on_up(machine)
+        poll, stopped = select.poll(), select.poll()
+        poll.register(machine.stopped_fd, select.POLLIN)
+        poll.register(self._events, select.POLLIN)
+        stopped.register(machine.stopped_fd, select.POLLIN)
+        reading = False
+        while machine.stopped is None:
+            if reading != ((len(pending) < _READ_SIZE or at_terminal) and not at_end):
+                reading = not reading
+                if reading:
+                    poll.register(self._stdin, select.POLLIN)
+                else:
+                    poll.unregister(self._stdin)
+            if writing != flush_due:
+                writing = not writing
+                if writing:
+                    poll.register(output.fd, select.POLLOUT)
+                else:
+                    poll.unregister(output.fd)
+            if self._hvc is not None and feeding != (self._at_hvc and bool(pending)):
+                feeding = not feeding
+                if feeding:
+                    poll.register(self._hvc.input_fd, select.POLLOUT)
+                else:
+                    poll.unregister(self._hvc.input_fd)
+            seconds = machine.seconds_to_tick()
+            ready = {fd for fd, _ in poll.poll(None if seconds is None else math.ceil(seconds * 1000))}
+            if self._events in ready:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._events)
+                stopped.poll(_LINE_DELAY)
+                flush_due = True
+            if flush_due and output.ready():
+                # Never wait here, for a reader or for a vCPU that waits for one: Ctrl-A x must be seen.
+                flush_due = False
+                machine.console.flush(wait=False)
+            if self._output_error is not None:
+                error = KernelError("writing what the guest's console says", self._output_error)
+                machine.stop(Outcome.FAILED, error)
+            if reading and self._stdin in ready:
+                data = self._read_stdin()
+                at_end = not data
+                passed, asked = escape.filter(data)
+                pending += passed
+                if len(pending) > _MOST_TYPED:  # a terminal: its Ctrl-A must be seen
+                    pending = pending[:_MOST_TYPED]
+                if asked is Typed.QUIT:
+                    self._quit(machine)
+                elif asked is Typed.HELP:
+                    self._say("Ctrl-A x: quit; Ctrl-A a: send Ctrl-A; Ctrl-A h: this help")
+            if pending:
+                pending = pending[self._feed(machine, pending) :]
+            machine.tick()
+            if self._up and not announced:
+                announced = True
+                self._on_up(machine)
 
     def _feed(self, machine: Machine, data: bytes) -> int:
         """Send it to the guest, where the terminal is now; how many bytes were taken."""
