@@ -2,6 +2,7 @@ from offmap.audit.audit import AuditResult as AuditResult
 from offmap.audit.audit import audit_process as audit_process
 from offmap.audit.every_vm import EveryVm as EveryVm
 from offmap.audit.verdict import Verdict as Verdict
+from offmap.boot.linux import BootSource as BootSource
 from offmap.compare.cell_result import CellOutcome as CellOutcome
 from offmap.compare.cell_result import CellResult as CellResult
 from offmap.compare.doctor import Diagnosis as Diagnosis
@@ -11,6 +12,8 @@ from offmap.errors import ExitStatus as ExitStatus
 from offmap.errors import KernelError as KernelError
 from offmap.errors import OffmapError as OffmapError
 from offmap.errors import Undetermined as Undetermined
+from offmap.hide import NotAudited as NotAudited
+from offmap.hide import Vet as Vet
 from offmap.lab.host import Completed as Completed
 from offmap.lab.host import LabHost as LabHost
 from offmap.library import JobResult as JobResult
@@ -19,5 +22,10 @@ from offmap.library import lab_host as lab_host
 from offmap.library import list_backends as list_backends
 from offmap.library import run_job as run_job
 from offmap.library import run_matrix as run_matrix
+from offmap.memory.backend import parse_backend as parse_backend
+from offmap.vmm.config import MachineConfig as MachineConfig
+from offmap.vmm.machine import Machine as Machine
+from offmap.vmm.outcome import Outcome as Outcome
+from offmap.vmm.outcome import Stop as Stop
 
 __version__: str

@@ -17,6 +17,7 @@ from typing import Final, TypedDict, final
 
 from offmap.errors import BackendRefused, OffmapError
 from offmap.kvm import Vm
+from offmap.log import Logger
 from offmap.memory.backend import Backend
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
@@ -24,8 +25,11 @@ from offmap.memory.memslots import publish_memslots
 from offmap.memory.slots import map_into
 from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
+from offmap.units import format_size
 
 __all__ = ["NotAudited", "Ram", "Vet", "Vetted", "vet"]
+
+_log = Logger("offmap.hide")
 
 
 @final
@@ -105,6 +109,8 @@ class Ram(Owned):
             self.vetting = _vetting(backend, self.memory, vetting, say)
             building.callback(os.close, publish_memslots(self.memory, backend.name, self.excluded))
             self._owned = building.pop_all()
+            got = format_size(size), backend.name, self.populate_seconds
+            _log.debug("%s of %s memory after %.3f s: %s", *got, self.to_json())
 
     @property
     def excluded(self) -> tuple[PhysicalRange, ...]:

@@ -12,7 +12,7 @@ __all__ = ["DEBUG", "ERROR", "INFO", "WARNING", "Logger", "set_up_with"]
 
 DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal's handler may log inside `log`
 _level = WARNING
 _set_up: Callable[[], None] | None = None
 

@@ -19,8 +19,8 @@ from offmap.lab.kernel import HostKernel
 pytestmark = pytest.mark.lab
 
 ROOT = Path(__file__).parents[2]
-_MARKED = re.compile(r"<!-- test: (\w+) -->\n```sh\n(.*?)```", re.DOTALL)
-_ANY = re.compile(r"^```sh$", re.MULTILINE)
+_MARKED = re.compile(r"<!-- test: (\w+) -->\n```(?:sh|python)\n(.*?)```", re.DOTALL)
+_ANY = re.compile(r"^```(?:sh|python)$", re.MULTILINE)
 
 
 def blocks() -> dict[str, str]:
@@ -54,7 +54,7 @@ def converse(process: subprocess.Popen[bytes], until: bytes, answer: bytes) -> b
 def test_every_command_is_tested() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(_ANY.findall(text)) == len(blocks())
-    assert set(blocks()) == {"demo", "patched", "test", "lab", "run", "exec", "audit", "doctor"}
+    assert set(blocks()) == {"demo", "patched", "test", "lab", "run", "exec", "audit", "doctor", "library"}
 
 
 def test_make_test_is_what_ci_runs() -> None:
@@ -150,6 +150,12 @@ def test_a_job_in_a_hidden_guest(checkout: Path) -> None:
     assert digest == f"{hashlib.sha256(text).hexdigest()}  -"
     assert release.endswith("-amd64")
     assert b"HIDDEN: none of the 65536 guest pages" in done.stderr
+
+
+def test_a_job_from_python(lab_host: LabHost) -> None:
+    subprocess.run([sys.executable, "-m", "offmap", "image", "build"], check=True, stdout=subprocess.DEVNULL)
+    done = lab_host.output([sys.executable, "-c", blocks()["library"]])
+    assert re.fullmatch(rb"\d[\w.+-]*-amd64 hidden\n", done.stdout), done.stderr.decode()
 
 
 def _until(seen: bytearray, mark: bytes, act: Callable[[], object]) -> Callable[[bytes], None]:

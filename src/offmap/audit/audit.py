@@ -31,9 +31,12 @@ from offmap.audit.verdict import Judged, PageCounts, Verdict, classify, excluded
 from offmap.audit.vms import vmm_facts
 from offmap.audit.walk import walk_kernel_half
 from offmap.errors import Undetermined
+from offmap.log import Logger
 from offmap.units import format_size
 
 __all__ = ["AuditResult", "Progress", "Stage", "audit_process"]
+
+_log = Logger("offmap.audit")
 
 SCHEMA = "offmap-audit/2"
 _ATTEMPTS = 3  # memory hot-plugged in mid-audit changes kcore's segments
@@ -258,6 +261,7 @@ def _audit(
         opinion = second_opinion(process, kcore, mappings, layout, _guest_pages(judged, ram), oracle)
     pages = judged.counts()
     joined = join(judged, mappings, kinds, layout, ram)
+    _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
     verdict, notes = _judge(pages, ram, scanned, moved, partial)
     notes = (*notes, *unshared)
     if partial:

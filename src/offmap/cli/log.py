@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from offmap import log
 
-__all__ = ["LogOptions", "add_log_options", "draws", "logging_to_stderr", "quiet_in_a_file", "split"]
+__all__ = ["LogOptions", "add_log_options", "as_json", "draws", "logging_to_stderr", "quiet_in_a_file", "split"]
 
 
 class LogOptions(argparse.Namespace):
@@ -23,12 +23,17 @@ _options = LogOptions()
 
 def draws() -> bool:
     """Whether progress may be drawn on standard error: a line that is rewritten, which no log file wants."""
-    return _options.log_format == "text" and sys.stderr.isatty()
+    return not as_json() and sys.stderr.isatty()
+
+
+def as_json() -> bool:
+    """Whether standard error is for records alone."""
+    return _options.log_format == "json"
 
 
 def quiet_in_a_file(logger: log.Logger) -> Callable[[str], None]:
     """What logs progress: for people at a terminal and for services; into any other file only with ``-v``."""
-    return logger.info if sys.stderr.isatty() or _options.log_format == "json" else logger.debug
+    return logger.info if sys.stderr.isatty() or as_json() else logger.debug
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,11 @@
 import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING
+import threading
+from typing import IO, TYPE_CHECKING
+
+from offmap.cli.log import as_json
+from offmap.log import Logger
 
 if TYPE_CHECKING:
     import subprocess  # imported where it is used: not every guest's start has to wait for it
@@ -21,6 +25,8 @@ def _command(*options: str) -> list[str]:
 class SelfAudit:
     """The audit that ``--audit`` asks for; its report goes to standard error, with all else that is not the guest's.
 
+    Where standard error is for log records, each line of the report is one.
+
     Args:
         watch: go on until the guest ends, and report what changes.
     """
@@ -29,13 +35,20 @@ class SelfAudit:
         self._watch = watch
         self._process: subprocess.Popen[bytes] | None = None
         self._status: int | None = None
+        self._relay: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin, without waiting for it."""
         import subprocess
 
         options = ("--watch", "10") if self._watch else ()
-        self._process = subprocess.Popen(_command(*options), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
+        if not as_json():
+            self._process = subprocess.Popen(_command(*options), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
+            return
+        command = _command("--log-format", "json", *options)
+        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        self._relay = threading.Thread(target=_relay, args=(self._process.stdout,), name="audit-lines")
+        self._relay.start()
 
     def finish(self, wait: bool = False) -> int | None:
         """Its exit status, once the guest has ended; None if it had not come to a verdict by then.
@@ -56,5 +69,15 @@ class SelfAudit:
                 self._process.terminate()
             status = self._process.wait()
             self._process = None
+            if self._relay is not None:
+                self._relay.join()
             self._status = status if status >= 0 else None
         return self._status
+
+
+def _relay(report: IO[bytes]) -> None:
+    logger = Logger("offmap.cli.audit")
+    with report:
+        for line in report:
+            if text := line.decode(errors="replace").rstrip():
+                logger.info("%s", text)

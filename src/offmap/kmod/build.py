@@ -10,8 +10,11 @@ from offmap.errors import OffmapError
 from offmap.kmod.modinfo import release_of
 from offmap.kmod.source import MODULE, copy_sources, source_folder, source_hash
 from offmap.lab.cache import cache_folder, locked, scratch_folder
+from offmap.log import Logger
 
 __all__ = ["build", "built_module", "why_make_failed"]
+
+_log = Logger("offmap.kmod")
 
 _INSTALLED = Path("/lib/modules")
 _COMPILER = re.compile(r"((?:[\w+.-]+-)?(?:gcc|clang|cc)(?:-[\d.]+)?): (?:not found|No such file|command not found)")
@@ -67,8 +70,10 @@ def _make(release: str, headers: Path, module: Path) -> None:
     module.parent.mkdir(exist_ok=True)
     with scratch_folder(module.parent) as scratch:
         copy_sources(source_folder(), scratch)
+        command = ["make", "-C", str(headers), f"M={scratch}", "modules"]
+        _log.debug("%s", " ".join(command))
         done = subprocess.run(
-            ["make", "-C", str(headers), f"M={scratch}", "modules"],
+            command,
             capture_output=True,
             text=True,
             check=False,

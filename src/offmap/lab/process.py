@@ -1,6 +1,7 @@
 """QEMU as a process: started, its console taken, its end diagnosed; never outlives this process."""
 
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -16,8 +17,11 @@ from offmap.lab.errors import LabEnded, LabError, LabPanic
 from offmap.lab.initramfs import initramfs
 from offmap.lab.kernel import HostKernel
 from offmap.lab.qemu import HostOptions, command_line, find_qemu
+from offmap.log import Logger
 
 __all__ = ["PANIC_GRACE", "QemuProcess", "diagnose", "settings"]
+
+_log = Logger("offmap.lab")
 
 PANIC_GRACE = 5.0  # seconds from the panic's first line to the end of QEMU, before it is ended by force
 MOUNTED_OVER = ("/proc", "/sys", "/dev", "/run")  # what a lab host has of its own
@@ -144,6 +148,7 @@ class QemuProcess:
             # of its socket and powers the host off.
             if setpriv := shutil.which("setpriv"):
                 argv = [setpriv, "--pdeathsig", "KILL", *argv]
+            _log.debug("%s", shlex.join(argv))
             self._process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
