@@ -186,7 +186,11 @@ def guest_memfd(vm: Vm, size: int, threads: int) -> Backing:
 def _no_direct_map_flag(vm: Vm) -> int:
     flag = next(unknown_flags(guest_memfd_flags(vm)), None)
     if flag is None:
-        raise BackendRefused("this kernel's guest_memfd has no flag to leave the direct map")
+        raise BackendRefused(
+            "this kernel's guest_memfd has no flag to leave the direct map",
+            "it advertises none",
+            "use a patched kernel",
+        )
     return flag
 
 

@@ -5,8 +5,8 @@ from offmap.audit.verdict import Verdict as Verdict
 from offmap.boot.linux import BootSource as BootSource
 from offmap.compare.cell_result import CellOutcome as CellOutcome
 from offmap.compare.cell_result import CellResult as CellResult
-from offmap.compare.doctor import Diagnosis as Diagnosis
-from offmap.compare.doctor import Health as Health
+from offmap.doctor import Diagnosis as Diagnosis
+from offmap.doctor import Health as Health
 from offmap.errors import BackendRefused as BackendRefused
 from offmap.errors import ExitStatus as ExitStatus
 from offmap.errors import KernelError as KernelError

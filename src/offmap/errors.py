@@ -7,6 +7,7 @@ exits with ``error.exit_status``; anything that is not an OffmapError is a bug a
 import errno
 import os
 from enum import IntEnum
+from typing import Self
 
 __all__ = ["BackendRefused", "ExitStatus", "KernelError", "OffmapError", "Undetermined"]
 
@@ -22,19 +23,26 @@ class ExitStatus(IntEnum):
 
 
 class OffmapError(Exception):
-    """A failure that a user can meet.
+    """A failure that a user can meet: printed as ``what: why; remedy``, in one line without a final full stop.
 
     Args:
-        what: what failed and why, without a final full stop.
+        what: what failed; also why, where that is one thought.
         remedy: what to do about it, as an imperative; empty where nothing can be done.
+        why: why it failed, where `what` does not say it.
     """
 
     exit_status = ExitStatus.FAILED
 
-    def __init__(self, what: str, remedy: str = "") -> None:
+    def __init__(self, what: str, remedy: str = "", *, why: str = "") -> None:
         self.what = what
+        self.why = why
         self.remedy = remedy
-        super().__init__(f"{what}; {remedy}" if remedy else what)
+        super().__init__(f"{self.reason}; {remedy}" if remedy else self.reason)
+
+    @property
+    def reason(self) -> str:
+        """What failed and why, without the remedy."""
+        return f"{self.what}: {self.why}" if self.why else self.what
 
 
 class Undetermined(OffmapError):
@@ -44,7 +52,23 @@ class Undetermined(OffmapError):
 
 
 class BackendRefused(OffmapError):
-    """This host cannot give guest RAM of the kind that was asked for (never replaced by a weaker one)."""
+    """This host cannot give guest RAM of the kind that was asked for (never replaced by a weaker one).
+
+    Args:
+        what: what it cannot give.
+        why: why not.
+        remedy: what to do about it, as an imperative.
+    """
+
+    def __init__(self, what: str, why: str, remedy: str) -> None:
+        super().__init__(what, remedy, why=why)
+
+    @classmethod
+    def from_line(cls, line: str) -> Self:
+        """The refusal that another process printed as `line`; printed again, it is the same line."""
+        reason, _, remedy = line.rpartition("; ") if "; " in line else (line, "", "")
+        what, _, why = reason.partition(": ")
+        return cls(what, why, remedy)
 
 
 class KernelError(OffmapError):
@@ -61,4 +85,4 @@ class KernelError(OffmapError):
         self.operation = operation
         self.errno = number
         name = errno.errorcode.get(number, str(number))
-        super().__init__(f"{operation} failed: {os.strerror(number)} ({name})", remedy)
+        super().__init__(f"{operation} failed", remedy, why=f"{os.strerror(number)} ({name})")

@@ -161,13 +161,13 @@ def vet(backend: Backend, memory: GuestMemory, pid: int | None = None) -> Vetted
     seen = _ask(what, os.getpid() if pid is None else pid, ranges)
     pages = memory.size // PAGE_SIZE
     if seen["direct"]:
-        raise BackendRefused(f"{what}: {seen['direct']} of {pages} pages are in its direct map", "use another backend")
+        raise BackendRefused(what, f"{seen['direct']} of {pages} pages are in its direct map", "use another backend")
     excluded = tuple(PhysicalRange(start, start + size) for start, size in seen["mapped"])
     # One mapped page makes the verdict "exposed", whatever could not be seen of the others.
     unseen = max(seen["unseen"], pages - seen["pages"])
     if unseen or sum(r.size for r in excluded) // PAGE_SIZE < seen["mapped_pages"]:
         why = f"{unseen} of {pages} pages could not be audited: {seen['why'] or 'they are not populated'}"
-        raise BackendRefused(f"{what}: {why}", "try again, or use another backend")
+        raise BackendRefused(what, why, "try again, or use another backend")
     vetted = object.__new__(Vetted)
     object.__setattr__(vetted, "pages", pages)
     object.__setattr__(vetted, "excluded", excluded)
@@ -200,7 +200,12 @@ def _ask(what: str, pid: int, ranges: Sequence[tuple[int, int, int]]) -> _Seen:
     )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"the audit ended with status {done.returncode}"]
-        raise BackendRefused(f"{what}: its aliases cannot be found and kept from the guest: {lines[-1]}")
+        reason, _, remedy = lines[-1].partition("; ")
+        raise BackendRefused(
+            what,
+            f"its aliases cannot be found and kept from the guest: {reason}",
+            remedy or "use a backend without struct pages: reserved or unplugged",
+        )
     seen: _Seen = json.loads(done.stdout)
     return seen
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from offmap.audit.audit import AuditResult, audit_process
 from offmap.audit.every_vm import EveryVm, audit_every_vm
 from offmap.compare.cell_result import CellResult
-from offmap.compare.doctor import Diagnosis, examine
 from offmap.compare.events import CellEvent
 from offmap.compare.matrix import DEFAULT_AXES
 from offmap.compare.spec import CellSpec
+from offmap.doctor import Diagnosis, examine
 from offmap.errors import OffmapError
 from offmap.hide import Vet
 from offmap.lab.host import LabHost

@@ -283,7 +283,7 @@ def test_without_kcore_the_audit_cannot_say(lab_host: LabHost, monitor: Path) ->
 
 def test_more_than_is_there_is_refused(lab_host: LabHost, monitor: Path) -> None:
     kernel = ("--kernel", str(monitor))
-    assert "asks for 8 GiB of RAM and this host has" in refused(lab_host, 2, *kernel, "--memory-size", "8G")
+    assert "this host cannot give 8 GiB of RAM: it has" in refused(lab_host, 2, *kernel, "--memory-size", "8G")
     text = refused(lab_host, 2, *kernel, "--memory", "reserved", "--memory-size", "512M")
     assert "256 MiB reserved, 0 B of it in use, largest free run 256 MiB" in text
     text = refused(lab_host, 2, *kernel, "--memory", "hugetlb")

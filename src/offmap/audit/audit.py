@@ -314,7 +314,7 @@ def _slots_moved(process: Process, ram: GuestRam, ask_kvm: AskKvm | None) -> tup
         process.check_alive()
         return ask_kvm is not None and not ram.guessed and find_guest_ram(process, ask_kvm) != ram, ""
     except ProcessEnded as ended:
-        return False, ended.what
+        return False, ended.reason
 
 
 def _sharing(

@@ -164,7 +164,7 @@ def resolve(process: Process, ranges: Iterable[RamRange], flags: PageFlags) -> F
             _resolve_range(process, part, mappings, building, zero)
         process.check_alive()  # maps and links are of the program that runs now, pagemap of the one that ran first
     except ProcessEnded as end:
-        ended = end.what
+        ended = end.reason
         building.add_unknown(pages - building.total, f"{ended} before it was looked at")
     return _drop_huge_zero_page(building.frames(ended), flags)
 
@@ -203,7 +203,7 @@ def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, buil
         ]
     except pagemap.PagemapEnds as error:
         process.check_alive()
-        building.add_unknown(pages, error.what)  # beyond what has page tables of its own, like the vsyscall page
+        building.add_unknown(pages, error.reason)  # beyond what has page tables of its own, like the vsyscall page
         return
     if any((chunk.state == _MISSING).any() for chunk in chunks):
         _settle_missing(process, mapping, va, chunks, building)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
+from offmap.options import Options
 
 if TYPE_CHECKING:
     from offmap.devices.virtio.device import DeviceSpec
@@ -79,9 +80,8 @@ def _image(args: argparse.Namespace, text: str) -> "tuple[BootSource, list[tuple
     where, comma, option = text.rpartition(",")
     writable = False
     if comma and option.startswith("rw="):
-        if option not in {"rw=on", "rw=off"}:
-            raise OffmapError(f"{option!r} is no option of an image", "write rw=on or rw=off")
-        writable = option == "rw=on"
+        with Options(option, "--image", "write rw=on or rw=off") as options:
+            writable = options.switch("rw")
     else:
         where = text
     image = find_image(where)

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Examine this host; the exit status says whether something hides."""
     from offmap import __version__
     from offmap.audit.host import host_facts
-    from offmap.compare.doctor import Diagnosis, examine, exit_status
+    from offmap.doctor import Diagnosis, examine, exit_status
 
     found: list[Diagnosis] = []
     for diagnosis in examine():

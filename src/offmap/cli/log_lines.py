@@ -71,7 +71,7 @@ def _json(record: logging.LogRecord) -> str:
     }
     error = getattr(record, "error", None)
     if isinstance(error, OffmapError):
-        fields |= {"error": type(error).__name__, "what": error.what, "remedy": error.remedy}
+        fields |= {"error": type(error).__name__, "what": error.what, "why": error.why, "remedy": error.remedy}
         fields["exit_status"] = int(error.exit_status)
     if stack := _traceback(record):
         fields["traceback"] = "\n".join(stack)

@@ -161,14 +161,14 @@ def _outcome_of(error: OffmapError, end: _End, late: bool) -> tuple[CellOutcome,
     if isinstance(error, BackendRefused):
         return CellOutcome.REFUSED, str(error)
     if isinstance(error, LabTimeout) and late:
-        return CellOutcome.DEADLINE, error.what
+        return CellOutcome.DEADLINE, error.reason
     return CellOutcome.FAILED, str(error)
 
 
 def _run_native(task: CellTask, argv: Sequence[str], transcript: Transcript, cell: RunningCell, end: _End) -> None:
     end.accel = "native"
     if why := refusal_here(task.spec):
-        raise BackendRefused(why)
+        raise BackendRefused.from_line(why)
     status, complaint = run_here(argv, transcript.feed, cell, task.how.deadline)
     _judge(status, complaint, transcript.said(), end)
 
@@ -230,14 +230,14 @@ def _module(spec: CellSpec, kernel: HostKernel, report: Report) -> Path | None:
     try:
         return lab_module(kernel)
     except OffmapError as error:
-        raise BackendRefused(f"there is no offmap module for {kernel.release}: {error.what}", error.remedy) from None
+        raise BackendRefused(f"there is no offmap module for {kernel.release}", error.reason, error.remedy) from None
 
 
 def _load(host: LabHost, module: Path) -> None:
     done = host.output(["insmod", str(module)], timeout=_MODULE_SECONDS)
     if done.status != 0:
         why = _last_line((done.stdout + done.stderr).decode(errors="replace"))
-        raise BackendRefused(f"this host kernel does not load the offmap module: {why}")
+        raise BackendRefused("this host kernel does not load the offmap module", why, "see its log: dmesg")
 
 
 def _judge(status: int, complaint: str, said: Said, end: _End) -> None:

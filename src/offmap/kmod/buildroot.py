@@ -94,7 +94,7 @@ def _provide(kernel: HostKernel, store: Path) -> None:
                 replace_folder(root, store)
             return
         except LabError as error:
-            failures.append(f"{view.label}: {error.what}")
+            failures.append(f"{view.label}: {error.reason}")
     raise LabError(
         f"cannot get {headers}: {'; '.join(failures)}",
         f"check the network; if Debian has a newer kernel by now, remove {cache_folder('kernels')} and try again",

@@ -125,7 +125,7 @@ def _packages(series: str, store: Path) -> list[Path]:
                 replace_folder(scratch, debs)
             return [debs / name for name in names]
         except LabError as error:
-            failures.append(f"{view.label}: {error.what}")
+            failures.append(f"{view.label}: {error.reason}")
     raise LabError(f"cannot get a Debian {series} kernel: {'; '.join(failures)}", f"check the network, or {ELSEWHERE}")
 
 

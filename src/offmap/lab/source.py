@@ -96,5 +96,5 @@ def _download(series: str, store: Path) -> KernelSource:
                 replace_folder(scratch, store)
             return KernelSource(package.version, store / deb.name)
         except LabError as error:
-            failures.append(f"{view.label}: {error.what}")
+            failures.append(f"{view.label}: {error.reason}")
     raise LabError(f"cannot get {name}: {'; '.join(failures)}", "check the network")

@@ -14,6 +14,7 @@ from offmap.errors import BackendRefused, OffmapError
 from offmap.kvm import Vm
 from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
+from offmap.options import Options
 from offmap.units import format_size
 
 __all__ = ["BACKENDS", "Backend", "parse_backend"]
@@ -24,6 +25,7 @@ class Backend(ABC):
 
     Attributes:
         name: as ``--memory`` spells it.
+        usage: its options, as ``--memory`` takes them after the name; empty where it has none.
         hides: it promises RAM that the host kernel does not map. The audit checks the promise.
         may_be_aliased: its pages have a struct page: they come from Linux's allocator, and the kernel may map them
             beside the direct map (freed parts of its image). Such RAM is audited before the guest gets it.
@@ -38,6 +40,7 @@ class Backend(ABC):
     """
 
     name: ClassVar[str]
+    usage: ClassVar[str] = ""
     hides: ClassVar[bool] = False
     may_be_aliased: ClassVar[bool] = True
     discards: ClassVar[bool] = False
@@ -49,14 +52,12 @@ class Backend(ABC):
     progress: Callable[[float], None] = staticmethod(lambda _share: None)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, str]) -> Self:
-        """Build it from its ``option=value`` pairs.
+    def from_options(cls, options: Options) -> Self:
+        """Build it from its options, all of which it takes.
 
         Raises:
-            OffmapError: it has no such option, or not with that value.
+            OffmapError: one cannot have that value.
         """
-        if options:
-            raise OffmapError(f"memory backend {cls.name} has no option {next(iter(options))!r}")
         return cls()
 
     @classmethod
@@ -124,16 +125,13 @@ def parse_backend(text: str) -> Backend:
     Raises:
         OffmapError: an unknown name or option.
     """
-    name, *pairs = text.split(",")
+    name = text.partition(",")[0]
     if name not in BACKENDS:
         raise OffmapError(f"there is no memory backend {name!r}", f"choose one of {', '.join(BACKENDS)}")
-    options = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise OffmapError(f"{pair!r} is not an option of a memory backend", "write option=value")
-        options[key] = value
-    return BACKENDS[name].from_options(options)
+    backend = BACKENDS[name]
+    usage = f"its option is {backend.usage}" if backend.usage else f"write {name} alone, which has no options"
+    with Options(text, f"--memory {name}", usage, leads=True) as options:
+        return backend.from_options(options)
 
 
 def check_host_has(size: int) -> None:
@@ -145,6 +143,7 @@ def check_host_has(size: int) -> None:
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > total:
         raise BackendRefused(
-            f"the guest asks for {format_size(size)} of RAM and this host has {format_size(total)}",
+            f"this host cannot give {format_size(size)} of RAM",
+            f"it has {format_size(total)}",
             "ask for less with --memory-size",
         )

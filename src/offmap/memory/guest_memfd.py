@@ -25,7 +25,7 @@ class GuestMemfd(Backend):
         try:
             return [map_guest_memfd(vm, size, MAPPABLE)]
         except KernelError as error:
-            raise BackendRefused(error.what) from None
+            raise BackendRefused(error.what, error.why, "ask for less, or free memory") from None
 
 
 def guest_memfd_flags(vm: Vm) -> int:
@@ -36,12 +36,15 @@ def guest_memfd_flags(vm: Vm) -> int:
     """
     if not vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD) or not vm.check_extension(uapi.KVM_CAP_USER_MEMORY2):
         raise BackendRefused(
-            "this kernel's KVM has no guest_memfd", "use Linux 6.18 or later, built with CONFIG_KVM_GUEST_MEMFD"
+            "this host has no guest_memfd",
+            "its kernel's KVM has none",
+            "use Linux 6.18 or later, built with CONFIG_KVM_GUEST_MEMFD",
         )
     flags = vm.check_extension(uapi.KVM_CAP_GUEST_MEMFD_FLAGS)
     if flags & MAPPABLE != MAPPABLE:
         raise BackendRefused(
-            "this kernel's guest_memfd cannot be mapped by a VMM (no GUEST_MEMFD_FLAG_MMAP and _INIT_SHARED)",
+            "this kernel's guest_memfd cannot be mapped by a VMM",
+            "it has no GUEST_MEMFD_FLAG_MMAP and _INIT_SHARED",
             "use Linux 6.18 or later",
         )
     return flags

@@ -7,7 +7,7 @@ offmap's own patch (kernel/patches/) makes it bit 2 and takes 2 MiB at a time of
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Self
 
 from offmap.errors import BackendRefused, KernelError, OffmapError
@@ -18,6 +18,7 @@ from offmap.memory.guest import GuestMemory
 from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_memfd
 from offmap.memory.populate import populate
 from offmap.memory.probe import try_out
+from offmap.options import Options
 from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["GuestMemfdUnmapped", "unknown_flags"]
@@ -33,6 +34,7 @@ class GuestMemfdUnmapped(Backend):
     """
 
     name = "guest_memfd-unmapped"
+    usage = "bit=N, a flag from 2 to 63"
     hides = True
     discards = True
     since = None
@@ -42,13 +44,8 @@ class GuestMemfdUnmapped(Backend):
         self.bit = bit
 
     @classmethod
-    def from_options(cls, options: Mapping[str, str]) -> Self:
-        for option, value in options.items():
-            if option != "bit" or not value.isdecimal() or not 2 <= int(value) < 64:
-                raise OffmapError(
-                    f"memory backend {cls.name} has no option {option}={value}", "bit=N chooses a flag, from 2 to 63"
-                )
-        return cls(int(options["bit"]) if "bit" in options else None)
+    def from_options(cls, options: Options) -> Self:
+        return cls(options.number("bit", None, 2, 63))
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
@@ -56,7 +53,7 @@ class GuestMemfdUnmapped(Backend):
         try:
             backing = map_guest_memfd(vm, size, flags)
         except KernelError as error:
-            raise BackendRefused(error.what) from None
+            raise BackendRefused(error.what, error.why, "ask for less, or free memory") from None
         try:
             if backing.guest_memfd is not None:
                 _allocate_frames(backing.guest_memfd, size)
@@ -64,7 +61,7 @@ class GuestMemfdUnmapped(Backend):
             populate(backing, min(_POPULATE_THREADS, os.cpu_count() or 1), self.progress)
         except KernelError as error:
             backing.close()
-            raise BackendRefused(error.what, "ask for less, or free memory") from None
+            raise BackendRefused(error.what, error.why, "ask for less, or free memory") from None
         except BaseException:
             backing.close()
             raise
@@ -85,10 +82,10 @@ class GuestMemfdUnmapped(Backend):
                     try_out(vm, memory)
                 return flag
             except OffmapError as error:
-                reasons.append(f"flag {flag:#x}: {error.what}")
+                reasons.append(f"flag {flag:#x}: {error.reason}")
         raise BackendRefused(
-            "this kernel's guest_memfd has no flag to leave the direct map"
-            + (f" that works ({'; '.join(reasons)})" if reasons else ""),
+            "this kernel's guest_memfd has no flag to leave the direct map",
+            f"none works ({', '.join(reasons)})" if reasons else "it advertises none",
             "use --memory reserved or unplugged, or a patched kernel (offmap lab kernel build makes one)",
         )
 

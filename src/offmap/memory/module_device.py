@@ -25,5 +25,7 @@ def open_device() -> Handle:
     try:
         return Handle(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        reason = str(KernelError(f"open of {DEVICE}", error))
-        raise BackendRefused(reason, _REMEDY.get(error.errno or 0, "")) from None
+        failed = KernelError(f"open of {DEVICE}", error)
+        raise BackendRefused(
+            failed.what, failed.why, _REMEDY.get(failed.errno, "see the kernel's log: dmesg")
+        ) from None

@@ -6,7 +6,6 @@ of one host take disjoint, locked sub-ranges, and each is zeroed before its gues
 
 import errno
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -24,6 +23,7 @@ from offmap.memory.iomem import (
     suggest_reservation,
 )
 from offmap.memory.range_lock import RangeLock
+from offmap.options import Options
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size, parse_size
 
@@ -42,6 +42,7 @@ class Reserved(Backend):
     """``reserved[,base=ADDRESS]``: somewhere in what is reserved, or exactly at physical `base`."""
 
     name = "reserved"
+    usage = "base=ADDRESS"
     hides = True
     may_be_aliased = False
     linux_owned = False
@@ -50,28 +51,27 @@ class Reserved(Backend):
         self.base = base
 
     @classmethod
-    def from_options(cls, options: Mapping[str, str]) -> Self:
-        rest = dict(options)
-        base = parse_size(rest.pop("base")) if "base" in rest else None
-        if rest:
-            raise OffmapError(
-                f"memory backend reserved has no option {next(iter(rest))!r}", "its option is base=ADDRESS"
-            )
+    def from_options(cls, options: Options) -> Self:
+        base = options.text("base", None, parse_size)
         if base is not None and base % PAGE_SIZE:
-            raise OffmapError(f"base={base:#x} is not the address of a page", f"use a multiple of {PAGE_SIZE:#x}")
+            options.refuse(f"base={base:#x} is not the address of a page", f"use a multiple of {PAGE_SIZE:#x}")
         return cls(base)
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         ranges = reserved_ranges()
         if not ranges:
-            raise BackendRefused("this host has no physical memory reserved for guests", _how_to_reserve())
+            raise BackendRefused(
+                "this host cannot give reserved memory",
+                "it has no physical memory reserved for guests",
+                _how_to_reserve(),
+            )
         free = ranges
         if self.base is not None:
             free = intersect(ranges, [PhysicalRange(self.base, self.base + size)])
         try:
             lock = RangeLock(Path(_DEV_MEM))
         except KernelError as error:
-            raise BackendRefused(error.what, _DEV_MEM_REMEDY.get(error.errno, "")) from None
+            raise _no_dev_mem(error) from None
         try:
             taken = lock.take(free, size, PAGE_SIZE if self.base is not None else _ALIGNMENT)
             if taken is None and self.base is None:
@@ -89,8 +89,9 @@ class Reserved(Backend):
         where = "" if self.base is None else f" at {self.base:#x}"
         reserved, in_use = sum(r.size for r in ranges), sum(h.size for h in held)
         return BackendRefused(
-            f"no {format_size(size)} of reserved physical memory are free{where}: {format_size(reserved)} reserved, "
-            f"{format_size(in_use)} of it in use, largest free run {format_size(largest)}",
+            f"no {format_size(size)} of reserved physical memory are free{where}",
+            f"{format_size(reserved)} reserved, {format_size(in_use)} of it in use, "
+            f"largest free run {format_size(largest)}",
             "ask for less, stop another guest, or reserve more with memmap=",
         )
 
@@ -143,13 +144,15 @@ def _firmware_ram() -> list[PhysicalRange]:
     return merged(found)
 
 
+def _no_dev_mem(error: KernelError) -> BackendRefused:
+    return BackendRefused(error.what, error.why, _DEV_MEM_REMEDY.get(error.errno, "see the kernel's log: dmesg"))
+
+
 def _map(taken: PhysicalRange, lock: RangeLock) -> Backing:
     try:
         fd = os.open(_DEV_MEM, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise BackendRefused(
-            str(KernelError(f"open of {_DEV_MEM}", error)), _DEV_MEM_REMEDY.get(error.errno or 0, "")
-        ) from None
+        raise _no_dev_mem(KernelError(f"open of {_DEV_MEM}", error)) from None
 
     def give_back(backing: Backing) -> None:
         try:
@@ -160,7 +163,7 @@ def _map(taken: PhysicalRange, lock: RangeLock) -> Backing:
     try:
         backing = map_backing(f"{_DEV_MEM} at {taken.start:#x}", fd, taken.size, offset=taken.start, on_close=give_back)
     except KernelError as error:
-        raise BackendRefused(error.what, _DEV_MEM_REMEDY.get(error.errno, "")) from None
+        raise _no_dev_mem(error) from None
     finally:
         os.close(fd)
     try:

@@ -27,6 +27,7 @@ __all__ = ["POPULATE_THREADS", "Secretmem", "map_secret", "secret_file"]
 # one lock and a TLB flush; only what is around that goes on side by side.
 POPULATE_THREADS = 2
 
+_LESS = "ask for less, or free memory"
 _REMEDY = {
     errno.ENOSYS: "boot the host with secretmem.enable=1, on a kernel with CONFIG_SECRETMEM and an unbroken direct map",
 }
@@ -46,7 +47,7 @@ class Secretmem(Backend):
             populate(backing, min(POPULATE_THREADS, os.cpu_count() or 1), self.progress)
         except KernelError as error:
             backing.close()
-            raise BackendRefused(error.what, "ask for less, or free memory") from None
+            raise BackendRefused(error.what, error.why, _LESS) from None
         except BaseException:
             backing.close()
             raise
@@ -63,7 +64,7 @@ def memfd_secret() -> int:
     fd: int = libc.syscall(SYS_memfd_secret, os.O_CLOEXEC)
     if fd < 0:
         error = KernelError("memfd_secret", ctypes.get_errno())
-        raise BackendRefused(error.what, _REMEDY.get(error.errno, ""))
+        raise BackendRefused(error.what, error.why, _REMEDY.get(error.errno, _LESS))
     return fd
 
 
@@ -83,7 +84,8 @@ def raise_memlock(size: int) -> None:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (wanted, wanted))
     except (ValueError, OSError):
         raise BackendRefused(
-            f"memfd_secret memory counts as locked, and RLIMIT_MEMLOCK allows {format_size(hard)}",
+            f"this process may not have {format_size(size)} of memfd_secret memory",
+            f"it counts as locked, and RLIMIT_MEMLOCK allows {format_size(hard)}",
             f"run with CAP_SYS_RESOURCE (root), or allow more first: ulimit -l {-(-needed // 1024)}",
         ) from None
 
@@ -106,7 +108,8 @@ def secret_file(size: int) -> int:
         os.ftruncate(fd, size)
     except OSError as error:
         os.close(fd)
-        raise BackendRefused(str(KernelError("ftruncate of memfd_secret memory", error))) from None
+        failed = KernelError("ftruncate of memfd_secret memory", error)
+        raise BackendRefused(failed.what, failed.why, _LESS) from None
     return fd
 
 
@@ -119,7 +122,7 @@ def map_secret(fd: int, size: int) -> Backing:
     try:
         return map_backing("memfd_secret memory", fd, size, remedy="raise RLIMIT_MEMLOCK, or ask for less")
     except KernelError as error:
-        raise BackendRefused(str(error)) from None
+        raise BackendRefused(error.what, error.why, error.remedy) from None
 
 
 def secret_backing(size: int) -> Backing:
@@ -148,6 +151,7 @@ def probe() -> None:
             if error.errno != errno.EFAULT:
                 raise
             raise BackendRefused(
-                "this kernel's GUP refuses memfd_secret pages to KVM (KVM_RUN: EFAULT)",
+                "this kernel's GUP refuses memfd_secret pages to KVM",
+                "KVM_RUN: EFAULT",
                 "use --memory reserved, or a kernel patched to allow it",
             ) from None

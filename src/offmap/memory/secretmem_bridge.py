@@ -36,8 +36,10 @@ class SecretmemBridge(Backend):
                 request = uapi.offmap_secretmem(fd, 0, 0)
                 device.call("OFFMAP_BIND_SECRETMEM", uapi.OFFMAP_BIND_SECRETMEM, request)
             except KernelError as error:
-                remedy = "ask for less, or free memory" if error.errno == errno.EFAULT else ""
-                raise BackendRefused(error.what, remedy) from None
+                remedy = "ask for less, or free memory"
+                if error.errno != errno.EFAULT:
+                    remedy = "see the kernel's log, or use another backend"
+                raise BackendRefused(error.what, error.why, remedy) from None
             finally:
                 os.close(fd)
             # The mapping holds the device's file, and that the secret one: the pages go back with the mapping.

@@ -5,14 +5,14 @@ before it gives them back, however this process ends (kernel/module/unplug.c).
 """
 
 import errno
-from collections.abc import Mapping
 from typing import Self
 
-from offmap.errors import BackendRefused, KernelError, OffmapError
+from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing, map_backing
 from offmap.memory.module_device import open_device
+from offmap.options import Options
 from offmap.uapi import offmap_module as uapi
 from offmap.units import format_size
 
@@ -23,6 +23,7 @@ class Unplugged(Backend):
     """``unplugged[,node=N]``: memory of NUMA node N, or of any."""
 
     name = "unplugged"
+    usage = "node=N, a NUMA node of /sys/devices/system/node"
     hides = True
     may_be_aliased = False
     needs_module = True
@@ -32,14 +33,8 @@ class Unplugged(Backend):
         self.node = node
 
     @classmethod
-    def from_options(cls, options: Mapping[str, str]) -> Self:
-        rest = dict(options)
-        node = rest.pop("node", str(uapi.OFFMAP_ANY_NODE))
-        if rest:
-            raise OffmapError(f"memory backend unplugged has no option {next(iter(rest))!r}", "its option is node=N")
-        if not node.lstrip("-").isdecimal() or int(node) < uapi.OFFMAP_ANY_NODE or int(node) >= 1 << 31:
-            raise OffmapError(f"node={node} is not a NUMA node", "see /sys/devices/system/node")
-        return cls(int(node))
+    def from_options(cls, options: Options) -> Self:
+        return cls(options.number("node", uapi.OFFMAP_ANY_NODE, 0, (1 << 31) - 1))
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         with open_device() as device:
@@ -53,12 +48,16 @@ class Unplugged(Backend):
 
     def _refusal(self, error: KernelError, wanted: int, spare: int) -> BackendRefused:
         if error.errno == errno.EINVAL and self.node != uapi.OFFMAP_ANY_NODE:
-            return BackendRefused(f"this host has no NUMA node {self.node}", "see /sys/devices/system/node")
+            return BackendRefused(
+                "this host cannot give unplugged memory",
+                f"it has no NUMA node {self.node}",
+                "see /sys/devices/system/node",
+            )
         if error.errno != errno.ENOMEM:
-            return BackendRefused(error.what)
+            return BackendRefused(error.what, error.why, "see the kernel's log: dmesg")
         where = "" if self.node == uapi.OFFMAP_ANY_NODE else f" on node {self.node}"
         return BackendRefused(
-            f"the host could spare {format_size(spare)} in whole memory blocks{where}, not {format_size(wanted)}: the "
-            "rest is in use, or holds pages that cannot be moved",
+            f"the host could spare {format_size(spare)} in whole memory blocks{where}, not {format_size(wanted)}",
+            "the rest is in use, or holds pages that cannot be moved",
             "ask for less, free memory, or boot the host with movablecore=",
         )

@@ -51,7 +51,7 @@ def records(text: str) -> list[dict[str, Any]]:
 def test_an_error_is_an_object_with_its_parts(
     words: list[str], fails: list[BaseException], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fails.append(BackendRefused("no such memory", "use another"))
+    fails.append(BackendRefused("no such memory", "it is not there", "use another"))
     assert main(words) == ExitStatus.FAILED
     (record,) = records(capsys.readouterr().err)
     when = datetime.datetime.fromisoformat(record.pop("time"))
@@ -59,9 +59,10 @@ def test_an_error_is_an_object_with_its_parts(
     assert record == {
         "level": "error",
         "logger": "offmap.cli.run",
-        "message": "refused: no such memory; use another",
+        "message": "refused: no such memory: it is not there; use another",
         "error": "BackendRefused",
         "what": "no such memory",
+        "why": "it is not there",
         "remedy": "use another",
         "exit_status": 2,
     }

@@ -57,7 +57,7 @@ def ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         (LabTimeout("it was not done"), 0, CellOutcome.DEADLINE, "it was not done"),
         (LabTimeout("the lab host did not come up"), 600, CellOutcome.FAILED, "the lab host did not come up"),
         (LabEnded("the lab host ended by itself", "last words"), 600, CellOutcome.FAILED, "the lab host ended"),
-        (BackendRefused("no module", "build it"), 600, CellOutcome.REFUSED, "no module; build it"),
+        (BackendRefused("no module", "none", "build it"), 600, CellOutcome.REFUSED, "no module: none; build it"),
         (LabError("no qemu"), 600, CellOutcome.FAILED, "no qemu"),
         (OffmapError("something"), 600, CellOutcome.FAILED, "something"),
         (None, 600, CellOutcome.FAILED, "the measuring program ended with status 0: without a word"),

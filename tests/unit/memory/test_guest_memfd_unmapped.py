@@ -25,5 +25,5 @@ def test_it_hides_and_may_be_aliased() -> None:
 
 @pytest.mark.parametrize("option", ["bit=1", "bit=64", "bit=", "bit=x", "bit=-3", "flag=4", "bit=²"])
 def test_options_that_it_does_not_have(option: str) -> None:
-    with pytest.raises(OffmapError, match=r"has no option .*; bit=N chooses a flag, from 2 to 63"):
+    with pytest.raises(OffmapError, match=r"cannot be .*; its option is bit=N, a flag from 2 to 63"):
         parse_backend(f"guest_memfd-unmapped,{option}")

@@ -73,7 +73,7 @@ class LiveGuest(VmProcess):
     def _not_booted(self, console: str) -> None:
         status, complaint = self.status(), self.complaint()
         if status == ExitStatus.FAILED and complaint.startswith("refused: "):
-            raise BackendRefused(complaint.removeprefix("refused: "))
+            raise BackendRefused.from_line(complaint.removeprefix("refused: "))
         if status is not None:
             raise OffmapError(complaint or f"the VMM ended with status {status}")
         last = "".join(console.strip().splitlines()[-1:])

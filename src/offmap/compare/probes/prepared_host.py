@@ -117,14 +117,16 @@ class PreparedHost(Owned):
         """
         if self.withholds_clock:
             raise BackendRefused(
-                f"kvm-clock is not offered on {self.backend.name} memory: this host's kernel must map its page"
+                f"kvm-clock is not offered on {self.backend.name} memory",
+                "this host's kernel must map its page",
+                "use kvm_clock=off, or a kernel that updates it by userspace address",
             )
         with Kvm() as kvm, kvm.create_vm() as vm, self.backend.guest_memory(vm, TRIED_SIZE) as memory:
             try_out(vm, memory)
             try:
                 BalloonSpec(1 << 20).build(Surroundings(memory, type(self.backend), vm))
             except OffmapError as error:
-                self.cannot_discard = error.what
+                self.cannot_discard = error.reason
 
     def candidate(self) -> GuestSetup:
         """The guest that the cell is about."""

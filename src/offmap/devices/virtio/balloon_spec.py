@@ -6,6 +6,7 @@ from offmap.devices.virtio.balloon import Balloon
 from offmap.devices.virtio.device import Surroundings
 from offmap.errors import OffmapError
 from offmap.memory.backend import BACKENDS
+from offmap.options import Options
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size, parse_size
 
@@ -50,10 +51,10 @@ def parse_balloon(text: str) -> BalloonSpec:
     Raises:
         OffmapError: what cannot be.
     """
-    key, _, value = text.partition("=")
-    if key != "size" or not value:
-        raise OffmapError(f"--balloon has no option {text!r}", "write it like --balloon size=64M, or size=0")
-    size = parse_size(value)
-    if size % PAGE_SIZE:
-        raise OffmapError(f"a balloon of {value} is not a whole number of pages", "use a multiple of 4K")
+    with Options(text, "--balloon", "write it like --balloon size=64M, or size=0; a multiple of 4K") as options:
+        size = options.text("size", None, parse_size)
+        if size is None:
+            options.refuse("it does not say size=")
+        if size % PAGE_SIZE:
+            options.refuse(f"{format_size(size)} is not a whole number of pages")
     return BalloonSpec(size)

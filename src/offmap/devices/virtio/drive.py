@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from offmap.devices.virtio.device import Surroundings
 from offmap.errors import OffmapError
+from offmap.options import Options
 from offmap.uapi.virtio.blk import VIRTIO_BLK_ID_BYTES
 
 if TYPE_CHECKING:
     from offmap.devices.virtio.blk import Blk
 
 __all__ = ["DriveSpec", "parse_drive"]
+
+_USAGE = "write PATH, then options of readonly=on|off, serial=TEXT, direct=on|off, bounce=on|off"
 
 
 class DriveSpec(NamedTuple):
@@ -55,23 +58,16 @@ def parse_drive(text: str) -> DriveSpec:
     Raises:
         OffmapError: no path, or an option that there is not.
     """
-    path, *pairs = text.split(",")
-    if not path:
-        raise OffmapError("--drive names no file", "write --drive PATH[,option=value…]")
-    switches = {"readonly": False, "direct": False, "bounce": False}
-    serial = ""
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if key == "serial" and equals:
-            serial = _serial(value)
-        elif key in switches and value in ("on", "off"):
-            switches[key] = value == "on"
-        else:
-            raise OffmapError(
-                f"{pair!r} is not an option of a drive",
-                "choose from readonly=on|off, serial=TEXT, direct=on|off, bounce=on|off",
-            )
-    return DriveSpec(Path(path), serial=serial, **switches)
+    with Options(text, "--drive", _USAGE, leads=True) as options:
+        if not options.lead:
+            options.refuse("it names no file")
+        return DriveSpec(
+            Path(options.lead),
+            readonly=options.switch("readonly"),
+            serial=options.text("serial", "", _serial),
+            direct=options.switch("direct"),
+            bounce=options.switch("bounce"),
+        )
 
 
 def _serial(text: str) -> str:

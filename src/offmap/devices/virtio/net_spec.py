@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Iterator
 from ipaddress import IPv4Interface
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from offmap.devices.virtio.passt import Passt
 from offmap.devices.virtio.tap import check_name, open_tap, tap_of_fd
 from offmap.devices.virtio.vhost import open_vhost_net
 from offmap.errors import OffmapError
+from offmap.options import Options
 from offmap.uapi.virtio.net import ETH_ALEN
 
 __all__ = ["NetSpec", "parse_mac", "parse_net"]
@@ -103,51 +103,36 @@ def parse_net(text: str) -> NetSpec:
     Raises:
         OffmapError: what cannot be.
     """
-    values: dict[str, str] = {}
-    forwards: list[str] = []
-    for key, value in _pairs(text):
-        if key in {"tcp", "udp"}:
-            forwards += [f"--{key}-ports", value]
-        elif key in values:
-            raise OffmapError(f"--net {text} says {key} twice", "say it once")
-        else:
-            values[key] = value
-    kinds = [kind for kind in ("tap", "fd", "passt") if kind in values]
-    if len(kinds) != 1:
-        raise OffmapError(f"--net {text} does not say what to connect to", _REMEDY)
-    fd = values.get("fd")
-    if fd is not None and not (fd.isdecimal() and len(fd) < 8):
-        raise OffmapError(f"fd={fd} is not the number of a file descriptor", "give one that offmap inherits, like fd=3")
-    if forwards and "passt" not in values:
-        raise OffmapError(f"--net {text}: tcp= and udp= are passt's", "use them with --net passt")
-    address = values.get("address")
-    if address is not None and "tap" not in values:
-        raise OffmapError(f"--net {text}: address= is for a tap that offmap makes", "use it with tap=NAME")
-    if values.get("vhost", "off") not in {"on", "off"} or ("vhost" in values and "passt" in values):
-        raise OffmapError(f"--net {text}: vhost= is on or off, for a tap", _REMEDY)
-    if "tap" in values:
-        check_name(values["tap"])
-    return NetSpec(
-        tap=values.get("tap", ""),
-        fd=None if fd is None else int(fd),
-        passt="passt" in values,
-        mac=parse_mac(values["mac"]) if "mac" in values else b"",
-        mtu=parse_mtu(values["mtu"]) if "mtu" in values else None,
-        address=None if address is None else _parse_address(address),
-        forwards=tuple(forwards),
-        vhost=values.get("vhost") == "on",
-    )
-
-
-def _pairs(text: str) -> Iterator[tuple[str, str]]:
-    for number, word in enumerate(text.split(",")):
-        if word in {"user", "passt"} and not number:
-            yield "passt", ""
-            continue
-        key, equals, value = word.partition("=")
-        if key not in {"tap", "fd", "mac", "mtu", "address", "tcp", "udp", "vhost"} or not equals or not value:
-            raise OffmapError(f"--net has no option {word!r}", _REMEDY)
-        yield key, value
+    with Options(text, "--net", _REMEDY, flags=("passt", "user")) as options:
+        tap = options.text("tap", "", str)
+        fd = options.number("fd", None, 0, 9_999_999)
+        passt = options.flag("passt", "user")
+        if [bool(tap), fd is not None, passt].count(True) != 1:
+            options.refuse("it says of none, or of several, what to connect to")
+        forwards: list[str] = []
+        for key in ("tcp", "udp"):
+            for value in options.every(key):
+                forwards += [f"--{key}-ports", value]
+        if forwards and not passt:
+            options.refuse("tcp= and udp= are passt's")
+        address = options.text("address", None, _parse_address)
+        if address is not None and not tap:
+            options.refuse("address= is for a tap that offmap makes", "use it with tap=NAME")
+        vhost = options.switch("vhost")
+        if vhost and passt:
+            options.refuse("vhost= is for a tap")
+        if tap:
+            check_name(tap)
+        return NetSpec(
+            tap=tap,
+            fd=fd,
+            passt=passt,
+            mac=options.text("mac", b"", parse_mac),
+            mtu=options.text("mtu", None, parse_mtu),
+            address=address,
+            forwards=tuple(forwards),
+            vhost=vhost,
+        )
 
 
 def _parse_address(text: str) -> IPv4Interface:

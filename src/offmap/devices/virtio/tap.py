@@ -209,7 +209,7 @@ def _attach(fd: int, name: str) -> None:
         ),
         errno.EBUSY: ("another program uses it", "give each guest a tap of its own"),
         errno.EINVAL: ("it is not a tap", "give the name of a tap, or one that is not taken"),
-    }.get(error.errno, (error.what, ""))
+    }.get(error.errno, (error.reason, ""))
     raise OffmapError(f"cannot attach to the tap interface {name}: {reason}", remedy)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from offmap.devices.virtio.device import Surroundings
 from offmap.devices.virtio.vsock import Vsock
 from offmap.devices.virtio.vsock_host import Listener, check_path
-from offmap.errors import OffmapError
+from offmap.options import Options
 from offmap.uapi.virtio.vsock import VMADDR_CID_ANY, VMADDR_CID_HOST
 
 __all__ = ["VsockSpec", "parse_vsock"]
@@ -36,17 +36,10 @@ def parse_vsock(text: str) -> VsockSpec:
     Raises:
         OffmapError: what cannot be.
     """
-    values: dict[str, str] = {}
-    for word in text.split(","):
-        key, equals, value = word.partition("=")
-        if key not in {"cid", "path"} or not equals or not value or key in values:
-            raise OffmapError(f"--vsock has no option {word!r}", _REMEDY)
-        values[key] = value
-    if "path" not in values:
-        raise OffmapError(f"--vsock {text} does not say where the host's programs connect", _REMEDY)
-    cid = values.get("cid", str(VMADDR_CID_HOST + 1))
-    if not cid.isdecimal() or len(cid) > 10 or not VMADDR_CID_HOST < int(cid) < VMADDR_CID_ANY:
-        raise OffmapError(f"a guest's context id cannot be {cid!r}", f"give a number from {VMADDR_CID_HOST + 1} up")
-    path = Path(values["path"])
+    with Options(text, "--vsock", _REMEDY) as options:
+        path = options.text("path", None, Path)
+        if path is None:
+            options.refuse("it does not say where the host's programs connect")
+        cid = options.number("cid", VMADDR_CID_HOST + 1, VMADDR_CID_HOST + 1, VMADDR_CID_ANY - 1)
     check_path(path)
-    return VsockSpec(int(cid), path)
+    return VsockSpec(cid, path)

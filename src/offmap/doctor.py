@@ -63,9 +63,9 @@ def _examine(name: str) -> Diagnosis:
                 result = audit_process(os.getpid(), ranges=ranges)
             except Undetermined as error:
                 health = Health.UNVERIFIED if backend.hides else Health.PLAIN
-                return Diagnosis(name, backend.hides, health, f"not audited: {error.what}", error.remedy)
+                return Diagnosis(name, backend.hides, health, f"not audited: {error.reason}", error.remedy)
     except OffmapError as error:
-        return Diagnosis(name, backend.hides, Health.REFUSED, error.what, error.remedy)
+        return Diagnosis(name, backend.hides, Health.REFUSED, error.reason, error.remedy)
     return Diagnosis(name, backend.hides, _health(result), _what_was_seen(result))
 
 

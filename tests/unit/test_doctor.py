@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from offmap.audit.verdict import PageCounts, Verdict
-from offmap.compare.doctor import Diagnosis, Health, _health, exit_status
+from offmap.doctor import Diagnosis, Health, _health, exit_status
 from offmap.errors import ExitStatus
 
 
