@@ -1,4 +1,4 @@
-"""How many disposable hosts at a time this machine has processors and memory for."""
+"""How many disposable hosts this machine can run at a time, by its processors and memory."""
 
 import os
 import re

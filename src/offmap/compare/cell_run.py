@@ -1,6 +1,7 @@
-"""Running one cell: a disposable host of its own, the measuring program in it, and whatever comes of them.
+"""Running one cell: a disposable host of its own, and the measuring program in it.
 
-An oops, a panic or a hang of the host ends the cell with the answers that it had by then; none is an exception here.
+An oops, a panic or a hang of the host ends the cell, which keeps the answers that it had by then. None of them is an
+exception here.
 """
 
 import os
@@ -83,7 +84,7 @@ class CellTask:
 
 @dataclass(slots=True)
 class _End:
-    """How it ended, as far as the host tells; the program's own word is in the transcript."""
+    """How the cell ended, as far as the host tells. What the program says is in the transcript."""
 
     outcome: CellOutcome | None = None
     reason: str = ""
@@ -113,7 +114,7 @@ def kernels_of(spec: CellSpec, report: Report, modules: Path | None = None) -> t
 
 
 def run_cell(task: CellTask, report: Report = lambda _: None) -> CellResult:
-    """Run one cell to its end, whatever that is; gives its result.
+    """Run one cell to its end, and return its result, whatever the end was.
 
     Args:
         report: takes its stages, from any thread.
@@ -137,7 +138,7 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> CellResult:
                     initrd.write_bytes(probe_initramfs(guest.modules))
                 job = Job(task.spec, str(guest.vmlinuz), str(initrd), folder, task.how.boots, task.how.preset)
                 argv = [sys.executable, *task.how.program, msgspec.json.encode(job).decode()]
-                began = time.monotonic()  # what had to be downloaded or built is not the cell's time
+                began = time.monotonic()  # downloads and builds are not the cell's time
                 if job.native:
                     _run_native(task, argv, transcript, cell, end)
                 else:
@@ -151,7 +152,7 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> CellResult:
             if not end.console and isinstance(error, LabEnded):
                 end.console = error.console
     if inputs and inputs["code"] != (now := code_digest()):
-        inputs["code"] += f"-{now}"  # of neither; the disposable host reads it as it goes
+        inputs["code"] += f"-{now}"  # neither state was measured: the disposable host reads the code as it goes
     return _result(task, transcript.said(), end, inputs, time.monotonic() - began)
 
 
@@ -241,7 +242,7 @@ def _load(host: LabHost, module: Path) -> None:
 
 
 def _judge(status: int, complaint: str, said: Said, end: _End) -> None:
-    """How the program's own word and its end go together."""
+    """Judge the outcome from what the program said and how it ended."""
     if said.complaint:
         end.outcome, end.reason = CellOutcome.FAILED, said.complaint
     elif said.outcome is None or status != ExitStatus.DONE:
@@ -271,7 +272,7 @@ def _result(task: CellTask, said: Said, end: _End, inputs: dict[str, str], secon
 
 
 def _complaints(console: str) -> str:
-    """What the host's kernel complained of while it went on, from the first complaint; empty if of nothing."""
+    """The console from the kernel's first complaint on; empty if there was none."""
     lines = console.splitlines()
     first = next((number for number, line in enumerate(lines) if _COMPLAINT.search(line)), len(lines))
     return "\n".join(lines[first : first + _COMPLAINT_LINES])

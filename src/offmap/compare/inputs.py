@@ -1,4 +1,4 @@
-"""What the outcome of a cell depends on, as digests: where one differs, an earlier result is not one of this cell."""
+"""What the result of a cell depends on, as digests. Where one differs, an earlier result is not used again."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,7 @@ _NO_PART = (
     *("report/", "compare/report/", "cli/compare"),
     *("compare/scheduler.py", "compare/store.py", "compare/cluster.py"),
 )
-"""Of the package, what shows or schedules and does not measure."""
+"""Parts of the package that show or schedule, and measure nothing."""
 
 _NAMES = {
     "code": "the code",
@@ -34,7 +34,7 @@ _RUNNING = ("version", "cmdline")
 
 
 def code_digest() -> str:
-    """Of all that measures: offmap's own code, and its kernel module's, as they are on the disk now.
+    """The digest of all that measures: offmap's code and its kernel module's, as they are on the disk now.
 
     Raises:
         OffmapError: this installation has no sources of the module.
@@ -51,7 +51,7 @@ def code_digest() -> str:
 
 
 def kernel_digest(kernel: HostKernel) -> str:
-    """Of a kernel's image; of one that somebody built, also of its modules (by size and time)."""
+    """The digest of a kernel's image; for one that somebody built, also of its modules (by size and time)."""
     if kernel.name == NATIVE:  # its image may lie anywhere; what it refuses depends on how it was booted
         return hashlib.sha256(b"".join(Path(f"/proc/{name}").read_bytes() for name in _RUNNING)).hexdigest()[:_DIGITS]
     if kernel.name.startswith("patched:"):
@@ -65,7 +65,7 @@ def kernel_digest(kernel: HostKernel) -> str:
 
 
 def module_state(kernel: HostKernel) -> str:
-    """Whether a host with that kernel can have the offmap module: a refusal for want of it holds until that changes."""
+    """Whether a host with that kernel can have the offmap module. A refusal for want of it holds until that changes."""
     if kernel.name == NATIVE:
         loaded = loaded_module()
         return loaded.srcversion if loaded else "not loaded"
@@ -93,6 +93,6 @@ def inputs_of(host: HostKernel, guest: HostKernel) -> dict[str, str]:
 
 
 def difference(then: dict[str, str], now: dict[str, str]) -> str:
-    """What has changed, as a reader calls it (``the code and the host kernel``); empty if nothing has."""
+    """What has changed, in words (``the code and the host kernel``); empty if nothing has."""
     changed = dict.fromkeys(_NAMES[name] for name in _NAMES if then.get(name) != now.get(name))
     return " and ".join(changed)

@@ -1,4 +1,4 @@
-"""Measuring on this machine's own kernel: the same program, without a disposable host around it."""
+"""Measuring on this machine's own kernel: the same program, without a disposable host."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""The cells that this process is running, so that they can be ended: none outlives the comparison that wanted it."""
+"""The cells that this process runs, so that they can be ended: none outlives its comparison."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ class CellStopped(OffmapError):
 
 
 class RunningCell:
-    """One of them.
+    """A cell that runs.
 
     Attributes:
         run: the comparison it belongs to.
@@ -29,7 +29,7 @@ class RunningCell:
         self._end: Callable[[], None] | None = None
 
     def ends_by(self, end: Callable[[], None]) -> None:
-        """Have `end` called by `stop_cells`, or now if that has been called already."""
+        """Let `stop_cells` call `end`, or call it now if the comparison was stopped already."""
         with _lock:
             self._end = end
             stopped = self.run in _stopped
@@ -37,10 +37,10 @@ class RunningCell:
             end()
 
     def check(self) -> None:
-        """Go on only if nobody has stopped it.
+        """Return if the comparison still runs.
 
         Raises:
-            CellStopped: somebody has.
+            CellStopped: it was stopped.
         """
         with _lock:
             if self.run in _stopped:
@@ -56,10 +56,10 @@ class RunningCell:
 
 @contextmanager
 def running_cell(run: str) -> Iterator[RunningCell]:
-    """One more cell of comparison `run`.
+    """Register a cell of comparison `run` for as long as it runs.
 
     Raises:
-        CellStopped: that has been ended.
+        CellStopped: the comparison was stopped.
     """
     cell = RunningCell(run)
     cell.check()
@@ -73,7 +73,7 @@ def running_cell(run: str) -> Iterator[RunningCell]:
 
 
 def stop_cells(run: str) -> int:
-    """End all cells of comparison `run` in this process, and start none of it any more; how many there were."""
+    """End all cells of comparison `run` in this process, and let no other start; returns how many there were."""
     with _lock:
         _stopped.add(run)
         cells = list(_cells.get(run, ()))

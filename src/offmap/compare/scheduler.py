@@ -24,7 +24,7 @@ from offmap.lab.kernel import HostKernel
 __all__ = ["Pool", "Scheduler", "first_failure", "local_pool"]
 
 LOSSES = 3
-"""How often a cell's worker may be lost before the cell itself is taken for what kills workers."""
+"""After so many lost workers, the cell itself is taken to be what kills them."""
 
 _LOOK_SECONDS = 30.0  # how often a cluster is asked whether it has any workers left
 
@@ -41,13 +41,13 @@ class Pool(Protocol):
         """How many, at present."""
 
     def call(self, events: Events, /) -> Callable[[CellTask], CellResult]:
-        """What to give the executor; events of a running cell go to `events`, if they can be had."""
+        """The function for the executor. It passes the events of a running cell to `events`, where it can."""
 
     def check(self) -> None:
-        """See that there is somebody left to run them.
+        """Return if there is a worker left.
 
         Raises:
-            OffmapError: there is nobody.
+            OffmapError: there is none.
         """
 
     def stop(self, run: str) -> None:
@@ -55,7 +55,7 @@ class Pool(Protocol):
 
 
 class _Threads:
-    """This machine: a thread for each cell that runs, which waits for the QEMU of its disposable host."""
+    """This machine: one thread for each running cell, which waits for the QEMU of its disposable host."""
 
     def __init__(self, executor: Executor, jobs: int) -> None:
         self.executor = executor
@@ -98,7 +98,7 @@ class Scheduler:
         self.run_id = uuid.uuid4().hex
 
     def missing(self, specs: Sequence[CellSpec]) -> tuple[dict[CellSpec, CellResult], list[CellSpec]]:
-        """What is done from before, and what there is to run; gets all their kernels first.
+        """The results from before that count, and the cells that are left to run. Gets all their kernels first.
 
         Raises:
             OffmapError: a kernel cannot be had.
@@ -177,7 +177,7 @@ class Scheduler:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether it tells of the worker's end, and not of a fault in offmap."""
+    """Whether the error says that a worker was lost, and is no fault of offmap's."""
     names = {cls.__name__ for cls in type(error).__mro__}
     return bool(names & {"CancelledError", "BrokenExecutor", "KilledWorker", "CommClosedError", "CellStopped"})
 

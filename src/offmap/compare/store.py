@@ -31,7 +31,7 @@ def read_cell(path: Path) -> CellResult:
 
 
 class Store(Owned):
-    """An output folder that no other comparison writes to; a context manager that lets go of it.
+    """An output folder that no other comparison writes to; a context manager that releases it.
 
     Args:
         out: made if it does not exist.
@@ -69,16 +69,16 @@ class Store(Owned):
             raise OffmapError(f"cannot write to {out}: {error.strerror}", "make room, or give another --out") from None
 
     def path(self, spec: CellSpec) -> Path:
-        """Where a cell is kept."""
+        """The file of a cell."""
         return self.cells / f"{spec.key}.json"
 
     def done(
         self, spec: CellSpec, inputs: dict[str, str], deadline: float, boots: int = 1
     ) -> tuple[CellResult | None, str]:
-        """What there is of a cell from an earlier run, if it counts, and why it does not, if there is something.
+        """The result of a cell from an earlier run, or None and why it is run again (empty if there is none).
 
-        It counts if it is whole, and made from the same code and kernels. A cell that failed, had less time than it
-        would have now, or timed fewer boots, is run again.
+        A result counts if it is whole and made from the same code and kernels. A cell that failed, had less time than
+        now, or timed fewer boots, is run again.
         """
         try:
             found = read_cell(self.path(spec))
@@ -99,7 +99,7 @@ class Store(Owned):
         return found, ""
 
     def put(self, result: CellResult) -> None:
-        """Keep what came of a cell.
+        """Keep the result of a cell.
 
         Raises:
             OffmapError: it cannot be written.
@@ -119,7 +119,7 @@ class Store(Owned):
         self._ended.add(key)
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         self._lock.close()
 
 

@@ -108,7 +108,7 @@ def _vsock_listener(guest: LiveGuest) -> Iterator[socket.socket]:
 
 
 def vsock(guest: LiveGuest) -> Answer:
-    """The same, over vsock."""
+    """Send random bytes to the guest over vsock, and let it send them back."""
     id = "works.vsock"
     with _vsock_listener(guest) as listener, attempt(echo_peer, listener, MIB) as echoed:
         guest.command(f"echo vsock {VSOCK_PORT}")

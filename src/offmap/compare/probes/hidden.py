@@ -116,7 +116,7 @@ def look_beside(guest: LiveGuest, control: LiveGuest, secrets: Secrets) -> Look:
 
 
 def _look_at_control(control: LiveGuest, secrets: Secrets, audit: AuditResult | None = None) -> Look:
-    """Scan beside the plain guest; the audit is the plain guest's where there is no other.
+    """Scan for the secrets of both guests. Without `audit`, the look has the plain guest's.
 
     Raises:
         Undetermined: this host does not let itself be looked at.

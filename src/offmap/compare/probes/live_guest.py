@@ -103,7 +103,7 @@ class LiveGuest(VmProcess):
         return self._answer(line, start, seconds)
 
     def value(self, line: str, seconds: float = PATIENCE) -> float:
-        """The same, where the only result is one number."""
+        """Have the program do something whose only result is one number; returns that."""
         results = self.command(line, seconds)
         if len(results) != 1 or len(results[0]) != 1:
             raise ProbeError(f"the guest answered {line!r} with {results!r}")

@@ -59,7 +59,7 @@ def feature(guest: LiveGuest, id: str) -> Answer:
 
 
 def steal_time(guest: LiveGuest) -> Answer:
-    """The same, and then that it counts: the guest and a process of the host want the one CPU at the same time."""
+    """Whether the guest has enabled steal time and sees it count, while processes of the host want its CPU too."""
     answer = feature(guest, "works.steal_time")
     if answer.value is not True:
         return answer
@@ -132,7 +132,7 @@ def register_pvclock(backend: Backend, size: int) -> str:
     does not return, as the host oopses.
 
     Returns:
-        What came of it.
+        What KVM did, in words.
     """
     page = 0x2000
     with Kvm() as kvm, kvm.create_vm() as vm, backend.guest_memory(vm, size) as memory:

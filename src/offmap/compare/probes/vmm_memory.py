@@ -1,4 +1,4 @@
-"""The VMM's memory as /proc/PID/smaps has it: the guest's RAM in it, and its own."""
+"""The memory of a VMM, by /proc/PID/smaps: its guest's RAM, and its own."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ def resident_kib(pid: int, ranges: Sequence[RamRange]) -> int:
 
 
 def own_kib(pid: int, ranges: Sequence[RamRange]) -> int:
-    """KiB of all the rest of it.
+    """KiB of everything else that the process has resident.
 
     Raises:
         OffmapError: it has ended.

@@ -1,4 +1,4 @@
-"""A conclusion per host kernel, written from the data by rules: what hides, what it loses, what is not known."""
+"""One conclusion for each host kernel, written by rules: what hides, what it loses, what is not known."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from offmap.compare.cell_result import CellResult
 from offmap.compare.kinds import BASELINE, kind_names
 from offmap.compare.questions import CATALOGUE, MIN_PAIRS, Answer, Group, Question
-from offmap.compare.report.standing import (
+from offmap.compare.report.status import (
     KindFinding,
-    Standing,
+    Status,
     finding_of,
     least_lost,
-    standing_of,
+    status_of,
     why_undetermined,
 )
 from offmap.compare.report.words import TIMES, number, release_of, short_kernel
@@ -49,7 +49,7 @@ class Conclusion:
 def conclude(results: Sequence[CellResult]) -> list[Conclusion]:
     """One for each host kernel, in the order in which they come."""
     kernels = dict.fromkeys(result.spec.host_kernel for result in results)
-    return [_of(kernel, [cell for cell in results if cell.spec.host_kernel == kernel]) for kernel in kernels]
+    return [_conclusion(kernel, [cell for cell in results if cell.spec.host_kernel == kernel]) for kernel in kernels]
 
 
 def kinds_of(results: Sequence[CellResult]) -> list[str]:
@@ -58,7 +58,7 @@ def kinds_of(results: Sequence[CellResult]) -> list[str]:
     return [*kind_names(), *sorted(run - set(kind_names()))]
 
 
-def _of(kernel: str, cells: Sequence[CellResult]) -> Conclusion:
+def _conclusion(kernel: str, cells: Sequence[CellResult]) -> Conclusion:
     plain = [cell for cell in cells if cell.spec.backend == BASELINE]
     findings = tuple(
         finding_of(kind, [cell for cell in cells if cell.spec.backend == kind], plain) for kind in kinds_of(cells)
@@ -75,8 +75,8 @@ def _of(kernel: str, cells: Sequence[CellResult]) -> Conclusion:
     )
 
 
-def _with(findings: Sequence[KindFinding], *standings: Standing) -> list[str]:
-    return [finding.backend for finding in findings if finding.standing in standings]
+def _with(findings: Sequence[KindFinding], *statuses: Status) -> list[str]:
+    return [finding.backend for finding in findings if finding.status in statuses]
 
 
 def list_words(words: Sequence[str], last: str = "and") -> str:
@@ -87,9 +87,9 @@ def list_words(words: Sequence[str], last: str = "and") -> str:
 
 
 def _answer(findings: Sequence[KindFinding]) -> str:
-    hide = _with(findings, Standing.HIDES)
-    partly = _with(findings, Standing.PARTLY)
-    open_ = _with(findings, Standing.UNDETERMINED, Standing.FAILED, Standing.DEADLINE)
+    hide = _with(findings, Status.HIDES)
+    partly = _with(findings, Status.PARTLY)
+    open_ = _with(findings, Status.UNDETERMINED, Status.FAILED, Status.DEADLINE)
     if hide:
         said = f"{list_words(hide)} {'boots and hides' if len(hide) == 1 else 'boot and hide'} all guest RAM"
     elif partly:
@@ -102,14 +102,14 @@ def _answer(findings: Sequence[KindFinding]) -> str:
         said += f"; {list_words(partly)} in some settings"
     if open_:
         said += f"; of {list_words(open_)} it could not be determined"
-    oops = _with(findings, Standing.OOPS)
+    oops = _with(findings, Status.OOPS)
     if oops:
         said += f"; {list_words(oops)} brought the host down"
     return f"{said[0].upper()}{said[1:]}." if said.startswith("Nothing") else f"{said}."
 
 
 def _choice(findings: Sequence[KindFinding]) -> str:
-    hide = [finding for finding in findings if finding.standing is Standing.HIDES]
+    hide = [finding for finding in findings if finding.status is Status.HIDES]
     if not hide:
         return ""
     titles = {finding.backend: titles_of(finding.lost) for finding in hide}
@@ -152,11 +152,11 @@ _NOUNS = {
     "breaks.hibernation": "the host's hibernation",
     "breaks.kexec": "kexec",
 }
-"""What is lost where the question's own statement does not hold; the other titles are nouns already."""
+"""Names of what is lost where a question's statement does not hold. The other titles are nouns already."""
 
 
 def titles_of(ids: Iterable[str]) -> list[str]:
-    """As things to be had or lost."""
+    """Names of what these questions ask for, as things that can be lost."""
     return [_NOUNS.get(id, CATALOGUE[id].title) for id in ids]
 
 
@@ -164,29 +164,29 @@ def _unsettled(findings: Sequence[KindFinding]) -> list[str]:
     lines = []
     for finding in findings:
         for cell in finding.cells:
-            standing = standing_of(cell)
+            status = status_of(cell)
             where = f"{cell.spec.title}"
-            if standing is Standing.UNDETERMINED:
+            if status is Status.UNDETERMINED:
                 lines.append(f"{where}: {'; '.join(why_undetermined(cell)[:3])}")
-            elif standing in {Standing.FAILED, Standing.DEADLINE}:
-                lines.append(f"{where}: {standing.word}: {cell.reason}")
-    none = Counter(id for finding in findings if finding.standing is Standing.HIDES for id in finding.undetermined)
-    hide = [finding for finding in findings if finding.standing is Standing.HIDES]
+            elif status in {Status.FAILED, Status.DEADLINE}:
+                lines.append(f"{where}: {status.word}: {cell.reason}")
+    none = Counter(id for finding in findings if finding.status is Status.HIDES for id in finding.undetermined)
+    hide = [finding for finding in findings if finding.status is Status.HIDES]
     for id, count in none.items():
         of = [finding.backend for finding in hide if id in finding.undetermined]
         who = "all that hide" if count == len(hide) and count > 1 else list_words(of)
         why = dict.fromkeys(finding.undetermined[id] for finding in hide if id in finding.undetermined)
         lines.append(f"{titles_of([id])[0]}, of {who}: {'; '.join(why)}")
-    not_run = _with(findings, Standing.NOT_RUN)
+    not_run = _with(findings, Status.NOT_RUN)
     if not_run:
         lines.append(f"not run on this kernel: {list_words(not_run)}")
     return lines
 
 
 def cost_of(finding: KindFinding, asked: Question) -> str:
-    """In few words: the range of the medians over the cells that hide (all, where none does).
+    """The range of the medians over the cells that hide (over all, where none does), with its unit.
 
-    A ratio that cannot be told from what plain RAM shows against itself has NOISE before it.
+    NOISE stands before a ratio that is no farther from 1 than plain RAM is from itself.
     """
     cells = finding.hiding or finding.cells
     answers = [(cell, cell.answer(asked.id)) for cell in cells]

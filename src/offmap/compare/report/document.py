@@ -19,7 +19,7 @@ from offmap.compare.questions import CATALOGUE, Answer, Question, Ratio
 from offmap.compare.report.conclude import Conclusion, conclude
 from offmap.compare.report.notes import notes_of
 from offmap.compare.report.repeat import commands_of, missing_of
-from offmap.compare.report.standing import Standing, standing_of
+from offmap.compare.report.status import Status, status_of
 
 __all__ = ["SCHEMA", "CompareDocument", "PublishedCell", "compare_document", "compare_schema"]
 
@@ -37,7 +37,7 @@ class PublishedCell(CellResult, frozen=True, kw_only=True, dict=True, tag=CELL_S
 
     answers: tuple[PublishedAnswer, ...] = ()
     key: str
-    standing: Standing
+    status: Status = msgspec.field(name="standing")
 
 
 class PublishedFinding(Struct, frozen=True):
@@ -51,7 +51,7 @@ class PublishedFinding(Struct, frozen=True):
     """
 
     backend: str
-    standing: Standing
+    status: Status = msgspec.field(name="standing")
     cells: int
     hiding: int
     lost: dict[str, str]
@@ -133,7 +133,7 @@ def _conclusion(one: Conclusion) -> PublishedConclusion:
     kinds = tuple(
         PublishedFinding(
             finding.backend,
-            finding.standing,
+            finding.status,
             len(finding.cells),
             len(finding.hiding),
             dict(finding.lost),
@@ -149,6 +149,6 @@ def _cell(result: CellResult) -> PublishedCell:
         "answers": tuple(PublishedAnswer(**asdict(answer) | {"ratio": answer.ratio}) for answer in result.answers),
         "host": replace(result.host, name=""),
         "key": result.spec.key,
-        "standing": standing_of(result),
+        "status": status_of(result),
     }
     return PublishedCell(**fields)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from offmap.compare.cell_result import CellResult
 from offmap.compare.report.conclude import NOISE
 from offmap.compare.report.page import KindRow, Page, SettingView, TableCell, page_of
-from offmap.compare.report.standing import Standing
+from offmap.compare.report.status import Status
 from offmap.compare.report.words import TIMES
 from offmap.report.decode import plain
 
@@ -31,8 +31,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     return [*lines, *(f"| {' | '.join(_text(value) for value in row)} |" for row in rows), ""]
 
 
-def _standing(standing: Standing) -> str:
-    return f"{standing.symbol} {standing.word}"
+def _status(status: Status) -> str:
+    return f"{status.symbol} {status.word}"
 
 
 def _lines(page: Page) -> Iterable[str]:
@@ -53,7 +53,7 @@ def _lines(page: Page) -> Iterable[str]:
             yield _text(one.choice)
             yield ""
         costs = [title + _mark(page, blurred) for title, blurred in view.costs]
-        head = ["guest RAM", "standing", "lost, where plain RAM has it", "not determined", *costs]
+        head = ["guest RAM", "result", "lost, where plain RAM has it", "not determined", *costs]
         yield from _table(head, (_row(row) for row in view.rows))
         if one.unsettled:
             yield "What could not be determined:"
@@ -67,11 +67,11 @@ def _lines(page: Page) -> Iterable[str]:
     yield ""
     if page.overview:
         yield "## Kernels beside each other"
-        rows = ([name, *map(_standing, standings)] for name, _, standings in page.overview.rows)
+        rows = ([name, *map(_status, statuses)] for name, _, statuses in page.overview.rows)
         yield from _table(["host kernel", *page.overview.kinds], rows)
     if page.apart:
         yield "## Refusals, oopses, and cells that did not get to their end"
-        rows = ([_standing(standing), title, reason] for standing, title, reason, _ in page.apart)
+        rows = ([_status(status), title, reason] for status, title, reason, _ in page.apart)
         yield from _table(["outcome", "cell", "in its own words"], rows)
     if page.missing:
         yield f"Not run, of this matrix: {len(page.missing)} cells."
@@ -93,7 +93,7 @@ def _lines(page: Page) -> Iterable[str]:
         yield f"- {_text(name)}: " + "; ".join(f"{_text(key)} {_text(value)}" for key, value in facts)
     yield ""
     yield "## What the words mean"
-    yield from (f"- {symbol} {word}: {meaning}" for symbol, word, meaning in page.standings)
+    yield from (f"- {symbol} {word}: {meaning}" for symbol, word, meaning in page.statuses)
 
 
 def _mark(page: Page, blurred: bool) -> str:
@@ -101,10 +101,10 @@ def _mark(page: Page, blurred: bool) -> str:
 
 
 def _row(row: KindRow) -> list[str]:
-    standing = _standing(row.standing) + (f", {row.cells}" if row.cells else "")
+    status = _status(row.status) + (f", {row.cells}" if row.cells else "")
     if row.lost is None or row.open is None:
-        return [row.kind, standing, row.why, *[""] * (len(row.costs) + 1)]
-    return [row.kind, standing, row.lost, row.open, *row.costs]
+        return [row.kind, status, row.why, *[""] * (len(row.costs) + 1)]
+    return [row.kind, status, row.lost, row.open, *row.costs]
 
 
 def _setting(page: Page, setting: SettingView) -> Iterable[str]:

@@ -10,7 +10,7 @@ from offmap.compare.report.conclude import COSTS, Conclusion, conclude, cost_of,
 from offmap.compare.report.notes import notes_of
 from offmap.compare.report.plot import Plot, ratio_plot
 from offmap.compare.report.repeat import commands_of, facts_of, missing_of
-from offmap.compare.report.standing import KindFinding, Standing, standing_of
+from offmap.compare.report.status import KindFinding, Status, status_of
 from offmap.compare.report.words import Said, number, said, short_kernel
 from offmap.compare.spec import CellSpec
 
@@ -36,7 +36,7 @@ class KindRow:
     """One kind of RAM in a conclusion's table; `lost` and `open` are None where no guest of it came to its end."""
 
     kind: str
-    standing: Standing
+    status: Status
     cells: str
     href: str
     why: str
@@ -62,10 +62,10 @@ class ConclusionView:
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """Kernels beside each other: name, release, and the standing of each kind."""
+    """Kernels beside each other: name, release, and the status of each kind."""
 
     kinds: list[str]
-    rows: list[tuple[str, str, list[Standing]]]
+    rows: list[tuple[str, str, list[Status]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +83,13 @@ class SettingView:
 
     Attributes:
         open: whether it is shown at first.
-        columns: kind, standing, and where it leads.
+        columns: kind, status, and where it leads.
         groups: title, and its questions with the answer of each column.
     """
 
     title: str
     open: bool
-    columns: list[tuple[str, Standing, str]]
+    columns: list[tuple[str, Status, str]]
     groups: list[tuple[str, list[tuple[Question, list[TableCell | None]]]]]
     plots: list[Plot]
 
@@ -112,7 +112,7 @@ class CellView:
 
     result: CellResult
     anchor: str
-    standing: Standing
+    status: Status
     asked: str
     oops: str
     console: str
@@ -128,9 +128,9 @@ class Page:
     """All that a template needs.
 
     Attributes:
-        apart: standing, title, reason and place of each cell that did not get to its end.
+        apart: status, title, reason and place of each cell that did not get to its end.
         emulation: what emulation cannot show, with the titles of the questions that it touches.
-        standings: symbol, word and meaning of each.
+        statuses: symbol, word and meaning of each.
     """
 
     title: str
@@ -143,14 +143,14 @@ class Page:
     conclusions: list[ConclusionView]
     overview: Overview | None
     settings: list[SettingView]
-    apart: list[tuple[Standing, str, str, str]]
+    apart: list[tuple[Status, str, str, str]]
     cells: list[CellView]
     missing: list[str]
     notes: list[str]
     facts: list[tuple[str, list[tuple[str, str]]]]
     commands: list[str]
     emulation: list[tuple[str, str]]
-    standings: list[tuple[str, str, str]]
+    statuses: list[tuple[str, str, str]]
 
 
 def page_of(results: Sequence[CellResult]) -> Page:
@@ -175,21 +175,21 @@ def page_of(results: Sequence[CellResult]) -> Page:
         facts=facts_of(results),
         commands=commands_of(results),
         emulation=_emulation() if emulated else [],
-        standings=[(each.symbol, each.word, _MEANING[each]) for each in Standing],
+        statuses=[(each.symbol, each.word, _MEANING[each]) for each in Status],
     )
 
 
 _MEANING = {
-    Standing.HIDES: "it booted, and the audit found no page of its RAM mapped by the host kernel, after boot and after "
+    Status.HIDES: "it booted, and the audit found no page of its RAM mapped by the host kernel, after boot and after "
     "I/O; no secret was found, and the same scan found all those of a plain guest",
-    Standing.PARTLY: "in some of the settings, and in none exposed",
-    Standing.EXPOSED: "the host kernel maps at least one page, or a secret was read through its mappings",
-    Standing.UNDETERMINED: "a piece of the evidence is missing; never counted as hidden",
-    Standing.REFUSED: "this host kernel, or offmap, does not run a guest on it; the reason is given",
-    Standing.OOPS: "the host kernel came to its end; its own words are given",
-    Standing.FAILED: "the measurement did not get to its end; what it had answered by then is shown",
-    Standing.DEADLINE: "the same, for want of time",
-    Standing.NOT_RUN: "nobody asked",
+    Status.PARTLY: "in some of the settings, and in none exposed",
+    Status.EXPOSED: "the host kernel maps at least one page, or a secret was read through its mappings",
+    Status.UNDETERMINED: "a piece of the evidence is missing; never counted as hidden",
+    Status.REFUSED: "this host kernel, or offmap, does not run a guest on it; the reason is given",
+    Status.OOPS: "the host kernel came to its end; its own words are given",
+    Status.FAILED: "the measurement did not get to its end; what it had answered by then is shown",
+    Status.DEADLINE: "the same, for want of time",
+    Status.NOT_RUN: "nobody asked",
 }
 
 
@@ -216,10 +216,10 @@ def _outcomes(results: Sequence[CellResult]) -> str:
 
 
 def _conclusion(one: Conclusion) -> ConclusionView:
-    found = sorted((finding for finding in one.findings if finding.cells), key=lambda each: _ORDER.index(each.standing))
+    found = sorted((finding for finding in one.findings if finding.cells), key=lambda each: _ORDER.index(each.status))
     return ConclusionView(
         one,
-        any(finding.standing is Standing.HIDES for finding in found),
+        any(finding.status is Status.HIDES for finding in found),
         [(title, bool(CATALOGUE[id].emulation)) for id, title in _SHOWN_COSTS.items()],
         [_kind_row(finding) for finding in found],
     )
@@ -230,10 +230,10 @@ def _kind_row(finding: KindFinding) -> KindRow:
     ran = any(cell.outcome is CellOutcome.BOOTED for cell in cells)
     return KindRow(
         finding.backend,
-        finding.standing,
+        finding.status,
         _count(cells, finding.hiding),
         anchor(cells[0].spec),
-        _why(cells, finding.standing),
+        _why(cells, finding.status),
         _titles(finding.lost) if ran else None,
         _titles(finding.undetermined) if ran else None,
         [cost_of(finding, CATALOGUE[id]) for id in _SHOWN_COSTS],
@@ -241,15 +241,15 @@ def _kind_row(finding: KindFinding) -> KindRow:
 
 
 _ORDER = (
-    Standing.HIDES,
-    Standing.PARTLY,
-    Standing.UNDETERMINED,
-    Standing.FAILED,
-    Standing.DEADLINE,
-    Standing.OOPS,
-    Standing.EXPOSED,
-    Standing.REFUSED,
-    Standing.NOT_RUN,
+    Status.HIDES,
+    Status.PARTLY,
+    Status.UNDETERMINED,
+    Status.FAILED,
+    Status.DEADLINE,
+    Status.OOPS,
+    Status.EXPOSED,
+    Status.REFUSED,
+    Status.NOT_RUN,
 )
 """Of a conclusion's rows: what can be chosen first."""
 
@@ -268,11 +268,11 @@ def _count(cells: Sequence[CellResult], hiding: Sequence[CellResult]) -> str:
     return f"hides in {len(hiding)} of {len(cells)} settings" if hiding else f"{len(cells)} settings"
 
 
-def _why(cells: Sequence[CellResult], standing: Standing) -> str:
+def _why(cells: Sequence[CellResult], status: Status) -> str:
     """Of what did not boot: the first reason."""
-    if standing in {Standing.HIDES, Standing.EXPOSED}:
+    if status in {Status.HIDES, Status.EXPOSED}:
         return ""
-    return next((cell.reason for cell in cells if cell.reason and standing_of(cell) is standing), "")
+    return next((cell.reason for cell in cells if cell.reason and status_of(cell) is status), "")
 
 
 def _overview(conclusions: Sequence[Conclusion]) -> Overview | None:
@@ -282,8 +282,8 @@ def _overview(conclusions: Sequence[Conclusion]) -> Overview | None:
     kinds = [finding.backend for finding in conclusions[0].findings]
     rows = []
     for one in conclusions:
-        standings = {finding.backend: finding.standing for finding in one.findings}
-        rows.append((one.name, one.release, [standings[kind] for kind in kinds if kind in standings]))
+        statuses = {finding.backend: finding.status for finding in one.findings}
+        rows.append((one.name, one.release, [statuses[kind] for kind in kinds if kind in statuses]))
     return Overview(kinds, rows)
 
 
@@ -302,9 +302,7 @@ def _setting(cells: Sequence[CellResult], results: Sequence[CellResult], opened:
     refused = {
         result.spec.backend: result
         for result in results
-        if result.spec.host_kernel == host
-        and result.spec.backend not in here
-        and standing_of(result) is Standing.REFUSED
+        if result.spec.host_kernel == host and result.spec.backend not in here and status_of(result) is Status.REFUSED
     }
     columns = [(kind, here.get(kind)) for kind in kinds_of(results) if kind in here or kind in refused]
     booted = [cell for cell in cells if cell.answer("works.boot").value is True]
@@ -313,7 +311,7 @@ def _setting(cells: Sequence[CellResult], results: Sequence[CellResult], opened:
         + ("" if clock == "auto" else f", kvm-clock {clock}"),
         opened,
         [
-            (kind, standing_of(cell) if cell else Standing.REFUSED, anchor((cell or refused[kind]).spec))
+            (kind, status_of(cell) if cell else Status.REFUSED, anchor((cell or refused[kind]).spec))
             for kind, cell in columns
         ],
         [
@@ -340,10 +338,10 @@ def _table_cell(asked: Question, cell: CellResult | None) -> TableCell | None:
     return TableCell(said(asked, answer), anchor(cell.spec) + place, answer.reason or answer.detail)
 
 
-def _apart(result: CellResult) -> tuple[Standing, str, str, str]:
+def _apart(result: CellResult) -> tuple[Status, str, str, str]:
     lines = (line.strip() for line in result.reason.splitlines())
     reason = next((line for line in lines if line), "no reason was given")
-    return standing_of(result), result.spec.title, reason, anchor(result.spec)
+    return status_of(result), result.spec.title, reason, anchor(result.spec)
 
 
 def _cell(result: CellResult) -> CellView:
@@ -356,7 +354,7 @@ def _cell(result: CellResult) -> CellView:
     return CellView(
         result,
         place,
-        standing_of(result),
+        status_of(result),
         CATALOGUE[result.asked].title if result.asked in CATALOGUE else result.asked,
         result.oops[:CONSOLE],
         result.console[-CONSOLE:],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import Answer, Better, Question
-from offmap.compare.report.standing import Standing, standing_of
+from offmap.compare.report.status import Status, status_of
 from offmap.compare.report.words import TIMES, against, number
 
 __all__ = ["Plot", "ratio_plot"]
@@ -119,7 +119,7 @@ def _ticks(scale: _Scale) -> list[float]:
 
 def _row(at: int, cell: CellResult, answer: Answer, scale: _Scale) -> PlotRow:
     y = TOP + ROW * at + ROW / 2
-    name, hides, ratio = cell.spec.backend, standing_of(cell) is Standing.HIDES, answer.ratio
+    name, hides, ratio = cell.spec.backend, status_of(cell) is Status.HIDES, answer.ratio
     if ratio is None:
         text = "not measured" if answer.value is None else f"{number(float(answer.value))}; no spread"
         return PlotRow(y, name, hides, text, [])

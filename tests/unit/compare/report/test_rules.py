@@ -9,7 +9,7 @@ from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.kinds import kind_names
 from offmap.compare.questions import CATALOGUE, Answer, Kind
 from offmap.compare.report.conclude import NOISE, conclude, cost_of
-from offmap.compare.report.standing import LOSSES, Standing, finding_of, least_lost, standing_of, why_undetermined
+from offmap.compare.report.status import LOSSES, Status, finding_of, least_lost, status_of, why_undetermined
 from offmap.compare.report.words import TIMES
 
 from .compare_samples import PLAIN, cell, without
@@ -19,11 +19,11 @@ NOT_NEEDED = ("hidden.excluded_pages", "hidden.populated_pages", "hidden.scanned
 NEEDED = tuple(id for id in (*EVIDENCE, "works.boot") if id not in NOT_NEEDED)
 
 WEAKER = {
-    Standing.HIDES: {Standing.HIDES, Standing.PARTLY, Standing.UNDETERMINED},
-    Standing.PARTLY: {Standing.PARTLY, Standing.UNDETERMINED, Standing.FAILED, Standing.DEADLINE},
-    Standing.EXPOSED: set(Standing) - {Standing.HIDES, Standing.PARTLY},
+    Status.HIDES: {Status.HIDES, Status.PARTLY, Status.UNDETERMINED},
+    Status.PARTLY: {Status.PARTLY, Status.UNDETERMINED, Status.FAILED, Status.DEADLINE},
+    Status.EXPOSED: set(Status) - {Status.HIDES, Status.PARTLY},
 }
-"""What may become of a standing when answers are taken away; any other stays what it is."""
+"""What may become of a status when answers are taken away; any other stays what it is."""
 
 
 @st.composite
@@ -64,9 +64,9 @@ def and_less(draw: st.DrawFn, cells: list[CellResult]) -> list[CellResult]:
 def test_a_missing_answer_never_makes_a_cell_better(data: st.DataObject) -> None:
     full = data.draw(any_cell())
     (less,) = data.draw(and_less([full]))
-    before, after = standing_of(full), standing_of(less)
+    before, after = status_of(full), status_of(less)
     assert after is before or after in WEAKER.get(before, {before})
-    assert not (after is Standing.HIDES and before is not Standing.HIDES)
+    assert not (after is Status.HIDES and before is not Status.HIDES)
 
 
 @settings(max_examples=150)
@@ -78,8 +78,8 @@ def test_a_missing_answer_never_makes_a_conclusion_stronger(data: st.DataObject)
     (before,), (after,) = conclude(full), conclude(less)
     for was, now in zip(before.findings, after.findings, strict=True):
         # Where one cell is exposed and another hides, only the latter is left to be said once the proof is gone.
-        if was.standing is not Standing.EXPOSED:
-            assert now.standing is was.standing or now.standing in WEAKER.get(was.standing, {was.standing})
+        if was.status is not Status.EXPOSED:
+            assert now.status is was.status or now.status in WEAKER.get(was.status, {was.status})
         assert len(now.hiding) <= len(was.hiding)
     best_before, best_after = least_lost(before.findings), least_lost(after.findings)
     assert best_after is None or (best_before is not None and best_before.backend == best_after.backend)
@@ -97,15 +97,15 @@ def test_losses_are_never_fewer_for_what_is_not_known(data: st.DataObject) -> No
 
 
 def test_hides_if_all_the_evidence_says_so() -> None:
-    assert standing_of(cell("unplugged")) is Standing.HIDES and not why_undetermined(cell("unplugged"))
+    assert status_of(cell("unplugged")) is Status.HIDES and not why_undetermined(cell("unplugged"))
     for kind in PLAIN:
-        assert standing_of(cell(kind)) is Standing.EXPOSED
+        assert status_of(cell(kind)) is Status.EXPOSED
 
 
 @pytest.mark.parametrize("id", NEEDED)
 def test_each_piece_of_the_evidence_is_needed(id: str) -> None:
     less = without(cell("unplugged"), id)
-    assert standing_of(less) is Standing.UNDETERMINED
+    assert status_of(less) is Status.UNDETERMINED
     assert why_undetermined(less) == [f"{CATALOGUE[id].title}: not asked"]
 
 
@@ -125,7 +125,7 @@ def test_one_piece_against_it_is_enough_however_the_cell_ended(
     id: str, value: bool | float, outcome: CellOutcome
 ) -> None:
     found = cell("unplugged", outcome=outcome, answers={id: Answer(id, value, "seen")})
-    assert standing_of(found) is Standing.EXPOSED
+    assert status_of(found) is Status.EXPOSED
 
 
 @pytest.mark.parametrize(
@@ -133,12 +133,12 @@ def test_one_piece_against_it_is_enough_however_the_cell_ended(
 )
 def test_without_a_control_or_with_pages_unknown_nothing_is_hidden(id: str, value: bool | float) -> None:
     found = cell("unplugged", answers={id: Answer(id, value, "seen")})
-    assert standing_of(found) is Standing.UNDETERMINED
+    assert status_of(found) is Status.UNDETERMINED
 
 
 @pytest.mark.parametrize("outcome", [one for one in CellOutcome if one is not CellOutcome.BOOTED])
 def test_a_cell_that_did_not_get_to_its_end_does_not_hide(outcome: CellOutcome) -> None:
-    assert standing_of(cell("unplugged", outcome=outcome)).value == outcome.value
+    assert status_of(cell("unplugged", outcome=outcome)).value == outcome.value
 
 
 def test_of_several_cells() -> None:
@@ -150,17 +150,17 @@ def test_of_several_cells() -> None:
     clock = replace(oops, spec=replace(oops.spec, kvm_clock="on"))
     failed = cell("unplugged", outcome=CellOutcome.FAILED, vcpus=2)
     cases = [
-        ([good], Standing.HIDES),
-        ([good, bad], Standing.EXPOSED),
-        ([good, oops], Standing.OOPS),
-        ([good, clock], Standing.HIDES),  # which says why offmap does not offer it
-        ([clock], Standing.OOPS),
-        ([good, failed], Standing.PARTLY),
-        ([failed, clock], Standing.FAILED),
-        ([], Standing.NOT_RUN),
+        ([good], Status.HIDES),
+        ([good, bad], Status.EXPOSED),
+        ([good, oops], Status.OOPS),
+        ([good, clock], Status.HIDES),  # which says why offmap does not offer it
+        ([clock], Status.OOPS),
+        ([good, failed], Status.PARTLY),
+        ([failed, clock], Status.FAILED),
+        ([], Status.NOT_RUN),
     ]
-    for cells, standing in cases:
-        assert finding_of("unplugged", cells, []).standing is standing
+    for cells, status in cases:
+        assert finding_of("unplugged", cells, []).status is status
 
 
 def test_what_plain_ram_has_not_either_is_not_lost() -> None:

@@ -12,7 +12,7 @@ from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import CATALOGUE
 from offmap.compare.report.conclude import conclude, cost_of, titles_of
 from offmap.compare.report.document import CompareDocument, compare_document, compare_schema
-from offmap.compare.report.standing import KindFinding, Standing
+from offmap.compare.report.status import KindFinding, Status
 from offmap.compare.report.words import TIMES, number
 
 DOCS = Path(__file__).parents[4] / "docs"
@@ -36,7 +36,7 @@ def row(kernel: str, finding: KindFinding) -> str:
     """The line of the page's table."""
     ran = finding.hiding or [cell for cell in finding.cells if cell.outcome.value == "booted"]
     if not ran:
-        return f"| {kernel} | `{finding.backend}` | {finding.standing.word} | | | | |"
+        return f"| {kernel} | `{finding.backend}` | {finding.status.word} | | | | |"
     (one,) = ran
 
     def value(id: str) -> str:
@@ -48,7 +48,7 @@ def row(kernel: str, finding: KindFinding) -> str:
         lost += f"; not determined: {', '.join(titles_of(finding.undetermined))}"
     populate = cost_of(finding, CATALOGUE["costs.populate"])
     numbers = [value("hidden.excluded_pages"), populate, value("costs.direct_map_left")]
-    return f"| {kernel} | `{finding.backend}` | {finding.standing.word} | {lost} | {' | '.join(numbers)} |"
+    return f"| {kernel} | `{finding.backend}` | {finding.status.word} | {lost} | {' | '.join(numbers)} |"
 
 
 def rows() -> list[str]:
@@ -81,7 +81,7 @@ def test_what_it_calls_hiding_hides() -> None:
         (one.name, finding.backend)
         for one in conclude(results())
         for finding in one.findings
-        if finding.standing is Standing.HIDES
+        if finding.status is Status.HIDES
     }
     kinds = ("unplugged", "reserved", "secretmem-bridge", "qemu-unplugged")
     assert {("debian:6.12", kind) for kind in kinds} == {pair for pair in hides if pair[0] == "debian:6.12"}
@@ -91,7 +91,7 @@ def test_the_results_are_what_the_rules_make_of_them() -> None:
     jsonschema.Draft202012Validator(json.loads(compare_schema())).validate(json.loads(REPORT.read_bytes()))
     made = compare_document(results())
     assert made.conclusions == document().conclusions
-    assert [cell.standing for cell in made.cells] == [cell.standing for cell in document().cells]
+    assert [cell.status for cell in made.cells] == [cell.status for cell in document().cells]
 
 
 def test_the_results_name_nobody() -> None:

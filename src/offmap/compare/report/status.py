@@ -1,7 +1,7 @@
-"""What may be said of a kind of guest RAM on a kernel, from its cells: rules, and no more than they give.
+"""The status of a cell, and of a kind of guest RAM on a kernel: rules that follow from the answers.
 
-An answer that is missing is never taken for a good one. To be called hiding, a kind must have every piece of evidence;
-one piece against it is enough for the opposite. So an answer taken away can only make what is said weaker.
+A missing answer never counts as a good one. A kind hides only with every piece of evidence; one piece against it makes
+it exposed. So taking an answer away can only weaken a status.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,16 +14,16 @@ from offmap.compare.questions import CATALOGUE, Better, Group, Kind, Question
 __all__ = [
     "LOSSES",
     "KindFinding",
-    "Standing",
+    "Status",
     "finding_of",
     "least_lost",
-    "standing_of",
+    "status_of",
     "why_undetermined",
 ]
 
 
-class Standing(Enum):
-    """What may be said of a cell, or of all cells of one kind on one kernel."""
+class Status(Enum):
+    """The result of a cell, or of all cells of one kind on one kernel."""
 
     HIDES = "hides"
     PARTLY = "partly"  # of several cells only: some hide, none is exposed
@@ -47,15 +47,15 @@ class Standing(Enum):
 
 
 _WORDS = {
-    Standing.HIDES: ("●", "hides"),
-    Standing.PARTLY: ("◐", "hides in part"),
-    Standing.EXPOSED: ("○", "exposed"),
-    Standing.UNDETERMINED: ("?", "not determined"),
-    Standing.REFUSED: ("⊘", "refused"),
-    Standing.OOPS: ("‼", "oops"),
-    Standing.FAILED: ("!", "failed"),
-    Standing.DEADLINE: ("…", "not in time"),
-    Standing.NOT_RUN: ("-", "not run"),
+    Status.HIDES: ("●", "hides"),
+    Status.PARTLY: ("◐", "hides in part"),
+    Status.EXPOSED: ("○", "exposed"),
+    Status.UNDETERMINED: ("?", "not determined"),
+    Status.REFUSED: ("⊘", "refused"),
+    Status.OOPS: ("‼", "oops"),
+    Status.FAILED: ("!", "failed"),
+    Status.DEADLINE: ("…", "not in time"),
+    Status.NOT_RUN: ("-", "not run"),
 }
 
 _MUST_BE_YES = ("works.boot", "hidden.before_io", "hidden.after_io", "hidden.control")
@@ -70,7 +70,7 @@ _MUST_BE_ZERO = (
 )
 _MUST_BE_SOME = ("hidden.ram_pages", "hidden.canaries_planted")
 _AGAINST = tuple(id for id in _MUST_BE_ZERO if id != "hidden.unknown_pages")
-"""Of which more than none is mapped guest RAM."""
+"""At least one such page or secret is guest RAM that the host kernel can reach."""
 
 LOSSES: tuple[Question, ...] = tuple(
     asked
@@ -80,32 +80,32 @@ LOSSES: tuple[Question, ...] = tuple(
     and (asked.group in {Group.WORKS, Group.BREAKS} or asked.id in {"hidden.zeroed", "hidden.restored"})
     and asked.id != "works.boot"
 )
-"""What a guest or a host can lose by hiding; booting and being hidden are judged before."""
+"""What a guest or a host can lose by hiding. Booting and being hidden are no such loss: they are judged before."""
 
 
-def standing_of(result: CellResult) -> Standing:
-    """One cell. Evidence of exposure counts however the cell ended; that of hiding only if it came to its end."""
+def status_of(result: CellResult) -> Status:
+    """The status of one cell. Exposure counts however the cell ended, hiding only if it came to its end."""
 
     def value(id: str) -> bool | float | None:
         return result.answer(id).value
 
     if any(value(id) is False for id in ("hidden.before_io", "hidden.after_io")):
-        return Standing.EXPOSED
+        return Status.EXPOSED
     if any(value(id) for id in _AGAINST):
-        return Standing.EXPOSED
+        return Status.EXPOSED
     ended = {
-        CellOutcome.REFUSED: Standing.REFUSED,
-        CellOutcome.OOPS: Standing.OOPS,
-        CellOutcome.FAILED: Standing.FAILED,
-        CellOutcome.DEADLINE: Standing.DEADLINE,
+        CellOutcome.REFUSED: Status.REFUSED,
+        CellOutcome.OOPS: Status.OOPS,
+        CellOutcome.FAILED: Status.FAILED,
+        CellOutcome.DEADLINE: Status.DEADLINE,
     }
     if result.outcome in ended:
         return ended[result.outcome]
-    return Standing.UNDETERMINED if why_undetermined(result) else Standing.HIDES
+    return Status.UNDETERMINED if why_undetermined(result) else Status.HIDES
 
 
 def why_undetermined(result: CellResult) -> list[str]:
-    """Which evidence of hiding is missing, and why; nothing if it is complete."""
+    """Each piece of evidence of hiding that is missing, with the reason; empty if none is."""
     missing = []
     for id in (*_MUST_BE_YES, *_MUST_BE_ZERO, *_MUST_BE_SOME):
         answer = result.answer(id)
@@ -124,18 +124,17 @@ class KindFinding:
     """One kind of RAM on one kernel.
 
     Attributes:
-        standing: of all its cells together.
+        status: of all its cells together.
         cells: all of them.
         hiding: those of them that hide.
-        lost: questions that some cell answers with no, and plain RAM in the same setting does not; by id, with the
-            reason. Of the cells that hide, else of those that came to their end: a guest that is gone would answer
-            everything with no.
-        undetermined: questions that no cell answers with no, and not all answer with yes; by id, with the reason.
+        lost: by question, the reason why a cell answers no where plain RAM in the same setting does not. It is taken
+            from the cells that hide, or else from those that came to their end: a guest that is gone answers only no.
+        undetermined: by question, the reason why a cell has no answer, where no cell answers no.
         baselines: the cells of BASELINE on the same kernel.
     """
 
     backend: str
-    standing: Standing
+    status: Status
     cells: tuple[CellResult, ...]
     hiding: tuple[CellResult, ...]
     lost: Mapping[str, str]
@@ -148,15 +147,15 @@ class KindFinding:
 
 
 def finding_of(backend: str, cells: Sequence[CellResult], baselines: Iterable[CellResult]) -> KindFinding:
-    """What its cells say together.
+    """The finding of one kind on one kernel.
 
     Args:
         cells: of this kind, on one kernel.
         baselines: of BASELINE on the same kernel.
     """
     if not cells:
-        return KindFinding(backend, Standing.NOT_RUN, (), (), {}, {})
-    hiding = tuple(cell for cell in cells if standing_of(cell) is Standing.HIDES)
+        return KindFinding(backend, Status.NOT_RUN, (), (), {}, {})
+    hiding = tuple(cell for cell in cells if status_of(cell) is Status.HIDES)
     whole = [cell for cell in cells if cell.outcome is CellOutcome.BOOTED]
     plain = {_setting(cell): cell for cell in baselines}
     lost: dict[str, str] = {}
@@ -177,41 +176,41 @@ def _setting(cell: CellResult) -> tuple[str, int, str]:
     return cell.spec.guest_kernel, cell.spec.vcpus, cell.spec.kvm_clock
 
 
-def _together(cells: Iterable[CellResult]) -> Standing:
-    all_of = [(cell, standing_of(cell)) for cell in cells]
-    every = {standing for _, standing in all_of}
-    if Standing.EXPOSED in every:
-        return Standing.EXPOSED
+def _together(cells: Iterable[CellResult]) -> Status:
+    all_of = [(cell, status_of(cell)) for cell in cells]
+    every = {status for _, status in all_of}
+    if Status.EXPOSED in every:
+        return Status.EXPOSED
     # With kvm-clock forced on, a refusal or an oops says why it is off by default, not what the kind can do.
     asked = {
-        standing
-        for cell, standing in all_of
-        if not (cell.spec.kvm_clock == "on" and standing in {Standing.REFUSED, Standing.OOPS})
+        status
+        for cell, status in all_of
+        if not (cell.spec.kvm_clock == "on" and status in {Status.REFUSED, Status.OOPS})
     }
     asked = asked or every
-    if Standing.OOPS in asked:
-        return Standing.OOPS
+    if Status.OOPS in asked:
+        return Status.OOPS
     if len(asked) == 1:
         return asked.pop()
-    if Standing.HIDES in asked:
-        return Standing.PARTLY
-    graver = (Standing.UNDETERMINED, Standing.FAILED, Standing.DEADLINE, Standing.REFUSED)
-    return next(standing for standing in graver if standing in asked)
+    if Status.HIDES in asked:
+        return Status.PARTLY
+    graver = (Status.UNDETERMINED, Status.FAILED, Status.DEADLINE, Status.REFUSED)
+    return next(status for status in graver if status in asked)
 
 
 def least_lost(findings: Sequence[KindFinding]) -> KindFinding | None:
-    """The kind that hides and loses least, whatever the answers were that are missing; None if that is not settled.
+    """The kind that hides and loses least, whatever the missing answers are; None if that is not settled.
 
-    Its losses are counted at their worst (all that is not known is lost), those of its rivals at their best. A rival is
-    every other kind that hides or may hide.
+    For the kind itself, every missing answer counts as a loss; for its rivals, none does. A rival is any other kind
+    that hides or may hide.
     """
-    settled = {Standing.EXPOSED, Standing.REFUSED, Standing.OOPS, Standing.NOT_RUN}
-    rivals = [finding for finding in findings if finding.standing not in settled]
+    settled = {Status.EXPOSED, Status.REFUSED, Status.OOPS, Status.NOT_RUN}
+    rivals = [finding for finding in findings if finding.status not in settled]
     for one in findings:
-        if one.standing is not Standing.HIDES:
+        if one.status is not Status.HIDES:
             continue
         worst = len(one.lost) + len(one.undetermined)
         others = [rival for rival in rivals if rival is not one]
-        if others and all(rival.standing is Standing.HIDES and worst < len(rival.lost) for rival in others):
+        if others and all(rival.status is Status.HIDES and worst < len(rival.lost) for rival in others):
             return one
     return None
