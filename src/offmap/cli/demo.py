@@ -36,14 +36,13 @@ def run(args: argparse.Namespace) -> int:
         0 if every kind of RAM came out as claimed; see DemoResult.exit_status.
     """
     from offmap.cli.demo_progress import DemoProgress
+    from offmap.compare.demo import claims_of, run_demo
     from offmap.compare.report.demo import PipedConsole, cells_table
+    from offmap.lab.provision import default_spec
 
     console = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
-    with ended_by_signals(), DemoProgress(console) as progress:
-        from offmap.compare.demo import run_demo
-        from offmap.lab.provision import default_spec
-
-        kernel = args.host_kernel or default_spec()
+    kernel = args.host_kernel or default_spec()
+    with ended_by_signals(), DemoProgress(console, len(claims_of(kernel))) as progress:
         result = run_demo(args.out, kernel, args.modules, args.accel, progress.event, progress.line)
     console.print()
     facts = result.host

@@ -4,7 +4,7 @@ from rich.console import Console, Group
 
 from offmap.cli.compare_progress import CompareProgress
 from offmap.compare.cell_result import CellResult
-from offmap.compare.claims import STOCK, DemoRow, row_name
+from offmap.compare.claims import DemoRow, row_name
 from offmap.compare.report.demo import cells_table, row_line
 from offmap.compare.spec import CellSpec
 
@@ -12,11 +12,15 @@ __all__ = ["DemoProgress"]
 
 
 class DemoProgress(CompareProgress):
-    """Takes the events of a demonstration; a context manager that leaves the terminal clean."""
+    """Takes the events of a demonstration; a context manager that leaves the terminal clean.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        total: how many cells it has.
+    """
+
+    def __init__(self, console: Console, total: int) -> None:
         self._rows: list[DemoRow] = []
-        super().__init__(console, len(STOCK))
+        super().__init__(console, total)
 
     def name_of(self, spec: CellSpec) -> str:
         """The name of its row."""

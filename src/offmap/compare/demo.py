@@ -167,12 +167,13 @@ def _order(specs: Sequence[CellSpec]) -> list[CellSpec]:
 
 def judge(results: Sequence[CellResult], claims: Sequence[Claim]) -> DemoResult:
     """Hold the cells of a demonstration against what is claimed."""
-    # Without a module for this kernel there was no host to try it on, which says nothing of the kind of RAM.
+    # Without a module for this kernel no host was started, which says nothing of the kind of RAM.
     untried = [
         result
         for result in results
         if kind_of(result.spec.backend).backend.needs_module
-        and (result.outcome, result.host) == (CellOutcome.REFUSED, Host())
+        and result.outcome is CellOutcome.REFUSED
+        and not result.machine.accel
     ]
     names = [row_name(result.spec) for result in untried]
     left_out = f"{', '.join(names)} left out: {untried[0].reason}" if untried else ""

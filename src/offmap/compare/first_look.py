@@ -7,12 +7,12 @@ from offmap.compare.job import Job, Line
 from offmap.compare.kinds import kind_of
 from offmap.compare.probes.hidden import AFTER_BOOT, Secrets, answers_after_boot, look_alone
 from offmap.compare.probes.live_guest import LiveGuest
-from offmap.compare.probes.survey import Survey, measured, yes
-from offmap.compare.vmm_command import MEMORY_SIZE, GuestSetup
+from offmap.compare.probes.survey import Survey, measured
+from offmap.compare.vmm_command import GuestSetup
 
 __all__ = ["QUESTIONS", "first_look"]
 
-QUESTIONS = ("works.boot", "costs.boot", *AFTER_BOOT, "costs.ram_ready")
+QUESTIONS = ("works.boot", "hidden.canaries_planted", "costs.boot", *AFTER_BOOT, "costs.ram_ready")
 
 
 def first_look(job: Job, folder: Path, survey: Survey) -> None:
@@ -41,9 +41,9 @@ def first_look(job: Job, folder: Path, survey: Survey) -> None:
     with LiveGuest(setup, folder) as guest:
         guest.boot()
         survey.say(Line(guest=guest.facts))
-        survey.tell(yes("works.boot", f"Linux {guest.facts.kernel}, {MEMORY_SIZE >> 20} MiB, init ready"))
+        survey.tell(*guest.booted())
         survey.tell(measured("costs.boot", round(guest.boot_seconds, 3), "one boot, which gives no spread"))
-        survey.ask_many(AFTER_BOOT, lambda: answers_after_boot(look_alone(guest, secrets, progress), guest.planted))
+        survey.ask_many(AFTER_BOOT, lambda: answers_after_boot(look_alone(guest, secrets, progress)))
         survey.stage("ending")
         guest.end()
         survey.ask("costs.ram_ready", guest.ram_ready)

@@ -22,10 +22,10 @@ from offmap.compare.probes.guest_program import ProbeError
 from offmap.compare.probes.host_kernel import direct_map
 from offmap.compare.probes.live_guest import LiveGuest
 from offmap.compare.probes.prepared_host import SKIPPED_NATIVE, TRIED_SIZE, PreparedHost
-from offmap.compare.probes.survey import Survey, no, undetermined, yes
+from offmap.compare.probes.survey import Survey, no, undetermined
 from offmap.compare.probes.vmm_memory import own_kib
 from offmap.compare.questions import Answer
-from offmap.compare.vmm_command import MEMORY_SIZE, GuestSetup
+from offmap.compare.vmm_command import GuestSetup
 from offmap.errors import BackendRefused, OffmapError
 
 __all__ = ["WholeCell"]
@@ -129,7 +129,7 @@ class WholeCell:
             survey.tell(no("works.boot", str(error)))
             raise
         survey.say(Line(guest=guest.facts))
-        survey.tell(yes("works.boot", f"Linux {guest.facts.kernel}, {MEMORY_SIZE >> 20} MiB, init ready"))
+        survey.tell(*guest.booted())
         survey.tell(costs.exits([counts], [self.plain_exits], plain.setup.kind.name))
         survey.tell(costs.boots([guest.boot_seconds], [plain.boot_seconds], "with its devices and secrets"))
 
@@ -140,7 +140,7 @@ class WholeCell:
             self.ranges = look.audit.ram.ranges
             if ids is hidden.AFTER_IO:
                 return hidden.answers_after_io(look)
-            return hidden.answers_after_boot(look, guest.planted)
+            return hidden.answers_after_boot(look)
 
         self.survey.ask_many(ids, probe)
 

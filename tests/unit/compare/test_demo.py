@@ -25,7 +25,7 @@ from offmap.compare.claims import (
     without_control,
 )
 from offmap.compare.demo import PRESET, DemoResult, _order, claims_of, judge, row_of, specs_of
-from offmap.compare.facts import Guest, Host
+from offmap.compare.facts import Guest, Host, Machine
 from offmap.compare.guest import CLOCKSOURCE, PLANTED, READY, canary_parameters, guest_initramfs
 from offmap.compare.questions import CATALOGUE, Answer
 from offmap.compare.spec import CellSpec
@@ -272,15 +272,21 @@ def test_what_did_not_boot_has_no_verdict() -> None:
 
 
 def test_without_a_module_the_kinds_that_need_it_are_left_out() -> None:
-    why = {"outcome": CellOutcome.REFUSED, "answers": (), "guest": Guest()}
-    gone = [result(name, reason="no headers", host=Host(), **why) for name in ("unplugged", "qemu-unplugged")]
+    why = {"outcome": CellOutcome.REFUSED, "answers": (), "guest": Guest(), "host": Host()}
+    gone = [result(name, reason="no headers", **why) for name in ("unplugged", "qemu-unplugged")]
     judged = judge([result(), *gone], [claim for claim in STOCK if claim.backend.endswith(("reserved", "unplugged"))])
     assert judged.left_out == "unplugged, qemu-unplugged left out: no headers"
     assert [row.backend for row in judged.cells] == ["reserved"]
     assert judged.surprises == () and judged.host.kernel == "6.12.1"
     assert judged.cells[0].verdict is Verdict.UNKNOWN  # as there was no control
-    loaded = judge([result("unplugged", reason="does not load", **why)], STOCK[3:4])
-    assert loaded.left_out == "" and loaded.exit_status is ExitStatus.FAILED
+    refused = judge([result("unplugged", reason="not loaded", machine=Machine("tcg"), **why)], STOCK[3:4])
+    assert refused.left_out == "" and refused.exit_status is ExitStatus.FAILED
+
+
+def test_a_host_that_cannot_be_looked_at_leaves_it_undetermined() -> None:
+    blind = [Answer(id, True if id == "works.boot" else CANARIES) for id in ("works.boot", "hidden.canaries_planted")]
+    judged = judge([result(answers=tuple(blind))], STOCK[2:3])
+    assert judged.exit_status is ExitStatus.UNDETERMINED and judged.cells[0].verdict is Verdict.UNKNOWN
 
 
 def test_the_first_boot_waits_for_no_module() -> None:

@@ -38,6 +38,9 @@ class CountedGuest:
         self._pass()
         self.exits += BOOT + self.pid
 
+    def booted(self) -> list[Any]:
+        return []
+
     def begin(self) -> None:
         self._pass()
 

@@ -148,8 +148,8 @@ def test_nothing_found_is_no_zero_without_the_control() -> None:
     without = {answer.question: answer for answer in hidden.answers_after_io(look(Verdict.HIDDEN, control=0))}
     assert without["hidden.canaries_found_after_io"].value is None
     assert set(without) == set(hidden.AFTER_IO)
-    with_it = {answer.question: answer.value for answer in hidden.answers_after_boot(look(Verdict.HIDDEN), 31)}
-    assert (with_it["hidden.canaries_found"], with_it["hidden.canaries_planted"]) == (0, 31)
+    with_it = {answer.question: answer.value for answer in hidden.answers_after_boot(look(Verdict.HIDDEN))}
+    assert with_it["hidden.canaries_found"] == 0
     assert with_it["hidden.control"] is True
     assert set(with_it) == set(hidden.AFTER_BOOT)
 

@@ -48,7 +48,6 @@ AFTER_BOOT = (
     "hidden.alias_pages",
     "hidden.unknown_pages",
     "hidden.excluded_pages",
-    "hidden.canaries_planted",
     "hidden.scanned_bytes",
     "hidden.canaries_found",
     "hidden.control",
@@ -179,12 +178,8 @@ def answers_after_io(look: Look) -> list[Answer]:
     ]
 
 
-def answers_after_boot(look: Look, planted: int) -> list[Answer]:
-    """AFTER_BOOT, by one look.
-
-    Args:
-        planted: how many secrets the guest says that it planted.
-    """
+def answers_after_boot(look: Look) -> list[Answer]:
+    """AFTER_BOOT, by one look."""
     audit, pages = look.audit, look.audit.pages
     control = yes if look.controlled else no
     return [
@@ -195,7 +190,6 @@ def answers_after_boot(look: Look, planted: int) -> list[Answer]:
         _aliased("hidden.alias_pages", look),
         measured("hidden.unknown_pages", pages.unknown_pages, detail=str(pages.reasons or "")),
         measured("hidden.excluded_pages", pages.excluded_pages, detail=_excluded_text(audit)),
-        measured("hidden.canaries_planted", planted),
         measured("hidden.scanned_bytes", look.scanned),
         _found("hidden.canaries_found", look),
         control("hidden.control", look.control),

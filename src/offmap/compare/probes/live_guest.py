@@ -11,7 +11,7 @@ from offmap.compare.facts import Guest
 from offmap.compare.guest import CLOCKSOURCE, PLANTED, READY
 from offmap.compare.kinds import Vmm
 from offmap.compare.probes.guest_program import ProbeError, parse_answer
-from offmap.compare.probes.survey import measured, undetermined
+from offmap.compare.probes.survey import measured, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.compare.vm_process import VmProcess
 from offmap.compare.vmm_command import GuestSetup, qemu_ranges, vmm_command
@@ -37,7 +37,6 @@ class LiveGuest(VmProcess):
     Attributes:
         setup: what it is.
         facts: what its console says of it.
-        planted: how many secrets it says that it planted.
         boot_seconds: from the VMM's start until its init was ready.
     """
 
@@ -46,7 +45,7 @@ class LiveGuest(VmProcess):
         super().__init__(vmm_command(setup, folder), folder)
         self.setup = setup
         self.facts = Guest()
-        self.planted = 0
+        self._planted = 0
         self.boot_seconds = 0.0
         self._lost = ""
         self._begun = False
@@ -65,10 +64,15 @@ class LiveGuest(VmProcess):
             return ""
         self.boot_seconds = time.monotonic() - self.started
         planted = _PLANTED.search(console)
-        self.planted = int(planted[1]) if planted else 0
+        self._planted = int(planted[1]) if planted else 0
         clock = _CLOCKSOURCE.search(console)
         self.facts = Guest(booted[1], clock[1] if clock else "")
         return console
+
+    def booted(self) -> list[Answer]:
+        """That it booted, and how many secrets it says that it planted."""
+        said = f"Linux {self.facts.kernel}, {self.setup.memory >> 20} MiB, init ready"
+        return [yes("works.boot", said), measured("hidden.canaries_planted", self._planted)]
 
     def _not_booted(self, console: str) -> None:
         status, complaint = self.status(), self.complaint()
