@@ -16,7 +16,7 @@ from pathlib import Path
 from boot_time import COMMAND_LINE, PEER, TUNED_MACHINE, qemu_version, time_to
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import EVEN_ZEROING, GUEST_SIZE, qemu_argv
+from lab_runs import GUEST_SIZE, qemu_argv
 from offmap.errors import OffmapError
 from offmap.guests.build import build_image
 from offmap.guests.recipe import RootRecipe
@@ -112,7 +112,7 @@ def run(rounds: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         image = build_image(RootRecipe(), kernel, Path(folder) / "image")
         argv = [sys.executable, str(Path(__file__).resolve()), "--inside", str(image.folder), "--rounds", str(rounds)]
-        with LabHost.start(kernel, memory="2G", cmdline=EVEN_ZEROING) as host:
+        with LabHost.start(kernel, memory="2G") as host:
             if host.run(["insmod", str(module)]) != 0:
                 raise OffmapError("the disposable host does not load the module")
             return host.run(argv, timeout=1800.0)

@@ -17,7 +17,7 @@ from typing import Any
 from c_program import static_program
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import EVEN_ZEROING, GUEST_SIZE, add_inside_options, run_in_lab, shmem_huge_pages
+from lab_runs import GUEST_SIZE, add_inside_options, run_in_lab, shmem_huge_pages
 from offmap.errors import OffmapError
 from offmap.kmod.lab_module import lab_module
 from offmap.kmod.loaded import load
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.inside:
             return inside(args.module, args.guest_kernel, args.guest_initrd, rounds)
         more = ["--rounds", str(rounds), "--module", str(lab_module(host_kernel()))]
-        return run_in_lab(__file__, more, cmdline=EVEN_ZEROING, initrd=guest())
+        return run_in_lab(__file__, more, initrd=guest())
 
     return exit_status("guest_memory", run)
 

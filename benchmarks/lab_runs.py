@@ -13,16 +13,10 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.lab.qemu import find_qemu
 
-__all__ = ["EVEN_ZEROING", "GUEST_SIZE", "add_inside_options", "qemu_argv", "run_in_lab", "shmem_huge_pages"]
+__all__ = ["GUEST_SIZE", "add_inside_options", "qemu_argv", "run_in_lab", "shmem_huge_pages"]
 
 GUEST_SIZE = "256M"
 _RESERVED = "memmap=256M$0x40000000"  # GUEST_SIZE at 1 GiB that the host kernel never owns
-
-EVEN_ZEROING = "clearcpuid=erms"
-"""For hosts in which memory is measured. An emulated ``rep stosb`` stores byte by byte, and where a processor promises
-that it is fast, clear_page() uses it (clear_page_64.S) and offmap.ko does not: what is zeroed page by page would look
-twice as slow as it is."""
-
 
 _SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 

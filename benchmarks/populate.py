@@ -15,7 +15,7 @@ from typing import Any
 import ram
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import EVEN_ZEROING, add_inside_options, run_in_lab, shmem_huge_pages
+from lab_runs import add_inside_options, run_in_lab, shmem_huge_pages
 from offmap.errors import BackendRefused, KernelError
 from offmap.kmod.lab_module import lab_module
 from offmap.kmod.loaded import load
@@ -213,12 +213,12 @@ def outside(place: str, rounds: int, limit_rounds: int, kinds: Sequence[str], qu
     arguments += [f"--kind={kind}" for kind in kinds]
     if place == "stock":
         arguments += ["--module", str(lab_module(host_kernel()))]
-        return run_in_lab(__file__, arguments, cmdline=EVEN_ZEROING)
+        return run_in_lab(__file__, arguments)
     if quick and built_tree(patch_series(PATCHED)) is None:
         print(f"populate: {PATCHED} has not been built, and --quick does not: not measured", file=sys.stderr)
         return 0
     kernel = patched_kernel(PATCHED, lambda line: print(f"populate: {line}", file=sys.stderr))
-    return run_in_lab(__file__, arguments, kernel=kernel, cmdline=EVEN_ZEROING)
+    return run_in_lab(__file__, arguments, kernel=kernel)
 
 
 def main() -> int:

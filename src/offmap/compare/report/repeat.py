@@ -77,14 +77,14 @@ def _command(axes: Axes) -> str:
         words.append("--native")
     elif axes.host_kernels != DEFAULT_AXES.host_kernels:
         words += _options("--host-kernel", axes.host_kernels)
-    if axes.backends != DEFAULT_AXES.backends:
-        words += _options("--backend", axes.backends)
-    if axes.guest_kernels != DEFAULT_AXES.guest_kernels:
-        words += _options("--guest-kernel", axes.guest_kernels)
-    if axes.vcpus != DEFAULT_AXES.vcpus:
-        words += _options("--vcpus", axes.vcpus)
-    if axes.kvm_clocks != DEFAULT_AXES.kvm_clocks:
-        words += _options("--kvm-clock", axes.kvm_clocks)
+    others: dict[str, tuple[Sequence[object], Sequence[object]]] = {
+        "--backend": (axes.backends, DEFAULT_AXES.backends),
+        "--guest-kernel": (axes.guest_kernels, DEFAULT_AXES.guest_kernels),
+        "--vcpus": (axes.vcpus, DEFAULT_AXES.vcpus),
+        "--kvm-clock": (axes.kvm_clocks, DEFAULT_AXES.kvm_clocks),
+    }
+    for name, (mine, by_default) in others.items():
+        words += _options(name, mine) if mine != by_default else []
     return shlex.join(words)
 
 
