@@ -64,7 +64,7 @@ class House:
     def build(cls, tree: Path) -> "House":
         root = PAYLOADS.parents[1]
         recipes = tomllib.loads((root / "tests/house/recipes.toml").read_text())
-        for folder in ("src", "docs"):
+        for folder in ("src", "docs", "kernel"):
             shutil.copytree(root / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "results"))
         house = cls(tree, {}, {})
         for recipe, content in recipes.items():

@@ -78,7 +78,7 @@ def logging_to_stderr(program: str, options: LogOptions) -> Iterator[None]:
     def set_up() -> None:
         from offmap.cli.log_lines import handle
 
-        undo.append(handle(program, options))
+        undo.append(handle(program, options.verbose, as_json))
 
     if options.log_format == "json":
         set_up()  # records of other libraries are to be JSON too

@@ -7,19 +7,26 @@ import time
 import traceback
 from collections.abc import Callable
 
-from offmap.cli.log import LogOptions
 from offmap.errors import OffmapError
 
 __all__ = ["handle"]
 
 
-def handle(program: str, options: LogOptions) -> Callable[[], None]:
-    """Handle the records of this process from now on; return what ends it. Arguments: see ``logging_to_stderr``."""
-    handler = _Stderr(program, options)
+def handle(program: str, verbose: bool, as_json: Callable[[], bool]) -> Callable[[], None]:
+    """Handle the records of this process from now on.
+
+    Args:
+        program: see ``logging_to_stderr``.
+        as_json: asked for each record.
+
+    Returns:
+        What ends it.
+    """
+    handler = _Stderr(program, as_json)
     root, ours = logging.getLogger(), logging.getLogger("offmap")
     level = ours.level
     root.addHandler(handler)
-    ours.setLevel(logging.DEBUG if options.verbose else logging.INFO)  # of other libraries: WARNING
+    ours.setLevel(logging.DEBUG if verbose else logging.INFO)  # of other libraries: WARNING
     logging.captureWarnings(True)
 
     def end() -> None:
@@ -33,14 +40,14 @@ def handle(program: str, options: LogOptions) -> Callable[[], None]:
 class _Stderr(logging.Handler):
     """Writes to whatever ``sys.stderr`` is when a record comes."""
 
-    def __init__(self, program: str, options: LogOptions) -> None:
+    def __init__(self, program: str, as_json: Callable[[], bool]) -> None:
         super().__init__()
         self._program = program
-        self._options = options
+        self._as_json = as_json
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = _json(record) if self._options.log_format == "json" else _text(record, self._program)
+            line = _json(record) if self._as_json() else _text(record, self._program)
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
         except OSError:
