@@ -32,6 +32,7 @@ from offmap.compare.kinds import kind_of
 from offmap.compare.vm_process import VmProcess
 from offmap.compare.vmm_command import GuestSetup, vmm_command
 from offmap.errors import OffmapError, Undetermined
+from offmap.uapi.page import PAGE_SIZE
 
 PAGE = 4096
 MAX_RATIO = 0.01
@@ -80,8 +81,8 @@ def inside(kernel: str, initrd: str, rounds: int, sample: int) -> int:
                 started = time.monotonic()
                 result = audit_process(vm.pid)
                 ours.append(time.monotonic() - started)
-                whole = max(result.ram.ranges, key=lambda part: part.bytes)
-                each, mapped = ask_drgn(vm.pid, whole.va, whole.pages, sample)
+                whole = max(result.ranges, key=lambda part: part.bytes)
+                each, mapped = ask_drgn(vm.pid, whole.va, whole.bytes // PAGE_SIZE, sample)
                 peer.append(each * result.pages.ram_pages)
                 if result.verdict is not Verdict.HIDDEN or mapped:
                     raise OffmapError(f"the two disagree, or the VM is not hidden: {result.verdict}, drgn: {mapped}")

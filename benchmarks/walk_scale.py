@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from command import benchmark_parser
 from figure import Figure, Limit
+from offmap.audit.classify import classify
 from offmap.audit.frames import POPULATED, Frames
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
 from offmap.audit.intervals import Intervals
@@ -34,7 +35,6 @@ from offmap.audit.mappings import KernelMappings
 from offmap.audit.physical import physical_map
 from offmap.audit.regions import DIRECT_MAP, Layout
 from offmap.audit.regions import VMALLOC as VMALLOC_SPACE
-from offmap.audit.verdict import classify
 from offmap.audit.walk import walk_kernel_half
 from offmap.errors import OffmapError
 
@@ -129,7 +129,7 @@ def measure(path: Path, name: str, what: str, rounds: int) -> dict[str, Any]:
             ours.append(time.monotonic() - started)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         peer = [image.read_plain() for _ in range(rounds)]
-        if sum(mappings.direct_bytes().values()) != RAM[name] or mappings.unreadable:
+        if sum(mappings.facts(4).direct_map_bytes.values()) != RAM[name] or mappings.unreadable:
             raise OffmapError("the walk did not find what the tables map")
         facts["runs"] = len(mappings.runs)
     else:

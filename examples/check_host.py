@@ -20,11 +20,11 @@ def main() -> int:
     except offmap.OffmapError as error:
         print(f"UNKNOWN - {error}")
         return UNKNOWN
-    vms = len(host.results) + len(host.failures)
+    vms = len(host.vms) + len(host.not_audited)
     if not vms:
         print("UNKNOWN - there is no VM on this host")
         return UNKNOWN
-    exposed = [result for result in host.results if result.verdict is offmap.Verdict.EXPOSED]
+    exposed = [result for result in host.vms if result.verdict is offmap.Verdict.EXPOSED]
     pages = sum(result.pages.mapped_pages for result in exposed)
     status = STATUS.get(host.exit_status, UNKNOWN)
     word = {OK: "OK", CRITICAL: "CRITICAL", UNKNOWN: "UNKNOWN"}[status]

@@ -7,14 +7,14 @@ is imported when it is first used: ``import offmap`` starts nothing and changes 
 __version__ = "0.1.0"
 
 _PUBLIC = {  # and in __init__.pyi, for type checkers
-    "AuditResult": "offmap.audit.audit",
+    "AuditResult": "offmap.audit.result",
     "BackendRefused": "offmap.errors",
     "BootSource": "offmap.boot.linux",
     "CellOutcome": "offmap.compare.cell_result",
     "CellResult": "offmap.compare.cell_result",
     "Completed": "offmap.lab.host",
     "Diagnosis": "offmap.doctor",
-    "EveryVm": "offmap.audit.every_vm",
+    "EveryVm": "offmap.audit.result_sets",
     "ExitStatus": "offmap.errors",
     "Health": "offmap.doctor",
     "JobResult": "offmap.library",

@@ -1,6 +1,6 @@
-from offmap.audit.audit import AuditResult as AuditResult
 from offmap.audit.audit import audit_process as audit_process
-from offmap.audit.every_vm import EveryVm as EveryVm
+from offmap.audit.result import AuditResult as AuditResult
+from offmap.audit.result_sets import EveryVm as EveryVm
 from offmap.audit.verdict import Verdict as Verdict
 from offmap.boot.linux import BootSource as BootSource
 from offmap.compare.cell_result import CellOutcome as CellOutcome

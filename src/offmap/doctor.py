@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from offmap.audit.audit import AuditResult, audit_process
+from offmap.audit.audit import audit_process
 from offmap.audit.guest_ram import RamRange, Source
+from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus, OffmapError, Undetermined
 from offmap.kvm import Kvm

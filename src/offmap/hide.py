@@ -229,8 +229,8 @@ def _answer() -> int:
         direct=pages.direct_map_pages,
         mapped_pages=pages.mapped_pages,
         unseen=pages.unknown_pages + pages.not_populated_pages,
-        why=next(iter(pages.reasons), ""),
-        mapped=list(result.mapped),
+        why=next(iter(pages.unknown_reasons), ""),
+        mapped=list(result.mapped_guest_ranges),
     )
     print(json.dumps(seen))
     return 0

@@ -7,8 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from offmap.audit.audit import AuditResult, audit_process
-from offmap.audit.every_vm import EveryVm, audit_every_vm
+from offmap.audit.audit import audit_process
+from offmap.audit.every_vm import audit_every_vm
+from offmap.audit.result import AuditResult
+from offmap.audit.result_sets import EveryVm
 from offmap.compare.cell_result import CellResult
 from offmap.compare.events import CellEvent
 from offmap.compare.matrix import DEFAULT_AXES

@@ -23,10 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from offmap.audit.audit import AuditResult, Stage, audit_process
+from offmap.audit.audit import Snapshot, Stage, audit_process, snapshot_process
 from offmap.audit.changes import compare
 from offmap.audit.every_vm import audit_every_vm
 from offmap.audit.frames import POPULATED
+from offmap.audit.result import AuditResult
 from offmap.errors import OffmapError
 
 PAGE = 4096
@@ -167,11 +168,9 @@ def told(result: AuditResult) -> dict[str, Any]:
     return {name: document[name] for name in wanted}
 
 
-def frames(result: AuditResult) -> list[int]:
+def frames(result: Snapshot) -> list[int]:
     """Frames of the guest's pages, in their order."""
     judged = result.judged
-    if judged is None:
-        raise OffmapError("a result without pages")
     here = judged.state == POPULATED
     runs = zip(judged.pfn[here].tolist(), judged.pages[here].tolist(), strict=True)
     return [int(pfn) for first, pages in runs for pfn in np.arange(first, first + pages)]
@@ -186,8 +185,11 @@ def aliases() -> dict[str, Any]:
     """A vmap of three scattered pages, and a memremap of four that Linux does not own: found, named, and gone again."""
     found: dict[str, Any] = {}
     with Child("secretmem", 32 * MIB) as child:  # more than pages with aliases are there
-        before = audit_process(child.pid)
-        free = sorted(set(frames(before)) - {a.pa // PAGE + n for a in before.aliases for n in range(a.bytes // PAGE)})
+        snapshot = snapshot_process(child.pid)
+        before = snapshot.audit
+        free = sorted(
+            set(frames(snapshot)) - {a.pa // PAGE + n for a in before.aliases for n in range(a.bytes // PAGE)}
+        )
         wanted = [free[0], free[len(free) // 2], free[-1]]
         found["wanted"] = [f"{frame * PAGE:#x}" for frame in wanted]
         found["image"] = before.pages.alias_pages
@@ -216,7 +218,7 @@ def in_the_middle(child: Child, deed: Callable[[], None]) -> AuditResult:
             state["done"] = True
             deed()
 
-    return audit_process(child.pid, progress=progress)
+    return snapshot_process(child.pid, progress=progress).audit
 
 
 def middle() -> dict[str, Any]:
@@ -258,12 +260,11 @@ def every() -> dict[str, Any]:
         Child("reserved", 16 * MIB, claim=False, vm=True) as guessed,
     ):
         every_vm = audit_every_vm(lambda vm: audit_process(vm.pid))
-        document = every_vm.to_json()
-        by_pid = {result.pid: told(result) for result in every_vm.results}
+        by_pid = {result.pid: told(result) for result in every_vm.vms}
         return {
             "exit_status": int(every_vm.exit_status),
-            "pids": [vm["pid"] for vm in document["vms"]],
-            "notes": document["notes"],
+            "pids": [vm.pid for vm in every_vm.vms],
+            "notes": list(every_vm.notes),
             "hidden": by_pid[hidden.pid],
             "exposed": by_pid[exposed.pid],
             "guessed": by_pid[guessed.pid],
@@ -322,24 +323,24 @@ def watched() -> dict[str, Any]:
     """What two audits of one process differ by."""
     found: dict[str, Any] = {}
 
-    def difference(child: Child, before: AuditResult, name: str) -> AuditResult:
-        after = audit_process(child.pid)
-        found[name] = compare(before, after).to_json(after)
+    def difference(child: Child, before: Snapshot, name: str) -> Snapshot:
+        after = snapshot_process(child.pid)
+        found[name] = compare(before, after).to_json()
         return after
 
     with Child("memfd", 4 * MIB) as child:
         child.tell("touch 0 8")
-        last = difference(child, audit_process(child.pid), "nothing")
+        last = difference(child, snapshot_process(child.pid), "nothing")
         child.tell("touch 100 4")
         last = difference(child, last, "populated")
         child.tell("punch 2")
         last = difference(child, last, "punched")
     with Child("anon", 4 * MIB) as child:
-        last = audit_process(child.pid)
+        last = snapshot_process(child.pid)
         child.tell("remap")
         difference(child, last, "remapped")
     with Child("reserved", 4 * MIB) as child:
-        last = audit_process(child.pid)
+        last = snapshot_process(child.pid)
         with planted(f"memremap {RESERVED + MIB:#x} {PAGE}"):
             last = difference(child, last, "mapped")
         difference(child, last, "unmapped")

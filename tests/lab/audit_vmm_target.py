@@ -12,9 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from offmap.audit.audit import AuditResult, audit_process
+from offmap.audit.audit import Snapshot, audit_process, snapshot_process
 from offmap.audit.every_vm import audit_every_vm
 from offmap.audit.frames import POPULATED
+from offmap.audit.result import AuditResult
 from offmap.compare.guest import READY
 from offmap.compare.kinds import kind_of
 from offmap.compare.vm_process import VmProcess
@@ -58,13 +59,12 @@ def told(result: AuditResult) -> dict[str, Any]:
     return {name: document[name] for name in wanted}
 
 
-def planted(result: AuditResult, count: int, of_linux: bool) -> int:
+def planted(result: Snapshot, count: int, of_linux: bool) -> int:
     """Map some pages that no alias has by the test module; the fd that holds the mapping.
 
     Memory that has a struct page cannot be remapped, and other memory has none to be mapped by.
     """
     judged = result.judged
-    assert judged is not None
     here = (judged.state == POPULATED) & ~judged.excluded & (judged.reached == 0) & (judged.pages >= count)
     pa = int(judged.pfn[here][0]) * PAGE
     addresses = " ".join(hex(pa + n * PAGE) for n in range(count))
@@ -81,15 +81,15 @@ def look(name: str, argv: list[str], ready: str, found: dict[str, Any]) -> None:
         if not re.search(ready, said):
             found[name] = {"failed": vmm.complaint(), "said": said[-2000:]}
             return
-        result = audit_process(vmm.pid)
-        found[name] = told(result)
+        result = snapshot_process(vmm.pid)
+        found[name] = told(result.audit)
         every = audit_every_vm(lambda vm: audit_process(vm.pid))
-        found[name]["every"] = [[each.pid == vmm.pid, each.vmm.vmm] for each in every.results]
+        found[name]["every"] = [[each.pid == vmm.pid, each.vmm.vmm] for each in every.vms]
         ranges = qemu_ranges(vmm.pid, kind_of("qemu-unplugged")) if name.startswith("qemu") else None
         if ranges:
-            result = audit_process(vmm.pid, ranges=ranges)
-            found[f"{name}, RAM"] = told(result)
-        if not result.pages.direct_map_pages:
+            result = snapshot_process(vmm.pid, ranges=ranges)
+            found[f"{name}, RAM"] = told(result.audit)
+        if not result.audit.pages.direct_map_pages:
             fd = planted(result, 2, name.endswith("bridge"))
             try:
                 found[f"{name}, planted"] = told(audit_process(vmm.pid, ranges=ranges))

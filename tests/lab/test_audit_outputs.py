@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from offmap.audit.canary import new_key
+from offmap.audit.result_sets import audit_schema
 from offmap.lab.host import LabHost
-from offmap.report.schema import schema_text
 
 pytestmark = pytest.mark.lab
 
@@ -26,7 +26,7 @@ def test_each_form_says_the_same(lab_host: LabHost, kind: str, verdict: str, sta
     done = lab_host.output([sys.executable, TARGET, kind, new_key(), str(MIB), *options])
     assert done.status == status, done.stderr.decode()
     result = json.loads(done.stdout)
-    jsonschema.Draft202012Validator(json.loads(schema_text())).validate(result)
+    jsonschema.Draft202012Validator(audit_schema()).validate(result)
     assert result["verdict"] == verdict
     cells = result["physical"]["cells"]
     assert sum(cell["guest_pages"] for cell in cells) == result["pages"]["pages_populated"] == (MIB << 20) // 4096

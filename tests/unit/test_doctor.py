@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from offmap.audit.verdict import PageCounts, Verdict
+from offmap.audit.result import Pages
+from offmap.audit.verdict import Verdict
 from offmap.doctor import Diagnosis, Health, _health, exit_status
 from offmap.errors import ExitStatus
 
@@ -32,14 +33,14 @@ def test_a_plain_backend_never_counts_as_hiding() -> None:
 @pytest.mark.parametrize(
     ("verdict", "pages", "health"),
     [
-        (Verdict.HIDDEN, PageCounts(pages_populated=9), Health.HIDING),
-        (Verdict.EXPOSED, PageCounts(pages_populated=9, direct_map_pages=1), Health.PLAIN),
-        (Verdict.EXPOSED, PageCounts(pages_populated=9, alias_pages=1), Health.MOSTLY),
-        (Verdict.EXPOSED, PageCounts(pages_populated=9, alias_pages=1, unknown_pages=1), Health.UNVERIFIED),
-        (Verdict.EXPOSED, PageCounts(pages_populated=9), Health.UNVERIFIED),
-        (Verdict.UNKNOWN, PageCounts(pages_populated=9, unknown_pages=1), Health.UNVERIFIED),
+        (Verdict.HIDDEN, Pages(pages_populated=9), Health.HIDING),
+        (Verdict.EXPOSED, Pages(pages_populated=9, direct_map_pages=1), Health.PLAIN),
+        (Verdict.EXPOSED, Pages(pages_populated=9, alias_pages=1), Health.MOSTLY),
+        (Verdict.EXPOSED, Pages(pages_populated=9, alias_pages=1, unknown_pages=1), Health.UNVERIFIED),
+        (Verdict.EXPOSED, Pages(pages_populated=9), Health.UNVERIFIED),
+        (Verdict.UNKNOWN, Pages(pages_populated=9, unknown_pages=1), Health.UNVERIFIED),
     ],
 )
-def test_what_was_not_seen_is_never_called_hiding(verdict: Verdict, pages: PageCounts, health: Health) -> None:
+def test_what_was_not_seen_is_never_called_hiding(verdict: Verdict, pages: Pages, health: Health) -> None:
     result: Any = SimpleNamespace(verdict=verdict, pages=pages)
     assert _health(result) is health

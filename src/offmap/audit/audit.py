@@ -2,43 +2,48 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TypedDict, Unpack
+
+import msgspec
 
 import offmap
+from offmap.audit.classify import Judged, classify, excluded_ranges, mapped_guest_ranges
 from offmap.audit.control import check_control
 from offmap.audit.drgn_kernel import require_drgn
 from offmap.audit.frames import resolve
 from offmap.audit.guest_pages import GuestPages
-from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, Source, find_guest_ram
-from offmap.audit.host import HostFacts, host_facts, utc_now
+from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, find_guest_ram
+from offmap.audit.host import host_facts, utc_now
 from offmap.audit.join import join
 from offmap.audit.kcore import Kcore
 from offmap.audit.kinds import kinds_of, read_vmallocinfo
 from offmap.audit.kvm_slots import KvmSlot, KvmSlots
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.oracle import OracleResult, Sample
+from offmap.audit.oracle import Sample
 from offmap.audit.pagemap import OwnPage
 from offmap.audit.physical import physical_map
 from offmap.audit.process import Process, ProcessEnded
-from offmap.audit.reach import Kind, PhysicalMap, Reach, ReachTotal, Sharing, VmmFacts
+from offmap.audit.reach import Kind, Sharing
 from offmap.audit.regions import Layout
-from offmap.audit.scan import ScanResult, Wanted, scan_memory
+from offmap.audit.result import AuditedRange, AuditResult, Pages, Source
+from offmap.audit.scan import Wanted, scan_memory
+from offmap.audit.scan_result import Scan
 from offmap.audit.second_opinion import second_opinion
 from offmap.audit.sharers import sharing_of
-from offmap.audit.verdict import Judged, PageCounts, Verdict, classify, excluded_ranges, mapped_guest_ranges
+from offmap.audit.verdict import Verdict
 from offmap.audit.vms import vmm_facts
 from offmap.audit.walk import walk_kernel_half
 from offmap.errors import Undetermined
 from offmap.log import Logger
+from offmap.report.typed import Address
 from offmap.units import format_size
 
-__all__ = ["AuditResult", "Progress", "Stage", "audit_process"]
+__all__ = ["Options", "Progress", "Snapshot", "Stage", "audit_process", "snapshot_process"]
 
 _log = Logger("offmap.audit")
 
-SCHEMA = "offmap-audit/2"
 _ATTEMPTS = 3  # memory hot-plugged in mid-audit changes kcore's segments
 
 
@@ -56,127 +61,48 @@ Progress = Callable[[Stage, float], None]
 
 
 @dataclass(frozen=True)
-class AuditResult:
-    """What was found of one process's guest RAM.
+class Snapshot:
+    """An audit, and what a later one is compared with.
 
     Attributes:
-        pages: the counts the verdict rests on.
-        aliases: kernel mappings outside the direct map, in order of kernel address; at most LISTED.
-        scan: what a scan found (None if none was asked for).
-        notes: what a reader must know about the verdict.
-        mapped: guest-physical (address, bytes) of all that is mapped, where a VMM has told its memory slots.
-        reach: how many pages are reached by what: complete, whatever the lists leave out.
-        direct_map_ranges: the direct map's mappings of guest RAM, in order of kernel address; at most LISTED.
-        omitted: entries that were left out of ``aliases`` and of ``direct_map_ranges``.
-        physical: where in physical memory the guest's pages are, and what reaches them there.
-        sharing: other processes that map them; None if it could not be counted.
-        vmm: what the process calls itself.
-        partial: why the audit ended early (the process exited, …) and what it counts is a part; empty otherwise.
-        time: when it ended, as utc_now says it.
-        judged: every page; not part of the JSON.
-        oracle: what a second opinion was asked and agreed on; None if nobody was asked.
+        audit: the published result.
+        ram: the ranges that were audited.
+        mappings: all kernel mappings that the walk found.
+        judged: every page of the ranges.
     """
 
-    pid: int
-    process: str
-    host: HostFacts
+    audit: AuditResult
     ram: GuestRam
-    pages: PageCounts
-    aliases: tuple[Reach, ...]
-    mappings: KernelMappings
-    levels: int
-    scan: ScanResult | None
-    verdict: Verdict
-    notes: tuple[str, ...]
-    seconds: float
-    mapped: tuple[tuple[int, int], ...] = ()
-    reach: tuple[ReachTotal, ...] = ()
-    direct_map_ranges: tuple[Reach, ...] = ()
-    omitted: tuple[int, int] = (0, 0)
-    physical: PhysicalMap = field(default_factory=PhysicalMap)
-    sharing: Sharing | None = None
-    vmm: VmmFacts = field(default_factory=VmmFacts)
-    partial: str = ""
-    time: str = field(default_factory=utc_now)
-    judged: Judged | None = field(default=None, repr=False, compare=False)
-    oracle: OracleResult | None = None
-
-    @property
-    def alias_pages_by_region(self) -> dict[str, int]:
-        """Aliased 4 KiB pages, by the name of the region the alias is in (a page counts once for each mapping)."""
-        regions: dict[str, int] = {}
-        for total in self.reach:
-            if total.kind is not Kind.DIRECT_MAP:
-                regions[total.region] = regions.get(total.region, 0) + total.pages
-        return regions
-
-    @property
-    def canaries_found(self) -> int | None:
-        """Distinct valid canaries that were read; None without a scan for them."""
-        return None if self.scan is None or self.scan.secret_bytes is not None else len(self.scan.found)
-
-    def to_json(self) -> dict[str, Any]:
-        """The result in the words of docs/design.md, ready for json.dumps."""
-        pages: dict[str, Any] = asdict(self.pages)
-        pages["unknown_reasons"] = pages.pop("reasons")
-        pages["canaries_found"] = self.canaries_found
-        return {
-            "schema": SCHEMA,
-            "offmap": offmap.__version__,
-            "time": self.time,
-            "host": self.host.to_json(),
-            "pid": self.pid,
-            "process": self.process,
-            "vmm": self.vmm.to_json(),
-            "verdict": self.verdict.value,
-            "notes": list(self.notes),
-            "partial": self.partial or None,
-            "pages": pages,
-            "ranges": [
-                {
-                    "va": f"{part.va:#x}",
-                    "bytes": part.bytes,
-                    "source": part.source.value,
-                    "guest_phys_addr": part.guest_phys_addr,
-                    "backend": part.backend,
-                }
-                for part in self.ram.ranges
-            ],
-            "reach": [total.to_json() for total in self.reach],
-            "aliases": [alias.to_json() for alias in self.aliases],
-            "aliases_omitted": self.omitted[0],
-            "direct_map_ranges": [direct.to_json() for direct in self.direct_map_ranges],
-            "direct_map_ranges_omitted": self.omitted[1],
-            "physical": self.physical.to_json(),
-            "sharing": None if self.sharing is None else self.sharing.to_json(),
-            "mapped_guest_ranges": [list(part) for part in self.mapped],
-            "walk": {
-                "levels": self.levels,
-                "seconds": round(self.mappings.seconds, 4),
-                "tables": {str(level): count for level, count in self.mappings.tables.items()},
-                "runs": len(self.mappings.runs),
-                "direct_map_bytes": self.mappings.direct_bytes(),
-                "unreadable": [
-                    {"va": f"{span.va:#x}", "bytes": span.bytes, "reason": span.reason}
-                    for span in self.mappings.unreadable
-                ],
-            },
-            "scan": None if self.scan is None else self.scan.to_json(),
-            "oracle": None if self.oracle is None else self.oracle.to_json(),
-            "seconds": round(self.seconds, 4),
-        }
+    mappings: KernelMappings = field(repr=False)
+    judged: Judged = field(repr=False)
 
 
-def audit_process(
-    pid: int,
-    *,
-    scan: Wanted | None = None,
-    ranges: Sequence[RamRange] | None = None,
-    progress: Progress | None = None,
-    sharers: bool = False,
-    threads: int | None = None,
-    oracle: Sample | None = None,
-) -> AuditResult:
+class Options(TypedDict, total=False):
+    """What ``snapshot_process`` can be asked for besides the verdict.
+
+    Attributes:
+        scan: also scan all that the kernel has mapped, for canaries of this key or for this secret.
+        ranges: audit these addresses instead of what is found to be guest RAM.
+        progress: told how far the audit is.
+        sharers: also name the other processes that map the guest's pages.
+        threads: how many threads read in a scan; None for ``scan.default_threads``.
+        oracle: also compare a sample of this size with what drgn says.
+    """
+
+    scan: Wanted | None
+    ranges: Sequence[RamRange] | None
+    progress: Progress | None
+    sharers: bool
+    threads: int | None
+    oracle: Sample | None
+
+
+def audit_process(pid: int, **options: Unpack[Options]) -> AuditResult:
+    """The published part of ``snapshot_process``."""
+    return snapshot_process(pid, **options).audit
+
+
+def snapshot_process(pid: int, **options: Unpack[Options]) -> Snapshot:
     """Find which pages of a process's guest RAM the host kernel has mapped.
 
     The process is neither stopped nor written to. One that ends meanwhile leaves a result that says so (``partial``),
@@ -184,40 +110,26 @@ def audit_process(
 
     Args:
         pid: of the VMM.
-        scan: if given, also scan all that the kernel has mapped: for canaries of this key, or for this secret.
-        ranges: audit these addresses instead of what is found to be guest RAM.
-        progress: told how far the audit is.
-        sharers: also name the other processes that map the guest's pages.
-        threads: how many read at once in a scan; None for ``scan.default_threads``.
-        oracle: if given, also ask drgn about such a sample.
 
     Raises:
         NoSuchProcess: no such process.
         Undetermined: this host does not let the question be answered, or the process ended before anything was seen.
         OracleDisagrees: drgn was asked, and says something else.
     """
-    if oracle is not None:
+    if options.get("oracle") is not None:
         require_drgn()
-    tell: Progress = progress or (lambda stage, share: None)
     with Process(pid) as process:
         for _ in range(_ATTEMPTS):
             with Kcore() as kcore:
-                result = _audit(process, kcore, scan, ranges, tell, sharers, threads, oracle)
+                snapshot = _snapshot(process, kcore, options)
                 if not kcore.changed():
-                    return result
+                    return snapshot
     raise Undetermined("memory was hot-plugged or removed during each attempt", "run the audit again")
 
 
-def _audit(
-    process: Process,
-    kcore: Kcore,
-    scan: Wanted | None,
-    ranges: Sequence[RamRange] | None,
-    tell: Progress,
-    sharers: bool,
-    threads: int | None,
-    oracle: Sample | None,
-) -> AuditResult:
+def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
+    ranges, sample = options.get("ranges"), options.get("oracle")
+    tell: Progress = options.get("progress") or (lambda stage, share: None)
     started = time.monotonic()
     info = kcore.vmcoreinfo
     layout = Layout.of(info, kcore.page_offset_base, kcore.segments)
@@ -240,25 +152,25 @@ def _audit(
     judged = classify(before, after, excluded_ranges(ram), mappings, kinds)
     moved, partial = _slots_moved(process, ram, None if ranges else ask_kvm)
     partial = before.ended or after.ended or partial
-    sharing, unshared = _sharing(process, ram, judged, sharers, partial)
+    sharing, unshared = _sharing(process, ram, judged, options.get("sharers", False), partial)
     tell(Stage.WALK, 1.0)
     scanned = None
-    if scan is not None:
+    if (wanted := options.get("scan")) is not None:
         devices = sorted({*before.device_ranges, *after.device_ranges})
         scanned = scan_memory(
             kcore,
             mappings,
             layout,
-            scan,
+            wanted,
             _guest_pages(judged, ram),
             devices,
             lambda share: tell(Stage.SCAN, share),
-            threads,
+            options.get("threads"),
         )
     opinion = None
-    if oracle is not None and not partial:
+    if sample is not None and not partial:
         tell(Stage.ORACLE, 0.0)
-        opinion = second_opinion(process, kcore, mappings, layout, _guest_pages(judged, ram), oracle)
+        opinion = second_opinion(process, kcore, mappings, layout, _guest_pages(judged, ram), sample)
     pages = judged.counts()
     joined = join(judged, mappings, kinds, layout, ram)
     _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
@@ -278,30 +190,36 @@ def _audit(
             "what maps pages in the vmalloc space is not told: /proc/vmallocinfo shows addresses while "
             "sysctl kernel.kptr_restrict is 1",
         )
-    return AuditResult(
+    pages = msgspec.structs.replace(pages, canaries_found=None if scanned is None else scanned.canaries_found)
+    audit = AuditResult(
+        offmap=offmap.__version__,
+        time=utc_now(),
+        host=host_facts(),
         pid=process.pid,
         process=name,
-        host=host_facts(),
-        ram=ram,
-        pages=pages,
-        aliases=joined.aliases,
-        mapped=tuple(mapped_guest_ranges(judged, ram)),
-        mappings=mappings,
-        levels=info.levels,
-        scan=scanned,
+        vmm=facts,
         verdict=verdict,
         notes=notes,
-        seconds=time.monotonic() - started,
+        partial=partial or None,
+        pages=pages,
+        ranges=tuple(
+            AuditedRange(Address(part.va), part.bytes, part.source, part.guest_phys_addr, part.backend)
+            for part in ram.ranges
+        ),
         reach=joined.reach,
+        aliases=joined.aliases,
+        aliases_omitted=joined.omitted[0],
         direct_map_ranges=joined.direct_map_ranges,
-        omitted=joined.omitted,
+        direct_map_ranges_omitted=joined.omitted[1],
         physical=physical_map(judged, kcore.ram),
         sharing=sharing,
-        vmm=facts,
-        partial=partial,
-        judged=judged,
+        mapped_guest_ranges=tuple(mapped_guest_ranges(judged, ram)),
+        walk=mappings.facts(info.levels),
+        scan=scanned,
         oracle=opinion,
+        seconds=round(time.monotonic() - started, 4),
     )
+    return Snapshot(audit, ram, mappings, judged)
 
 
 def _slots_moved(process: Process, ram: GuestRam, ask_kvm: AskKvm | None) -> tuple[bool, str]:
@@ -334,7 +252,7 @@ def _guest_pages(judged: Judged, ram: GuestRam) -> GuestPages:
 
 
 def _judge(
-    pages: PageCounts, ram: GuestRam, scan: ScanResult | None, moved: bool = False, partial: str = ""
+    pages: Pages, ram: GuestRam, scan: Scan | None, moved: bool = False, partial: str = ""
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict, and what must be said beside it."""
     verdict = pages.verdict(ram.guessed)
@@ -375,7 +293,7 @@ def _judge(
     if pages.excluded_mapped_pages:
         notes.append(f"{pages.excluded_mapped_pages} mapped pages are kept from the guest and do not count")
     if scan is not None:
-        elsewhere = sum(not any(place.in_guest for place in places) for places in scan.found.values())
+        elsewhere = sum(not any(place.in_guest for place in hit.places) for hit in scan.found)
         if elsewhere:
             notes.append(f"{elsewhere} canaries were read outside the guest's own pages only: copies")
         copies = sum(not place.in_guest for place in scan.findings)

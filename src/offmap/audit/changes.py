@@ -4,108 +4,32 @@ Pages that nothing can be said of in either are no change.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from enum import Enum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offmap.audit.audit import AuditResult
+from offmap.audit.audit import Snapshot
+from offmap.audit.classify import Judged
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN
 from offmap.audit.guest_ram import RamRange
 from offmap.audit.intervals import distinct
 from offmap.audit.reach import LISTED, Kind, Reach
-from offmap.audit.verdict import Judged
+from offmap.audit.result import AuditResult
+from offmap.audit.result_sets import Change, Changes, Difference
+from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Change", "Changes", "Difference", "compare"]
+__all__ = ["compare"]
 
-SCHEMA = "offmap-audit-change/1"
 _KINDS = tuple(Kind)
 
 Ints = NDArray[np.int64]
 
 
-class Difference(Enum):
-    """What happened to a page."""
-
-    SLOT_ADDED = "slot added"
-    SLOT_REMOVED = "slot removed"
-    MAPPED = "mapped"  # the kernel has a mapping of it that it did not have
-    UNMAPPED = "unmapped"
-    MOVED = "moved"  # another frame stands behind it: migration, copy on write, memory mapped anew
-    POPULATED = "populated"
-    RETURNED = "returned"  # what could not be seen can be: swapped in, most often
-    GONE = "gone"  # there is no page any more
-    LOST = "lost"  # it cannot be seen any more: swapped out, most often
-
-
 _ORDER = tuple(Difference)
 
 
-@dataclass(frozen=True)
-class Change:
-    """A stretch of guest RAM that the same happened to.
-
-    Attributes:
-        what: happened.
-        userspace_addr, bytes: where the process has it.
-        guest_phys_addr: where the guest has it, if that is known.
-        pa, pa_before: physical address of its first page now and then; None where it is not known.
-        kinds, kinds_before: of the kernel mappings that reach it.
-        reaches: the mappings outside the direct map that reach it now, as far as they are listed.
-        why: why it cannot be seen, if it cannot.
-    """
-
-    what: Difference
-    userspace_addr: int
-    bytes: int
-    guest_phys_addr: int | None = None
-    pa: int | None = None
-    pa_before: int | None = None
-    kinds: tuple[Kind, ...] = ()
-    kinds_before: tuple[Kind, ...] = ()
-    reaches: tuple[Reach, ...] = ()
-    why: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "what": self.what.value,
-            "userspace_addr": f"{self.userspace_addr:#x}",
-            "pa": None if self.pa is None else f"{self.pa:#x}",
-            "pa_before": None if self.pa_before is None else f"{self.pa_before:#x}",
-            "kinds": [kind.value for kind in self.kinds],
-            "kinds_before": [kind.value for kind in self.kinds_before],
-            "reaches": [reach.to_json() for reach in self.reaches],
-        }
-
-
-@dataclass(frozen=True)
-class Changes:
-    """All that changed: ``pages`` counts it whole, ``listed`` holds the first LISTED stretches in order of address."""
-
-    listed: tuple[Change, ...]
-    pages: dict[Difference, int]
-    omitted: int = 0
-
-    def to_json(self, result: AuditResult) -> dict[str, Any]:
-        """One document for a later audit of a watch, whose full result is ``result``."""
-        return {
-            "schema": SCHEMA,
-            "time": result.time,
-            "pid": result.pid,
-            "process": result.process,
-            "verdict": result.verdict.value,
-            "mapped_pages": result.pages.mapped_pages,
-            "pages": {what.value: pages for what, pages in self.pages.items()},
-            "changes": [change.to_json() for change in self.listed],
-            "changes_omitted": self.omitted,
-        }
-
-
-def compare(before: AuditResult, after: AuditResult) -> Changes:
+def compare(before: Snapshot, after: Snapshot) -> Changes:
     """What changed from one audit of a process to a later one."""
     found: list[Change] = []
     pages: dict[Difference, int] = {}
@@ -115,9 +39,7 @@ def compare(before: AuditResult, after: AuditResult) -> Changes:
         if part not in old or part not in new:
             what = Difference.SLOT_ADDED if part in new else Difference.SLOT_REMOVED
             pages[what] = pages.get(what, 0) + part.pages
-            found.append(Change(what, part.va, part.bytes, part.guest_phys_addr))
-            continue
-        if before.judged is None or after.judged is None:
+            found.append(Change(what, Address(part.va), part.bytes, part.guest_phys_addr))
             continue
         one, two = _Part(before.judged, old[part], part.pages), _Part(after.judged, new[part], part.pages)
         for what, first, count, row_one, row_two in _differences(one, two):
@@ -126,10 +48,20 @@ def compare(before: AuditResult, after: AuditResult) -> Changes:
                 found.append(_change(what, part, first, count, (one, row_one), (two, row_two), after))
             else:
                 omitted += 1
-    return Changes(tuple(found), pages, omitted)
+    audit = after.audit
+    return Changes(
+        time=audit.time,
+        pid=audit.pid,
+        process=audit.process,
+        verdict=audit.verdict,
+        mapped_pages=audit.pages.mapped_pages,
+        pages=pages,
+        changes=tuple(found),
+        changes_omitted=omitted,
+    )
 
 
-def _positions(result: AuditResult) -> dict[RamRange, int]:
+def _positions(result: Snapshot) -> dict[RamRange, int]:
     """First page of each range, counted through all of them."""
     at, positions = 0, {}
     for part in result.ram.ranges:
@@ -198,20 +130,20 @@ def _change(
     pages: int,
     then: tuple[_Part, int],
     now: tuple[_Part, int],
-    after: AuditResult,
+    after: Snapshot,
 ) -> Change:
     old, new = then[0].frame(then[1], first), now[0].frame(now[1], first)
-    pa = None if new is None else new * PAGE_SIZE
+    pa = None if new is None else Address(new * PAGE_SIZE)
     return Change(
         what=what,
-        userspace_addr=part.va + first * PAGE_SIZE,
+        userspace_addr=Address(part.va + first * PAGE_SIZE),
         bytes=pages * PAGE_SIZE,
         guest_phys_addr=None if part.guest_phys_addr is None else part.guest_phys_addr + first * PAGE_SIZE,
         pa=pa,
-        pa_before=None if old is None else old * PAGE_SIZE,
+        pa_before=None if old is None else Address(old * PAGE_SIZE),
         kinds=now[0].kinds(now[1]),
         kinds_before=then[0].kinds(then[1]),
-        reaches=() if pa is None else _aliases_between(after, pa, pa + pages * PAGE_SIZE)[:8],
+        reaches=() if pa is None else _aliases_between(after.audit, pa, pa + pages * PAGE_SIZE)[:8],
         why=now[0].reasons[int(now[0].why[now[1]])],
     )
 

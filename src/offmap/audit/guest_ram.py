@@ -20,7 +20,6 @@ import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from offmap.audit.btf import Unknown
@@ -29,6 +28,7 @@ from offmap.audit.maps import Mapping as Vma
 from offmap.audit.maps import find_mapping
 from offmap.audit.process import Process
 from offmap.audit.residency import link as link_of
+from offmap.audit.result import Source
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
@@ -52,15 +52,6 @@ _PHYSICAL_BITS = 52  # the widest MAXPHYADDR that there is (Intel SDM volume 3, 
 _GUESS_MINIMUM = 16 << 20  # smaller mappings are heaps, stacks and libraries more often than RAM
 _GUEST_MEMFD = "[kvm-gmem]"  # virt/kvm/guest_memfd.c, __kvm_gmem_create
 KVM_VCPU_LINK = re.compile(r"anon_inode:kvm-vcpu:\d+")
-
-
-class Source(Enum):
-    """How it is known that a range is guest RAM."""
-
-    MEMSLOT = "memslot"  # the VMM says so
-    REQUESTED = "range"  # the user says so
-    KVM = "kvm"  # KVM has it in a memory slot: read from the kernel's memory
-    GUESS = "guess"  # a large mapping of a process that holds a VM
 
 
 @dataclass(frozen=True)

@@ -2,29 +2,56 @@
 
 import os
 import platform
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 
-__all__ = ["HostFacts", "host_facts", "utc_now"]
+from msgspec import Meta
 
+from offmap.report.typed import Count, Document, Malformed
+
+__all__ = ["HostFacts", "Time", "host_facts", "parse_time", "utc_now"]
+
+_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 _LAB_MARK = "offmap.lab"  # on the kernel command line of a disposable host
 
 
-@dataclass(frozen=True)
-class HostFacts:
-    """Kernel release, CPU model, kernel command line, memory in bytes, whether it is a lab host, and its name."""
+Time = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
+"""UTC, to the second: ``2026-11-22T22:50:26Z``."""
+
+
+def parse_time(text: str) -> datetime:
+    """When that was.
+
+    Raises:
+        Malformed: there is no such time.
+    """
+    try:
+        return datetime.strptime(text, _FORMAT).replace(tzinfo=UTC)
+    except ValueError:
+        raise Malformed(f"its time is {text!r:.40}") from None
+
+
+class HostFacts(Document, frozen=True):
+    """The host whose kernel was audited.
+
+    Attributes:
+        kernel: Kernel release, as uname -r.
+        cpu: CPU model name; empty if it does not tell.
+        microcode: Microcode revision; empty if it does not tell.
+        cmdline: Command line of the kernel.
+        memory_bytes: MemTotal of /proc/meminfo, in bytes.
+        lab: Whether it is a disposable lab host.
+        name: Its name, as uname -n.
+    """
 
     kernel: str
     cpu: str
     microcode: str
     cmdline: str
-    memory_bytes: int
+    memory_bytes: Count
     lab: bool
-    name: str = ""
-
-    def to_json(self) -> dict[str, str | int | bool]:
-        return asdict(self)
+    name: str
 
 
 def _field(text: str, name: str) -> str:
@@ -62,4 +89,4 @@ def host_facts() -> HostFacts:
 
 def utc_now() -> str:
     """The time that a result is stamped with, to the second: ``2026-11-22T22:50:26Z``."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime(_FORMAT)

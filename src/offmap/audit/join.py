@@ -10,13 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from offmap.audit.classify import Judged
 from offmap.audit.guest_ram import GuestRam
 from offmap.audit.intervals import overlaps
 from offmap.audit.kinds import Kinds
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.reach import LISTED, Kind, Reach, ReachTotal
 from offmap.audit.regions import Layout
-from offmap.audit.verdict import Judged
+from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["Joined", "join"]
@@ -113,15 +114,15 @@ def _listed(
     )
     return tuple(
         Reach(
-            va=va,
-            pa=pfn * PAGE_SIZE,
+            va=Address(va),
+            pa=Address(pfn * PAGE_SIZE),
             bytes=pages * PAGE_SIZE,
             kind=_KINDS[kind],
             region=regions[region],
             page_size=PAGE_SIZE << 9 * (level - 1),
             writable=writable,
             executable=not nx,
-            userspace_addr=ram.ranges[part].va + offset,
+            userspace_addr=Address(ram.ranges[part].va + offset),
             guest_phys_addr=None if (gpa := ram.ranges[part].guest_phys_addr) is None else gpa + offset,
             caller=kinds.callers[caller],
         )

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from offmap.audit.result import Span, Walk
 from offmap.uapi.page import PAGE_SHIFT
 
-__all__ = ["RUN", "KernelMappings", "Span", "covered", "merge_runs"]
+__all__ = ["RUN", "KernelMappings", "covered", "merge_runs"]
 
 
 # One stretch of mappings, contiguous in virtual and physical addresses, of one page size and one set of permissions.
@@ -21,15 +22,6 @@ RUN = np.dtype(
         ("nx", np.bool_),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of kernel addresses whose page tables could not be read, and why."""
-
-    va: int
-    bytes: int
-    reason: str
 
 
 def merge_runs(runs: NDArray[np.void]) -> NDArray[np.void]:
@@ -96,13 +88,20 @@ class KernelMappings:
         """The runs of the direct map."""
         return self.runs[self.is_direct]
 
-    def direct_bytes(self) -> dict[str, int]:
-        """Bytes of the direct map by page size; how far it is split (``DirectMap4k`` of /proc/meminfo)."""
+    def facts(self, levels: int) -> Walk:
+        """The walk as a result tells it. How far the direct map is split: its bytes by the size of their pages."""
         direct = self.direct
-        return {
-            name: int(direct["bytes"][direct["level"] == level].sum())
-            for level, name in enumerate(("4K", "2M", "1G"), 1)
-        }
+        return Walk(
+            levels=levels,
+            seconds=round(self.seconds, 4),
+            tables={str(level): count for level, count in self.tables.items()},
+            runs=len(self.runs),
+            direct_map_bytes={
+                name: int(direct["bytes"][direct["level"] == level].sum())
+                for level, name in enumerate(("4K", "2M", "1G"), 1)
+            },
+            unreadable=self.unreadable,
+        )
 
     @property
     def aliases(self) -> NDArray[np.void]:

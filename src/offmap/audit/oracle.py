@@ -20,19 +20,20 @@ same code of ours, and both are asked again; what differs three times over is a 
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from offmap.audit.guest_pages import GuestPages
 from offmap.audit.mappings import KernelMappings
+from offmap.audit.result import OracleResult
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
 from offmap.audit.walk import REFERENCES
 from offmap.errors import OffmapError
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["DEFAULT_PAGES", "Lookups", "Oracle", "OracleDisagrees", "OracleResult", "Sample", "ask_oracle"]
+__all__ = ["DEFAULT_PAGES", "Lookups", "Oracle", "OracleDisagrees", "Sample", "ask_oracle"]
 
 DEFAULT_PAGES = 256
 _ATTEMPTS = 3
@@ -62,37 +63,6 @@ class Oracle(Protocol):
     def process(self, pgd: int, va: int) -> int | None:
         """The same for an address of the process with this top page table."""
         ...
-
-
-@dataclass(frozen=True)
-class OracleResult:
-    """What was asked, and agreed on.
-
-    Attributes:
-        name, version: of the oracle.
-        seed: of the sample; the same one draws the same of the same host.
-        pages: guest pages drawn.
-        frames_agreed: of these, those whose frame the oracle found too; the others are not in the process's own page
-            tables, or it could not be told where those are (``frames_unasked``).
-        addresses: kernel addresses asked.
-        mapped, unmapped: what both said of them.
-        retried: questions that were asked again, as the kernel had changed something meanwhile.
-    """
-
-    name: str
-    version: str
-    seed: int
-    pages: int
-    frames_agreed: int
-    frames_unasked: int
-    addresses: int
-    mapped: int
-    unmapped: int
-    retried: int
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "seconds": round(self.seconds, 3)}
 
 
 class _Question(NamedTuple):
@@ -213,7 +183,7 @@ def ask_oracle(
         mapped=asking.mapped,
         unmapped=asking.unmapped,
         retried=asking.retried,
-        seconds=time.monotonic() - started,
+        seconds=round(time.monotonic() - started, 3),
     )
 
 

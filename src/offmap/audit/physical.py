@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from offmap.audit.classify import Judged
 from offmap.audit.intervals import Intervals, cut, distinct
 from offmap.audit.reach import Kind, PhysicalCell, PhysicalMap
-from offmap.audit.verdict import Judged
+from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["physical_map"]
@@ -32,7 +33,7 @@ def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _C
             _cell(pfn, count, count, mask, judged, np.array([mask]), np.array([count]))
             for pfn, count, mask in zip(start.tolist(), pages.tolist(), reached.tolist(), strict=True)
         ]
-        return PhysicalMap(tuple(ram), tuple(found))
+        return PhysicalMap(_addresses(ram), cells=tuple(found))
     low, high = int(start[0]), int(start[-1] + pages[-1])
     bucket = 1
     while (high - low // bucket * bucket + bucket - 1) // bucket > cells:
@@ -47,7 +48,11 @@ def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _C
         mask = int(np.bitwise_or.reduce(masks))
         pfn = base + int(place[first]) * bucket
         found.append(_cell(pfn, bucket, int(counts.sum()), mask, judged, masks, counts))
-    return PhysicalMap(tuple(ram), tuple(found), bucket * PAGE_SIZE)
+    return PhysicalMap(_addresses(ram), bucket * PAGE_SIZE, tuple(found))
+
+
+def _addresses(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[Address, Address], ...]:
+    return tuple((Address(start), Address(end)) for start, end in ranges)
 
 
 def _once(pfn: Ints, pages: Ints, reached: NDArray[np.uint32]) -> tuple[Ints, Ints, NDArray[np.uint32]]:
@@ -84,12 +89,13 @@ def _cell(
     direct, alias = masks & judged.DIRECT != 0, masks & ~judged.DIRECT != 0
     mapped = int(counts[masks != 0].sum())
     return PhysicalCell(
-        pa=pfn * PAGE_SIZE,
+        pa=Address(pfn * PAGE_SIZE),
         bytes=pages * PAGE_SIZE,
         guest_pages=guest,
         direct_map_pages=int(counts[direct].sum()),
         alias_pages=int(counts[alias].sum()),
         mapped_pages=mapped,
         unknown_pages=guest - mapped if judged.blind else 0,
+        unmapped_pages=0 if judged.blind else guest - mapped,
         kinds=tuple(kind for code, kind in enumerate(_KINDS) if mask >> code & 1),
     )

@@ -6,9 +6,8 @@ it: the guest's page, the file, the processes, the slab. What cannot be named st
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,73 +33,14 @@ from offmap.audit.pageflags import (
     PageFlags,
 )
 from offmap.audit.regions import KERNEL_TEXT, MODULES, VMALLOC, Layout
+from offmap.audit.scan_result import Owner, PageProcess, Sort
+from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Look", "Owner", "Placer", "Sort", "sort_of"]
+__all__ = ["Look", "Placer", "sort_of"]
 
 _THREAD_SIZE = 4 * PAGE_SIZE  # arch/x86/include/asm/page_64_types.h, without KASAN
 _MOST_NAMED = 1 << 10  # pages whose owners are looked up one by one
-
-
-class Sort(Enum):
-    """What a page is."""
-
-    GUEST = "guest"  # the audited VM's own
-    PAGE_CACHE = "page_cache"  # of a file, tmpfs and memfd included
-    PROCESS = "process"  # a process's own (anonymous) memory
-    SLAB = "slab"
-    KERNEL_STACK = "kernel_stack"
-    VMALLOC = "vmalloc"
-    PAGE_TABLE = "page_table"
-    KERNEL_IMAGE = "kernel_image"
-    RESERVED = "reserved"  # never given to the page allocator: firmware's, or the kernel's from its boot
-    FREE = "free"  # freed, and not given to anyone since
-    KERNEL = "kernel"  # the kernel's own, and nothing says what for (network and pipe buffers, drivers)
-    GONE = "gone"  # something else stood there when it was looked at again
-
-
-@dataclass(frozen=True)
-class Owner:
-    """What a page is, and whose.
-
-    Attributes:
-        sort: what it is.
-        name: the file, the slab cache or the thread; empty where there is none, or it cannot be told.
-        file_offset: in the file.
-        processes: those that have it in their page tables; not of a GUEST page.
-        guest_phys_addr: of a GUEST page, where the VMM has told.
-        userspace_addr: of a GUEST page.
-    """
-
-    sort: Sort
-    name: str = ""
-    file_offset: int | None = None
-    processes: tuple[MappedBy, ...] = ()
-    guest_phys_addr: int | None = None
-    userspace_addr: int | None = None
-
-    def at(self, offset: int) -> "Owner":
-        """The same of a byte within the page."""
-
-        def add(number: int | None) -> int | None:
-            return None if number is None else number + offset
-
-        return replace(
-            self,
-            file_offset=add(self.file_offset),
-            guest_phys_addr=add(self.guest_phys_addr),
-            userspace_addr=add(self.userspace_addr),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "sort": self.sort.value,
-            "name": self.name,
-            "file_offset": self.file_offset,
-            "processes": [{"pid": each.pid, "process": each.process, "va": f"{each.va:#x}"} for each in self.processes],
-            "guest_phys_addr": None if self.guest_phys_addr is None else f"{self.guest_phys_addr:#x}",
-            "userspace_addr": None if self.userspace_addr is None else f"{self.userspace_addr:#x}",
-        }
 
 
 def sort_of(flags: int) -> Sort | None:
@@ -192,7 +132,9 @@ class Placer:
         head, flags = look.head, look.flags
         place = self.guest.find(frame)
         if place is not None:
-            return Owner(Sort.GUEST, userspace_addr=place[0], guest_phys_addr=place[1])
+            va, guest = place
+            known = None if guest is None else Address(guest)
+            return Owner(Sort.GUEST, userspace_addr=Address(va), guest_phys_addr=known)
         sort = sort_of(flags)
         if sort is Sort.SLAB:
             return Owner(sort, objects.slab_of(head) if objects else "")
@@ -203,12 +145,12 @@ class Placer:
         if sort is Sort.RESERVED and self._aliased(frame, (KERNEL_TEXT, MODULES)):
             return Owner(Sort.KERNEL_IMAGE)
         if sort is not None:
-            return Owner(sort, processes=processes)
+            return Owner(sort, processes=_published(processes))
         stacks = self._aliased(frame, (VMALLOC,))
         if stacks:
             thread = next((name for va in stacks for name in self._stack(va, objects)), None)
             return Owner(Sort.KERNEL_STACK, thread) if thread else Owner(Sort.VMALLOC)
-        return Owner(Sort.KERNEL, processes=processes)
+        return Owner(Sort.KERNEL, processes=_published(processes))
 
     def _aliased(self, frame: int, regions: Collection[str]) -> list[int]:
         """Addresses outside the direct map that the kernel has this page at, in these regions."""
@@ -247,9 +189,13 @@ def head_and_flags(flags: PageFlags, frame: int) -> tuple[int, int]:
 
 def _cached(file: CachedFile | None, processes: tuple[MappedBy, ...]) -> Owner:
     if file is not None:
-        return Owner(Sort.PAGE_CACHE, _named(file), file.offset, processes)
+        return Owner(Sort.PAGE_CACHE, _named(file), file.offset, _published(processes))
     path = next((each.path for each in processes if each.path), "")
-    return Owner(Sort.PAGE_CACHE, path, None, processes)
+    return Owner(Sort.PAGE_CACHE, path, None, _published(processes))
+
+
+def _published(processes: tuple[MappedBy, ...]) -> tuple[PageProcess, ...]:
+    return tuple(PageProcess(each.pid, each.process, Address(each.va)) for each in processes)
 
 
 def _named(file: CachedFile) -> str:

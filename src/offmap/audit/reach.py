@@ -1,19 +1,32 @@
-"""The words of a result: what reaches a page of guest RAM, by which kernel address and with which rights.
+"""The words of a result for what reaches a page of guest RAM: kernel mappings, other processes, physical memory.
 
-Only facts; how they are found is in ``join`` (kernel mappings), ``sharers`` (processes) and ``physical`` (the picture).
-Lists may be cut, at LISTED entries each; what is left out is counted, and the totals are always of everything.
+Only facts; ``join`` finds the kernel mappings, ``sharers`` the processes and ``physical`` the ranges of memory.
+A list may be cut at LISTED entries. What is left out is counted, and totals are always of everything.
 """
 
-from dataclasses import asdict, dataclass
-from enum import Enum
-from typing import Any
+from enum import StrEnum
+from typing import Annotated
 
-__all__ = ["LISTED", "Kind", "PhysicalCell", "PhysicalMap", "Reach", "ReachTotal", "Sharer", "Sharing", "VmmFacts"]
+from offmap.report.typed import Address, Count, Document, one_of
+
+__all__ = [
+    "LISTED",
+    "Kind",
+    "KindName",
+    "PageBytes",
+    "PhysicalCell",
+    "PhysicalMap",
+    "Reach",
+    "ReachTotal",
+    "Sharer",
+    "Sharing",
+    "VmmFacts",
+]
 
 LISTED = 1 << 14  # ranges a list holds: some 5 MB of JSON
 
 
-class Kind(Enum):
+class Kind(StrEnum):
     """What a kernel mapping is: the region it lies in, and for the vmalloc space what /proc/vmallocinfo says of it."""
 
     DIRECT_MAP = "direct_map"
@@ -35,166 +48,161 @@ class Kind(Enum):
     OTHER = "other"  # where the kernel's documentation has a hole
 
 
-@dataclass(frozen=True)
-class Reach:
+KindName = Annotated[str, one_of(Kind)]
+"""A Kind, or what a later version calls one."""
+
+PageBytes = Annotated[Count, one_of((4096, 2 << 20, 1 << 30))]
+
+
+class Reach(Document, frozen=True):
     """A stretch of guest RAM and one kernel mapping of it: contiguous in all addresses.
 
     Attributes:
-        va: kernel virtual address.
-        pa: physical address.
-        bytes: a multiple of 4096.
-        kind: what the mapping is.
-        region: its region, as Documentation/arch/x86/x86_64/mm.rst names it.
-        page_size: of the mapping: 4096, 2 MiB or 1 GiB.
-        writable, executable: as all levels of the page tables together say.
-        userspace_addr: where the audited process has it.
-        guest_phys_addr: where the guest has it; None where the VMM has not told.
-        caller: who made the mapping, as /proc/vmallocinfo says it (``kvm_gpc_map+0x…``); empty where nobody is named.
+        va: Kernel virtual address.
+        pa: Physical address.
+        bytes: A multiple of 4096.
+        kind: What the mapping is: its region, and for the vmalloc space what /proc/vmallocinfo says of it.
+        region: Region of the kernel's addresses, as Documentation/arch/x86/x86_64/mm.rst names it.
+        page_size: Bytes that one entry maps.
+        writable: Whether all levels of the page tables together allow writes.
+        executable: Whether all levels of the page tables together allow execution.
+        userspace_addr: Where the audited process has it; 0x0 if that is not known.
+        guest_phys_addr: Where the guest has it; null if that is not known.
+        caller: Who made the mapping, as /proc/vmallocinfo says (kvm_gpc_map+0x…); empty where nobody is named.
     """
 
-    va: int
-    pa: int
-    bytes: int
-    kind: Kind
+    va: Address
+    pa: Address
+    bytes: Count
+    kind: KindName
     region: str
-    page_size: int
+    page_size: PageBytes
     writable: bool
     executable: bool
-    userspace_addr: int = 0
-    guest_phys_addr: int | None = None
+    userspace_addr: Address
+    guest_phys_addr: Count | None = None
     caller: str = ""
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "va": f"{self.va:#x}",
-            "pa": f"{self.pa:#x}",
-            "kind": self.kind.value,
-            "userspace_addr": f"{self.userspace_addr:#x}",
-        }
+    @property
+    def rights(self) -> str:
+        """As in /proc/PID/maps."""
+        return _rights(self.writable, self.executable)
 
 
-@dataclass(frozen=True)
-class ReachTotal:
-    """How many pages of guest RAM mappings of one sort reach; a page counts once for each mapping of it.
+class ReachTotal(Document, frozen=True):
+    """All mappings of one sort; a page counts once for each mapping of it. The vmalloc space has one for each caller.
 
-    Of the vmalloc space, one total for each caller.
+    Attributes:
+        kind: What the mappings are.
+        region: Region of the kernel's addresses, as Documentation/arch/x86/x86_64/mm.rst names it.
+        page_size: Bytes that one entry maps.
+        writable: Whether all levels of the page tables together allow writes.
+        executable: Whether all levels of the page tables together allow execution.
+        caller: Who made the mappings, as /proc/vmallocinfo says; empty where nobody is named.
+        pages: Pages of guest RAM that they reach.
+        ranges: Contiguous stretches.
     """
 
-    kind: Kind
+    kind: KindName
     region: str
-    page_size: int
+    page_size: PageBytes
     writable: bool
     executable: bool
     caller: str
-    pages: int
-    ranges: int
+    pages: Count
+    ranges: Count
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "kind": self.kind.value}
+    @property
+    def rights(self) -> str:
+        """As in /proc/PID/maps."""
+        return _rights(self.writable, self.executable)
 
 
-@dataclass(frozen=True)
-class Sharer:
-    """Another process, and how many of the guest's pages it has in its page tables."""
+def _rights(writable: bool, executable: bool) -> str:
+    return f"r{'w' if writable else '-'}{'x' if executable else '-'}"
 
-    pid: int
+
+class Sharer(Document, frozen=True):
+    """Another process that maps guest pages.
+
+    Attributes:
+        pid: Its PID.
+        process: Its command name.
+        pages: Guest pages in its page tables.
+    """
+
+    pid: Count
     process: str
-    pages: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    pages: Count
 
 
-@dataclass(frozen=True)
-class Sharing:
+class Sharing(Document, frozen=True):
     """Guest pages that other processes map too.
 
     Attributes:
-        shared_pages: those that /proc/kpagecount counts more mappings of than the audited process has.
-        uncounted_pages: those that it cannot count (no ``struct page``, or a VM_PFNMAP mapping).
-        processes: who maps them, most pages first; None if that was not asked.
-        unreadable_processes: those whose page tables could not be read, if it was asked.
+        shared_pages: Pages that /proc/kpagecount counts more mappings of than the audited process has.
+        uncounted_pages: Pages that it cannot count: without a struct page, or in a VM_PFNMAP mapping.
+        processes: Who maps them, most pages first; null if that was not asked.
+        unreadable_processes: Processes whose page tables could not be read, if that was asked.
     """
 
-    shared_pages: int
-    uncounted_pages: int
+    shared_pages: Count
+    uncounted_pages: Count
     processes: tuple[Sharer, ...] | None = None
-    unreadable_processes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "shared_pages": self.shared_pages,
-            "uncounted_pages": self.uncounted_pages,
-            "processes": None if self.processes is None else [sharer.to_json() for sharer in self.processes],
-            "unreadable_processes": self.unreadable_processes,
-        }
+    unreadable_processes: Count = 0
 
 
-@dataclass(frozen=True)
-class PhysicalCell:
-    """A stretch of physical memory with pages of the guest's in it.
+class PhysicalCell(Document, frozen=True):
+    """A stretch of physical memory that holds guest pages.
 
-    ``guest_pages`` counts them; of these, ``direct_map_pages`` and ``alias_pages`` (which may overlap) are mapped,
-    ``mapped_pages`` by either, and ``unknown_pages`` could not be judged. ``kinds`` are those of the mappings.
+    Attributes:
+        pa: Where it begins.
+        bytes: Its size.
+        guest_pages: Guest pages in it.
+        direct_map_pages: Of these, in the direct map.
+        alias_pages: Of these, mapped otherwise; may overlap with direct_map_pages.
+        mapped_pages: Of these, mapped at all.
+        unknown_pages: Of these, not judged.
+        unmapped_pages: The rest: no mapping was found. The verdict says whether they are hidden.
+        kinds: What maps them.
     """
 
-    pa: int
-    bytes: int
-    guest_pages: int
-    direct_map_pages: int
-    alias_pages: int
-    mapped_pages: int
-    unknown_pages: int
-    kinds: tuple[Kind, ...]
-
-    @property
-    def unmapped_pages(self) -> int:
-        """Those that no mapping was found of. Whether they are hidden is for the verdict to say."""
-        return self.guest_pages - self.mapped_pages - self.unknown_pages
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "pa": f"{self.pa:#x}",
-            "unmapped_pages": self.unmapped_pages,
-            "kinds": [kind.value for kind in self.kinds],
-        }
+    pa: Address
+    bytes: Count
+    guest_pages: Count
+    direct_map_pages: Count
+    alias_pages: Count
+    mapped_pages: Count
+    unknown_pages: Count
+    unmapped_pages: Count
+    kinds: tuple[KindName, ...]
 
 
-@dataclass(frozen=True)
-class PhysicalMap:
+class PhysicalMap(Document, frozen=True):
     """Where the guest's pages are in physical memory.
 
     Attributes:
-        ram: (start, end) of what the host kernel calls RAM.
-        cells: in order of address, disjoint: exact ranges if they are few (``cell_bytes`` is None), else buckets of
-            ``cell_bytes`` each, only those with guest pages in them.
+        ram: Start and end of each range that the host kernel calls RAM.
+        cell_bytes: Size of the buckets that the cells are; null if they are exact ranges.
+        cells: In order of address, disjoint; only those that hold guest pages.
     """
 
-    ram: tuple[tuple[int, int], ...] = ()
+    ram: tuple[tuple[Address, Address], ...] = ()
+    cell_bytes: Count | None = None
     cells: tuple[PhysicalCell, ...] = ()
-    cell_bytes: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "ram": [[f"{start:#x}", f"{end:#x}"] for start, end in self.ram],
-            "cell_bytes": self.cell_bytes,
-            "cells": [cell.to_json() for cell in self.cells],
-        }
 
 
-@dataclass(frozen=True)
-class VmmFacts:
-    """What kind of VMM the process is, by its name only: no verdict rests on it.
+class VmmFacts(Document, frozen=True):
+    """What kind of VMM the process is, by its name only; no verdict rests on it.
 
-    ``vmm`` is ``QEMU``, ``Firecracker``, … or empty; ``vms`` and ``vcpus`` count the distinct KVM descriptors it holds.
+    Attributes:
+        vmm: QEMU, Firecracker, …; empty if it is not known.
+        executable: Path of its executable; empty if it cannot be read.
+        vms: KVM VMs that it holds open.
+        vcpus: KVM vCPUs that it holds open.
     """
 
     vmm: str = ""
     executable: str = ""
-    vms: int = 0
-    vcpus: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    vms: Count = 0
+    vcpus: Count = 0

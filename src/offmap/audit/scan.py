@@ -14,8 +14,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from offmap.audit import pagemap
 from offmap.audit.canary import CANARY_LENGTH, PREFIX, Canary, CanaryKey, make_canary, new_key, parse_canary
@@ -23,15 +23,17 @@ from offmap.audit.guest_pages import GuestPages
 from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.own_memory import LockedBuffer, frames_at, own_frames
-from offmap.audit.placed import Owner, Placer, Sort
+from offmap.audit.placed import Placer
 from offmap.audit.readable import Piece, clip, frames_of, ioremap_areas, read_plan, union, zero_filled_intervals
 from offmap.audit.regions import Layout
+from offmap.audit.scan_result import FoundCanary, Owner, Place, Scan, Sort
 from offmap.audit.search import Found, Lane, Pattern, Read, Seams, buffer_size, search
 from offmap.audit.secret import Secret
 from offmap.errors import Undetermined
+from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Place", "ScanResult", "Wanted", "canary_pattern", "default_threads", "scan_memory", "secret_pattern"]
+__all__ = ["Wanted", "canary_pattern", "default_threads", "scan_memory", "secret_pattern"]
 
 _THREADS = 2  # one reader rarely fills a memory channel; a host in use has better things to do than more of them
 
@@ -41,85 +43,6 @@ T = TypeVar("T")
 
 # What to scan for: canaries of a key, or a secret.
 Wanted = CanaryKey | Secret
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where something was read.
-
-    Attributes:
-        va, pa: kernel address and physical address of its first byte.
-        region: of the address, as Documentation/arch/x86/x86_64/mm.rst names it.
-        in_guest: whether the page is the guest's.
-        owner: what the page is, and whose.
-        pa2: physical address of the rest, if it lies across two pages that only the guest sees side by side.
-        source: whether it is the file that the secret was read from, so that it is no finding.
-    """
-
-    va: int
-    pa: int
-    region: str
-    in_guest: bool
-    owner: Owner = field(default_factory=lambda: Owner(Sort.KERNEL))
-    pa2: int | None = None
-    source: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "va": f"{self.va:#x}",
-            "pa": f"{self.pa:#x}",
-            "pa2": None if self.pa2 is None else f"{self.pa2:#x}",
-            "region": self.region,
-            "in_guest": self.in_guest,
-            "source": self.source,
-            "owner": self.owner.to_json(),
-        }
-
-
-@dataclass
-class ScanResult:
-    """What the scan found and how much it saw.
-
-    Attributes:
-        found: of a scan for canaries, each distinct valid one and the places it was read at.
-        places: of a scan for a secret, where it was read.
-        secret_bytes: how long the secret is; None for canaries.
-        bytes_unread: mapped, but not readable through kcore at that address.
-        frames_unread: the pages among them that no other mapping showed either.
-        threads: that read.
-    """
-
-    found: dict[Canary, list[Place]] = field(default_factory=dict)
-    places: list[Place] = field(default_factory=list)
-    secret_bytes: int | None = None
-    bytes_scanned: int = 0
-    bytes_unread: int = 0
-    frames_unread: int = 0
-    seconds: float = 0.0
-    threads: int = 1
-
-    @property
-    def findings(self) -> list[Place]:
-        """The secret's places that count: not those of its own file, nor what had gone when it was looked at again."""
-        return [place for place in self.places if not place.source and place.owner.sort is not Sort.GONE]
-
-    def to_json(self) -> dict[str, Any]:
-        """For json.dumps, without nonces or the secret: a report must not become one more place they are found in."""
-        return {
-            "for": "canaries" if self.secret_bytes is None else "secret",
-            "secret_bytes": self.secret_bytes,
-            "canaries_found": len(self.found) if self.secret_bytes is None else None,
-            "bytes_scanned": self.bytes_scanned,
-            "bytes_unread": self.bytes_unread,
-            "frames_unread": self.frames_unread,
-            "threads": self.threads,
-            "seconds": round(self.seconds, 3),
-            "found": [
-                {"canary": canary.number, "places": [place.to_json() for place in places]}
-                for canary, places in sorted(self.found.items(), key=lambda item: item[0].number)
-            ],
-            "places": [place.to_json() for place in self.places],
-        }
 
 
 def default_threads() -> int:
@@ -202,7 +125,7 @@ class _Scan:
             hits = search(self.readable, lanes, pattern, self.progress, seams)
             return hits, before | own_frames()
 
-    def _places(self, hits: Sequence[Found], pattern: Pattern[Any], secret: Secret | None = None) -> list[Place]:
+    def _places(self, hits: Sequence[Found], pattern: Pattern[T], secret: Secret | None = None) -> list[Place]:
         """What the pages are that these were found in."""
         # First of all: what comes after takes memory, and free pages among these would go for it.
         looks = self.placer.look({hit.pa // PAGE_SIZE for hit in hits})
@@ -211,18 +134,18 @@ class _Scan:
         source = secret.file_frames() if secret is not None else set()
         return [
             Place(
-                hit.va,
-                hit.pa,
-                self.layout.name(hit.va),
-                hit.pa // PAGE_SIZE in self.guest,
-                Owner(Sort.GONE) if hit in gone else owners[hit.pa // PAGE_SIZE].at(hit.pa % PAGE_SIZE),
-                hit.pa2,
-                hit.pa // PAGE_SIZE in source,
+                va=Address(hit.va),
+                pa=Address(hit.pa),
+                pa2=None if hit.pa2 is None else Address(hit.pa2),
+                region=self.layout.name(hit.va),
+                in_guest=hit.pa // PAGE_SIZE in self.guest,
+                source=hit.pa // PAGE_SIZE in source,
+                owner=Owner(Sort.GONE) if hit in gone else owners[hit.pa // PAGE_SIZE].at(hit.pa % PAGE_SIZE),
             )
             for hit in hits
         ]
 
-    def _gone(self, hits: Iterable[Found], pattern: Pattern[Any]) -> set[Found]:
+    def _gone(self, hits: Iterable[Found], pattern: Pattern[T]) -> set[Found]:
         """Look again. The guest's own pages may change at any time: what was read there was read."""
         gone = set()
         with LockedBuffer(pattern.span + PAGE_SIZE) as buffer:
@@ -252,7 +175,7 @@ def scan_memory(
     device_ranges: Iterable[tuple[int, int]] = (),
     progress: Callable[[float], None] | None = None,
     threads: int | None = None,
-) -> ScanResult:
+) -> Scan:
     """Scan all RAM that the kernel maps.
 
     Args:
@@ -269,21 +192,31 @@ def scan_memory(
     ram = union([*kcore.ram, *device_ranges])
     zero_filled = zero_filled_intervals(kcore.page_flags, ram)
     readable, unread = read_plan(mappings, ram, kcore.segments, layout.vmemmap, zero_filled, ioremap_areas())
-    result = ScanResult(
-        bytes_scanned=sum(piece.bytes for piece in readable),
-        bytes_unread=sum(piece.bytes for piece in unread),
-        threads=threads or default_threads(),
-    )
+    threads = threads or default_threads()
+    found: dict[Canary, list[Place]] = {}
+    places: list[Place] = []
+    secret = wanted if isinstance(wanted, Secret) else None
     with ExitStack() as stack:
-        reads = [stack.enter_context(kcore.reader()).read_virtual for _ in range(result.threads)]
+        reads = [stack.enter_context(kcore.reader()).read_virtual for _ in range(threads)]
         placer = Placer(kcore, layout, mappings, guest, leave_out=(os.getpid(),))
         scan = _Scan(kcore, mappings, layout, readable, reads, guest, progress, placer)
         if isinstance(wanted, Secret):
-            result.secret_bytes = wanted.length
-            result.places = scan.secret(wanted)
+            places = scan.secret(wanted)
         else:
-            result.found = scan.canaries(wanted)
+            found = scan.canaries(wanted)
     _, never = clip([Piece(0, start, end - start) for start, end in frames_of(unread)], frames_of(readable))
-    result.frames_unread = sum(piece.bytes for piece in never) // PAGE_SIZE
-    result.seconds = time.monotonic() - started
-    return result
+    return Scan(
+        for_="canaries" if secret is None else "secret",
+        secret_bytes=None if secret is None else secret.length,
+        canaries_found=len(found) if secret is None else None,
+        bytes_scanned=sum(piece.bytes for piece in readable),
+        bytes_unread=sum(piece.bytes for piece in unread),
+        frames_unread=sum(piece.bytes for piece in never) // PAGE_SIZE,
+        threads=threads,
+        seconds=round(time.monotonic() - started, 3),
+        found=tuple(
+            FoundCanary(canary.number, tuple(at))
+            for canary, at in sorted(found.items(), key=lambda item: item[0].number)
+        ),
+        places=tuple(places),
+    )

@@ -10,9 +10,10 @@ from offmap.audit.guest_ram import RamRange, Source
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.oracle import Lookups, OracleResult, Sample, ask_oracle
+from offmap.audit.oracle import Lookups, Sample, ask_oracle
 from offmap.audit.process import Process
 from offmap.audit.regions import Layout
+from offmap.audit.result import OracleResult
 from offmap.audit.walk import walk_kernel_half
 from offmap.uapi.page import PAGE_SIZE
 

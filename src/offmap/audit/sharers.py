@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit import pagemap
+from offmap.audit.classify import Judged
 from offmap.audit.frames import POPULATED
 from offmap.audit.guest_ram import GuestRam
 from offmap.audit.intervals import Intervals
 from offmap.audit.maps import Mapping
 from offmap.audit.process import NoSuchProcess, Process
 from offmap.audit.reach import Sharer, Sharing
-from offmap.audit.verdict import Judged
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 

@@ -18,7 +18,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from offmap.audit.mappings import RUN, KernelMappings, Span, merge_runs
+from offmap.audit.mappings import RUN, KernelMappings, merge_runs
+from offmap.audit.result import Span
+from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 __all__ = ["REFERENCES", "PhysicalReader", "walk_kernel_half"]
@@ -197,7 +199,7 @@ class _Pass:
 
     def _give_up(self, level: _Level, depth: int, reason: str) -> None:
         size = PAGE_SIZE << 9 * depth
-        self.unreadable.extend(Span(va, size, reason) for va in level.va.tolist())
+        self.unreadable.extend(Span(Address(va), size, reason) for va in level.va.tolist())
 
     def changed(self) -> list[Span]:
         """Read the upper levels again; what the entries that differ by now map, down to the last level."""
@@ -213,7 +215,7 @@ class _Pass:
                 differs[:, : ENTRIES // 2] = False
             size = PAGE_SIZE << 9 * (depth - 1)
             spans += [
-                Span(int(level.va[row]) + column * size, size, f"its level {depth} entry kept changing")
+                Span(Address(int(level.va[row]) + column * size), size, f"its level {depth} entry kept changing")
                 for row, column in zip(*(part.tolist() for part in np.nonzero(differs)), strict=True)
             ]
         return spans

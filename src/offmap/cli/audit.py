@@ -14,7 +14,7 @@ from offmap.units import parse_size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from offmap.audit.audit import AuditResult, Stage
+    from offmap.audit.audit import Snapshot, Stage
     from offmap.audit.guest_ram import RamRange
     from offmap.audit.oracle import Sample
     from offmap.audit.scan import Wanted
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if args.merge:
         return merge(args.merge, output)
 
-    from offmap.audit.audit import audit_process
+    from offmap.audit.audit import snapshot_process
     from offmap.audit.every_vm import audit_every_vm
     from offmap.cli.audit_watch import watch
 
@@ -108,9 +108,9 @@ def run(args: argparse.Namespace) -> int:
     sample = parse_sample(args.oracle_sample) if args.oracle else None
     shows = draws() and not args.no_progress
 
-    def audit(pid: int) -> "AuditResult":
+    def audit(pid: int) -> "Snapshot":
         try:
-            return audit_process(
+            return snapshot_process(
                 pid,
                 scan=wanted,
                 ranges=ranges,
@@ -128,10 +128,10 @@ def run(args: argparse.Namespace) -> int:
             return watch(args.pid, args.watch, lambda: audit(args.pid), output)
         with output.recording_failure():
             if args.all:
-                every = audit_every_vm(lambda vm: audit(vm.pid))
+                every = audit_every_vm(lambda vm: audit(vm.pid).audit)
                 document, status = every.to_json(), every.exit_status
             else:
-                result = audit(args.pid)
+                result = audit(args.pid).audit
                 document, status = result.to_json(), result.verdict.exit_status
     output.show(document)
     return int(status)

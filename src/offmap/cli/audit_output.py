@@ -12,14 +12,14 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from offmap import __version__
 from offmap.errors import ExitStatus, OffmapError
 from offmap.log import Logger
 
 if TYPE_CHECKING:
-    from offmap.report.hosts import HostReport
+    from offmap.audit.report.hosts import HostReport
 
 __all__ = ["Output", "add_output_options", "add_without_audit", "merge", "print_schema"]
 
@@ -67,15 +67,15 @@ class Output:
         # https://no-color.org: any value that is not empty.
         self.color = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
 
-    def show(self, document: dict[str, Any]) -> None:
+    def show(self, document: dict[str, object]) -> None:
         """Print one result, of one VM or of all of this host, and write the files.
 
         Raises:
             OffmapError: a file cannot be written; the result was printed all the same.
         """
-        from offmap.report.decode import Malformed
-        from offmap.report.hosts import AUDIT, parse_report
-        from offmap.report.text import render_fleet, render_vm
+        from offmap.audit.report.hosts import AUDIT, parse_report
+        from offmap.audit.report.text import render_fleet, render_vm
+        from offmap.report.typed import Malformed
 
         with self.recording_failure():
             if self.json:
@@ -102,11 +102,11 @@ class Output:
         from offmap.report.files import PRIVATE, PUBLIC, replace_file
 
         if self._prometheus is not None:
-            from offmap.report.prometheus import render_prometheus
+            from offmap.audit.report.prometheus import render_prometheus
 
             replace_file(self._prometheus, render_prometheus(reports, merged), PUBLIC)
         if self._html is not None:
-            from offmap.report.html import render_html
+            from offmap.audit.report.html import render_html
 
             replace_file(self._html, render_html(reports), PRIVATE)
 
@@ -124,12 +124,11 @@ class Output:
                 raise
 
     def _write_failure(self, error: BaseException) -> None:
-        from offmap.audit.host import host_facts, utc_now
-        from offmap.report.decode import decode, plain
-        from offmap.report.document import Host
-        from offmap.report.hosts import failed_report
+        from offmap.audit.host import HostFacts, host_facts, utc_now
+        from offmap.audit.report.hosts import failed_report
+        from offmap.report.typed import decode, plain
 
-        host = decode(Host, host_facts().to_json())
+        host = decode(HostFacts, host_facts().to_json())
         reason = plain(f"the audit failed: {str(error) or type(error).__name__}")
         try:
             self.write_files([failed_report(__version__, utc_now(), host, reason)])
@@ -156,9 +155,9 @@ def _sigterm_raises() -> Iterator[None]:
 
 def print_schema() -> int:
     """What ``--json-schema`` asks for."""
-    from offmap.report.schema import schema_text
+    from offmap.audit.result_sets import audit_schema
 
-    print(schema_text(), end="", flush=True)
+    print(json.dumps(audit_schema(), indent=2), flush=True)
     return ExitStatus.DONE
 
 
@@ -169,9 +168,9 @@ def merge(paths: Sequence[Path], output: Output) -> int:
         OffmapError: a file cannot be used; standard error says why, in a line for each.
     """
     from offmap.audit.host import utc_now
-    from offmap.report.hosts import exit_status_of, worst
-    from offmap.report.merge import Damaged, merged_json, read_reports
-    from offmap.report.text import render_fleet
+    from offmap.audit.report.merge import Damaged, merged_json, read_reports
+    from offmap.audit.report.text import render_fleet
+    from offmap.audit.verdict import exit_status_of, worst
 
     with output.recording_failure():
         try:

@@ -10,7 +10,7 @@ from offmap.cli.audit_output import Output
 from offmap.errors import Undetermined
 
 if TYPE_CHECKING:
-    from offmap.audit.audit import AuditResult
+    from offmap.audit.audit import Snapshot
     from offmap.audit.process import Process
 
 __all__ = ["watch"]
@@ -20,7 +20,7 @@ class _Stopped(Exception):
     """SIGTERM."""
 
 
-def watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: Output) -> int:
+def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Output) -> int:
     """Audit until the process ends; the exit status is that of the worst verdict.
 
     SIGTERM ends it too: with the worst that was seen, as its parent asked. As JSON, the first line is the whole result,
@@ -32,7 +32,6 @@ def watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: O
     from offmap.audit.process import NoSuchProcess
     from offmap.audit.verdict import Verdict
 
-    gravity = (Verdict.HIDDEN, Verdict.UNKNOWN, Verdict.EXPOSED)
     worst, seen = Verdict.HIDDEN, None
 
     def stop(_number: int, _frame: object) -> None:
@@ -43,12 +42,13 @@ def watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: O
     try:
         while seen is None or watched is None or watched.running():  # its PID may be another's afterwards
             with output.recording_failure():
-                result = once()
+                snapshot = once()
+            result = snapshot.audit
             if result.partial and seen is not None and not _runs(pid):
                 break  # the end of what is watched, and not a finding
-            worst = max(worst, result.verdict, key=gravity.index)
-            _tell(result, seen, output)
-            seen = result
+            worst = max(worst, result.verdict, key=lambda verdict: verdict.gravity)
+            _tell(snapshot, seen, output)
+            seen = snapshot
             time.sleep(seconds)
     except (_Stopped, KeyboardInterrupt):
         pass
@@ -63,24 +63,24 @@ def watch(pid: int, seconds: float, once: "Callable[[], AuditResult]", output: O
     return int(worst.exit_status)
 
 
-def _tell(result: "AuditResult", before: "AuditResult | None", output: Output) -> None:
+def _tell(snapshot: "Snapshot", before: "Snapshot | None", output: Output) -> None:
     """Print the first result whole, and of a later one what is different."""
     from offmap.audit.changes import compare
-    from offmap.report.changes import render_changes
-    from offmap.report.hosts import parse_report
-    from offmap.report.text import render_vm, verdict_line
+    from offmap.audit.report.changes import render_changes
+    from offmap.audit.report.hosts import parse_report
+    from offmap.audit.report.text import render_vm, verdict_line
 
-    document = result.to_json()
+    document = snapshot.audit.to_json()
     report = parse_report(document)
     output.write_files([report])
     if before is None:
         print(json.dumps(document) if output.json else render_vm(report.vms[0], output.color), flush=True)
         return
-    changes = compare(before, result)
-    if not changes.pages and result.verdict is before.verdict:
+    changes = compare(before, snapshot)
+    if not changes.pages and snapshot.audit.verdict is before.audit.verdict:
         return
     if output.json:
-        print(json.dumps(changes.to_json(result)), flush=True)
+        print(json.dumps(changes.to_json()), flush=True)
     else:
         lines = [f"{time.strftime('%H:%M:%S')} changed: {verdict_line(report.vms[0])}", *render_changes(changes)]
         print("\n".join(lines), flush=True)

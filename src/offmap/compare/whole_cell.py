@@ -137,7 +137,7 @@ class WholeCell:
         def probe() -> list[Answer]:
             look = hidden.look_beside(guest, plain, self.host.secrets)
             self.first, self.last = self.first or look, look
-            self.ranges = look.audit.ram.ranges
+            self.ranges = look.snapshot.ram.ranges
             if ids is hidden.AFTER_IO:
                 return hidden.answers_after_io(look)
             return hidden.answers_after_boot(look)

@@ -1,8 +1,8 @@
-"""An audit as one page of HTML: nothing is fetched, it reads without scripts, prints, and can be kept for years.
+"""One page of HTML: it fetches nothing, reads without scripts, prints, and can be kept for years.
 
-Everything in it that came from a host (process names, paths, the kernel's command line) is escaped by the templates,
-which escape whatever they are given. The page's own Content-Security-Policy allows its one style sheet and its one
-script, by their hashes, and nothing else: were an escape forgotten, a browser would still not obey what got in.
+The templates escape whatever they are given: process names, paths and command lines come from hosts. The page's own
+Content-Security-Policy allows its one style sheet and its one script, by their hashes, and nothing else. Were an escape
+forgotten, a browser would still not obey what got in.
 """
 
 import base64
@@ -11,25 +11,25 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from offmap import __version__
-from offmap.report.hosts import HostReport
-from offmap.report.views import page_view
 
-__all__ = ["render_html", "render_page"]
+__all__ = ["render_page"]
+
+_SHARED = "offmap.report"
 
 
 @cache
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("offmap.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+def _environment(package: str) -> Environment:
+    loader = ChoiceLoader([PackageLoader(package), PackageLoader(_SHARED)])
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
 
 
-def _asset(name: str) -> str:
-    return files("offmap.report").joinpath("templates", name).read_text(encoding="utf-8")
+def _asset(package: str, name: str) -> str:
+    own = files(package).joinpath("templates", name)
+    return (own if own.is_file() else files(_SHARED).joinpath("templates", name)).read_text(encoding="utf-8")
 
 
 def _policy_hash(text: str) -> str:
@@ -37,16 +37,16 @@ def _policy_hash(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def render_page(template: str, page: object, styles: Sequence[str], script: str) -> str:
+def render_page(template: str, page: object, styles: Sequence[str], script: str, package: str = _SHARED) -> str:
     """A whole page: its style sheets as one and its script in it, each allowed by its hash.
 
     Args:
-        template, styles, script: by their names in ``templates/``.
+        template, styles, script: by their names in ``templates/`` of the package, or in the one that all reports share.
         page: what the template shows.
     """
-    style, code = "".join(map(_asset, styles)), _asset(script)
+    style, code = "".join(_asset(package, name) for name in styles), _asset(package, script)
     return (
-        _environment()
+        _environment(package)
         .get_template(template)
         .render(
             page=page,
@@ -57,8 +57,3 @@ def render_page(template: str, page: object, styles: Sequence[str], script: str)
             script_hash=_policy_hash(code),
         )
     )
-
-
-def render_html(reports: Sequence[HostReport]) -> str:
-    """The page: of one VM, of a host's, or of many hosts'."""
-    return render_page("audit.html.j2", page_view(reports), ["style.css"], "page.js")

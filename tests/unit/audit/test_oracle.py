@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from offmap.audit.guest_pages import GuestPages
-from offmap.audit.mappings import RUN, KernelMappings, Span
+from offmap.audit.mappings import RUN, KernelMappings
 from offmap.audit.oracle import (
     Lookups,
     OracleDisagrees,
-    OracleResult,
     Sample,
     addresses_of,
     ask_oracle,
@@ -20,8 +19,10 @@ from offmap.audit.oracle import (
     draw_pages,
     translate,
 )
+from offmap.audit.result import OracleResult, Span
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
 from offmap.errors import ExitStatus
+from offmap.report.typed import Address
 
 PAGE = 4096
 BASE = 0xFFFF_8880_0000_0000
@@ -88,7 +89,7 @@ def test_agreement_is_counted() -> None:
     assert (result.pages, result.frames_agreed, result.frames_unasked, result.retried) == (64, 64, 0, 0)
     assert result.addresses == result.mapped + result.unmapped
     assert result.mapped > 32 and result.unmapped > 32
-    assert result.to_json()["seed"] == 7
+    assert result.seed == 7
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_frames_that_cannot_be_asked_are_counted() -> None:
 
 
 def test_what_the_walk_could_not_tell_is_no_disagreement() -> None:
-    blind = replace(ALIASED, unreadable=(Span(VMALLOC, 2 << 20, "its page table changed"),))
+    blind = replace(ALIASED, unreadable=(Span(Address(VMALLOC), 2 << 20, "its page table changed"),))
     ask(Fake(ALIASED, {VMALLOC + PAGE: 0x5000}), walked=blind)
 
 

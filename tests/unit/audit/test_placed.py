@@ -21,9 +21,11 @@ from offmap.audit.pageflags import (
     KPF_UPTODATE,
     PageFlags,
 )
-from offmap.audit.placed import Owner, Sort, head_and_flags, sort_of
+from offmap.audit.placed import head_and_flags, sort_of
 from offmap.audit.regions import DIRECT_MAP, VMEMMAP, Layout
+from offmap.audit.scan_result import Owner, Sort
 from offmap.errors import Undetermined
+from offmap.report.typed import Address
 
 from .test_btf import INT, PTR, Builder
 
@@ -68,9 +70,9 @@ def test_a_folios_first_page_speaks_for_the_rest(tmp_path: Path) -> None:
 
 def test_an_owner_speaks_of_the_byte_not_the_page() -> None:
     owner = Owner(Sort.PAGE_CACHE, "/etc/key (ext4)", 0x3000).at(77)
-    assert owner.to_json()["file_offset"] == 0x304D
-    guest = Owner(Sort.GUEST, guest_phys_addr=0x1000, userspace_addr=0x7000).at(1).to_json()
-    assert (guest["guest_phys_addr"], guest["userspace_addr"], guest["file_offset"]) == ("0x1001", "0x7001", None)
+    assert owner.file_offset == 0x304D
+    guest = Owner(Sort.GUEST, guest_phys_addr=Address(0x1000), userspace_addr=Address(0x7000)).at(1)
+    assert (guest.guest_phys_addr, guest.userspace_addr, guest.file_offset) == (0x1001, 0x7001, None)
 
 
 class Memory:

@@ -1,22 +1,26 @@
 """The verdict: hidden is said only of pages that were seen and that nothing maps."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offmap.audit.classify import classify, excluded_ranges, mapped_guest_ranges
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
 from offmap.audit.intervals import Intervals
 from offmap.audit.join import join
 from offmap.audit.kinds import kinds_of
-from offmap.audit.mappings import RUN, KernelMappings, Span
+from offmap.audit.mappings import RUN, KernelMappings
 from offmap.audit.physical import physical_map
 from offmap.audit.reach import Kind
 from offmap.audit.regions import VMALLOC, Layout
-from offmap.audit.verdict import PageCounts, Verdict, classify, excluded_ranges, mapped_guest_ranges
+from offmap.audit.result import Pages, Span
+from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus
+from offmap.report.typed import Address
 
 from .frames_of_pages import frames_of_pages
 
@@ -109,7 +113,7 @@ def test_process_that_ended_leaves_unknown_pages_and_the_reason() -> None:
     after.ended = "process 7 ended"
     counts = classify(seen, after, NONE, mappings([(0, 200)], [])).counts()
     assert (counts.unknown_pages, counts.mapped_pages, counts.pages_populated) == (3, 0, 0)
-    assert counts.reasons == {"process 7 ended before it was looked at again": 3}
+    assert counts.unknown_reasons == {"process 7 ended before it was looked at again": 3}
     assert counts.verdict(False) is Verdict.UNKNOWN
 
 
@@ -118,7 +122,7 @@ def test_nothing_populated_is_unknown_and_not_hidden() -> None:
 
 
 def test_unreadable_page_tables_make_absent_pages_unknown() -> None:
-    blind = (Span(ALIAS, 2 << 20, "its page table could not be read"),)
+    blind = (Span(Address(ALIAS), 2 << 20, "its page table could not be read"),)
     assert judge(frames((100, POPULATED)), mappings([], [], blind)) is Verdict.UNKNOWN
     assert judge(frames((5, POPULATED)), mappings([(0, 9)], [], blind)) is Verdict.EXPOSED
 
@@ -154,8 +158,8 @@ def test_as_many_reasons_as_there_can_be() -> None:
     seen = frames_of_pages(np.zeros(401, np.int64), np.array([UNKNOWN] * 400 + [POPULATED], np.uint8), reasons)
     after = frames_of_pages(np.ones(401, np.int64), np.array([UNKNOWN] * 400 + [POPULATED], np.uint8), reasons)
     counts = classify(seen, after, NONE, mappings([], [])).counts()
-    assert (counts.unknown_pages, sum(counts.reasons.values())) == (401, 401)
-    assert counts.reasons["came, went or moved during the audit"] == 1
+    assert (counts.unknown_pages, sum(counts.unknown_reasons.values())) == (401, 401)
+    assert counts.unknown_reasons["came, went or moved during the audit"] == 1
 
 
 def test_all_pages_excluded_is_unknown() -> None:
@@ -219,29 +223,28 @@ def test_every_page_is_judged_as_if_it_were_the_only_one(
 ) -> None:
     seen = frames(*((pfn, before) for pfn, before, _, _ in guest))
     after = frames(*((pfn, after) for pfn, _, after, _ in guest))
-    spans = (Span(ALIAS, 1 << 21, "blind"),) if blind else ()
+    spans = (Span(Address(ALIAS), 1 << 21, "blind"),) if blind else ()
     kernel = mappings(direct, alias, spans)
     judged = classify(seen, after, pages([out for _, _, _, out in guest]), kernel)
     counts = judged.counts()
     in_direct, in_alias = ({f for first, n in runs for f in range(first, first + n)} for runs in (direct, alias))
-    expected = PageCounts(ram_pages=len(guest))
+    expected = Counter(ram_pages=len(guest))
     for pfn, before, later, out in guest:
         known = before == later == POPULATED
         mapped = known and pfn in in_direct | in_alias
         if out and before == later != UNKNOWN:
-            expected.excluded_pages += 1
-            expected.excluded_mapped_pages += mapped
-            expected.excluded_direct_pages += known and pfn in in_direct
+            expected["excluded_pages"] += 1
+            expected["excluded_mapped_pages"] += mapped
+            expected["excluded_direct_pages"] += known and pfn in in_direct
             continue
-        expected.pages_populated += known
-        expected.not_populated_pages += before == later == EMPTY
-        expected.direct_map_pages += known and pfn in in_direct
-        expected.alias_pages += known and pfn in in_alias
-        expected.mapped_pages += mapped
-        expected.unknown_pages += before != later or before == UNKNOWN or (blind and known and not mapped)
-    expected.reasons = counts.reasons
-    assert counts == expected
-    assert sum(counts.reasons.values()) == counts.unknown_pages
+        expected["pages_populated"] += known
+        expected["not_populated_pages"] += before == later == EMPTY
+        expected["direct_map_pages"] += known and pfn in in_direct
+        expected["alias_pages"] += known and pfn in in_alias
+        expected["mapped_pages"] += mapped
+        expected["unknown_pages"] += before != later or before == UNKNOWN or (blind and known and not mapped)
+    assert counts == Pages(**expected, unknown_reasons=counts.unknown_reasons)
+    assert sum(counts.unknown_reasons.values()) == counts.unknown_pages
     if counts.verdict(False) is Verdict.HIDDEN:
         assert not blind and not counts.unknown_pages and not counts.mapped_pages and counts.pages_populated
 
@@ -269,7 +272,7 @@ def test_every_page_is_judged_as_if_it_were_the_only_one(
 
 
 def test_default_counts_are_unknown() -> None:
-    assert PageCounts().verdict(False) is Verdict.UNKNOWN
+    assert Pages().verdict(False) is Verdict.UNKNOWN
 
 
 def test_mapped_pages_are_named_by_guest_physical_address() -> None:

@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from offmap.audit.every_vm import EveryVm, NotAudited, audit_every_vm
-from offmap.audit.host import host_facts
+from offmap.audit.every_vm import audit_every_vm, worst_status
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
 from offmap.audit.reach import VmmFacts
 from offmap.audit.vms import VmProcess, find_vms, recognise, vmm_facts
@@ -41,10 +40,6 @@ def test_own_process_holds_no_vm() -> None:
         assert "python" in facts.executable
 
 
-def failed(status: ExitStatus) -> NotAudited:
-    return NotAudited(1, "vmm", VmmFacts(), "it cannot be seen", status)
-
-
 @pytest.mark.parametrize(
     ("statuses", "notes", "worst"),
     [
@@ -56,9 +51,7 @@ def failed(status: ExitStatus) -> NotAudited:
     ],
 )
 def test_worst_of_all_decides(statuses: list[ExitStatus], notes: tuple[str, ...], worst: ExitStatus) -> None:
-    every = EveryVm(host_facts(), (), tuple(map(failed, statuses)), notes)
-    assert every.exit_status is worst
-    assert every.to_json()["exit_status"] == worst
+    assert worst_status(statuses, notes) is worst
 
 
 def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +63,8 @@ def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(monkeypat
         raise errors[vm.pid]
 
     every = audit_every_vm(audit)  # type: ignore[arg-type]
-    assert [(each.pid, each.reason) for each in every.failures] == [(1, "no kcore")]
-    assert every.exit_status is ExitStatus.UNDETERMINED
+    assert [(each.pid, each.reason) for each in every.not_audited] == [(1, "no kcore")]
+    assert every.exit_status == ExitStatus.UNDETERMINED
 
 
 def test_a_vm_of_a_process_whose_main_thread_has_ended_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,41 +1,40 @@
 """Every way that an audit is shown ends in the same exit status, and none is left saying what no longer holds."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from offmap.audit.audit import AuditResult
-from offmap.audit.guest_ram import GuestRam, RamRange, Source
-from offmap.audit.reach import VmmFacts
-from offmap.audit.verdict import PageCounts, Verdict
+from offmap.audit.reach import PhysicalMap, VmmFacts
+from offmap.audit.result import AuditResult, Pages
+from offmap.audit.verdict import Verdict
 from offmap.audit.vms import VmProcess
 from offmap.cli.main import main
 from offmap.errors import ExitStatus, OffmapError, Undetermined
 
-from ..report.test_html import Page
-from ..report.test_schema import audited, check
+from ..audit.report.test_html import Page
+from ..audit.report.test_schema import audited, check
 
 RESULTS = {
-    Verdict.HIDDEN: PageCounts(ram_pages=2, pages_populated=2),
-    Verdict.EXPOSED: PageCounts(ram_pages=2, pages_populated=2, direct_map_pages=1, mapped_pages=1),
-    Verdict.UNKNOWN: PageCounts(ram_pages=2, pages_populated=1, unknown_pages=1, reasons={"swapped out": 1}),
+    Verdict.HIDDEN: Pages(ram_pages=2, pages_populated=2),
+    Verdict.EXPOSED: Pages(ram_pages=2, pages_populated=2, direct_map_pages=1, mapped_pages=1),
+    Verdict.UNKNOWN: Pages(ram_pages=2, pages_populated=1, unknown_pages=1, unknown_reasons={"swapped out": 1}),
 }
 
 
 def result(verdict: Verdict, pid: int = 1) -> AuditResult:
-    empty: Any = {"aliases": (), "direct_map_ranges": (), "reach": (), "partial": "", "notes": ()}
-    cells = audited().physical
+    empty: Any = {"aliases": (), "direct_map_ranges": (), "reach": (), "partial": None, "notes": ()}
     if verdict is not Verdict.EXPOSED:
-        empty["physical"] = type(cells)()
-        empty["ram"] = GuestRam((RamRange(0, 8192, Source.MEMSLOT, 0, "anon"),))
-        empty["mappings"] = dataclasses.replace(audited().mappings, unreadable=())
+        empty["physical"] = PhysicalMap()
+        empty["ranges"] = audited().ranges[:1]
+        empty["walk"] = msgspec.structs.replace(audited().walk, unreadable=())
     return audited(verdict=verdict, pages=RESULTS[verdict], pid=pid, **empty)
 
 
@@ -47,14 +46,14 @@ def audit(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Give a function that says what the audit of each VM finds; those of ``--all`` have the PIDs 1, 2, …"""
 
     def found(*answers: Answer) -> None:
-        def audit_process(pid: int, **_: Any) -> AuditResult:
+        def snapshot_process(pid: int, **_: Any) -> Any:
             answer = answers[pid - 1]
             if isinstance(answer, BaseException):
                 raise answer
-            return answer
+            return SimpleNamespace(audit=answer)
 
         vms = [VmProcess(pid + 1, "vmm", VmmFacts("QEMU")) for pid in range(len(answers))]
-        monkeypatch.setattr("offmap.audit.audit.audit_process", audit_process)
+        monkeypatch.setattr("offmap.audit.audit.snapshot_process", snapshot_process)
         monkeypatch.setattr("offmap.audit.every_vm.find_vms", lambda: (vms, []))
 
     return found
@@ -128,14 +127,14 @@ def test_a_failed_audit_overwrites_what_was_called_hidden(
 def test_sigterm_overwrites_what_was_called_hidden(audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prom = tmp_path / "offmap.prom"
 
-    def killed(pid: int, **_: Any) -> AuditResult:
+    def killed(pid: int, **_: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()  # the handler raises before this
         raise AssertionError(pid)
 
     audit(result(Verdict.HIDDEN))
     assert main(["audit", "1", "--prometheus", str(prom)]) == ExitStatus.DONE
-    monkeypatch.setattr("offmap.audit.audit.audit_process", killed)
+    monkeypatch.setattr("offmap.audit.audit.snapshot_process", killed)
     with pytest.raises(SystemExit) as caught:
         main(["audit", "1", "--prometheus", str(prom)])
     assert caught.value.code == ExitStatus.FAILED
@@ -147,7 +146,7 @@ def test_a_result_that_contradicts_itself_is_never_shown(
     audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prom = tmp_path / "offmap.prom"
-    audit(dataclasses.replace(result(Verdict.EXPOSED), verdict=Verdict.HIDDEN))
+    audit(msgspec.structs.replace(result(Verdict.EXPOSED), verdict=Verdict.HIDDEN))
     assert main(["audit", "1", "--prometheus", str(prom)]) == ExitStatus.FAILED
     said = capsys.readouterr()
     assert said.out == "" and "contradicts itself" in said.err and said.err.count("\n") == 1

@@ -6,22 +6,26 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
-from offmap.audit.audit import AuditResult
+from offmap.audit.audit import Snapshot
+from offmap.audit.classify import classify
 from offmap.audit.frames import POPULATED
 from offmap.audit.guest_ram import GuestRam, RamRange, Source
-from offmap.audit.host import HostFacts
 from offmap.audit.intervals import Intervals
 from offmap.audit.mappings import RUN, KernelMappings
 from offmap.audit.process import NoSuchProcess, ProcessEnded
-from offmap.audit.verdict import Verdict, classify
+from offmap.audit.result import AuditResult
+from offmap.audit.verdict import Verdict
 from offmap.cli.audit_output import Output, add_output_options
 from offmap.cli.audit_watch import watch
 from offmap.errors import Undetermined
+from offmap.report.typed import decode
 
 from ..audit.frames_of_pages import frames_of_pages
+from ..audit.report.samples import vm
 
 NOBODY = 1 << 30  # no process has this PID
 BASE = 0xFFFF_8880_0000_0000
@@ -36,7 +40,7 @@ def _sigterm() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def result(mapped: range, partial: str = "") -> AuditResult:
+def result(mapped: range, partial: str = "") -> Snapshot:
     """An audit of the frames 100 to 103, of which the kernel maps some."""
     runs = np.zeros(1, dtype=RUN)
     runs[0] = (BASE + mapped.start * PAGE, mapped.start * PAGE, len(mapped) * PAGE, 1, True, True)
@@ -47,10 +51,12 @@ def result(mapped: range, partial: str = "") -> AuditResult:
     counts = judged.counts()
     verdict = Verdict.UNKNOWN if partial else counts.verdict(False)
     ram = GuestRam((RamRange(0x7F00_0000_0000, 4 * PAGE, Source.MEMSLOT, 0),))
-    host = HostFacts("6.12.0", "A CPU", "0x1", "quiet", 2 << 30, True)
-    return AuditResult(
-        NOBODY, "vmm", host, ram, counts, (), kernel, 4, None, verdict, (), 1.0, partial=partial, judged=judged
+    part = {"va": "0x7f0000000000", "bytes": 4 * PAGE, "source": "memslot", "guest_phys_addr": 0, "backend": ""}
+    audit = decode(
+        AuditResult, vm(NOBODY, reach=[], physical={"ram": [], "cell_bytes": None, "cells": []}, ranges=[part])
     )
+    audit = msgspec.structs.replace(audit, pages=counts, verdict=verdict, partial=partial or None)
+    return Snapshot(audit, ram, kernel, judged)
 
 
 HIDDEN, EXPOSED = result(range(0)), result(range(102, 103))
@@ -63,10 +69,10 @@ def output(*words: str) -> Output:
     return Output(parser.parse_args(words))
 
 
-def series(*results: AuditResult | Exception) -> Callable[[], AuditResult]:
+def series(*results: Snapshot | Exception) -> Callable[[], Snapshot]:
     left = iter(results)
 
-    def once() -> AuditResult:
+    def once() -> Snapshot:
         each = next(left)
         if isinstance(each, Exception):
             raise each
@@ -75,7 +81,7 @@ def series(*results: AuditResult | Exception) -> Callable[[], AuditResult]:
     return once
 
 
-def run(*results: AuditResult | Exception, words: tuple[str, ...] = ()) -> int:
+def run(*results: Snapshot | Exception, words: tuple[str, ...] = ()) -> int:
     return watch(NOBODY, 0.001, series(*results), output(*words))
 
 
@@ -124,13 +130,14 @@ def test_another_process_that_got_the_pid_is_not_watched(monkeypatch: pytest.Mon
 
 def test_a_program_that_was_replaced_counts_while_its_process_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offmap.cli.audit_watch._runs", lambda pid: True)
-    again = replace(ENDED, partial="process 7 replaced its program during the audit")
+    audit = msgspec.structs.replace(ENDED.audit, partial="process 7 replaced its program during the audit")
+    again = replace(ENDED, audit=audit)
     with pytest.raises(Undetermined, match="no VM"):
         run(HIDDEN, again, Undetermined("no VM any more"))
 
 
 def test_sigterm_ends_it_with_the_worst_so_far() -> None:
-    def once() -> AuditResult:
+    def once() -> Snapshot:
         if seen:
             signal.raise_signal(signal.SIGTERM)
         seen.append(1)

@@ -6,10 +6,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from offmap.audit.audit import AuditResult
+from offmap.audit.audit import Snapshot
 from offmap.audit.canary import new_key
 from offmap.audit.intervals import Intervals
-from offmap.audit.verdict import PageCounts, Verdict
+from offmap.audit.result import Pages
+from offmap.audit.verdict import Verdict
 from offmap.compare.job import Line
 from offmap.compare.probes import costs, devices, hidden, host_events, ram_process
 from offmap.compare.probes.guest_program import ProbeError, parse_answer
@@ -118,15 +119,16 @@ def test_pairs_are_kept_and_the_value_is_the_median() -> None:
 CANARIES = 32
 
 
-def look(verdict: Verdict, *, found: int = 0, control: int = CANARIES, pages: PageCounts | None = None) -> hidden.Look:
+def look(verdict: Verdict, *, found: int = 0, control: int = CANARIES, pages: Pages | None = None) -> hidden.Look:
     audit = SimpleNamespace(
         verdict=verdict,
-        pages=pages or PageCounts(ram_pages=10, pages_populated=10),
+        pages=pages or Pages(ram_pages=10, pages_populated=10),
         notes=("a note",),
         alias_pages_by_region={},
-        judged=None,
     )
-    return hidden.Look(cast(AuditResult, audit), found, 1 << 30, control == CANARIES, f"{control} found")
+    return hidden.Look(
+        cast(Snapshot, SimpleNamespace(audit=audit)), found, 1 << 30, control == CANARIES, f"{control} found"
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,14 +282,14 @@ def test_exits_are_counted_boot_by_boot() -> None:
 def test_a_look_at_the_control_alone_tells_whose_secrets_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     key = new_key()
     own = hidden._CONTROL_FIRST
-    found = [SimpleNamespace(number=number) for number in (3, 3, own, own + 1)]
+    found = [SimpleNamespace(canary=number) for number in (3, 3, own, own + 1)]
     asked: list[dict[str, Any]] = []
 
     def audit(pid: int, **how: Any) -> Any:
         asked.append({"pid": pid, **how})
-        return SimpleNamespace(scan=SimpleNamespace(found=found, bytes_scanned=4096))
+        return SimpleNamespace(audit=SimpleNamespace(scan=SimpleNamespace(found=found, bytes_scanned=4096)))
 
-    monkeypatch.setattr(hidden, "audit_process", audit)
+    monkeypatch.setattr(hidden, "snapshot_process", audit)
     guest, control = (SimpleNamespace(pid=pid, ranges=lambda pid=pid: [pid]) for pid in (1, 2))
     seen = hidden.look_beside(cast(Any, guest), cast(Any, control), hidden.Secrets(2, key))
     assert (seen.found, seen.scanned, seen.controlled) == (1, 4096, True)

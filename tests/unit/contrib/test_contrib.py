@@ -11,10 +11,10 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from offmap.report.hosts import parse_report
-from offmap.report.prometheus import LISTED, render_prometheus
+from offmap.audit.report.hosts import parse_report
+from offmap.audit.report.prometheus import LISTED, render_prometheus
 
-from ..report.samples import every_vm, exposed, not_audited, scan
+from ..audit.report.samples import every_vm, exposed, not_audited, scan
 
 PROJECT = Path(__file__).parents[3]
 UNITS = PROJECT / "contrib" / "systemd"

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from offmap.audit.audit import AuditResult, Progress, audit_process
+from offmap.audit.audit import Progress, Snapshot, snapshot_process
 from offmap.audit.canary import CANARY_LENGTH, PREFIX, CanaryKey, new_key, parse_canary
 from offmap.audit.intervals import Intervals
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.reach import Kind
+from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
 from offmap.compare.guest import canary_parameters
 from offmap.compare.probes.host_kernel import host_memory_kib
@@ -94,11 +95,15 @@ class Look:
         control: what the scan found of the control, in words.
     """
 
-    audit: AuditResult
+    snapshot: Snapshot
     found: int
     scanned: int
     controlled: bool
     control: str
+
+    @property
+    def audit(self) -> AuditResult:
+        return self.snapshot.audit
 
 
 def look_beside(guest: LiveGuest, control: LiveGuest, secrets: Secrets) -> Look:
@@ -110,22 +115,23 @@ def look_beside(guest: LiveGuest, control: LiveGuest, secrets: Secrets) -> Look:
     Raises:
         Undetermined: this host does not let itself be looked at.
     """
-    audit = audit_process(guest.pid, ranges=guest.ranges())
-    return _look_at_control(control, secrets, audit)
+    snapshot = snapshot_process(guest.pid, ranges=guest.ranges())
+    return _look_at_control(control, secrets, snapshot)
 
 
-def _look_at_control(control: LiveGuest, secrets: Secrets, audit: AuditResult | None = None) -> Look:
-    """Scan for the secrets of both guests. Without `audit`, the look has the plain guest's.
+def _look_at_control(control: LiveGuest, secrets: Secrets, snapshot: Snapshot | None = None) -> Look:
+    """Scan for the secrets of both guests. Without `snapshot`, the look has the plain guest's.
 
     Raises:
         Undetermined: this host does not let itself be looked at.
     """
-    scanning = audit_process(control.pid, scan=secrets.key, ranges=control.ranges())
-    numbers = {canary.number for canary in scanning.scan.found} if scanning.scan else set()
+    scanning = snapshot_process(control.pid, scan=secrets.key, ranges=control.ranges())
+    scan = scanning.audit.scan
+    numbers = {hit.canary for hit in scan.found} if scan else set()
     of_control = sum(number >= _CONTROL_FIRST for number in numbers)
     said = f"the same scan found {of_control} of the {secrets.count} secrets of a plain guest beside it"
-    scanned = scanning.scan.bytes_scanned if scanning.scan else 0
-    return Look(audit or scanning, len(numbers) - of_control, scanned, of_control == secrets.count, said)
+    scanned = scan.bytes_scanned if scan else 0
+    return Look(snapshot or scanning, len(numbers) - of_control, scanned, of_control == secrets.count, said)
 
 
 def look_alone(guest: LiveGuest, secrets: Secrets, progress: Progress) -> Look:
@@ -134,10 +140,11 @@ def look_alone(guest: LiveGuest, secrets: Secrets, progress: Progress) -> Look:
     Raises:
         Undetermined: this host does not let itself be looked at, or the scan missed its own control.
     """
-    audit = audit_process(guest.pid, scan=secrets.key, ranges=guest.ranges(), progress=progress)
-    scanned = audit.scan.bytes_scanned if audit.scan else 0
+    snapshot = snapshot_process(guest.pid, scan=secrets.key, ranges=guest.ranges(), progress=progress)
+    scan = snapshot.audit.scan
+    scanned = scan.bytes_scanned if scan else 0
     said = "the same scan found what it had planted in its own memory"
-    return Look(audit, audit.canaries_found or 0, scanned, audit.scan is not None, said)
+    return Look(snapshot, (scan.canaries_found if scan else 0) or 0, scanned, scan is not None, said)
 
 
 def verdict_answer(id: str, look: Look) -> Answer:
@@ -180,7 +187,7 @@ def answers_after_io(look: Look) -> list[Answer]:
 
 def answers_after_boot(look: Look) -> list[Answer]:
     """AFTER_BOOT, by one look."""
-    audit, pages = look.audit, look.audit.pages
+    pages = look.audit.pages
     control = yes if look.controlled else no
     return [
         verdict_answer("hidden.before_io", look),
@@ -188,19 +195,19 @@ def answers_after_boot(look: Look) -> list[Answer]:
         measured("hidden.populated_pages", pages.pages_populated),
         measured("hidden.direct_map_pages", pages.direct_map_pages),
         _aliased("hidden.alias_pages", look),
-        measured("hidden.unknown_pages", pages.unknown_pages, detail=str(pages.reasons or "")),
-        measured("hidden.excluded_pages", pages.excluded_pages, detail=_excluded_text(audit)),
+        measured("hidden.unknown_pages", pages.unknown_pages, detail=str(pages.unknown_reasons or "")),
+        measured("hidden.excluded_pages", pages.excluded_pages, detail=_excluded_text(look.snapshot)),
         measured("hidden.scanned_bytes", look.scanned),
         _found("hidden.canaries_found", look),
         control("hidden.control", look.control),
     ]
 
 
-def _excluded_text(audit: AuditResult) -> str:
+def _excluded_text(snapshot: Snapshot) -> str:
     """What maps the pages that are kept from the guest."""
-    if audit.judged is None or not audit.pages.excluded_pages:
+    if not snapshot.audit.pages.excluded_pages:
         return ""
-    judged = audit.judged
+    judged = snapshot.judged
     reached = {
         kind.value: int(judged.pages[judged.excluded & (judged.reached >> np.uint32(code) & np.uint32(1) != 0)].sum())
         for code, kind in enumerate(Kind)
@@ -271,7 +278,7 @@ def after_the_end(
         )
     else:
         zeroed = yes("hidden.zeroed", look.control)
-    return [zeroed, _restored(look.audit.mappings, frames, memory_kib, owned_by_linux)]
+    return [zeroed, _restored(look.snapshot.mappings, frames, memory_kib, owned_by_linux)]
 
 
 def _restored(mappings: KernelMappings, frames: Intervals, memory_kib: int, owned_by_linux: bool) -> Answer:
@@ -310,7 +317,7 @@ def frames_in(frames: Intervals, others: Intervals) -> int:
 
 def guest_frames(look: Look | None) -> Intervals:
     """The frames of the guest's RAM; none where it was not looked at."""
-    if look is None or look.audit.judged is None:
+    if look is None:
         empty = np.zeros(0, dtype=np.int64)
         return Intervals.union(empty, empty)
-    return look.audit.judged.frames
+    return look.snapshot.judged.frames

@@ -7,7 +7,7 @@ from offmap.compare.report.conclude import NOISE
 from offmap.compare.report.page import KindRow, Page, SettingView, TableCell, page_of
 from offmap.compare.report.status import Status
 from offmap.compare.report.words import TIMES
-from offmap.report.decode import plain
+from offmap.report.typed import plain
 
 __all__ = ["render_compare_markdown"]
 

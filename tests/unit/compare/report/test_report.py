@@ -22,8 +22,8 @@ from offmap.compare.report.plot import LEFT, WIDTH, ratio_plot
 from offmap.compare.report.repeat import commands_of, in_order, missing_of
 from offmap.compare.report.write import render_compare_html, write_reports
 
-from ...report.test_html import Page
-from ...report.test_schema import strict
+from ...audit.report.test_html import Page
+from ...audit.report.test_schema import strict
 from .compare_samples import answers_of, cell, without
 
 HOSTILE = "<script>alert(1)</script>|\x1b[2J`*_\n# x"

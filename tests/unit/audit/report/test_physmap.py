@@ -3,10 +3,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmap.report.decode import decode
-from offmap.report.document import Cell
-from offmap.report.hosts import parse_report
-from offmap.report.physmap import CELLS, NARROWEST, WIDTH, Look, Shown, draw, look_of, shown_cells
+from offmap.audit.reach import PhysicalCell
+from offmap.audit.report.hosts import parse_report
+from offmap.audit.report.physmap import CELLS, NARROWEST, WIDTH, Look, Shown, draw, look_of, shown_cells
+from offmap.report.typed import decode
 
 from .samples import PAGE, cell, every_vm, exposed, vm
 
@@ -14,12 +14,14 @@ TIB = 1 << 40
 
 
 def shown(pa: int, size: int, look: Look = Look.HIDDEN) -> Shown:
-    return Shown(decode(Cell, cell(pa, size)), 1, look)
+    return Shown(decode(PhysicalCell, cell(pa, size)), 1, look)
 
 
 def test_looks() -> None:
     def look(kinds: list[str], direct: int = 0, alias: int = 0, unknown: int = 0) -> Look:
-        return look_of(decode(Cell, cell(0, 8 * PAGE, direct=direct, alias=alias, unknown=unknown) | {"kinds": kinds}))
+        return look_of(
+            decode(PhysicalCell, cell(0, 8 * PAGE, direct=direct, alias=alias, unknown=unknown) | {"kinds": kinds})
+        )
 
     assert look([]) is Look.HIDDEN
     assert look([], unknown=1) is Look.UNKNOWN
@@ -32,7 +34,7 @@ def test_looks() -> None:
 
 
 def test_what_a_secret_speaks_against_is_not_drawn_as_hidden() -> None:
-    assert look_of(decode(Cell, cell(0, PAGE)), contradicted=True) is Look.UNKNOWN
+    assert look_of(decode(PhysicalCell, cell(0, PAGE)), contradicted=True) is Look.UNKNOWN
 
 
 def test_one_page_in_a_terabyte_can_be_seen_and_lies_on_top() -> None:

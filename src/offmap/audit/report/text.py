@@ -3,10 +3,11 @@
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from offmap.audit.verdict import Verdict
-from offmap.report.document import DIRECT_MAP, Mapping, Vm
-from offmap.report.hosts import GRAVITY, HostReport, worst
-from offmap.report.scan_document import Place, Scan
+from offmap.audit.reach import Kind, Reach
+from offmap.audit.report.hosts import HostReport
+from offmap.audit.result import AuditResult
+from offmap.audit.scan_result import Place, Scan
+from offmap.audit.verdict import Verdict, worst
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
@@ -16,7 +17,7 @@ _SHOWN = 8  # lines of detail per list; --json has them all
 _COLUMNS = 80
 
 KIND_NAMES = {
-    DIRECT_MAP: "direct map",
+    Kind.DIRECT_MAP: "direct map",
     "kernel_image": "kernel image",
     "module": "module",
     "vmalloc": "vmalloc",
@@ -39,8 +40,8 @@ KIND_NAMES = {
 _STYLE = {Verdict.HIDDEN: "1;32", Verdict.EXPOSED: "1;31", Verdict.UNKNOWN: "1;33"}  # ECMA-48 SGR: bold, and a colour
 
 
-def state_names(vm: Vm) -> dict[str, str]:
-    """What Vm.pages_by_state's states are called to a reader.
+def state_names(vm: AuditResult) -> dict[str, str]:
+    """What Audit.pages_by_state's states are called to a reader.
 
     Of a VM that is not hidden as a whole, a page without a mapping is called just that.
     """
@@ -53,7 +54,7 @@ def state_names(vm: Vm) -> dict[str, str]:
     }
 
 
-def verdict_line(vm: Vm) -> str:
+def verdict_line(vm: AuditResult) -> str:
     """The verdict on one VM, with the figures it rests on."""
     pages = vm.pages
     who = f"{vm.process} ({vm.pid})"
@@ -72,8 +73,7 @@ def verdict_line(vm: Vm) -> str:
 
 def fleet_line(reports: Sequence[HostReport]) -> str:
     """The verdict on all VMs of some hosts."""
-    verdicts = [vm.verdict for report in reports for vm in report.vms]
-    verdicts += [Verdict.UNKNOWN for report in reports for _ in report.not_audited]
+    verdicts = [verdict for report in reports for verdict in report.verdicts]
     whole = worst(report.verdict for report in reports)
     hosts = {report.host.name for report in reports}
     where = f"on {next(iter(hosts)) or 'this host'}" if len(hosts) == 1 else f"on {len(hosts)} hosts"
@@ -96,7 +96,7 @@ def _vms(count: int) -> str:
     return f"{count} VM{'' if count == 1 else 's'}"
 
 
-def render_vm(vm: Vm, color: bool = False) -> str:
+def render_vm(vm: AuditResult, color: bool = False) -> str:
     """The report on one VM; ends without a newline.
 
     Args:
@@ -147,7 +147,7 @@ def _row(name: str, pages: int, remark: str = "") -> str:
     return f"  {name:<20} {pages:>10} pages  {format_size(pages * PAGE_SIZE):>10}  {remark}".rstrip()
 
 
-def _remark(vm: Vm, state: str) -> str:
+def _remark(vm: AuditResult, state: str) -> str:
     pages = vm.pages
     if state == "unpopulated" and pages.not_populated_pages:
         return "no page there yet"
@@ -156,29 +156,28 @@ def _remark(vm: Vm, state: str) -> str:
     return ""
 
 
-def _mapped_by(vm: Vm) -> list[str]:
+def _mapped_by(vm: AuditResult) -> list[str]:
     """What maps the guest's pages, a line for each sort of mapping."""
     pages = vm.pages
     if not pages.mapped_pages:
         return []
     lines = ["", f"  {'mapped by':<20} {'pages':>10}  {'size':>10}  of pages  rights  ranges"]
-    if pages.direct_map_pages and not any(total.kind == DIRECT_MAP for total in vm.reach):
+    if pages.direct_map_pages and not any(total.kind == Kind.DIRECT_MAP for total in vm.reach):
         lines.append(
             f"  {'direct map':<20} {pages.direct_map_pages:>10}  {format_size(pages.direct_map_pages * PAGE_SIZE):>10}"
         )
     for total in vm.reach[:_SHOWN]:
-        rights = f"r{'w' if total.writable else '-'}{'x' if total.executable else '-'}"
         lines.append(
             f"  {KIND_NAMES.get(total.kind, total.region)[:20]:<20} {total.pages:>10}  "
             f"{format_size(total.pages * PAGE_SIZE):>10}  {format_size(total.page_size):<8}  "
-            f"{rights:<6}  {total.ranges:>6}"
+            f"{total.rights:<6}  {total.ranges:>6}"
         )
         if total.caller:
             lines += _wrapped("", f"by {total.caller}", indent="      ")
     return [*lines, *_more(len(vm.reach), "sorts of mappings")]
 
 
-def _mapping(mapping: Mapping) -> str:
+def _mapping(mapping: Reach) -> str:
     kind = KIND_NAMES.get(mapping.kind, mapping.region)
     return f"{mapping.va:#x} -> {mapping.pa:#x} {format_size(mapping.bytes)} {mapping.rights} {kind}"
 
@@ -200,12 +199,12 @@ def _scan(scan: Scan) -> list[str]:
 
 
 def _place(place: Place) -> str:
-    return f"{place.va:#x}, {place.region}: {place.said_owner}"
+    return f"{place.va:#x}, {place.region}: {place.described_owner}"
 
 
 def render_fleet(reports: Sequence[HostReport], color: bool = False) -> str:
     """The report on all VMs of one or more hosts, a line for each VM, the gravest first; ends without a newline."""
-    reports = sorted(reports, key=lambda report: GRAVITY.index(report.verdict), reverse=True)
+    reports = sorted(reports, key=lambda report: -1 if report.verdict is None else report.verdict.gravity, reverse=True)
     lines = [_colored(fleet_line(reports), worst(report.verdict for report in reports), color)]
     rows = [(report, vm) for report in reports for vm in report.vms]
     by_host = len({report.host.name for report in reports}) > 1
@@ -213,7 +212,7 @@ def render_fleet(reports: Sequence[HostReport], color: bool = False) -> str:
         host = f"{'host':<14} " if by_host else ""
         lines += ["", f"  {host}{'VM':<{_vm_width(by_host)}} verdict {'RAM':>9} {'mapped':>9} {'unknown':>9}"]
     for report in reports:
-        for vm in sorted(report.vms, key=lambda vm: GRAVITY.index(vm.verdict), reverse=True):
+        for vm in sorted(report.vms, key=lambda vm: vm.verdict.gravity, reverse=True):
             states = vm.pages_by_state
             sizes = (vm.pages.ram_pages, states["exposed"], states["unknown"])
             figures = " ".join(f"{format_size(pages * PAGE_SIZE):>9}" for pages in sizes)

@@ -1,9 +1,8 @@
 """What changed between two audits of a watch, as lines of text."""
 
-from offmap.audit.changes import Change, Changes, Difference
-from offmap.audit.reach import Kind
-from offmap.report.decode import plain
-from offmap.report.text import KIND_NAMES
+from offmap.audit.report.text import KIND_NAMES
+from offmap.audit.result_sets import Change, Changes, Difference
+from offmap.report.typed import plain
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
@@ -16,7 +15,7 @@ def render_changes(changes: Changes) -> list[str]:
     """One line for each stretch, exposing ones first, and how many more there are."""
     lines = []
     for what in sorted(changes.pages, key=_URGENCY.index):
-        listed = [change for change in changes.listed if change.what is what]
+        listed = [change for change in changes.changes if change.what is what]
         lines += [_line(change) for change in listed[:_SHOWN]]
         shown = sum(change.bytes for change in listed[:_SHOWN]) // PAGE_SIZE
         if rest := changes.pages[what] - shown:
@@ -47,5 +46,5 @@ def _line(change: Change) -> str:
     return text
 
 
-def _kinds(kinds: tuple[Kind, ...]) -> str:
-    return " and ".join(KIND_NAMES[kind.value] for kind in kinds)
+def _kinds(kinds: tuple[str, ...]) -> str:
+    return " and ".join(KIND_NAMES.get(kind, kind) for kind in kinds)

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from offmap.report.hosts import failed_report, parse_report
-from offmap.report.html import render_html
+from offmap.audit.report.hosts import failed_report, parse_report
+from offmap.audit.report.html import render_html
 
 from .samples import PAGE, Json, cell, every_vm, exposed, host, mapping, not_audited, pages, scan, unknown, vm
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from offmap.audit.report.hosts import HostReport
+from offmap.audit.report.physmap import Look, Picture, Piece, Row, Shown, draw, shown_cells
+from offmap.audit.report.text import KIND_NAMES
+from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
-from offmap.report.document import Vm
-from offmap.report.hosts import HostReport
-from offmap.report.physmap import Look, Picture, Piece, Row, Shown, draw, shown_cells
-from offmap.report.text import KIND_NAMES
 from offmap.units import format_size
 
 __all__ = ["drawings"]
@@ -67,7 +67,7 @@ def _scale(picture: Picture) -> str:
     )
 
 
-def _view(picture: Picture, vms: dict[int, Vm], caption: str) -> View:
+def _view(picture: Picture, vms: dict[int, AuditResult], caption: str) -> View:
     rows: list[View] = []
     y = 0
     words = [_words(each, vms[each.pid]) for each in picture.shown]
@@ -121,18 +121,18 @@ def _view(picture: Picture, vms: dict[int, Vm], caption: str) -> View:
     }
 
 
-def _look(shown: Shown, vm: Vm) -> str:
+def _look(shown: Shown, vm: AuditResult) -> str:
     """Its class: of a VM that is not hidden as a whole, what is not mapped is not drawn as hidden."""
     if shown.look is Look.HIDDEN and vm.verdict is not Verdict.HIDDEN:
         return "unmapped"
     return shown.look.value
 
 
-def _name(shown: Shown, vm: Vm) -> str:
+def _name(shown: Shown, vm: AuditResult) -> str:
     return "no mapping found" if _look(shown, vm) == "unmapped" else NAMES[shown.look]
 
 
-def _words(shown: Shown, vm: Vm) -> str:
+def _words(shown: Shown, vm: AuditResult) -> str:
     """All about one cell in a line."""
     cell = shown.cell
     parts = [
@@ -153,7 +153,7 @@ def _words(shown: Shown, vm: Vm) -> str:
     return "; ".join(parts)
 
 
-def _tags(row: Row, shown: Sequence[Shown], vms: dict[int, Vm], tagged: set[int]) -> list[View]:
+def _tags(row: Row, shown: Sequence[Shown], vms: dict[int, AuditResult], tagged: set[int]) -> list[View]:
     """Words inside cells that have room for them and that nothing graver is drawn over; one for each cell."""
     tags: list[View] = []
     taken: list[tuple[float, float]] = []
@@ -181,7 +181,7 @@ def _is_easily_missed(piece: Piece, shown: Sequence[Shown]) -> bool:
     return piece.width < _MARKED and shown[piece.shown].look is not Look.HIDDEN
 
 
-def _legend(picture: Picture, vms: dict[int, Vm]) -> list[View]:
+def _legend(picture: Picture, vms: dict[int, AuditResult]) -> list[View]:
     """What is in the picture, the gravest first."""
     counts: dict[tuple[int, str, str], int] = {}
     for each in picture.shown:
@@ -196,7 +196,7 @@ def _legend(picture: Picture, vms: dict[int, Vm]) -> list[View]:
     return legend
 
 
-def _label(picture: Picture, vms: dict[int, Vm]) -> str:
+def _label(picture: Picture, vms: dict[int, AuditResult]) -> str:
     counts: dict[str, int] = {}
     for each in picture.shown:
         name = _name(each, vms[each.pid])

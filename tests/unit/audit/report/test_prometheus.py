@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from offmap.report.hosts import HostReport, failed_report, parse_report
-from offmap.report.prometheus import LISTED, render_prometheus
+from offmap.audit.report.hosts import HostReport, failed_report, parse_report
+from offmap.audit.report.prometheus import LISTED, render_prometheus
 
 from .samples import PAGE, Json, every_vm, exposed, not_audited, pages, scan, total, unknown, vm
 

@@ -3,19 +3,19 @@
 Results of different versions of offmap can be merged as long as their form is the same.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from offmap import __version__
+from offmap.audit.report.hosts import HostReport, parse_report, schema_of
+from offmap.audit.result_sets import Merged
+from offmap.audit.verdict import exit_status_of, worst
 from offmap.errors import OffmapError
-from offmap.report.decode import Malformed, plain
-from offmap.report.hosts import HostReport, exit_status_of, parse_report, worst
+from offmap.report.typed import Malformed, parse_json, plain
 
 __all__ = ["MERGED", "Damaged", "merged_json", "read_reports"]
 
-MERGED = "offmap-audit-merged/1"
+MERGED = schema_of(Merged)
 _MOST = 256 << 20  # bytes of one file; lists in a result are cut long before
 
 
@@ -58,21 +58,17 @@ def read_reports(paths: Iterable[Path]) -> list[HostReport]:
     return reports
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> object:
     with path.open("rb") as file:
         text = file.read(_MOST + 1)
     if not text.strip():
         raise Malformed("is empty")
     if len(text) > _MOST:
         raise Malformed(f"is larger than {_MOST >> 20} MiB")
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        what = str(error).splitlines()[0] if isinstance(error, ValueError) else "nested too deeply"
-        raise Malformed(f"is not JSON: {what}") from None
+    return parse_json(text)
 
 
-def _parse(document: Any, source: str) -> Iterable[HostReport]:
+def _parse(document: object, source: str) -> Iterable[HostReport]:
     if isinstance(document, dict) and document.get("schema") == MERGED:
         parts = document.get("reports")
         if not isinstance(parts, list) or not all(isinstance(part, dict) and "result" in part for part in parts):
@@ -83,14 +79,8 @@ def _parse(document: Any, source: str) -> Iterable[HostReport]:
         yield parse_report(document, source)
 
 
-def merged_json(reports: Sequence[HostReport], time: str) -> dict[str, Any]:
+def merged_json(reports: Sequence[HostReport], time: str) -> dict[str, object]:
     """The merged result, ready for json.dumps; each host's own stands in it word for word."""
     verdict = worst(report.verdict for report in reports)
-    return {
-        "schema": MERGED,
-        "offmap": __version__,
-        "time": time,
-        "verdict": None if verdict is None else verdict.value,
-        "exit_status": int(exit_status_of(verdict)),
-        "reports": [{"source": report.source, "result": report.document} for report in reports],
-    }
+    merged = Merged(__version__, time, verdict, exit_status_of(verdict), ())
+    return merged.to_json() | {"reports": [{"source": report.source, "result": report.document} for report in reports]}

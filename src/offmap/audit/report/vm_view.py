@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from typing import Any
 
+from offmap.audit.reach import Kind, Reach
+from offmap.audit.report.physmap import look_of_kind
+from offmap.audit.report.text import KIND_NAMES, state_names, verdict_line
+from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
-from offmap.report.document import DIRECT_MAP, Mapping, Vm
-from offmap.report.physmap import look_of_kind
-from offmap.report.text import KIND_NAMES, state_names, verdict_line
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
@@ -23,17 +24,17 @@ def size_of(pages: int) -> str:
     return format_size(pages * PAGE_SIZE)
 
 
-def reasons_of(vm: Vm) -> list[str]:
+def reasons_of(vm: AuditResult) -> list[str]:
     """Why pages of it are unknown."""
     return [f"{count:,} pages are unknown: {reason}" for reason, count in vm.pages.unknown_reasons.items()][:NOTES]
 
 
-def notes_of(vm: Vm) -> list[str]:
+def notes_of(vm: AuditResult) -> list[str]:
     """What must be known about its verdict."""
     return [*([f"This is a partial result: {vm.partial}"] if vm.partial else []), *vm.notes][:NOTES]
 
 
-def vm_view(vm: Vm, single: bool, opened: bool) -> View:
+def vm_view(vm: AuditResult, single: bool, opened: bool) -> View:
     """Its section."""
     names = state_names(vm)
     looks = {"hidden": "hidden" if vm.verdict is Verdict.HIDDEN else "unmapped"}
@@ -75,7 +76,7 @@ def vm_view(vm: Vm, single: bool, opened: bool) -> View:
                 "ranges": total.ranges,
                 "caller": total.caller,
             }
-            for total in sorted(vm.reach, key=lambda total: (total.kind != DIRECT_MAP, -total.pages))[:_RANGES]
+            for total in sorted(vm.reach, key=lambda total: (total.kind != Kind.DIRECT_MAP, -total.pages))[:_RANGES]
         ],
         "ranges": [
             {
@@ -95,7 +96,7 @@ def vm_view(vm: Vm, single: bool, opened: bool) -> View:
     }
 
 
-def _vm_facts(vm: Vm) -> list[tuple[str, str]]:
+def _vm_facts(vm: AuditResult) -> list[tuple[str, str]]:
     walk = vm.walk
     tables = sum(walk.tables.values())
     facts = [
@@ -138,7 +139,7 @@ def _share(pages: int, ram: int) -> str:
     return "> 99.9 %" if pages < ram and share > 99.9 else f"{share:.1f} %".replace(".0 %", " %")
 
 
-def mapping_view(vm: Vm, mapping: Mapping) -> View:
+def mapping_view(vm: AuditResult, mapping: Reach) -> View:
     """A row of the table of what the kernel maps."""
     return {
         "pid": vm.pid,
@@ -157,7 +158,7 @@ def mapping_view(vm: Vm, mapping: Mapping) -> View:
     }
 
 
-def secrets_of(vms: Iterable[Vm]) -> Iterable[View]:
+def secrets_of(vms: Iterable[AuditResult]) -> Iterable[View]:
     """Where their planted secrets were read, a row for each place."""
     for vm in vms:
         if vm.scan is None:
@@ -171,5 +172,5 @@ def secrets_of(vms: Iterable[Vm]) -> Iterable[View]:
                 "va": f"{place.va:#018x}",
                 "pa": f"{place.pa:#x}",
                 "region": place.region,
-                "owner": place.said_owner,
+                "owner": place.described_owner,
             }

@@ -5,12 +5,13 @@ The gravest comes first wherever a list is cut.
 
 from collections.abc import Iterable, Sequence
 
-from offmap.audit.verdict import Verdict
-from offmap.report.document import NotAudited, Vm
-from offmap.report.drawing import drawings
-from offmap.report.hosts import HostReport, worst
-from offmap.report.text import fleet_line, verdict_line
-from offmap.report.vm_view import NOTES, View, mapping_view, notes_of, reasons_of, secrets_of, size_of, vm_view
+from offmap.audit.report.drawing import drawings
+from offmap.audit.report.hosts import HostReport
+from offmap.audit.report.text import fleet_line, verdict_line
+from offmap.audit.report.vm_view import NOTES, View, mapping_view, notes_of, reasons_of, secrets_of, size_of, vm_view
+from offmap.audit.result import AuditResult
+from offmap.audit.result_sets import NotAudited
+from offmap.audit.verdict import Verdict, worst
 from offmap.units import format_size
 
 __all__ = ["page_view"]
@@ -68,7 +69,7 @@ def _css(verdict: Verdict | None) -> str:
     return "none" if verdict is None else verdict.value
 
 
-def _who(vm: Vm | NotAudited) -> str:
+def _who(vm: AuditResult | NotAudited) -> str:
     return f"{vm.process} ({vm.pid})"
 
 
@@ -115,7 +116,7 @@ def _page_notes(reports: Iterable[HostReport], by_host: bool, single: bool) -> I
 
 def _summary(report: HostReport) -> View:
     """The line of a host among others."""
-    verdicts = [vm.verdict for vm in report.vms] + [Verdict.UNKNOWN for _ in report.not_audited]
+    verdicts = report.verdicts
     return {
         "name": report.host.name,
         "verdict": _css(report.verdict),

@@ -7,12 +7,12 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offmap.audit.report.hosts import parse_report
+from offmap.audit.report.html import render_html
+from offmap.audit.report.prometheus import render_prometheus
+from offmap.audit.report.text import render_fleet, render_vm
 from offmap.audit.verdict import Verdict
-from offmap.report.decode import Malformed
-from offmap.report.hosts import parse_report
-from offmap.report.html import render_html
-from offmap.report.prometheus import render_prometheus
-from offmap.report.text import render_fleet, render_vm
+from offmap.report.typed import Malformed
 
 from .samples import Json, every_vm, exposed, not_audited, scan, unknown, vm
 from .test_html import Page

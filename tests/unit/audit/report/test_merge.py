@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from offmap.audit.report.merge import Damaged, merged_json, read_reports
 from offmap.audit.verdict import Verdict
-from offmap.report.merge import Damaged, merged_json, read_reports
 
 from .samples import PAGE, Json, every_vm, exposed, host, mapping, not_audited, pages, total, unknown, vm
 from .test_schema import check
@@ -39,15 +39,15 @@ def test_the_worst_of_all_hosts_is_the_verdict(tmp_path: Path) -> None:
         ({"a": every_vm(name="a")}, None, 0),
     ):
         reports = read_reports(write(tmp_path, **documents))
-        merged = merged_json(reports, NOW)
+        merged: Any = merged_json(reports, NOW)
         assert merged["verdict"] == (verdict and verdict.value) and merged["exit_status"] == status
         assert [part["result"] for part in merged["reports"]] == list(documents.values())
         check(merged)
 
 
 def test_a_merged_report_can_be_merged_again(tmp_path: Path) -> None:
-    first = merged_json(read_reports(write(tmp_path, a=vm(1, name="a"), b=exposed(2))), NOW)
-    again = merged_json(read_reports(write(tmp_path, ab=first, c=vm(1, name="c"))), NOW)
+    first: Any = merged_json(read_reports(write(tmp_path, a=vm(1, name="a"), b=exposed(2))), NOW)
+    again: Any = merged_json(read_reports(write(tmp_path, ab=first, c=vm(1, name="c"))), NOW)
     check(again)
     assert [part["result"]["host"]["name"] for part in again["reports"]] == ["a", "host1", "c"]
     assert again["reports"][0]["source"].endswith("a.json") and again["exit_status"] == 1
@@ -70,6 +70,8 @@ def test_each_file_that_cannot_be_used_has_a_line(tmp_path: Path) -> None:
         "other": {"schema": "offmap-demo/1"},
         "older": vm() | {"schema": "offmap-audit/1"},
         "list": [],
+        "twice": json.dumps(vm())[:-1] + ', "verdict": "hidden"}',
+        "huge": vm() | {"pid": 1 << 64},
         "lying": lying,
         "typed": vm() | {"pid": "1"},
         "merged": {"schema": "offmap-audit-merged/1", "reports": [{}]},
@@ -87,8 +89,10 @@ def test_each_file_that_cannot_be_used_has_a_line(tmp_path: Path) -> None:
             "other.json: its schema is 'offmap-demo/1', not ",
             "older.json: its schema is 'offmap-audit/1', not ",
             "list.json: it names no schema",
+            "twice.json: has 'verdict' twice in one object",
+            "huge.json: pid: is no whole number of 64 bits",
             "lying.json: VM 170: it says hidden, and its figures do not",
-            "typed.json: pid is no whole number",
+            "typed.json: pid: Expected int, got str",
             "merged.json: is a merged report without",
             "none.json: No such file",
             f"{tmp_path}: Is a directory",

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from offmap.report.document import DIRECT_MAP, Cell
-from offmap.report.hosts import HostReport
+import msgspec
+
+from offmap.audit.reach import Kind, PhysicalCell
+from offmap.audit.report.hosts import HostReport
 
 __all__ = [
     "NARROWEST",
@@ -59,7 +61,7 @@ _VMALLOC_KINDS = {"vmalloc", "vmap", "memremap", "ioremap", "vmalloc_space"}
 class Shown:
     """A cell of the picture: of which VM, and how it looks."""
 
-    cell: Cell
+    cell: PhysicalCell
     pid: int
     look: Look
 
@@ -103,19 +105,19 @@ class Picture:
 
 def look_of_kind(kind: str) -> Look:
     """How a mapping of this kind looks."""
-    if kind == DIRECT_MAP:
+    if kind == Kind.DIRECT_MAP:
         return Look.DIRECT
     if kind == "kernel_image":
         return Look.ALIAS_IMAGE
     return Look.ALIAS_VMALLOC if kind in _VMALLOC_KINDS else Look.ALIAS_OTHER
 
 
-def look_of(cell: Cell, contradicted: bool = False) -> Look:
+def look_of(cell: PhysicalCell, contradicted: bool = False) -> Look:
     """How a cell looks: as the gravest that is in it."""
     if cell.mapped_pages:
         if cell.direct_map_pages:
             return Look.BOTH if cell.alias_pages else Look.DIRECT
-        kinds = [kind for kind in cell.kinds if kind != DIRECT_MAP]
+        kinds = [kind for kind in cell.kinds if kind != Kind.DIRECT_MAP]
         return max(map(look_of_kind, kinds), key=lambda look: look.gravity, default=Look.ALIAS_OTHER)
     return Look.UNKNOWN if cell.unknown_pages or contradicted else Look.HIDDEN
 
@@ -148,7 +150,7 @@ def _together(cells: Iterable[Shown], grain: int) -> list[Shown]:
 def _joined(one: Shown, other: Shown) -> Shown:
     a, b = one.cell, other.cell
     end = max(a.pa + a.bytes, b.pa + b.bytes)
-    cell = replace(
+    cell = msgspec.structs.replace(
         a,
         bytes=end - a.pa,
         guest_pages=a.guest_pages + b.guest_pages,
@@ -156,6 +158,7 @@ def _joined(one: Shown, other: Shown) -> Shown:
         alias_pages=a.alias_pages + b.alias_pages,
         mapped_pages=a.mapped_pages + b.mapped_pages,
         unknown_pages=a.unknown_pages + b.unknown_pages,
+        unmapped_pages=a.unmapped_pages + b.unmapped_pages,
         kinds=tuple(dict.fromkeys(a.kinds + b.kinds)),
     )
     return Shown(cell, one.pid, max(one.look, other.look, key=lambda look: look.gravity))

@@ -4,15 +4,15 @@ import re
 
 import pytest
 
+from offmap.audit.report.hosts import failed_report, parse_report
+from offmap.audit.report.text import fleet_line, render_fleet, render_vm, verdict_line
+from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
-from offmap.report.document import Vm
-from offmap.report.hosts import failed_report, parse_report
-from offmap.report.text import fleet_line, render_fleet, render_vm, verdict_line
 
 from .samples import Json, every_vm, exposed, not_audited, pages, scan, unknown, vm
 
 
-def parsed(document: Json) -> Vm:
+def parsed(document: Json) -> AuditResult:
     return parse_report(document).vms[0]
 
 

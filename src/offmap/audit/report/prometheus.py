@@ -6,11 +6,12 @@ Labels are bounded: VMs are at most LISTED, the gravest first, and regions are t
 """
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 
-from offmap.audit.verdict import Verdict
-from offmap.report.document import NotAudited, Vm
-from offmap.report.hosts import TIME, HostReport, worst
+from offmap.audit.host import parse_time
+from offmap.audit.report.hosts import HostReport
+from offmap.audit.result import AuditResult
+from offmap.audit.result_sets import NotAudited
+from offmap.audit.verdict import Verdict, worst
 from offmap.uapi.page import PAGE_SIZE
 
 __all__ = ["LISTED", "render_prometheus"]
@@ -90,10 +91,9 @@ def _of_hosts(hosts: dict[str, list[HostReport]], merged: bool) -> Iterable[_Fam
         partial = any(vm.partial for report in reports for vm in report.vms)
         success.add(not partial and all(not (r.failed or r.not_audited or r.notes) for r in reports), label)
         verdict.verdict(worst(report.verdict for report in reports), label)
-        timestamp.add(min(_epoch(report.time) for report in reports), label)
+        timestamp.add(min(parse_time(report.time).timestamp() for report in reports), label)
         duration.add(sum(report.seconds for report in reports), label)
-        verdicts = [vm.verdict for report in reports for vm in report.vms]
-        verdicts += [Verdict.UNKNOWN for report in reports for _ in report.not_audited]
+        verdicts = [each for report in reports for each in report.verdicts]
         for each in _VERDICTS:
             vms.add(verdicts.count(each), {**label, "verdict": each.value})
         walks = [vm.walk for report in reports for vm in report.vms]
@@ -137,21 +137,16 @@ def _of_vms(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Famil
     return verdict, ram, direct, alias, canaries, omitted
 
 
-def _states(vm: Vm) -> dict[str, int]:
+def _states(vm: AuditResult) -> dict[str, int]:
     """Pages by state; every VM has a series for each, so that one which changes its word leaves none behind."""
     states = vm.pages_by_state
     unmapped = 0 if vm.verdict is Verdict.HIDDEN else states["hidden"]
     return states | {"hidden": states["hidden"] - unmapped, "unmapped": unmapped}
 
 
-def _vm_labels(vm: Vm | NotAudited, label: Labels) -> Labels:
+def _vm_labels(vm: AuditResult | NotAudited, label: Labels) -> Labels:
     return {**label, "pid": vm.pid, "process": vm.process, "vmm": vm.vmm.vmm}
 
 
-def _gravity(vm: Vm) -> tuple[int, int]:
-    order = (Verdict.EXPOSED, Verdict.UNKNOWN, Verdict.HIDDEN)
-    return order.index(vm.verdict), -vm.pages.mapped_pages
-
-
-def _epoch(time: str) -> float:
-    return datetime.strptime(time, TIME).replace(tzinfo=UTC).timestamp()
+def _gravity(vm: AuditResult) -> tuple[int, int]:
+    return -vm.verdict.gravity, -vm.pages.mapped_pages

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from offmap.report.hosts import parse_report
-from offmap.report.html import render_html
+from offmap.audit.report.hosts import parse_report
+from offmap.audit.report.html import render_html
 
 from .samples import PAGE, Json, cell, every_vm, exposed, vm
 from .test_html import EVIL, Page

@@ -1,0 +1,191 @@
+"""The verdict, and how it follows from what was seen of each page.
+
+The order matters: one mapped page makes the whole EXPOSED; failing that, one page that could not be judged makes it
+UNKNOWN; HIDDEN is what is left, and only if there was something to hide.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
+from offmap.audit.guest_ram import GuestRam
+from offmap.audit.intervals import Intervals, cut, distinct
+from offmap.audit.kinds import Kinds
+from offmap.audit.mappings import KernelMappings
+from offmap.audit.reach import Kind
+from offmap.audit.result import Pages
+from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
+
+__all__ = ["Judged", "classify", "excluded_ranges", "mapped_guest_ranges"]
+
+_CHANGED = "came, went or moved during the audit"
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All pages of the ranges, in their order, as runs of pages of which the same is to be said.
+
+    Attributes:
+        page, pages: the run's first page and how many it has.
+        pfn: frame of the first, where ``state`` is POPULATED.
+        state: EMPTY, POPULATED (known, and the same before and after the walk) or UNKNOWN.
+        why: of an UNKNOWN run, index into ``reasons``.
+        excluded: whether the guest does not get it.
+        reached: the kinds of kernel mapping that reach it, as a mask of 1 << index into ``tuple(Kind)``.
+        blind: whether a part of the page tables could not be read, so that what nothing reaches is not hidden either.
+    """
+
+    page: Ints
+    pages: Ints
+    pfn: Ints
+    state: NDArray[np.uint8]
+    why: NDArray[np.uint16]
+    excluded: NDArray[np.bool_]
+    reached: NDArray[np.uint32]
+    reasons: tuple[str, ...] = ("",)
+    blind: str = ""
+
+    DIRECT = np.uint32(1 << Kinds.index(Kind.DIRECT_MAP))
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """Which runs are of guest pages whose frames are known."""
+        return np.asarray((self.state == POPULATED) & ~self.excluded, dtype=np.bool_)
+
+    @property
+    def frames(self) -> Intervals:
+        """All frames of known guest pages, each once."""
+        known = self.known
+        return Intervals.union(self.pfn[known], (self.pfn + self.pages)[known])
+
+    def counts(self) -> Pages:
+        """Count the pages."""
+
+        def count(mask: NDArray[np.bool_]) -> int:
+            return int(self.pages[mask].sum())
+
+        guest, mapped = ~self.excluded, self.reached != 0
+        direct, alias = self.reached & self.DIRECT != 0, self.reached & ~self.DIRECT != 0
+        unknown = guest & (self.state == UNKNOWN)
+        unseen = self.known & ~mapped if self.blind else np.zeros_like(mapped)
+        reasons = {
+            self.reasons[why] or "for no reason that was noted": count(unknown & (self.why == why))
+            for why in np.unique(self.why[unknown]).tolist()
+        }
+        if unseen.any():
+            reasons[self.blind] = count(unseen)
+        return Pages(
+            ram_pages=int(self.pages.sum()),
+            pages_populated=count(self.known),
+            not_populated_pages=count(guest & (self.state == EMPTY)),
+            direct_map_pages=count(guest & direct),
+            alias_pages=count(guest & alias),
+            mapped_pages=count(guest & mapped),
+            unknown_pages=count(unknown | unseen),
+            excluded_pages=count(self.excluded),
+            excluded_mapped_pages=count(self.excluded & mapped),
+            excluded_direct_pages=count(self.excluded & direct),
+            unknown_reasons=reasons,
+        )
+
+
+def excluded_ranges(ram: GuestRam) -> Intervals:
+    """The pages, counted through all ranges, that lie wholly in a guest-physical range that the guest does not get."""
+    starts, ends, position = [], [], 0
+    for part in ram.ranges:
+        if part.guest_phys_addr is not None:
+            for start, size in part.excluded:
+                first = max(-(-(start - part.guest_phys_addr) // PAGE_SIZE), 0)
+                last = min((start + size - part.guest_phys_addr) // PAGE_SIZE, part.pages)
+                starts.append(position + first)
+                ends.append(position + max(first, last))
+        position += part.pages
+    return Intervals.union(np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64))
+
+
+def classify(
+    before: Frames, after: Frames, excluded: Intervals, mappings: KernelMappings, kinds: Kinds | None = None
+) -> Judged:
+    """Judge each page.
+
+    Args:
+        before, after: the frames as they were before and after the walk; a page that differs is unknown.
+        excluded: pages that the guest does not get; those that are unknown count all the same.
+        kinds: of the mappings' runs; without them, all outside the direct map are OTHER.
+    """
+    page = distinct(before.page, after.page, excluded.edges[excluded.edges < before.total])
+    one, two = (np.searchsorted(frames.page, page, side="right") - 1 for frames in (before, after))
+    state, why = before.state[one], before.why[one]
+    pfn = np.where(state == POPULATED, before.pfn[one] + page - before.page[one], 0)
+    same_frame = pfn == np.where(state == POPULATED, after.pfn[two] + page - after.page[two], 0)
+    changed = (state != after.state[two]) | ~same_frame
+    # What could not be seen keeps its reason; of the rest it is said that it changed.
+    reasons = (*before.reasons, _CHANGED)
+    reason = np.where(state == UNKNOWN, why.astype(np.int64), len(reasons) - 1)
+    if after.ended:
+        reasons = (*reasons, f"{after.ended} before it was looked at again")
+        reason = np.where((state != UNKNOWN) & (after.state[two] == UNKNOWN), len(reasons) - 1, reason)
+    state = np.where(changed, UNKNOWN, state).astype(np.uint8)
+    why = np.where(changed, reason, why)
+    pages = np.diff(np.append(page, before.total))
+
+    sets = _reach_sets(mappings, kinds)
+    edges = distinct(np.zeros(0, dtype=np.int64), *(frames.edges for _, frames in sets))
+    populated = state == POPULATED
+    # Runs without frames are cut by nothing.
+    source, offset, length = cut(np.where(populated, pfn, -1 << 60), pages, edges)
+    populated = populated[source]
+    pfn = np.where(populated, pfn[source] + offset, 0)
+    reached = np.zeros(len(source), dtype=np.uint32)
+    for code, frames in sets:
+        reached[populated & frames.contains(pfn)] |= np.uint32(1 << code)
+    page = page[source] + offset
+    state = state[source]
+    blind = ""
+    if mappings.unreadable:
+        example = mappings.unreadable[0]
+        blind = f"kernel page tables could not be read at {example.va:#x}: {example.reason}"
+    return Judged(
+        page,
+        length,
+        pfn,
+        state,
+        why[source].astype(np.uint16),
+        # That a page is kept from the guest excuses an alias of it that was seen, and not what nobody could see.
+        excluded.contains(page) & (state != UNKNOWN),
+        reached,
+        reasons,
+        blind,
+    )
+
+
+def _reach_sets(mappings: KernelMappings, kinds: Kinds | None) -> list[tuple[int, Intervals]]:
+    """The frames that each kind of mapping reaches."""
+    code = (
+        np.where(mappings.is_direct, Kinds.index(Kind.DIRECT_MAP), Kinds.index(Kind.OTHER))
+        if kinds is None
+        else kinds.kind
+    )
+    start = (mappings.runs["pa"] >> PAGE_SHIFT).astype(np.int64)
+    end = start + (mappings.runs["bytes"] >> PAGE_SHIFT).astype(np.int64)
+    return [(each, Intervals.union(start[code == each], end[code == each])) for each in np.unique(code).tolist()]
+
+
+def mapped_guest_ranges(judged: Judged, ram: GuestRam) -> list[tuple[int, int]]:
+    """Guest-physical (address, bytes) of all pages that the kernel maps, merged, where their address is known."""
+    mapped = judged.reached != 0
+    start = judged.page[mapped]
+    found: list[tuple[int, int]] = []
+    position = 0
+    hit = Intervals.union(start, start + judged.pages[mapped])
+    for part in ram.ranges:
+        if part.guest_phys_addr is not None:
+            low, high = np.maximum(hit.start, position), np.minimum(hit.end, position + part.pages)
+            for first, end in zip(low[low < high].tolist(), high[low < high].tolist(), strict=True):
+                found.append((part.guest_phys_addr + (first - position) * PAGE_SIZE, (end - first) * PAGE_SIZE))
+        position += part.pages
+    return sorted(found)

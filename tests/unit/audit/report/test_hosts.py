@@ -1,0 +1,38 @@
+"""Results that contradict themselves, or are none."""
+
+from typing import Any
+
+import pytest
+
+from offmap.audit.report.hosts import parse_report
+from offmap.report.typed import Malformed
+
+from .samples import Json, cell, every_vm, exposed, pages, vm
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        vm(pages=pages(65536, mapped_pages=1, direct_map_pages=1)),
+        vm(pages=pages(65536, unknown_pages=1)),
+        vm(pages=pages(65536, pages_populated=0, not_populated_pages=65536)),
+        vm(pages=pages(65536, canaries_found=1)),
+        vm(physical={"ram": [], "cell_bytes": None, "cells": [cell(0, 8192, direct=1)]}),
+        vm(verdict="unknown", pages=pages(65536, mapped_pages=1)),
+        exposed(pages=pages(256, mapped_pages=300)),
+        exposed(physical={"ram": [], "cell_bytes": None, "cells": [cell(0, 8192, direct=3) | {"unmapped_pages": 0}]}),
+    ],
+)
+def test_a_report_that_contradicts_itself_is_refused(document: Json) -> None:
+    for each in (document, every_vm(document)):
+        with pytest.raises(Malformed, match=r"^VM 1\d\d: "):
+            parse_report(each)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [None, [], {}, {"schema": 1}, {"schema": "offmap-audit/1"}, {"schema": "offmap-demo/1"}, vm(time="yesterday")],
+)
+def test_what_is_no_report_is_refused(document: Any) -> None:
+    with pytest.raises(Malformed):
+        parse_report(document)
