@@ -1,7 +1,7 @@
-"""The verdict, and how it follows from what was seen of each page.
+"""From page frames and kernel mappings to the state of each page, and to the counts that a verdict rests on.
 
-The order matters: one mapped page makes the whole EXPOSED; failing that, one page that could not be judged makes it
-UNKNOWN; HIDDEN is what is left, and only if there was something to hide.
+The order matters. One mapped page makes the VM exposed. Otherwise one page that could not be judged makes it unknown.
+It is hidden only if neither is the case and at least one page is populated.
 """
 
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ def classify(
     pfn = np.where(state == POPULATED, before.pfn[one] + page - before.page[one], 0)
     same_frame = pfn == np.where(state == POPULATED, after.pfn[two] + page - after.page[two], 0)
     changed = (state != after.state[two]) | ~same_frame
-    # What could not be seen keeps its reason; of the rest it is said that it changed.
+    # A page that was unknown before keeps its reason; any other that differs has changed.
     reasons = (*before.reasons, _CHANGED)
     reason = np.where(state == UNKNOWN, why.astype(np.int64), len(reasons) - 1)
     if after.ended:
@@ -155,7 +155,7 @@ def classify(
         pfn,
         state,
         why[source].astype(np.uint16),
-        # That a page is kept from the guest excuses an alias of it that was seen, and not what nobody could see.
+        # Exclusion excuses a known alias, never an unknown page.
         excluded.contains(page) & (state != UNKNOWN),
         reached,
         reasons,

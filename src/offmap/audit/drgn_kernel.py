@@ -6,12 +6,12 @@ take ``pgd`` from, so it is given one that has nothing else.
 """
 
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from offmap.errors import OffmapError, Undetermined
 
 if TYPE_CHECKING:
-    from drgn import Object, Program
+    from drgn import Object, Program, Type
 
 __all__ = ["DrgnKernel", "require_drgn"]
 
@@ -42,31 +42,18 @@ class DrgnKernel:
         from drgn.helpers.linux.mm import follow_phys
 
         self.version = drgn.__version__
-        self._drgn: Any = drgn
+        self._object, self._fault = drgn.Object, drgn.FaultError
         self._follow_phys = follow_phys
         self._program: Program = drgn.Program()
         try:
             self._program.set_kernel()
         except (OSError, ValueError, drgn.FaultError) as error:
             raise Undetermined(f"drgn cannot look at this kernel: {error}", "run the audit as root") from None
-        self._mm = self._declare()
+        self._mm = _declare_mm(self._program)
         self._kernel = self._mm_of(self._swapper_pg_dir())
 
-    def _declare(self) -> Any:
-        """The two types that follow_phys asks for."""
-        drgn, program = self._drgn, self._program
-        number = program.int_type("unsigned long", 8, False)
-        phys_addr_t = program.typedef_type("phys_addr_t", number)
-
-        def find(_program: "Program", _kinds: Any, name: str, _file: str | None) -> Any:
-            return phys_addr_t if name == "phys_addr_t" else None
-
-        # After all others: where there is debugging information, it has the type.
-        program.register_type_finder("offmap", find, enable_index=-1)
-        return program.struct_type("mm_struct", 8, (drgn.TypeMember(program.pointer_type(program.void_type()), "pgd"),))
-
     def _mm_of(self, pgd: int) -> "Object":
-        found: Object = self._drgn.Object(self._program, self._mm, value={"pgd": pgd})
+        found: Object = self._object(self._program, self._mm, value={"pgd": pgd})
         return found
 
     def _swapper_pg_dir(self) -> int:
@@ -92,7 +79,22 @@ class DrgnKernel:
     def _translate(self, mm: "Object", va: int) -> int | None:
         try:
             return int(self._follow_phys(mm, va).value_())
-        except self._drgn.FaultError as error:
+        except self._fault as error:
             if "not mapped" in str(error):
                 return None
             raise Undetermined(f"drgn cannot translate {va:#x}: {error}") from None
+
+
+def _declare_mm(program: "Program") -> "Type":
+    """A ``struct mm_struct`` that has only ``pgd``, and the other type that follow_phys asks for."""
+    import drgn
+
+    number = program.int_type("unsigned long", 8, False)
+    phys_addr_t = program.typedef_type("phys_addr_t", number)
+
+    def find(_program: "Program", _kinds: object, name: str, _file: str | None) -> "Type | None":
+        return phys_addr_t if name == "phys_addr_t" else None
+
+    # After all others: where there is debugging information, it has the type.
+    program.register_type_finder("offmap", find, enable_index=-1)
+    return program.struct_type("mm_struct", 8, (drgn.TypeMember(program.pointer_type(program.void_type()), "pgd"),))

@@ -14,13 +14,11 @@ Of a VMM that makes no claim, what KVM has in memory slots is taken. Where KVM's
 mappings are, and called guesses: a guess can show that RAM is exposed, never that it is hidden.
 """
 
-import json
 import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from offmap.audit.btf import Unknown
 from offmap.audit.kvm_slots import KVM_VM_LINK, KvmSlot, OthersVm
@@ -30,6 +28,7 @@ from offmap.audit.process import Process
 from offmap.audit.residency import link as link_of
 from offmap.audit.result import Source
 from offmap.errors import Undetermined
+from offmap.report.typed import Count, Document, Malformed, decode, parse_json
 from offmap.uapi.page import PAGE_SIZE
 
 __all__ = [
@@ -45,7 +44,6 @@ __all__ = [
 ]
 
 MEMSLOTS_LINK = "/memfd:offmap-memslots (deleted)"
-MEMSLOTS_SCHEMA = "offmap-memslots/1"
 _MEMSLOTS_LIMIT = 1 << 20  # far more than KVM_USER_MEM_SLOTS of them take
 _USER_BITS = 56  # 5-level page tables: the user half (Documentation/arch/x86/x86_64/mm.rst)
 _PHYSICAL_BITS = 52  # the widest MAXPHYADDR that there is (Intel SDM volume 3, section 4.1.4)
@@ -94,10 +92,20 @@ class GuestRam:
         return any(part.source is Source.GUESS for part in self.ranges)
 
 
-def _number(value: Any, what: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
-        raise Undetermined(f"the process's offmap-memslots list is malformed: {what} is {value!r}")
-    return value
+class _Slot(Document, frozen=True):
+    """A memory slot as the VMM's list names it."""
+
+    guest_phys_addr: Count
+    memory_size: Count
+    userspace_addr: Count
+    backend: str = ""
+
+
+class _Memslots(Document, frozen=True, tag_field="schema", tag="offmap-memslots/1"):
+    """The content of an ``offmap-memslots`` memfd."""
+
+    slots: tuple[_Slot, ...]
+    excluded: tuple[tuple[Count, Count], ...] = ()
 
 
 def parse_memslots(text: bytes) -> GuestRam:
@@ -107,38 +115,24 @@ def parse_memslots(text: bytes) -> GuestRam:
         Undetermined: malformed; nothing is guessed in its place.
     """
     try:
-        claim = json.loads(text)
-    except (ValueError, RecursionError):
-        raise Undetermined("the process's offmap-memslots list is not JSON") from None
-    if not isinstance(claim, dict) or claim.get("schema") != MEMSLOTS_SCHEMA:
-        raise Undetermined(f"the process's offmap-memslots list is not of schema {MEMSLOTS_SCHEMA}")
-    slots, excluded = claim.get("slots"), claim.get("excluded", [])
-    if not isinstance(slots, list) or not isinstance(excluded, list):
-        raise Undetermined("the process's offmap-memslots list has no list of slots")
-    holes = []
-    for pair in excluded:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise Undetermined(f"the process's offmap-memslots list is malformed: excluded range {pair!r}")
-        holes.append((_number(pair[0], "excluded"), _number(pair[1], "excluded")))
-    ranges = []
-    for slot in slots:
-        if not isinstance(slot, dict):
-            raise Undetermined(f"the process's offmap-memslots list is malformed: a slot is {slot!r}")
-        part = RamRange(
-            va=_number(slot.get("userspace_addr"), "userspace_addr"),
-            bytes=_number(slot.get("memory_size"), "memory_size"),
-            source=Source.MEMSLOT,
-            guest_phys_addr=_number(slot.get("guest_phys_addr"), "guest_phys_addr"),
-            backend=str(slot.get("backend", "")),
-            excluded=tuple(holes),
-        )
-        guest = part.guest_phys_addr or 0
-        ends = part.va + part.bytes > 1 << _USER_BITS or guest + part.bytes > 1 << _PHYSICAL_BITS
-        if not part.bytes or (part.va | part.bytes | guest) % PAGE_SIZE or ends:
-            raise Undetermined(f"the process's offmap-memslots list is malformed: slot {slot!r} is not made of pages")
-        ranges.append(part)
-    if not ranges:
+        claim = decode(_Memslots, parse_json(text))
+    except Malformed as error:
+        raise Undetermined(f"the process's offmap-memslots list is malformed: {error}") from None
+    for slot in claim.slots:
+        va, guest, size = slot.userspace_addr, slot.guest_phys_addr, slot.memory_size
+        if (
+            not size
+            or (va | size | guest) % PAGE_SIZE
+            or va + size > 1 << _USER_BITS
+            or guest + size > 1 << _PHYSICAL_BITS
+        ):
+            raise Undetermined(f"the process's offmap-memslots list is malformed: {slot!r} is not made of pages")
+    if not claim.slots:
         raise Undetermined("the process's offmap-memslots list is empty")
+    ranges = (
+        RamRange(s.userspace_addr, s.memory_size, Source.MEMSLOT, s.guest_phys_addr, s.backend, claim.excluded)
+        for s in claim.slots
+    )
     return GuestRam(tuple(ranges))
 
 

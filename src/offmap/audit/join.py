@@ -31,7 +31,7 @@ _PIECE = np.dtype([("page", np.int64), ("pfn", np.int64), ("pages", np.int64), (
 
 @dataclass(frozen=True)
 class Joined:
-    """What ``AuditResult`` has of it: see there."""
+    """Fields of ``AuditResult``; ``omitted`` counts what ``aliases`` and ``direct_map_ranges`` leave out."""
 
     reach: tuple[ReachTotal, ...]
     aliases: tuple[Reach, ...]

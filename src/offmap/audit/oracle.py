@@ -1,4 +1,4 @@
-"""A second opinion: for a random sample, does drgn translate addresses as our walk does.
+"""Compare our walk with drgn's: does drgn translate a random sample of addresses to the same frames?
 
 What is asked, of pages drawn from all guest pages whose frames are known:
 
@@ -40,7 +40,7 @@ _ATTEMPTS = 3
 
 
 class OracleDisagrees(OffmapError):
-    """The second opinion differs: nothing that this audit says is to be relied on."""
+    """drgn says something else: nothing that this audit says can be relied on."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Oracle(Protocol):
         ...
 
     def process(self, pgd: int, va: int) -> int | None:
-        """The same for an address of the process with this top page table."""
+        """Physical address behind an address of the process with this top page table; None for none."""
         ...
 
 

@@ -11,7 +11,7 @@ from offmap.errors import Undetermined
 from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["OwnPage", "PagemapEnds", "pfn", "present", "private", "read_pagemap", "require_pfns", "swapped"]
+__all__ = ["OwnPage", "PagemapEnds", "pfn", "present", "private", "read_pagemap", "swapped", "zero_page_pfn"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PFN = np.uint64((1 << 55) - 1)  # bits 0-54, if present
@@ -68,16 +68,6 @@ def read_pagemap(fd: int, va: int, pages: int) -> NDArray[np.uint64]:
             raise PagemapEnds("its pagemap ends before its mappings do")
         done += got // 8
     return entries
-
-
-def require_pfns() -> None:
-    """Make sure that pagemap tells page frames: without CAP_SYS_ADMIN it says 0 for each.
-
-    Raises:
-        Undetermined: it does not.
-    """
-    with OwnPage() as page:
-        page.pfn()
 
 
 def zero_page_pfn() -> int:

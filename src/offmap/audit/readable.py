@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.kcore import Segment
+from offmap.audit.kinds import parse_vmallocinfo
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.pageflags import PageFlags
 from offmap.errors import Undetermined
@@ -144,16 +145,10 @@ def ioremap_areas() -> list[tuple[int, int]]:
     """
     try:
         with open("/proc/vmallocinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-            lines = file.read().splitlines()
+            areas = parse_vmallocinfo(file.read())
     except OSError as error:
         raise Undetermined(f"cannot read /proc/vmallocinfo: {error.strerror}", "run the audit as root") from None
-    areas = []
-    for line in lines:
-        words = line.split()
-        if len(words) > 2 and "ioremap" in words:
-            start, _, end = words[0].partition("-")
-            areas.append((int(start, 16), int(end, 16)))
-    return union(areas)
+    return union((area.start, area.end) for area in areas if "ioremap" in area.words)
 
 
 def frames_of(pieces: Iterable[Piece]) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """The search: read stretches of kernel memory as fast as they come, and find a pattern in them.
 
-Reading is all but the whole of it. What is read goes into a buffer of ours that stays in the processor's cache and is
+Reading takes nearly all of the time. What is read goes into a buffer of ours that stays in the processor's cache and is
 searched by the C library's memmem(3), which skips most bytes; both are called without the interpreter's lock, so that
 threads add up. A canary's prefix or the beginning of a secret is what is looked for; whatever starts with it is then
 looked at in full.

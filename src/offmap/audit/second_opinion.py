@@ -1,4 +1,4 @@
-"""``--oracle drgn`` on the running kernel: drgn, and our own answers to compare with, put together."""
+"""``--oracle drgn`` on the running kernel: compares a sample of the audit's answers with drgn's."""
 
 from contextlib import suppress
 

@@ -44,7 +44,6 @@ class VmcoreInfo:
     phys_base: int
     pgtable_l5_enabled: bool
     sme_mask: int
-    kernel_offset: int
     kernel_image_size: int
     vmalloc_start: int | None
     vmemmap: int | None
@@ -92,7 +91,6 @@ class VmcoreInfo:
             pgtable_l5_enabled=bool(needed(number("NUMBER(pgtable_l5_enabled)", 10), "NUMBER(pgtable_l5_enabled)")),
             # Absent where the kernel is built without AMD memory encryption: then no bit of an entry is the C-bit.
             sme_mask=(number("NUMBER(sme_mask)", 10) or 0) & (1 << 64) - 1,
-            kernel_offset=number("KERNELOFFSET", 16) or 0,
             kernel_image_size=number("NUMBER(KERNEL_IMAGE_SIZE)", 10) or _KERNEL_IMAGE_SIZE,
             vmalloc_start=number("NUMBER(VMALLOC_START)", 16),
             vmemmap=number("SYMBOL(vmemmap)", 16),

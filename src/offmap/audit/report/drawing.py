@@ -1,11 +1,11 @@
 """The pictures of physical memory as the HTML template draws them: positions, texts, and the numbers for its script."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from offmap.audit.report.hosts import HostReport
 from offmap.audit.report.physmap import Look, Picture, Piece, Row, Shown, draw, shown_cells
 from offmap.audit.report.text import KIND_NAMES
+from offmap.audit.report.vm_view import View
 from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
 from offmap.units import format_size
@@ -39,8 +39,6 @@ _TAG_TEXT = {
     Look.BOTH: "direct+alias",
 }
 
-View = dict[str, Any]
-
 
 def drawings(report: HostReport) -> list[View]:
     """The host's memory and, where its guests are small in it, a close-up; none without physical addresses."""
@@ -73,6 +71,9 @@ def _view(picture: Picture, vms: dict[int, AuditResult], caption: str) -> View:
     words = [_words(each, vms[each.pid]) for each in picture.shown]
     looks = [_look(each, vms[each.pid]) for each in picture.shown]
     tagged: set[int] = set()
+    marks = {row.start: _marks(row, picture.shown) for row in picture.rows if not row.gap}
+    if sum(map(len, marks.values())) > _MARKS:
+        marks = {}
     for row in picture.rows:
         if row.gap:
             text = f"{format_size(row.end - row.start)} without guest memory" if not picture.ram else "no RAM"
@@ -96,12 +97,10 @@ def _view(picture: Picture, vms: dict[int, AuditResult], caption: str) -> View:
                     for piece in row.pieces
                 ],
                 "tags": _tags(row, picture.shown, vms, tagged),
-                "marks": _marks(row, picture.shown),
+                "marks": marks.get(row.start, []),
             }
         )
         y += PITCH
-    if sum(len(row["marks"]) for row in rows if not row["gap"]) > _MARKS:
-        rows = [row | {"marks": []} for row in rows]
     drawn = [row for row in picture.rows if not row.gap]
     return {
         "caption": caption,
@@ -187,7 +186,7 @@ def _legend(picture: Picture, vms: dict[int, AuditResult]) -> list[View]:
     for each in picture.shown:
         key = (-each.look.gravity, _look(each, vms[each.pid]), _name(each, vms[each.pid]))
         counts[key] = counts.get(key, 0) + 1
-    legend = [
+    legend: list[View] = [
         {"look": look, "name": name, "count": f"{count:,} range{'' if count == 1 else 's'}"}
         for (_, look, name), count in sorted(counts.items())
     ]

@@ -12,6 +12,7 @@ from enum import Enum
 import msgspec
 
 from offmap.audit.reach import Kind, PhysicalCell
+from offmap.audit.readable import union
 from offmap.audit.report.hosts import HostReport
 
 __all__ = [
@@ -171,7 +172,8 @@ def draw(shown: Sequence[Shown], ram: Sequence[tuple[int, int]]) -> Picture | No
         shown: in order of address.
         ram: (start, end) of what the host calls RAM; empty for a close-up of the guests' memory alone.
     """
-    spans = _merged([*ram, *((each.cell.pa, each.cell.pa + each.cell.bytes) for each in shown)])
+    every = [*ram, *((each.cell.pa, each.cell.pa + each.cell.bytes) for each in shown)]
+    spans = union(span for span in every if span[0] < span[1])
     if not spans:
         return None
     row_bytes = _LEAST_ROW
@@ -203,16 +205,6 @@ def _seen(piece: Piece) -> Piece:
     """Wide enough to be seen, and not over the end of the row."""
     width = max(piece.width, NARROWEST)
     return replace(piece, x=min(piece.x, WIDTH - width), width=width)
-
-
-def _merged(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(span for span in spans if span[0] < span[1]):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
 
 
 def _rows_in_use(spans: Iterable[tuple[int, int]], row_bytes: int) -> list[int]:

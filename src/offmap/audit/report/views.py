@@ -92,7 +92,7 @@ def _figures(reports: Sequence[HostReport]) -> list[View]:
         ("unknown", states.get("unknown", 0)),
         (hidden, states.get("hidden", 0)),
     ]
-    figures = [{"name": name, "value": size_of(pages)} for name, pages in found] if vms else []
+    figures: list[View] = [{"name": name, "value": size_of(pages)} for name, pages in found] if vms else []
     if len(vms) > 1:
         figures.insert(0, {"name": "VMs audited", "value": f"{len(vms)}"})
     if missed := sum(len(report.not_audited) for report in reports):

@@ -1,7 +1,6 @@
 """What the HTML page says of one VM, worked out: its pages by state, what maps them, and where; all lists bounded."""
 
 from collections.abc import Iterable
-from typing import Any
 
 from offmap.audit.reach import Kind, Reach
 from offmap.audit.report.physmap import look_of_kind
@@ -16,7 +15,8 @@ __all__ = ["NOTES", "View", "mapping_view", "notes_of", "reasons_of", "secrets_o
 NOTES = 40
 _RANGES = 64
 
-View = dict[str, Any]
+View = dict[str, object]
+"""What the template shows, by the names that it uses."""
 
 
 def size_of(pages: int) -> str:
