@@ -1,4 +1,4 @@
-"""What this host can do: each backend tried out, and what came of it audited."""
+"""Which kinds of guest RAM this host can give: each backend is tried out, and its memory audited."""
 
 import os
 from collections.abc import Iterable, Iterator

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from offmap.devices.virtio.device import DeviceSpec
@@ -63,8 +63,15 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     """Add them all. The order in which they are given is that in which the guest finds the devices."""
     group = parser.add_argument_group("devices", "virtio devices, in the order in which the guest finds them")
     for option in _OPTIONS:
-        extra: dict[str, Any] = {"metavar": option.metavar} if option.metavar else {"nargs": 0}
-        group.add_argument(f"--{option.name}", action=_Append, dest="devices", default=[], help=option.help, **extra)
+        group.add_argument(
+            f"--{option.name}",
+            action=_Append,
+            dest="devices",
+            default=[],
+            help=option.help,
+            metavar=option.metavar or None,
+            nargs=None if option.metavar else 0,
+        )
     group.add_argument(
         "--virtio-mmio-cmdline",
         action="store_true",
@@ -79,7 +86,7 @@ class _Append(argparse.Action):
         self,
         parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
+        values: str | Sequence[object] | None,
         option_string: str | None = None,
     ) -> None:
         name = (option_string or "").lstrip("-")

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-from typing import Any
 
 from offmap.errors import OffmapError
 from offmap.units import format_size
@@ -69,7 +68,7 @@ def run_status(args: argparse.Namespace) -> int:
     out = holders() if there else []
     current = bool(built and there and modinfo(module).get("srcversion") == there.srcversion)
     if args.json:
-        result: dict[str, Any] = {
+        result: dict[str, object] = {
             "loaded": there is not None,
             "version": there.version if there else None,
             "current": current,

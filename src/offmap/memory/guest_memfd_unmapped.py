@@ -1,8 +1,8 @@
-"""guest_memfd that leaves the kernel's direct map: a flag that no released kernel has, and patched ones have variously.
+"""guest_memfd that leaves the kernel's direct map. No released kernel has a flag for it; patched ones differ.
 
-Of the flags that this kernel's KVM_CAP_GUEST_MEMFD_FLAGS advertises beyond those of Linux 6.18, each is tried out with
-a guest of one instruction. That a flag does what is hoped is not assumed: the RAM is audited before the guest gets it.
-offmap's own patch (kernel/patches/) makes it bit 2 and takes 2 MiB at a time off the direct map for fallocate.
+Each flag that KVM_CAP_GUEST_MEMFD_FLAGS advertises beyond those of Linux 6.18 is tried out with a guest of one
+instruction. That does not prove what the flag does, so the RAM is audited before the guest gets it. offmap's own patch
+(kernel/patches/) makes it bit 2, and takes 2 MiB at a time off the direct map for fallocate.
 """
 
 import ctypes

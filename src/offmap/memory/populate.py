@@ -13,12 +13,13 @@ PIECE = 4 << 20  # bytes that one thread asks for at a time: some milliseconds
 
 
 def populate(backing: Backing, threads: int, progress: Callable[[float], None] = lambda _share: None) -> None:
-    """Write zeroes to all of it. The kernel does the writing, and Python's lock is free meanwhile.
+    """Write zeroes to all of it. The kernel writes; Python's lock is free meanwhile.
 
-    `progress` is called with the share that is done, from 0 to 1, on this thread.
+    It begins at the end. The first pages that a young host hands out were freed from its image and are still mapped
+    there, so they are kept from the guest, which can least do without low memory.
 
-    From the end: the first pages that a young host hands out are those freed from its image, with a mapping there. They
-    are kept from the guest, and low memory is where it can least do without.
+    Args:
+        progress: called on this thread with the share that is done, from 0 to 1.
 
     Raises:
         KernelError: EFAULT where the kernel could not give a page.

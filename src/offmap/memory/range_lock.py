@@ -1,9 +1,9 @@
 """Arbitration between VMMs of one host: locks on ranges of physical addresses.
 
-A byte of the locked file stands for the byte of physical memory at that address: it is /dev/mem itself, as a file below
-/run can be deleted under its holders, and is another one in every mount namespace. The locks are open-file-description
-locks (fcntl(2), F_OFD_SETLK), which a device takes like any file; the kernel drops them with the last fd of a VMM,
-however that VMM ended.
+The locked file is /dev/mem: each byte stands for the byte of physical memory at that address. A file below /run could
+be deleted under its holders, and is another file in every mount namespace. The locks are open-file-description locks
+(fcntl(2), F_OFD_SETLK), which a device takes like any file. The kernel drops them with a VMM's last fd, however that
+VMM ended.
 """
 
 import errno

@@ -1,7 +1,7 @@
 """Physical memory that Linux never owned (``memmap=SIZE$START`` on the host's command line), through /dev/mem.
 
-It has no struct page and is not in the direct map. Nobody zeroes it and nobody arbitrates it, so this does both: VMMs
-of one host take disjoint, locked sub-ranges, and each is zeroed before its guest sees it and after its guest is gone.
+It has no struct page and is not in the direct map. Nobody else zeroes or arbitrates it, so this module does both: VMMs
+of one host take disjoint, locked sub-ranges. Each is zeroed before its guest sees it, and after its guest is gone.
 """
 
 import errno
@@ -97,9 +97,9 @@ class Reserved(Backend):
 
 
 def reserved_ranges() -> list[PhysicalRange]:
-    """The physical memory that the host's command line took from Linux, whole pages, in order.
+    """The physical memory that the host's command line took from Linux, in whole pages, in order.
 
-    Only what the firmware reports as RAM, ``memmap=`` reserves and /proc/iomem shows as Reserved: a range that the
+    The firmware reports it as RAM, ``memmap=`` reserves it, and /proc/iomem shows it as Reserved. A range that the
     firmware reserved for itself is never touched.
 
     Raises:

@@ -1,7 +1,7 @@
 """memfd_secret straight into the memslot: pages that leave the direct map when they are first touched.
 
-Works only on a kernel whose GUP lets KVM have such pages: stock kernels refuse them (check_vma_flags in mm/gup.c, since
-commit 1507f51255c9), so every allocation is tried out with a guest of one instruction before anything is promised.
+It works on a kernel whose GUP lets KVM have such pages. Stock kernels refuse them (check_vma_flags in mm/gup.c, since
+commit 1507f51255c9). So a guest of one instruction is run from such a page before anything is promised.
 """
 
 import ctypes

@@ -1,8 +1,8 @@
 """memfd_secret memory on a stock kernel: the guest runs from the offmap module's view of the same pages.
 
 GUP refuses secret memory, so KVM cannot run from it (secretmem.py). The module holds the pages and maps them as
-VM_PFNMAP, which KVM takes without GUP (kernel/module/bridge.c). Some pages may keep a mapping in the kernel's image:
-they are found by the audit, and kept from the guest.
+VM_PFNMAP, which KVM takes without GUP (kernel/module/bridge.c). Pages that keep a mapping in the kernel's image are
+found by the audit, and kept from the guest.
 """
 
 import errno

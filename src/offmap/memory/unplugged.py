@@ -1,7 +1,7 @@
-"""Memory blocks taken away from the running kernel by the offmap module, and given back when the guest is gone.
+"""Memory blocks that the offmap module takes from the running kernel, and gives back when the guest is gone.
 
-No struct page, no direct map, no alias; mapped by 2M pages. The module zeroes the blocks before it hands them out and
-before it gives them back, however this process ends (kernel/module/unplug.c).
+They have no struct page, no direct map and no alias, and are mapped by 2M pages. The module zeroes blocks before it
+hands them out and before it gives them back, however this process ends (kernel/module/unplug.c).
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""What a Linux guest cannot find out about this machine by itself, told on its command line."""
+"""The kernel parameters that tell a Linux guest what it cannot find out about this machine by itself."""
 
 from collections.abc import Iterable
 
@@ -6,9 +6,9 @@ __all__ = ["with_hvc0", "with_machine_parameters"]
 
 
 def with_machine_parameters(command_line: str, tsc_khz: int | None, more: Iterable[str] = ()) -> str:
-    """`command_line`, and after it what this machine adds; a parameter that the user gave is left to the user.
+    """`command_line` and the parameters that this machine adds. A parameter that the user gave stays as it is.
 
-    What stands behind ``--`` is for init (admin-guide/kernel-parameters) and stays there.
+    Words behind ``--`` are for init (admin-guide/kernel-parameters) and stay there.
 
     Args:
         tsc_khz: the TSC's frequency, for a guest that gets no kvm-clock; else None.
@@ -31,10 +31,9 @@ def with_machine_parameters(command_line: str, tsc_khz: int | None, more: Iterab
 
 
 def with_hvc0(command_line: str) -> str:
-    """`command_line` with ``console=hvc0`` as the last of its consoles, which /dev/console is; unless it is there.
+    """`command_line` with ``console=hvc0`` as its last console, which becomes /dev/console; unless it has it.
 
-    One before it stays: the kernel has hvc0 only once a driver has found the device, and init may want to be heard
-    earlier.
+    Earlier consoles stay: hvc0 exists only once a driver has found the device, and the kernel prints before that.
     """
     words, end = _words(command_line)
     if "console=hvc0" in words[:end]:

@@ -1,4 +1,4 @@
-"""The CPUID that a guest sees: KVM's, with the guest's own topology, and less what hidden RAM rules out.
+"""The CPUID that a guest sees: KVM's, with the guest's own topology, without what hidden RAM rules out.
 
 Sources: Documentation/virt/kvm/x86/cpuid.rst; Intel SDM volume 2 and AMD APM volume 3, "CPUID".
 """

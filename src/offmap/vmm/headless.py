@@ -16,15 +16,15 @@ __all__ = ["Headless"]
 
 _KEPT = 1024  # pieces of console output, each a line or less: an oops has a hundred lines
 _LONGEST_LINE = 300  # characters of what the guest has said that a user is told
-# What says most of a guest's end: its init, or the kernel. Of an oops before a panic (arch/x86/mm/fault.c,
-# kernel/traps.c, kernel/dumpstack.c) its first line and where it happened.
+# Lines that explain a guest's end come from its init or its kernel. Of an oops before a panic (arch/x86/mm/fault.c,
+# kernel/traps.c, kernel/dumpstack.c), the first line and the place are kept.
 _END = re.compile("offmap-guest:|Kernel panic|Out of memory")
 _OOPS = re.compile("BUG: |Oops: |general protection|double fault|stack segment|invalid opcode|kernel BUG at")
 _PLACE = re.compile(r"RIP: 0010:")  # in the kernel: __KERNEL_CS
 
 
 class Headless:
-    """A machine whose console nobody sees; its last lines are kept, for when something went wrong.
+    """A machine whose console nobody sees. Its last lines are kept: they say why a guest failed.
 
     Args:
         finished: an fd that becomes readable when the job is done: the machine is then ended.
@@ -88,7 +88,7 @@ class Headless:
 
     @property
     def last_words(self) -> str:
-        """What on its console says most of its end: of its init, of a panic and its oops, or else the last line."""
+        """The console lines that explain the end: init's own, a panic with its oops, or else the last line."""
         lines = [line.strip() for line in b"".join(self._console).decode(errors="replace").splitlines()]
         end = next((number for number in reversed(range(len(lines))) if _END.search(lines[number])), None)
         if end is None:

@@ -1,8 +1,8 @@
-"""Where the guest's console goes: it waits for a slow reader for as long as the guest lives, and no longer.
+"""The guest's console output. It waits for a slow reader while the guest lives, and no longer.
 
-A vCPU's thread that writes to a pipe nobody reads must not outlive a SIGTERM, and Python retries what a signal
-interrupts. So no write blocks: pipes and terminals are opened a second time, non-blocking (the flag is the open file's,
-which our standard output shares with the shell), and what waits is a poll(2) that also listens for `abandon`.
+A vCPU's thread may write to a pipe that nobody reads. It must still end with a SIGTERM, and Python retries what a
+signal interrupts. So no write blocks: pipes and terminals are opened a second time, non-blocking, as the flag belongs
+to the open file, which our standard output shares with the shell. Waiting is a poll(2) that also listens for `abandon`.
 """
 
 import os
@@ -21,7 +21,7 @@ class ConsoleOutput(Owned):
         self._given = fd
         self._abandoned = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.fd = reopened(fd)
-        # A socket, or what may not be opened again: there is room for one line at least once poll(2) says so.
+        # A socket, or a file that cannot be opened again: once poll(2) says so, it takes at least one line.
         self._ask_first = self.fd == fd and not stat.S_ISREG(os.fstat(fd).st_mode)
 
     def write(self, data: bytes) -> None:
@@ -52,7 +52,7 @@ class ConsoleOutput(Owned):
         os.eventfd_write(self._abandoned, 1)
 
     def _wait(self) -> bool:
-        """Until it can be written to; False if it cannot and has been abandoned."""
+        """Wait until it can be written to. False if it cannot, and has been abandoned."""
         poll = select.poll()
         poll.register(self.fd, select.POLLOUT)
         poll.register(self._abandoned, select.POLLIN)
@@ -67,7 +67,7 @@ class ConsoleOutput(Owned):
 
 
 def reopened(fd: int) -> int:
-    """A non-blocking open file of our own for the same pipe or terminal; `fd` itself where there is no such thing."""
+    """A non-blocking open file of our own for the same pipe or terminal; `fd` itself for anything else."""
     if not (stat.S_ISFIFO(os.fstat(fd).st_mode) or os.isatty(fd)):
         return fd
     try:

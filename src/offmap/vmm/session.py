@@ -31,8 +31,8 @@ class Session:
     """A machine between `stdin` and `stdout` (fds).
 
     Args:
-        hvc: give the guest a virtio console, hvc0. The user is at its first serial port until the guest opens hvc0, and
-            at hvc0 for as long as it has it open. What Linux prints, it then prints to both.
+        hvc: give the guest a virtio console, hvc0. The terminal shows the first serial port until the guest opens
+            hvc0, and hvc0 while the guest has it open. What Linux prints, it then prints to both.
         say: takes a line for the user, which must not mix with the guest's output.
         on_up: called on this thread once the guest has opened its console, as Linux does just before init (hvc0: when
             its driver has found it).

@@ -17,8 +17,8 @@ def stopped_by_signals(stop: Callable[[OffmapError], bool]) -> Iterator[None]:
     """While open, each of these signals calls `stop` with the reason; on the main thread only, as Python has it.
 
     Args:
-        stop: ends the machine and says True; or says False, if it is still being built. Then the first signal raises
-            the reason, so that what there is of it is unwound.
+        stop: ends the machine and returns True; False while the machine is being built. Then the first signal raises
+            the reason, so that partial state is rolled back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # who runs a machine on another thread ends it from there, too

@@ -25,7 +25,8 @@ ExitCounts = Counter[tuple[str, int, str]]
 """How often the guest left, by (reason, port or address, direction)."""
 
 _ByteAccess = tuple[bool, Callable[..., Any], int]
-"""Is it an ``out``, the device's `write` or `read`, the port."""
+"""Is it an ``out``, the device's `write` or `read`, the port. One table for both, as a look-up is paid with each exit:
+hence Any, for what either returns."""
 
 # struct kvm_run: exit_reason at 8, the exit's own union at 32.
 _EXIT_REASON = struct.Struct("<I")
