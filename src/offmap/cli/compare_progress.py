@@ -10,9 +10,11 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
+from offmap.cli.log import as_json
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.events import CellEvent
 from offmap.compare.spec import CellSpec
+from offmap.log import Logger
 
 __all__ = ["CompareProgress", "summary"]
 
@@ -54,7 +56,8 @@ class CompareProgress:
         self._seconds = 0.0  # of the cells that were run
         self._began = time.monotonic()
         live = Live(get_renderable=self._picture, console=console, refresh_per_second=4, transient=True)
-        self._live = live if console.is_terminal else None
+        self._records = console.stderr and as_json()  # standard error is for log records alone
+        self._live = live if console.is_terminal and not self._records else None
 
     def event(self, spec: CellSpec, event: CellEvent) -> None:
         """Show one event."""
@@ -64,8 +67,13 @@ class CompareProgress:
 
     def line(self, text: str) -> None:
         """Show a line that stays."""
-        stamp = f"[{time.monotonic() - self._began:6.1f} s]"
-        self._console.print(f"{stamp} {text}", markup=False, highlight=False, soft_wrap=True)
+        self._say(text, f"[{time.monotonic() - self._began:6.1f} s] ")
+
+    def _say(self, text: str, stamp: str = "") -> None:
+        if self._records:
+            Logger("offmap.cli.compare").info("%s", text)
+        else:
+            self._console.print(stamp + text, markup=False, highlight=False, soft_wrap=True)
 
     def _take(self, spec: CellSpec, event: CellEvent) -> str:
         """Take an event; gives the line to show, or nothing."""
@@ -110,7 +118,7 @@ class CompareProgress:
         """Say how much is done already; `at_a_time` is for the estimate."""
         self._at_a_time = max(at_a_time, 1)
         if skipped:
-            self._console.print(f"{skipped} of {self._total} cells are done from before", markup=False, highlight=False)
+            self._say(f"{skipped} of {self._total} cells are done from before")
 
     def _picture(self) -> Group:
         with self._lock:

@@ -1,10 +1,13 @@
 """How a comparison shows itself."""
 
 import io
+import json
 
+import pytest
 from rich.console import Console
 
 from offmap.cli.compare_progress import CompareProgress, summary
+from offmap.cli.log import LogOptions, logging_to_stderr
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.events import CellEvent
 from offmap.compare.questions import Answer
@@ -40,6 +43,22 @@ def test_in_a_pipe_it_is_lines() -> None:
         f"{ONE.title}: begins",
         f"2/3 {ONE.title}: booted: 1 of 2 questions answered (61 s)",
         f"3/3 {TWO.title}: oops: BUG: bad (at works.kvm_clock) (0 s)",
+    ]
+
+
+def test_services_get_records(capsys: pytest.CaptureFixture[str]) -> None:
+    options = LogOptions(log_format="json")
+    terminal = Console(stderr=True, force_terminal=True)
+    with logging_to_stderr("offmap compare", options), CompareProgress(terminal, 3) as progress:
+        progress.event(CellSpec("hugetlb"), CellEvent(skipped=True))
+        progress.began(1, 2)
+        progress.event(ONE, CellEvent(begun=True))
+        progress.event(ONE, CellEvent(ended=FINE))
+    said = [json.loads(line)["message"] for line in capsys.readouterr().err.splitlines()]
+    assert said == [
+        "1 of 3 cells are done from before",
+        f"{ONE.title}: begins",
+        f"2/3 {ONE.title}: booted: 1 of 2 questions answered (61 s)",
     ]
 
 
