@@ -51,7 +51,7 @@ def _page_tables() -> bytes:
     """4 GiB mapped to itself by 2 MiB pages: PML4, PDPT and four PDs, to stand at `_PML4`."""
     pml4 = struct.pack("<Q4088x", _PDPT | _PRESENT_WRITABLE)
     pdpt = struct.pack("<4Q4064x", *(_PD + 0x1000 * n | _PRESENT_WRITABLE for n in range(4)))
-    pds = struct.pack("<2048Q", *(n << 21 | _PAGE_SIZE_2M | _PRESENT_WRITABLE for n in range(2048)))
+    pds = struct.pack("<2048Q", *range(_PAGE_SIZE_2M | _PRESENT_WRITABLE, 1 << 32, 1 << 21))
     return pml4 + pdpt + pds
 
 

@@ -10,31 +10,20 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 from offmap.boot.memory_map import MemoryMap
 from offmap.errors import KernelError, OffmapError
+from offmap.files import FileName
 from offmap.memory.guest import GuestMemory
 from offmap.uapi import bootparam as bp
-from offmap.uapi.elf import (
-    ELF64_EHDR,
-    ELF64_PHDR,
-    ELFCLASS64,
-    ELFDATA2LSB,
-    ELFMAG,
-    EM_X86_64,
-    ET_EXEC,
-    PT_LOAD,
-    Elf64_Ehdr,
-    Elf64_Phdr,
-)
 from offmap.uapi.page import PAGE_MASK
 
 __all__ = ["LoadedKernel", "check_kernel", "load_kernel", "read_into"]
 
 _HEAD = 0x10000  # enough for the setup header and for the program headers of a vmlinux
 _BOUNCE = 1 << 20
+_ELFMAG = b"\x7fELF"
 _OFF_T_MAX = (1 << 63) - 1
 _REMEDY = "give a bzImage (like /boot/vmlinuz-…) or an ELF vmlinux for x86-64"
 _DEFAULT_INITRD_ADDR_MAX = 0x7FFFFFFF
@@ -92,7 +81,7 @@ def _read_bounced(file: int, what: str, offset: int, view: memoryview) -> int:
     return len(data)
 
 
-def check_kernel(path: Path) -> None:
+def check_kernel(path: FileName) -> None:
     """Look at the file's first bytes, before anything expensive is done for the guest.
 
     Raises:
@@ -102,7 +91,7 @@ def check_kernel(path: Path) -> None:
         _is_elf(path, head)
 
 
-def load_kernel(path: Path, memory: GuestMemory, memory_map: MemoryMap) -> LoadedKernel:
+def load_kernel(path: FileName, memory: GuestMemory, memory_map: MemoryMap) -> LoadedKernel:
     """Load the kernel at `path`, and take its place in `memory_map`.
 
     Raises:
@@ -114,7 +103,7 @@ def load_kernel(path: Path, memory: GuestMemory, memory_map: MemoryMap) -> Loade
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, bytes]]:
+def _opened(path: FileName) -> Iterator[tuple[int, bytes]]:
     """The file's fd and its first bytes."""
     try:
         # O_NONBLOCK: a FIFO must not keep us waiting for somebody to write to it.
@@ -131,8 +120,8 @@ def _opened(path: Path) -> Iterator[tuple[int, bytes]]:
         os.close(file)
 
 
-def _is_elf(path: Path, head: bytes) -> bool:
-    if head[:4] == ELFMAG:
+def _is_elf(path: FileName, head: bytes) -> bool:
+    if head[:4] == _ELFMAG:
         return True
     if head[bp.HEADER : bp.HEADER + 4] == bp.HEADER_MAGIC:
         return False
@@ -177,23 +166,21 @@ def _load_bzimage(file: int, what: str, head: bytes, memory: GuestMemory, memory
 
 
 def _load_elf(file: int, what: str, head: bytes, memory: GuestMemory, memory_map: MemoryMap) -> LoadedKernel:
-    if len(head) < ELF64_EHDR.size:
+    from offmap.uapi import elf  # a bzImage, which most kernels are, need not wait for it
+
+    if len(head) < elf.ELF64_EHDR.size:
         raise OffmapError(f"{what} is truncated: its ELF header ends after {len(head)} bytes", _REMEDY)
-    ehdr = Elf64_Ehdr._make(ELF64_EHDR.unpack_from(head))
-    if ehdr.e_ident[4] != ELFCLASS64 or ehdr.e_ident[5] != ELFDATA2LSB or ehdr.e_machine != EM_X86_64:
+    ehdr = elf.Elf64_Ehdr._make(elf.ELF64_EHDR.unpack_from(head))
+    if ehdr.e_ident[4] != elf.ELFCLASS64 or ehdr.e_ident[5] != elf.ELFDATA2LSB or ehdr.e_machine != elf.EM_X86_64:
         raise OffmapError(f"{what} is an ELF file for another machine than x86-64", _REMEDY)
-    if ehdr.e_type != ET_EXEC:
+    if ehdr.e_type != elf.ET_EXEC:
         raise OffmapError(f"{what} is an ELF file, but no kernel (e_type {ehdr.e_type}, not ET_EXEC)", _REMEDY)
-    table_end = ehdr.e_phoff + ehdr.e_phnum * ELF64_PHDR.size
-    if ehdr.e_phentsize != ELF64_PHDR.size or ehdr.e_phnum == 0 or table_end > len(head):
+    table_end = ehdr.e_phoff + ehdr.e_phnum * elf.ELF64_PHDR.size
+    if ehdr.e_phentsize != elf.ELF64_PHDR.size or ehdr.e_phnum == 0 or table_end > len(head):
         raise OffmapError(f"{what} has no program headers in its first {_HEAD} bytes", _REMEDY)
-    loads = [
-        phdr
-        for n in range(ehdr.e_phnum)
-        if (phdr := Elf64_Phdr._make(ELF64_PHDR.unpack_from(head, ehdr.e_phoff + n * ELF64_PHDR.size))).p_type
-        == PT_LOAD
-        and phdr.p_memsz
-    ]
+    size = ehdr.e_phnum * elf.ELF64_PHDR.size
+    phdrs = map(elf.Elf64_Phdr._make, elf.ELF64_PHDR.iter_unpack(head[ehdr.e_phoff : ehdr.e_phoff + size]))
+    loads = [phdr for phdr in phdrs if phdr.p_type == elf.PT_LOAD and phdr.p_memsz]
     if not loads or not any(p.p_paddr <= ehdr.e_entry < p.p_paddr + p.p_memsz for p in loads):
         raise OffmapError(f"{what} has no loadable segment at its entry {ehdr.e_entry:#x}", _REMEDY)
     if any(phdr.p_filesz > phdr.p_memsz for phdr in loads):

@@ -4,7 +4,6 @@ import os
 import stat
 import struct
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 from offmap.boot.acpi import AcpiImage
@@ -12,6 +11,7 @@ from offmap.boot.kernel_image import check_kernel, load_kernel, read_into
 from offmap.boot.memory_map import MemoryMap
 from offmap.boot.reset_vector import RESET_CODE, RESET_VECTOR
 from offmap.errors import KernelError, OffmapError
+from offmap.files import FileName
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
 from offmap.uapi import bootparam as bp
@@ -28,8 +28,8 @@ _CMDLINE = 0x20000
 class BootSource(NamedTuple):
     """What to boot: files, and the kernel's command line."""
 
-    kernel: Path
-    initrd: Path | None
+    kernel: FileName
+    initrd: FileName | None
     command_line: str
 
     def check(self, memory_size: int) -> None:
@@ -92,7 +92,7 @@ def load_linux(source: BootSource, memory: GuestMemory, acpi: AcpiImage, exclude
     return kernel.entry
 
 
-def _open_initrd(path: Path) -> tuple[int, int]:
+def _open_initrd(path: FileName) -> tuple[int, int]:
     """Its fd, which the caller owns, and its size in bytes."""
     try:
         # O_NONBLOCK: a FIFO must not keep us waiting for somebody to write to it.
@@ -107,7 +107,7 @@ def _open_initrd(path: Path) -> tuple[int, int]:
     return file, status.st_size
 
 
-def _load_initrd(path: Path, memory: GuestMemory, memory_map: MemoryMap, address_max: int) -> tuple[int, int]:
+def _load_initrd(path: FileName, memory: GuestMemory, memory_map: MemoryMap, address_max: int) -> tuple[int, int]:
     what = f"the initrd {path}"
     file, size = _open_initrd(path)
     try:

@@ -1,7 +1,6 @@
 """The options of ``offmap run`` that say what to boot: a kernel, or an image, and maybe one command in it."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offmap.boot.linux import BootSource
@@ -45,15 +44,15 @@ def add_boot_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def file_name(text: str) -> Path:
-    """A path.
+def file_name(text: str) -> str:
+    """`text`.
 
     Raises:
         ArgumentTypeError: it is empty.
     """
-    if not text:  # an unset variable, which Path would make the current folder
+    if not text:  # an unset variable, which is no file
         raise argparse.ArgumentTypeError("is an empty name")
-    return Path(text)
+    return text
 
 
 def boot_of(args: argparse.Namespace) -> "tuple[BootSource, list[tuple[str, DeviceSpec]]]":

@@ -52,10 +52,12 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
 
 def split(arguments: Sequence[str]) -> tuple[str | None, LogOptions]:
     """Find the command, and the options as far as they can be told before the command line is parsed."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    add_log_options(parser)
     options = LogOptions()
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if not any(word.startswith("-") and ("v" in word or "--l" in word) for word in own):
+        return next((word for word in own if not word.startswith("-")), None), options  # without a parser's cost
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    add_log_options(parser)
     try:
         _, rest = parser.parse_known_args(own, options)
     except argparse.ArgumentError:  # no such format: the whole parser says so

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import os
 import sys
 from collections.abc import Callable, Container, Sequence
@@ -120,7 +121,12 @@ def _main(
                 _log_error("offmap", str(error), error)
             return ExitStatus.FAILED
         try:
-            args = _parser((command or "",)).parse_args(arguments)  # imports the command: time enough for a Ctrl-C
+            gc.disable()  # what a start makes stays; looking for garbage in it takes a twentieth of the start
+            try:
+                args = _parser((command or "",)).parse_args(arguments)  # imports the command: time enough for a Ctrl-C
+            finally:
+                gc.freeze()
+                gc.enable()
             options.verbose, options.log_format = getattr(args, "verbose", False), getattr(args, "log_format", "text")
             status: int = args.run(args)
             sys.stdout.flush()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from offmap.devices.virtio.console import ConsoleSpec, Port
 from offmap.errors import KernelError, OffmapError
+from offmap.files import FileName
 from offmap.lab.cpio import newc, regular
 from offmap.owned import Owned
 from offmap.vmm.config import MachineConfig
@@ -109,11 +110,11 @@ class Job(Owned):
 
         return fail
 
-    def _compose_initrd(self, initrd: Path | None) -> Path:
+    def _compose_initrd(self, initrd: FileName | None) -> str:
         if initrd is None:
             raise OffmapError("a command can only be run in an image", "give --image")
         try:
-            with initrd.open("rb") as source, os.fdopen(os.dup(self._initrd), "wb") as target:
+            with Path(initrd).open("rb") as source, os.fdopen(os.dup(self._initrd), "wb") as target:
                 size = os.fstat(source.fileno()).st_size
                 done = 0
                 while done < size and (sent := os.sendfile(target.fileno(), source.fileno(), done, size - done)):
@@ -122,7 +123,7 @@ class Job(Owned):
                 target.write(bytes(-done % 4) + newc([regular("exec", self._command)]))
         except OSError as error:
             raise KernelError(f"reading the initrd {initrd}", error) from None
-        return Path(f"/proc/self/fd/{self._initrd}")
+        return f"/proc/self/fd/{self._initrd}"
 
     def _read_status(self) -> int | None:
         try:

@@ -2,12 +2,15 @@
 
 import os
 from ctypes import c_uint64
+from typing import TYPE_CHECKING
 
 from offmap.errors import KernelError
 from offmap.kvm.handle import Handle
-from offmap.kvm.stats import MappedPages, read_stats
 from offmap.kvm.vcpu import Vcpu
 from offmap.uapi import kvm as uapi
+
+if TYPE_CHECKING:
+    from offmap.kvm.stats import MappedPages
 
 __all__ = ["Vm"]
 
@@ -102,6 +105,8 @@ class Vm(Handle):
         Raises:
             KernelError: this KVM has none.
         """
+        from offmap.kvm.stats import read_stats
+
         fd = self.call("KVM_GET_STATS_FD", uapi.KVM_GET_STATS_FD)
         try:
             return read_stats(lambda size, offset: os.pread(fd, size, offset))
@@ -110,12 +115,14 @@ class Vm(Handle):
         finally:
             os.close(fd)
 
-    def mapped_pages(self) -> MappedPages | None:
+    def mapped_pages(self) -> "MappedPages | None":
         """How the page tables that translate guest-physical addresses (EPT, NPT, or shadow ones) map the guest now.
 
         Returns:
             None where this KVM does not tell.
         """
+        from offmap.kvm.stats import MappedPages
+
         try:
             return MappedPages.of(self.stats())
         except KernelError:

@@ -9,16 +9,16 @@ VMM ended.
 import errno
 import fcntl
 import os
-from pathlib import Path
 
 from offmap.errors import KernelError
+from offmap.files import FileName
 from offmap.memory.iomem import PhysicalRange, intersect, subtract
 from offmap.owned import Owned
 from offmap.uapi.mman import F_OFD_GETLK, F_OFD_SETLK, FLOCK
 
 __all__ = ["RangeLock"]
 
-LOCK_FILE = Path("/dev/mem")
+LOCK_FILE = "/dev/mem"
 
 
 class RangeLock(Owned):
@@ -28,7 +28,7 @@ class RangeLock(Owned):
         KernelError: the file to lock cannot be opened.
     """
 
-    def __init__(self, path: Path = LOCK_FILE) -> None:
+    def __init__(self, path: FileName = LOCK_FILE) -> None:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:

@@ -6,10 +6,10 @@ of one host take disjoint, locked sub-ranges. Each is zeroed before its guest se
 
 import errno
 import os
-from pathlib import Path
 from typing import Self
 
 from offmap.errors import BackendRefused, KernelError, OffmapError
+from offmap.files import read_text
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing, map_backing
@@ -69,7 +69,7 @@ class Reserved(Backend):
         if self.base is not None:
             free = intersect(ranges, [PhysicalRange(self.base, self.base + size)])
         try:
-            lock = RangeLock(Path(_DEV_MEM))
+            lock = RangeLock(_DEV_MEM)
         except KernelError as error:
             raise _no_dev_mem(error) from None
         try:
@@ -105,10 +105,10 @@ def reserved_ranges() -> list[PhysicalRange]:
     Raises:
         OffmapError: /proc/iomem hides its addresses from this user.
     """
-    asked = memmap_reservations(Path("/proc/cmdline").read_text())
+    asked = memmap_reservations(read_text("/proc/cmdline"))
     if not asked:
         return []
-    iomem = Path("/proc/iomem").read_text()
+    iomem = read_text("/proc/iomem")
     ranges = intersect(asked, parse_iomem(iomem, "Reserved"))
     ranges = subtract(ranges, parse_iomem(iomem, "System RAM"))
     if firmware := list(_firmware_ram()):
@@ -119,7 +119,7 @@ def reserved_ranges() -> list[PhysicalRange]:
 def _how_to_reserve() -> str:
     """The boot parameter, with addresses of this host."""
     try:
-        there = suggest_reservation(Path("/proc/iomem").read_text())
+        there = suggest_reservation(read_text("/proc/iomem"))
     except OffmapError:  # addresses are for root only
         there = None
     if there is None:
@@ -131,10 +131,11 @@ def _how_to_reserve() -> str:
 def _firmware_ram() -> list[PhysicalRange]:
     """RAM as the firmware reported it, before the command line changed the map (/sys/firmware/memmap)."""
     found = []
-    for entry in Path("/sys/firmware/memmap").glob("*"):
+    folder = "/sys/firmware/memmap"
+    for entry in os.listdir(folder) if os.path.isdir(folder) else ():  # noqa: PTH112, PTH208
         try:
-            if (entry / "type").read_text().strip() == "System RAM":
-                start, last = (int((entry / name).read_text(), 16) for name in ("start", "end"))
+            if read_text(f"{folder}/{entry}/type").strip() == "System RAM":
+                start, last = (int(read_text(f"{folder}/{entry}/{name}"), 16) for name in ("start", "end"))
                 found.append(PhysicalRange(start, last + 1))
         except OSError as error:
             # Memory that is unplugged takes its entry with it (firmware_map_remove); it was Linux's own, not reserved.

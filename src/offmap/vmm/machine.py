@@ -21,7 +21,6 @@ from offmap.devices.serial import Serial16550A
 from offmap.errors import OffmapError
 from offmap.hide import Ram
 from offmap.kvm import Kvm, Vcpu, Vm
-from offmap.kvm.stats import MappedPages
 from offmap.owned import Owned
 from offmap.uapi import kvm as uapi
 from offmap.uapi.pc import COM1_IRQ, RTC_IRQ
@@ -34,6 +33,7 @@ from offmap.vmm.vcpu_loop import ExitCounts, VcpuLoop
 
 if TYPE_CHECKING:
     from offmap.devices.virtio.bus import VirtioBus
+    from offmap.kvm.stats import MappedPages
 
 __all__ = ["Machine"]
 
@@ -320,7 +320,7 @@ class Machine(Owned):
         """How it ended, or None while it runs."""
         return self._stop
 
-    def mapped_pages(self) -> MappedPages | None:
+    def mapped_pages(self) -> "MappedPages | None":
         """How KVM's nested page tables map the guest now; None where this KVM does not tell. Not after `close`."""
         return self._vm.mapped_pages()
 

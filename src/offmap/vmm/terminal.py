@@ -3,8 +3,6 @@
 import contextlib
 import os
 import sys
-import termios
-import tty
 from enum import Enum
 from types import TracebackType
 from typing import Self
@@ -63,6 +61,9 @@ class RawTerminal:
 
     def __enter__(self) -> Self:
         if os.isatty(self._fd):
+            import termios  # a guest without a terminal need not wait for these
+            import tty
+
             self._saved = termios.tcgetattr(self._fd)
             tty.setraw(self._fd, termios.TCSADRAIN)
             raw = termios.tcgetattr(self._fd)
@@ -74,5 +75,7 @@ class RawTerminal:
         self, _type: type[BaseException] | None, _value: BaseException | None, _tb: TracebackType | None
     ) -> None:
         if self._saved is not None:
+            import termios
+
             with contextlib.suppress(termios.error):  # the terminal has gone: there is nothing to restore
                 termios.tcsetattr(self._fd, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ class FakeGuest:
         assert name == "exec"
         assert isinstance(spec, ConsoleSpec)
         assert config.source.initrd is not None
-        FakeGuest.initrd = config.source.initrd.read_bytes()
+        FakeGuest.initrd = Path(config.source.initrd).read_bytes()
         FakeGuest.names = tuple(port.name for port in spec.ports)
         status = spec.ports[-1]
         assert status.last and status.output is not None
