@@ -10,6 +10,8 @@ from offmap.audit.verdict import Verdict
 from offmap.doctor import Diagnosis, Health, _health, exit_status
 from offmap.errors import ExitStatus
 
+from .audit.report.samples import page_counts
+
 
 @pytest.mark.parametrize(
     ("healths", "status"),
@@ -33,12 +35,12 @@ def test_a_plain_backend_never_counts_as_hiding() -> None:
 @pytest.mark.parametrize(
     ("verdict", "pages", "health"),
     [
-        (Verdict.HIDDEN, Pages(pages_populated=9), Health.HIDING),
-        (Verdict.EXPOSED, Pages(pages_populated=9, direct_map_pages=1), Health.PLAIN),
-        (Verdict.EXPOSED, Pages(pages_populated=9, alias_pages=1), Health.MOSTLY),
-        (Verdict.EXPOSED, Pages(pages_populated=9, alias_pages=1, unknown_pages=1), Health.UNVERIFIED),
-        (Verdict.EXPOSED, Pages(pages_populated=9), Health.UNVERIFIED),
-        (Verdict.UNKNOWN, Pages(pages_populated=9, unknown_pages=1), Health.UNVERIFIED),
+        (Verdict.HIDDEN, page_counts(pages_populated=9), Health.HIDING),
+        (Verdict.EXPOSED, page_counts(pages_populated=9, direct_map_pages=1), Health.PLAIN),
+        (Verdict.EXPOSED, page_counts(pages_populated=9, alias_pages=1), Health.MOSTLY),
+        (Verdict.EXPOSED, page_counts(pages_populated=9, alias_pages=1, unknown_pages=1), Health.UNVERIFIED),
+        (Verdict.EXPOSED, page_counts(pages_populated=9), Health.UNVERIFIED),
+        (Verdict.UNKNOWN, page_counts(pages_populated=9, unknown_pages=1), Health.UNVERIFIED),
     ],
 )
 def test_what_was_not_seen_is_never_called_hiding(verdict: Verdict, pages: Pages, health: Health) -> None:

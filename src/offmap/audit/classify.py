@@ -90,6 +90,7 @@ class Judged:
             excluded_mapped_pages=count(self.excluded & mapped),
             excluded_direct_pages=count(self.excluded & direct),
             unknown_reasons=reasons,
+            canaries_found=None,
         )
 
 

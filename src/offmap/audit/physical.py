@@ -33,7 +33,7 @@ def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _C
             _cell(pfn, count, count, mask, judged, np.array([mask]), np.array([count]))
             for pfn, count, mask in zip(start.tolist(), pages.tolist(), reached.tolist(), strict=True)
         ]
-        return PhysicalMap(_addresses(ram), cells=tuple(found))
+        return PhysicalMap(_addresses(ram), None, tuple(found))
     low, high = int(start[0]), int(start[-1] + pages[-1])
     bucket = 1
     while (high - low // bucket * bucket + bucket - 1) // bucket > cells:

@@ -80,8 +80,8 @@ class Reach(Document, frozen=True):
     writable: bool
     executable: bool
     userspace_addr: Address
-    guest_phys_addr: Count | None = None
-    caller: str = ""
+    guest_phys_addr: Count | None
+    caller: str
 
     @property
     def rights(self) -> str:
@@ -148,8 +148,8 @@ class Sharing(Document, frozen=True):
 
     shared_pages: Count
     uncounted_pages: Count
-    processes: tuple[Sharer, ...] | None = None
-    unreadable_processes: Count = 0
+    processes: tuple[Sharer, ...] | None
+    unreadable_processes: Count
 
 
 class PhysicalCell(Document, frozen=True):
@@ -187,9 +187,9 @@ class PhysicalMap(Document, frozen=True):
         cells: In order of address, disjoint; only those that hold guest pages.
     """
 
-    ram: tuple[tuple[Address, Address], ...] = ()
-    cell_bytes: Count | None = None
-    cells: tuple[PhysicalCell, ...] = ()
+    ram: tuple[tuple[Address, Address], ...]
+    cell_bytes: Count | None
+    cells: tuple[PhysicalCell, ...]
 
 
 class VmmFacts(Document, frozen=True):
@@ -202,7 +202,7 @@ class VmmFacts(Document, frozen=True):
         vcpus: KVM vCPUs that it holds open.
     """
 
-    vmm: str = ""
-    executable: str = ""
-    vms: Count = 0
-    vcpus: Count = 0
+    vmm: str
+    executable: str
+    vms: Count
+    vcpus: Count

@@ -24,7 +24,7 @@ class Source(StrEnum):
     GUESS = "guess"  # a large mapping of a process that holds a VM
 
 
-class Pages(Document, frozen=True):
+class Pages(Document, frozen=True, kw_only=True):
     """How many 4 KiB pages of guest RAM are what. A page is excluded, populated, not populated or unknown; of the
     populated ones some are mapped.
 
@@ -44,18 +44,18 @@ class Pages(Document, frozen=True):
         canaries_found: Distinct valid canaries that were read; null if they were not looked for.
     """
 
-    ram_pages: Count = 0
-    pages_populated: Count = 0
-    not_populated_pages: Count = 0
-    direct_map_pages: Count = 0
-    alias_pages: Count = 0
-    mapped_pages: Count = 0
-    unknown_pages: Count = 0
-    excluded_pages: Count = 0
-    excluded_mapped_pages: Count = 0
-    excluded_direct_pages: Count = 0
-    unknown_reasons: dict[str, Count] = {}
-    canaries_found: Count | None = None
+    ram_pages: Count
+    pages_populated: Count
+    not_populated_pages: Count
+    direct_map_pages: Count
+    alias_pages: Count
+    mapped_pages: Count
+    unknown_pages: Count
+    excluded_pages: Count
+    excluded_mapped_pages: Count
+    excluded_direct_pages: Count
+    unknown_reasons: dict[str, Count]
+    canaries_found: Count | None
 
     def verdict(self, guessed: bool) -> Verdict:
         """Judge. Ranges that were guessed can be found exposed, never hidden: there may be more RAM elsewhere.
@@ -210,7 +210,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
     direct_map_ranges_omitted: Count
     physical: PhysicalMap
     sharing: Sharing | None
-    mapped_guest_ranges: tuple[tuple[Count, Count], ...] = ()
+    mapped_guest_ranges: tuple[tuple[Count, Count], ...]
     walk: Walk
     scan: Scan | None
     oracle: OracleResult | None = None

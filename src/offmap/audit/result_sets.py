@@ -50,8 +50,8 @@ class EveryVm(Document, frozen=True, tag_field="schema", tag="offmap-audit-all/1
     host: HostFacts
     exit_status: Annotated[ExitStatus, one_of((0, 1, 2, 3))]
     vms: tuple[AuditResult, ...]
-    not_audited: tuple[NotAudited, ...] = ()
-    notes: tuple[str, ...] = ()
+    not_audited: tuple[NotAudited, ...]
+    notes: tuple[str, ...]
 
 
 class Difference(Enum):
@@ -120,7 +120,7 @@ class Changes(Document, frozen=True, tag_field="schema", tag="offmap-audit-chang
     mapped_pages: Count
     pages: dict[Difference, Count]
     changes: tuple[Change, ...]
-    changes_omitted: Count = 0
+    changes_omitted: Count
 
 
 class MergedPart(Document, frozen=True):

@@ -95,7 +95,7 @@ def count_sharing(guest: Runs, mapped: Runs, path: str = "/proc/kpagecount") -> 
         raise Undetermined(f"reading {path} failed: {error.strerror}") from None
     finally:
         os.close(fd)
-    return Sharing(shared, uncounted), extra
+    return Sharing(shared, uncounted, None, 0), extra
 
 
 class _Times:

@@ -8,16 +8,18 @@ import pytest
 
 from offmap.audit.audit import _judge
 from offmap.audit.guest_ram import GuestRam, RamRange
-from offmap.audit.result import Pages, Source
+from offmap.audit.result import Source
 from offmap.audit.scan_result import FoundCanary, Place, Scan
 from offmap.audit.verdict import Verdict
 from offmap.cli.audit import add_parser, parse_range
 from offmap.errors import ExitStatus, OffmapError
 from offmap.report.typed import Address
 
+from .report.samples import page_counts
+
 RAM = GuestRam((RamRange(0x7F00_0000_0000, 100 * 4096, Source.MEMSLOT, 0, "anon"),))
-HIDDEN = Pages(ram_pages=100, pages_populated=100)
-EXPOSED = Pages(ram_pages=100, pages_populated=100, direct_map_pages=99, alias_pages=2, mapped_pages=100)
+HIDDEN = page_counts(ram_pages=100, pages_populated=100)
+EXPOSED = page_counts(ram_pages=100, pages_populated=100, direct_map_pages=99, alias_pages=2, mapped_pages=100)
 
 
 def scanned(in_guest: bool) -> Scan:
@@ -46,7 +48,7 @@ def test_unseen_guest_memfd_is_never_hidden() -> None:
 
 
 def test_pages_to_come_are_not_promised() -> None:
-    some = Pages(ram_pages=100, pages_populated=60, not_populated_pages=40)
+    some = page_counts(ram_pages=100, pages_populated=60, not_populated_pages=40)
     verdict, notes = _judge(some, RAM, None)
     assert verdict is Verdict.HIDDEN and notes == (
         "40 pages are not populated: whether they will be hidden is known once they are",

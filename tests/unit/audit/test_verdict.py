@@ -17,12 +17,13 @@ from offmap.audit.mappings import RUN, KernelMappings
 from offmap.audit.physical import physical_map
 from offmap.audit.reach import Kind
 from offmap.audit.regions import VMALLOC, Layout
-from offmap.audit.result import Pages, Span
+from offmap.audit.result import Span
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus
 from offmap.report.typed import Address
 
 from .frames_of_pages import frames_of_pages
+from .report.samples import page_counts
 
 PAGE = 4096
 BASE = 0xFFFF_8880_0000_0000
@@ -243,7 +244,7 @@ def test_every_page_is_judged_as_if_it_were_the_only_one(
         expected["alias_pages"] += known and pfn in in_alias
         expected["mapped_pages"] += mapped
         expected["unknown_pages"] += before != later or before == UNKNOWN or (blind and known and not mapped)
-    assert counts == Pages(**expected, unknown_reasons=counts.unknown_reasons)
+    assert counts == page_counts(**expected, unknown_reasons=counts.unknown_reasons)
     assert sum(counts.unknown_reasons.values()) == counts.unknown_pages
     if counts.verdict(False) is Verdict.HIDDEN:
         assert not blind and not counts.unknown_pages and not counts.mapped_pages and counts.pages_populated
@@ -272,7 +273,7 @@ def test_every_page_is_judged_as_if_it_were_the_only_one(
 
 
 def test_default_counts_are_unknown() -> None:
-    assert Pages().verdict(False) is Verdict.UNKNOWN
+    assert page_counts().verdict(False) is Verdict.UNKNOWN
 
 
 def test_mapped_pages_are_named_by_guest_physical_address() -> None:

@@ -55,7 +55,7 @@ def test_worst_of_all_decides(statuses: list[ExitStatus], notes: tuple[str, ...]
 
 
 def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    vms = [VmProcess(pid, f"vmm{pid}", VmmFacts(vms=1)) for pid in (1, 2, 3)]
+    vms = [VmProcess(pid, f"vmm{pid}", VmmFacts("", "", 1, 0)) for pid in (1, 2, 3)]
     monkeypatch.setattr("offmap.audit.every_vm.find_vms", lambda: (vms, []))
     errors = {1: Undetermined("no kcore"), 2: NoSuchProcess("gone"), 3: ProcessEnded("ended")}
 

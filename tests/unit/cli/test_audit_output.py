@@ -13,26 +13,27 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from offmap.audit.reach import PhysicalMap, VmmFacts
-from offmap.audit.result import AuditResult, Pages
+from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
 from offmap.audit.vms import VmProcess
 from offmap.cli.main import main
 from offmap.errors import ExitStatus, OffmapError, Undetermined
 
+from ..audit.report.samples import page_counts
 from ..audit.report.test_html import Page
 from ..audit.report.test_schema import audited, check
 
 RESULTS = {
-    Verdict.HIDDEN: Pages(ram_pages=2, pages_populated=2),
-    Verdict.EXPOSED: Pages(ram_pages=2, pages_populated=2, direct_map_pages=1, mapped_pages=1),
-    Verdict.UNKNOWN: Pages(ram_pages=2, pages_populated=1, unknown_pages=1, unknown_reasons={"swapped out": 1}),
+    Verdict.HIDDEN: page_counts(ram_pages=2, pages_populated=2),
+    Verdict.EXPOSED: page_counts(ram_pages=2, pages_populated=2, direct_map_pages=1, mapped_pages=1),
+    Verdict.UNKNOWN: page_counts(ram_pages=2, pages_populated=1, unknown_pages=1, unknown_reasons={"swapped out": 1}),
 }
 
 
 def result(verdict: Verdict, pid: int = 1) -> AuditResult:
     empty: Any = {"aliases": (), "direct_map_ranges": (), "reach": (), "partial": None, "notes": ()}
     if verdict is not Verdict.EXPOSED:
-        empty["physical"] = PhysicalMap()
+        empty["physical"] = PhysicalMap((), None, ())
         empty["ranges"] = audited().ranges[:1]
         empty["walk"] = msgspec.structs.replace(audited().walk, unreadable=())
     return audited(verdict=verdict, pages=RESULTS[verdict], pid=pid, **empty)
@@ -52,7 +53,7 @@ def audit(monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise answer
             return SimpleNamespace(audit=answer)
 
-        vms = [VmProcess(pid + 1, "vmm", VmmFacts("QEMU")) for pid in range(len(answers))]
+        vms = [VmProcess(pid + 1, "vmm", VmmFacts("QEMU", "", 1, 0)) for pid in range(len(answers))]
         monkeypatch.setattr("offmap.audit.audit.snapshot_process", snapshot_process)
         monkeypatch.setattr("offmap.audit.every_vm.find_vms", lambda: (vms, []))
 

@@ -20,6 +20,8 @@ from offmap.compare.probes.vmm_memory import parse_smaps
 from offmap.compare.questions import CATALOGUE, Answer
 from offmap.errors import OffmapError
 
+from ..audit.report.samples import page_counts
+
 
 def test_an_answer_of_the_guest_is_taken_when_it_is_whole() -> None:
     text = "echo of it\r\n[  1.2] a kernel's word\r\noffmap-probe: = 1 2\r\noffmap-probe: done 0\r\n"
@@ -122,7 +124,7 @@ CANARIES = 32
 def look(verdict: Verdict, *, found: int = 0, control: int = CANARIES, pages: Pages | None = None) -> hidden.Look:
     audit = SimpleNamespace(
         verdict=verdict,
-        pages=pages or Pages(ram_pages=10, pages_populated=10),
+        pages=pages or page_counts(ram_pages=10, pages_populated=10),
         notes=("a note",),
         alias_pages_by_region={},
     )

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+from offmap.audit.result import Pages
+from offmap.report.typed import decode
+
 PAGE = 4096
 DIRECT = 0xFFFF_8880_0000_0000
 IMAGE = 0xFFFF_FFFF_8000_0000
@@ -74,6 +77,11 @@ def pages(ram: int, **changes: Any) -> Json:
         "unknown_reasons": {},
         "canaries_found": None,
     } | changes
+
+
+def page_counts(**counts: Any) -> Pages:
+    """Counts that are 0 where nothing else is said."""
+    return decode(Pages, pages(0) | {"pages_populated": 0} | counts)
 
 
 def vmm(name: str = "QEMU") -> Json:

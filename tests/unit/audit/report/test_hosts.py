@@ -1,5 +1,6 @@
 """Results that contradict themselves, or are none."""
 
+import json
 from typing import Any
 
 import pytest
@@ -34,5 +35,26 @@ def test_a_report_that_contradicts_itself_is_refused(document: Json) -> None:
     [None, [], {}, {"schema": 1}, {"schema": "offmap-audit/1"}, {"schema": "offmap-demo/1"}, vm(time="yesterday")],
 )
 def test_what_is_no_report_is_refused(document: Any) -> None:
+    with pytest.raises(Malformed):
+        parse_report(document)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(("pages", name) for name in pages(0)),
+        *(("vmm", name) for name in vm()["vmm"]),
+        *(("host", name) for name in vm()["host"]),
+        *(("walk", name) for name in vm()["walk"]),
+        *(("physical", name) for name in vm()["physical"]),
+        *((name,) for name in vm() if name != "oracle"),
+    ],
+)
+def test_a_figure_that_is_missing_is_not_taken_for_nothing(path: tuple[str, ...]) -> None:
+    document = json.loads(json.dumps(vm()))
+    at = document
+    for name in path[:-1]:
+        at = at[name]
+    del at[path[-1]]
     with pytest.raises(Malformed):
         parse_report(document)

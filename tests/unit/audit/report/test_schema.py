@@ -11,14 +11,14 @@ import pytest
 from offmap.audit.host import host_facts
 from offmap.audit.reach import Kind, PhysicalCell, PhysicalMap, Reach, ReachTotal, Sharer, Sharing, VmmFacts
 from offmap.audit.report.hosts import parse_report
-from offmap.audit.result import AuditedRange, AuditResult, OracleResult, Pages, Source, Span, Walk
+from offmap.audit.result import AuditedRange, AuditResult, OracleResult, Source, Span, Walk
 from offmap.audit.result_sets import Change, Changes, Difference, EveryVm, NotAudited, audit_schema
 from offmap.audit.scan_result import Scan, Sort
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus
 from offmap.report.typed import Address
 
-from .samples import Json, every_vm, exposed, not_audited, scan, unknown, vm
+from .samples import Json, every_vm, exposed, not_audited, page_counts, scan, unknown, vm
 
 SCHEMA: Any = json.loads(json.dumps(audit_schema()))
 
@@ -90,7 +90,7 @@ def audited(**changes: Any) -> AuditResult:
         verdict=Verdict.EXPOSED,
         notes=("a note",),
         partial="it ended",
-        pages=Pages(ram_pages=2, pages_populated=1, direct_map_pages=1, mapped_pages=1, unknown_pages=1),
+        pages=page_counts(ram_pages=2, pages_populated=1, direct_map_pages=1, mapped_pages=1, unknown_pages=1),
         ranges=(
             AuditedRange(Address(0), 4096, Source.MEMSLOT, 0, "anon"),
             AuditedRange(Address(0), 4096, Source.GUESS, None, ""),
@@ -103,7 +103,7 @@ def audited(**changes: Any) -> AuditResult:
         physical=PhysicalMap(
             ((Address(0), ADDRESS),), 4096, (PhysicalCell(Address(0), 4096, 1, 1, 0, 1, 0, 0, (Kind.DIRECT_MAP,)),)
         ),
-        sharing=Sharing(1, 0, (Sharer(2, "other", 1),)),
+        sharing=Sharing(1, 0, (Sharer(2, "other", 1),), 0),
         mapped_guest_ranges=((0, 4096),),
         walk=WALKED,
         scan=None,
@@ -117,8 +117,8 @@ def audited(**changes: Any) -> AuditResult:
     "result",
     [
         audited(),
-        audited(sharing=None, partial=None, physical=PhysicalMap(), scan=CANARIES),
-        audited(sharing=Sharing(0, 0), scan=SECRET, oracle=ORACLE),
+        audited(sharing=None, partial=None, physical=PhysicalMap((), None, ()), scan=CANARIES),
+        audited(sharing=Sharing(0, 0, None, 0), scan=SECRET, oracle=ORACLE),
     ],
 )
 def test_what_the_audit_prints_is_of_the_schema_and_is_read_back(result: AuditResult) -> None:
@@ -128,13 +128,13 @@ def test_what_the_audit_prints_is_of_the_schema_and_is_read_back(result: AuditRe
 
 
 def test_every_vm_is_of_the_schema() -> None:
-    missed = (NotAudited(2, "crosvm", VmmFacts(), "gone"),)
+    missed = (NotAudited(2, "crosvm", VmmFacts("", "", 0, 0), "gone"),)
     everything = EveryVm(
         "0.1.0", "2026-11-22T22:50:26Z", host_facts(), ExitStatus.EXPOSED, (audited(),), missed, ("a note",)
     )
     check(everything.to_json())
     assert len(parse_report(everything.to_json()).not_audited) == 1
-    check(EveryVm("0.1.0", "2026-11-22T22:50:26Z", host_facts(), ExitStatus.DONE, ()).to_json())
+    check(EveryVm("0.1.0", "2026-11-22T22:50:26Z", host_facts(), ExitStatus.DONE, (), (), ()).to_json())
 
 
 def test_changes_are_of_the_schema() -> None:
