@@ -6,6 +6,7 @@ mirror that it does. All of them are verified by apt with the machine's own keyr
 """
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ __all__ = [
     "have_apt",
     "newest",
     "parse_packages",
+    "source_view",
     "views",
 ]
 
@@ -92,12 +94,39 @@ def views(series: str, folder: Path) -> Iterator[AptView]:
     private = _private(folder / "own")
     yield AptView("the machine's sources", private, folder / "own")
     if sources := debian_sources(SUITES.get(series, NEWER_SUITES)):
-        state = folder / f"debian-{series}"
-        private = _private(state)
-        listing = state / "sources.list"
-        listing.write_text(sources)
-        options = (f"Dir::Etc::SourceList={listing}", "Dir::Etc::SourceParts=/dev/null", "APT::Default-Release=")
-        yield AptView("Debian's suites on the machine's mirror", (*private, *_flags(options)), state)
+        yield _listed("Debian's suites on the machine's mirror", folder / f"debian-{series}", sources)
+
+
+def source_view(folder: Path) -> AptView:
+    """Return a view on the source packages of the machine's own Debian release; ``folder`` holds what it fetches.
+
+    Raises:
+        LabError: this machine runs no Debian, or none of its mirrors has one.
+    """
+    release = _debian_codename()
+    suites = (release, f"{release}-security", f"{release}-updates") if release else ()
+    sources = debian_sources(suites, "deb-src")
+    if not sources:
+        raise LabError("this machine's apt knows no Debian mirror", "use a Debian machine")
+    return _listed("Debian's source packages on the machine's mirror", folder / f"source-{release}", sources)
+
+
+def _debian_codename() -> str:
+    """``bookworm``, or an empty string where the machine's release is not Debian's."""
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        return ""
+    return release.get("VERSION_CODENAME", "") if release.get("ID") == "debian" else ""
+
+
+def _listed(label: str, state: Path, sources: str) -> AptView:
+    """Return a view on these sources and no others, with lists of its own."""
+    private = _private(state)
+    listing = state / "sources.list"
+    listing.write_text(sources)
+    options = (f"Dir::Etc::SourceList={listing}", "Dir::Etc::SourceParts=/dev/null", "APT::Default-Release=")
+    return AptView(label, (*private, *_flags(options)), state)
 
 
 def _flags(options: Sequence[str]) -> tuple[str, ...]:
@@ -118,8 +147,12 @@ def _private(state: Path) -> tuple[str, ...]:
     )
 
 
-def debian_sources(suites: Sequence[str]) -> str:
-    """Compose a sources.list for ``suites`` on the mirrors that the machine uses for Debian; empty if it uses none."""
+def debian_sources(suites: Sequence[str], kind: str = "deb") -> str:
+    """Compose a sources.list for ``suites`` on the mirrors that the machine uses for Debian; empty if it uses none.
+
+    Args:
+        kind: ``deb``, or ``deb-src`` for source packages.
+    """
     text = AptView("", ()).run(
         "apt-get", "indextargets", "--format", "$(SITE) $(ORIGIN) $(REPO_URI) $(LABEL)", "Created-By: Packages"
     )
@@ -137,7 +170,7 @@ def debian_sources(suites: Sequence[str]) -> str:
     for suite in suites:
         uri = security if suite.endswith("-security") else plain
         if uri:
-            lines.append(f"deb{signed} {uri} {suite} main\n")
+            lines.append(f"{kind}{signed} {uri} {suite} main\n")
     return "".join(lines)
 
 

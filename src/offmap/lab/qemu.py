@@ -46,6 +46,7 @@ class HostOptions:
         out: folder shared writable, or None.
         accel: ``tcg`` or ``kvm``.
         nodes: NUMA nodes that share its RAM evenly; the first has the processor.
+        plugin: a TCG plugin and its arguments, as QEMU's ``-plugin`` takes them; empty for none.
     """
 
     memory: int
@@ -53,6 +54,7 @@ class HostOptions:
     out: Path | None = None
     accel: str = "tcg"
     nodes: int = 1
+    plugin: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= MAX_NODES:
@@ -92,6 +94,8 @@ def command_line(qemu: str, vmlinuz: str, initrd: str, agent_fd: int, options: H
     """Compose QEMU's arguments; console on its standard output, agent on the socket ``agent_fd``."""
     argv = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-machine", "q35,usb=off,vmport=off,smm=off", *ACCEL[options.accel], "-smp", "1"]
+    if options.plugin:
+        argv += ["-plugin", options.plugin]
     argv += ["-m", f"{options.memory >> 10}k", *_nodes(options)]
     argv += ["-kernel", vmlinuz, "-initrd", initrd, "-append", f"{CMDLINE} {options.cmdline}".strip()]
     argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]

@@ -36,6 +36,9 @@ def test_command_line_is_verbatim() -> None:
     assert "path=/," in shares[0]
     assert "readonly=on" in shares[0]
     assert "path=/a,,b," in shares[1]
+    assert "-plugin" not in argv
+    argv = command_line("qemu", "/k", "/i", 7, HostOptions(2 << 30, plugin="/p.so,x=1"))
+    assert argv[argv.index("-plugin") + 1] == "/p.so,x=1"
 
 
 def test_no_out_share_unless_asked() -> None:
