@@ -3,16 +3,21 @@
  * /dev/offmap-alias: kernel mappings of whatever memory a test asks for, so that the audit has something to find.
  *
  * What is written to it is "vmap ADDRESS..." (pages of RAM, side by side in the order given) or "memremap ADDRESS
- * LENGTH" (memory that Linux does not own). One mapping for each open file; it goes with the file.
+ * LENGTH" (memory that Linux does not own). One mapping for each open file; it goes with the file. Reading 8 * N bytes
+ * makes exactly N loads of 8 bytes by that mapping.
+ *
+ * "flash ADDRESS MICROSECONDS" maps one page for so long, makes one load by the mapping, and unmaps it.
  *
  * Only for disposable hosts: it maps what it is told to.
  */
+#include <linux/delay.h>
 #include <linux/fs.h>
 #include <linux/io.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/slab.h>
+#include <linux/uaccess.h>
 #include <linux/vmalloc.h>
 
 #define MOST_PAGES 64
@@ -22,6 +27,7 @@ struct alias {
 	unsigned int count;
 	void *vmapped;
 	void *remapped;
+	size_t mapped_bytes;
 };
 
 static int alias_open(struct inode *inode, struct file *file)
@@ -46,6 +52,7 @@ static int alias_vmap(struct alias *alias, char *words)
 	}
 	if (!alias->count)
 		return -EINVAL;
+	alias->mapped_bytes = alias->count * PAGE_SIZE;
 	alias->vmapped = vmap(alias->pages, alias->count, VM_MAP, PAGE_KERNEL);
 	return alias->vmapped ? 0 : -ENOMEM;
 }
@@ -57,8 +64,33 @@ static int alias_memremap(struct alias *alias, char *words)
 
 	if (kstrtoull(word, 0, &phys) || !words || kstrtoull(strsep(&words, " \n"), 0, &length))
 		return -EINVAL;
+	alias->mapped_bytes = length;
 	alias->remapped = memremap(phys, length, MEMREMAP_WB);
 	return alias->remapped ? 0 : -ENOMEM;
+}
+
+static int alias_flash(char *words)
+{
+	char *word = strsep(&words, " \n");
+	unsigned long microseconds;
+	struct page *page;
+	void *mapped;
+	u64 phys;
+
+	if (kstrtoull(word, 0, &phys) || !words || kstrtoul(strsep(&words, " \n"), 0, &microseconds))
+		return -EINVAL;
+	phys &= PAGE_MASK;
+	page = pfn_valid(PHYS_PFN(phys)) ? pfn_to_page(PHYS_PFN(phys)) : NULL;
+	mapped = page ? vmap(&page, 1, VM_MAP, PAGE_KERNEL) : memremap(phys, PAGE_SIZE, MEMREMAP_WB);
+	if (!mapped)
+		return -ENOMEM;
+	fsleep(microseconds);
+	READ_ONCE(*(u64 *)mapped);
+	if (page)
+		vunmap(mapped);
+	else
+		memunmap(mapped);
+	return 0;
 }
 
 static ssize_t alias_write(struct file *file, const char __user *text, size_t length, loff_t *at)
@@ -78,8 +110,28 @@ static ssize_t alias_write(struct file *file, const char __user *text, size_t le
 		error = alias_vmap(alias, copy + 5);
 	else if (!strncmp(copy, "memremap ", 9))
 		error = alias_memremap(alias, copy + 9);
+	else if (!strncmp(copy, "flash ", 6))
+		error = alias_flash(copy + 6);
 	kfree(copy);
 	return error ? error : length;
+}
+
+static ssize_t alias_read(struct file *file, char __user *to, size_t length, loff_t *at)
+{
+	struct alias *alias = file->private_data;
+	const u64 *words = alias->vmapped ? alias->vmapped : alias->remapped;
+	size_t count = alias->mapped_bytes / sizeof(u64);
+	size_t i;
+
+	if (!words || !count)
+		return -EINVAL;
+	for (i = 0; i < length / sizeof(u64); i++) {
+		u64 word = READ_ONCE(words[i % count]);
+
+		if (put_user(word, (u64 __user *)to + i))
+			return -EFAULT;
+	}
+	return i * sizeof(u64);
 }
 
 static int alias_release(struct inode *inode, struct file *file)
@@ -100,6 +152,7 @@ static int alias_release(struct inode *inode, struct file *file)
 static const struct file_operations alias_operations = {
 	.owner = THIS_MODULE,
 	.open = alias_open,
+	.read = alias_read,
 	.write = alias_write,
 	.release = alias_release,
 };
