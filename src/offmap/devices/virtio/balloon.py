@@ -8,10 +8,10 @@ device, gives it one, and on a backend that hides takes that off its map as it d
 
 import struct
 from collections.abc import Callable, Iterable
-from ctypes import addressof, c_char
 from itertools import islice
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
+from offmap.devices.virtio.iov import address_of
 from offmap.devices.virtio.queue import Chain, DriverError, Queue
 from offmap.errors import KernelError
 from offmap.memory.guest import GuestMemory
@@ -102,7 +102,7 @@ class Balloon(VirtioDevice):
     def _take_report(self, queue: Queue) -> None:
         """Free pages: the guest does not touch them until it has the buffer back."""
         for chain in queue.chains():
-            self._discard((_address(view), len(view)) for view in chain.writable if len(view))
+            self._discard((address_of(view), len(view)) for view in chain.writable if len(view))
             queue.push(chain, 0)
 
     def _pages_of(self, chain: Chain) -> Iterable[tuple[int, int]]:
@@ -116,7 +116,7 @@ class Balloon(VirtioDevice):
             if len(piece) % _PFN.size:
                 raise DriverError("cuts the number of a page in two")
             for (number,) in _PFN.iter_unpack(piece):
-                yield _address(view(number << uapi.VIRTIO_BALLOON_PFN_SHIFT, PAGE_SIZE)), PAGE_SIZE
+                yield address_of(view(number << uapi.VIRTIO_BALLOON_PFN_SHIFT, PAGE_SIZE)), PAGE_SIZE
 
     def _discard(self, ranges: Iterable[tuple[int, int]]) -> None:
         for address, size in _merged(ranges):
@@ -127,11 +127,6 @@ class Balloon(VirtioDevice):
                 if not self._refused:
                     self._refused = True
                     self._say(f"balloon: {error}; what the guest gives up may stay in the host's RAM")
-
-
-def _address(view: memoryview) -> int:
-    """Where it is in this process."""
-    return addressof(c_char.from_buffer(view))
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
 from offmap.devices.virtio.disk import SECTOR, Disk
+from offmap.devices.virtio.iov import length, scatter
 from offmap.devices.virtio.queue import Chain, DriverError, Queue
 from offmap.uapi.virtio.blk import (
     VIRTIO_BLK_DISCARD_WRITE_ZEROES,
@@ -203,17 +204,11 @@ class Blk(VirtioDevice):
         return VIRTIO_BLK_S_OK
 
     def _get_id(self, readable: list[memoryview], writable: list[memoryview]) -> int:
-        if sum(map(len, writable)) < VIRTIO_BLK_ID_BYTES:
-            return VIRTIO_BLK_S_IOERR
-        left = self._id
-        for view in writable:
-            part, left = left[: len(view)], left[len(view) :]
-            view[: len(part)] = part
-        return VIRTIO_BLK_S_OK
+        return VIRTIO_BLK_S_OK if scatter(self._id, writable) == len(self._id) else VIRTIO_BLK_S_IOERR
 
     def _ranges(self, readable: list[memoryview], apply: Callable[[int, int, bool], None]) -> int:
         """Discard or write zeroes: one range after another (5.2.6.2)."""
-        size = sum(map(len, readable))
+        size = length(readable)
         if not size or size % VIRTIO_BLK_DISCARD_WRITE_ZEROES.size or size > 16 * _MAX_RANGES or self._readonly:
             return VIRTIO_BLK_S_IOERR
         ranges = list(VIRTIO_BLK_DISCARD_WRITE_ZEROES.iter_unpack(b"".join(readable)))

@@ -6,19 +6,17 @@ other port. In the guest a named port is /dev/virtio-ports/NAME (udev) or the /d
 /sys/class/virtio-ports/vportNpM/name it is.
 """
 
-import contextlib
-import errno
 import os
 import select
 import socket
-import stat
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from offmap.devices.virtio.console_port import IOV_MAX, Port, Stream, read_into, write_from
 from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
 from offmap.devices.virtio.dma import DriverError
-from offmap.devices.virtio.iov import length, part
+from offmap.devices.virtio.iov import length, part, scatter
 from offmap.devices.virtio.queue import Chain, Queue
 from offmap.devices.virtio.worker import Worker
 from offmap.uapi.virtio import console as uapi
@@ -30,36 +28,7 @@ _CONTROL_TO_DRIVER, _CONTROL_FROM_DRIVER = 2, 3
 _DATA_QUEUE_SIZE = 16  # Linux fills an input queue with pages: of 256, they would be 1 MiB of the guest's RAM
 _CONTROL_QUEUE_SIZE = 32
 _MOST_MESSAGES = 1024  # to the driver that it has not taken; an honest one leaves a few for each port
-_BOUNCE_SIZE = 64 << 10  # what a pipe holds; a guest may describe as much room as it likes
 _TERMINAL_ROOM = 128  # a pty counts its room in 256 bytes (TTYB_ALIGN_MASK, tty_buffer.c), and a newline takes two
-_IOV_MAX = 1024  # UIO_MAXIOV, linux/uio.h: what readv and writev take at once
-
-
-class Port(NamedTuple):
-    """One port.
-
-    Attributes:
-        name: what the guest finds it by; empty for none.
-        input: the fd that its input comes from, which stays the caller's; its end of file is the guest's. None: it has
-            none.
-        output: the fd that its output goes to, which stays the caller's; best non-blocking. None: its output is lost.
-        console: it is an hvc console.
-        last: what comes by it is passed on when all that came by the other ports before has been.
-        on_error: called, on the device's thread, with what writing to `output` failed of, once; what comes later is
-            lost.
-        on_open: called, on the device's thread, when the guest opens it or first writes to it: a kernel's console may
-            print the log before its driver opens the port.
-        on_close: called, on the device's thread, when a port that was open is so no more, or its driver has gone.
-    """
-
-    name: str = ""
-    input: int | None = None
-    output: int | None = None
-    console: bool = False
-    last: bool = False
-    on_error: Callable[[OSError], None] = lambda _: None
-    on_open: Callable[[], None] = lambda: None
-    on_close: Callable[[], None] = lambda: None
 
 
 class ConsoleSpec(NamedTuple):
@@ -70,37 +39,6 @@ class ConsoleSpec(NamedTuple):
     def build(self, _surroundings: Surroundings) -> "Console":
         """Make the device."""
         return Console(self.ports)
-
-
-class _Stream:
-    """A port and where it stands."""
-
-    def __init__(self, port: Port, number: int) -> None:
-        self.port = port
-        self.number = number
-        self.open = False  # by the guest
-        self.in_use = False  # opened or written to: what on_open and on_close were told
-        self.input_ended = False
-        self.output_failed = False
-        self.input_queue: Queue | None = None
-        self.output_queue: Queue | None = None
-        self.unwritten: tuple[Chain, int] | None = None  # popped, and written up to there
-        self.input_polls = port.input is not None and _polls(port.input)
-        mode = 0 if port.output is None else os.fstat(port.output).st_mode
-        self.output_is_socket = stat.S_ISSOCK(mode)
-        # What could not be opened anew to be non-blocking, such as another user's terminal.
-        waits = not stat.S_ISSOCK(mode) and not stat.S_ISREG(mode)
-        self.output_blocks = port.output is not None and waits and os.get_blocking(port.output)
-
-    def use(self, in_use: bool) -> None:
-        if self.in_use != in_use:
-            self.in_use = in_use
-            (self.port.on_open if in_use else self.port.on_close)()
-
-    def forget(self) -> None:
-        self.use(False)
-        self.open = False
-        self.input_queue = self.output_queue = self.unwritten = None
 
 
 class Console(VirtioDevice):
@@ -114,7 +52,7 @@ class Console(VirtioDevice):
     features = 1 << uapi.VIRTIO_CONSOLE_F_SIZE | 1 << uapi.VIRTIO_CONSOLE_F_MULTIPORT
 
     def __init__(self, ports: Sequence[Port]) -> None:
-        self._streams = [_Stream(port, number) for number, port in enumerate(ports)]
+        self._streams = [Stream(port, number) for number, port in enumerate(ports)]
         data, control = (_DATA_QUEUE_SIZE,) * 2, (_CONTROL_QUEUE_SIZE,) * 2
         self.queue_sizes = (*data, *control, *(data * (len(ports) - 1)))
         self._size = (0, 0)
@@ -225,14 +163,14 @@ class Console(VirtioDevice):
                 self._send_size(stream)
             self._receive(stream)
 
-    def _send_size(self, stream: _Stream) -> None:
+    def _send_size(self, stream: Stream) -> None:
         if self._size != (0, 0):
             # The last one counts. A window that is dragged about must not fill the queue of a guest that is busy.
             head = uapi.VIRTIO_CONSOLE_CONTROL.pack(stream.number, uapi.VIRTIO_CONSOLE_RESIZE, 0)
             self._messages = deque(message for message in self._messages if not message.startswith(head))
             self._send(stream, uapi.VIRTIO_CONSOLE_RESIZE, 0, uapi.VIRTIO_CONSOLE_RESIZE_FORMAT.pack(*self._size))
 
-    def _send(self, stream: _Stream, event: int, value: int = 1, more: bytes = b"") -> None:
+    def _send(self, stream: Stream, event: int, value: int = 1, more: bytes = b"") -> None:
         if len(self._messages) >= _MOST_MESSAGES:
             raise DriverError(f"leaves {_MOST_MESSAGES} control messages unread")
         self._messages.append(uapi.VIRTIO_CONSOLE_CONTROL.pack(stream.number, event, value) + more)
@@ -251,12 +189,12 @@ class Console(VirtioDevice):
             message = self._messages.popleft()
             if chain.writable_bytes < len(message):
                 raise DriverError(f"gives {chain.writable_bytes} bytes for a control message of {len(message)}")
-            queue.push(chain, _copy(message, chain.writable))
+            queue.push(chain, scatter(message, chain.writable))
         queue.notify()
 
     # To the guest
 
-    def _receive(self, stream: _Stream) -> None:
+    def _receive(self, stream: Stream) -> None:
         """Pass on what the input has: now, where that cannot wait, or when poll says so."""
         fd, queue, worker = stream.port.input, stream.input_queue, self._worker
         if fd is None or queue is None or worker is None:
@@ -274,7 +212,7 @@ class Console(VirtioDevice):
             self._read_once(stream, fd, queue)
         queue.notify()
 
-    def _input_ready(self, stream: _Stream) -> None:
+    def _input_ready(self, stream: Stream) -> None:
         if stream.port.input is not None and stream.input_queue is not None:
             if self._has_room(stream.input_queue):
                 self._read_once(stream, stream.port.input, stream.input_queue)
@@ -293,14 +231,14 @@ class Console(VirtioDevice):
         queue.undo_pop()
         return True
 
-    def _read_once(self, stream: _Stream, fd: int, queue: Queue) -> None:
+    def _read_once(self, stream: Stream, fd: int, queue: Queue) -> None:
         chain = queue.pop()
         if chain is None:
             return
         if not chain.writable_bytes:
             raise DriverError("gives an empty buffer for input")
         try:
-            size = _read_into(fd, chain)
+            size = read_into(fd, chain)
         except BlockingIOError:
             queue.undo_pop()
             return
@@ -317,7 +255,7 @@ class Console(VirtioDevice):
 
     # From the guest
 
-    def _transmit(self, stream: _Stream) -> None:
+    def _transmit(self, stream: Stream) -> None:
         if stream.port.last:
             for other in self._streams:
                 if other is not stream and not other.port.last:
@@ -326,7 +264,7 @@ class Console(VirtioDevice):
                         return  # whoever writes the rest of it comes back here
         self._write_all(stream)
 
-    def _write_all(self, stream: _Stream) -> None:
+    def _write_all(self, stream: Stream) -> None:
         """Write what the guest has written, up to where its reader would have to be waited for."""
         queue = stream.output_queue
         if queue is None:
@@ -349,10 +287,10 @@ class Console(VirtioDevice):
             queue.push(chain, 0)
         queue.notify()
 
-    def _write(self, stream: _Stream, chain: Chain, start: int) -> int:
+    def _write(self, stream: Stream, chain: Chain, start: int) -> int:
         """Bytes that are done with; 0 if they must wait, which has been seen to."""
         fd = stream.port.output
-        buffers = part(chain.readable, start)[:_IOV_MAX]
+        buffers = part(chain.readable, start)[:IOV_MAX]
         if fd is None or stream.output_failed or not buffers:
             return chain.readable_bytes - start
         try:
@@ -366,7 +304,7 @@ class Console(VirtioDevice):
                 if not poll.poll(0):
                     raise BlockingIOError
                 buffers = part(buffers, 0, min(length(buffers), _TERMINAL_ROOM if os.isatty(fd) else select.PIPE_BUF))
-            return _write_from(fd, buffers)
+            return write_from(fd, buffers)
         except BlockingIOError:
             if self._worker is not None:
                 self._worker.watch(fd, lambda _: self._output_ready(stream), select.EPOLLOUT)
@@ -376,7 +314,7 @@ class Console(VirtioDevice):
             stream.port.on_error(error)
             return chain.readable_bytes - start
 
-    def _output_ready(self, stream: _Stream) -> None:
+    def _output_ready(self, stream: Stream) -> None:
         if self._worker is not None and stream.port.output is not None:
             self._worker.unwatch(stream.port.output)
         self._write_all(stream)
@@ -384,50 +322,3 @@ class Console(VirtioDevice):
             for other in self._streams:
                 if other.port.last:
                     self._transmit(other)
-
-
-def _polls(fd: int) -> bool:
-    """Whether epoll takes it: not so regular files, which never make one wait."""
-    with select.epoll() as epoll, contextlib.suppress(PermissionError):
-        epoll.register(fd)
-        return True
-    return False
-
-
-def _copy(data: bytes | memoryview, buffers: Sequence[memoryview]) -> int:
-    done = 0
-    for piece in part(buffers, 0, len(data)):
-        piece[:] = data[done : done + len(piece)]
-        done += len(piece)
-    return done
-
-
-def _read_into(fd: int, chain: Chain) -> int:
-    try:
-        return os.readv(fd, chain.writable[:_IOV_MAX])
-    except OSError as error:
-        if error.errno != errno.EFAULT:
-            raise
-    # Some file systems read by GUP (uncached 9p), which hidden RAM refuses.
-    with memoryview(bytearray(min(chain.writable_bytes, _BOUNCE_SIZE))) as bounce:
-        size = os.readv(fd, [bounce])
-        _copy(bounce[:size], chain.writable)
-        bounce[:size] = bytes(size)
-    return size
-
-
-def _write_from(fd: int, buffers: Sequence[memoryview]) -> int:
-    try:
-        return os.writev(fd, buffers)
-    except OSError as error:
-        if error.errno != errno.EFAULT:
-            raise
-    with memoryview(bytearray(min(length(buffers), _BOUNCE_SIZE))) as bounce:
-        done = 0
-        for piece in part(buffers, 0, len(bounce)):
-            bounce[done : done + len(piece)] = piece
-            done += len(piece)
-        try:
-            return os.write(fd, bounce)
-        finally:
-            bounce[:] = bytes(len(bounce))

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from offmap.devices.virtio.iov import gather, length, part, scatter
 from offmap.errors import KernelError, OffmapError
 from offmap.owned import Owned
 from offmap.uapi.fs import (
@@ -70,7 +71,7 @@ class Disk(Owned):
     ) -> None:
         self.path = path
         self._say = say
-        self._bounce: mmap.mmap | None = mmap.mmap(-1, _BOUNCE_SIZE) if bounce else None
+        self._bounce: mmap.mmap | None = None
         self._always_bounce = bounce
         self._zeroes: mmap.mmap | None = None
         self._is_block_device = _check_kind(path)
@@ -182,22 +183,20 @@ class Disk(Owned):
             size -= done
             offset += done
             if size:
-                views = _rest(views, done)
+                views = part(views, done)
 
     def _without_gup(
         self, bounced: Callable[[list[memoryview], int], int], views: list[memoryview], offset: int
     ) -> int:
         """EFAULT though the views are in RAM: this file system pins pages, and hidden ones cannot be pinned."""
-        if self._bounce is None:
-            self._bounce = mmap.mmap(-1, _BOUNCE_SIZE)
-            done = bounced(views, offset)
+        done = bounced(views, offset)
+        if not self._always_bounce:
             self._always_bounce = True
             self._say(
                 f"the drive {self.path} cannot be read into hidden RAM directly (its file system pins the pages): "
                 "its data goes through a buffer of offmap's own, which the host kernel does map"
             )
-            return done
-        return bounced(views, offset)
+        return done
 
     def _buffer(self) -> mmap.mmap:
         if self._bounce is None:
@@ -205,37 +204,25 @@ class Disk(Owned):
         return self._bounce
 
     def _read_bounced(self, views: list[memoryview], offset: int) -> int:
-        with memoryview(self._buffer()) as buffer:
-            room = min(sum(map(len, views)), _BOUNCE_SIZE)
-            with buffer[:room] as part:
-                try:
-                    done = os.preadv(self.fd, [part], offset)
-                    at = 0
-                    for view in views:
-                        size = min(len(view), done - at)
-                        view[:size] = part[at : at + size]
-                        at += size
-                finally:
-                    self._wipe(part)
+        with memoryview(self._buffer()) as buffer, buffer[: length(views)] as room:
+            try:
+                done = os.preadv(self.fd, [room], offset)
+                scatter(room[:done], views)
+            finally:
+                self._wipe(room)
         return done
 
     def _write_bounced(self, views: list[memoryview], offset: int) -> int:
-        with memoryview(self._buffer()) as buffer:
-            at = 0
-            for view in views:
-                size = min(len(view), _BOUNCE_SIZE - at)
-                buffer[at : at + size] = view[:size]
-                at += size
-            with buffer[:at] as part:
-                try:
-                    return os.pwritev(self.fd, [part], offset)
-                finally:
-                    self._wipe(part)
+        with memoryview(self._buffer()) as buffer, buffer[: gather(views, buffer)] as data:
+            try:
+                return os.pwritev(self.fd, [data], offset)
+            finally:
+                self._wipe(data)
 
-    def _wipe(self, part: memoryview) -> None:
+    def _wipe(self, data: memoryview) -> None:
         """Nothing of the guest stays in memory that the host kernel maps."""
         with memoryview(self._zero_buffer()) as zeroes:
-            part[:] = zeroes[: len(part)]
+            data[:] = zeroes[: len(data)]
 
     def _zero_buffer(self) -> mmap.mmap:
         if self._zeroes is None:
@@ -288,8 +275,8 @@ class Disk(Owned):
     def _write_out_zeroes(self, offset: int, size: int) -> None:
         with memoryview(self._zero_buffer()) as zeroes:
             while size:
-                with zeroes[: min(size, _BOUNCE_SIZE)] as part:
-                    done = os.pwritev(self.fd, [part], offset)
+                with zeroes[: min(size, _BOUNCE_SIZE)] as data:
+                    done = os.pwritev(self.fd, [data], offset)
                 offset += done
                 size -= done
 
@@ -300,15 +287,6 @@ class Disk(Owned):
         for buffer in (self._bounce, self._zeroes):
             if buffer is not None:
                 buffer.close()
-
-
-def _rest(views: list[memoryview], done: int) -> list[memoryview]:
-    """`views` without their first `done` bytes."""
-    for number, view in enumerate(views):
-        if done < len(view):
-            return [view[done:], *views[number + 1 :]]
-        done -= len(view)
-    return []
 
 
 def _check_kind(path: Path) -> bool:

@@ -1,8 +1,14 @@
 """Lists of buffers (struct iovec's): what readv, writev and recvmsg take, here made of guest memory."""
 
 from collections.abc import Iterable, Sequence
+from ctypes import addressof, c_char
 
-__all__ = ["length", "part"]
+__all__ = ["address_of", "gather", "length", "part", "scatter"]
+
+
+def address_of(buffer: memoryview) -> int:
+    """Where a buffer is in this process's address space."""
+    return addressof(c_char.from_buffer(buffer))
 
 
 def length(buffers: Iterable[memoryview]) -> int:
@@ -25,3 +31,29 @@ def part(buffers: Sequence[memoryview], start: int, size: int | None = None) -> 
         left -= len(piece)
         found.append(piece)
     return found
+
+
+def scatter(data: bytes | memoryview, buffers: Sequence[memoryview]) -> int:
+    """Copy `data` to the beginning of the buffers; as much as there is room for.
+
+    Returns:
+        How many bytes were copied.
+    """
+    done = 0
+    for piece in part(buffers, 0, len(data)):
+        piece[:] = data[done : done + len(piece)]
+        done += len(piece)
+    return done
+
+
+def gather(buffers: Sequence[memoryview], room: memoryview) -> int:
+    """Copy the buffers' first bytes into `room`; as many as fit.
+
+    Returns:
+        How many bytes were copied.
+    """
+    done = 0
+    for piece in part(buffers, 0, len(room)):
+        room[done : done + len(piece)] = piece
+        done += len(piece)
+    return done

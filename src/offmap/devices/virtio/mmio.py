@@ -21,16 +21,8 @@ from offmap.devices.virtio.dma import Dma, DriverError
 from offmap.devices.virtio.interrupts import InterruptStatus
 from offmap.devices.virtio.queue import Queue
 from offmap.devices.virtio.worker import Worker
+from offmap.uapi.virtio import config
 from offmap.uapi.virtio import mmio as reg
-from offmap.uapi.virtio.config import (
-    VIRTIO_CONFIG_S_ACKNOWLEDGE,
-    VIRTIO_CONFIG_S_DRIVER,
-    VIRTIO_CONFIG_S_DRIVER_OK,
-    VIRTIO_CONFIG_S_FAILED,
-    VIRTIO_CONFIG_S_FEATURES_OK,
-    VIRTIO_CONFIG_S_NEEDS_RESET,
-    VIRTIO_F_VERSION_1,
-)
 from offmap.uapi.virtio.ring import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 
 __all__ = ["MmioTransport"]
@@ -39,14 +31,14 @@ MAGIC_VALUE = int.from_bytes(b"virt", "little")
 VERSION = 2
 VENDOR_ID = int.from_bytes(b"OFFM", "little")
 
-TRANSPORT_FEATURES = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
+TRANSPORT_FEATURES = 1 << config.VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
 
 _LOW, _HIGH = 0xFFFFFFFF, 0xFFFFFFFF << 32
 _ALL_ONES = (1 << 64) - 1  # the length and address of a shared memory region that is not there (4.2.2.1)
 _MOST_COMPLAINTS = 3  # a driver that breaks its device again and again shall not fill somebody's log
 
 _DRIVER_BITS = (
-    VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FAILED
+    config.VIRTIO_CONFIG_S_ACKNOWLEDGE | config.VIRTIO_CONFIG_S_DRIVER | config.VIRTIO_CONFIG_S_FAILED
 )  # which need nothing of the device
 
 
@@ -159,7 +151,7 @@ class MmioTransport:
             case reg.VIRTIO_MMIO_DRIVER_FEATURES_SEL:
                 self._driver_features_sel = value
             case reg.VIRTIO_MMIO_DRIVER_FEATURES:
-                if not self._status & VIRTIO_CONFIG_S_FEATURES_OK:
+                if not self._status & config.VIRTIO_CONFIG_S_FEATURES_OK:
                     self._set_driver_features(value)
             case reg.VIRTIO_MMIO_QUEUE_SEL:
                 self._select_queue(value)
@@ -192,7 +184,7 @@ class MmioTransport:
             return
         setup = self._setups[self._queue_sel]
         if register == reg.VIRTIO_MMIO_QUEUE_READY:
-            if setup.ready and not value and self._status & VIRTIO_CONFIG_S_DRIVER_OK:
+            if setup.ready and not value and self._status & config.VIRTIO_CONFIG_S_DRIVER_OK:
                 number = self._queue_sel
                 self._on_worker(lambda: self._stop_queue(number))
             # One that is made ready behind DRIVER_OK stays unused until the next reset: no driver may do that (3.1.1).
@@ -229,13 +221,13 @@ class MmioTransport:
             return
         new = value & ~self._status
         self._add_status(new & _DRIVER_BITS)
-        if new & VIRTIO_CONFIG_S_FEATURES_OK and self._status & VIRTIO_CONFIG_S_DRIVER:
+        if new & config.VIRTIO_CONFIG_S_FEATURES_OK and self._status & config.VIRTIO_CONFIG_S_DRIVER:
             # The driver reads the bit back, and finds it only if we can live with what it chose.
             wanted = self._driver_features
-            if wanted >> VIRTIO_F_VERSION_1 & 1 and not wanted & ~self._features:
-                self._add_status(VIRTIO_CONFIG_S_FEATURES_OK)
-        if new & VIRTIO_CONFIG_S_DRIVER_OK and self._status & VIRTIO_CONFIG_S_FEATURES_OK:
-            self._add_status(VIRTIO_CONFIG_S_DRIVER_OK)
+            if wanted >> config.VIRTIO_F_VERSION_1 & 1 and not wanted & ~self._features:
+                self._add_status(config.VIRTIO_CONFIG_S_FEATURES_OK)
+        if new & config.VIRTIO_CONFIG_S_DRIVER_OK and self._status & config.VIRTIO_CONFIG_S_FEATURES_OK:
+            self._add_status(config.VIRTIO_CONFIG_S_DRIVER_OK)
             self._on_worker(self._activate)
 
     # --- on the worker thread ---
@@ -341,8 +333,8 @@ class MmioTransport:
         self._device.failed()
         if self._bypassed:
             self._device.reset()  # or whoever serves them would go on
-        self._add_status(VIRTIO_CONFIG_S_NEEDS_RESET)
-        if self._status & VIRTIO_CONFIG_S_DRIVER_OK:
+        self._add_status(config.VIRTIO_CONFIG_S_NEEDS_RESET)
+        if self._status & config.VIRTIO_CONFIG_S_DRIVER_OK:
             self.interrupt_status.raise_(reg.VIRTIO_MMIO_INT_CONFIG)  # 2.1.2
 
     def _complain(self, what: str) -> None:
@@ -370,7 +362,7 @@ class MmioTransport:
 
     def _config_changed(self) -> None:
         """The device says so, on the worker thread."""
-        if self._refresh_config() and self._status & VIRTIO_CONFIG_S_DRIVER_OK:
+        if self._refresh_config() and self._status & config.VIRTIO_CONFIG_S_DRIVER_OK:
             self.interrupt_status.raise_(reg.VIRTIO_MMIO_INT_CONFIG)
 
     def _write_config(self, offset: int, data: bytes) -> None:

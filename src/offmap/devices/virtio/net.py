@@ -14,7 +14,7 @@ from ctypes import c_uint8, sizeof
 from typing import Protocol
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
-from offmap.devices.virtio.iov import part
+from offmap.devices.virtio.iov import part, scatter
 from offmap.devices.virtio.queue import Chain, DriverError, Queue
 from offmap.devices.virtio.vhost import VhostNet
 from offmap.errors import KernelError
@@ -74,21 +74,13 @@ class Backend(Protocol):
 
     @property
     def changes(self) -> int | None: ...
-
     def set_offload(self, flags: int) -> None: ...
-
     def receive(self, buffers: Sequence[memoryview]) -> int: ...
-
     def send(self, buffers: Sequence[memoryview]) -> None: ...
-
     def flush(self) -> bool: ...
-
     def forget(self) -> None: ...
-
     def is_up(self) -> bool: ...
-
     def last_words(self) -> str: ...
-
     def close(self) -> None: ...
 
 
@@ -332,9 +324,7 @@ class Net(VirtioDevice):
         if len(first[0]) >= _HEADER_SIZE:
             _NUM_BUFFERS.pack_into(first[0], _NUM_BUFFERS_AT, len(used))
         else:
-            number = _NUM_BUFFERS.pack(len(used))
-            for position, byte in zip((_NUM_BUFFERS_AT, _NUM_BUFFERS_AT + 1), number, strict=True):
-                part(first, position, 1)[0][0] = byte
+            scatter(_NUM_BUFFERS.pack(len(used)), part(first, _NUM_BUFFERS_AT))
         self._rx.push_all(used)
 
     def _transmit(self) -> None:

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Sequence
 from ctypes import sizeof
 
-from offmap.devices.virtio.iov import length, part
+from offmap.devices.virtio.iov import length, part, scatter
 from offmap.errors import OffmapError
 from offmap.owned import Owned
 from offmap.uapi.virtio.net import virtio_net_hdr_v1
@@ -82,7 +82,7 @@ class FrameStream(Owned):
                 self._prefix_done = max(got - left, 0)
             self._size = self._done = 0
             if not self._dropping:
-                _write_header(buffers)
+                scatter(_NO_HEADER, buffers)
                 return len(_HEADER) + size
             self._dropping = False
 
@@ -140,13 +140,6 @@ class FrameStream(Owned):
     def close(self) -> None:
         self._stream.close()
         self.fd = -1
-
-
-def _write_header(buffers: Sequence[memoryview]) -> None:
-    done = 0
-    for piece in part(buffers, 0, len(_HEADER)):
-        piece[:] = _NO_HEADER[done : done + len(piece)]
-        done += len(piece)
 
 
 class Passt(FrameStream):

@@ -5,6 +5,7 @@ import os
 from typing import ClassVar
 
 from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
+from offmap.devices.virtio.iov import part
 from offmap.devices.virtio.queue import DriverError, Queue
 from offmap.errors import KernelError
 from offmap.uapi.virtio.config import VIRTIO_ID_RNG
@@ -56,14 +57,9 @@ class Rng(VirtioDevice):
 
     def _fill(self, views: list[memoryview]) -> int:
         """Bytes written, at least 1 (5.4.6.2)."""
-        room = []
-        left = _MOST
-        for view in views:
-            room.append(view[:left])
-            left -= len(room[-1])
         try:
             # It may answer less than it was asked for, and so may we.
-            return os.readv(self._fd, room)
+            return os.readv(self._fd, part(views, 0, _MOST))
         except OSError as error:
             if error.errno != errno.EFAULT:
                 raise

@@ -9,11 +9,12 @@ Neither the driver's notifications nor the interrupts come past us: both are eve
 
 import os
 from collections.abc import Sequence
-from ctypes import addressof, c_char, c_uint64
+from ctypes import c_uint64
 from pathlib import Path
 
 from offmap.devices.virtio.device import Bypass
 from offmap.devices.virtio.dma import Dma
+from offmap.devices.virtio.iov import address_of
 from offmap.devices.virtio.queue import Queue
 from offmap.errors import OffmapError
 from offmap.kvm.handle import Handle
@@ -72,9 +73,9 @@ class VhostNet(Handle):
         self.call("VHOST_SET_VRING_NUM", uapi.VHOST_SET_VRING_NUM, state)
         self.call("VHOST_SET_VRING_BASE", uapi.VHOST_SET_VRING_BASE, uapi.vhost_vring_state(index, 0))
         parts = (
-            _address(dma.view(queue.desc, 16 * queue.size)),
-            _address(dma.view(queue.used, 6 + 8 * queue.size)),
-            _address(dma.view(queue.avail, 6 + 2 * queue.size)),
+            address_of(dma.view(queue.desc, 16 * queue.size)),
+            address_of(dma.view(queue.used, 6 + 8 * queue.size)),
+            address_of(dma.view(queue.avail, 6 + 2 * queue.size)),
         )
         self.call("VHOST_SET_VRING_ADDR", uapi.VHOST_SET_VRING_ADDR, uapi.vhost_vring_addr(index, 0, *parts, 0))
         self._set_file("VHOST_SET_VRING_ERR", uapi.VHOST_SET_VRING_ERR, index, self.errors)
@@ -158,12 +159,7 @@ def _zero_copy() -> bool:
         return False  # a kernel so new that it has no such parameter
 
 
-def _address(view: memoryview) -> int:
-    """Where it is in this process."""
-    return addressof(c_char.from_buffer(view))
-
-
 def _memory_table(dma: Dma) -> bytearray:
     """struct vhost_memory, with its regions."""
-    regions = [uapi.vhost_memory_region(start, end - start, _address(view), 0) for start, end, view in dma.pieces()]
+    regions = [uapi.vhost_memory_region(start, end - start, address_of(view), 0) for start, end, view in dma.pieces()]
     return bytearray(bytes(uapi.vhost_memory(len(regions), 0)) + b"".join(map(bytes, regions)))

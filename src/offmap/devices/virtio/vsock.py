@@ -12,7 +12,7 @@ from functools import partial
 from socket import socket
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
-from offmap.devices.virtio.iov import part
+from offmap.devices.virtio.iov import part, scatter
 from offmap.devices.virtio.queue import Chain, DriverError
 from offmap.devices.virtio.vsock_connection import Connection, State
 from offmap.devices.virtio.vsock_host import Greeting, Listener, connect_to_host
@@ -205,7 +205,7 @@ class Vsock(VirtioDevice):
                     raise DriverError(f"gives a receive buffer of {chain.writable_bytes} bytes")
                 hdr = self._next_packet(part(chain.writable, VIRTIO_VSOCK_HDR.size))
                 if hdr is not None:
-                    _put(chain.writable, VIRTIO_VSOCK_HDR.pack(*hdr))
+                    scatter(VIRTIO_VSOCK_HDR.pack(*hdr), chain.writable)
                     queue.push(chain, VIRTIO_VSOCK_HDR.size + hdr.len)
                     chain = None
             else:
@@ -344,11 +344,3 @@ class Vsock(VirtioDevice):
         connection.socket.close()
         self._turn.pop(connection, None)
         self._listen()
-
-
-def _put(buffers: Sequence[memoryview], data: bytes) -> None:
-    """Write `data` to the beginning of `buffers`."""
-    done = 0
-    for piece in part(buffers, 0, len(data)):
-        piece[:] = data[done : done + len(piece)]
-        done += len(piece)

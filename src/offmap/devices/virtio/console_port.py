@@ -1,0 +1,113 @@
+"""One port of a virtio console: what it is connected to, and how bytes get from and to there."""
+
+import contextlib
+import errno
+import os
+import select
+import stat
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from offmap.devices.virtio.iov import gather, length, scatter
+from offmap.devices.virtio.queue import Chain, Queue
+
+__all__ = ["IOV_MAX", "Port", "Stream", "read_into", "write_from"]
+
+IOV_MAX = 1024  # UIO_MAXIOV, linux/uio.h: what readv and writev take at once
+_BOUNCE_SIZE = 64 << 10  # bytes that a pipe holds; a guest may describe as much room as it likes
+
+
+class Port(NamedTuple):
+    """One port.
+
+    Attributes:
+        name: what the guest finds it by; empty for none.
+        input: the fd that its input comes from, which stays the caller's; its end of file is the guest's. None: it has
+            none.
+        output: the fd that its output goes to, which stays the caller's; best non-blocking. None: its output is lost.
+        console: it is an hvc console.
+        last: what comes by it is passed on when all that came by the other ports before has been.
+        on_error: called, on the device's thread, with what writing to `output` failed of, once; what comes later is
+            lost.
+        on_open: called, on the device's thread, when the guest opens it or first writes to it: a kernel's console may
+            print the log before its driver opens the port.
+        on_close: called, on the device's thread, when a port that was open is so no more, or its driver has gone.
+    """
+
+    name: str = ""
+    input: int | None = None
+    output: int | None = None
+    console: bool = False
+    last: bool = False
+    on_error: Callable[[OSError], None] = lambda _: None
+    on_open: Callable[[], None] = lambda: None
+    on_close: Callable[[], None] = lambda: None
+
+
+class Stream:
+    """A port and its state."""
+
+    def __init__(self, port: Port, number: int) -> None:
+        self.port = port
+        self.number = number
+        self.open = False  # by the guest
+        self.in_use = False  # opened or written to: what on_open and on_close were told
+        self.input_ended = False
+        self.output_failed = False
+        self.input_queue: Queue | None = None
+        self.output_queue: Queue | None = None
+        self.unwritten: tuple[Chain, int] | None = None  # popped, and written up to there
+        self.input_polls = port.input is not None and _polls(port.input)
+        mode = 0 if port.output is None else os.fstat(port.output).st_mode
+        self.output_is_socket = stat.S_ISSOCK(mode)
+        # What could not be opened anew to be non-blocking, such as another user's terminal.
+        waits = not stat.S_ISSOCK(mode) and not stat.S_ISREG(mode)
+        self.output_blocks = port.output is not None and waits and os.get_blocking(port.output)
+
+    def use(self, in_use: bool) -> None:
+        if self.in_use != in_use:
+            self.in_use = in_use
+            (self.port.on_open if in_use else self.port.on_close)()
+
+    def forget(self) -> None:
+        self.use(False)
+        self.open = False
+        self.input_queue = self.output_queue = self.unwritten = None
+
+
+def _polls(fd: int) -> bool:
+    """Whether epoll takes it: not so regular files, which never make one wait."""
+    with select.epoll() as epoll, contextlib.suppress(PermissionError):
+        epoll.register(fd)
+        return True
+    return False
+
+
+def read_into(fd: int, chain: Chain) -> int:
+    """Read from `fd` into the chain's writable part; return how many bytes."""
+    try:
+        return os.readv(fd, chain.writable[:IOV_MAX])
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+    # Some file systems read by GUP (uncached 9p), which hidden RAM refuses.
+    with memoryview(bytearray(min(chain.writable_bytes, _BOUNCE_SIZE))) as bounce:
+        size = os.readv(fd, [bounce])
+        scatter(bounce[:size], chain.writable)
+        bounce[:size] = bytes(size)
+    return size
+
+
+def write_from(fd: int, buffers: Sequence[memoryview]) -> int:
+    """Write the buffers to `fd`; return how many bytes were written."""
+    try:
+        return os.writev(fd, buffers)
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+    with memoryview(bytearray(min(length(buffers), _BOUNCE_SIZE))) as bounce:
+        gather(buffers, bounce)
+        try:
+            return os.write(fd, bounce)
+        finally:
+            bounce[:] = bytes(len(bounce))
