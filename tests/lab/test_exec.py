@@ -9,7 +9,6 @@ import subprocess
 import sys
 import termios
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,9 +53,9 @@ class Launched:
     """``offmap lab exec`` as a process of its own."""
 
     def __init__(self, tmp_path: Path, *command: str, options: tuple[str, ...] = ()) -> None:
-        self.mark = f"offmap.test={uuid.uuid4().hex}"
+        self.mark = f"id=out,path={tmp_path},"
         argv = [sys.executable, "-m", "offmap.cli.main", "lab", "exec", "--out", str(tmp_path), *options]
-        argv += ["--host-cmdline", self.mark, "--", *command]
+        argv += ["--", *command]
         self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def await_line(self, line: bytes) -> int:
@@ -217,7 +216,7 @@ def test_boot_that_fails_says_why(lab_kernel: HostKernel) -> None:
     with pytest.raises(LabPanic, match="Unable to mount root fs"):
         LabHost.start(lab_kernel, memory="512M", cmdline="rdinit=/none init=/none")
     with pytest.raises(LabTimeout, match=r"did not come up in 0\.5 s"):
-        LabHost.start(lab_kernel, memory="512M", timeout=0.5)
+        LabHost.start(lab_kernel, memory="512M", timeout=0.5, fresh=True)
 
 
 @pytest.fixture

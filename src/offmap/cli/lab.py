@@ -55,6 +55,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "$OFFMAP_OUT is a folder that survives.",
     )
     add_lab_options(run)
+    run.add_argument("--fresh", action="store_true", help="boot in full, not from a snapshot of a booted host")
     run.add_argument("--timeout", type=seconds, metavar="S", help="end the command and the host after S seconds")
     run.add_argument("--out", type=Path, metavar="DIR", help=f"the folder that survives (default: {DEFAULT_OUT})")
     run.add_argument(
@@ -69,6 +70,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="program and arguments")
     run.set_defaults(run=run_exec)
+    snapshot = commands.add_parser(
+        "snapshot",
+        help="the snapshots that disposable hosts start from",
+        description="Snapshots of booted hosts, from which later hosts of the same kind start. They are kept in the "
+        "cache folder, at most $OFFMAP_SNAPSHOT_LIMIT (default: 4G; 0: none), and only until this machine restarts.",
+    )
+    snapshots = snapshot.add_subparsers(metavar="COMMAND", required=True)
+    listing = snapshots.add_parser("list", help="the snapshots, the last used first")
+    listing.set_defaults(run=run_snapshot_list)
+    drop = snapshots.add_parser("drop", help="delete snapshots; hosts that were started from them run on")
+    drop.add_argument("snapshot", nargs="*", metavar="NAME", help="as list names it (default: all)")
+    drop.set_defaults(run=run_snapshot_drop)
     kernel = commands.add_parser("kernel", help="the kernels of disposable hosts", description="Kernels for hosts.")
     kernels = kernel.add_subparsers(metavar="COMMAND", required=True)
     path = kernels.add_parser(
@@ -120,10 +133,34 @@ def run_kernel_list(_args: argparse.Namespace) -> int:
     return 0
 
 
+def run_snapshot_list(_args: argparse.Namespace) -> int:
+    """Run ``offmap lab snapshot list``."""
+    from offmap.lab.snapshot import Snapshots
+
+    for entry in Snapshots().listed():
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        state = "" if entry.current else "  (of an earlier start of this machine: not used)"
+        print(f"{entry.name}  {entry.size >> 20:5d} MiB  used {when}  {entry.description}{state}")
+    return 0
+
+
+def run_snapshot_drop(args: argparse.Namespace) -> int:
+    """Run ``offmap lab snapshot drop``."""
+    from offmap.lab.snapshot import Snapshots
+
+    snapshots = Snapshots()
+    known = [entry.name for entry in snapshots.listed()]
+    if unknown := [name for name in args.snapshot if name not in known]:
+        raise OffmapError(f"there is no snapshot {unknown[0]}", "see offmap lab snapshot list")
+    for name in args.snapshot or known:
+        snapshots.drop(name)
+    return 0
+
+
 def run_exec(args: argparse.Namespace) -> int:
     """Run ``offmap lab exec``; return the command's exit status."""
     from offmap.lab.errors import LabError
-    from offmap.lab.host import BOOT_TIMEOUT, LabHost
+    from offmap.lab.host import LabHost
     from offmap.lab.provision import host_kernel
 
     argv = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -143,8 +180,7 @@ def run_exec(args: argparse.Namespace) -> int:
 
             say("building the module, unless that has been done")
             module = lab_module(kernel)
-        say(f"booting {kernel.release}")
-        left = args.timeout if args.timeout is not None else BOOT_TIMEOUT
+        say(f"starting {kernel.release}")
         host = stack.enter_context(
             LabHost.start(
                 kernel,
@@ -153,9 +189,10 @@ def run_exec(args: argparse.Namespace) -> int:
                 out=out,
                 accel=args.accel,
                 console=console,
-                timeout=min(left, BOOT_TIMEOUT),
+                timeout=args.timeout,
                 nodes=args.nodes,
                 access_log=log,
+                fresh=args.fresh,
             )
         )
         say(f"{host.release} up after {time.monotonic() - began:.1f} s ({host.options.accel})")

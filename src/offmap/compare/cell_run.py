@@ -30,7 +30,7 @@ from offmap.compare.transcript import Said, Transcript
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
 from offmap.kmod.lab_module import lab_module
 from offmap.lab.errors import LabEnded, LabPanic, LabTimeout
-from offmap.lab.host import BOOT_TIMEOUT, LabHost
+from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 
@@ -202,7 +202,7 @@ def _run_in_host(
             cmdline=task.how.preset.cmdline,
             out=folder,
             accel=task.how.accel,
-            timeout=min(BOOT_TIMEOUT, task.how.deadline),
+            timeout=task.how.deadline,
             on_launch=launched,
             fresh=task.how.preset.fresh,
         ) as running:

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Protocol
 
 from offmap.lab.errors import LabError, LabTimeout
@@ -24,13 +25,23 @@ from offmap.lab.guest.frames import (
     i32,
     to_i32,
 )
+from offmap.lab.patience import scaled
 
-__all__ = ["LabCommand", "Link", "Sink"]
+__all__ = ["Completed", "LabCommand", "Link", "Sink"]
 
 Sink = int | Callable[[bytes], object]  # a file descriptor, or what to call with each piece
 KILL_GRACE_SECONDS = 10.0  # from SIGKILL to the report of the end; longer means that the host itself hangs
 SIGPIPE = 13
 SIGKILL = 9
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A command that has ended: its exit status and what it wrote."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
 
 
 class Link(Protocol):
@@ -217,9 +228,9 @@ class LabCommand:
     def kill(self) -> None:
         """Kill the command, and its host if that does not help."""
         self.send_signal(SIGKILL)
-        if not self._over.wait(KILL_GRACE_SECONDS):
+        if not self._over.wait(scaled(KILL_GRACE_SECONDS)):
             self._link.kill()
-            self._over.wait(KILL_GRACE_SECONDS)
+            self._over.wait(scaled(KILL_GRACE_SECONDS))
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end; return the exit status, 128 and the number for a signal.

@@ -38,6 +38,7 @@ class Console:
     """
 
     def __init__(self, copy: BinaryIO | None = None, on_line: Callable[[str], None] | None = None) -> None:
+        self.fed = 0  # bytes that have come so far
         self._bytes = bytearray()
         self._line = bytearray()
         self._copy = copy
@@ -45,6 +46,7 @@ class Console:
 
     def feed(self, data: bytes) -> bool:
         """Take ``data``; return whether a panic has begun."""
+        self.fed += len(data)
         self._bytes += data
         del self._bytes[:-KEEP]
         if self._copy:

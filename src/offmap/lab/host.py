@@ -2,41 +2,40 @@
 
 import itertools
 import os
+import secrets
 import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 from offmap.lab import accel as acceleration
 from offmap.lab.access_plugin import plugin_argument
 from offmap.lab.bytecode import ensure_bytecode
-from offmap.lab.command import LabCommand, Sink
+from offmap.lab.command import Completed, LabCommand, Sink
 from offmap.lab.console import Console
 from offmap.lab.errors import LabEnded, LabError, LabTimeout
-from offmap.lab.guest.frames import HELLO, MAX_PAYLOAD, START, Decoder, Start, encode_start, frame
+from offmap.lab.guest.frames import GO, HELLO, MAX_PAYLOAD, START, WAITING, Decoder, Start, encode_start, frame
+from offmap.lab.initramfs import initramfs
 from offmap.lab.kernel import HostKernel
-from offmap.lab.process import PANIC_GRACE, QemuProcess
-from offmap.lab.qemu import HostOptions, parse_size
+from offmap.lab.patience import TICK, Deadline, Watch, scaled
+from offmap.lab.process import PANIC_GRACE, QemuProcess, settings
+from offmap.lab.qemu import HostOptions, Ram, parse_size
+from offmap.lab.qmp import Qmp, QmpError
+from offmap.lab.snapshot import SnapshotUnusable
+from offmap.lab.snapshot_start import from_snapshot, restore, save
+from offmap.log import Logger
 from offmap.owned import Owned
 
 __all__ = ["Completed", "LabHost"]
 
-BOOT_TIMEOUT = 120.0  # seconds; 3 are usual under emulation on an idle machine
-HUNG_SECONDS = 30  # a host whose agent takes no frame for so long hangs
+QMP_SECONDS = 60.0  # that saving or restoring may take; a second is usual
+
+_log = Logger("offmap.lab")
 _TIMEVAL = struct.Struct("@ll")  # struct timeval
-
-
-@dataclass(frozen=True)
-class Completed:
-    """A command that has ended: its exit status and what it wrote."""
-
-    status: int
-    stdout: bytes
-    stderr: bytes
 
 
 class LabHost(Owned):
@@ -50,20 +49,23 @@ class LabHost(Owned):
         console: its kernel console.
     """
 
-    def __init__(self, kernel: HostKernel, options: HostOptions, console: Console) -> None:
+    def __init__(self, kernel: HostKernel, options: HostOptions, console: Console, ram: Ram | None = None) -> None:
         self.kernel = kernel
         self.options = options
         self.console = console
         self.release = ""
         self.has_kvm = False
-        self._qemu = QemuProcess(kernel, options, console, self._over)
+        self._qemu = QemuProcess(kernel, options, console, self._over, ram)
         self._socket = self._qemu.socket
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(HUNG_SECONDS, 0))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(1, 0))
         self._reader = threading.Thread(target=self._read, name="lab-agent", daemon=True)
         self._send_lock = threading.Lock()
         self._commands: dict[int, LabCommand] = {}
         self._channels = itertools.count(1)
-        self._progress = threading.Condition()  # guards the three below
+        self._frames = 0  # that have come so far
+        self._token = secrets.token_hex(8)
+        self._progress = threading.Condition()  # guards the four below
+        self._waiting = False
         self._ready = False
         self._failure: LabError | None = None
 
@@ -77,13 +79,13 @@ class LabHost(Owned):
         accel: str = "auto",
         console: BinaryIO | None = None,
         on_boot: Callable[[str], None] | None = None,
-        timeout: float = BOOT_TIMEOUT,
+        timeout: float | None = None,
         nodes: int = 1,
-        on_launch: Callable[[Self], None] | None = None,
+        on_launch: Callable[["LabHost"], None] | None = None,
         fresh: bool = False,
         access_log: Path | None = None,
-    ) -> Self:
-        """Boot a host and wait until it takes commands.
+    ) -> "LabHost":
+        """Start a host, from a snapshot where there can be one, and wait until it takes commands.
 
         Args:
             kernel: see `provision.host_kernel`.
@@ -93,10 +95,11 @@ class LabHost(Owned):
             accel: ``tcg``, ``kvm``, or ``auto``: KVM where an ordinary kernel boots under it and has KVM itself.
             console: gets a copy of its kernel console.
             on_boot: called with each line of its console.
-            timeout: seconds that the boot may take.
+            timeout: seconds that the start may take; by default as long as the host makes progress.
             nodes: NUMA nodes that share its RAM.
-            on_launch: called with the host before its boot, for whoever must be able to `kill` it meanwhile.
-            fresh: boot in full, whatever could save the boot. Today every host does.
+            on_launch: called with the host before its start, for whoever must be able to `kill` it meanwhile; more
+                than once where the host that boots is not the one that is returned.
+            fresh: boot in full. Hosts from one snapshot have the same kernel layout and allocator state (docs/lab.md).
             access_log: file to log its kernel's accesses to guests' RAM in (`access_log.AccessLog` reads it); the host
                 is emulated then, boots in full, and is a third as fast.
 
@@ -118,11 +121,26 @@ class LabHost(Owned):
         if accel == "auto":
             accel = acceleration.choose(kernel, lambda: cls._works_under_kvm(kernel))
         options = HostOptions(size, cmdline, folder, accel, nodes, plugin)
-        host = cls(kernel, options, Console(console, on_boot))
-        try:
+        shown = Console(console, on_boot)
+        ends = None if timeout is None else Deadline(timeout)
+        archive = initramfs(kernel)
+
+        def new(ram: Ram | None = None) -> LabHost:
+            host = cls(kernel, options, shown, ram)
             if on_launch is not None:
                 on_launch(host)
-            host._boot(timeout)
+            return host
+
+        ensure_bytecode()
+        if not fresh and not plugin:
+            try:
+                return from_snapshot(kernel, options, archive, shown, new, ends)
+            except SnapshotUnusable as why:
+                _log.info("%s boots in full: %s", kernel.release, why.what)
+        host = new()
+        try:
+            host.boot(archive.archive(), ends)
+            host.go(ends)
         except BaseException:
             host.close()
             raise
@@ -140,24 +158,57 @@ class LabHost(Owned):
         options = HostOptions(parse_size("512M"), "earlyprintk=ttyS0", None, "kvm")
         host = cls(kernel, options, Console(None, heard))
         try:
-            host._launch()
-            if not first_sign.wait(acceleration.SIGN_OF_LIFE_SECONDS):
+            host._launch(initramfs(kernel).archive())
+            if not first_sign.wait(scaled(acceleration.SIGN_OF_LIFE_SECONDS)):
                 return False
-            host._await_ready(acceleration.PROBE_SECONDS)
+            ends = Deadline(scaled(acceleration.PROBE_SECONDS))
+            host._await(lambda: host._waiting, "its kernel", ends)
+            host.go(ends)
             argv = [sys.executable, "-I", "-S", "-c", acceleration.NESTED_PROBE]
-            return host.has_kvm and host.output(argv, timeout=acceleration.PROBE_SECONDS).status == 0
+            return host.has_kvm and host.output(argv, timeout=scaled(acceleration.PROBE_SECONDS)).status == 0
         except LabError:
             return False
         finally:
             host.close()
 
-    def _boot(self, timeout: float) -> None:
-        ensure_bytecode()
-        self._launch()
-        self._await_ready(timeout)
+    # For from_snapshot (its Host protocol).
 
-    def _launch(self) -> None:
-        self._qemu.start()
+    def boot(self, archive: bytes, ends: Deadline | None) -> None:
+        """Boot the kernel with the initramfs ``archive``, to where it waits for its GO."""
+        self._launch(archive)
+        self._await(lambda: self._waiting, "its kernel", ends)
+
+    def save(self, state: int) -> None:
+        """Stop the host, write its devices' state to the descriptor ``state``, and end it."""
+        with self._qmp() as qmp:
+            save(qmp, state)
+        self.close()
+
+    def restore(self, state: int) -> None:
+        """Start QEMU with the devices' state from the descriptor ``state``."""
+        self._launch(b"")
+        with self._qmp() as qmp:
+            restore(qmp, state)
+
+    def go(self, ends: Deadline | None) -> None:
+        """Tell the host, which waits, what differs from host to host; wait until it takes commands."""
+        facts = {
+            **settings(self.kernel, self.options),
+            "name": f"offmap-lab-{secrets.token_hex(3)}",
+            "entropy": secrets.token_hex(256),
+            "token": self._token,
+            "time": str(time.time_ns()),
+        }
+        self.send(GO, 0, b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in facts.items()))
+        self._await(lambda: self._ready, "its root file system", ends)
+
+    def _qmp(self) -> Qmp:
+        if self._qemu.qmp_socket is None:
+            raise QmpError("this host has no QMP")
+        return Qmp(self._qemu.qmp_socket, scaled(QMP_SECONDS))
+
+    def _launch(self, archive: bytes) -> None:
+        self._qemu.start(archive)
         self._reader.start()
 
     def _over(self, failure: LabError) -> None:
@@ -179,6 +230,12 @@ class LabHost(Owned):
             if not data:
                 return
             for kind, channel, payload in decoder.feed(data):
+                self._frames += 1
+                if kind == WAITING:
+                    with self._progress:
+                        self._waiting = True
+                        self._progress.notify_all()
+                    continue
                 if kind == HELLO:
                     self._hello(payload)
                     continue
@@ -193,38 +250,58 @@ class LabHost(Owned):
         with self._progress:
             self.release = facts.get("release", "")
             self.has_kvm = facts.get("kvm") == "1"
-            self._ready = True
+            self._ready = facts.get("token") == self._token
             self._progress.notify_all()
 
-    def _await_ready(self, timeout: float) -> None:
+    def _watch(self) -> Watch:
+        return Watch(lambda: self._qemu.pid, lambda: self.console.fed + self._frames)
+
+    def _await(self, reached: Callable[[], bool], what: str, ends: Deadline | None) -> None:
+        """Wait for a stage of the start as long as the host makes progress, at most until ``ends``."""
+        watch, limit = self._watch(), ""
         with self._progress:
-            self._progress.wait_for(lambda: self._ready or self._failure is not None, timeout)
-            if self._ready:
-                return
-            if self._failure:
-                raise self._failure
-        last = self.console.tail(1)
-        raise LabTimeout(
-            f"the lab host did not come up in {timeout:g} s (last on its console: {last!r})", "see --console FILE"
-        )
+            while not reached():
+                if self._failure:
+                    raise self._failure
+                left = TICK if ends is None else min(TICK, ends.left)
+                if self._progress.wait_for(lambda: reached() or self._failure is not None, left):
+                    continue
+                why = watch.stuck()
+                if ends is not None and not ends.left:
+                    limit = f" in {ends.seconds:g} s"
+                    why = why or f"it used {watch.spun:.1f} s of processor time since its last word"
+                elif not why:
+                    continue
+                raise LabTimeout(
+                    f"the lab host did not come up{limit}: waited for {what}; {why};"
+                    f" last on its console: {self.console.tail(1)!r}",
+                    "see --console FILE",
+                )
 
     # For commands (the Link protocol).
 
     def send(self, kind: int, channel: int, payload: bytes = b"") -> None:
         """Send one frame; a host that is gone says so by `failure`, not here."""
+        watch: Watch | None = None
+        view = memoryview(frame(kind, channel, payload))
         with self._send_lock:
-            try:
-                self._socket.sendall(frame(kind, channel, payload))
-            except BlockingIOError:  # SO_SNDTIMEO
-                self._over(LabEnded(f"the lab host hung for {HUNG_SECONDS} s and was ended", self.console.tail()))
-                self.kill()
-            except OSError:
-                pass
+            while view:
+                try:
+                    view = view[self._socket.send(view) :]
+                    watch = None
+                except BlockingIOError:  # SO_SNDTIMEO
+                    watch = watch or self._watch()
+                    if why := watch.stuck():
+                        self._over(LabEnded(f"the lab host hung and was ended: {why}", self.console.tail()))
+                        self.kill()
+                        return
+                except OSError:
+                    return
 
     def failure(self) -> LabError:
         """Say why the host has ended; waits for the diagnosis if it is just ending."""
         with self._progress:
-            self._progress.wait_for(lambda: self._failure is not None, PANIC_GRACE)
+            self._progress.wait_for(lambda: self._failure is not None, scaled(PANIC_GRACE))
             return self._failure or LabEnded("the lab host is gone", self.console.tail())
 
     def kill(self) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 import offmap
 from offmap.lab.console import Console, panic_report
 from offmap.lab.errors import LabEnded, LabError, LabPanic
-from offmap.lab.initramfs import initramfs
 from offmap.lab.kernel import HostKernel
-from offmap.lab.qemu import HostOptions, command_line, find_qemu
+from offmap.lab.patience import scaled
+from offmap.lab.qemu import HostOptions, Ram, command_line, find_qemu
+from offmap.lab.tsc import tsc_khz
 from offmap.log import Logger
 
 __all__ = ["PANIC_GRACE", "QemuProcess", "diagnose", "settings"]
@@ -28,7 +29,7 @@ MOUNTED_OVER = ("/proc", "/sys", "/dev", "/run")  # what a lab host has of its o
 
 
 def settings(kernel: HostKernel, options: HostOptions) -> dict[str, str]:
-    """Return the variables of guest/init.sh.
+    """Return where a host finds its modules and its output folder (guest/root.py).
 
     Raises:
         LabError: something that the host needs lies where it has a file system of its own.
@@ -39,12 +40,7 @@ def settings(kernel: HostKernel, options: HostOptions) -> dict[str, str]:
             raise LabError(
                 f"{path} cannot be seen in a lab host, which has its own /{path.parts[1]}", "move it elsewhere"
             )
-    return {
-        "PYTHON": str(Path(sys.executable).resolve()),
-        "SOURCE": str(source),
-        "MODULES": str(kernel.modules.resolve()),
-        "OUT": str(options.out or ""),
-    }
+    return {"modules": str(kernel.modules.resolve()), "out": str(options.out or "")}
 
 
 def diagnose(console: Console, status: int) -> LabError:
@@ -66,38 +62,58 @@ class QemuProcess:
         kernel, options: what to run in it.
         console: gets its console, and its own messages.
         on_end: called once, from another thread, with the reason when it has ended.
+        ram: files that hold its RAM, for a host that is saved or restored; it then has QMP.
 
     Attributes:
         socket: our end of the agent's port.
+        qmp_socket: our end of QMP's, for a host that has it.
     """
 
     def __init__(
-        self, kernel: HostKernel, options: HostOptions, console: Console, on_end: Callable[[LabError], None]
+        self,
+        kernel: HostKernel,
+        options: HostOptions,
+        console: Console,
+        on_end: Callable[[LabError], None],
+        ram: Ram | None = None,
     ) -> None:
         self._kernel = kernel
+        self._ram = ram
         self._options = options
         self._console = console
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
-        self.socket, self._its_socket = socket.socketpair()
+        self.socket, agent_end = socket.socketpair()
+        self._its_sockets = [agent_end]
+        self.qmp_socket: socket.socket | None = None
+        if ram is not None:
+            self.qmp_socket, qmp_end = socket.socketpair()
+            self._its_sockets.append(qmp_end)
         self._started = threading.Event()
         self._error: OSError | None = None
         # QEMU is the child of a thread that lives as long as it does: its death signal is tied to that thread.
         self._keeper: threading.Thread | None = None
 
-    def start(self) -> None:
+    def start(self, archive: bytes) -> None:
         """Start QEMU.
+
+        Args:
+            archive: the initramfs; may be empty for a host that is restored.
 
         Raises:
             LabError: it, or what it needs, is missing.
         """
         qemu = find_qemu()
-        archive = initramfs(self._kernel, settings(self._kernel, self._options))
         self._keeper = threading.Thread(target=self._keep, args=(qemu, archive), name="lab-qemu", daemon=True)
         self._keeper.start()
         self._started.wait()
         if self._error:
             raise LabError(f"cannot start {qemu}: {self._error.strerror}")
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id; None before its start."""
+        return self._process.pid if self._process is not None else None
 
     def kill(self) -> None:
         """End QEMU now; its console is still read to the end."""
@@ -111,7 +127,13 @@ class QemuProcess:
             self.socket.shutdown(socket.SHUT_RDWR)
         if self._keeper:
             self._keeper.join()
-        self._its_socket.close()
+        self._close_its_sockets()
+        if self.qmp_socket is not None:
+            self.qmp_socket.close()
+
+    def _close_its_sockets(self) -> None:
+        for end in self._its_sockets:
+            end.close()
 
     def _keep(self, qemu: str, archive: bytes) -> None:
         """Start QEMU, take its console until it ends, and say why it did."""
@@ -121,13 +143,13 @@ class QemuProcess:
             self._error = error
             return
         finally:
-            self._its_socket.close()
+            self._close_its_sockets()
             self._started.set()
         timer: threading.Timer | None = None
         with os.fdopen(console, "rb", buffering=0) as stdout:
             while data := stdout.read(65536):
                 if self._console.feed(data) and timer is None:
-                    timer = threading.Timer(PANIC_GRACE, self.kill)
+                    timer = threading.Timer(scaled(PANIC_GRACE), self.kill)
                     timer.daemon = True
                     timer.start()
         status = self._process.wait() if self._process else 0
@@ -142,8 +164,11 @@ class QemuProcess:
         try:
             with os.fdopen(os.dup(initrd), "wb") as file:
                 file.write(archive)
-            fds = (initrd, self._its_socket.fileno())
-            argv = command_line(qemu, str(self._kernel.vmlinuz), f"/proc/self/fd/{initrd}", fds[1], self._options)
+            ends = [end.fileno() for end in self._its_sockets]
+            image, archive_path = str(self._kernel.vmlinuz), f"/proc/self/fd/{initrd}"
+            khz = tsc_khz() if archive and self._options.accel == "tcg" else None
+            qmp_end = ends[1] if len(ends) > 1 else None
+            argv = command_line(qemu, image, archive_path, ends[0], self._options, self._ram, qmp_end, khz)
             # A kill -9 of this process kills QEMU too; setpriv is in util-linux. Without it, the agent sees the end
             # of its socket and powers the host off.
             if setpriv := shutil.which("setpriv"):
@@ -154,7 +179,7 @@ class QemuProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=console_end,
                 stderr=subprocess.STDOUT,
-                pass_fds=fds,
+                pass_fds=(initrd, *ends, *(self._ram.fds if self._ram is not None else ())),
                 start_new_session=True,
             )
         except OSError:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offmap.lab.errors import LabError
 
-__all__ = ["QEMU", "HostOptions", "command_line", "find_qemu", "parse_size"]
+__all__ = ["QEMU", "HostOptions", "Ram", "command_line", "find_qemu", "node_sizes", "parse_size"]
 
 QEMU = "qemu-system-x86_64"
 
@@ -90,33 +90,81 @@ def find_qemu() -> str:
     return path
 
 
-def command_line(qemu: str, vmlinuz: str, initrd: str, agent_fd: int, options: HostOptions) -> list[str]:
-    """Compose QEMU's arguments; console on its standard output, agent on the socket ``agent_fd``."""
+@dataclass(frozen=True)
+class Ram:
+    """Files that hold a host's RAM.
+
+    Attributes:
+        fds: one for each NUMA node, open for reading and writing.
+        shared: what the host writes goes to the files; else to QEMU's own copy of a page.
+    """
+
+    fds: tuple[int, ...]
+    shared: bool
+
+
+def command_line(
+    qemu: str,
+    vmlinuz: str,
+    initrd: str,
+    agent_fd: int,
+    options: HostOptions,
+    ram: Ram | None = None,
+    qmp_fd: int | None = None,
+    khz: int | None = None,
+) -> list[str]:
+    """Compose QEMU's arguments; console on its standard output, agent on the socket ``agent_fd``.
+
+    Args:
+        qemu, vmlinuz, initrd: paths.
+        agent_fd: a connected socket.
+        options: what the host is made of.
+        ram: files that hold its RAM; where they are not shared, it waits for the state of its devices.
+        qmp_fd: a connected socket for QMP.
+        khz: the frequency of its time stamp counter, if its kernel is to be told.
+    """
+    # pit=off: a kernel that has to measure its clock itself goes wrong most with the PIT.
+    machine = "q35,usb=off,vmport=off,smm=off,pit=off"
+    if ram is not None and options.nodes == 1:
+        machine += ",memory-backend=node0"
     argv = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
-    argv += ["-machine", "q35,usb=off,vmport=off,smm=off", *ACCEL[options.accel], "-smp", "1"]
+    argv += ["-machine", machine, *ACCEL[options.accel], "-smp", "1"]
     if options.plugin:
         argv += ["-plugin", options.plugin]
-    argv += ["-m", f"{options.memory >> 10}k", *_nodes(options)]
-    argv += ["-kernel", vmlinuz, "-initrd", initrd, "-append", f"{CMDLINE} {options.cmdline}".strip()]
+    argv += ["-m", f"{options.memory >> 10}k", *_memory(options, ram)]
+    told = f" tsc_early_khz={khz}" if khz else ""
+    argv += ["-kernel", vmlinuz, "-initrd", initrd, "-append", f"{CMDLINE}{told} {options.cmdline}".strip()]
     argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
     argv += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,fd={agent_fd}"]
     argv += ["-device", "virtserialport,chardev=agent,name=offmap.agent"]
     argv += _share("root", Path("/"), "readonly=on")
-    if options.out is not None:
-        argv += _share("out", options.out, "readonly=off")
+    # The device is there in any case: hosts with and without an output folder are of one kind. Without one it has
+    # nothing that the other does not have.
+    argv += _share("out", options.out or Path("/"), "readonly=off" if options.out else "readonly=on")
+    if qmp_fd is not None:
+        argv += ["-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"]
+    if ram is not None and not ram.shared:
+        argv += ["-incoming", "defer"]
     return argv
 
 
-def _nodes(options: HostOptions) -> list[str]:
-    """Give each NUMA node its share of the RAM, in whole memory blocks of the smallest size there is."""
-    if options.nodes == 1:
-        return []
+def node_sizes(options: HostOptions) -> list[int]:
+    """Return each NUMA node's share of the RAM in bytes, in whole memory blocks of the smallest size there is."""
     share = options.memory // options.nodes >> 27 << 27
-    sizes = [options.memory - share * (options.nodes - 1)] + [share] * (options.nodes - 1)
+    return [options.memory - share * (options.nodes - 1)] + [share] * (options.nodes - 1)
+
+
+def _memory(options: HostOptions, ram: Ram | None) -> list[str]:
+    if ram is None and options.nodes == 1:
+        return []
     argv = []
-    for node, size in enumerate(sizes):
-        argv += ["-object", f"memory-backend-ram,id=node{node},size={size >> 10}k"]
-        argv += ["-numa", f"node,nodeid={node},memdev=node{node}" + (",cpus=0" if node == 0 else "")]
+    for node, size in enumerate(node_sizes(options)):
+        what = "memory-backend-ram"
+        if ram is not None:
+            what = f"memory-backend-file,mem-path=/proc/self/fd/{ram.fds[node]},share={'on' if ram.shared else 'off'}"
+        argv += ["-object", f"{what},id=node{node},size={size >> 10}k"]
+        if options.nodes > 1:
+            argv += ["-numa", f"node,nodeid={node},memdev=node{node}" + (",cpus=0" if node == 0 else "")]
     return argv
 
 

@@ -39,6 +39,6 @@ def test_other_ends(text: str, status: int, reason: str) -> None:
 
 
 def test_output_folder_must_be_visible_there() -> None:
-    assert settings(KERNEL, HostOptions(1 << 30, out=Path("/tmp/x")))["OUT"] == "/tmp/x"
+    assert settings(KERNEL, HostOptions(1 << 30, out=Path("/tmp/x")))["out"] == "/tmp/x"
     with pytest.raises(LabError, match="/run/x cannot be seen in a lab host, which has its own /run; move it"):
         settings(KERNEL, HostOptions(1 << 30, out=Path("/run/x")))

@@ -8,7 +8,7 @@ import pytest
 from offmap.lab import accel
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import HostKernel
-from offmap.lab.qemu import HostOptions, command_line, parse_size
+from offmap.lab.qemu import HostOptions, Ram, command_line, parse_size
 
 KERNEL = HostKernel("test", "6.12.1", Path("/k"), Path("/m"))
 
@@ -41,8 +41,23 @@ def test_command_line_is_verbatim() -> None:
     assert argv[argv.index("-plugin") + 1] == "/p.so,x=1"
 
 
-def test_no_out_share_unless_asked() -> None:
-    assert command_line("qemu", "/k", "/i", 7, HostOptions(1 << 30)).count("-fsdev") == 1
+def test_without_an_output_folder_nothing_can_be_written() -> None:
+    argv = command_line("qemu", "/k", "/i", 7, HostOptions(1 << 30))
+    shares = [argv[at + 1] for at, word in enumerate(argv) if word == "-fsdev"]
+    assert len(shares) == 2
+    assert all("readonly=on" in share for share in shares)
+
+
+@pytest.mark.parametrize(("shared", "word"), [(True, "share=on"), (False, "share=off")])
+def test_ram_in_files(shared: bool, word: str) -> None:
+    argv = command_line("qemu", "/k", "/i", 7, HostOptions(1 << 30, nodes=2), Ram((11, 12), shared), 13)
+    backends = [item for item in argv if item.startswith("memory-backend-file")]
+    assert [f"/proc/self/fd/{fd}" in item and word in item for fd, item in zip((11, 12), backends, strict=True)] == [
+        True,
+        True,
+    ]
+    assert ("-incoming" in argv) == (not shared)
+    assert "socket,id=qmp,fd=13" in argv
 
 
 def test_nodes_share_all_of_the_memory_in_whole_blocks() -> None:

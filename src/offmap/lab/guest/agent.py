@@ -1,7 +1,8 @@
 """The agent in the disposable host: starts commands and carries their streams (frames.py) over a virtio-serial port.
 
-One thread, one epoll. It ends when the outer end is gone; the init script then powers the host off, so that no host
-outlives the process that asked for it.
+It lives in the initramfs. It says WAITING when the host is up, and makes the root file system (root.py) at the GO: a
+snapshot is taken in between. One thread, one epoll. It ends when the outer end is gone; the first process (first.py)
+then powers the host off, so that no host outlives the process that asked for it.
 """
 
 import errno
@@ -13,11 +14,14 @@ import struct
 import sys
 import termios
 import time
+import warnings  # noqa: F401 - execvpe() imports it, and must not look for it in the files that a command sees
 
+from offmap.lab.guest import root
 from offmap.lab.guest.frames import (
     ACK,
     EXIT,
     FAILED,
+    GO,
     HELLO,
     MAX_PAYLOAD,
     RESIZE,
@@ -27,6 +31,7 @@ from offmap.lab.guest.frames import (
     STDIN,
     STDIN_EOF,
     STDOUT,
+    WAITING,
     WINDOW,
     Decoder,
     Start,
@@ -36,9 +41,13 @@ from offmap.lab.guest.frames import (
     to_i32,
 )
 
+TYPE_CHECKING = False  # as from typing, which is slow to import here
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["Agent", "main"]
 
-PORT_WAIT_SECONDS = 10.0  # the port and its "host is connected" message come milliseconds after boot
+PORT_TRIES = 4000  # the port and its "host is connected" message come milliseconds after boot
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 
@@ -80,6 +89,7 @@ class Agent:
         self.epoll = select.epoll()
         self.epoll.register(fd, _READ)
         self._input_polled: set[int] = set()
+        self.on_go: Callable[[root.Settings], None] | None = None  # called once
 
     def serve(self) -> None:
         """Run until the outer end is gone."""
@@ -121,6 +131,10 @@ class Agent:
     def _dispatch(self, kind: int, channel: int, payload: bytes) -> None:
         if kind == START:
             self._start(channel, decode_start(payload))
+            return
+        if kind == GO and self.on_go is not None:
+            go, self.on_go = self.on_go, None
+            go(root.Settings(payload))
             return
         command = self.commands.get(channel)
         if command is None:  # it has ended in the meantime
@@ -328,8 +342,7 @@ def _exec(start: Start, child_fds: tuple[int, int, int], report: int) -> None:
 
 def _open_port(path: str) -> int:
     """Open the port once it exists and its other end is connected."""
-    deadline = time.monotonic() + PORT_WAIT_SECONDS
-    while True:
+    for _ in range(PORT_TRIES):
         try:
             fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
             poll = select.poll()
@@ -339,17 +352,37 @@ def _open_port(path: str) -> int:
             os.close(fd)
         except FileNotFoundError:
             pass
-        if time.monotonic() > deadline:
-            sys.exit(f"offmap-lab: no connection on {path}")
         # The driver signals neither the node nor the connection to one who has not opened it yet.
         time.sleep(0.005)
+    sys.exit(f"offmap-lab: no connection on {path}")
 
 
-def main(path: str) -> None:
-    """Serve the port at ``path``; return when the outer end is gone."""
+def main(path: str, made: int, moved: int) -> None:
+    """Serve the port at ``path``; return when the outer end is gone.
+
+    Args:
+        path: the port.
+        made: gets a byte when the root file system is made.
+        moved: gives a byte when it is in its place.
+    """
     # A command may use up all memory; without its agent the host could not even say so.
     _oom_score_adj(-1000)
     agent = Agent(_open_port(path))
-    kvm = int(os.path.exists("/dev/kvm"))  # noqa: PTH110 - pathlib is 30 ms of imports in an emulated host
-    agent.send(HELLO, 0, f"release={os.uname().release} kvm={kvm}".encode())
+    agent.send(WAITING, 0)
+
+    def go(settings: root.Settings) -> None:
+        """Make this host what it is to be, and say that commands may come."""
+        root.personalize(settings)
+        root.make(settings)
+        new_root = os.open(root.NEW, os.O_PATH | os.O_CLOEXEC)
+        os.write(made, b"x")
+        if not os.read(moved, 1):
+            raise OSError("the first process has ended")
+        os.fchdir(new_root)
+        os.chroot(".")
+        os.close(new_root)
+        kvm = int(os.path.exists("/dev/kvm"))  # noqa: PTH110 - pathlib is 30 ms of imports in an emulated host
+        agent.send(HELLO, 0, f"release={os.uname().release} kvm={kvm} token={settings.token}".encode())
+
+    agent.on_go = go
     agent.serve()

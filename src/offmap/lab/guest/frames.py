@@ -14,6 +14,7 @@ __all__ = [
     "ACK",
     "EXIT",
     "FAILED",
+    "GO",
     "HELLO",
     "MAX_PAYLOAD",
     "RESIZE",
@@ -23,6 +24,7 @@ __all__ = [
     "STDIN",
     "STDIN_EOF",
     "STDOUT",
+    "WAITING",
     "WINDOW",
     "Decoder",
     "Start",
@@ -34,17 +36,19 @@ __all__ = [
 ]
 
 # From the inner end.
-HELLO = 1  # once, when commands may come: "release=… kvm=…" as text
+HELLO = 1  # once, when commands may come: "release=… kvm=… token=…" as text
 STDOUT = 2
 STDERR = 3
 EXIT = 4  # i32: exit status, or minus the signal's number
 FAILED = 5  # i32 errno, i32 whether its folder could be entered: the command could not be started
+WAITING = 6  # once, before HELLO: the host is up and needs GO to go on
 # From the outer end.
 START = 16  # see encode_start
 STDIN = 17
 STDIN_EOF = 18
 SIGNAL = 19  # i32, to the command's process group
 RESIZE = 20  # two i32: rows, columns of its terminal
+GO = 21  # once: NUL-terminated NAME=VALUE strings (root.Settings)
 # Both ways: u8 kind of the data, u32 bytes taken.
 ACK = 32
 

@@ -1,0 +1,134 @@
+"""How long to wait: by what a process does, and where only time can tell, by how fast this machine is.
+
+A process that runs, or would if a processor were free, makes progress; so does one that says something. One that does
+neither is stuck. One that runs for long without a word is stuck too: how long is counted in its own processor time.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+__all__ = ["TICK", "Calibration", "Deadline", "Watch", "calibration", "scaled"]
+
+TICK = 0.5  # seconds between two looks at a process
+SPIN_SECONDS = 90.0  # processor time without a word; a boot takes 5, all of it silent
+IDLE_SECONDS = 20.0  # of neither running nor wanting to
+_REFERENCE = 0.0165  # seconds that _work() took on the machine on which limits were chosen, while it was idle
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How this machine compares to the one on which limits were chosen.
+
+    Attributes:
+        slowness: how many times as much processor time a piece of work takes, at least 1.
+        stretch: how many times as long it takes by the clock, beside all else that runs now; at least `slowness`.
+    """
+
+    slowness: float
+    stretch: float
+
+    def __str__(self) -> str:
+        return (
+            f"limits are {self.stretch:.1f} times those of the machine they were chosen on"
+            f" (processor {self.slowness:.1f} times as slow, the rest for what else runs here)"
+        )
+
+
+@cache
+def calibration() -> Calibration:
+    """Measure this machine, once in a process; takes a tenth of a second where the machine is idle."""
+    began, processor_began = time.perf_counter(), time.thread_time()
+    for _ in range(_ROUNDS):
+        _work()
+    used = (time.thread_time() - processor_began) / _ROUNDS
+    passed = (time.perf_counter() - began) / _ROUNDS
+    slowness = max(1.0, used / _REFERENCE)
+    return Calibration(slowness, max(slowness, passed / _REFERENCE))
+
+
+def scaled(seconds: float) -> float:
+    """Return a limit by the clock that was chosen on an idle, fast machine, in seconds of this one."""
+    return seconds * calibration().stretch
+
+
+def _work() -> int:
+    total = 0
+    for number in range(200_000):
+        total = (total + number * number) & 0xFFFF
+    return total
+
+
+class Deadline:
+    """A limit that a user has set, in seconds of the clock from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._at = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until it passes; 0 once it has."""
+        return max(0.0, self._at - time.monotonic())
+
+
+class Watch:
+    """Tells whether a process is stuck; to be asked every `TICK`.
+
+    Args:
+        pid: returns its process id, or None while there is none.
+        words: returns a number that grows whenever it says something.
+    """
+
+    def __init__(self, pid: Callable[[], int | None], words: Callable[[], int]) -> None:
+        self._pid = pid
+        self._words = words
+        self._seen = (words(), _activity(pid()))
+        self._looked = time.monotonic()
+        self.spun = 0.0  # processor seconds since its last word
+        self.idled = 0.0  # seconds of doing nothing since its last word
+
+    def stuck(self) -> str:
+        """Say in which way it is stuck; an empty string while it is not."""
+        now, words, activity = time.monotonic(), self._words(), _activity(self._pid())
+        passed, self._looked = now - self._looked, now
+        said, before = self._seen
+        self._seen = (words, activity)
+        if words != said:
+            self.spun = self.idled = 0.0
+            return ""
+        ran = max(0.0, activity.ran - before.ran)
+        self.spun += ran
+        waited = max(0.0, activity.waited - before.waited)
+        if not activity.on_disk:
+            self.idled += max(0.0, passed - ran - waited)
+        if self.spun > SPIN_SECONDS * calibration().slowness:
+            return f"it used {self.spun:.0f} s of processor time without a word"
+        if self.idled > IDLE_SECONDS * calibration().slowness:
+            return f"it did nothing for {self.idled:.0f} s"
+        return ""
+
+
+@dataclass(frozen=True)
+class _Activity:
+    ran: float = 0.0  # seconds on a processor, all threads
+    waited: float = 0.0  # seconds of waiting for one
+    on_disk: bool = False  # a thread is in an uninterruptible wait now
+
+
+def _activity(pid: int | None) -> _Activity:
+    ran = waited = 0
+    on_disk = False
+    for task in Path(f"/proc/{pid}/task").glob("*") if pid is not None else ():
+        try:
+            figures = (task / "schedstat").read_text().split()  # Documentation/scheduler/sched-stats.rst
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it has just ended
+            continue
+        ran += int(figures[0])
+        waited += int(figures[1])
+        on_disk = on_disk or state == "D"
+    return _Activity(ran / 1e9, waited / 1e9, on_disk)

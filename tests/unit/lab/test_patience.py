@@ -1,0 +1,73 @@
+"""A process that does something is waited for; one that does not, or spins without a word, is given up."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from offmap.lab import patience
+from offmap.lab.patience import Calibration, Watch
+
+MEASURE = patience.calibration
+
+
+@contextmanager
+def running(program: str) -> Iterator[int]:
+    process = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "SPIN_SECONDS", 0.3)
+    monkeypatch.setattr(patience, "IDLE_SECONDS", 1.0)
+    monkeypatch.setattr(patience, "calibration", lambda: Calibration(1.0, 1.0))
+
+
+def until_stuck(watch: Watch, meanwhile: Callable[[], None] = lambda: None) -> str:
+    while not (why := watch.stuck()):
+        meanwhile()
+        time.sleep(0.01)
+    return why
+
+
+def test_sleeping_is_doing_nothing() -> None:
+    with running("import time; time.sleep(1000)") as pid:
+        assert "did nothing for 1 s" in until_stuck(Watch(lambda: pid, lambda: 0))
+
+
+def test_spinning_without_a_word_ends() -> None:
+    with running("while True: pass") as pid:
+        assert "processor time without a word" in until_stuck(Watch(lambda: pid, lambda: 0))
+
+
+def test_who_speaks_may_go_on() -> None:
+    words = 0
+
+    def speak() -> None:
+        nonlocal words
+        words += 1
+
+    with running("while True: pass") as pid:
+        watch = Watch(lambda: pid, lambda: words)
+        for _ in range(20):
+            speak()
+            assert watch.stuck() == ""
+            time.sleep(0.1)
+
+
+def test_no_process_is_doing_nothing() -> None:
+    assert "did nothing" in until_stuck(Watch(lambda: None, lambda: 0))
+
+
+def test_limits_are_never_shorter_than_chosen() -> None:
+    measured = MEASURE()
+    assert 1.0 <= measured.slowness <= measured.stretch
+    assert "limits are" in str(measured)
