@@ -1,4 +1,4 @@
-"""What tests of every kind share: small guest kernels, hypothesis without a stop-watch, signals as at a terminal."""
+"""What tests of every kind share: small guest kernels, limits that follow the machine, signals as at a terminal."""
 
 import os
 import re
@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from offmap.lab.patience import calibration, scaled
+
 # An example that takes long on a machine busy with something else is no failure.
 settings.register_profile("offmap", deadline=None)
 settings.load_profile("offmap")
@@ -20,6 +22,19 @@ settings.load_profile("offmap")
 # A shell starts what it puts into the background with SIGINT ignored, and what a test interrupts inherits that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Have a test's limit (pytest-timeout reads it after this) follow the speed of this machine."""
+    if config.getoption("timeout", None) is None:
+        config.option.timeout = scaled(float(config.getini("timeout")))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Say how fast this machine is, and what that makes of limits."""
+    return f"{calibration()}; a test may take {float(config.getoption('timeout')):.0f} s"
+
 
 PAYLOADS = Path(__file__).with_name("payloads")
 

@@ -21,6 +21,7 @@ from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
 from offmap.hide import Vet
 from offmap.kvm import Kvm
+from offmap.lab.patience import scaled
 from offmap.memory.anon import Anon
 from offmap.memory.backend import Backend
 from offmap.memory.memfd import Memfd
@@ -34,7 +35,7 @@ from .conftest import descriptors
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("kvm")]
 
 MIB = 1 << 20
-PATIENCE = 30.0  # seconds for what takes a tenth of one
+PATIENCE = scaled(30.0)  # seconds for what takes a tenth of one
 PROMPT = 5.0  # seconds in which a stop must have happened
 
 

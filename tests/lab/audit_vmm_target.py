@@ -20,9 +20,10 @@ from offmap.compare.guest import READY
 from offmap.compare.kinds import kind_of
 from offmap.compare.vm_process import VmProcess
 from offmap.compare.vmm_command import GuestSetup, qemu_ranges, vmm_command
+from offmap.lab.patience import scaled
 
 PAGE = 4096
-DEADLINE = 120.0
+DEADLINE = scaled(120.0)
 HUGE_PAGES = "/proc/sys/vm/nr_hugepages"
 
 QEMU = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-accel", "kvm", "-m", "256M"]

@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Self
 
 from offmap.lab.host import LabHost
+from offmap.lab.patience import scaled
 
 __all__ = ["PATIENCE", "Guest"]
 
-PATIENCE = 120.0  # seconds for what takes 10 on an idle machine
+PATIENCE = scaled(120.0)  # seconds for what takes 10 on an idle machine
 PRINT_PID = ("sh", "-c", 'echo "pid $$" >&2; exec "$@"', "sh")
 
 

@@ -15,7 +15,9 @@ import sys
 import termios
 import time
 
-PATIENCE = 240.0  # seconds for what takes 20 on an idle machine
+from offmap.lab.patience import scaled
+
+PATIENCE = scaled(240.0)  # seconds for what takes 20 on an idle machine
 
 
 class Terminal:

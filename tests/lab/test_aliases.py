@@ -9,6 +9,7 @@ import pytest
 from offmap.audit.canary import new_key
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.lab.patience import scaled
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
@@ -22,7 +23,7 @@ def test_the_scan_finds_every_alias_and_nothing_in_what_the_guest_gets(lab_kerne
     key = new_key()
     # A fresh host: pages freed from the kernel image are among the first to be handed out again.
     with LabHost.start(lab_kernel, memory="2560M") as host:
-        done = host.output([sys.executable, TARGET, key, str(MIB)], timeout=240)
+        done = host.output([sys.executable, TARGET, key, str(MIB)], timeout=scaled(240))
         assert done.status == 0, done.stderr.decode()
     result = json.loads(done.stdout)
     before, after = result["before"], result["after"]

@@ -12,6 +12,7 @@ import pytest
 
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.lab.patience import scaled
 from offmap.lab.provision import host_kernel
 
 from .alias_module import alias_module
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.lab
 TARGET = str(Path(__file__).with_name("audit_live_target.py"))
 PAGES = 1024  # of a child, unless it says otherwise
 VMALLOC = "vmalloc/ioremap space"
-PATIENCE = 120.0
+PATIENCE = scaled(120.0)
 
 Found = dict[str, Any]
 

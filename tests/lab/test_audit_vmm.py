@@ -13,6 +13,7 @@ from offmap.compare.guest import guest_initramfs
 from offmap.kmod.lab_module import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.lab.patience import scaled
 from offmap.lab.provision import host_kernel
 
 from .alias_module import alias_module
@@ -38,7 +39,7 @@ def test_vmms(lab_kernel: HostKernel, series: str, tmp_path: Path) -> None:
         for name in ("offmap", "offmap_alias"):
             assert host.output(["insmod", str(tmp_path / f"{name}.ko")]).status == 0
         host.output(["sh", "-c", "echo 1 > /proc/sys/kernel/kptr_restrict"])
-        done = host.output([sys.executable, TARGET, str(lab_kernel.vmlinuz), str(initrd)], timeout=700)
+        done = host.output([sys.executable, TARGET, str(lab_kernel.vmlinuz), str(initrd)], timeout=scaled(700))
         assert done.status == 0, done.stderr.decode()
         found = json.loads(done.stdout)
         assert not re.search(r"WARNING:|BUG:", host.output(["dmesg"]).stdout.decode())

@@ -22,6 +22,7 @@ from offmap.compare.scheduler import Scheduler, local_pool
 from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store
 from offmap.lab.kernel import HostKernel
+from offmap.lab.patience import scaled
 
 pytestmark = pytest.mark.lab
 
@@ -200,7 +201,7 @@ def test_nothing_runs_on(lab_kernel: HostKernel, tmp_path: Path, short_folder: s
         if when == "asking":
             assert cell_hosts(short_folder)
         driver.send_signal(number)
-        driver.communicate(timeout=30)
+        driver.communicate(timeout=scaled(30))
     assert _soon(lambda: not cell_hosts(short_folder)), "a disposable host outlived its comparison"
     assert not list((tmp_path / "cells").iterdir())  # and none was called a failure
     with Store(tmp_path):  # nobody holds it

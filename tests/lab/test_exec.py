@@ -17,11 +17,12 @@ import pytest
 from offmap.lab.errors import LabEnded, LabError, LabPanic, LabTimeout
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.lab.patience import scaled
 
 pytestmark = pytest.mark.lab
 
-PATIENCE = 60.0  # seconds for what takes 4 on an idle machine
-GONE = 5.0  # seconds in which a killed QEMU must be gone
+PATIENCE = scaled(60.0)  # seconds for what takes 4 on an idle machine
+GONE = scaled(5.0)  # seconds in which a killed QEMU must be gone
 
 
 def qemu_pids(mark: str) -> list[int]:
@@ -200,7 +201,7 @@ def test_panic_is_reported_at_once(lab_kernel: HostKernel) -> None:
         began = time.monotonic()
         with pytest.raises(LabPanic, match="sysrq triggered crash") as caught:
             host.run(["sh", "-c", "echo c > /proc/sysrq-trigger"], timeout=PATIENCE)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < scaled(10)
         assert "Call Trace" in caught.value.oops
         with pytest.raises(LabPanic):
             host.run(["true"])

@@ -19,6 +19,7 @@ from offmap.compare.guest import READY, canary_parameters, guest_initramfs
 from offmap.kmod.lab_module import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.lab.patience import scaled
 from offmap.lab.provision import host_kernel
 
 from .console import Guest
@@ -32,7 +33,7 @@ OFFMAP = (sys.executable, "-m", "offmap")
 MIB = 1 << 20
 SIZE = 256 * MIB
 CMDLINE = "console=ttyS0 quiet"
-PATIENCE = 120.0
+PATIENCE = scaled(120.0)
 
 
 def insert(host: LabHost, module: Path, out: Path) -> None:

@@ -12,6 +12,7 @@ from offmap.compare.guest import READY, guest_initramfs
 from offmap.kmod.lab_module import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.lab.patience import scaled
 from offmap.lab.provision import host_kernel
 
 from .conftest import RESERVED
@@ -65,7 +66,9 @@ def test_drgn_agrees_on_every_kind_of_memory(lab_kernel: HostKernel, series: str
             options = ("--memory", backend, "--initrd", str(initrd), "--cmdline", "console=ttyS0 quiet")
             with Guest(host, lab_kernel.vmlinuz, *options) as guest:
                 guest.expect(READY)
-                done = host.output([sys.executable, "-m", "offmap", "audit", str(guest.pid), *SAMPLE], timeout=120.0)
+                done = host.output(
+                    [sys.executable, "-m", "offmap", "audit", str(guest.pid), *SAMPLE], timeout=scaled(120.0)
+                )
                 assert done.status == 0, (backend, done.stderr)
                 oracle = check(json.loads(done.stdout))
                 # What the guest has not touched is not in the VMM's page tables (yet): that cannot be asked.

@@ -53,6 +53,9 @@ class Link(Protocol):
     def failure(self) -> LabError:
         """Say why the host has ended."""
 
+    def doing(self) -> str:
+        """Say what the host has done lately."""
+
     def kill(self) -> None:
         """End the host now."""
 
@@ -242,8 +245,11 @@ class LabCommand:
             LabError: the command could not be started, or its output could not be written.
         """
         if not self._over.wait(timeout):
+            doing = self._link.doing()
             self.kill()
-            raise LabTimeout(f"{self.name} did not end in {timeout:g} s and was killed", "allow more with --timeout")
+            raise LabTimeout(
+                f"{self.name} did not end in {timeout:g} s and was killed ({doing})", "allow more with --timeout"
+            )
         for pump in self._pumps.values():
             pump.thread.join()
         if self._stdin_thread:

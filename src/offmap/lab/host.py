@@ -21,7 +21,7 @@ from offmap.lab.errors import LabEnded, LabError, LabTimeout
 from offmap.lab.guest.frames import GO, HELLO, MAX_PAYLOAD, START, WAITING, Decoder, Start, encode_start, frame
 from offmap.lab.initramfs import initramfs
 from offmap.lab.kernel import HostKernel
-from offmap.lab.patience import TICK, Deadline, Watch, scaled
+from offmap.lab.patience import TICK, Deadline, Watch, calibration, processor_seconds, scaled
 from offmap.lab.process import PANIC_GRACE, QemuProcess, settings
 from offmap.lab.qemu import HostOptions, Ram, parse_size
 from offmap.lab.qmp import Qmp, QmpError
@@ -132,6 +132,7 @@ class LabHost(Owned):
             return host
 
         ensure_bytecode()
+        _log.info("%s", calibration())
         if not fresh and not plugin:
             try:
                 return from_snapshot(kernel, options, archive, shown, new, ends)
@@ -303,6 +304,11 @@ class LabHost(Owned):
         with self._progress:
             self._progress.wait_for(lambda: self._failure is not None, scaled(PANIC_GRACE))
             return self._failure or LabEnded("the lab host is gone", self.console.tail())
+
+    def doing(self) -> str:
+        """Say how much QEMU has run, and what the console said last."""
+        used = processor_seconds(self._qemu.pid)
+        return f"its host has used {used:.0f} s of processor time; last on its console: {self.console.tail(1)!r}"
 
     def kill(self) -> None:
         """End QEMU now."""

@@ -10,13 +10,19 @@ import pytest
 
 from offmap.cli.main import main
 from offmap.errors import BackendRefused, ExitStatus, KernelError, OffmapError, Undetermined
+from offmap.lab.patience import scaled
 
 OFFMAP = (sys.executable, "-m", "offmap")
 
 
 def run(*words: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*prefix, *OFFMAP, *words], capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL
+        [*prefix, *OFFMAP, *words],
+        capture_output=True,
+        text=True,
+        timeout=scaled(60),
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
 
 

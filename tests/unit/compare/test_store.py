@@ -14,6 +14,7 @@ from offmap.compare.questions import Answer
 from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store, read_cell
 from offmap.errors import OffmapError
+from offmap.lab.patience import scaled
 
 SPEC = CellSpec("unplugged")
 INPUTS = {"code": "c", "host_kernel": "h", "host_release": "6.12", "guest_kernel": "g", "guest_release": "6.12"}
@@ -154,7 +155,7 @@ with Store(Path(sys.argv[1])) as store:
 
 def test_a_disk_without_room_leaves_no_half_file(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True, timeout=scaled(60)
     )
     assert "File too large; make room and run it again: what is done is kept" in done.stdout
     assert list((tmp_path / "cells").iterdir()) == []

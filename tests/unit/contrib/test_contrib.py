@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from offmap.audit.report.hosts import parse_report
 from offmap.audit.report.prometheus import LISTED, render_prometheus
+from offmap.lab.patience import scaled
 
 from ..audit.report.samples import every_vm, exposed, not_audited, scan
 
@@ -32,7 +33,7 @@ def command(name: str, missed: str) -> str:
 
 
 def run(*words: str | Path) -> None:
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, timeout=scaled(60))
     assert done.returncode == 0 and not done.stderr.strip(), done.stdout + done.stderr
 
 

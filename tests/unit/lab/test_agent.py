@@ -52,6 +52,9 @@ class Line:
     def failure(self) -> LabError:
         return LabEnded("gone", "")
 
+    def doing(self) -> str:
+        return "nothing"
+
     def kill(self) -> None:
         self.ours.shutdown(socket.SHUT_RDWR)
 

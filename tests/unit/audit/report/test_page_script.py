@@ -9,6 +9,7 @@ import pytest
 
 from offmap.audit.report.hosts import parse_report
 from offmap.audit.report.html import render_html
+from offmap.lab.patience import scaled
 
 from .samples import PAGE, Json, cell, every_vm, exposed, vm
 from .test_html import EVIL, Page
@@ -51,7 +52,7 @@ def in_browser(folder: Path, text: str) -> Page:
     options = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run --dump-dom"
     command = [browser, *options.split(), f"--user-data-dir={folder / 'profile'}"]
     done = subprocess.run(
-        [*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=120, check=False
+        [*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=scaled(120), check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return Page(done.stdout)
