@@ -142,8 +142,7 @@ def _live(commands: socket.socket, memory: Memory, vm: bool) -> None:
             memory.remap()
         elif word == "fork":
             if os.fork() == 0:
-                time.sleep(60)
-                os._exit(0)
+                signal.pause()  # until the host ends
         elif word == "punch":
             libc.fallocate(memory.fd, 3, ctypes.c_long(int(rest) * PAGE), ctypes.c_long(PAGE))  # PUNCH_HOLE | KEEP_SIZE
         commands.send(b"!")
@@ -284,14 +283,16 @@ def sharers() -> dict[str, Any]:
         view = mmap.mmap(fd, 4 * MIB)
         for page in range(16):
             view[page * PAGE]
+        touched, done = os.pipe()
         pid = os.fork()  # the auditor itself is not named: so another process looks
         if pid == 0:
             for page in range(8):
                 view[page * PAGE]
-            time.sleep(60)
-            os._exit(0)
-        # Wait until it has touched them.
-        time.sleep(1)
+            os.write(done, b"x")
+            signal.pause()  # until it is killed
+        os.close(done)
+        os.read(touched, 1)
+        os.close(touched)
         found["file"] = {"pid": pid, **told(audit_process(child.pid, sharers=True))}
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

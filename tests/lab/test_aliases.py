@@ -22,7 +22,7 @@ KERNEL_TEXT = "kernel text mapping"
 def test_the_scan_finds_every_alias_and_nothing_in_what_the_guest_gets(lab_kernel: HostKernel) -> None:
     key = new_key()
     # A fresh host: pages freed from the kernel image are among the first to be handed out again.
-    with LabHost.start(lab_kernel, memory="2560M") as host:
+    with LabHost.start(lab_kernel, memory="2560M", fresh=True) as host:
         done = host.output([sys.executable, TARGET, key, str(MIB)], timeout=scaled(240))
         assert done.status == 0, done.stderr.decode()
     result = json.loads(done.stdout)
