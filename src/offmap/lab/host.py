@@ -7,7 +7,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -132,12 +131,12 @@ class LabHost(Owned):
             return host
 
         ensure_bytecode()
-        _log.info("%s", calibration())
+        _log.debug("%s", calibration())
         if not fresh and not plugin:
             try:
                 return from_snapshot(kernel, options, archive, shown, new, ends)
             except SnapshotUnusable as why:
-                _log.info("%s boots in full: %s", kernel.release, why.what)
+                _log.debug("%s boots in full: %s", kernel.release, why.what)
         host = new()
         try:
             host.boot(archive.archive(), ends)
@@ -193,14 +192,7 @@ class LabHost(Owned):
 
     def go(self, ends: Deadline | None) -> None:
         """Tell the host, which waits, what differs from host to host; wait until it takes commands."""
-        facts = {
-            **settings(self.kernel, self.options),
-            "name": f"offmap-lab-{secrets.token_hex(3)}",
-            "entropy": secrets.token_hex(256),
-            "token": self._token,
-            "time": str(time.time_ns()),
-        }
-        self.send(GO, 0, b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in facts.items()))
+        self.send(GO, 0, settings(self.kernel, self.options, self._token))
         self._await(lambda: self._ready, "its root file system", ends)
 
     def _qmp(self) -> Qmp:

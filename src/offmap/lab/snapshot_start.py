@@ -75,7 +75,7 @@ def from_snapshot(
     try:
         return _restored(snapshots, kind, console, new, ends)
     except SnapshotUnusable as why:
-        _log.info("%s: making snapshot %s", why.what, kind.name)
+        _log.debug("%s: making snapshot %s", why.what, kind.name)
     _make(snapshots, kind, options, archive, console, new, ends)
     return _restored(snapshots, kind, None, new, ends)
 
@@ -100,7 +100,7 @@ def _make(
         finally:
             host.close()
         draft.finish(console.text.encode())
-        _log.info("snapshot %s made in %.1f s", kind.name, time.monotonic() - began)
+        _log.debug("snapshot %s made in %.1f s", kind.name, time.monotonic() - began)
 
 
 def _restored(
@@ -122,7 +122,7 @@ def _restored(
             raise
         if console is not None:
             console.feed(snapshot.console)
-        _log.info("from snapshot %s", kind.name)
+        _log.debug("from snapshot %s", kind.name)
         return host
 
 
