@@ -22,7 +22,7 @@ def tsc_khz() -> int | None:
     if platform.machine() != "x86_64":
         return None
     try:
-        page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+        page = mmap.mmap(-1, len(_RDTSC), prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
     except OSError:  # a hardened machine forbids it
         return None
     page.write(_RDTSC)
