@@ -1,12 +1,14 @@
 """QEMU as a process: started, its console taken, its end diagnosed; never outlives this process."""
 
 import os
+import secrets
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -28,8 +30,8 @@ PANIC_GRACE = 5.0  # seconds from the panic's first line to the end of QEMU, bef
 MOUNTED_OVER = ("/proc", "/sys", "/dev", "/run")  # what a lab host has of its own
 
 
-def settings(kernel: HostKernel, options: HostOptions) -> dict[str, str]:
-    """Return where a host finds its modules and its output folder (guest/root.py).
+def settings(kernel: HostKernel, options: HostOptions, token: str) -> bytes:
+    """Return the GO of a host that starts now (guest/root.py has its form).
 
     Raises:
         LabError: something that the host needs lies where it has a file system of its own.
@@ -40,7 +42,15 @@ def settings(kernel: HostKernel, options: HostOptions) -> dict[str, str]:
             raise LabError(
                 f"{path} cannot be seen in a lab host, which has its own /{path.parts[1]}", "move it elsewhere"
             )
-    return {"modules": str(kernel.modules.resolve()), "out": str(options.out or "")}
+    facts = {
+        "modules": str(kernel.modules.resolve()),
+        "out": str(options.out or ""),
+        "name": f"offmap-lab-{secrets.token_hex(3)}",
+        "entropy": secrets.token_hex(256),
+        "token": token,
+        "time": str(time.time_ns()),
+    }
+    return b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in facts.items())
 
 
 def diagnose(console: Console, status: int) -> LabError:

@@ -1,11 +1,13 @@
 """Why a host ended, and what cannot be seen in one."""
 
+import time
 from pathlib import Path
 
 import pytest
 
 from offmap.lab.console import Console
 from offmap.lab.errors import LabEnded, LabError, LabPanic
+from offmap.lab.guest.root import Settings
 from offmap.lab.kernel import HostKernel
 from offmap.lab.process import diagnose, settings
 from offmap.lab.qemu import HostOptions
@@ -39,6 +41,15 @@ def test_other_ends(text: str, status: int, reason: str) -> None:
 
 
 def test_output_folder_must_be_visible_there() -> None:
-    assert settings(KERNEL, HostOptions(1 << 30, out=Path("/tmp/x")))["out"] == "/tmp/x"
     with pytest.raises(LabError, match="/run/x cannot be seen in a lab host, which has its own /run; move it"):
-        settings(KERNEL, HostOptions(1 << 30, out=Path("/run/x")))
+        settings(KERNEL, HostOptions(1 << 30, out=Path("/run/x")), "token")
+
+
+def test_a_host_reads_what_it_is_told() -> None:
+    first, second = (Settings(settings(KERNEL, HostOptions(1 << 30, out=Path("/tmp/x")), "token")) for _ in range(2))
+    assert (first.modules, first.out, first.token) == ("/m", "/tmp/x", "token")
+    assert abs(first.time - time.time_ns()) < 3600e9
+    assert len(first.entropy) == 256
+    assert first.entropy != second.entropy
+    assert first.name != second.name
+    assert Settings(settings(KERNEL, HostOptions(1 << 30), "")).out == ""

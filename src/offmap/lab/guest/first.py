@@ -30,7 +30,7 @@ def main(port: str) -> None:
             if pid == child:
                 break
         if status:
-            print(f"offmap-lab: the agent ended with status {os.waitstatus_to_exitcode(status)}", flush=True)
+            _say(f"the agent ended with status {os.waitstatus_to_exitcode(status)}")
     finally:
         root.power_off()
 
@@ -42,6 +42,10 @@ def _agent(port: str, told: int, moved: int) -> None:
         agent.main(port, told, moved)
         status = 0
     except Exception as error:
-        print(f"offmap-lab: {error}", flush=True)
+        _say(str(error))
     finally:
         os._exit(status)
+
+
+def _say(what: str) -> None:
+    os.write(1, f"offmap-lab: {what}\n".encode())  # the console
