@@ -39,7 +39,7 @@ def test_a_guest_on_the_ram_finds_the_device(lab_host: LabHost, environment: dic
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_question_is_asked(house: Any, tmp_path: Path) -> None:
-    command = [*OFFMAP, "compare", "--backend", "lent", "--out", str(tmp_path)]
+    command = [*OFFMAP, "compare", "--backend", "lent", "--boots", "1", "--out", str(tmp_path)]
     done = subprocess.run(command, env=house.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (cell,) = (json.loads(path.read_text()) for path in (tmp_path / "cells").glob("*.json"))
