@@ -1,4 +1,4 @@
-"""What owns something (an fd, a mapping, a process) and gives it back at the end of a ``with`` block."""
+"""Objects that own something (an fd, a mapping, a process) and free it at the end of a ``with`` block."""
 
 from abc import ABC, abstractmethod
 from typing import Self
@@ -11,7 +11,7 @@ class Owned(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what is owned. A second call does nothing."""
+        """Free what is owned. A second call does nothing."""
 
     def __enter__(self) -> Self:
         return self

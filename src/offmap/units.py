@@ -12,7 +12,7 @@ _SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19})([KMGTPEkmgtpe]?
 
 
 def parse_size(text: str) -> int:
-    """Bytes.
+    """Return the number of bytes that `text` names.
 
     Raises:
         OffmapError: not a size.

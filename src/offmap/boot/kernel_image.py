@@ -82,7 +82,7 @@ def _read_bounced(file: int, what: str, offset: int, view: memoryview) -> int:
 
 
 def check_kernel(path: FileName) -> None:
-    """Look at the file's first bytes, before anything expensive is done for the guest.
+    """Check the file's first bytes, before anything expensive is done for the guest.
 
     Raises:
         OffmapError: it is missing, empty, or of another format.

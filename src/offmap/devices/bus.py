@@ -34,7 +34,7 @@ class PioDevice(Protocol):
     byte_wide: bool
 
     def ports(self) -> Sequence[range]:
-        """The ports it answers at; fixed for its life."""
+        """Return its ports, which never change."""
 
     def read(self, port: int, size: int) -> int:
         """Answer an ``in`` of ``size`` (1, 2 or 4) bytes; called on a vCPU thread."""
@@ -86,9 +86,9 @@ class PioBus:
                 self._wide.add(port)
 
     def claimed(self) -> Iterator[tuple[int, Callable[[int, int], int], Callable[[int, int, int], None]]]:
-        """Each port that a device answers at, with its `read` and `write`, for a caller that looks ports up itself.
+        """Yield each claimed port with its device's `read` and `write`, for a caller that looks ports up itself.
 
-        They may be called with a size of 1 only: what a wider access means is for `read` and `write` of the bus.
+        Call them with a size of 1 only. Wider accesses go through `read` and `write` of the bus.
         """
         for port, reader in self._readers.items():
             yield port, reader, self._writers[port]

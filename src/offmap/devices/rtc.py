@@ -111,7 +111,7 @@ class Rtc:
             return self._next_event()
 
     def tick(self) -> None:
-        """Notice what has become due and raise the interrupt. Calling it at any other time is harmless."""
+        """Raise the interrupts that have become due. Calling it at any other time is harmless."""
         with self._lock:
             self._note_events()
 
@@ -162,7 +162,7 @@ class Rtc:
             self._ram[register] = self._encode(register, moment)
 
     def _unlatch(self) -> None:
-        """Take the time from the registers; what is no date leaves the clock as it was."""
+        """Take the time from the registers. If they hold no date, the clock stays as it was."""
         from datetime import UTC, datetime  # few guests set their clock, and it takes a while
 
         ram = self._ram
@@ -273,7 +273,7 @@ class Rtc:
         return min(due) - self._offset if due else None
 
     def _note_events(self) -> None:
-        """Set the flags of what happened since the last look. Flags are set whether or not they may interrupt."""
+        """Set the flags of all events since the last call, whether or not they may interrupt."""
         since, now = self._checked, self._now()
         self._checked = now
         if now <= since:
@@ -298,5 +298,5 @@ class Rtc:
 
 
 def _moment(seconds: float) -> time.struct_time:
-    """The date. It stays at either end of what datetime can say: a guest may set its clock to the last of 9999."""
+    """The date, limited to the years 1 to 9999: a guest may set its clock to the last second of 9999."""
     return time.gmtime(math.floor(min(max(seconds, FIRST), LAST)))

@@ -1,7 +1,7 @@
 """An image: a folder with what a guest boots from (kernel, initrd, root file system), and what is in it.
 
-A guest of an image changes nothing in it: its root is the image, read-only, below a layer in the guest's own RAM. So
-several guests can run from one image at once, and what a guest writes is as hidden as the rest of its RAM.
+A guest changes nothing in its image: its root is the image, read-only, below a layer in the guest's own RAM. So several
+guests can run from one image at once, and what a guest writes is as hidden as the rest of its RAM.
 """
 
 import json
@@ -102,7 +102,7 @@ def named_image(name: str) -> Path:
 
 
 def find_image(text: str) -> Image:
-    """The image that a user means: the folder, if it is one or has a slash; else one of the cache, by its name.
+    """Find an image: `text` is a folder if it has a slash or is an image's; else the name of one in the cache.
 
     Raises:
         OffmapError: there is none.

@@ -1,6 +1,6 @@
 """The initrd of a guest: busybox, the modules of its devices and of its root file system, and init.sh.
 
-Small, as it is part of every boot: a module is loaded only where its device is.
+It is small because every boot reads it. A module is loaded only if its device is there.
 """
 
 from collections.abc import Iterable

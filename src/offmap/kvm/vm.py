@@ -31,7 +31,7 @@ class Vm(Handle):
     ) -> None:
         """Map `size` bytes of our memory at `userspace_addr` into the guest; a size of 0 removes the slot.
 
-        What the guest writes to a `readonly` slot leaves the memory as it is, and is an MMIO exit.
+        A write of the guest to a `readonly` slot does not change the memory. It is an MMIO exit.
         """
         flags = uapi.KVM_MEM_READONLY if readonly else 0
         region = uapi.kvm_userspace_memory_region(slot, flags, guest_phys_addr, size, userspace_addr)
@@ -46,7 +46,7 @@ class Vm(Handle):
         guest_memfd: int,
         guest_memfd_offset: int,
     ) -> None:
-        """The same, with the pages of a guest_memfd (``KVM_MEM_GUEST_MEMFD``; KVM_CAP_USER_MEMORY2)."""
+        """Map pages of a guest_memfd into the guest (``KVM_MEM_GUEST_MEMFD``; KVM_CAP_USER_MEMORY2)."""
         region = uapi.kvm_userspace_memory_region2(
             slot,
             uapi.KVM_MEM_GUEST_MEMFD,
@@ -69,7 +69,7 @@ class Vm(Handle):
         self.call("KVM_SET_TSS_ADDR", uapi.KVM_SET_TSS_ADDR, address)
 
     def set_identity_map_addr(self, address: int) -> None:
-        """Where VMX may put its one-page identity map (the same processors)."""
+        """Where VMX may put its one-page identity map (on the processors of `set_tss_addr`)."""
         self.call("KVM_SET_IDENTITY_MAP_ADDR", uapi.KVM_SET_IDENTITY_MAP_ADDR, c_uint64(address))
 
     def reserve_vmx_pages(self) -> None:
@@ -129,7 +129,7 @@ class Vm(Handle):
             return None
 
     def coalesced_mmio(self, address: int, length: int) -> None:
-        """Note down in a ring (kvm.coalesced) what the guest writes there; an exit only where that is full."""
+        """Have KVM note the guest's writes to `address` in a ring (kvm.coalesced). Only a full ring makes an exit."""
         zone = uapi.kvm_coalesced_mmio_zone(address, length, 0)
         self.call("KVM_REGISTER_COALESCED_MMIO", uapi.KVM_REGISTER_COALESCED_MMIO, zone)
 

@@ -1,9 +1,9 @@
-"""virtio-balloon (virtio 1.2, section 5.5): memory that the guest does without goes back to the host, and comes again.
+"""virtio-balloon (virtio 1.2, section 5.5): the guest gives memory back to the host, and can take it again.
 
-The guest inflates the balloon to the size that it is told, and reports free pages by itself (F_REPORTING); when it runs
-out of memory, it takes some back unasked (F_DEFLATE_ON_OOM). What it gives leaves the host's RAM at once, and is a new
-page when the guest touches it again, which it need not announce (F_MUST_TELL_HOST is not offered): the kernel, not this
-device, gives it one, and on a backend that hides takes that off its map as it did with the first.
+The guest inflates the balloon to the size that it is told. It reports free pages by itself (F_REPORTING). When it runs
+out of memory, it takes pages back unasked (F_DEFLATE_ON_OOM). A page that it gives leaves the host's RAM at once. When
+the guest touches it again, the kernel gives it a new page; the guest need not announce that (F_MUST_TELL_HOST is not
+offered). On a backend that hides, the kernel takes the new page off its map as it did the first.
 """
 
 import struct
@@ -95,18 +95,18 @@ class Balloon(VirtioDevice):
             queue.push(chain, 0)
 
     def _deflate(self, queue: Queue) -> None:
-        """The guest takes pages back: they are there as soon as it touches them."""
+        """Answer a guest that takes pages back. It gets each one when it touches it."""
         for chain in queue.chains():
             queue.push(chain, 0)
 
     def _take_report(self, queue: Queue) -> None:
-        """Free pages: the guest does not touch them until it has the buffer back."""
+        """Discard reported free pages. The guest does not touch them until it has the buffer back."""
         for chain in queue.chains():
             self._discard((address_of(view), len(view)) for view in chain.writable if len(view))
             queue.push(chain, 0)
 
     def _pages_of(self, chain: Chain) -> Iterable[tuple[int, int]]:
-        """Where the pages that a chain names are in this process: address and size."""
+        """Yield address (in this process) and size of each page that a chain names."""
         if chain.readable_bytes % _PFN.size or chain.writable or self._activation is None:
             raise DriverError(f"names pages in {chain.readable_bytes} bytes, which are not whole numbers")
         if chain.readable_bytes > _MOST_PAGES * _PFN.size:
@@ -130,7 +130,7 @@ class Balloon(VirtioDevice):
 
 
 def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The same bytes in as few (address, size) as possible: one system call for each."""
+    """Merge adjacent (address, size) ranges: each costs a system call."""
     merged: list[tuple[int, int]] = []
     for address, size in sorted(ranges):
         if merged and address <= sum(merged[-1]):

@@ -42,7 +42,7 @@ from offmap.uapi.virtio.config import VIRTIO_ID_BLOCK
 __all__ = ["Blk"]
 
 QUEUE_SIZE = 512
-"""So that a request of 1 MiB, in pages that lie apart, is one chain: 256 of data, header, status."""
+"""A request of 1 MiB in scattered pages is one chain: 256 descriptors of data, one header, one status."""
 
 _MAX_RANGES = 64  # of one discard or write-zeroes request
 _MAX_RANGE_SECTORS = 1 << 22  # 2 GiB in one range, so that none keeps the drive busy for too long
@@ -181,7 +181,7 @@ class Blk(VirtioDevice):
         return chain.writable_bytes
 
     def _failed(self, kind: int, error: OSError) -> int:
-        """The status for what the host says; said to the user once for each kind of request and error."""
+        """Return the status for an error of the host. Tell the user once for each kind of request and error."""
         number = error.errno or errno.EIO
         if kind in (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES) and number in (errno.EOPNOTSUPP, errno.ENOTTY):
             return VIRTIO_BLK_S_UNSUPP
@@ -230,7 +230,7 @@ class Blk(VirtioDevice):
 
 
 def _split_header(first: memoryview, readable: list[memoryview]) -> tuple[int, int]:
-    """Type and sector of a header in several descriptors, or with data behind it; takes it from `readable`."""
+    """Take a header that spans descriptors, or has data behind it, off `readable`. Return its type and sector."""
     header = bytes(first[:_HEADER_SIZE])
     rest = first[_HEADER_SIZE:]
     while len(header) < _HEADER_SIZE:

@@ -1,4 +1,4 @@
-"""Where a machine's virtio devices are: register pages, interrupt lines, and what connects them to KVM."""
+"""The virtio devices of a machine: their register pages, interrupt lines, and connections to KVM."""
 
 import mmap
 import os
@@ -53,9 +53,9 @@ class Place(NamedTuple):
 class VirtioBus(Owned):
     """All virtio devices of one machine, connected to KVM. Owns the devices, their threads and eventfds.
 
-    Interrupts are edges: an eventfd that KVM turns into a pulse (irqfd). A level-triggered line would have to be
-    lowered after the driver's acknowledgement, hence an exit or a resampling eventfd for each interrupt; nobody shares
-    the lines, so there is nothing that a level would be needed for.
+    Interrupts are edges: an eventfd that KVM turns into a pulse (irqfd). A level-triggered line must be lowered after
+    the driver's acknowledgement, which costs an exit or a resampling eventfd for each interrupt. Devices do not share
+    lines, so none needs a level.
 
     Args:
         specs: name (for people) and what to make, in the order of their places.

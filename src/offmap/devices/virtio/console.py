@@ -32,7 +32,7 @@ _TERMINAL_ROOM = 128  # a pty counts its room in 256 bytes (TTYB_ALIGN_MASK, tty
 
 
 class ConsoleSpec(NamedTuple):
-    """A console device and its ports; a driver without multiple ports gets the first of them only."""
+    """A console device and its ports. A driver that knows no multiple ports gets the first."""
 
     ports: Sequence[Port]
 
@@ -195,7 +195,7 @@ class Console(VirtioDevice):
     # To the guest
 
     def _receive(self, stream: Stream) -> None:
-        """Pass on what the input has: now, where that cannot wait, or when poll says so."""
+        """Pass input on: at once from a regular file, else when poll says that there is some."""
         fd, queue, worker = stream.port.input, stream.input_queue, self._worker
         if fd is None or queue is None or worker is None:
             return
@@ -265,7 +265,7 @@ class Console(VirtioDevice):
         self._write_all(stream)
 
     def _write_all(self, stream: Stream) -> None:
-        """Write what the guest has written, up to where its reader would have to be waited for."""
+        """Write the guest's output until its reader is too slow."""
         queue = stream.output_queue
         if queue is None:
             return
@@ -288,7 +288,7 @@ class Console(VirtioDevice):
         queue.notify()
 
     def _write(self, stream: Stream, chain: Chain, start: int) -> int:
-        """Bytes that are done with; 0 if they must wait, which has been seen to."""
+        """Write a part of a chain. Return how many bytes are done; 0 if they wait for poll to find room."""
         fd = stream.port.output
         buffers = part(chain.readable, start)[:IOV_MAX]
         if fd is None or stream.output_failed or not buffers:

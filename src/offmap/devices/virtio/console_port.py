@@ -22,16 +22,14 @@ class Port(NamedTuple):
 
     Attributes:
         name: what the guest finds it by; empty for none.
-        input: the fd that its input comes from, which stays the caller's; its end of file is the guest's. None: it has
-            none.
-        output: the fd that its output goes to, which stays the caller's; best non-blocking. None: its output is lost.
-        console: it is an hvc console.
-        last: what comes by it is passed on when all that came by the other ports before has been.
-        on_error: called, on the device's thread, with what writing to `output` failed of, once; what comes later is
-            lost.
-        on_open: called, on the device's thread, when the guest opens it or first writes to it: a kernel's console may
-            print the log before its driver opens the port.
-        on_close: called, on the device's thread, when a port that was open is so no more, or its driver has gone.
+        input: fd of its input, owned by the caller. The guest sees its end of file. None: the port has no input.
+        output: fd of its output, owned by the caller, preferably non-blocking. None: the output is lost.
+        console: the port is an hvc console.
+        last: its output waits until the output of all other ports is written.
+        on_error: called once, on the device's thread, with the error of a write to `output`. Later output is lost.
+        on_open: called on the device's thread when the guest opens the port or first writes to it. A kernel's console
+            may print the log before its driver opens the port.
+        on_close: called on the device's thread when an open port is closed, or its driver has gone.
     """
 
     name: str = ""

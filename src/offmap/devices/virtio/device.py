@@ -20,13 +20,13 @@ __all__ = ["Activation", "Bypass", "DeviceSpec", "SharedMemory", "Surroundings",
 
 
 class Bypass(NamedTuple):
-    """What it takes to let the host kernel serve queues without us (vhost.py).
+    """What the host kernel needs to serve queues without us (vhost.py).
 
     Attributes:
         kicks: by queue, the eventfd that the driver's notifications arrive at.
         irq: an eventfd that interrupts the guest.
-        take: to be called with the queues that somebody else serves from now on, until the device is reset: their kicks
-            are no business of ours any more, and InterruptStatus says at all times that there may be used buffers.
+        take: call it with the queues that the host kernel serves from now on, until the device is reset. The transport
+            then ignores their kicks, and InterruptStatus always says that there may be used buffers.
     """
 
     kicks: Sequence[int]
@@ -38,12 +38,12 @@ class Activation(NamedTuple):
     """What a device gets when the driver is ready (DRIVER_OK).
 
     Attributes:
-        queues: by number; None where the driver left one out.
-        features: bit mask of what was negotiated.
+        queues: by number; None for a queue that the driver left out.
+        features: bit mask of the negotiated features.
         dma: the memory that the driver may name.
-        worker: for watching host fds; what was watched must be unwatched in `reset`.
-        config_changed: to be called when `config()` has changed: the driver is told.
-        bypass: for a device whose queues the host kernel may serve; None where it cannot.
+        worker: watches host fds. `reset` must unwatch each of them.
+        config_changed: call it when `config()` has changed. It tells the driver.
+        bypass: lets the host kernel serve queues; None where it cannot.
     """
 
     queues: Sequence[Queue | None]
@@ -85,15 +85,15 @@ class VirtioDevice(Owned, ABC):
         return b""
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The driver has written `data` there. Where the device has nothing writable, nothing happens."""
+        """The driver has written `data` at `offset`. A device with nothing writable ignores it."""
 
     @abstractmethod
     def activate(self, activation: Activation) -> None:
-        """The driver is ready. Kicks may come from now on, and buffers may be there already: `handle` is called once
-        for each queue after this.
+        """The driver is ready. Kicks may come from now on. `handle` is called once for each queue after this, because
+        buffers may be there already.
 
         Raises:
-            DriverError: the driver has left out what the device cannot do without.
+            DriverError: the driver left out a queue that the device needs.
         """
 
     @abstractmethod
@@ -101,16 +101,16 @@ class VirtioDevice(Owned, ABC):
         """The driver has made buffers available in queue number `queue`.
 
         Raises:
-            DriverError: the driver broke the rules; the transport then sets DEVICE_NEEDS_RESET, and the device is idle
+            DriverError: the driver broke the rules. The transport then sets DEVICE_NEEDS_RESET, and the device is idle
                 until the driver resets it.
         """
 
     def failed(self) -> None:
-        """The driver broke the rules; nothing comes from it until it resets the device, if it ever does."""
+        """The driver broke the rules. Nothing comes from it until it resets the device."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget the queues and everything about the driver; nothing of the guest's memory may be held afterwards."""
+        """Forget the queues and the driver. Let go of all guest memory."""
 
     def pause(self) -> None:
         """The worker thread is about to stand still: stop whoever else touches guest memory for the device."""
@@ -119,17 +119,17 @@ class VirtioDevice(Owned, ABC):
         """The worker thread goes on."""
 
     def close(self) -> None:
-        """Give back what the device owns on the host. The worker thread has ended."""
+        """Free what the device owns on the host. The worker thread has ended."""
 
 
 class Surroundings(NamedTuple):
-    """What a device may need of the machine it is built into.
+    """What a device may need of its machine.
 
     Attributes:
         memory: the guest's RAM.
         backend: where that RAM comes from.
         vm: for devices that have memory slots of their own.
-        say: takes a line for the user. A device says what goes wrong once, not with each request.
+        say: takes a line for the user. A device reports a failure once, not with each request.
     """
 
     memory: GuestMemory
@@ -139,7 +139,7 @@ class Surroundings(NamedTuple):
 
     @property
     def hidden(self) -> bool:
-        """Whether the RAM promises to be hidden: GUP then refuses it, and with it direct I/O."""
+        """Whether the RAM promises to be hidden. GUP then refuses it, and so does direct I/O."""
         return self.backend.hides
 
 
@@ -150,5 +150,5 @@ class DeviceSpec(Protocol):
         """Make the device; opens its host files.
 
         Raises:
-            OffmapError: it cannot be had here, with the reason and the remedy.
+            OffmapError: this host cannot give the device; with the reason and the remedy.
         """

@@ -87,7 +87,7 @@ class Disk(Owned):
             opening.pop_all()
 
     def _lock(self, readonly: bool) -> None:
-        """Two guests that write one image destroy it. QEMU sees this lock, and we see QEMU's (F_OFD_SETLK)."""
+        """Lock the file, as two guests that write one image destroy it. QEMU sees this lock, and we see QEMU's."""
         kind = fcntl.F_RDLCK if readonly else fcntl.F_WRLCK
         try:
             fcntl.fcntl(self.fd, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
@@ -167,7 +167,7 @@ class Disk(Owned):
         size: int,
         offset: int,
     ) -> None:
-        """`call` as often as it takes: one call moves no more than 2 GiB, and a full disk takes a part."""
+        """Repeat `call` until all bytes are moved. One call moves 2 GiB at most, and a full disk takes a part."""
         while size:
             if self._always_bounce:
                 done = bounced(views, offset)
@@ -188,7 +188,7 @@ class Disk(Owned):
     def _without_gup(
         self, bounced: Callable[[list[memoryview], int], int], views: list[memoryview], offset: int
     ) -> int:
-        """EFAULT though the views are in RAM: this file system pins pages, and hidden ones cannot be pinned."""
+        """Go by the bounce buffer after an EFAULT: this file system pins pages, and hidden ones cannot be pinned."""
         done = bounced(views, offset)
         if not self._always_bounce:
             self._always_bounce = True

@@ -1,7 +1,7 @@
-"""What of guest memory a device may reach: RAM, less the pages that are kept from the guest.
+"""The guest memory that a device may reach: RAM, without the pages that are kept from the guest.
 
-Pages kept from the guest are mapped by the host kernel (memory/backend.py), so nothing of the guest may come to be in
-them: an honest driver never names one.
+The host kernel maps pages that are kept from the guest (hide.py), so nothing of the guest may get into them. An honest
+driver never names one.
 """
 
 from bisect import bisect_right
@@ -56,11 +56,11 @@ class Dma:
         return view[address - start : address - start + size]
 
     def pieces(self) -> list[tuple[int, int, memoryview]]:
-        """All of it: guest-physical start and end of each piece, and its bytes."""
+        """Return every piece: guest-physical start and end, and its bytes."""
         return list(self._pieces)
 
     def release(self) -> None:
-        """Let go of the memory, which may then be unmapped."""
+        """Let go of the memory, so that it can be unmapped."""
         self.last = (0, 0, memoryview(b""))
         for _, _, view in self._pieces:
             view.release()

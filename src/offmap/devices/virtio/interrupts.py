@@ -43,7 +43,7 @@ class InterruptStatus:
         self.irq = irq
 
     def hold(self, bits: int) -> None:
-        """Let `bits` read as set whatever the driver acknowledges: somebody signals `irq` himself. 0 ends it."""
+        """Show `bits` as set whatever the driver acknowledges, because somebody else signals `irq`. 0 ends it."""
         with self._interrupts.lock:
             self._held = bits
             self._set(self._value)
@@ -75,7 +75,7 @@ class InterruptStatus:
             self._show(value)
 
     def acknowledged(self, bits: int) -> None:
-        """Clear `bits`, which show until something else is done; the caller holds the lock."""
+        """Clear `bits`. They still show until the register changes. The caller holds the lock."""
         self._value &= ~bits
 
 
@@ -92,7 +92,7 @@ class Interrupts:
         self._registers: dict[int, InterruptStatus] = {}
 
     def register(self, address: int, status: InterruptStatus) -> None:
-        """What is written to `address`, guest-physical, acknowledges bits of `status`."""
+        """Have writes to the guest-physical `address` acknowledge bits of `status`."""
         self._registers[address] = status
 
     def take_acknowledgements(self) -> None:

@@ -127,11 +127,11 @@ class MmioTransport:
         self._select_queue(0)
 
     def read(self, offset: int, size: int) -> int:
-        """What the guest's load sees, where it does not read the page by itself."""
+        """Return what a load reads, where the guest cannot read the page itself."""
         return int.from_bytes(self._page[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Take a store. What is no register, or not written as one (4 bytes), is lost, as the driver is told to do."""
+        """Take a store. One that hits no register, or is not 4 bytes wide, is lost."""
         if offset >= reg.VIRTIO_MMIO_CONFIG:
             self._write_config(offset - reg.VIRTIO_MMIO_CONFIG, value.to_bytes(size, "little"))
             return
@@ -233,7 +233,7 @@ class MmioTransport:
     # --- on the worker thread ---
 
     def _on_worker(self, function: Callable[[], None]) -> None:
-        """Run it there and wait for it; what it raises is the device's own failure, not the vCPU's."""
+        """Run `function` on the worker and wait for it. What it raises fails the device, not the vCPU."""
 
         def run() -> None:
             try:
@@ -285,7 +285,7 @@ class MmioTransport:
         self.worker.watch(self._kicks[number], partial(self._kicked, number), select.EPOLLIN | select.EPOLLET)
 
     def _bypass(self, queues: Collection[int]) -> None:
-        """Leave these queues to somebody else, until the next reset."""
+        """Leave these queues to the host kernel until the next reset."""
         self._bypassed = queues
         for number in queues:
             self.worker.unwatch(self._kicks[number])
@@ -322,7 +322,7 @@ class MmioTransport:
             self._forget_driver()
 
     def _failed(self, error: Exception) -> None:
-        """Something that a driver may not do, or a fault of ours: the device is dead until the driver resets it."""
+        """Stop the device until the driver resets it: the driver broke a rule, or we have a bug."""
         if isinstance(error, DriverError):
             self._complain(f"the guest's driver {error}")
         else:
@@ -384,14 +384,14 @@ class MmioTransport:
         self._on_worker(self._device.resume)
 
     def quiesce(self) -> None:
-        """End the worker thread and let go of guest memory, whatever the driver thinks of it."""
+        """End the worker thread and let go of guest memory."""
         self._on_worker(self._reset)
         self.worker.close()
         self._registers.release()
 
 
 def _where(error: Exception) -> str:
-    """The innermost frame of ours, for the one line that a fault of ours may have."""
+    """Name the innermost frame of a bug, for its one line."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

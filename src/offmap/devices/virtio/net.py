@@ -92,7 +92,7 @@ class Net(VirtioDevice):
         mac: 6 bytes.
         mtu: to tell the guest, or None.
         say: takes a line for the user.
-        vhost: moves the packets in our stead; the device then owns it. The backend must be a tap.
+        vhost: moves the packets instead of us. The device then owns it. The backend must be a tap.
     """
 
     device_id = VIRTIO_ID_NET
@@ -247,7 +247,7 @@ class Net(VirtioDevice):
             self._transmit()
 
     def _changed(self, _events: int = 0) -> None:
-        """Look whether the link is up, and tell the driver where it has changed."""
+        """Look whether the link is up. Tell the driver if that has changed."""
         up = not self._gone and self._backend.is_up()
         if up == self._up or self._activation is None:
             return
@@ -256,7 +256,7 @@ class Net(VirtioDevice):
         self._activation.config_changed()
 
     def _failed(self, error: OSError) -> None:
-        """A read or write has failed for another reason than that there is nothing to do."""
+        """A read or write has failed, and not because there is nothing to do."""
         if error.errno in {errno.EBADFD, errno.ECONNRESET, errno.EPIPE}:
             self._gone = True
             self._watch(0)
@@ -289,7 +289,7 @@ class Net(VirtioDevice):
             self._watch(self._watched | select.EPOLLIN)
 
     def _gather(self) -> bool:
-        """Take receive buffers until the largest packet fits; whether a packet may be received."""
+        """Take receive buffers until the largest packet fits. Return whether a packet may be received."""
         queue, posted, pieces = self._rx, self._posted, self._pieces
         if posted and not self._mergeable:
             return True

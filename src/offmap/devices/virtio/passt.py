@@ -53,7 +53,7 @@ class FrameStream(Owned):
         self._unsent: list[memoryview] = []
 
     def set_offload(self, flags: int) -> None:
-        """Not here: without headers there is nothing that could be left undone."""
+        """Do nothing: without headers, no work can be left undone."""
 
     def receive(self, buffers: Sequence[memoryview]) -> int:
         """Read one frame, after an empty header; one that does not fit is dropped.
@@ -87,7 +87,7 @@ class FrameStream(Owned):
             self._dropping = False
 
     def _next_size(self) -> int:
-        """The size of the frame that comes next, or of which a part was read."""
+        """The size of the next frame, or of the one of which a part was read."""
         if not self._size:
             while self._prefix_done < _LENGTH.size:
                 self._prefix_done += self._read([memoryview(self._prefix)[self._prefix_done :]])
@@ -123,7 +123,7 @@ class FrameStream(Owned):
             self._unsent = [memoryview(rest)]
 
     def flush(self) -> bool:
-        """Write the rest of a frame; whether all of it is on its way. `fd` becomes writable where not."""
+        """Write the rest of a frame. Return whether all of it is on its way; if not, `fd` becomes writable."""
         while self._unsent:
             try:
                 self._unsent = part(self._unsent, self._stream.send(self._unsent[0]))
@@ -134,7 +134,7 @@ class FrameStream(Owned):
         return True
 
     def forget(self) -> None:
-        """The buffers given to `receive` are no more: drop the frame that has begun in them."""
+        """Drop the frame that `receive` has begun: its buffers are gone."""
         self._dropping = self._dropping or self._done > 0
 
     def close(self) -> None:

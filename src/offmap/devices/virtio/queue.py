@@ -70,7 +70,7 @@ class Chain:
 
 
 class _Tables(dict[int, Struct]):
-    """How to read all of a table of so many descriptors. Of all queues, and so on any thread."""
+    """Structs that unpack a whole table, by its number of descriptors. All queues share them, on any thread."""
 
     def __missing__(self, count: int) -> Struct:
         if len(self) >= _MOST_TABLES:
@@ -92,7 +92,7 @@ class Queue:
         interrupt: tells the driver that there are used buffers.
         event_idx: VIRTIO_RING_F_EVENT_IDX was negotiated.
         indirect: VIRTIO_RING_F_INDIRECT_DESC was negotiated.
-        again: makes that the queue is looked at again later, as by a kick; None: `chains` goes on as long as it can.
+        again: has the queue looked at again later, as by a kick. None: `chains` goes on as long as it can.
 
     Attributes:
         size, desc, avail, used: as above.
@@ -150,7 +150,7 @@ class Queue:
         """The next buffer that the driver has made available, or None.
 
         Raises:
-            DriverError: it is none that the specification allows.
+            DriverError: the specification forbids such a buffer.
         """
         last = self._last_avail
         avail = self._avail
@@ -228,7 +228,7 @@ class Queue:
         self._used_idx = self._used[1] = used_idx + 1 & 0xFFFF
 
     def push_all(self, chains: Sequence[tuple[Chain, int]]) -> None:
-        """The same for several, which the driver gets to see all at once."""
+        """Give several chains back, each with the bytes written. The driver sees them all at once."""
         used_idx = self._used_idx
         elements = self._used_elements
         for chain, written in chains:
@@ -239,7 +239,7 @@ class Queue:
         self._used_idx = self._used[1] = used_idx & 0xFFFF
 
     def notify(self) -> None:
-        """Interrupt the driver, if it wants to be, for what was pushed since the last call."""
+        """Interrupt the driver for what was pushed since the last call, if it wants that."""
         new, old = self._used_idx, self._signalled
         if new == old:
             return
@@ -255,7 +255,7 @@ class Queue:
             self._interrupt()
 
     def rearm(self) -> bool:
-        """Ask for a kick with the next buffer; whether there is one already, so that no kick may come for it."""
+        """Ask for a kick with the next buffer. Return whether one is there already: no kick may come for that one."""
         if self._event_idx:
             self._used[self._avail_event_at] = self._last_avail
             self._fence()
@@ -263,11 +263,11 @@ class Queue:
         return self._avail[1] != self._last_avail
 
     def chains(self) -> Iterator[Chain]:
-        """The buffers that are available; at the end, the driver has been asked for a kick with the next one.
+        """Yield the available buffers. At the end the driver is asked for a kick with the next one.
 
-        A driver may add them as quickly as they are used, and need not even run for it: a drive's data can be read
-        into the available ring. So after a share of them the rest is left for another time (`again`), and whoever
-        waits for the thread, to stop the device for example, comes in between.
+        A driver may add buffers as quickly as they are used. It need not even run for it: a drive's data can be read
+        into the available ring. So after a share of buffers the rest waits (`again`). Whoever waits for the thread
+        gets a turn in between, to stop the device for example.
 
         Raises:
             DriverError: as `pop`.
@@ -284,11 +284,11 @@ class Queue:
                 return
 
     def undo_pop(self) -> None:
-        """Put the buffer that was popped last back, so that the next `pop` gives it again."""
+        """Put the last popped buffer back. The next `pop` gives it again."""
         self._last_avail = self._last_avail - 1 & 0xFFFF
 
     def stop(self) -> None:
-        """Let go of guest memory: from now on `pop` finds nothing, and what is pushed goes nowhere."""
+        """Let go of guest memory. From now on `pop` finds nothing, and pushed buffers go nowhere."""
         self._avail = memoryview(bytes(6 + 2 * self.size)).cast("H")
         self._used = memoryview(bytearray(6 + 8 * self.size)).cast("H")
         self._used_elements = memoryview(bytearray(8 * self.size)).cast("I")
@@ -303,10 +303,10 @@ class Queue:
 
 
 def _straight(head: int, words: tuple[int, ...], start: int, end: int, ram: memoryview) -> Chain | None:
-    """A long chain whose descriptors are linked in their order, as Linux links them: quicker than one by one.
+    """Read a long chain whose descriptors are linked in their order, as Linux links them, all at once.
 
     Returns:
-        None where it is not so, or not all in `ram` (guest-physical `start` to `end`): then each has to be looked at.
+        The chain; None if it is linked otherwise, or not all in `ram` (guest-physical `start` to `end`).
     """
     flags = words[2::4]
     count = len(flags)

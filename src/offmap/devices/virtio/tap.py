@@ -79,16 +79,16 @@ class Tap(Owned):
         os.writev(self.fd, buffers)
 
     def flush(self) -> bool:
-        """Whether everything sent is on its way: here, always."""
+        """Whether all sent frames are on their way. A tap never keeps one."""
         return True
 
     def forget(self) -> None:
-        """Drop what was begun with buffers that are no more: here, nothing."""
+        """Drop a frame that was begun in old buffers. A tap never begins one."""
 
     def is_up(self) -> bool:
         """Whether the interface is there and up; eats what `changes` has to say.
 
-        One of another network namespace, handed over as an fd, cannot be looked at, and is taken to be up.
+        An interface of another network namespace, handed over as an fd, cannot be looked at. It counts as up.
         """
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -127,7 +127,7 @@ class Tap(Owned):
 
 
 def check_name(name: str) -> None:
-    """Refuse what can be the name of no network interface.
+    """Refuse a name that no network interface can have.
 
     Raises:
         OffmapError: it cannot.

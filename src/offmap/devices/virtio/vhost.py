@@ -1,10 +1,10 @@
 """vhost-net: the host kernel moves packets between the guest's rings and a tap by itself (drivers/vhost/net.c).
 
-A kernel thread with the VMM's address space reaches guest memory as this process does, through its own page tables
-(copy_to_user and its like), so it works on hidden RAM too. What would not is its zero-copy transmission, which pins the
-guest's pages with GUP; Linux has it off since 5.2 (098eadce3c62).
+A kernel thread with the VMM's address space reaches guest memory through this process's page tables (copy_to_user), so
+it works on hidden RAM too. Its zero-copy transmission would not, because it pins the guest's pages with GUP. Linux has
+that off since 5.2 (098eadce3c62).
 
-Neither the driver's notifications nor the interrupts come past us: both are eventfds that KVM and vhost share.
+Notifications and interrupts do not pass through this process: both are eventfds that KVM and vhost share.
 """
 
 import os
@@ -97,7 +97,7 @@ class VhostNet(Handle):
             os.eventfd_write(kick, 1)  # the driver's last one may have found nobody
 
     def stop(self) -> None:
-        """Take the queues back: when this returns, nothing of the guest's memory is touched any more."""
+        """Take the queues back. After this the kernel touches no guest memory."""
         if self.errors < 0:
             return
         self.pause()
@@ -123,10 +123,10 @@ def open_vhost_net(hidden: bool) -> VhostNet:
     """The host's vhost-net, owned by this process.
 
     Args:
-        hidden: guest RAM is, so that its pages cannot be pinned.
+        hidden: guest RAM is hidden, so its pages cannot be pinned.
 
     Raises:
-        OffmapError: there is none, or not one that would work.
+        OffmapError: this host has none, or none that would work.
     """
     try:
         fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)

@@ -318,7 +318,7 @@ class Vsock(VirtioDevice):
         self._deliver()
 
     def _look(self, connection: Connection) -> None:
-        """Something has happened to it: is it over, or has it something to say?"""
+        """After an event of a connection: end it if it is over, or queue it if it has a packet."""
         if connection.state is State.OVER:
             if connection.drained():
                 self._leaving.discard(connection)
@@ -331,7 +331,7 @@ class Vsock(VirtioDevice):
             self._turn.setdefault(connection)
 
     def _leave(self, connection: Connection) -> None:
-        """The guest knows no more of it. Its host may still have to read what was sent."""
+        """The guest has closed it. Its host may still have to read what was sent."""
         del self._connections[connection.host_port, connection.guest_port]
         connection.state = State.OVER
         self._leaving.add(connection)

@@ -65,7 +65,7 @@ class Connection:
     # From the guest
 
     def take_credit(self, hdr: virtio_vsock_hdr) -> None:
-        """What every packet of the guest says of its buffer."""
+        """Take the buffer size and position that every packet of the guest carries."""
         self._peer_buf_alloc, self._peer_fwd_cnt = hdr.buf_alloc, hdr.fwd_cnt
         self._asked_credit = False
 
@@ -85,7 +85,7 @@ class Connection:
                 self._backlog += piece
 
     def take_shutdown(self, flags: int) -> None:
-        """What the guest does no more: VIRTIO_VSOCK_SHUTDOWN_*."""
+        """The guest has ended a direction, or both: VIRTIO_VSOCK_SHUTDOWN_*."""
         new = flags & ~self._guest_down & _BOTH
         self._guest_down |= new
         if new & uapi.VIRTIO_VSOCK_SHUTDOWN_RCV:
@@ -99,7 +99,7 @@ class Connection:
     # From the host's socket
 
     def events(self, events: int) -> None:
-        """What epoll says of it (edge-triggered)."""
+        """Take epoll's events of the socket (edge-triggered)."""
         if events & (select.EPOLLIN | select.EPOLLRDHUP):
             self.readable = True
         if events & (select.EPOLLHUP | select.EPOLLERR):
@@ -115,7 +115,7 @@ class Connection:
             self.failed = True
 
     def _send(self, payload: Sequence[memoryview], *, counts: bool = True) -> int:
-        """Write to the socket; how many bytes are dealt with."""
+        """Write to the socket. Return how many bytes are done, written or lost."""
         try:
             done = self.socket.sendmsg(payload, (), socket.MSG_NOSIGNAL) if payload else 0
         except BlockingIOError:
@@ -185,7 +185,7 @@ class Connection:
         return self.readable and not done
 
     def next_packet(self, room: Sequence[memoryview]) -> virtio_vsock_hdr | None:
-        """What to tell the guest next; its bytes, if it has any, are then in `room`."""
+        """Return the header of the next packet for the guest, or None. Its payload is then in `room`."""
         if self._reply:
             op, self._reply = self._reply, 0
             return self._header(op)
@@ -206,7 +206,7 @@ class Connection:
         return None
 
     def _read(self, room: Sequence[memoryview]) -> int:
-        """Read from the socket; 0 where there is nothing, or it has ended."""
+        """Read from the socket. Return the number of bytes; 0 if there are none, or it has ended."""
         try:
             got = self.socket.recvmsg_into(room)[0] if room else 0
         except BlockingIOError:

@@ -1,7 +1,7 @@
-"""vsock's host side: Unix sockets, as Firecracker's users know them.
+"""vsock's host side: Unix sockets, as in Firecracker.
 
-Who wants to talk to the guest connects to PATH, writes ``CONNECT <port>\\n``, and once the guest has accepted reads
-``OK <host port>\\n``; from there on it is a stream. Who waits for the guest listens at PATH_<port>.
+A program that talks to the guest connects to PATH and writes ``CONNECT <port>\\n``. When the guest has accepted it, the
+program reads ``OK <host port>\\n``, and the stream begins. A program that waits for the guest listens at PATH_<port>.
 """
 
 import contextlib
@@ -84,7 +84,7 @@ class Listener(Owned):
 
 
 class Greeting:
-    """What a client says first. Nothing behind its newline is read."""
+    """The first line of a client. Nothing after its newline is read."""
 
     def __init__(self, client: socket.socket) -> None:
         self.socket = client

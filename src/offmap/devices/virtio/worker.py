@@ -1,7 +1,7 @@
-"""The thread that a device lives on: everything of the device happens there, and so needs no locks.
+"""The thread of a device. All that the device does happens there, and so needs no locks.
 
-It waits for the driver's kicks (ioeventfds), for whatever host files the device watches, and for calls from other
-threads (the transport's, on behalf of a vCPU). A device that is stalled, on a disk for example, stalls only itself.
+It waits for the driver's kicks (ioeventfds), for the host files that the device watches, and for calls from other
+threads (the transport's, for a vCPU). A stalled device, waiting for a disk for example, stalls only itself.
 """
 
 import os
@@ -27,7 +27,7 @@ class Worker(Owned):
 
     Args:
         name: of the thread.
-        on_error: called, on the thread, with what an event's handler raised; the thread goes on.
+        on_error: called on the thread with what a handler raised. The thread goes on.
 
     Raises:
         OffmapError: this process may start no more threads.
@@ -97,7 +97,7 @@ class Worker(Owned):
         return results[0]
 
     def post(self, function: Callable[[], None]) -> None:
-        """Run `function` on the thread, some time later; what it raises goes to `on_error`."""
+        """Run `function` on the thread later. What it raises goes to `on_error`."""
         self._calls.append(function)
         os.eventfd_write(self._wake, 1)
 
@@ -143,7 +143,7 @@ class Worker(Owned):
                         self._on_error(error)
 
     def close(self) -> None:
-        """Let the thread finish what it does, and end it."""
+        """End the thread when it has finished its current work."""
         if self._closing:
             return
 
