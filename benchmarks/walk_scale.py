@@ -27,7 +27,7 @@ from command import benchmark_parser
 from figure import Figure, Limit
 from offmap.audit.classify import classify
 from offmap.audit.frames import POPULATED, Frames
-from offmap.audit.guest_ram import GuestRam, RamRange, Source
+from offmap.audit.guest_ram import GuestRam, RamRange
 from offmap.audit.intervals import Intervals
 from offmap.audit.join import join
 from offmap.audit.kinds import kinds_of
@@ -35,6 +35,7 @@ from offmap.audit.mappings import KernelMappings
 from offmap.audit.physical import physical_map
 from offmap.audit.regions import DIRECT_MAP, Layout
 from offmap.audit.regions import VMALLOC as VMALLOC_SPACE
+from offmap.audit.result import Source
 from offmap.audit.walk import walk_kernel_half
 from offmap.errors import OffmapError
 

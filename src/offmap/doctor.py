@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from offmap.audit.audit import audit_process
-from offmap.audit.guest_ram import RamRange, Source
-from offmap.audit.result import AuditResult
+from offmap.audit.guest_ram import RamRange
+from offmap.audit.result import AuditResult, Source
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus, OffmapError, Undetermined
 from offmap.kvm import Kvm
 from offmap.memory.backend import BACKENDS, parse_backend
 from offmap.memory.probe import try_out
-
-__all__ = ["Diagnosis", "Health", "examine", "exit_status"]
 
 _SIZE = 4 << 20  # bytes of RAM to try with: whole huge pages, and little enough for any host
 

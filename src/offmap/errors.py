@@ -9,8 +9,6 @@ import os
 from enum import IntEnum
 from typing import Self
 
-__all__ = ["BackendRefused", "ExitStatus", "KernelError", "OffmapError", "Undetermined"]
-
 
 class ExitStatus(IntEnum):
     """Exit status of every offmap command (docs/design.md)."""

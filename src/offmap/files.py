@@ -2,8 +2,6 @@
 
 import os
 
-__all__ = ["FileName", "read_text"]
-
 FileName = str | os.PathLike[str]
 
 

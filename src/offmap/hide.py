@@ -27,8 +27,6 @@ from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
-__all__ = ["NotAudited", "Ram", "Vet", "Vetted", "vet"]
-
 _log = Logger("offmap.hide")
 
 
@@ -215,7 +213,8 @@ def _answer() -> int:
     import json
 
     from offmap.audit.audit import audit_process
-    from offmap.audit.guest_ram import RamRange, Source
+    from offmap.audit.guest_ram import RamRange
+    from offmap.audit.result import Source
 
     pid, ranges = json.load(sys.stdin)
     try:

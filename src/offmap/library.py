@@ -22,8 +22,6 @@ from offmap.lab.host import LabHost
 from offmap.log import Logger
 from offmap.vmm.machine import Machine
 
-__all__ = ["JobResult", "audit_host", "lab_host", "list_backends", "run_job", "run_matrix"]
-
 _log = Logger("offmap.library")
 
 

@@ -8,8 +8,6 @@ import sys
 import threading
 from collections.abc import Callable
 
-__all__ = ["DEBUG", "ERROR", "INFO", "WARNING", "Logger", "set_up_with"]
-
 DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 
 _lock = threading.RLock()  # a signal's handler may log inside `log`

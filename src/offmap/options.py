@@ -5,8 +5,6 @@ from typing import NoReturn, Self, TypeVar
 
 from offmap.errors import OffmapError
 
-__all__ = ["Options"]
-
 _T = TypeVar("_T")
 
 

@@ -3,8 +3,6 @@
 from abc import ABC, abstractmethod
 from typing import Self
 
-__all__ = ["Owned"]
-
 
 class Owned(ABC):
     """A context manager that closes itself."""

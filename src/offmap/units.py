@@ -4,8 +4,6 @@ import re
 
 from offmap.errors import OffmapError
 
-__all__ = ["format_size", "parse_size"]
-
 _SUFFIXES = "KMGTPE"
 # No leading zeros: memparse() takes them for octal, and people for nothing. No more digits than 64 bits can have.
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19})([KMGTPEkmgtpe]?)(?:i?[Bb])?")

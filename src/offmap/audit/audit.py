@@ -40,8 +40,6 @@ from offmap.log import Logger
 from offmap.report.typed import Address
 from offmap.units import format_size
 
-__all__ = ["Options", "Progress", "Snapshot", "Stage", "audit_process", "snapshot_process"]
-
 _log = Logger("offmap.audit")
 
 _ATTEMPTS = 3  # memory hot-plugged in mid-audit changes kcore's segments

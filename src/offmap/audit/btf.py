@@ -12,8 +12,6 @@ from typing import Self
 
 import numpy as np
 
-__all__ = ["Btf", "Unknown"]
-
 PATH = "/sys/kernel/btf/vmlinux"
 _MAGIC = 0xEB9F
 _HEADER = struct.Struct("<HBBIIIII")  # struct btf_header

@@ -14,8 +14,6 @@ from typing import NewType
 
 from offmap.errors import OffmapError
 
-__all__ = ["CANARY_LENGTH", "PREFIX", "Canary", "CanaryKey", "make_canary", "new_key", "parse_canary", "parse_key"]
-
 CanaryKey = NewType("CanaryKey", str)
 
 PREFIX = b"OFFMAPCANARY1:"

@@ -19,8 +19,6 @@ from offmap.audit.result_sets import Change, Changes, Difference
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["compare"]
-
 _KINDS = tuple(Kind)
 
 Ints = NDArray[np.int64]

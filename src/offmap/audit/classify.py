@@ -18,8 +18,6 @@ from offmap.audit.reach import Kind
 from offmap.audit.result import Pages
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
-__all__ = ["Judged", "classify", "excluded_ranges", "mapped_guest_ranges"]
-
 _CHANGED = "came, went or moved during the audit"
 
 Ints = NDArray[np.int64]

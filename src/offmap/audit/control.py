@@ -14,8 +14,6 @@ from offmap.audit.pagemap import OwnPage
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["check_control"]
-
 _ATTEMPTS = 3  # our page may be migrated just then
 
 

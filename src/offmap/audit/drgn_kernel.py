@@ -13,8 +13,6 @@ from offmap.errors import OffmapError, Undetermined
 if TYPE_CHECKING:
     from drgn import Object, Program, Type
 
-__all__ = ["DrgnKernel", "require_drgn"]
-
 
 def require_drgn() -> None:
     """Make sure that drgn is there, before time is spent on what it is to be asked about.

@@ -11,8 +11,6 @@ from offmap.audit.result_sets import EveryVm, NotAudited
 from offmap.audit.vms import VmProcess, find_vms
 from offmap.errors import ExitStatus, OffmapError
 
-__all__ = ["audit_every_vm", "worst_status"]
-
 _GRAVITY = (ExitStatus.DONE, ExitStatus.FAILED, ExitStatus.UNDETERMINED, ExitStatus.EXPOSED)
 
 

@@ -25,8 +25,6 @@ from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
-__all__ = ["EMPTY", "POPULATED", "UNKNOWN", "Frames", "resolve"]
-
 UNKNOWN, EMPTY, POPULATED = 0, 1, 2
 _MISSING = 3  # not in the process's page tables: one of the three above, once its file has been asked
 

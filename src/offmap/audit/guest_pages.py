@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 from offmap.audit.guest_ram import RamRange
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["GuestPages"]
-
 _NOWHERE = -1
 
 Ints = NDArray[np.int64]

@@ -31,18 +31,6 @@ from offmap.errors import Undetermined
 from offmap.report.typed import Count, Document, Malformed, decode, parse_json
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = [
-    "KVM_VCPU_LINK",
-    "KVM_VM_LINK",
-    "MEMSLOTS_LINK",
-    "GuestRam",
-    "RamRange",
-    "Source",
-    "find_guest_ram",
-    "guess_ranges",
-    "parse_memslots",
-]
-
 MEMSLOTS_LINK = "/memfd:offmap-memslots (deleted)"
 _MEMSLOTS_LIMIT = 1 << 20  # far more than KVM_USER_MEM_SLOTS of them take
 _USER_BITS = 56  # 5-level page tables: the user half (Documentation/arch/x86/x86_64/mm.rst)

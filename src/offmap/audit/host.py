@@ -10,8 +10,6 @@ from msgspec import Meta
 
 from offmap.report.typed import Count, Document, Malformed
 
-__all__ = ["HostFacts", "Time", "host_facts", "parse_time", "utc_now"]
-
 _FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 _LAB_MARK = "offmap.lab"  # on the kernel command line of a disposable host
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Intervals", "cut", "distinct", "overlaps"]
-
 Ints = NDArray[np.int64]
 
 

@@ -20,8 +20,6 @@ from offmap.audit.regions import Layout
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
-__all__ = ["Joined", "join"]
-
 _CHUNK = 1 << 16  # runs of guest pages joined at once
 _KINDS = tuple(Kind)
 

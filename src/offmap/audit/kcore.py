@@ -32,8 +32,6 @@ from offmap.uapi.elf import (
 )
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
-__all__ = ["Kcore", "KcoreReader", "Segment", "direct_map_base", "parse_program_headers"]
-
 _NO_PADDR = (1 << 64) - 1  # p_paddr of a segment that is not physically contiguous (elf_kcore: -1)
 _CAP_SYS_RAWIO = 17  # include/uapi/linux/capability.h
 _HEADER_LIMIT = 1 << 20  # far above what PN_XNUM program headers would take

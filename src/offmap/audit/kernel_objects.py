@@ -19,8 +19,6 @@ from offmap.audit.regions import DIRECT_MAP, KERNEL_TEXT, MODULES, VMEMMAP, Layo
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["CachedFile", "KernelObjects", "Task", "symbol"]
-
 _KALLSYMS = Path("/proc/kallsyms")
 _MAPPING_FLAGS = 3  # PAGE_MAPPING_FLAGS (FOLIO_MAPPING_FLAGS): anonymous, KSM or movable memory, no file's
 _MOST_DEEP = 256  # folders above a file

@@ -18,8 +18,6 @@ from offmap.audit.reach import Kind
 from offmap.audit.regions import Layout
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Area", "Kinds", "kinds_of", "parse_vmallocinfo", "read_vmallocinfo"]
-
 _LINE = re.compile(r"0x([0-9a-f]+)-0x([0-9a-f]+) +(\d+)(.*)")
 _PHYS = re.compile(r"phys=(?:0x)?([0-9a-f]+)")
 _ORDER = tuple(Kind)

@@ -19,8 +19,6 @@ from offmap.audit.kernel_objects import KernelObjects, symbol
 from offmap.audit.regions import VMALLOC, Layout
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["KVM_VM_LINK", "KvmSlot", "KvmSlots", "OthersVm"]
-
 KVM_VM_LINK = "anon_inode:kvm-vm"
 _BTF = Path("/sys/kernel/btf")
 _INIT_PID_NAMESPACE = "pid:[4026531836]"  # include/linux/proc_ns.h, PROC_PID_INIT_INO

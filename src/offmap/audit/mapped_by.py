@@ -13,8 +13,6 @@ from offmap.audit.process import NoSuchProcess, Process
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["MappedBy", "mapped_by"]
-
 _STEP = 1 << 17  # pages looked at at once
 
 

@@ -8,9 +8,6 @@ from numpy.typing import NDArray
 from offmap.audit.result import Span, Walk
 from offmap.uapi.page import PAGE_SHIFT
 
-__all__ = ["RUN", "KernelMappings", "covered", "merge_runs"]
-
-
 # One stretch of mappings, contiguous in virtual and physical addresses, of one page size and one set of permissions.
 RUN = np.dtype(
     [

@@ -33,8 +33,6 @@ from offmap.audit.walk import REFERENCES
 from offmap.errors import OffmapError
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["DEFAULT_PAGES", "Lookups", "Oracle", "OracleDisagrees", "Sample", "ask_oracle"]
-
 DEFAULT_PAGES = 256
 _ATTEMPTS = 3
 

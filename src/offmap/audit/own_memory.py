@@ -10,8 +10,6 @@ from offmap.audit.maps import parse_maps
 from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["LockedBuffer", "frames_at", "own_frames"]
-
 _libc = ctypes.CDLL(None, use_errno=True)
 _UNCOUNTED = {"[vsyscall]", "[vvar]", "[vvar_vclock]"}  # the kernel's pages, not ours
 

@@ -12,25 +12,6 @@ from numpy.typing import NDArray
 from offmap.errors import Undetermined
 from offmap.owned import Owned
 
-__all__ = [
-    "KPF_ANON",
-    "KPF_BUDDY",
-    "KPF_COMPOUND_TAIL",
-    "KPF_HUGE",
-    "KPF_HWPOISON",
-    "KPF_KSM",
-    "KPF_LRU",
-    "KPF_MMAP",
-    "KPF_NOPAGE",
-    "KPF_OFFLINE",
-    "KPF_PGTABLE",
-    "KPF_RESERVED",
-    "KPF_SLAB",
-    "KPF_UPTODATE",
-    "KPF_ZERO_PAGE",
-    "PageFlags",
-]
-
 # include/uapi/linux/kernel-page-flags.h
 KPF_UPTODATE = 3
 KPF_LRU = 5

@@ -11,8 +11,6 @@ from offmap.errors import Undetermined
 from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["OwnPage", "PagemapEnds", "pfn", "present", "private", "read_pagemap", "swapped", "zero_page_pfn"]
-
 _libc = ctypes.CDLL(None, use_errno=True)
 _PFN = np.uint64((1 << 55) - 1)  # bits 0-54, if present
 _FILE = np.uint64(1 << 61)

@@ -11,8 +11,6 @@ from offmap.audit.reach import Kind, PhysicalCell, PhysicalMap
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["physical_map"]
-
 _CELLS = 4096  # as many can still be looked at one by one
 _KINDS = tuple(Kind)
 

@@ -37,8 +37,6 @@ from offmap.audit.scan_result import Owner, PageProcess, Sort
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Look", "Placer", "sort_of"]
-
 _THREAD_SIZE = 4 * PAGE_SIZE  # arch/x86/include/asm/page_64_types.h, without KASAN
 _MOST_NAMED = 1 << 10  # pages whose owners are looked up one by one
 

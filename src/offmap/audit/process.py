@@ -7,8 +7,6 @@ from offmap.audit.maps import Mapping, parse_maps
 from offmap.errors import OffmapError, Undetermined
 from offmap.owned import Owned
 
-__all__ = ["NoSuchProcess", "Process", "ProcessEnded"]
-
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

@@ -9,20 +9,6 @@ from typing import Annotated
 
 from offmap.report.typed import Address, Count, Document, one_of
 
-__all__ = [
-    "LISTED",
-    "Kind",
-    "KindName",
-    "PageBytes",
-    "PhysicalCell",
-    "PhysicalMap",
-    "Reach",
-    "ReachTotal",
-    "Sharer",
-    "Sharing",
-    "VmmFacts",
-]
-
 LISTED = 1 << 14  # ranges a list holds: some 5 MB of JSON
 
 

@@ -23,8 +23,6 @@ from offmap.audit.pageflags import PageFlags
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Piece", "clip", "frames_of", "ioremap_areas", "read_plan", "union", "zero_filled_intervals"]
-
 
 class Piece(NamedTuple):
     """A stretch of kernel addresses and the physical memory behind it."""

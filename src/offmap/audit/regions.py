@@ -17,8 +17,6 @@ from offmap.audit.reach import Kind
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo
 from offmap.uapi.page import PAGE_MASK
 
-__all__ = ["CPU_ENTRY_AREA", "DIRECT_MAP", "FIXMAP", "KERNEL_TEXT", "MODULES", "VMALLOC", "VMEMMAP", "Layout"]
-
 LDT_REMAP = "LDT remap for PTI"
 DIRECT_MAP = "direct mapping of all physical memory"
 VMALLOC = "vmalloc/ioremap space"

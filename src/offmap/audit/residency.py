@@ -23,8 +23,6 @@ from offmap.audit.process import Process
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Backing", "allocated_bytes", "backing_of", "link", "open_backing", "resident_frames"]
-
 _SYS_PIDFD_GETFD = 438  # arch/x86/entry/syscalls/syscall_64.tbl
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h
 _libc = ctypes.CDLL(None, use_errno=True)

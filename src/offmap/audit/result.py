@@ -12,8 +12,6 @@ from offmap.audit.scan_result import Scan
 from offmap.audit.verdict import Verdict
 from offmap.report.typed import Address, Count, Document, Malformed, Seconds, one_of
 
-__all__ = ["AuditResult", "AuditedRange", "OracleResult", "Pages", "Source", "Span", "Walk"]
-
 
 class Source(StrEnum):
     """How it is known that a range is guest RAM."""

@@ -10,8 +10,6 @@ from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus
 from offmap.report.typed import Address, Count, Document, json_schema, one_of
 
-__all__ = ["Change", "Changes", "Difference", "EveryVm", "Merged", "MergedPart", "NotAudited", "audit_schema"]
-
 
 class NotAudited(Document, frozen=True):
     """A process that holds a KVM VM and could not be audited. Its VM is unknown, never left out.

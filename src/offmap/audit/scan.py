@@ -33,8 +33,6 @@ from offmap.errors import Undetermined
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Wanted", "canary_pattern", "default_threads", "scan_memory", "secret_pattern"]
-
 _THREADS = 2  # one reader rarely fills a memory channel; a host in use has better things to do than more of them
 
 _MOST_PLACES = 1 << 14  # of a secret; nobody reads a longer list

@@ -7,8 +7,6 @@ import msgspec
 
 from offmap.report.typed import Address, Count, Document, Seconds, one_of
 
-__all__ = ["FoundCanary", "Owner", "PageProcess", "Place", "Scan", "Sort"]
-
 
 class Sort(StrEnum):
     """What a page is."""

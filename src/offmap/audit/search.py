@@ -25,8 +25,6 @@ from offmap.audit.readable import Piece
 from offmap.errors import OffmapError
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Found", "Lane", "Pattern", "Read", "Seams", "buffer_size", "search"]
-
 _BUFFER = 2 << 20  # with smaller ones two threads spend their time on handing each other the interpreter's lock
 _ANCHOR = 64  # memmem's fast path ends at 256 bytes; longer anchors skip no more
 

@@ -6,18 +6,16 @@ from offmap.audit.btf import Btf, Unknown
 from offmap.audit.drgn_kernel import DrgnKernel
 from offmap.audit.frames import POPULATED, resolve
 from offmap.audit.guest_pages import GuestPages
-from offmap.audit.guest_ram import RamRange, Source
+from offmap.audit.guest_ram import RamRange
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.oracle import Lookups, Sample, ask_oracle
 from offmap.audit.process import Process
 from offmap.audit.regions import Layout
-from offmap.audit.result import OracleResult
+from offmap.audit.result import OracleResult, Source
 from offmap.audit.walk import walk_kernel_half
 from offmap.uapi.page import PAGE_SIZE
-
-__all__ = ["second_opinion"]
 
 
 def second_opinion(

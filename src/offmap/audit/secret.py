@@ -12,8 +12,6 @@ from offmap.errors import KernelError, OffmapError
 from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["LONGEST", "SHORTEST", "Secret", "parse_secret"]
-
 SHORTEST: Final = 8  # by chance, fewer bytes stand somewhere in any few GiB
 LONGEST: Final = PAGE_SIZE
 _FORMS = "text:WORDS, hex:DIGITS, file:PATH, or - for standard input"

@@ -24,8 +24,6 @@ from offmap.audit.reach import Sharer, Sharing
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["count_sharing", "name_sharers", "sharing_of"]
-
 _WINDOW = 1 << 17  # frames counted, and pages looked at, at once
 
 Ints = NDArray[np.int64]

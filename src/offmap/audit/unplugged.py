@@ -5,8 +5,6 @@ from fcntl import ioctl
 
 from offmap.uapi.offmap_module import DEVICE, OFFMAP_TRANSLATE, offmap_translate
 
-__all__ = ["is_offmap_device", "physical_ranges"]
-
 
 def is_offmap_device(rdev: int) -> bool:
     """Whether `rdev` is the device number of /dev/offmap."""

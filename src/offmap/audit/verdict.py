@@ -5,8 +5,6 @@ from enum import Enum
 
 from offmap.errors import ExitStatus
 
-__all__ = ["Verdict", "exit_status_of", "worst"]
-
 
 class Verdict(Enum):
     """hidden: no present entry in the kernel half of the page tables maps a page of the guest's RAM. exposed: at least

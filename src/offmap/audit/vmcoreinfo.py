@@ -9,8 +9,6 @@ from typing import Self
 from offmap.errors import Undetermined
 from offmap.uapi.elf import ELF64_NHDR, Elf64_Nhdr
 
-__all__ = ["START_KERNEL_MAP", "VmcoreInfo", "find_note"]
-
 # arch/x86/include/asm/page_64_types.h, __START_KERNEL_map: the kernel image is mapped from here up.
 START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
 

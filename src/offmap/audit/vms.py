@@ -9,12 +9,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from offmap.audit.guest_ram import KVM_VCPU_LINK, KVM_VM_LINK, MEMSLOTS_LINK
+from offmap.audit.guest_ram import KVM_VCPU_LINK, MEMSLOTS_LINK
+from offmap.audit.kvm_slots import KVM_VM_LINK
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
 from offmap.audit.reach import VmmFacts
 from offmap.errors import Undetermined
-
-__all__ = ["VmProcess", "find_vms", "recognise", "vmm_facts"]
 
 _DEBUGFS = Path("/sys/kernel/debug/kvm")
 _DEBUGFS_VM = re.compile(r"\d+-\d+")

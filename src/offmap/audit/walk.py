@@ -23,8 +23,6 @@ from offmap.audit.result import Span
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
-__all__ = ["REFERENCES", "PhysicalReader", "walk_kernel_half"]
-
 ENTRIES = 512
 # pgtable_types.h: _PAGE_PRESENT, _PAGE_RW, _PAGE_ACCESSED | _PAGE_DIRTY, _PAGE_PSE, _PAGE_NX
 _PRESENT = np.uint64(1 << 0)

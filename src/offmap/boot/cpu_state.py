@@ -11,8 +11,6 @@ from offmap.kvm import Vcpu
 from offmap.memory.guest import GuestMemory
 from offmap.uapi.kvm import kvm_regs, kvm_segment
 
-__all__ = ["enter_64bit"]
-
 _GDT = 0x1000
 _STACK = 0x6FF0
 _PML4 = 0x9000

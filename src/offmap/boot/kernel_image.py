@@ -19,8 +19,6 @@ from offmap.memory.guest import GuestMemory
 from offmap.uapi import bootparam as bp
 from offmap.uapi.page import PAGE_MASK
 
-__all__ = ["LoadedKernel", "check_kernel", "load_kernel", "read_into"]
-
 _HEAD = 0x10000  # enough for the setup header and for the program headers of a vmlinux
 _BOUNCE = 1 << 20
 _ELFMAG = b"\x7fELF"

@@ -17,8 +17,6 @@ from offmap.memory.iomem import PhysicalRange
 from offmap.uapi import bootparam as bp
 from offmap.units import format_size
 
-__all__ = ["BOOT_PARAMS", "BootSource", "load_linux"]
-
 BOOT_PARAMS = 0x7000
 """Guest-physical address of the zero page; below it and above it (cpu_state) are the boot CPU's GDT and page tables."""
 

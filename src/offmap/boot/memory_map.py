@@ -8,9 +8,6 @@ from offmap.uapi.bootparam import E820_ACPI, E820_MAX_ENTRIES_ZEROPAGE, E820_RAM
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
-__all__ = ["ACPI_AREA", "MemoryMap"]
-
-
 LOW_MEMORY_END = 0x9F000
 """Conventional memory ends here, below where a PC keeps its EBDA and VGA."""
 

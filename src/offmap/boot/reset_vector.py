@@ -7,8 +7,6 @@ switches to real mode and jumps to f000:fff0. The code there writes to the reset
 
 from offmap.uapi.pc import ACPI_RESET_PORT, ACPI_RESET_VALUE
 
-__all__ = ["RESET_CODE", "RESET_VECTOR"]
-
 RESET_VECTOR = 0xFFFF0
 """Guest-physical address of f000:fff0; 16 bytes to the end of the first MiB."""
 

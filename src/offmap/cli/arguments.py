@@ -2,8 +2,6 @@
 
 import argparse
 
-__all__ = ["count", "seconds"]
-
 
 def count(text: str) -> int:
     """A whole number, 1 or more.

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from offmap.audit.oracle import Sample
     from offmap.audit.scan import Wanted
 
-__all__ = ["add_parser"]
-
 _MOST_THREADS = 64
 _LONGEST_WATCH = 86400 * 365  # time.sleep() does not take just any number
 
@@ -162,7 +160,8 @@ def parse_range(text: str) -> "RamRange":
     Raises:
         OffmapError: malformed, empty or not made of pages.
     """
-    from offmap.audit.guest_ram import RamRange, Source
+    from offmap.audit.guest_ram import RamRange
+    from offmap.audit.result import Source
 
     address, colon, length = text.partition(":")
     try:

@@ -21,8 +21,6 @@ from offmap.log import Logger
 if TYPE_CHECKING:
     from offmap.audit.report.hosts import HostReport
 
-__all__ = ["Output", "add_output_options", "add_without_audit", "merge", "print_schema"]
-
 _log = Logger("offmap.cli.audit")
 
 

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from offmap.audit.audit import Snapshot
     from offmap.audit.process import Process
 
-__all__ = ["watch"]
-
 
 class _Stopped(Exception):
     """SIGTERM."""

@@ -10,8 +10,6 @@ from offmap.options import Options
 if TYPE_CHECKING:
     from offmap.devices.virtio.device import DeviceSpec
 
-__all__ = ["add_boot_options", "boot_of", "file_name"]
-
 _CMDLINE = "console=ttyS0 quiet"
 
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from offmap.compare.matrix import Axes
     from offmap.compare.spec import CellSpec
 
-__all__ = ["add_parser"]
-
 _NAMED_KERNELS = ("debian:", "patched:")
 _KEYWORDS = ("running", "native")
 BOOTS = 5  # pairs: offmap.compare.questions.MIN_PAIRS, which is not imported before a comparison is run

@@ -16,8 +16,6 @@ from offmap.compare.events import CellEvent
 from offmap.compare.spec import CellSpec
 from offmap.log import Logger
 
-__all__ = ["CompareProgress", "summary"]
-
 _BAR_WIDTH = 40
 
 

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from offmap.errors import ExitStatus
 
-__all__ = ["add_parser"]
-
 _FILES = {"FILE", "DIR", "FOLDER"}
 """How a parser calls a file name that it does not take as a Path."""
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from offmap.cli.signals import ended_by_signals
 from offmap.errors import ExitStatus
 
-__all__ = ["add_parser"]
-
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``demo``."""

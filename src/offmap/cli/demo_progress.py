@@ -8,8 +8,6 @@ from offmap.compare.claims import DemoRow, row_name
 from offmap.compare.report.demo import cells_table, row_line
 from offmap.compare.spec import CellSpec
 
-__all__ = ["DemoProgress"]
-
 
 class DemoProgress(CompareProgress):
     """Takes the events of a demonstration; a context manager that leaves the terminal clean.

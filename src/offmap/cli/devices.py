@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from offmap.devices.virtio.device import DeviceSpec
 
-__all__ = ["add_device_options", "device_specs"]
-
 
 class _Option(NamedTuple):
     """One kind of device.

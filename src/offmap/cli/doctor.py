@@ -3,8 +3,6 @@
 import argparse
 import json
 
-__all__ = ["add_parser"]
-
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``doctor``."""

@@ -8,8 +8,6 @@ from offmap.errors import ExitStatus, OffmapError
 from offmap.log import Logger
 from offmap.units import parse_size
 
-__all__ = ["add_parser"]
-
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``image``."""

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from offmap.lab.command import LabCommand
     from offmap.lab.host import LabHost
 
-__all__ = ["add_lab_options", "add_parser"]
-
 _log = Logger("offmap.cli")
 
 SIGINT = 2

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from offmap import log
 
-__all__ = ["LogOptions", "add_log_options", "as_json", "draws", "logging_to_stderr", "quiet_in_a_file", "split"]
-
 
 class LogOptions(argparse.Namespace):
     """The values of the two options."""

@@ -9,8 +9,6 @@ from collections.abc import Callable
 
 from offmap.errors import OffmapError
 
-__all__ = ["handle"]
-
 
 def handle(program: str, verbose: bool, as_json: Callable[[], bool]) -> Callable[[], None]:
     """Handle the records of this process from now on.

@@ -14,8 +14,6 @@ from offmap.cli.log import LogOptions, add_log_options, logging_to_stderr, split
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
 from offmap.log import ERROR, Logger
 
-__all__ = ["main", "whole_parser"]
-
 _COMMANDS = {
     "run": "run a guest on RAM of the kind you choose",
     "audit": "say which pages of a VM the host kernel can reach",

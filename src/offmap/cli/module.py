@@ -7,8 +7,6 @@ import os
 from offmap.errors import OffmapError
 from offmap.units import format_size
 
-__all__ = ["add_parser"]
-
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register ``offmap module`` and its own subcommands."""

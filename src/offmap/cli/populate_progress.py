@@ -7,8 +7,6 @@ from collections.abc import Callable
 from offmap.cli.log import draws
 from offmap.log import Logger
 
-__all__ = ["PopulateProgress"]
-
 _PATIENCE = 1.0  # seconds until anything is said
 _REDRAW = 0.1  # seconds between two updates of the line on a terminal
 _REPEAT = 5.0  # seconds between two lines elsewhere

@@ -19,8 +19,6 @@ from offmap.vmm.machine import Machine
 from offmap.vmm.session import Session
 from offmap.vmm.vcpu_loop import ExitCounts
 
-__all__ = ["add_parser"]
-
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add ``run``."""

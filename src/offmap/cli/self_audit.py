@@ -12,8 +12,6 @@ from offmap.log import Logger
 if TYPE_CHECKING:
     import subprocess  # imported where it is used: not every guest's start has to wait for it
 
-__all__ = ["SelfAudit"]
-
 
 _GRACE = 2.0  # seconds
 

@@ -4,8 +4,6 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["ended_by_signals"]
-
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:

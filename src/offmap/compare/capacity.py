@@ -7,8 +7,6 @@ from pathlib import Path
 from offmap.compare.job import FULL
 from offmap.lab.qemu import parse_size
 
-__all__ = ["CELL_MEMORY", "available_memory", "cells_at_a_time"]
-
 CELL_MEMORY = parse_size(FULL.memory) + (512 << 20)
 """Bytes for one: its RAM, and what QEMU's emulation takes beside it (translated code, 9p)."""
 

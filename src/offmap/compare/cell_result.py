@@ -13,8 +13,6 @@ from offmap.compare.facts import Guest, Host, Machine
 from offmap.compare.questions import CATALOGUE, Answer
 from offmap.compare.spec import CellSpec
 
-__all__ = ["SCHEMA", "CellOutcome", "CellResult"]
-
 SCHEMA = "offmap-compare-cell/1"
 
 

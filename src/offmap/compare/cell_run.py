@@ -34,8 +34,6 @@ from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 
-__all__ = ["DEADLINE", "CellTask", "Settings", "kernels_of", "run_cell"]
-
 DEADLINE = 900.0
 """Seconds for a cell, from the boot of its host; under emulation on an idle processor it takes 100 to 250."""
 

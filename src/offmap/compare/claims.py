@@ -12,19 +12,6 @@ from offmap.compare.guest import KVM_CLOCK
 from offmap.compare.spec import CellSpec
 from offmap.errors import ExitStatus
 
-__all__ = [
-    "CANARIES",
-    "PATCHED",
-    "STOCK",
-    "Claim",
-    "Claimed",
-    "DemoRow",
-    "Mismatch",
-    "check",
-    "row_name",
-    "without_control",
-]
-
 CANARIES = 64
 
 

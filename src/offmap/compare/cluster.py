@@ -22,8 +22,6 @@ from offmap.errors import OffmapError
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["cluster_pool", "unfit", "worker_facts"]
-
 _CONNECT_SECONDS = "10s"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 

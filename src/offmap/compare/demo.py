@@ -28,8 +28,6 @@ from offmap.lab.initramfs import busybox
 from offmap.lab.provision import default_spec, host_kernel
 from offmap.lab.qemu import find_qemu
 
-__all__ = ["PRESET", "DemoResult", "claims_of", "row_of", "run_demo", "specs_of"]
-
 SCHEMA = "offmap-demo/2"
 PRESET = Preset(
     questions=QUESTIONS,

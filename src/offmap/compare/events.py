@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from offmap.compare.cell_result import CellResult
 from offmap.compare.spec import CellSpec
 
-__all__ = ["CellEvent", "Events", "Report"]
-
 
 @dataclass(frozen=True, slots=True)
 class CellEvent:

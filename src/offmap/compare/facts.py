@@ -13,8 +13,6 @@ from offmap.audit.host import host_facts
 from offmap.lab.errors import LabError
 from offmap.lab.qemu import find_qemu
 
-__all__ = ["Guest", "Host", "Machine", "this_host", "this_machine"]
-
 
 class Host(Struct, frozen=True, omit_defaults=True):
     """The host of a cell; without any fact if it never came up.

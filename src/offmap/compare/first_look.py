@@ -10,8 +10,6 @@ from offmap.compare.probes.live_guest import LiveGuest
 from offmap.compare.probes.survey import Survey, measured
 from offmap.compare.vmm_command import GuestSetup
 
-__all__ = ["QUESTIONS", "first_look"]
-
 QUESTIONS = ("works.boot", "hidden.canaries_planted", "costs.boot", *AFTER_BOOT, "costs.ram_ready")
 
 

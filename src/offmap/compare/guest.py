@@ -7,8 +7,6 @@ from offmap.audit.canary import CanaryKey
 from offmap.lab.cpio import Entry, char_device, directory, newc, regular
 from offmap.lab.initramfs import busybox
 
-__all__ = ["CLOCKSOURCE", "KVM_CLOCK", "PLANTED", "READY", "canary_parameters", "guest_initramfs"]
-
 READY = "offmap-guest: ready"
 """What its console says once init has done all it was asked to."""
 

@@ -12,8 +12,6 @@ from offmap.kmod.source import source_folder, source_hash
 from offmap.lab.cache import sha256_of
 from offmap.lab.kernel import HostKernel
 
-__all__ = ["code_digest", "difference", "inputs_of", "module_input"]
-
 _DIGITS = 16
 _NO_PART = (
     *("report/", "compare/report/", "cli/compare"),

@@ -12,8 +12,6 @@ from offmap.compare.facts import Guest, Host
 from offmap.compare.questions import Answer
 from offmap.compare.spec import NATIVE, CellSpec
 
-__all__ = ["FULL", "Job", "Line", "Preset"]
-
 
 class Preset(Struct, frozen=True):
     """How much is asked of a cell, and the host that it needs.

@@ -10,8 +10,6 @@ from functools import cache
 from offmap.errors import OffmapError
 from offmap.memory.backend import BACKENDS, Backend
 
-__all__ = ["BASELINE", "Kind", "Vmm", "kind_names", "kind_of"]
-
 BASELINE = "memfd"
 """The plain RAM that everything is compared with, under the same VMM in the same host."""
 

@@ -13,8 +13,6 @@ from offmap.compare.kinds import Vmm, kind_names, kind_of
 from offmap.compare.spec import KVM_CLOCKS, CellSpec
 from offmap.errors import OffmapError
 
-__all__ = ["DEFAULT_AXES", "FULL_AXES", "Axes", "cells_of", "longest_first"]
-
 MAX_VCPUS = 64  # more would not be a comparison of memory any more, and no lab host has the time
 _RELEASED = re.compile(r"debian:(\d+)\.(\d+)")
 

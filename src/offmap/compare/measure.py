@@ -14,8 +14,6 @@ from offmap.compare.job import Job, Line
 from offmap.compare.probes.survey import Survey
 from offmap.errors import BackendRefused, OffmapError
 
-__all__ = ["main"]
-
 
 def _measure(job: Job, folder: Path, survey: Survey) -> None:
     if job.preset.questions:

@@ -16,8 +16,6 @@ from offmap.errors import OffmapError
 from offmap.kmod.loaded import loaded_module
 from offmap.lab.errors import LabTimeout
 
-__all__ = ["refusal_here", "run_here"]
-
 TERM_GRACE = 20.0  # seconds: a measuring program that is asked to end gives back memory, huge pages and swap first
 _KEPT_LINES = 20
 

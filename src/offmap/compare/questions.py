@@ -10,8 +10,6 @@ from statistics import median, quantiles
 
 from msgspec import Struct
 
-__all__ = ["CATALOGUE", "Answer", "Better", "Group", "Kind", "Question", "Ratio"]
-
 MIN_PAIRS = 5
 """Fewer pairs of samples give no ratio: a median of so few says nothing of its spread."""
 

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 
 from offmap.errors import OffmapError
 
-__all__ = ["CellStopped", "RunningCell", "running_cell", "stop_cells"]
-
 _lock = threading.Lock()
 _stopped: set[str] = set()
 _cells: dict[str, set["RunningCell"]] = {}

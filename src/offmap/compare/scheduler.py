@@ -21,8 +21,6 @@ from offmap.compare.store import Store
 from offmap.errors import OffmapError
 from offmap.lab.kernel import HostKernel
 
-__all__ = ["Pool", "Scheduler", "first_failure", "local_pool"]
-
 LOSSES = 3
 """After so many lost workers, the cell itself is taken to be what kills them."""
 

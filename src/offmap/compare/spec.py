@@ -7,8 +7,6 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-__all__ = ["KVM_CLOCKS", "NATIVE", "CellSpec"]
-
 NATIVE = "native"
 """As a host kernel: the one that this machine runs, without a disposable host."""
 

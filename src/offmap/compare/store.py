@@ -11,8 +11,6 @@ from offmap.errors import OffmapError
 from offmap.lab.cache import write_atomically
 from offmap.owned import Owned
 
-__all__ = ["Store", "read_cell"]
-
 
 def read_cell(path: Path) -> CellResult:
     """One cell's file.

@@ -11,8 +11,6 @@ from offmap.compare.facts import Guest, Host
 from offmap.compare.job import Line
 from offmap.compare.questions import CATALOGUE, Answer
 
-__all__ = ["Said", "Transcript"]
-
 _ITS_OUTCOMES = (CellOutcome.BOOTED, CellOutcome.REFUSED, CellOutcome.FAILED)
 """The outcomes that the program can tell itself."""
 

@@ -12,8 +12,6 @@ from typing import Self
 
 from offmap.compare.vmm_command import REPORT
 
-__all__ = ["VmProcess"]
-
 END_DEADLINE = 30.0  # seconds
 _NEVER = re.compile(r"(?!)")
 

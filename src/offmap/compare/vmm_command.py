@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from offmap.audit.guest_ram import RamRange, Source
+from offmap.audit.guest_ram import RamRange
 from offmap.audit.process import Process
+from offmap.audit.result import Source
 from offmap.compare.kinds import Kind, Vmm
 from offmap.kvm import Kvm
 from offmap.lab.qemu import find_qemu
-
-__all__ = ["MEMORY_SIZE", "REPORT", "GuestSetup", "card_mac", "qemu_ranges", "vmm_command"]
 
 MEMORY_SIZE = 256 << 20
 """Bytes of RAM of each guest that is compared. A Debian kernel wants 56 MiB in one piece; aliased pages leave few."""

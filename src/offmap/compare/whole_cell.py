@@ -28,8 +28,6 @@ from offmap.compare.questions import Answer
 from offmap.compare.vmm_command import GuestSetup
 from offmap.errors import BackendRefused, OffmapError
 
-__all__ = ["WholeCell"]
-
 
 class WholeCell:
     """One cell: the order of its questions.

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 
 from offmap.uapi.pc import ACPI_RESET_PORT, ACPI_S5_SLEEP_TYPE, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT
 
-__all__ = ["AcpiPm"]
-
 SLP_EN = 0x20  # ACPI 6.4, table 4.20: SLEEP_CONTROL_REG
 SLP_TYP_SHIFT = 2
 SLP_TYP_MASK = 0x7

@@ -10,8 +10,6 @@ from typing import Protocol
 
 from offmap.errors import OffmapError
 
-__all__ = ["BusConflict", "IrqLine", "MmioBus", "MmioDevice", "PioBus", "PioDevice"]
-
 
 class BusConflict(OffmapError):
     """Two devices claim the same port or address."""

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 
 from offmap.uapi.pc import I8042_COMMAND_PORT, I8042_DATA_PORT
 
-__all__ = ["I8042"]
-
 # Names from drivers/input/serio/i8042.h; values from the IBM PC/AT technical reference.
 I8042_STR_OBF = 0x01
 I8042_STR_MUXERR = 0x04  # "system flag": the self test has passed

@@ -9,8 +9,6 @@ all-ones would blame the memory.
 
 from collections.abc import Sequence
 
-__all__ = ["SystemControlPortB"]
-
 PORT_B = 0x61
 WRITABLE = 0x0F  # timer 2 gate, speaker, and the two NMI masks
 REFRESH, TIMER_2_OUT = 0x10, 0x20

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 from offmap.uapi.pc import PIT_PORT
 
-__all__ = ["AbsentPit"]
-
 
 class AbsentPit:
     """Three counters that stand at 0, and a mode register that takes anything."""

@@ -14,8 +14,6 @@ from threading import Lock
 from offmap.devices.bus import IrqLine
 from offmap.uapi.pc import RTC_PORT
 
-__all__ = ["CENTURY", "Rtc"]
-
 # Names from include/linux/mc146818rtc.h.
 RTC_SECONDS, RTC_SECONDS_ALARM, RTC_MINUTES, RTC_MINUTES_ALARM, RTC_HOURS, RTC_HOURS_ALARM = range(6)
 RTC_DAY_OF_WEEK, RTC_DAY_OF_MONTH, RTC_MONTH, RTC_YEAR = range(6, 10)

@@ -21,8 +21,6 @@ from threading import Lock
 from offmap.devices.bus import IrqLine
 from offmap.uapi.pc import COM1_PORT, UART_PORTS
 
-__all__ = ["Serial16550A"]
-
 # Register offsets and bits, by their names in include/uapi/linux/serial_reg.h.
 UART_RX = UART_TX = UART_DLL = 0
 UART_IER = UART_DLM = 1

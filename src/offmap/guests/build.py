@@ -14,8 +14,6 @@ from offmap.lab.cache import locked, replace_folder, scratch_folder
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import HostKernel
 
-__all__ = ["build_image"]
-
 
 def build_image(recipe: RootRecipe, kernel: HostKernel, folder: Path) -> Image:
     """Make the image in `folder`, which is replaced at once if it is an image.

@@ -15,8 +15,6 @@ from offmap.devices.virtio.device import DeviceSpec
 from offmap.devices.virtio.drive import DriveSpec
 from offmap.errors import OffmapError
 
-__all__ = ["DEFAULT_NAME", "DESCRIPTION", "ROOT", "SCHEMA", "Image", "find_image", "named_image"]
-
 SCHEMA = "offmap-image/1"
 DEFAULT_NAME = "debian"
 DESCRIPTION = "image.json"

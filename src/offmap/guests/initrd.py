@@ -11,8 +11,6 @@ from offmap.lab.initramfs import busybox
 from offmap.lab.kernel import HostKernel
 from offmap.lab.modules import ModuleIndex, load_module
 
-__all__ = ["BASE", "DEVICES", "compose", "guest_initrd"]
-
 # Needed by every guest. crc32c is what ext4 asks the kernel for by an alias, for which there is no modprobe here; some
 # kernels have it built in, under another name.
 BASE = ("virtio_mmio", "virtio_blk", "crc32c_generic", "ext4", "overlay")

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from offmap.devices.virtio.console import ConsoleSpec, Port
+from offmap.devices.virtio.console import ConsoleSpec
+from offmap.devices.virtio.console_port import Port
 from offmap.errors import KernelError, OffmapError
 from offmap.files import FileName
 from offmap.lab.cpio import newc, regular
@@ -19,8 +20,6 @@ from offmap.vmm.headless import Headless
 from offmap.vmm.machine import Machine
 from offmap.vmm.outcome import Outcome
 from offmap.vmm.output import reopened
-
-__all__ = ["Job"]
 
 MAX_COMMAND = (1 << 17) - 1  # MAX_ARG_STRLEN, linux/binfmts.h, less its end
 _STATUS = re.compile(rb"exit (\d{1,3})\n")

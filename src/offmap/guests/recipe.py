@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass
 from offmap.errors import OffmapError
 from offmap.units import format_size
 
-__all__ = ["PACKAGES", "RootRecipe"]
-
 FORMAT = 2
 """Counts up with each change to how a root file system is made, so that none of before is taken for one of now."""
 

@@ -17,8 +17,6 @@ from offmap.lab import apt
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder
 from offmap.lab.errors import LabError
 
-__all__ = ["IMAGE", "PACKAGE_LIST", "cached_root"]
-
 IMAGE = "root.img"
 PACKAGE_LIST = "packages"  # one "name version" a line
 

@@ -12,8 +12,6 @@ from offmap.kmod.source import MODULE, copy_sources, source_folder, source_hash
 from offmap.lab.cache import cache_folder, locked, scratch_folder
 from offmap.log import Logger
 
-__all__ = ["build", "built_module", "why_make_failed"]
-
 _log = Logger("offmap.kmod")
 
 _INSTALLED = Path("/lib/modules")

@@ -19,8 +19,6 @@ from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folde
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import HostKernel
 
-__all__ = ["build_in_root"]
-
 # What the kernel's makefiles run, beside what its headers depend on.
 TOOLS = ("make", "binutils", "dash", "bash", "coreutils", "sed", "grep", "mawk", "findutils", "diffutils", "perl-base")
 # Large, and of no use to a kernel module.

@@ -9,8 +9,6 @@ from offmap.lab.cache import locked
 from offmap.lab.errors import LabError
 from offmap.lab.kernel import HostKernel
 
-__all__ = ["lab_module"]
-
 
 def lab_module(kernel: HostKernel) -> Path:
     """Build offmap.ko for a kernel that a lab host runs, unless that has been done; give its path.

@@ -11,8 +11,6 @@ from offmap.kmod.modinfo import is_signed, modinfo
 from offmap.kmod.source import MODULE
 from offmap.units import format_size
 
-__all__ = ["Holder", "LoadedModule", "holders", "load", "loaded_module", "unload"]
-
 SYSFS = Path("/sys/module") / MODULE
 HOLDERS = Path("/sys/class/misc") / MODULE / "holders"
 LOCKDOWN = Path("/sys/kernel/security/lockdown")

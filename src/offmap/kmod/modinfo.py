@@ -6,8 +6,6 @@ from pathlib import Path
 from offmap.errors import OffmapError
 from offmap.uapi import elf
 
-__all__ = ["is_signed", "modinfo", "release_of"]
-
 _SHDR = struct.Struct("<IIQQQQIIQQ")  # Elf64_Shdr: sh_name, sh_type, sh_flags, sh_addr, sh_offset, sh_size, …
 _SIGNATURE = b"~Module signature appended~\n"  # MODULE_SIG_STRING, include/linux/module_signature.h
 

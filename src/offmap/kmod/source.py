@@ -6,8 +6,6 @@ from pathlib import Path
 import offmap
 from offmap.errors import OffmapError
 
-__all__ = ["MODULE", "copy_sources", "source_folder", "source_hash"]
-
 MODULE = "offmap"
 _PACKAGED = "_kernel_module"  # pyproject.toml puts kernel/module there when it makes a wheel
 _KINDS = (".c", ".h")

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from offmap.uapi.kvm import KVM_COALESCED_MMIO_MAX, KVM_COALESCED_MMIO_PAGE_OFFSET
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["CoalescedRing"]
-
 # As 32-bit words: struct kvm_coalesced_mmio_ring is first, last, then an array of struct kvm_coalesced_mmio, each
 # phys_addr (two words), len, pio, data[8].
 _FIRST, _LAST = 0, 1

@@ -4,8 +4,6 @@ from ctypes import sizeof
 
 from offmap.uapi.kvm import kvm_cpuid2, kvm_cpuid_entry2
 
-__all__ = ["pack_cpuid", "unpack_cpuid"]
-
 
 def pack_cpuid(entries: list[kvm_cpuid_entry2], room: int = 0) -> bytearray:
     """A ``struct kvm_cpuid2`` of `entries`, followed by room for more, up to `room` entries together."""

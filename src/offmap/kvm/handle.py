@@ -8,8 +8,6 @@ from typing import Any
 from offmap.errors import KernelError
 from offmap.owned import Owned
 
-__all__ = ["Handle"]
-
 _INT_MAX = (1 << 31) - 1
 
 

@@ -11,8 +11,6 @@ from typing import NamedTuple, Self
 
 from offmap.uapi.kvm import kvm_stats_desc, kvm_stats_header
 
-__all__ = ["MappedPages", "read_stats"]
-
 Read = Callable[[int, int], bytes]
 """(size, offset) -> that part of the file, shorter at its end."""
 

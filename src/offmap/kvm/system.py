@@ -9,8 +9,6 @@ from offmap.kvm.handle import Handle
 from offmap.kvm.vm import Vm
 from offmap.uapi import kvm as uapi
 
-__all__ = ["Kvm"]
-
 _DEV_KVM = "/dev/kvm"
 _REMEDY = {
     errno.ENOENT: "load kvm_intel or kvm_amd, and check that virtualisation is enabled in the firmware",

@@ -9,8 +9,6 @@ from offmap.kvm.cpuid import pack_cpuid
 from offmap.kvm.handle import Handle
 from offmap.uapi import kvm as uapi
 
-__all__ = ["Vcpu"]
-
 _MSRS = struct.Struct("<II")  # struct kvm_msrs: nmsrs, pad
 _MSR_ENTRY = struct.Struct("<IIQ")  # struct kvm_msr_entry
 

@@ -12,8 +12,6 @@ from offmap.uapi import kvm as uapi
 if TYPE_CHECKING:
     from offmap.kvm.stats import MappedPages
 
-__all__ = ["Vm"]
-
 
 class Vm(Handle):
     """Owns a VM fd; KVM frees the VM when this and every vCPU fd are closed."""

@@ -7,8 +7,6 @@ from offmap.memory.backend import Backend, check_host_has
 from offmap.memory.backing import Backing, map_backing
 from offmap.uapi.mman import MADV_HUGEPAGE, MAP_NORESERVE
 
-__all__ = ["Anon"]
-
 
 class Anon(Backend):
     name = "anon"

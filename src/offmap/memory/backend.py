@@ -17,8 +17,6 @@ from offmap.memory.guest import GuestMemory
 from offmap.options import Options
 from offmap.units import format_size
 
-__all__ = ["BACKENDS", "Backend", "parse_backend"]
-
 
 class Backend(ABC):
     """Where guest RAM comes from.

@@ -12,8 +12,6 @@ from offmap.owned import Owned
 from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Backing", "map_backing"]
-
 
 class Backing(Owned):
     """Owns a mapping; `on_close` runs first, while the memory is still mapped.

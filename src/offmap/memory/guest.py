@@ -8,9 +8,6 @@ from offmap.errors import OffmapError
 from offmap.memory.backing import Backing
 from offmap.owned import Owned
 
-__all__ = ["GuestAddressError", "GuestMemory", "Region", "layout"]
-
-
 MMIO_HOLE_START = 3 << 30
 """RAM stops here and goes on at 4 GiB: the local APICs, the IO-APIC and virtio-mmio live between (as on a PC)."""
 

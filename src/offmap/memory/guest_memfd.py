@@ -8,8 +8,6 @@ from offmap.memory.backend import Backend, check_host_has
 from offmap.memory.backing import Backing, map_backing
 from offmap.uapi import kvm as uapi
 
-__all__ = ["MAPPABLE", "GuestMemfd", "guest_memfd_flags", "map_guest_memfd"]
-
 MAPPABLE = uapi.GUEST_MEMFD_FLAG_MMAP | uapi.GUEST_MEMFD_FLAG_INIT_SHARED
 """What makes it memory that a VMM can map, from the first moment on."""
 

@@ -21,8 +21,6 @@ from offmap.memory.probe import try_out
 from offmap.options import Options
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["GuestMemfdUnmapped", "unknown_flags"]
-
 FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
 _PROBE_SIZE = 2 * PAGE_SIZE  # bytes; the probe's instruction is in the second page
 _POPULATE_THREADS = 2

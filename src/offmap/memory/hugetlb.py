@@ -13,8 +13,6 @@ from offmap.options import Options
 from offmap.uapi.mman import MFD_HUGE_SHIFT, MFD_HUGETLB
 from offmap.units import format_size, parse_size
 
-__all__ = ["Hugetlb"]
-
 
 class Hugetlb(Backend):
     """``hugetlb[,size=2M|1G]``."""

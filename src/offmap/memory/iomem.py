@@ -10,16 +10,6 @@ from typing import NamedTuple
 from offmap.errors import OffmapError
 from offmap.units import parse_size
 
-__all__ = [
-    "PhysicalRange",
-    "intersect",
-    "memmap_reservations",
-    "merged",
-    "parse_iomem",
-    "subtract",
-    "suggest_reservation",
-]
-
 
 class PhysicalRange(NamedTuple):
     """Physical addresses from `start` up to, not including, `end`."""

@@ -10,8 +10,6 @@ from offmap.memory.backing import Backing, map_backing
 from offmap.uapi.mman import MADV_HUGEPAGE
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["Memfd"]
-
 
 class Memfd(Backend):
     name = "memfd"

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
 
-__all__ = ["publish_memslots"]
-
 SCHEMA = "offmap-memslots/1"
 
 

@@ -7,8 +7,6 @@ from offmap.errors import BackendRefused, KernelError
 from offmap.kvm.handle import Handle
 from offmap.uapi.offmap_module import DEVICE
 
-__all__ = ["open_device"]
-
 _REMEDY = {
     errno.ENOENT: "load the module first: offmap module load",
     errno.EACCES: "run as root",

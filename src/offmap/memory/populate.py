@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from offmap.errors import KernelError
 from offmap.memory.backing import Backing
 
-__all__ = ["populate"]
-
 PIECE = 4 << 20  # bytes that one thread asks for at a time: some milliseconds
 
 

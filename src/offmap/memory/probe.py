@@ -10,8 +10,6 @@ from offmap.memory.slots import map_into
 from offmap.uapi.kvm import KVM_EXIT_HLT
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["run_one_instruction", "try_out"]
-
 _HLT = b"\xf4"
 _GUEST_PHYS_ADDR = 0x1000
 

@@ -16,8 +16,6 @@ from offmap.memory.iomem import PhysicalRange, intersect, subtract
 from offmap.owned import Owned
 from offmap.uapi.mman import F_OFD_GETLK, F_OFD_SETLK, FLOCK
 
-__all__ = ["RangeLock"]
-
 LOCK_FILE = "/dev/mem"
 
 

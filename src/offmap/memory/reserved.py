@@ -27,8 +27,6 @@ from offmap.options import Options
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size, parse_size
 
-__all__ = ["Reserved", "reserved_ranges"]
-
 _DEV_MEM = "/dev/mem"
 _DEV_MEM_REMEDY = {
     errno.EACCES: "run as root",

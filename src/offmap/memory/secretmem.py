@@ -21,8 +21,6 @@ from offmap.uapi.mman import SYS_memfd_secret
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
-__all__ = ["POPULATE_THREADS", "Secretmem", "map_secret", "secret_file"]
-
 # Measured on two busy cores: 6.0 µs a page with one thread, 5.9 with two. Each page is a change of the direct map under
 # one lock and a TLB flush; only what is around that goes on side by side.
 POPULATE_THREADS = 2

@@ -17,8 +17,6 @@ from offmap.memory.populate import populate
 from offmap.memory.secretmem import POPULATE_THREADS, map_secret, secret_file
 from offmap.uapi import offmap_module as uapi
 
-__all__ = ["SecretmemBridge"]
-
 
 class SecretmemBridge(Backend):
     name = "secretmem-bridge"

@@ -3,8 +3,6 @@
 from offmap.kvm import Vm
 from offmap.memory.guest import GuestMemory
 
-__all__ = ["DEVICE_SLOTS", "map_into"]
-
 DEVICE_SLOTS = 256
 """The number of the first memory slot that devices may use. RAM has one a region, KVM 509 in all or more."""
 

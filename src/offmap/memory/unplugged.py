@@ -16,8 +16,6 @@ from offmap.options import Options
 from offmap.uapi import offmap_module as uapi
 from offmap.units import format_size
 
-__all__ = ["Unplugged"]
-
 
 class Unplugged(Backend):
     """``unplugged[,node=N]``: memory of NUMA node N, or of any."""

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from offmap.errors import KernelError, OffmapError
 
-__all__ = ["PRIVATE", "PUBLIC", "replace_file"]
-
 PUBLIC = 0o644
 """node_exporter runs as a user of its own."""
 

@@ -16,8 +16,6 @@ from markupsafe import Markup
 
 from offmap import __version__
 
-__all__ = ["render_page"]
-
 _SHARED = "offmap.report"
 
 

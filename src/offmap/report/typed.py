@@ -15,19 +15,6 @@ from typing import Annotated, TypeVar
 import msgspec
 from msgspec import Meta
 
-__all__ = [
-    "Address",
-    "Count",
-    "Document",
-    "Malformed",
-    "Seconds",
-    "decode",
-    "json_schema",
-    "one_of",
-    "parse_json",
-    "plain",
-]
-
 T = TypeVar("T")
 
 Count = Annotated[int, Meta(ge=0)]

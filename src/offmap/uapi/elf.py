@@ -7,24 +7,6 @@ Shared by the boot loader (``vmlinux``) and the audit (``/proc/kcore`` is an ELF
 import struct
 from typing import NamedTuple
 
-__all__ = [
-    "ELF64_EHDR",
-    "ELF64_NHDR",
-    "ELF64_PHDR",
-    "ELFCLASS64",
-    "ELFDATA2LSB",
-    "ELFMAG",
-    "EM_X86_64",
-    "ET_CORE",
-    "ET_DYN",
-    "ET_EXEC",
-    "PT_LOAD",
-    "PT_NOTE",
-    "Elf64_Ehdr",
-    "Elf64_Nhdr",
-    "Elf64_Phdr",
-]
-
 ELFMAG = b"\x7fELF"
 ELFCLASS64 = 2  # e_ident[EI_CLASS], EI_CLASS = 4
 ELFDATA2LSB = 1  # e_ident[EI_DATA], EI_DATA = 5

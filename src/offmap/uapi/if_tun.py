@@ -4,8 +4,6 @@ from ctypes import Structure, Union, c_char, c_int, c_short, c_uint, c_uint8
 
 from offmap.uapi.ioctl import io, ior, iow
 
-__all__ = ["ifreq"]
-
 IFNAMSIZ = 16
 
 IFF_TAP = 0x0002

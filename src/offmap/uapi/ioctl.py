@@ -2,8 +2,6 @@
 
 import ctypes
 
-__all__ = ["io", "ior", "iow", "iowr"]
-
 _IOC_NRSHIFT = 0
 _IOC_TYPESHIFT = 8
 _IOC_SIZESHIFT = 16

@@ -4,17 +4,6 @@ from ctypes import Structure, c_int32, c_uint32, c_uint64
 
 from offmap.uapi.ioctl import iowr
 
-__all__ = [
-    "DEVICE",
-    "OFFMAP_ANY_NODE",
-    "OFFMAP_BIND_SECRETMEM",
-    "OFFMAP_TRANSLATE",
-    "OFFMAP_UNPLUG",
-    "offmap_secretmem",
-    "offmap_translate",
-    "offmap_unplug",
-]
-
 DEVICE = "/dev/offmap"
 OFFMAP_ANY_NODE = -1
 _OFFMAP = 0xB7

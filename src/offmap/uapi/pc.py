@@ -5,25 +5,6 @@ Sources: the IBM PC/AT technical reference, and what Linux expects of it: ``arch
 The ACPI tables describe these places and the devices answer there, so both take them from here.
 """
 
-__all__ = [
-    "ACPI_RESET_PORT",
-    "ACPI_RESET_VALUE",
-    "ACPI_S5_SLEEP_TYPE",
-    "ACPI_SLEEP_CONTROL_PORT",
-    "ACPI_SLEEP_STATUS_PORT",
-    "COM1_IRQ",
-    "COM1_PORT",
-    "I8042_COMMAND_PORT",
-    "I8042_DATA_PORT",
-    "IO_APIC_BASE",
-    "IO_APIC_ID",
-    "LOCAL_APIC_BASE",
-    "PIT_PORT",
-    "RTC_IRQ",
-    "RTC_PORT",
-    "UART_PORTS",
-]
-
 COM1_PORT = 0x3F8
 COM1_IRQ = 4
 UART_PORTS = 8  # registers of a 16550A

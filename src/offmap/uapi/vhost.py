@@ -4,8 +4,6 @@ from ctypes import Structure, c_int, c_uint, c_uint32, c_uint64
 
 from offmap.uapi.ioctl import io, ior, iow
 
-__all__ = ["vhost_memory", "vhost_memory_region", "vhost_vring_addr", "vhost_vring_file", "vhost_vring_state"]
-
 VHOST_VIRTIO = 0xAF
 VHOST_FILE_UNBIND = -1
 

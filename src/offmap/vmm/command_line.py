@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable
 
-__all__ = ["with_hvc0", "with_machine_parameters"]
-
 
 def with_machine_parameters(command_line: str, tsc_khz: int | None, more: Iterable[str] = ()) -> str:
     """`command_line` and the parameters that this machine adds. A parameter that the user gave stays as it is.

@@ -14,8 +14,6 @@ from offmap.vmm.pvclock import is_safe_on_hidden_memory
 if TYPE_CHECKING:
     from offmap.devices.virtio.device import DeviceSpec
 
-__all__ = ["MAX_VCPUS", "MachineConfig"]
-
 MAX_VCPUS = 16
 MAX_MEMORY = 1 << 40  # the E820 map and the boot page tables are tested for so much
 

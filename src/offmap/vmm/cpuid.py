@@ -5,8 +5,6 @@ Sources: Documentation/virt/kvm/x86/cpuid.rst; Intel SDM volume 2 and AMD APM vo
 
 from offmap.uapi import kvm as uapi
 
-__all__ = ["PVCLOCK_FEATURES", "enabled_xstate", "guest_cpuid"]
-
 PVCLOCK_FEATURES = (
     1 << uapi.KVM_FEATURE_CLOCKSOURCE
     | 1 << uapi.KVM_FEATURE_CLOCKSOURCE2

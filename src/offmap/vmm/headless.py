@@ -12,8 +12,6 @@ from offmap.vmm.machine import Machine
 from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.stop_signals import stopped_by_signals
 
-__all__ = ["Headless"]
-
 _KEPT = 1024  # pieces of console output, each a line or less: an oops has a hundred lines
 _LONGEST_LINE = 300  # characters of what the guest has said that a user is told
 # Lines that explain a guest's end come from its init or its kernel. Of an oops before a panic (arch/x86/mm/fault.c,

@@ -5,11 +5,10 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 
-from offmap.devices.virtio.console import Console, Port
+from offmap.devices.virtio.console import Console
+from offmap.devices.virtio.console_port import Port
 from offmap.devices.virtio.device import Surroundings
 from offmap.owned import Owned
-
-__all__ = ["Hvc"]
 
 
 class Hvc(Owned):

@@ -12,8 +12,6 @@ import threading
 
 from offmap.errors import KernelError
 
-__all__ = ["SIGNAL", "accept_kicks", "kick"]
-
 SIGNAL = signal.SIGSTKFLT
 """No kernel sends it (signal(7): unused), so no other part of the process waits for it. It is no realtime signal, which
 RLIMIT_SIGPENDING could refuse to deliver."""

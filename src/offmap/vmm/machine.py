@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from offmap.devices.virtio.bus import VirtioBus
     from offmap.kvm.stats import MappedPages
 
-__all__ = ["Machine"]
-
 _DAY = 86400.0
 
 

@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 from offmap.errors import OffmapError
 
-__all__ = ["Outcome", "Stop"]
-
 
 class Outcome(Enum):
     """What ended it."""

@@ -11,8 +11,6 @@ import stat
 
 from offmap.owned import Owned
 
-__all__ = ["ConsoleOutput", "reopened"]
-
 
 class ConsoleOutput(Owned):
     """Writes to the open file `fd`, which stays the caller's. Any thread may write, one at a time."""

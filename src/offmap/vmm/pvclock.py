@@ -2,8 +2,6 @@
 
 from offmap.files import FileName, read_text
 
-__all__ = ["is_safe_on_hidden_memory"]
-
 # Kernels as released write the guest's pvclock by a kernel address, and oops where there is none. One with offmap's
 # patch (kernel/patches/) goes by userspace address and says so here. It is not tried out: that is what would oops.
 PARAMETER = "/sys/module/kvm/parameters/pvclock_by_hva"

@@ -19,8 +19,6 @@ from offmap.vmm.terminal import EscapeKey, RawTerminal, Typed
 if TYPE_CHECKING:
     from offmap.vmm.hvc import Hvc
 
-__all__ = ["Session"]
-
 _LINE_DELAY = 3  # milliseconds that a character may wait for the rest of its line, so that the line costs one write
 _READ_SIZE = 4096
 _MOST_TYPED = 64 << 10  # bytes that wait for a guest to read them; of a terminal, what comes then is lost

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 
 from offmap.errors import OffmapError
 
-__all__ = ["stopped_by_signals"]
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

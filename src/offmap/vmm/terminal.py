@@ -7,8 +7,6 @@ from enum import Enum
 from types import TracebackType
 from typing import Self
 
-__all__ = ["EscapeKey", "RawTerminal", "Typed"]
-
 _CTRL_A = 0x01
 
 

@@ -19,8 +19,6 @@ from offmap.uapi import kvm as uapi
 from offmap.uapi.page import PAGE_MASK, PAGE_SIZE
 from offmap.vmm.outcome import Outcome, Stop
 
-__all__ = ["ExitCounts", "VcpuLoop"]
-
 ExitCounts = Counter[tuple[str, int, str]]
 """How often the guest left, by (reason, port or address, direction)."""
 

@@ -9,12 +9,12 @@ from offmap.audit.audit import Snapshot
 from offmap.audit.changes import compare
 from offmap.audit.classify import classify
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN
-from offmap.audit.guest_ram import GuestRam, RamRange, Source
+from offmap.audit.guest_ram import GuestRam, RamRange
 from offmap.audit.intervals import Intervals
 from offmap.audit.mappings import RUN, KernelMappings
 from offmap.audit.reach import Kind
 from offmap.audit.report.changes import render_changes
-from offmap.audit.result import AuditResult
+from offmap.audit.result import AuditResult, Source
 from offmap.audit.result_sets import Difference
 from offmap.audit.verdict import Verdict
 from offmap.report.typed import decode

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offmap.audit.guest_pages import GuestPages
-from offmap.audit.guest_ram import RamRange, Source
+from offmap.audit.guest_ram import RamRange
+from offmap.audit.result import Source
 
 PAGE = 4096
 

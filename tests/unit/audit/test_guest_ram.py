@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from offmap.audit.guest_ram import (
     RamRange,
-    Source,
     _of_slots,
     _unseen_guest_memfd,
     find_guest_ram,
@@ -19,6 +18,7 @@ from offmap.audit.guest_ram import (
 from offmap.audit.kvm_slots import KvmSlot
 from offmap.audit.maps import find_mapping, parse_maps
 from offmap.audit.process import NoSuchProcess, Process
+from offmap.audit.result import Source
 from offmap.errors import OffmapError, Undetermined
 
 MAPS = """\

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from offmap.audit.btf import Unknown
-from offmap.audit.guest_ram import Source, _of_slots, _unseen_guest_memfd, find_guest_ram
+from offmap.audit.guest_ram import _of_slots, _unseen_guest_memfd, find_guest_ram
 from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.kvm_slots import KVM_VM_LINK, KvmSlot, KvmSlots, OthersVm
 from offmap.audit.process import Process
 from offmap.audit.regions import DIRECT_MAP, VMALLOC, VMEMMAP, Layout
+from offmap.audit.result import Source
 from offmap.errors import Undetermined
 
 PAGE = 4096

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from offmap.audit.frames import resolve
-from offmap.audit.guest_ram import RamRange, Source
+from offmap.audit.guest_ram import RamRange
 from offmap.audit.pageflags import PageFlags
 from offmap.audit.process import Process
 from offmap.audit.residency import _data
+from offmap.audit.result import Source
 from offmap.errors import Undetermined
 
 PAGE = 4096

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from offmap.audit.classify import classify, excluded_ranges, mapped_guest_ranges
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
-from offmap.audit.guest_ram import GuestRam, RamRange, Source
+from offmap.audit.guest_ram import GuestRam, RamRange
 from offmap.audit.intervals import Intervals
 from offmap.audit.join import join
 from offmap.audit.kinds import kinds_of
@@ -17,7 +17,7 @@ from offmap.audit.mappings import RUN, KernelMappings
 from offmap.audit.physical import physical_map
 from offmap.audit.reach import Kind
 from offmap.audit.regions import VMALLOC, Layout
-from offmap.audit.result import Span
+from offmap.audit.result import Source, Span
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus
 from offmap.report.typed import Address

@@ -13,11 +13,11 @@ import pytest
 from offmap.audit.audit import Snapshot
 from offmap.audit.classify import classify
 from offmap.audit.frames import POPULATED
-from offmap.audit.guest_ram import GuestRam, RamRange, Source
+from offmap.audit.guest_ram import GuestRam, RamRange
 from offmap.audit.intervals import Intervals
 from offmap.audit.mappings import RUN, KernelMappings
 from offmap.audit.process import NoSuchProcess, ProcessEnded
-from offmap.audit.result import AuditResult
+from offmap.audit.result import AuditResult, Source
 from offmap.audit.verdict import Verdict
 from offmap.cli.audit_output import Output, add_output_options
 from offmap.cli.audit_watch import watch

@@ -49,7 +49,7 @@ def questions() -> Iterator[tuple[str, int]]:
     for module in MODULES:
         yield from ((name, value) for name, value in public(module))
         for name, value in vars(module).items():
-            if not (isinstance(value, type) and issubclass(value, ctypes.Structure) and name in module.__all__):
+            if not (isinstance(value, type) and issubclass(value, ctypes.Structure) and name.startswith("virtio_")):
                 continue
             if name not in LONGER:
                 yield f"sizeof(struct {name})", ctypes.sizeof(value)

@@ -6,8 +6,6 @@ from offmap.report.typed import plain
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
-__all__ = ["render_changes"]
-
 _SHOWN = 8  # of each sort; --json has them all
 
 

@@ -10,8 +10,6 @@ from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
 from offmap.units import format_size
 
-__all__ = ["drawings"]
-
 LEFT = 130  # room for addresses; page.js has the same figures
 PITCH = 24
 _GAP = 16  # height of what was left out

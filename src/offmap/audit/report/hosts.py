@@ -8,8 +8,6 @@ from offmap.audit.result_sets import EveryVm, NotAudited
 from offmap.audit.verdict import Verdict, worst
 from offmap.report.typed import Document, Malformed, decode
 
-__all__ = ["AUDIT", "AUDIT_ALL", "SHOWN", "HostReport", "failed_report", "parse_report", "schema_of"]
-
 
 def schema_of(kind: type[Document]) -> str:
     """Name and version of this form of result."""

@@ -6,8 +6,6 @@ from offmap.audit.report.hosts import HostReport
 from offmap.audit.report.views import page_view
 from offmap.report.html import render_page
 
-__all__ = ["render_html"]
-
 
 def render_html(reports: Sequence[HostReport]) -> str:
     """The page: of one VM, of a host's, or of many hosts'."""

@@ -13,8 +13,6 @@ from offmap.audit.verdict import exit_status_of, worst
 from offmap.errors import OffmapError
 from offmap.report.typed import Malformed, parse_json, plain
 
-__all__ = ["MERGED", "Damaged", "merged_json", "read_reports"]
-
 MERGED = schema_of(Merged)
 _MOST = 256 << 20  # bytes of one file; lists in a result are cut long before
 

@@ -15,20 +15,6 @@ from offmap.audit.reach import Kind, PhysicalCell
 from offmap.audit.readable import union
 from offmap.audit.report.hosts import HostReport
 
-__all__ = [
-    "NARROWEST",
-    "WIDTH",
-    "Look",
-    "Picture",
-    "Piece",
-    "Row",
-    "Shown",
-    "draw",
-    "look_of",
-    "look_of_kind",
-    "shown_cells",
-]
-
 WIDTH = 1000.0
 """Of a row, in the units of the drawing."""
 

@@ -14,8 +14,6 @@ from offmap.audit.result_sets import NotAudited
 from offmap.audit.verdict import Verdict, worst
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["LISTED", "render_prometheus"]
-
 LISTED = 512
 """VMs of a host with series of their own."""
 

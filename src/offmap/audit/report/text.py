@@ -11,8 +11,6 @@ from offmap.audit.verdict import Verdict, worst
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
-__all__ = ["KIND_NAMES", "fleet_line", "render_fleet", "render_vm", "state_names", "verdict_line"]
-
 _SHOWN = 8  # lines of detail per list; --json has them all
 _COLUMNS = 80
 

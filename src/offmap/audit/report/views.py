@@ -14,8 +14,6 @@ from offmap.audit.result_sets import NotAudited
 from offmap.audit.verdict import Verdict, worst
 from offmap.units import format_size
 
-__all__ = ["page_view"]
-
 ROWS = 2000  # VMs in the table
 HOSTS = 100  # hosts with a section of their own
 DETAILS = 48  # VMs of a host with a section of their own

@@ -10,8 +10,6 @@ from offmap.audit.verdict import Verdict
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
-__all__ = ["NOTES", "View", "mapping_view", "notes_of", "reasons_of", "secrets_of", "size_of", "vm_view"]
-
 NOTES = 40
 _RANGES = 64
 

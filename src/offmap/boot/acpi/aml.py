@@ -4,19 +4,6 @@ Each function returns the encoding of one term, so a device reads as its ASL sou
 (AML specification), section 19.3.4 (EISA IDs).
 """
 
-__all__ = [
-    "buffer",
-    "device",
-    "eisaid",
-    "integer",
-    "name",
-    "name_string",
-    "package",
-    "pkg_length",
-    "scope",
-    "string",
-]
-
 # Opcodes, ACPI 6.4 section 20.3.
 ZERO_OP, ONE_OP = b"\x00", b"\x01"
 NAME_OP, SCOPE_OP = b"\x08", b"\x10"

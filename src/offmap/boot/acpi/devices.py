@@ -13,8 +13,6 @@ from offmap.boot.acpi.resources import (
 )
 from offmap.uapi.pc import COM1_IRQ, COM1_PORT, RTC_IRQ, RTC_PORT, UART_PORTS
 
-__all__ = ["AcpiDevice", "com1", "processor", "rtc", "virtio_mmio"]
-
 
 class AcpiDevice(NamedTuple):
     """A device of the guest, as its ACPI namespace shows it.

@@ -8,8 +8,6 @@ import struct
 
 from offmap.boot.acpi.aml import buffer
 
-__all__ = ["interrupt", "io", "irq_no_flags", "memory32_fixed", "qword_memory", "resource_template"]
-
 END_TAG = b"\x79\x00"  # checksum 0: not checked
 DECODE_16 = 0x01
 CONSUMER, EDGE = 0x01, 0x02  # extended interrupt descriptor, table 6.53

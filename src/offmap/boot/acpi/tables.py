@@ -16,8 +16,6 @@ from offmap.boot.acpi.devices import AcpiDevice, com1, processor, rtc
 from offmap.errors import OffmapError
 from offmap.uapi import pc
 
-__all__ = ["ACPI_BASE", "AcpiImage", "build_tables"]
-
 ACPI_BASE = 0xE0000  # start of the BIOS read-only area in which an RSDP is also searched for (5.2.5.1)
 MAX_VCPUS = 254  # local APIC entries hold 8-bit ids, 255 is broadcast
 

@@ -19,8 +19,6 @@ from offmap.memory.backend import BACKENDS, Backend
 from offmap.uapi.mman import MADV_POPULATE_WRITE
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["PAIRS", "RATES", "Rate", "by_turns", "exit_counts", "exits", "populate", "rates"]
-
 PAIRS = 5
 """Of each: fewer would say nothing of the spread."""
 

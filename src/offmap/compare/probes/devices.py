@@ -25,19 +25,6 @@ from offmap.compare.probes.vmm_memory import resident_kib
 from offmap.compare.questions import Answer
 from offmap.compare.vmm_command import card_mac
 
-__all__ = [
-    "BALLOON",
-    "DISK_SIZE",
-    "Disk",
-    "balloon",
-    "configure",
-    "make_disk",
-    "smp",
-    "virtio_blk",
-    "virtio_net",
-    "vsock",
-]
-
 MIB = 1 << 20
 DISK_SIZE = 16 * MIB
 BALLOON = 16 * MIB

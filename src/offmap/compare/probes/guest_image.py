@@ -7,8 +7,6 @@ from offmap.compare.probes.guest_program import guest_program
 from offmap.lab.cpio import directory, regular
 from offmap.lab.modules import ModuleIndex, load_module
 
-__all__ = ["WANTED", "probe_initramfs"]
-
 WANTED = (
     "virtio_mmio",
     "virtio_blk",

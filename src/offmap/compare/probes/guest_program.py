@@ -9,8 +9,6 @@ from pathlib import Path
 from offmap.errors import OffmapError
 from offmap.lab.cache import cache_folder, write_atomically
 
-__all__ = ["MARK", "ProbeError", "guest_program", "parse_answer"]
-
 MARK = "offmap-probe:"
 """What each line begins with that is not the kernel's or the shell's."""
 

@@ -26,19 +26,6 @@ from offmap.compare.probes.survey import measured, no, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
-__all__ = [
-    "AFTER_BOOT",
-    "AFTER_IO",
-    "GONE",
-    "Look",
-    "Secrets",
-    "after_the_end",
-    "answers_after_boot",
-    "answers_after_io",
-    "look_alone",
-    "look_beside",
-]
-
 _CONTROL_FIRST = 0x1000  # the number of the control's first
 
 AFTER_BOOT = (

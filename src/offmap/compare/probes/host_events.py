@@ -17,8 +17,6 @@ from offmap.compare.questions import Answer
 from offmap.errors import KernelError, OffmapError
 from offmap.uapi.mman import MADV_POPULATE_WRITE
 
-__all__ = ["PATTERN", "compaction", "drop_caches", "hibernation", "kexec", "memory_pressure", "outlives"]
-
 PATTERN = 8 << 20
 """Bytes of guest memory that are compared with what they were."""
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from offmap.errors import OffmapError
 
-__all__ = ["direct_map", "host_memory_kib", "load_modules", "meminfo", "write_knob"]
-
 _MEMINFO = Path("/proc/meminfo")
 
 

@@ -17,8 +17,6 @@ from offmap.compare.vm_process import VmProcess
 from offmap.compare.vmm_command import GuestSetup, qemu_ranges, vmm_command
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
 
-__all__ = ["PATIENCE", "LiveGuest"]
-
 PATIENCE = 30.0
 """Seconds for one command, which takes a fraction of one."""
 

@@ -14,8 +14,6 @@ from offmap.compare.probes.live_guest import PATIENCE
 from offmap.devices.virtio.tap import open_tap
 from offmap.uapi.if_tun import TUNSETPERSIST
 
-__all__ = ["Subnet", "attempt", "echo_peer", "listen_tcp", "listen_unix", "listen_vsock", "sink_peer", "tap"]
-
 VSOCK_PORT = 5000
 
 

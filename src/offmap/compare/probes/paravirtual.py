@@ -18,8 +18,6 @@ from offmap.memory.slots import map_into
 from offmap.uapi import kvm as uapi
 from offmap.uapi.kvm import MSR_KVM_SYSTEM_TIME_NEW
 
-__all__ = ["FEATURES", "feature", "forbidden_clock", "kvm_clock", "register_pvclock", "steal_time"]
-
 KVM_CPUID_FEATURES = uapi.KVM_CPUID_FEATURES
 MSR_KVM_ASYNC_PF_EN = 0x4B564D02  # arch/x86/include/uapi/asm/kvm_para.h, as the two below
 MSR_KVM_STEAL_TIME = 0x4B564D03

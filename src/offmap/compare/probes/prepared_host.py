@@ -21,8 +21,6 @@ from offmap.memory.probe import try_out
 from offmap.owned import Owned
 from offmap.vmm.pvclock import is_safe_on_hidden_memory
 
-__all__ = ["SKIPPED_NATIVE", "PreparedHost", "is_clock_offered"]
-
 SKIPPED_NATIVE = "it would change this machine, which is nobody's to throw away"
 
 TRIED_SIZE = 4 << 20

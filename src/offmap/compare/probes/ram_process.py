@@ -24,8 +24,6 @@ from offmap.kvm import Kvm
 from offmap.memory.backend import Backend
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["QUESTIONS", "RamTask", "hold_ram"]
-
 SIZE = 4 << 20
 """Bytes of RAM: whole huge pages, and little enough for any host."""
 

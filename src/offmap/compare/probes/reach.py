@@ -13,8 +13,6 @@ from offmap.compare.probes.survey import no, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.errors import KernelError
 
-__all__ = ["gdb_attach", "process_vm_readv", "ptrace"]
-
 _PTRACE_PEEKDATA = 2  # linux/ptrace.h, as the two below
 _PTRACE_ATTACH = 16
 _PTRACE_DETACH = 17

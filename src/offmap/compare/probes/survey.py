@@ -10,8 +10,6 @@ from offmap.compare.job import Line
 from offmap.compare.questions import CATALOGUE, Answer
 from offmap.errors import OffmapError
 
-__all__ = ["Survey", "measured", "no", "paired", "undetermined", "yes"]
-
 
 def print_line(line: Line) -> None:
     """To standard output, at once: the host may not live to write a second line."""

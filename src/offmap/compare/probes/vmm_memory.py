@@ -7,8 +7,6 @@ from pathlib import Path
 from offmap.audit.guest_ram import RamRange
 from offmap.errors import OffmapError
 
-__all__ = ["own_kib", "parse_smaps", "resident_kib"]
-
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 # proc(5): pages of hugetlb are not in Rss.
 _RESIDENT = ("Rss:", "Shared_Hugetlb:", "Private_Hugetlb:")

@@ -17,8 +17,6 @@ from offmap.compare.report.status import (
 )
 from offmap.compare.report.words import TIMES, number, release_of, short_kernel
 
-__all__ = ["COSTS", "Conclusion", "conclude", "cost_of", "kinds_of", "list_words", "titles_of"]
-
 NOISE = "\N{ALMOST EQUAL TO} "
 
 COSTS: tuple[Question, ...] = tuple(asked for asked in CATALOGUE.values() if asked.group is Group.COSTS)

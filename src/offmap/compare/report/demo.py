@@ -10,8 +10,6 @@ from offmap.audit.verdict import Verdict
 from offmap.compare.cell_result import CellOutcome
 from offmap.compare.claims import DemoRow
 
-__all__ = ["PipedConsole", "cells_table", "row_line"]
-
 _VERDICT_STYLE = {Verdict.HIDDEN: "bold green", Verdict.EXPOSED: "bold red", Verdict.UNKNOWN: "bold yellow"}
 _NOT_MEASURED = "-"
 

@@ -21,8 +21,6 @@ from offmap.compare.report.notes import notes_of
 from offmap.compare.report.repeat import commands_of, missing_of
 from offmap.compare.report.status import Status, status_of
 
-__all__ = ["SCHEMA", "CompareDocument", "PublishedCell", "compare_document", "compare_schema"]
-
 SCHEMA = "offmap-compare/1"
 
 

@@ -9,8 +9,6 @@ from offmap.compare.report.status import Status
 from offmap.compare.report.words import TIMES
 from offmap.report.typed import plain
 
-__all__ = ["render_compare_markdown"]
-
 
 def render_compare_markdown(results: Sequence[CellResult]) -> str:
     """The text; ends with a newline."""

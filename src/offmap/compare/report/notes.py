@@ -8,8 +8,6 @@ from offmap.compare.cell_result import CellResult
 from offmap.compare.report.conclude import list_words
 from offmap.compare.report.words import release_of, short_kernel
 
-__all__ = ["KernelState", "guest_kernel_state", "host_kernel_state", "notes_of"]
-
 _NAMED = 8  # of cells, in a sentence: more are no sentence
 
 KernelState = tuple[str, str]

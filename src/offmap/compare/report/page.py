@@ -14,8 +14,6 @@ from offmap.compare.report.status import KindFinding, Status, status_of
 from offmap.compare.report.words import Said, number, said, short_kernel
 from offmap.compare.spec import CellSpec
 
-__all__ = ["Page", "page_of"]
-
 CONSOLE = 20_000
 """Characters of an oops or a console that the page has; the cell's own file has all."""
 

@@ -12,8 +12,6 @@ from offmap.compare.questions import Answer, Better, Question
 from offmap.compare.report.status import Status, status_of
 from offmap.compare.report.words import TIMES, against, number
 
-__all__ = ["Plot", "ratio_plot"]
-
 LEFT, WIDTH, RIGHT = 160, 290, 190
 ROW, TOP = 22, 8
 _MARGIN = 1.06  # beyond the farthest dot, as a factor

@@ -13,8 +13,6 @@ from offmap.compare.spec import NATIVE
 from offmap.errors import OffmapError
 from offmap.units import format_size
 
-__all__ = ["axes_of", "commands_of", "facts_of", "in_order", "missing_of"]
-
 _NAMES = 200  # of cells that are missing
 _BOOTS = str(MIN_PAIRS)  # the command's default
 

@@ -11,16 +11,6 @@ from enum import Enum
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.questions import CATALOGUE, Better, Group, Kind, Question
 
-__all__ = [
-    "LOSSES",
-    "KindFinding",
-    "Status",
-    "finding_of",
-    "least_lost",
-    "status_of",
-    "why_undetermined",
-]
-
 
 class Status(Enum):
     """The result of a cell, or of all cells of one kind on one kernel."""

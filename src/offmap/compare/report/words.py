@@ -6,9 +6,6 @@ from statistics import median
 from offmap.compare.cell_result import CellResult
 from offmap.compare.questions import Answer, Better, Kind, Question, Ratio
 
-__all__ = ["TIMES", "Said", "against", "number", "release_of", "said", "short_kernel"]
-
-
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 

@@ -12,8 +12,6 @@ from offmap.compare.report.page import page_of
 from offmap.report.files import PUBLIC, replace_file
 from offmap.report.html import render_page
 
-__all__ = ["render_compare_html", "write_reports"]
-
 
 def write_reports(out: Path, results: Sequence[CellResult]) -> list[Path]:
     """Write report.html, report.md and report.json into `out`, each whole or not at all; returns their paths.

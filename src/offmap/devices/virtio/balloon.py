@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
+from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import address_of
-from offmap.devices.virtio.queue import Chain, DriverError, Queue
+from offmap.devices.virtio.queue import Chain, Queue
 from offmap.errors import KernelError
 from offmap.memory.guest import GuestMemory
 from offmap.uapi.page import PAGE_SIZE
 from offmap.uapi.virtio import balloon as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_BALLOON
-
-__all__ = ["Balloon"]
 
 _PFN = struct.Struct("<I")
 _ACTUAL = uapi.virtio_balloon_config.actual.offset

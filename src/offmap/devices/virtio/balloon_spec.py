@@ -10,8 +10,6 @@ from offmap.options import Options
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size, parse_size
 
-__all__ = ["BalloonSpec", "parse_balloon"]
-
 
 class BalloonSpec(NamedTuple):
     """``--balloon size=BYTES``.

@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
 from offmap.devices.virtio.disk import SECTOR, Disk
+from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import length, scatter
-from offmap.devices.virtio.queue import Chain, DriverError, Queue
+from offmap.devices.virtio.queue import Chain, Queue
 from offmap.uapi.virtio.blk import (
     VIRTIO_BLK_DISCARD_WRITE_ZEROES,
     VIRTIO_BLK_F_BLK_SIZE,
@@ -38,8 +39,6 @@ from offmap.uapi.virtio.blk import (
     virtio_blk_config,
 )
 from offmap.uapi.virtio.config import VIRTIO_ID_BLOCK
-
-__all__ = ["Blk"]
 
 QUEUE_SIZE = 512
 """A request of 1 MiB in scattered pages is one chain: 256 descriptors of data, one header, one status."""

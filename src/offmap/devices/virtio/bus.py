@@ -22,8 +22,6 @@ from offmap.uapi import kvm as uapi
 from offmap.uapi.page import PAGE_SIZE
 from offmap.uapi.virtio.mmio import VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY
 
-__all__ = ["MAX_DEVICES", "VIRTIO_MMIO_BASE", "VIRTIO_MMIO_SIZE", "Place", "VirtioBus"]
-
 VIRTIO_MMIO_BASE = 0xD000_0000
 """The first device's registers: in the hole below 4 GiB that no RAM is in (memory/guest.py), below the APICs."""
 

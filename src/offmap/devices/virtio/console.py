@@ -22,8 +22,6 @@ from offmap.devices.virtio.worker import Worker
 from offmap.uapi.virtio import console as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_CONSOLE
 
-__all__ = ["Console", "ConsoleSpec", "Port"]
-
 _CONTROL_TO_DRIVER, _CONTROL_FROM_DRIVER = 2, 3
 _DATA_QUEUE_SIZE = 16  # Linux fills an input queue with pages: of 256, they would be 1 MiB of the guest's RAM
 _CONTROL_QUEUE_SIZE = 32

@@ -11,8 +11,6 @@ from typing import NamedTuple
 from offmap.devices.virtio.iov import gather, length, scatter
 from offmap.devices.virtio.queue import Chain, Queue
 
-__all__ = ["IOV_MAX", "Port", "Stream", "read_into", "write_from"]
-
 IOV_MAX = 1024  # UIO_MAXIOV, linux/uio.h: what readv and writev take at once
 _BOUNCE_SIZE = 64 << 10  # bytes that a pipe holds; a guest may describe as much room as it likes
 

@@ -16,8 +16,6 @@ from offmap.memory.backend import Backend
 from offmap.memory.guest import GuestMemory
 from offmap.owned import Owned
 
-__all__ = ["Activation", "Bypass", "DeviceSpec", "SharedMemory", "Surroundings", "VirtioDevice"]
-
 
 class Bypass(NamedTuple):
     """What the host kernel needs to serve queues without us (vhost.py).

@@ -32,8 +32,6 @@ from offmap.uapi.fs import (
 from offmap.uapi.mman import F_OFD_SETLK, FLOCK
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["SECTOR", "Disk"]
-
 SECTOR = 512
 _BOUNCE_SIZE = 1 << 20
 _DEFAULT_PHYSICAL_BLOCK = 4096  # what file systems allocate in; a guest that aligns to it spares the host a read

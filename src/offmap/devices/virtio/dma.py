@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from offmap.memory.guest import Region
 from offmap.memory.iomem import PhysicalRange, merged, subtract
 
-__all__ = ["Dma", "DriverError"]
-
 
 class DriverError(Exception):
     """The guest's driver did what the specification forbids. The device then needs a reset; the VMM goes on."""

@@ -11,8 +11,6 @@ from offmap.uapi.virtio.blk import VIRTIO_BLK_ID_BYTES
 if TYPE_CHECKING:
     from offmap.devices.virtio.blk import Blk
 
-__all__ = ["DriveSpec", "parse_drive"]
-
 _USAGE = "write PATH, then options of readonly=on|off, serial=TEXT, direct=on|off, bounce=on|off"
 
 

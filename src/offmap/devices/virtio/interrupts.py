@@ -15,8 +15,6 @@ from collections.abc import Callable
 
 from offmap.kvm.coalesced import CoalescedRing
 
-__all__ = ["InterruptStatus", "Interrupts"]
-
 
 class InterruptStatus:
     """The register of one device.

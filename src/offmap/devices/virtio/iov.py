@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 from ctypes import addressof, c_char
 
-__all__ = ["address_of", "gather", "length", "part", "scatter"]
-
 
 def address_of(buffer: memoryview) -> int:
     """Where a buffer is in this process's address space."""

@@ -25,8 +25,6 @@ from offmap.uapi.virtio import config
 from offmap.uapi.virtio import mmio as reg
 from offmap.uapi.virtio.ring import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 
-__all__ = ["MmioTransport"]
-
 MAGIC_VALUE = int.from_bytes(b"virt", "little")
 VERSION = 2
 VENDOR_ID = int.from_bytes(b"OFFM", "little")

@@ -14,8 +14,6 @@ from offmap.errors import OffmapError
 from offmap.options import Options
 from offmap.uapi.virtio.net import ETH_ALEN
 
-__all__ = ["NetSpec", "parse_mac", "parse_net"]
-
 MIN_MTU, MAX_MTU = 68, 65535  # virtio 1.2, 5.1.4.1; 68 is RFC 791's
 PASST_MTU = 65520  # what passt tells the guest by itself: without segmentation offload, large packets are what helps
 _MULTICAST = 0x01  # of a MAC address's first byte

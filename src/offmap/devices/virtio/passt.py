@@ -21,8 +21,6 @@ from offmap.errors import OffmapError
 from offmap.owned import Owned
 from offmap.uapi.virtio.net import virtio_net_hdr_v1
 
-__all__ = ["FrameStream", "Passt"]
-
 _LENGTH = struct.Struct("!I")
 _HEADER = bytes(sizeof(virtio_net_hdr_v1))
 _NO_HEADER = (1).to_bytes(2, "little").rjust(sizeof(virtio_net_hdr_v1), b"\0")  # all 0 but num_buffers, which is 1

@@ -27,8 +27,6 @@ from offmap.uapi.virtio.ring import (
     VRING_USED_ALIGN_SIZE,
 )
 
-__all__ = ["Chain", "DriverError", "Queue"]
-
 MAX_QUEUE_SIZE = 1 << 15  # virtio 1.2, 2.7: "The maximum Queue Size value is 32768"
 
 _WORTHWHILE = 8  # descriptors in a table from which on looking at it as a whole is quicker

@@ -5,12 +5,11 @@ import os
 from typing import ClassVar
 
 from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
+from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import part
-from offmap.devices.virtio.queue import DriverError, Queue
+from offmap.devices.virtio.queue import Queue
 from offmap.errors import KernelError
 from offmap.uapi.virtio.config import VIRTIO_ID_RNG
-
-__all__ = ["Rng", "RngSpec", "parse_rng"]
 
 _SOURCE = "/dev/urandom"
 _MOST = 1 << 16  # bytes in one answer: a driver that asks for a gigabyte shall not keep a processor busy for seconds

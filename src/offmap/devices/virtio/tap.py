@@ -21,8 +21,6 @@ from offmap.owned import Owned
 from offmap.uapi import if_tun as uapi
 from offmap.uapi.virtio.net import virtio_net_hdr_v1
 
-__all__ = ["Tap", "check_name", "open_tap", "tap_of_fd"]
-
 _DEVICE = "/dev/net/tun"
 _FLAGS = uapi.IFF_TAP | uapi.IFF_NO_PI | uapi.IFF_VNET_HDR
 _NAME = re.compile(r"[A-Za-z0-9_.:@-]{1,15}")

@@ -23,8 +23,6 @@ from offmap.uapi.virtio.config import VIRTIO_F_VERSION_1
 from offmap.uapi.virtio.net import VIRTIO_NET_F_MRG_RXBUF
 from offmap.uapi.virtio.ring import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 
-__all__ = ["VhostNet", "open_vhost_net"]
-
 DEVICE = "/dev/vhost-net"
 _ZERO_COPY = Path("/sys/module/vhost_net/parameters/experimental_zcopytx")
 

@@ -12,15 +12,14 @@ from functools import partial
 from socket import socket
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
+from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import part, scatter
-from offmap.devices.virtio.queue import Chain, DriverError
+from offmap.devices.virtio.queue import Chain
 from offmap.devices.virtio.vsock_connection import Connection, State
 from offmap.devices.virtio.vsock_host import Greeting, Listener, connect_to_host
 from offmap.uapi.virtio import vsock as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_VSOCK
 from offmap.uapi.virtio.vsock import VIRTIO_VSOCK_HDR, virtio_vsock_hdr
-
-__all__ = ["Vsock"]
 
 RX, TX, EVENT = range(3)
 

@@ -15,8 +15,6 @@ from offmap.devices.virtio.iov import length, part
 from offmap.uapi.virtio import vsock as uapi
 from offmap.uapi.virtio.vsock import virtio_vsock_hdr
 
-__all__ = ["BUF_ALLOC", "Connection", "State"]
-
 BUF_ALLOC = 256 << 10  # what Linux's own vsock sockets have (VIRTIO_VSOCK_DEFAULT_BUF_SIZE)
 _UPDATE_AFTER = BUF_ALLOC // 4  # bytes passed on that the guest is told of by a packet of their own
 _U32 = (1 << 32) - 1

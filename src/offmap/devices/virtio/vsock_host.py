@@ -14,8 +14,6 @@ from pathlib import Path
 from offmap.errors import OffmapError
 from offmap.owned import Owned
 
-__all__ = ["Greeting", "Listener", "check_path", "connect_to_host"]
-
 _SUN_PATH = 108  # sizeof(sockaddr_un.sun_path), its final NUL included: linux/un.h
 _LONGEST_PORT = len("_4294967295")
 _BACKLOG = 128  # connections that wait to be accepted

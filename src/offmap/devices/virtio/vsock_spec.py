@@ -9,8 +9,6 @@ from offmap.devices.virtio.vsock_host import Listener, check_path
 from offmap.options import Options
 from offmap.uapi.virtio.vsock import VMADDR_CID_ANY, VMADDR_CID_HOST
 
-__all__ = ["VsockSpec", "parse_vsock"]
-
 _REMEDY = "write it like --vsock cid=3,path=/run/guest.sock"
 
 

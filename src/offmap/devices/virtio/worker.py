@@ -15,8 +15,6 @@ from typing import TypeVar
 from offmap.errors import OffmapError
 from offmap.owned import Owned
 
-__all__ = ["Worker"]
-
 _T = TypeVar("_T")
 
 _MOST_EVENTS = 16  # taken at once; the default makes room for a thousand each time

@@ -2,8 +2,6 @@
 
 from ctypes import LittleEndianStructure, c_uint32
 
-__all__ = ["virtio_balloon_config"]
-
 VIRTIO_BALLOON_F_DEFLATE_ON_OOM = 2
 VIRTIO_BALLOON_F_REPORTING = 5
 

@@ -2,8 +2,6 @@
 
 from ctypes import LittleEndianStructure, c_uint8, c_uint16
 
-__all__ = ["virtio_net_config", "virtio_net_hdr_v1"]
-
 VIRTIO_NET_F_CSUM = 0
 VIRTIO_NET_F_GUEST_CSUM = 1
 VIRTIO_NET_F_MTU = 3

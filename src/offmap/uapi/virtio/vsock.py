@@ -3,8 +3,6 @@
 import struct
 from typing import NamedTuple
 
-__all__ = ["VIRTIO_VSOCK_HDR", "virtio_vsock_hdr"]
-
 VIRTIO_VSOCK_TYPE_STREAM = 1
 
 VIRTIO_VSOCK_OP_REQUEST = 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from offmap.devices.virtio.balloon import Balloon
 from offmap.devices.virtio.balloon_spec import BalloonSpec, parse_balloon
 from offmap.devices.virtio.device import Surroundings
-from offmap.devices.virtio.queue import DriverError
+from offmap.devices.virtio.dma import DriverError
 from offmap.errors import OffmapError
 from offmap.kvm import Vm
 from offmap.memory.anon import Anon

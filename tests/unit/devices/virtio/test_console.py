@@ -14,7 +14,8 @@ from typing import Self
 
 import pytest
 
-from offmap.devices.virtio.console import Console, Port
+from offmap.devices.virtio.console import Console
+from offmap.devices.virtio.console_port import Port
 from offmap.devices.virtio.device import Activation
 from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.worker import Worker

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offmap.devices.virtio.device import Activation, SharedMemory, VirtioDevice
-from offmap.devices.virtio.queue import DriverError
+from offmap.devices.virtio.dma import DriverError
 from offmap.memory.guest import GuestMemory
 from offmap.uapi.virtio import mmio as reg
 from offmap.uapi.virtio.config import (

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import length
 from offmap.devices.virtio.net import CTRL, RX, TX, Net
-from offmap.devices.virtio.queue import DriverError
 from offmap.errors import KernelError
 from offmap.uapi import if_tun
 from offmap.uapi.virtio import net as uapi

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmap.devices.virtio.queue import _TABLES, Chain, DriverError, Queue
+from offmap.devices.virtio.dma import DriverError
+from offmap.devices.virtio.queue import _TABLES, Chain, Queue
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from offmap.devices.virtio.dma import Dma
+from offmap.devices.virtio.dma import Dma, DriverError
 from offmap.devices.virtio.net import CTRL, RX, TX, Net
-from offmap.devices.virtio.queue import DriverError
 from offmap.devices.virtio.vhost import VhostNet, open_vhost_net
 from offmap.errors import KernelError, OffmapError
 from offmap.memory.iomem import PhysicalRange

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmap.devices.virtio.queue import Chain, DriverError
+from offmap.devices.virtio.dma import DriverError
+from offmap.devices.virtio.queue import Chain
 from offmap.devices.virtio.vsock import RX, TX, Vsock
 from offmap.devices.virtio.vsock_connection import BUF_ALLOC
 from offmap.devices.virtio.vsock_host import Listener
