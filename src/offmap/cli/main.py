@@ -40,6 +40,10 @@ class _WrongUse(OffmapError):
         super().__init__(message, f"see {program} --help")
 
 
+# Python ships no translations of argparse's words, and ours are English: looking for some takes a millisecond.
+argparse._ = str  # type: ignore[attr-defined]
+
+
 class _Help(argparse.HelpFormatter):
     """As wide as the terminal. argparse's own asks `shutil`, which takes as long to import as the rest of argparse."""
 
@@ -62,6 +66,26 @@ class _Parser(argparse.ArgumentParser):
 def whole_parser() -> argparse.ArgumentParser:
     """The parser of every command, for what is made from it: the man page, the completion of shells."""
     return _parser(_COMMANDS)
+
+
+class _Alone:
+    """Stands where argparse has its subparsers, and makes the parser of one command without those above it."""
+
+    parser: argparse.ArgumentParser
+
+    def add_parser(self, name: str, *, help: str = "", **options: Any) -> argparse.ArgumentParser:
+        self.parser = _Parser(prog=f"offmap {name}", **options)
+        return self.parser
+
+
+def _parse(command: str | None, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; imports the command."""
+    if command not in _COMMANDS or arguments[0] != command:
+        return _parser((command or "",)).parse_args(arguments)
+    alone = _Alone()
+    import_module(f"offmap.cli.{command}").add_parser(alone)
+    add_log_options(alone.parser)
+    return alone.parser.parse_args(arguments[1:])
 
 
 def _parser(commands: Container[str]) -> argparse.ArgumentParser:
@@ -121,7 +145,7 @@ def _main(
         try:
             gc.disable()  # what a start makes stays; looking for garbage in it takes a twentieth of the start
             try:
-                args = _parser((command or "",)).parse_args(arguments)  # imports the command: time enough for a Ctrl-C
+                args = _parse(command, arguments)  # time enough for a Ctrl-C
             finally:
                 gc.freeze()
                 gc.enable()
