@@ -8,7 +8,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from offmap.boot.linux import BootSource
 from offmap.devices.virtio.device import DeviceSpec
@@ -31,7 +31,7 @@ class Image(NamedTuple):
     """
 
     folder: Path
-    facts: dict[str, Any]
+    facts: dict[str, object]
 
     @property
     def kernel(self) -> Path:

@@ -3,10 +3,13 @@
 import ctypes
 import os
 from fcntl import ioctl
-from typing import Any
+from typing import TYPE_CHECKING
 
 from offmap.errors import KernelError
 from offmap.owned import Owned
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _INT_MAX = (1 << 31) - 1
 
@@ -26,7 +29,7 @@ class Handle(Owned):
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def call(self, name: str, request: int, argument: Any = 0, remedy: str = "") -> int:
+    def call(self, name: str, request: int, argument: "int | WriteableBuffer" = 0, remedy: str = "") -> int:
         """Issue the ioctl `request`; `argument` is an int, or a ctypes object that the kernel may write to.
 
         Raises:
@@ -35,10 +38,9 @@ class Handle(Owned):
         try:
             if isinstance(argument, int) and argument > _INT_MAX:
                 return _ioctl_unsigned_long(self.fd, request, argument)
-            result: int = ioctl(self.fd, request, argument)
+            return ioctl(self.fd, request, argument)
         except OSError as error:
             raise KernelError(name, error, remedy) from None
-        return result
 
     def close(self) -> None:
         if self.fd >= 0:
