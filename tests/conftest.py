@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,16 +24,18 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config: pytest.Config) -> None:
-    """Have a test's limit (pytest-timeout reads it after this) follow the speed of this machine."""
-    if config.getoption("timeout", None) is None:
-        config.option.timeout = scaled(float(config.getini("timeout")))
+@pytest.hookimpl(tryfirst=True, wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Have a test's limit (pytest-timeout reads it after this) follow the machine as it is when the test starts."""
+    own = item.get_closest_marker("timeout")
+    seconds = float(own.args[0] if own else item.config.getini("timeout"))
+    item.add_marker(pytest.mark.timeout(scaled(seconds)), append=False)
+    return (yield)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     """Say how fast this machine is, and what that makes of limits."""
-    return f"{calibration()}; a test may take {float(config.getoption('timeout')):.0f} s"
+    return f"{calibration()}; a test that started now might take {scaled(float(config.getini('timeout'))):.0f} s"
 
 
 PAYLOADS = Path(__file__).with_name("payloads")

@@ -4,6 +4,7 @@ A process that runs, or would if a processor were free, makes progress; so does 
 neither is stuck. One that runs for long without a word is stuck too: how long is counted in its own processor time.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,20 +39,35 @@ class Calibration:
         )
 
 
-@cache
 def calibration() -> Calibration:
-    """Measure this machine, once in a process; takes 35 ms where the machine is idle."""
-    began, processor_began = time.perf_counter(), time.thread_time()
+    """Say how fast this machine is now: its processor, measured once in a process (35 ms), and what else runs."""
+    slowness = _slowness()
+    return Calibration(slowness, slowness * _crowding())
+
+
+@cache
+def _slowness() -> float:
+    began = time.thread_time()
     for _ in range(_ROUNDS):
         _work()
-    used = (time.thread_time() - processor_began) / _ROUNDS
-    passed = (time.perf_counter() - began) / _ROUNDS
-    slowness = max(1.0, used / _REFERENCE)
-    return Calibration(slowness, max(slowness, passed / _REFERENCE))
+    return max(1.0, (time.thread_time() - began) / _ROUNDS / _REFERENCE)
+
+
+def _crowding() -> float:
+    """Return how many times as long one thread takes because of others that want a processor, at least 1.
+
+    Timing a short piece of work would not tell: who comes new is served first.
+    """
+    try:
+        words = Path("/proc/loadavg").read_text().split()  # proc(5): averages, runnable now / all
+        others = max(float(words[0]), int(words[3].partition("/")[0]) - 1)
+    except (OSError, ValueError, IndexError):
+        return 1.0
+    return 1.0 + others / (os.cpu_count() or 1)
 
 
 def scaled(seconds: float) -> float:
-    """Return a limit by the clock that was chosen on an idle, fast machine, in seconds of this one."""
+    """Return a limit by the clock that was chosen on an idle, fast machine, in seconds of this one as it is now."""
     return seconds * calibration().stretch
 
 
@@ -105,9 +121,9 @@ class Watch:
         waited = max(0.0, activity.waited - before.waited)
         if not activity.on_disk:
             self.idled += max(0.0, passed - ran - waited)
-        if self.spun > SPIN_SECONDS * calibration().slowness:
+        if self.spun > SPIN_SECONDS * _slowness():
             return f"it used {self.spun:.0f} s of processor time without a word"
-        if self.idled > IDLE_SECONDS * calibration().slowness:
+        if self.idled > IDLE_SECONDS * _slowness():
             return f"it did nothing for {self.idled:.0f} s"
         return ""
 
