@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import covered
 from offmap.audit.pagemap import pfn, present, read_pagemap
-from offmap.audit.walk import walk_kernel_half
+from offmap.audit.walk import walk_kcore
 from offmap.kvm import Kvm, Vm
 from offmap.memory.backing import Backing, map_backing
 from offmap.memory.guest import GuestMemory
@@ -89,8 +89,7 @@ def frames(backing: Backing, pid: int | str = "self") -> NDArray[np.uint64]:
 def mapped(pfns: NDArray[np.uint64]) -> int:
     """How many of some page frames the kernel has a mapping of, anywhere."""
     with Kcore() as kcore:
-        info = kcore.vmcoreinfo
-        walk = walk_kernel_half(kcore, info.root_pa, info.levels, kcore.page_offset_base, info.sme_mask)
+        walk = walk_kcore(kcore)
     assert not walk.unreadable
     return int(np.count_nonzero(covered(walk.runs, pfns)))
 

@@ -23,7 +23,7 @@ from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.oracle import translate
 from offmap.audit.placed import Placer
 from offmap.audit.regions import Layout
-from offmap.audit.walk import walk_kernel_half
+from offmap.audit.walk import walk_kcore
 
 PAGE = 4096
 GUEST_PAGES = 64
@@ -95,11 +95,10 @@ def plant_freed(secret: bytes) -> None:
 def own_stack() -> Any:
     """What the scan would say of a page of this thread's kernel stack; nobody can plant a secret there at will."""
     with Kcore() as kcore:
-        info = kcore.vmcoreinfo
-        layout = Layout.of(info, kcore.page_offset_base, kcore.segments)
+        layout = Layout.of(kcore.vmcoreinfo, kcore.page_offset_base, kcore.segments)
         tasks = KernelObjects(kcore, layout, Btf.of_host()).tasks()
         stack = next(task.stack for task in tasks if task.pid == os.getpid())
-        mappings = walk_kernel_half(kcore, info.root_pa, info.levels, kcore.page_offset_base, info.sme_mask)
+        mappings = walk_kcore(kcore)
         placer = Placer(kcore, layout, mappings, GuestPages.none())
         pa = translate(mappings, stack)
         assert pa is not None

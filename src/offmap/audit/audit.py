@@ -21,8 +21,8 @@ from offmap.audit.kcore import Kcore
 from offmap.audit.kinds import kinds_of, read_vmallocinfo
 from offmap.audit.kvm_slots import KvmSlot, KvmSlots
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.oracle import Sample
-from offmap.audit.pagemap import OwnPage
+from offmap.audit.oracle import Sample, ask_drgn
+from offmap.audit.own_memory import OwnPage
 from offmap.audit.physical import physical_map
 from offmap.audit.process import Process, ProcessEnded
 from offmap.audit.reach import Kind, Sharing
@@ -30,11 +30,10 @@ from offmap.audit.regions import Layout
 from offmap.audit.result import AuditedRange, AuditResult, Pages, Source
 from offmap.audit.scan import Wanted, scan_memory
 from offmap.audit.scan_result import Scan
-from offmap.audit.second_opinion import second_opinion
 from offmap.audit.sharers import sharing_of
 from offmap.audit.verdict import Verdict
 from offmap.audit.vms import vmm_facts
-from offmap.audit.walk import walk_kernel_half
+from offmap.audit.walk import walk_kcore
 from offmap.errors import Undetermined
 from offmap.log import Logger
 from offmap.report.typed import Address
@@ -103,8 +102,8 @@ def audit_process(pid: int, **options: Unpack[Options]) -> AuditResult:
 def snapshot_process(pid: int, **options: Unpack[Options]) -> Snapshot:
     """Find which pages of a process's guest RAM the host kernel has mapped.
 
-    The process is neither stopped nor written to. One that ends meanwhile leaves a result that says so (``partial``),
-    and whose verdict is never ``hidden``.
+    The process is neither stopped nor written to. If it ends meanwhile, the result says so (``partial``), and its
+    verdict is never ``hidden``.
 
     Args:
         pid: of the VMM.
@@ -129,8 +128,7 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
     ranges, sample = options.get("ranges"), options.get("oracle")
     tell: Progress = options.get("progress") or (lambda stage, share: None)
     started = time.monotonic()
-    info = kcore.vmcoreinfo
-    layout = Layout.of(info, kcore.page_offset_base, kcore.segments)
+    layout = Layout.of(kcore.vmcoreinfo, kcore.page_offset_base, kcore.segments)
 
     def ask_kvm(pid: int, descriptors: Mapping[int, str]) -> Sequence[KvmSlot]:
         return KvmSlots(kcore, layout).of(pid, descriptors)
@@ -143,52 +141,43 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
         name, facts = process.name(), vmm_facts(process)
         before = resolve(process, ram.ranges, kcore.page_flags)
         tell(Stage.WALK, 0.0)
-        mappings = walk_kernel_half(kcore, info.root_pa, info.levels, kcore.page_offset_base, info.sme_mask)
+        mappings = walk_kcore(kcore)
         kinds = kinds_of(mappings, layout, read_vmallocinfo())
         check_control(control, kcore, mappings)
         after = resolve(process, ram.ranges, kcore.page_flags)
-    judged = classify(before, after, excluded_ranges(ram), mappings, kinds)
+    excluded = excluded_ranges(ram)
+    judged = classify(before, after, excluded, mappings, kinds)
     moved, partial = _slots_moved(process, ram, None if ranges else ask_kvm)
     partial = before.ended or after.ended or partial
     sharing, unshared = _sharing(process, ram, judged, options.get("sharers", False), partial)
     tell(Stage.WALK, 1.0)
-    scanned = None
+    known = judged.known
+    guest = GuestPages.of(judged.page[known], judged.pfn[known], judged.pages[known], ram.ranges)
+    scan = opinion = None
     if (wanted := options.get("scan")) is not None:
         devices = sorted({*before.device_ranges, *after.device_ranges})
-        scanned = scan_memory(
-            kcore,
-            mappings,
-            layout,
-            wanted,
-            _guest_pages(judged, ram),
-            devices,
-            lambda share: tell(Stage.SCAN, share),
-            options.get("threads"),
-        )
-    opinion = None
+        threads = options.get("threads")
+        scan = scan_memory(kcore, mappings, layout, wanted, guest, devices, lambda s: tell(Stage.SCAN, s), threads)
     if sample is not None and not partial:
         tell(Stage.ORACLE, 0.0)
-        opinion = second_opinion(process, kcore, mappings, layout, _guest_pages(judged, ram), sample)
+        opinion = ask_drgn(process, kcore, mappings, layout, guest, sample)
     pages = judged.counts()
     joined = join(judged, mappings, kinds, layout, ram)
     _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
-    verdict, notes = _judge(pages, ram, scanned, moved, partial)
-    notes = (*notes, *unshared)
+    verdict, notes = _judge(pages, ram, scan, moved, partial)
+    notes += unshared
     if partial:
-        seen = classify(before, before, excluded_ranges(ram), mappings, kinds).counts()
+        seen = classify(before, before, excluded, mappings, kinds).counts()
         if seen.pages_populated and not pages.pages_populated:
-            notes = (
-                *notes,
+            notes += (
                 f"before that, {seen.pages_populated} pages of it were seen; the walk found mappings of "
                 f"{seen.mapped_pages} of these frames, which may have been somebody else's by then",
             )
     if any(total.kind is Kind.VMALLOC_SPACE and not total.caller for total in joined.reach) and not kinds.named:
-        notes = (
-            *notes,
+        notes += (
             "what maps pages in the vmalloc space is not told: /proc/vmallocinfo shows addresses while "
             "sysctl kernel.kptr_restrict is 1",
         )
-    pages = msgspec.structs.replace(pages, canaries_found=None if scanned is None else scanned.canaries_found)
     audit = AuditResult(
         offmap=offmap.__version__,
         time=utc_now(),
@@ -199,7 +188,7 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
         verdict=verdict,
         notes=notes,
         partial=partial or None,
-        pages=pages,
+        pages=msgspec.structs.replace(pages, canaries_found=None if scan is None else scan.canaries_found),
         ranges=tuple(
             AuditedRange(Address(part.va), part.bytes, part.source, part.guest_phys_addr, part.backend)
             for part in ram.ranges
@@ -212,8 +201,8 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
         physical=physical_map(judged, kcore.ram),
         sharing=sharing,
         mapped_guest_ranges=tuple(mapped_guest_ranges(judged, ram)),
-        walk=mappings.facts(info.levels),
-        scan=scanned,
+        walk=mappings.facts(kcore.vmcoreinfo.levels),
+        scan=scan,
         oracle=opinion,
         seconds=round(time.monotonic() - started, 4),
     )
@@ -221,7 +210,7 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
 
 
 def _slots_moved(process: Process, ram: GuestRam, ask_kvm: AskKvm | None) -> tuple[bool, str]:
-    """Whether the memory slots are others than at the start (those were not looked at), or how the process ended.
+    """Whether the memory slots differ from those at the start, and how the process ended.
 
     Args:
         ask_kvm: None where the ranges were asked for, and slots do not matter.
@@ -236,6 +225,7 @@ def _slots_moved(process: Process, ram: GuestRam, ask_kvm: AskKvm | None) -> tup
 def _sharing(
     process: Process, ram: GuestRam, judged: Judged, named: bool, partial: str
 ) -> tuple[Sharing | None, tuple[str, ...]]:
+    """Who else maps the pages, and a note if that cannot be told."""
     if partial:
         return None, ()
     try:
@@ -244,64 +234,60 @@ def _sharing(
         return None, (f"whether other processes map these pages too cannot be told: {error}",)
 
 
-def _guest_pages(judged: Judged, ram: GuestRam) -> GuestPages:
-    known = judged.known
-    return GuestPages.of(judged.page[known], judged.pfn[known], judged.pages[known], ram.ranges)
-
-
 def _judge(
     pages: Pages, ram: GuestRam, scan: Scan | None, moved: bool = False, partial: str = ""
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict, and what must be said beside it."""
     verdict = pages.verdict(ram.guessed)
-    notes = []
-    if partial and verdict is Verdict.HIDDEN:
+    if verdict is Verdict.HIDDEN and (partial or ram.unseen_guest_memfd or moved):
         verdict = Verdict.UNKNOWN
-    if ram.guessed:
-        why = f": {ram.why_guessed}" if ram.why_guessed else ""
-        notes.append(
-            f"the ranges are guesses (large mappings of a process with a KVM VM){why}; --range names them for sure"
-        )
-    elif ram.why_guessed:
-        notes.append(f"that the VMM's list leaves no memory out was not checked with KVM's: {ram.why_guessed}")
-    if any(part.source is Source.REQUESTED for part in ram.ranges):
-        notes.append("only what --range names was judged; whether the guest has more RAM was not looked at")
-    if ram.omitted_bytes:
-        notes.append(f"{format_size(ram.omitted_bytes)} that the VMM's list leaves out, and KVM has, are judged too")
-    if ram.read_only_bytes:
-        notes.append(f"{format_size(ram.read_only_bytes)} that the guest cannot write to (firmware) is not judged")
-    if ram.unseen_guest_memfd:
-        notes.append("the process holds guest_memfd memory that is not mapped, so its pages cannot be found")
-        if verdict is Verdict.HIDDEN:
-            verdict = Verdict.UNKNOWN
-    if moved:
-        notes.append("the process changed its memory slots during the audit; run it again")
-        if verdict is Verdict.HIDDEN:
-            verdict = Verdict.UNKNOWN
-    if verdict is Verdict.UNKNOWN and not pages.pages_populated and not partial:
-        notes.append("no page of the guest's RAM was found populated")
-    if verdict is Verdict.HIDDEN and pages.not_populated_pages:
-        notes.append(
-            f"{pages.not_populated_pages} pages are not populated: whether they will be hidden is known once they are"
-        )
-    if pages.excluded_direct_pages:
-        notes.append(
-            f"{pages.excluded_direct_pages} pages that are said to be kept from the guest are in the direct map"
-        )
-    if pages.excluded_mapped_pages:
-        notes.append(f"{pages.excluded_mapped_pages} mapped pages are kept from the guest and do not count")
-    if scan is not None:
-        elsewhere = sum(not any(place.in_guest for place in hit.places) for hit in scan.found)
-        if elsewhere:
-            notes.append(f"{elsewhere} canaries were read outside the guest's own pages only: copies")
-        copies = sum(not place.in_guest for place in scan.findings)
-        if copies:
-            notes.append(f"the secret was read in {copies} places outside the guest's own pages: copies")
-        if any(place.source for place in scan.places):
-            notes.append("the file that the secret was read from stands in the page cache, which is not counted")
-        if (scan.found or scan.findings) and verdict is not Verdict.EXPOSED:
-            # A planted secret was read: whatever the page tables say, it is not hidden.
-            verdict = Verdict.EXPOSED
-        if scan.frames_unread:
-            notes.append(f"{scan.frames_unread} mapped pages of RAM were not scanned: /proc/kcore cannot read them")
-    return verdict, tuple(notes)
+    why = f": {ram.why_guessed}" if ram.why_guessed else ""
+    candidates = {
+        "the ranges are guesses (large mappings of a process with a KVM VM)"
+        f"{why}; --range names them for sure": ram.guessed,
+        f"that the VMM's list leaves no memory out was not checked with KVM's{why}": why and not ram.guessed,
+        "only what --range names was judged; whether the guest has more RAM was not looked at": any(
+            part.source is Source.REQUESTED for part in ram.ranges
+        ),
+        f"{format_size(ram.omitted_bytes)} that the VMM's list leaves out, and KVM has, are judged too": (
+            ram.omitted_bytes
+        ),
+        f"{format_size(ram.read_only_bytes)} that the guest cannot write to (firmware) is not judged": (
+            ram.read_only_bytes
+        ),
+        "the process holds guest_memfd memory that is not mapped, so its pages cannot be found": (
+            ram.unseen_guest_memfd
+        ),
+        "the process changed its memory slots during the audit; run it again": moved,
+        "no page of the guest's RAM was found populated": (
+            verdict is Verdict.UNKNOWN and not pages.pages_populated and not partial
+        ),
+        f"{pages.not_populated_pages} pages are not populated: whether they will be hidden is known once they are": (
+            verdict is Verdict.HIDDEN and pages.not_populated_pages
+        ),
+        f"{pages.excluded_direct_pages} pages that are said to be kept from the guest are in the direct map": (
+            pages.excluded_direct_pages
+        ),
+        f"{pages.excluded_mapped_pages} mapped pages are kept from the guest and do not count": (
+            pages.excluded_mapped_pages
+        ),
+    }
+    notes = tuple(note for note, applies in candidates.items() if applies)
+    if scan is None:
+        return verdict, notes
+    # A planted secret was read: whatever the page tables say, it is not hidden.
+    return Verdict.EXPOSED if scan.found or scan.findings else verdict, notes + _scan_notes(scan)
+
+
+def _scan_notes(scan: Scan) -> tuple[str, ...]:
+    elsewhere = sum(not any(place.in_guest for place in hit.places) for hit in scan.found)
+    copies = sum(not place.in_guest for place in scan.findings)
+    candidates = {
+        f"{elsewhere} canaries were read outside the guest's own pages only: copies": elsewhere,
+        f"the secret was read in {copies} places outside the guest's own pages: copies": copies,
+        "the file that the secret was read from stands in the page cache, which is not counted": any(
+            place.source for place in scan.places
+        ),
+        f"{scan.frames_unread} mapped pages of RAM were not scanned: /proc/kcore cannot read them": scan.frames_unread,
+    }
+    return tuple(note for note, applies in candidates.items() if applies)

@@ -6,7 +6,6 @@ Pages that nothing can be said of in either are no change.
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
 from offmap.audit.audit import Snapshot
 from offmap.audit.classify import Judged
@@ -20,9 +19,6 @@ from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
 _KINDS = tuple(Kind)
-
-Ints = NDArray[np.int64]
-
 
 _ORDER = tuple(Difference)
 

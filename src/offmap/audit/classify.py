@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
 from offmap.audit.guest_ram import GuestRam
-from offmap.audit.intervals import Intervals, cut, distinct
+from offmap.audit.intervals import Intervals, Ints, cut, distinct
 from offmap.audit.kinds import Kinds
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.reach import Kind
@@ -19,8 +19,6 @@ from offmap.audit.result import Pages
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 _CHANGED = "came, went or moved during the audit"
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

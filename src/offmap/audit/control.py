@@ -10,7 +10,7 @@ import numpy as np
 
 from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import KernelMappings, covered
-from offmap.audit.pagemap import OwnPage
+from offmap.audit.own_memory import OwnPage
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 

@@ -1,8 +1,8 @@
 """The page frame behind every page of guest RAM, or why it is not known.
 
-Three states, and none of them is a default: POPULATED (the frame is known), EMPTY (there is provably no page, so it
-holds nothing), UNKNOWN (anything else, with the reason). Pages are kept as runs: of neighbours in one state, whose
-frames are neighbours too. So a terabyte of huge pages is a few thousand numbers.
+Three states, none of them a default: POPULATED (the frame is known), EMPTY (there is provably no page), UNKNOWN
+(anything else, with the reason). Pages are kept as runs of neighbours in one state whose frames are neighbours too. So
+a terabyte of huge pages is a few thousand numbers.
 """
 
 import os
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from offmap.audit import pagemap
 from offmap.audit.guest_ram import RamRange
-from offmap.audit.intervals import Intervals, cut
+from offmap.audit.intervals import Intervals, Ints, cut, run_starts
 from offmap.audit.maps import Mapping
 from offmap.audit.pageflags import KPF_ZERO_PAGE, PageFlags
 from offmap.audit.process import Process, ProcessEnded
@@ -36,12 +36,10 @@ _CHUNK = 1 << 17  # pages asked of pagemap at once: 1 MiB of entries
 _HUGE = 512  # pages of a 2 MiB one
 _AWAY = "swapped out or being migrated"
 
-Ints = NDArray[np.int64]
-
 
 @dataclass
 class Frames:
-    """Of all pages of the ranges, in their order, as runs.
+    """The runs of all pages of the ranges, in their order.
 
     Attributes:
         page: the first page of each run, ascending from 0; no run crosses from one range to the next.
@@ -87,45 +85,39 @@ class _Building:
     def begin_range(self) -> None:
         self._starts.append(self.total)
 
-    def add_runs(self, page: Ints, pfn: Ints, state: NDArray[np.uint8], why: NDArray[np.uint8], pages: int) -> None:
-        """Runs of the next ``pages`` pages; ``page`` counts from the first of these."""
-        self._parts.append((page + self.total, pfn, state, why))
-        self.total += pages
-
-    def add_pages(self, pfn: Ints, state: NDArray[np.uint8], why: NDArray[np.uint8]) -> None:
-        """One entry for each page."""
-        if not len(state):
-            return
-        pfn = np.where(state == POPULATED, pfn, 0)
-        follows = (state[1:] == state[:-1]) & (why[1:] == why[:-1])
-        follows &= (state[1:] != POPULATED) | (pfn[1:] == pfn[:-1] + 1)
-        first = np.flatnonzero(np.concatenate(([True], ~follows)))
-        self.add_runs(first.astype(np.int64), pfn[first], state[first], why[first], len(state))
+    def add(self, runs: Frames) -> None:
+        """The next pages, as runs that count from the first of them."""
+        self._parts.append((runs.page + self.total, runs.pfn, runs.state, runs.why))
+        self.total += runs.total
 
     def add_run(self, pages: int, state: int, pfn: int = 0, why: int = 0) -> None:
         if pages:
             one = np.zeros(1, dtype=np.int64)
-            self.add_runs(one, one + pfn, np.array([state], np.uint8), np.array([why], np.uint8), pages)
+            self.add(Frames(one, one + pfn, np.array([state], np.uint8), np.array([why], np.uint8), total=pages))
 
     def add_unknown(self, pages: int, reason: str) -> None:
         self.add_run(pages, UNKNOWN, why=self.number(reason))
 
     def frames(self, ended: str = "") -> Frames:
-        columns = [np.concatenate(part) for part in zip(*self._parts, strict=True)] if self._parts else []
-        page, pfn, state, why = columns or (
-            np.zeros(0, np.int64),
-            np.zeros(0, np.int64),
-            np.zeros(0, np.uint8),
-            np.zeros(0, np.uint8),
-        )
-        if len(page):
-            # What was looked at in pieces is one run where it can be.
-            follows = (state[1:] == state[:-1]) & (why[1:] == why[:-1])
-            follows &= (state[1:] != POPULATED) | (pfn[1:] == pfn[:-1] + np.diff(page))
-            follows &= ~np.isin(page[1:], np.array(self._starts, dtype=np.int64))
-            first = np.concatenate(([True], ~follows))
-            page, pfn, state, why = page[first], pfn[first], state[first], why[first]
-        return Frames(page, pfn, state, why, tuple(self._reasons), self.total, self.device_ranges, ended)
+        none = tuple(np.zeros(0, kind) for kind in (np.int64, np.int64, np.uint8, np.uint8))
+        page, pfn, state, why = (np.concatenate(part) for part in zip(none, *self._parts, strict=True))
+        # What was looked at in pieces is one run where it can be.
+        breaks = (state[1:] != state[:-1]) | (why[1:] != why[:-1])
+        breaks |= (state[1:] == POPULATED) & (pfn[1:] != pfn[:-1] + np.diff(page))
+        breaks |= np.isin(page[1:], np.array(self._starts, dtype=np.int64))
+        first = run_starts(breaks, len(page))
+        reasons = tuple(self._reasons)
+        return Frames(page[first], pfn[first], state[first], why[first], reasons, self.total, self.device_ranges, ended)
+
+
+def runs_of_pages(pfn: Ints, state: NDArray[np.uint8], why: NDArray[np.uint8]) -> Frames:
+    """The runs of pages that are given one by one."""
+    pfn = np.where(state == POPULATED, pfn, 0)
+    # Within a run of frames this is the same for every page.
+    base = np.where(state == POPULATED, pfn - np.arange(len(state)), 0)
+    breaks = (state[1:] != state[:-1]) | (why[1:] != why[:-1]) | (base[1:] != base[:-1])
+    first = run_starts(breaks, len(state))
+    return Frames(first.astype(np.int64), pfn[first], state[first], why[first], total=len(state))
 
 
 def resolve(process: Process, ranges: Iterable[RamRange], flags: PageFlags) -> Frames:
@@ -206,7 +198,7 @@ def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, buil
     if any((chunk.state == _MISSING).any() for chunk in chunks):
         _settle_missing(process, mapping, va, chunks, building)
     for chunk in chunks:
-        building.add_runs(chunk.page, chunk.pfn, chunk.state, chunk.why, chunk.total)
+        building.add(chunk)
 
 
 def _look(fd: int, va: int, pages: int, zero: int, away: int) -> Frames:
@@ -223,12 +215,7 @@ def _look(fd: int, va: int, pages: int, zero: int, away: int) -> Frames:
     state[here] = POPULATED
     state[pagemap.swapped(entries)] = UNKNOWN
     state[here & (pfn == zero)] = EMPTY
-    # Within a run of frames this is the same for every page.
-    base = np.where(state == POPULATED, pfn - np.arange(pages), 0)
-    first = np.flatnonzero(np.concatenate(([True], (base[1:] != base[:-1]) | (state[1:] != state[:-1]))))
-    state = state[first]
-    why = np.where(state == UNKNOWN, away, 0).astype(np.uint8)
-    return Frames(first.astype(np.int64), np.where(state == POPULATED, pfn[first], 0), state, why, total=pages)
+    return runs_of_pages(pfn, state, np.where(state == UNKNOWN, away, 0).astype(np.uint8))
 
 
 def _resolve_unplugged(process: Process, va: int, pages: int, building: _Building) -> None:
@@ -247,30 +234,26 @@ def _resolve_unplugged(process: Process, va: int, pages: int, building: _Buildin
 
 def _settle_missing(process: Process, mapping: Mapping, va: int, chunks: list[Frames], building: _Building) -> None:
     """Pages that are not in the process's page tables, though their file may have them."""
+
+    def unknown(chunks: Iterable[Frames], reason: str) -> None:
+        _mark(chunks, UNKNOWN, building.number(f"in no page table of the process{reason}"))
+
     if mapping.anonymous:
-        _mark(chunks, EMPTY)
-        return
+        return _mark(chunks, EMPTY)
     kind = backing_of(process, mapping)
     if kind is Backing.OTHER:
         process.check_alive()
-        what = mapping.path or "unnamed mapping"
-        _mark(chunks, UNKNOWN, building.number(f"in no page table of the process ({what})"))
-        return
+        return unknown(chunks, f" ({mapping.path or 'unnamed mapping'})")
     if kind in {Backing.SHMEM, Backing.HUGETLB} and mapping.shared:
         held = allocated_bytes(process, mapping)
         if held is not None and held <= _distinct(chunks) * PAGE_SIZE:
-            _mark(chunks, EMPTY)  # the file holds nothing beyond what the process has mapped here
-            return
+            return _mark(chunks, EMPTY)  # the file holds nothing beyond what the process has mapped here
     if kind is Backing.HUGETLB:
-        reason = f"in no page table of the process, but {mapping.path} holds pages elsewhere"
-        _mark(chunks, UNKNOWN, building.number(reason))
-        return
+        return unknown(chunks, f", but {mapping.path} holds pages elsewhere")
     with open_backing(process, mapping) as backing:
         if backing is None:
             process.check_alive()
-            reason = f"in no page table of the process, and its file ({mapping.path}) is closed"
-            _mark(chunks, UNKNOWN, building.number(reason))
-            return
+            return unknown(chunks, f", and its file ({mapping.path}) is closed")
         offset = mapping.offset + va - mapping.start
         elsewhere = building.number(f"in no page table of the process, but {mapping.path} holds it elsewhere")
         for index, chunk in enumerate(chunks):
@@ -278,9 +261,9 @@ def _settle_missing(process: Process, mapping: Mapping, va: int, chunks: list[Fr
                 try:
                     chunks[index] = _ask_file(backing, offset, chunk, kind is not Backing.UNSWAPPABLE, elsewhere)
                 except (OSError, ValueError) as error:
-                    reason = f"in no page table of the process, and its file cannot be asked ({error})"
-                    _mark([chunk], UNKNOWN, building.number(reason))
+                    unknown([chunk], f", and its file cannot be asked ({error})")
             offset += chunk.total * PAGE_SIZE
+    return None
 
 
 def _mark(chunks: Iterable[Frames], state: int, why: int = 0) -> None:
@@ -291,9 +274,9 @@ def _mark(chunks: Iterable[Frames], state: int, why: int = 0) -> None:
 
 def _distinct(chunks: Iterable[Frames]) -> int:
     """How many frames there are in all."""
-    known = [(chunk.pfn[here], chunk.pages[here]) for chunk in chunks for here in [chunk.state == POPULATED]]
-    start = np.concatenate([pfn for pfn, _ in known])
-    return Intervals.union(start, start + np.concatenate([pages for _, pages in known])).size
+    start = np.concatenate([chunk.pfn[chunk.state == POPULATED] for chunk in chunks])
+    pages = np.concatenate([chunk.pages[chunk.state == POPULATED] for chunk in chunks])
+    return Intervals.union(start, start + pages).size
 
 
 def _ask_file(fd: int, offset: int, chunk: Frames, counts_holes: bool, elsewhere: int) -> Frames:
@@ -307,16 +290,13 @@ def _ask_file(fd: int, offset: int, chunk: Frames, counts_holes: bool, elsewhere
     state[missing], why[missing] = UNKNOWN, elsewhere
     state[resident], why[resident] = POPULATED, 0
     state[empty], why[empty] = EMPTY, 0
-    building = _Building()
-    building.add_pages(pfn, state, why)
-    return building.frames()
+    return runs_of_pages(pfn, state, why)
 
 
 def _drop_huge_zero_page(frames: Frames, flags: PageFlags) -> Frames:
-    """Huge pages that were only ever read are all the same 2 MiB of zeroes: nothing of the guest's is in them.
+    """Huge pages that were only ever read are all the same 2 MiB of zeroes, which hold nothing of the guest's.
 
-    The kernel names its small page of zeroes to anybody who reads a fresh page; the huge one is told by standing behind
-    more than one place.
+    It is recognised by its flag; only frames that stand behind more than one place are asked for it.
     """
     here = np.flatnonzero((frames.state == POPULATED) & (frames.pages >= _HUGE))
     first = -(-frames.pfn[here] // _HUGE)

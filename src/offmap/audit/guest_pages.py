@@ -7,11 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.guest_ram import RamRange
+from offmap.audit.intervals import Ints
 from offmap.uapi.page import PAGE_SIZE
 
 _NOWHERE = -1
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,8 @@ KVM_VCPU_LINK = re.compile(r"anon_inode:kvm-vcpu:\d+")
 class RamRange:
     """A range of the process's addresses that is to be audited; page-aligned.
 
-    ``excluded``: guest-physical (address, size) of what its VM's guest does not get. They are of the claim that named
-    the range: what one VM keeps from its guest at an address, another VM of the process may give to its own there.
+    ``excluded``: guest-physical (address, size) of what the guest does not get, by the claim that named the range.
+    Another VM of the process may give its own guest what is at these addresses.
     """
 
     va: int
@@ -64,9 +64,12 @@ class RamRange:
 class GuestRam:
     """All ranges of a process that are to be audited.
 
-    ``unseen_guest_memfd``: the process holds guest_memfd memory that none of the ranges shows. Its pages may be in no
-    process's page tables, so there is no telling where they are. ``read_only_bytes`` are in slots that the guest cannot
-    write to: ROM, which is not judged. ``why_guessed`` says why KVM's own list could not be had.
+    Attributes:
+        unseen_guest_memfd: the process holds guest_memfd memory that none of the ranges shows. Its pages may be in no
+            process's page tables, so nobody can tell where they are.
+        read_only_bytes: in slots that the guest cannot write to (ROM), which are not judged.
+        why_guessed: why KVM's own list could not be had.
+        omitted_bytes: in KVM's slots, and not in the VMM's list.
     """
 
     ranges: tuple[RamRange, ...]
@@ -108,12 +111,8 @@ def parse_memslots(text: bytes) -> GuestRam:
         raise Undetermined(f"the process's offmap-memslots list is malformed: {error}") from None
     for slot in claim.slots:
         va, guest, size = slot.userspace_addr, slot.guest_phys_addr, slot.memory_size
-        if (
-            not size
-            or (va | size | guest) % PAGE_SIZE
-            or va + size > 1 << _USER_BITS
-            or guest + size > 1 << _PHYSICAL_BITS
-        ):
+        fits = va + size <= 1 << _USER_BITS and guest + size <= 1 << _PHYSICAL_BITS
+        if not size or (va | size | guest) % PAGE_SIZE or not fits:
             raise Undetermined(f"the process's offmap-memslots list is malformed: {slot!r} is not made of pages")
     if not claim.slots:
         raise Undetermined("the process's offmap-memslots list is empty")
@@ -125,7 +124,7 @@ def parse_memslots(text: bytes) -> GuestRam:
 
 
 def guess_ranges(mappings: Sequence[Vma]) -> tuple[RamRange, ...]:
-    """The large writable mappings, neighbours with the same backing taken as one."""
+    """The large writable mappings; neighbours with the same backing count as one."""
     merged: list[tuple[int, int, tuple[str, int, str]]] = []
     for mapping in mappings:
         if not mapping.writable:
@@ -158,88 +157,74 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
             claim is malformed.
     """
     links = process.descriptors()
-    claims = [number for number, link in sorted(links.items()) if link == MEMSLOTS_LINK]
-    parts = []
-    seen = set()
-    for number in claims:
-        # Whatever has got that name: a FIFO must not keep us waiting.
-        fd = process.open(f"fd/{number}", os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise Undetermined("the process's offmap-memslots list is malformed: it is not a file")
-            if status.st_size > _MEMSLOTS_LIMIT:
-                raise Undetermined("the process's offmap-memslots list is malformed: it is larger than 1 MiB")
-            if status.st_ino not in seen:  # a duplicated fd is one claim
-                seen.add(status.st_ino)
-                parts.append(parse_memslots(os.pread(fd, _MEMSLOTS_LIMIT, 0)))
-        finally:
-            os.close(fd)
-    # A VM lives as long as a vCPU of its is held.
+    claimed = _claimed_ranges(process, links)
+    # A VM lives as long as one of its vCPUs is held.
     vms = {n: link for n, link in sorted(links.items()) if link == KVM_VM_LINK or KVM_VCPU_LINK.fullmatch(link)}
-    if parts:
-        claimed = tuple(dict.fromkeys(part for claim in parts for part in claim.ranges))
-        mappings, why = process.maps(), "the process holds no KVM VM"
-        omitted: tuple[RamRange, ...] = ()
-        slots: Sequence[KvmSlot] = ()
-        if ask_kvm is not None and vms:
-            try:
-                slots = ask_kvm(process.pid, vms)
-                omitted, why = _of_slots(slots, mappings, claimed), ""
-            except OthersVm as error:
-                # A child that was forked has the claim, too, and may have other pages at the addresses that it names.
-                raise Undetermined(f"{error}, so that its claim says nothing of it", "audit that process") from None
-            except Unknown as error:
-                why = str(error)
-        ranges = claimed + omitted
-        return GuestRam(
-            ranges,
-            _unseen_guest_memfd(_guest_memfds(process, links, mappings), ranges, mappings, slots),
-            why_guessed=why,
-            omitted_bytes=sum(part.bytes for part in omitted),
-        )
-    if not vms:
+    if not vms and not claimed:
         raise Undetermined(
             f"process {process.pid} holds no KVM VM and no offmap-memslots list",
             "say which addresses to audit with --range VA:LENGTH",
         )
-    why = "KVM was not asked"
-    if ask_kvm is not None:
+    slots: Sequence[KvmSlot] = ()
+    why = "KVM was not asked" if vms and not claimed else "the process holds no KVM VM"
+    if ask_kvm is not None and vms:
         try:
-            slots = ask_kvm(process.pid, vms)
-            mappings = process.maps()  # after the slots, whose memory was there before them
-            if ranges := _of_slots(slots, mappings):
-                return GuestRam(
-                    ranges,
-                    unseen_guest_memfd=_unseen_guest_memfd(
-                        _guest_memfds(process, links, mappings), ranges, mappings, slots
-                    ),
-                    read_only_bytes=sum(slot.bytes for slot in slots if slot.read_only),
-                )
-            why = "its VM has no memory yet"
+            slots, why = ask_kvm(process.pid, vms), ""
+        except OthersVm as error:
+            why = str(error)
+            if claimed:
+                # A forked child has the claim too, and may have other pages at the addresses that it names.
+                raise Undetermined(f"{why}, so that its claim says nothing of it", "audit that process") from None
         except Unknown as error:
             why = str(error)
-    mappings = process.maps()
-    guesses = guess_ranges(mappings)
-    if not guesses:
+    mappings = process.maps()  # after the slots, whose memory was there before them
+    found = slot_ranges(slots, mappings, claimed)
+    guesses = () if found or claimed else guess_ranges(mappings)
+    ranges = claimed + found + guesses
+    if not ranges:
         raise Undetermined(
             f"process {process.pid} holds a KVM VM but no mapping of {_GUESS_MINIMUM >> 20} MiB or more that could be"
             " its RAM",
             "say which addresses to audit with --range VA:LENGTH",
         )
+    files = _guest_memfds(process, links, mappings)
     return GuestRam(
-        guesses,
-        unseen_guest_memfd=_unseen_guest_memfd(_guest_memfds(process, links, mappings), guesses, mappings),
-        why_guessed=why,
+        ranges,
+        _unseen_guest_memfd(files, ranges, mappings, () if guesses else slots),
+        read_only_bytes=0 if claimed or guesses else sum(slot.bytes for slot in slots if slot.read_only),
+        why_guessed=why or ("its VM has no memory yet" if guesses else ""),
+        omitted_bytes=sum(part.bytes for part in found) if claimed else 0,
     )
 
 
-def _of_slots(
+def _claimed_ranges(process: Process, links: Mapping[int, str]) -> tuple[RamRange, ...]:
+    """What the VMM's own lists name; nothing if it has none.
+
+    Raises:
+        Undetermined: a list is malformed.
+    """
+    claims: dict[int, GuestRam] = {}  # by inode: a duplicated fd is one claim
+    for number in sorted(number for number, link in links.items() if link == MEMSLOTS_LINK):
+        # Anything may have that name: a FIFO must not keep us waiting.
+        with os.fdopen(process.open(f"fd/{number}", os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise Undetermined("the process's offmap-memslots list is malformed: it is not a file")
+            if status.st_size > _MEMSLOTS_LIMIT:
+                raise Undetermined("the process's offmap-memslots list is malformed: it is larger than 1 MiB")
+            if status.st_ino not in claims:
+                claims[status.st_ino] = parse_memslots(os.pread(file.fileno(), _MEMSLOTS_LIMIT, 0))
+    return tuple(dict.fromkeys(part for claim in claims.values() for part in claim.ranges))
+
+
+def slot_ranges(
     slots: Sequence[KvmSlot], mappings: Sequence[Vma], known: Sequence[RamRange] = ()
 ) -> tuple[RamRange, ...]:
-    """The memory that the guest can write to, each byte of the process's once (a slot may show what another does),
-    less the slots that lie in one of the ``known`` ranges. One that keeps pages from its guest is of use only to a slot
-    at the same guest-physical place: by another the guest gets them."""
+    """The memory that the guest can write to, without slots that lie in a larger one or in one of the ``known`` ranges.
+
+    A known range that keeps pages from its guest only covers a slot at the same guest-physical place: through any other
+    slot the guest gets them.
+    """
     found = list(known)
     for slot in sorted(slots, key=lambda slot: (-slot.bytes, slot.guest_phys_addr)):
         va, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
@@ -257,8 +242,7 @@ def _of_slots(
 
 
 def _guest_memfds(process: Process, links: Mapping[int, str], mappings: Sequence[Vma]) -> dict[tuple[str, int], int]:
-    """Every guest_memfd that is open or mapped: its size, by device and inode as maps shows them (0 if it cannot be
-    asked)."""
+    """Bytes of every guest_memfd that is open or mapped (0 if it cannot be asked), by device and inode as in maps."""
     files = {}
     for vma in mappings:
         if _GUEST_MEMFD in vma.path:
@@ -269,9 +253,9 @@ def _guest_memfds(process: Process, links: Mapping[int, str], mappings: Sequence
             status = process.stat(f"fd/{number}")
             if status is None:
                 files["", 0] = 0
-            else:
-                device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-                files[device, status.st_ino] = status.st_size
+                continue
+            device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+            files[device, status.st_ino] = status.st_size
     return files
 
 

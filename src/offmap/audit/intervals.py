@@ -28,8 +28,8 @@ class Intervals:
             return cls(start, end)
         order = np.argsort(start, kind="stable")
         start, reach = start[order], np.maximum.accumulate(end[order])
-        first = np.concatenate(([True], start[1:] > reach[:-1]))
-        last = np.append(np.flatnonzero(first)[1:] - 1, len(start) - 1)
+        first = run_starts(start[1:] > reach[:-1], len(start))
+        last = np.append(first[1:] - 1, len(start) - 1)
         return cls(start[first], reach[last])
 
     @property
@@ -53,8 +53,12 @@ class Intervals:
 def distinct(*numbers: Ints) -> Ints:
     """All these numbers, ascending, each once: np.unique hashes them, which takes ten times as long."""
     every = np.sort(np.concatenate(numbers), kind="stable")
-    first = np.concatenate((np.ones(min(len(every), 1), dtype=np.bool_), every[1:] != every[:-1]))
-    return np.asarray(every[first], dtype=np.int64)
+    return np.asarray(every[run_starts(every[1:] != every[:-1], len(every))], dtype=np.int64)
+
+
+def run_starts(breaks: NDArray[np.bool_], length: int) -> NDArray[np.intp]:
+    """Where runs begin in a column of ``length`` rows, by whether a run ends between each row and the next."""
+    return np.flatnonzero(np.concatenate((np.ones(min(length, 1), dtype=np.bool_), breaks)))
 
 
 def cut(start: Ints, length: Ints, edges: Ints) -> tuple[NDArray[np.intp], Ints, Ints]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from offmap.audit.classify import Judged
 from offmap.audit.guest_ram import GuestRam
-from offmap.audit.intervals import overlaps
+from offmap.audit.intervals import Ints, overlaps, run_starts
 from offmap.audit.kinds import Kinds
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.reach import LISTED, Kind, Reach, ReachTotal
@@ -86,14 +86,12 @@ def _pieces(judged: Judged, mappings: KernelMappings, rows: NDArray[np.intp]) ->
         yield found
 
 
-def _merged(
-    page: NDArray[np.int64], pfn: NDArray[np.int64], pages: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Runs that continue each other made one: they were cut where what reaches them changes."""
+def _merged(page: Ints, pfn: Ints, pages: Ints) -> tuple[Ints, Ints, Ints]:
+    """Merge runs that continue each other: they were cut where what reaches them changes."""
     if not len(page):
         return page, pfn, pages
-    first = np.concatenate(([True], (page[1:] != page[:-1] + pages[:-1]) | (pfn[1:] != pfn[:-1] + pages[:-1])))
-    return page[first], pfn[first], np.add.reduceat(pages, np.flatnonzero(first))
+    first = run_starts((page[1:] != page[:-1] + pages[:-1]) | (pfn[1:] != pfn[:-1] + pages[:-1]), len(page))
+    return page[first], pfn[first], np.add.reduceat(pages, first)
 
 
 def _listed(
@@ -129,9 +127,9 @@ def _listed(
 
 
 def _totals(
-    pages: NDArray[np.int64], ranges: NDArray[np.int64], mappings: KernelMappings, kinds: Kinds, layout: Layout
+    pages: Ints, ranges: Ints, mappings: KernelMappings, kinds: Kinds, layout: Layout
 ) -> tuple[ReachTotal, ...]:
-    """By what can be told apart; the direct map before all else, then most pages first."""
+    """One total for each sort of mapping; the direct map before all else, then most pages first."""
     hit = np.flatnonzero(ranges)
     runs = mappings.runs[hit]
     region, regions = layout.names(runs["va"])
@@ -140,8 +138,9 @@ def _totals(
     ).astype(np.int64)
     sorts, group = np.unique(sorts, axis=0, return_inverse=True)
     group = group.reshape(-1)
-    all_pages = np.bincount(group, pages[hit], len(sorts)).astype(np.int64).tolist()
-    all_ranges = np.bincount(group, ranges[hit], len(sorts)).astype(np.int64).tolist()
+    all_pages, all_ranges = (
+        np.bincount(group, each[hit], len(sorts)).astype(np.int64).tolist() for each in (pages, ranges)
+    )
     found = [
         ReachTotal(
             kind=_KINDS[kind],
@@ -150,9 +149,11 @@ def _totals(
             writable=bool(writable),
             executable=not nx,
             caller=kinds.callers[caller],
-            pages=all_pages[index],
-            ranges=all_ranges[index],
+            pages=total_pages,
+            ranges=total_ranges,
         )
-        for index, (kind, region, level, writable, nx, caller) in enumerate(sorts.tolist())
+        for (kind, region, level, writable, nx, caller), total_pages, total_ranges in zip(
+            sorts.tolist(), all_pages, all_ranges, strict=True
+        )
     ]
     return tuple(sorted(found, key=lambda total: (total.kind is not Kind.DIRECT_MAP, -total.pages)))

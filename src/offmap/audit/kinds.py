@@ -9,6 +9,7 @@ verdict rests on it.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from offmap.audit.reach import Kind
 from offmap.audit.regions import Layout
 from offmap.uapi.page import PAGE_SIZE
 
+VMALLOCINFO = "/proc/vmallocinfo"
 _LINE = re.compile(r"0x([0-9a-f]+)-0x([0-9a-f]+) +(\d+)(.*)")
 _PHYS = re.compile(r"phys=(?:0x)?([0-9a-f]+)")
 _ORDER = tuple(Kind)
@@ -80,8 +82,7 @@ def parse_vmallocinfo(text: str) -> list[Area]:
 def read_vmallocinfo() -> list[Area]:
     """The areas there are now; none where the file cannot be read (mappings are then named by their region alone)."""
     try:
-        with open("/proc/vmallocinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-            return parse_vmallocinfo(file.read())
+        return parse_vmallocinfo(Path(VMALLOCINFO).read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return []
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from offmap.audit.intervals import Intervals, run_starts
 from offmap.audit.result import Span, Walk
 from offmap.uapi.page import PAGE_SHIFT
 
@@ -22,37 +23,24 @@ RUN = np.dtype(
 
 
 def merge_runs(runs: NDArray[np.void]) -> NDArray[np.void]:
-    """Runs in order of their address, neighbours that continue each other made one."""
+    """Sort runs by address and merge neighbours that continue each other."""
     if len(runs) < 2:
         return runs
     runs = runs[np.argsort(runs["va"], kind="stable")]
     before, after = runs[:-1], runs[1:]
-    joins = (
-        (before["va"] + before["bytes"] == after["va"])
-        & (before["pa"] + before["bytes"] == after["pa"])
-        & (before["level"] == after["level"])
-        & (before["writable"] == after["writable"])
-        & (before["nx"] == after["nx"])
-    )
-    first = np.concatenate(([True], ~joins))
+    breaks = (before["va"] + before["bytes"] != after["va"]) | (before["pa"] + before["bytes"] != after["pa"])
+    for name in ("level", "writable", "nx"):
+        breaks |= before[name] != after[name]
+    first = run_starts(breaks, len(runs))
     merged = runs[first].copy()
-    merged["bytes"] = np.add.reduceat(runs["bytes"], np.flatnonzero(first))
+    merged["bytes"] = np.add.reduceat(runs["bytes"], first)
     return merged
 
 
 def covered(runs: NDArray[np.void], pfns: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Whether each page frame lies in at least one of the runs, by physical address.
-
-    Takes time in the number of runs and of pages, not in the number of bytes mapped.
-    """
-    order = np.argsort(pfns, kind="stable")
-    ordered = pfns[order]
-    low = np.searchsorted(ordered, runs["pa"] >> PAGE_SHIFT)
-    high = np.searchsorted(ordered, (runs["pa"] + runs["bytes"]) >> PAGE_SHIFT)
-    depth = np.bincount(low, minlength=len(pfns) + 1) - np.bincount(high, minlength=len(pfns) + 1)
-    result = np.empty(len(pfns), dtype=np.bool_)
-    result[order] = np.cumsum(depth)[: len(pfns)] > 0
-    return result
+    """Whether each page frame lies in at least one of the runs, by physical address."""
+    start, end = ((pa >> PAGE_SHIFT).astype(np.int64) for pa in (runs["pa"], runs["pa"] + runs["bytes"]))
+    return Intervals.union(start, end).contains(pfns.astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -85,6 +73,13 @@ class KernelMappings:
         """The runs of the direct map."""
         return self.runs[self.is_direct]
 
+    def addresses_of(self, pa: int) -> list[int]:
+        """Every kernel address at which the walk has this physical page."""
+        runs, wanted = self.runs, np.uint64(pa)
+        here = runs[(runs["pa"] <= wanted) & (wanted - runs["pa"] < runs["bytes"])]
+        found: list[int] = (here["va"] + (wanted - here["pa"])).tolist()
+        return found
+
     def facts(self, levels: int) -> Walk:
         """The walk as a result tells it. How far the direct map is split: its bytes by the size of their pages."""
         direct = self.direct
@@ -99,8 +94,3 @@ class KernelMappings:
             },
             unreadable=self.unreadable,
         )
-
-    @property
-    def aliases(self) -> NDArray[np.void]:
-        """The runs outside the direct map."""
-        return self.runs[~self.is_direct]

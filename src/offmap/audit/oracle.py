@@ -1,4 +1,4 @@
-"""Compare our walk with drgn's: does drgn translate a random sample of addresses to the same frames?
+"""``--oracle drgn``: does drgn translate a random sample of addresses to the same frames as our walk?
 
 What is asked, of pages drawn from all guest pages whose frames are known:
 
@@ -10,26 +10,35 @@ What is asked, of pages drawn from all guest pages whose frames are known:
 And of addresses drawn from the whole kernel half: one in a run must lead where the run says; one in a gap between runs,
 and those next to runs, must lead nowhere.
 
-What it cannot check: that no *other* address leads to a page. Nobody can ask that by single translations; that is what
-the gaps are drawn for. Both read the same /proc/kcore, and ``page_offset_base`` is ours.
+What it cannot check: that no *other* address leads to a page. Single translations cannot show that; the gaps are a
+sample of it. Both read the same /proc/kcore, and ``page_offset_base`` is ours.
 
-The kernel works on meanwhile. So where the two differ, the page is looked up and the tables are walked anew, by the
-same code of ours, and both are asked again; what differs three times over is a disagreement.
+The kernel works on meanwhile. So where the two differ, our own code looks the page up and walks the tables again, and
+both are asked again. What differs three times is a disagreement.
 """
 
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from offmap.audit.btf import Btf, Unknown
+from offmap.audit.drgn_kernel import DrgnKernel
+from offmap.audit.frames import POPULATED, resolve
 from offmap.audit.guest_pages import GuestPages
+from offmap.audit.guest_ram import RamRange
+from offmap.audit.kcore import Kcore
+from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.result import OracleResult
+from offmap.audit.process import Process
+from offmap.audit.regions import Layout
+from offmap.audit.result import OracleResult, Source
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
-from offmap.audit.walk import REFERENCES
+from offmap.audit.walk import REFERENCES, walk_kcore
 from offmap.errors import OffmapError
 from offmap.uapi.page import PAGE_SIZE
 
@@ -43,28 +52,28 @@ class OracleDisagrees(OffmapError):
 
 @dataclass(frozen=True)
 class Sample:
-    """How much to ask: so many guest pages, runs and gaps. The same seed draws the same; None is a fresh one."""
+    """How many guest pages, runs and gaps to ask about. The same seed draws the same; None is a fresh one."""
 
     pages: int = DEFAULT_PAGES
     seed: int | None = None
 
 
 class Oracle(Protocol):
-    """Translates addresses, as DrgnKernel does."""
+    """Translates addresses to physical ones, None for none, as DrgnKernel does."""
 
     version: str
 
     def kernel(self, va: int) -> int | None:
-        """Physical address behind a kernel address, None for none."""
+        """The physical address behind a kernel address."""
         ...
 
     def process(self, pgd: int, va: int) -> int | None:
-        """Physical address behind an address of the process with this top page table; None for none."""
+        """The physical address behind an address of the process with this top page table."""
         ...
 
 
 class _Question(NamedTuple):
-    """A kernel address, and what it is asked for."""
+    """A kernel address, and why it is asked for."""
 
     va: int
     why: str
@@ -98,14 +107,6 @@ def translate(mappings: KernelMappings, va: int) -> int | None:
     return int(runs["pa"][index]) + va - start if va < start + size else None
 
 
-def addresses_of(mappings: KernelMappings, pa: int) -> list[int]:
-    """Every kernel address that the walk has this physical page at."""
-    runs, wanted = mappings.runs, np.uint64(pa)
-    here = runs[(runs["pa"] <= wanted) & (wanted - runs["pa"] < runs["bytes"])]
-    found: list[int] = (here["va"] + (wanted - here["pa"])).tolist()
-    return found
-
-
 def draw_pages(guest: GuestPages, count: int, draw: random.Random) -> list[tuple[int, int]]:
     """(address in the process, frame) of up to ``count`` different pages, each page as likely as any other."""
     ends = np.cumsum(guest.pages)
@@ -121,32 +122,43 @@ def draw_pages(guest: GuestPages, count: int, draw: random.Random) -> list[tuple
 def draw_addresses(mappings: KernelMappings, count: int, draw: random.Random) -> Iterator[_Question]:
     """Kernel addresses: of ``count`` runs one within and both next to it, and of as many gaps one within."""
     runs = mappings.runs
-    if not len(runs):
-        return
-    for _ in range(count):
-        run = runs[draw.randrange(len(runs))]
-        va, pages = int(run["va"]), int(run["bytes"]) // PAGE_SIZE
-        yield _Question(va + draw.randrange(pages) * PAGE_SIZE, "an address that the walk found mapped")
-        for beside in (va - PAGE_SIZE, va + pages * PAGE_SIZE):
-            if _kernel_half(mappings, beside):
-                yield _Question(beside, "the page next to a mapping")
+    for _ in range(count if len(runs) else 0):
+        index = draw.randrange(len(runs))
+        va, pages = int(runs["va"][index]), int(runs["bytes"][index]) // PAGE_SIZE
         after = va + pages * PAGE_SIZE
-        index = int(np.searchsorted(runs["va"], np.uint64(after), side="left")) if after >> 64 == 0 else len(runs)
-        gap = (int(runs["va"][index]) if index < len(runs) else 1 << 64) - after
+        yield _Question(va + draw.randrange(pages) * PAGE_SIZE, "an address that the walk found mapped")
+        for beside in (va - PAGE_SIZE, after):
+            if beside < 1 << 64:
+                yield _Question(beside, "the page next to a mapping")
+        gap = (int(runs["va"][index + 1]) if index + 1 < len(runs) else 1 << 64) - after
         if gap >= PAGE_SIZE:
             yield _Question(after + draw.randrange(gap // PAGE_SIZE) * PAGE_SIZE, "an address between mappings")
 
 
-def _kernel_half(mappings: KernelMappings, va: int) -> bool:
-    return int(mappings.runs["va"][0]) - PAGE_SIZE <= va < 1 << 64
+def ask_drgn(
+    process: Process, kcore: Kcore, mappings: KernelMappings, layout: Layout, guest: GuestPages, sample: Sample
+) -> OracleResult:
+    """Ask drgn about a sample of what was found.
+
+    Raises:
+        OracleDisagrees: it says something else.
+        OffmapError: drgn is not installed.
+        Undetermined: it cannot look at this kernel.
+    """
+
+    def frame(va: int) -> int | None:
+        found = resolve(process, [RamRange(va, PAGE_SIZE, Source.REQUESTED)], kcore.page_flags)
+        return int(found.pfn[0]) if found.state[0] == POPULATED else None
+
+    top, info = 0, kcore.vmcoreinfo
+    with suppress(Unknown):
+        top = KernelObjects(kcore, layout, Btf.of_host()).page_table_of(process.pid)
+    lookups = Lookups(frame, lambda: walk_kcore(kcore), top, info.phys_base, info.kernel_image_size)
+    return ask_oracle(DrgnKernel(), mappings, guest, lookups, sample)
 
 
 def ask_oracle(
-    oracle: Oracle,
-    mappings: KernelMappings,
-    guest: GuestPages,
-    lookups: Lookups,
-    sample: Sample,
+    oracle: Oracle, mappings: KernelMappings, guest: GuestPages, lookups: Lookups, sample: Sample
 ) -> OracleResult:
     """Ask about a random sample.
 
@@ -162,32 +174,32 @@ def ask_oracle(
     started = time.monotonic()
     seed = random.SystemRandom().randrange(1 << 32) if sample.seed is None else sample.seed
     draw = random.Random(seed)
-    asking = _Asking(oracle, mappings, lookups)
+    asked = _Answers(oracle, mappings, lookups)
     chosen = draw_pages(guest, sample.pages, draw)
     for va, frame in chosen:
-        known = asking.frame(va, frame)
+        known = asked.frame(va, frame)
         if known is not None:
-            asking.page(va, known)
+            asked.page(va, known)
     for question in draw_addresses(mappings, sample.pages, draw):
-        asking.address(question)
+        asked.address(question)
     return OracleResult(
         name="drgn",
         version=oracle.version,
         seed=seed,
         pages=len(chosen),
-        frames_agreed=asking.frames_agreed,
-        frames_unasked=asking.frames_unasked,
-        addresses=asking.mapped + asking.unmapped,
-        mapped=asking.mapped,
-        unmapped=asking.unmapped,
-        retried=asking.retried,
+        frames_agreed=asked.frames_agreed,
+        frames_unasked=asked.frames_unasked,
+        addresses=asked.mapped + asked.unmapped,
+        mapped=asked.mapped,
+        unmapped=asked.unmapped,
+        retried=asked.retried,
         seconds=round(time.monotonic() - started, 3),
     )
 
 
 @dataclass
-class _Asking:
-    """The questions of one sample, and what was agreed on so far."""
+class _Answers:
+    """What was agreed on so far."""
 
     oracle: Oracle
     mappings: KernelMappings
@@ -199,7 +211,7 @@ class _Asking:
     retried: int = 0
 
     def frame(self, va: int, frame: int) -> int | None:
-        """Whether the oracle finds the same frame behind the process's page; the frame, None if there is none now."""
+        """Compare the frame behind the process's page; the frame, None if there is none now."""
         ours: int | None = frame
         for attempt in range(_ATTEMPTS):
             theirs = self.oracle.process(self.lookups.pgd, va) if self.lookups.pgd else None
@@ -221,23 +233,21 @@ class _Asking:
         )
 
     def page(self, va: int, frame: int) -> None:
-        """Everything about one guest page's kernel addresses."""
+        """Compare all kernel addresses of one guest page."""
         pa = frame * PAGE_SIZE
         name = f"the guest page at {va:#x} of the process (frame {frame:#x})"
-        addresses = addresses_of(self.mappings, pa)
+        addresses = self.mappings.addresses_of(pa)
         for address in addresses:
             self.address(_Question(address, f"{name}, at an address that the walk found"))
-        direct = self.mappings.direct_map_base + pa
-        image = START_KERNEL_MAP + pa - self.lookups.phys_base
-        for address, where in ((direct, "its address in the direct map"), (image, "its address in the kernel image")):
-            inside = (
-                where.endswith("direct map") or START_KERNEL_MAP <= image < START_KERNEL_MAP + self.lookups.image_bytes
-            )
-            if inside and address not in addresses:
-                self.address(_Question(address, f"{name}, at {where}"))
+        direct, in_image = self.mappings.direct_map_base + pa, pa - self.lookups.phys_base
+        if direct not in addresses:
+            self.address(_Question(direct, f"{name}, at its address in the direct map"))
+        image = START_KERNEL_MAP + in_image
+        if 0 <= in_image < self.lookups.image_bytes and image not in addresses:
+            self.address(_Question(image, f"{name}, at its address in the kernel image"))
 
     def address(self, question: _Question) -> None:
-        """Whether both say the same of a kernel address."""
+        """Compare what both say of a kernel address."""
         for attempt in range(_ATTEMPTS):
             ours, theirs = translate(self.mappings, question.va), self.oracle.kernel(question.va)
             if ours == theirs:
@@ -255,9 +265,10 @@ class _Asking:
         """Whether the walk itself says that it leaves this out: its verdict accounts for that."""
         if any(span.va <= va < span.va + span.bytes for span in self.mappings.unreadable):
             return True
+        if ours is not None or theirs is None or not self.mappings.surplus_references:
+            return False
         # Of a table with many references only the first are followed; then the page is known at all of these.
-        surplus = ours is None and theirs is not None and self.mappings.surplus_references > 0
-        return surplus and theirs is not None and len(addresses_of(self.mappings, theirs)) >= REFERENCES
+        return len(self.mappings.addresses_of(theirs)) >= REFERENCES
 
 
 def _disagreement(what: str, ours: int | None, theirs: int | None, why: str) -> OracleDisagrees:

@@ -2,11 +2,12 @@
 
 import ctypes
 import mmap
-import os
 from contextlib import suppress
+from pathlib import Path
 
 from offmap.audit import pagemap
 from offmap.audit.maps import parse_maps
+from offmap.errors import Undetermined
 from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
 
@@ -17,8 +18,8 @@ _UNCOUNTED = {"[vsyscall]", "[vvar]", "[vvar_vclock]"}  # the kernel's pages, no
 class LockedBuffer(Owned):
     """Private memory of our own that is locked, never inherited, and wiped when it is given back.
 
-    What the scan has read or looks for stands only in such buffers: their frames are known, and no copy of them is left
-    in pages that are about to be freed.
+    What the scan has read or looks for stands only in such buffers. Their frames are known, and no copy is left in
+    pages that are about to be freed.
     """
 
     def __init__(self, size: int) -> None:
@@ -34,34 +35,47 @@ class LockedBuffer(Owned):
     def close(self) -> None:
         if not self._map.closed:
             ctypes.memset(self.va, 0, self.size)
-            # A slice of the view that is still about keeps the memory, now of zeroes, until it goes.
+            # A slice of the view that is still in use keeps the memory, now of zeroes, until it goes.
             with suppress(BufferError):
                 self.view.release()
                 self._map.close()
 
 
+class OwnPage(LockedBuffer):
+    """A page of our own memory whose frame can be asked for. One that moves in spite of the lock is asked for again."""
+
+    def __init__(self) -> None:
+        super().__init__(PAGE_SIZE)
+        self.write(bytes(PAGE_SIZE))
+
+    def write(self, data: bytes) -> None:
+        """Put ``data`` at the page's start."""
+        self.view[: len(data)] = data
+
+    def pfn(self) -> int:
+        """The page's frame number now.
+
+        Raises:
+            Undetermined: pagemap cannot be opened or hides it.
+        """
+        entries = pagemap.own_entries(self.va, 1)
+        frame = int(pagemap.pfn(entries)[0])
+        if not pagemap.present(entries)[0] or frame == 0:
+            raise Undetermined("/proc/PID/pagemap hides page frame numbers", "run the audit as root with CAP_SYS_ADMIN")
+        return frame
+
+
 def frames_at(va: int, pages: int) -> set[int]:
     """Frames of our own pages from ``va`` on, as far as they are present."""
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        entries = pagemap.read_pagemap(fd, va, pages)
-        return set(pagemap.pfn(entries[pagemap.present(entries)]).tolist())
-    finally:
-        os.close(fd)
+    entries = pagemap.own_entries(va, pages)
+    return set(pagemap.pfn(entries[pagemap.present(entries)]).tolist())
 
 
 def own_frames() -> set[int]:
     """Frames of all our own anonymous pages."""
-    with open("/proc/self/maps", encoding="utf-8") as file:  # noqa: PTH123
-        mappings = parse_maps(file.read())
     frames: set[int] = set()
-    fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        for mapping in mappings:
-            if mapping.path in _UNCOUNTED or mapping.shared:
-                continue
-            entries = pagemap.read_pagemap(fd, mapping.start, mapping.size // PAGE_SIZE)
+    for mapping in parse_maps(Path("/proc/self/maps").read_text(encoding="utf-8")):
+        if mapping.path not in _UNCOUNTED and not mapping.shared:
+            entries = pagemap.own_entries(mapping.start, mapping.size // PAGE_SIZE)
             frames.update(pagemap.pfn(entries[pagemap.private(entries)]).tolist())
-    finally:
-        os.close(fd)
     return frames

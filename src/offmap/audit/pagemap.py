@@ -3,15 +3,14 @@
 import ctypes
 import mmap
 import os
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmap.errors import Undetermined
-from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
 
-_libc = ctypes.CDLL(None, use_errno=True)
 _PFN = np.uint64((1 << 55) - 1)  # bits 0-54, if present
 _FILE = np.uint64(1 << 61)
 _SWAPPED = np.uint64(1 << 62)
@@ -68,57 +67,25 @@ def read_pagemap(fd: int, va: int, pages: int) -> NDArray[np.uint64]:
     return entries
 
 
-def zero_page_pfn() -> int:
-    """Frame of the zeroes that stand behind anonymous memory read before it is written; 0 if it cannot be told."""
-    with mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
-        page[0]
-        entries = _own_entries(ctypes.addressof(ctypes.c_char.from_buffer(page)), 1)
-    return int(pfn(entries)[0]) if present(entries)[0] else 0
+def own_entries(va: int, pages: int) -> NDArray[np.uint64]:
+    """The same of this process.
 
-
-def _own_entries(va: int, pages: int) -> NDArray[np.uint64]:
+    Raises:
+        Undetermined: its pagemap cannot be opened or read.
+    """
     try:
-        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        file = Path("/proc/self/pagemap").open("rb", buffering=0)  # noqa: SIM115 - closed below
     except OSError as error:
         raise Undetermined(
             f"cannot open /proc/self/pagemap: {error.strerror}", "audit on a kernel with CONFIG_PROC_PAGE_MONITOR"
         ) from None
-    try:
-        return read_pagemap(fd, va, pages)
-    finally:
-        os.close(fd)
+    with file:
+        return read_pagemap(file.fileno(), va, pages)
 
 
-class OwnPage(Owned):
-    """A page of our own anonymous memory, written to and locked, whose page frame can be asked for.
-
-    Raises:
-        Undetermined: the page cannot be had.
-    """
-
-    def __init__(self) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-        self._map = mmap.mmap(-1, PAGE_SIZE, flags=flags)
-        self._map[:] = bytes(PAGE_SIZE)
-        self.va = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        # Best effort: a page that moves all the same is noticed, as its frame is asked for again.
-        _libc.mlock(ctypes.c_void_p(self.va), ctypes.c_size_t(PAGE_SIZE))
-
-    def close(self) -> None:
-        self._map.close()
-
-    def write(self, data: bytes) -> None:
-        """Put ``data`` at the page's start."""
-        self._map[: len(data)] = data
-
-    def pfn(self) -> int:
-        """The page's frame number now.
-
-        Raises:
-            Undetermined: pagemap cannot be opened or hides it.
-        """
-        entries = _own_entries(self.va, 1)
-        frame = int(pfn(entries)[0])
-        if not present(entries)[0] or frame == 0:
-            raise Undetermined("/proc/PID/pagemap hides page frame numbers", "run the audit as root with CAP_SYS_ADMIN")
-        return frame
+def zero_page_pfn() -> int:
+    """Frame of the zeroes that stand behind anonymous memory read before it is written; 0 if it cannot be told."""
+    with mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        page[0]
+        entries = own_entries(ctypes.addressof(ctypes.c_char.from_buffer(page)), 1)
+    return int(pfn(entries)[0]) if present(entries)[0] else 0

@@ -6,15 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.classify import Judged
-from offmap.audit.intervals import Intervals, cut, distinct
+from offmap.audit.intervals import Intervals, Ints, cut, distinct, run_starts
 from offmap.audit.reach import Kind, PhysicalCell, PhysicalMap
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
 _CELLS = 4096  # as many can still be looked at one by one
 _KINDS = tuple(Kind)
-
-Ints = NDArray[np.int64]
 
 
 def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _CELLS) -> PhysicalMap:
@@ -40,7 +38,7 @@ def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _C
     source, offset, length = cut(start, pages, np.arange(base, high + bucket, bucket, dtype=np.int64))
     place = (start[source] + offset - base) // bucket
     found = []
-    edges = np.flatnonzero(np.concatenate(([True], np.diff(place) != 0)))
+    edges = run_starts(np.diff(place) != 0, len(place))
     for first, last in zip(edges.tolist(), [*edges[1:].tolist(), len(place)], strict=True):
         masks, counts = reached[source[first:last]], length[first:last]
         mask = int(np.bitwise_or.reduce(masks))
@@ -64,21 +62,12 @@ def _once(pfn: Ints, pages: Ints, reached: NDArray[np.uint32]) -> tuple[Ints, In
     start = distinct(all_frames.edges, first, pfn + pages)
     inside = all_frames.contains(start[:-1])
     begin, length = start[:-1][inside], np.diff(start)[inside]
-    return _joined(begin, length, _mask_of(begin, first, pages[order], reached))
-
-
-def _mask_of(at: Ints, first: Ints, pages: Ints, reached: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """``reached`` of a run that holds each frame; the runs are in order and may overlap."""
-    reach = first + pages
-    furthest = np.maximum.accumulate(reach)
     # Among the runs that begin at or before the frame, the one that ends last holds it.
+    furthest = np.maximum.accumulate(first + pages[order])
     owner = np.searchsorted(furthest, furthest, side="left")
-    return np.asarray(reached[owner[np.searchsorted(first, at, side="right") - 1]], dtype=np.uint32)
-
-
-def _joined(start: Ints, pages: Ints, reached: NDArray[np.uint32]) -> tuple[Ints, Ints, NDArray[np.uint32]]:
-    new = np.concatenate(([True], (start[1:] != start[:-1] + pages[:-1]) | (reached[1:] != reached[:-1])))
-    return start[new], np.add.reduceat(pages, np.flatnonzero(new)), reached[new]
+    mask = reached[owner[np.searchsorted(first, begin, side="right") - 1]]
+    new = run_starts((begin[1:] != begin[:-1] + length[:-1]) | (mask[1:] != mask[:-1]), len(begin))
+    return begin[new], np.add.reduceat(length, new), mask[new]
 
 
 def _cell(

@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from offmap.audit.btf import Btf, Unknown
 from offmap.audit.guest_pages import GuestPages
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import CachedFile, KernelObjects
-from offmap.audit.mapped_by import MappedBy, mapped_by
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.pageflags import (
     KPF_ANON,
@@ -34,6 +32,7 @@ from offmap.audit.pageflags import (
 )
 from offmap.audit.regions import KERNEL_TEXT, MODULES, VMALLOC, Layout
 from offmap.audit.scan_result import Owner, PageProcess, Sort
+from offmap.audit.sharers import MappedBy, mapped_by
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
@@ -152,11 +151,9 @@ class Placer:
 
     def _aliased(self, frame: int, regions: Collection[str]) -> list[int]:
         """Addresses outside the direct map that the kernel has this page at, in these regions."""
-        runs: NDArray[np.void] = self.mappings.aliases
-        pa = np.uint64(frame * PAGE_SIZE)
-        here = runs[(runs["pa"] <= pa) & (pa < runs["pa"] + runs["bytes"])]
-        addresses = (here["va"] + (pa - here["pa"])).tolist()
-        return [va for va in addresses if self.layout.name(va) in regions]
+        direct = self.mappings.direct_map_base + frame * PAGE_SIZE
+        addresses = self.mappings.addresses_of(frame * PAGE_SIZE)
+        return [va for va in addresses if va != direct and self.layout.name(va) in regions]
 
     def _stack(self, va: int, objects: KernelObjects | None) -> list[str]:
         """The thread whose kernel stack holds this address."""

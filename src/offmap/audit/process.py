@@ -2,12 +2,18 @@
 
 import ctypes
 import os
+from pathlib import Path
 
 from offmap.audit.maps import Mapping, parse_maps
 from offmap.errors import OffmapError, Undetermined
 from offmap.owned import Owned
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def process_ids() -> list[int]:
+    """PIDs of all processes there are, ascending."""
+    return sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
 
 
 class NoSuchProcess(OffmapError):

@@ -1,25 +1,27 @@
 """What of all mapped RAM /proc/kcore can show, and at which address.
 
-kcore cannot read everything that is mapped, and says nothing when it does not. So what is read is chosen from
-page-table entries and page flags, and the rest is counted as unread:
+kcore cannot read everything that is mapped, and says nothing when it does not. So page-table entries and page flags
+decide what is read. The rest is counted as unread:
 
-- a page of a vmalloc or vmap area is copied by the kernel through the direct map (``vread_iter``): one that is not in
+- A page of a vmalloc or vmap area is copied by the kernel through the direct map (``vread_iter``). One that is not in
   the direct map is never asked for. (``aligned_vread``, before 6.4, would fault on it.)
-- ioremap areas, offline and poisoned pages, and pages without a ``struct page`` read as zeroes;
+- ioremap areas, offline and poisoned pages, and pages without a ``struct page`` read as zeroes.
 - cpu_entry_area, fixmap and the espfix stacks are in no segment of kcore.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.kcore import Segment
-from offmap.audit.kinds import parse_vmallocinfo
+from offmap.audit.kinds import VMALLOCINFO, parse_vmallocinfo
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.pageflags import PageFlags
+from offmap.audit.regions import VADDR_END
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
@@ -31,29 +33,38 @@ class Piece(NamedTuple):
     pa: int
     bytes: int
 
+    def part(self, start: int, end: int) -> "Piece":
+        """Its bytes from offset ``start`` to ``end``."""
+        return Piece(self.va + start, self.pa + start, end - start)
 
-def clip(pieces: Iterable[Piece], intervals: Sequence[tuple[int, int]]) -> tuple[list[Piece], list[Piece]]:
-    """Split pieces by physical address into what lies inside the intervals (sorted, disjoint) and what does not."""
+
+def clip(
+    pieces: Iterable[Piece], intervals: Sequence[tuple[int, int]], *, virtual: bool = False
+) -> tuple[list[Piece], list[Piece]]:
+    """Split pieces into what lies inside the intervals (sorted, disjoint) and what does not.
+
+    Args:
+        virtual: the intervals are of virtual addresses, not of physical ones.
+    """
     starts = [start for start, _ in intervals]
     inside, outside = [], []
     for piece in pieces:
-        position, end = piece.pa, piece.pa + piece.bytes
-        index = max(bisect_right(starts, position) - 1, 0)
-        while position < end:
-            while index < len(intervals) and intervals[index][1] <= position:
-                index += 1
-            if index == len(intervals) or intervals[index][0] >= end:
-                outside.append(Piece(piece.va + position - piece.pa, position, end - position))
-                break
-            start, stop = max(intervals[index][0], position), min(intervals[index][1], end)
-            if start > position:
-                outside.append(Piece(piece.va + position - piece.pa, position, start - position))
-            inside.append(Piece(piece.va + start - piece.pa, start, stop - start))
-            position = stop
+        base, done = piece.va if virtual else piece.pa, 0
+        near = slice(max(bisect_right(starts, base) - 1, 0), bisect_left(starts, base + piece.bytes))
+        for start, end in intervals[near]:
+            low, high = max(start - base, done), min(end - base, piece.bytes)
+            if low < high:
+                if done < low:
+                    outside.append(piece.part(done, low))
+                inside.append(piece.part(low, high))
+                done = high
+        if done < piece.bytes:
+            outside.append(piece.part(done, piece.bytes))
     return inside, outside
 
 
 def union(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same numbers as sorted, disjoint intervals."""
     merged: list[tuple[int, int]] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -64,10 +75,8 @@ def union(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _pieces(runs: NDArray[np.void]) -> list[Piece]:
-    return [
-        Piece(va, pa, size)
-        for va, pa, size in zip(runs["va"].tolist(), runs["pa"].tolist(), runs["bytes"].tolist(), strict=True)
-    ]
+    columns = (runs[name].tolist() for name in ("va", "pa", "bytes"))
+    return [Piece(*row) for row in zip(*columns, strict=True)]
 
 
 def zero_filled_intervals(flags: PageFlags, ram: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -91,11 +100,10 @@ def read_plan(
     """Divide all mappings of RAM into what kcore can show and what it cannot.
 
     Args:
-        mappings: what the walk found.
         ram: physical ranges that count as RAM, sorted and disjoint.
         segments: of /proc/kcore.
-        layout_vmemmap: start of the virtual memory map: a segment without physical addresses below it, or in the
-            modules' space, is of the vmalloc kind.
+        layout_vmemmap: start of the virtual memory map. A segment without physical addresses that lies below it, or in
+            the modules' space, is of the vmalloc kind.
         zero_filled: physical ranges that kcore gives zeroes for.
         ioremap: virtual ranges of ioremap areas.
 
@@ -103,27 +111,19 @@ def read_plan(
         (readable, unread) pieces.
     """
     pieces, _ = clip(_pieces(mappings.runs), ram)
-    # The same splitting, by virtual addresses: swap the two.
-    spans = sorted((segment.va, segment.va + segment.size, segment) for segment in _distinct(segments))
-    inside, outside = clip((Piece(p.pa, p.va, p.bytes) for p in pieces), [(a, b) for a, b, _ in spans])
-    unread = [Piece(p.pa, p.va, p.bytes) for p in outside]
-    by_segment = [Piece(p.pa, p.va, p.bytes) for p in inside]
-    starts = [start for start, _, _ in spans]
-    # Read by the kernel through the direct map, or at the address itself.
-    copied: list[Piece] = []
+    spans = _distinct(segments)
+    pieces, unread = clip(pieces, [(s.va, s.va + s.size) for s in spans], virtual=True)
+    starts = [segment.va for segment in spans]
+    copied: list[Piece] = []  # by the kernel, through the direct map
     plain: list[Piece] = []
-    for piece in by_segment:
-        segment = spans[bisect_right(starts, piece.va) - 1][2]
-        vmalloc = segment.pa is None and not layout_vmemmap <= segment.va < 0xFFFF_FC00_0000_0000
+    for piece in pieces:
+        segment = spans[bisect_right(starts, piece.va) - 1]
+        vmalloc = segment.pa is None and not layout_vmemmap <= segment.va < VADDR_END
         (copied if vmalloc else plain).append(piece)
-    direct = union((pa, pa + size) for _, pa, size in _pieces(mappings.direct))
-    copied, outside = clip(copied, direct)
-    unread += outside
-    inside, copied_swapped = clip((Piece(p.pa, p.va, p.bytes) for p in copied), ioremap)
-    unread += [Piece(p.pa, p.va, p.bytes) for p in inside]
-    copied = [Piece(p.pa, p.va, p.bytes) for p in copied_swapped]
-    inside, readable = clip(plain + copied, zero_filled)
-    return sorted(readable), sorted(unread + inside)
+    copied, not_direct = clip(copied, union((pa, pa + size) for _, pa, size in _pieces(mappings.direct)))
+    of_devices, copied = clip(copied, ioremap, virtual=True)
+    zeroes, readable = clip(plain + copied, zero_filled)
+    return sorted(readable), sorted(unread + not_direct + of_devices + zeroes)
 
 
 def _distinct(segments: Sequence[Segment]) -> list[Segment]:
@@ -136,16 +136,15 @@ def _distinct(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def ioremap_areas() -> list[tuple[int, int]]:
-    """ioremap and memremap areas, from /proc/vmallocinfo; their memory is not read by kcore.
+    """Virtual ranges of ioremap and memremap areas, whose memory kcore does not read.
 
     Raises:
-        Undetermined: the file cannot be read.
+        Undetermined: /proc/vmallocinfo cannot be read.
     """
     try:
-        with open("/proc/vmallocinfo", encoding="utf-8", errors="replace") as file:  # noqa: PTH123
-            areas = parse_vmallocinfo(file.read())
+        areas = parse_vmallocinfo(Path(VMALLOCINFO).read_text(encoding="utf-8", errors="replace"))
     except OSError as error:
-        raise Undetermined(f"cannot read /proc/vmallocinfo: {error.strerror}", "run the audit as root") from None
+        raise Undetermined(f"cannot read {VMALLOCINFO}: {error.strerror}", "run the audit as root") from None
     return union((area.start, area.end) for area in areas if "ioremap" in area.words)
 
 

@@ -48,7 +48,7 @@ _KINDS = {
 
 _TOP = 1 << 64
 # mm.rst, the part that is the same for 4 and 5 levels; vaddr_end for KASLR is where it starts.
-_VADDR_END = 0xFFFF_FC00_0000_0000
+VADDR_END = 0xFFFF_FC00_0000_0000
 _FIXED = (
     (0xFFFF_FE00_0000_0000, 0xFFFF_FE80_0000_0000, CPU_ENTRY_AREA),
     (0xFFFF_FF00_0000_0000, 0xFFFF_FF80_0000_0000, ESPFIX),
@@ -100,7 +100,7 @@ class Layout:
     """The running kernel's map of its own addresses: names ranges, never decides a verdict."""
 
     def __init__(self, ranges: Sequence[tuple[int, int, str]]) -> None:
-        self.vmemmap = next((start for start, _, name in ranges if name == VMEMMAP), _VADDR_END)
+        self.vmemmap = next((start for start, _, name in ranges if name == VMEMMAP), VADDR_END)
         self._ranges = sorted(ranges)
         self._starts = [start for start, _, _ in self._ranges]
 
@@ -140,7 +140,7 @@ class Layout:
         """
         fixed = _FIVE_LEVELS if info.pgtable_l5_enabled else _FOUR_LEVELS
         # Half of the smallest vmalloc space there is (32 TiB): only that segment is so large.
-        large = [s for s in segments if s.pa is None and s.va < _VADDR_END and s.size >= 16 << 40]
+        large = [s for s in segments if s.pa is None and s.va < VADDR_END and s.size >= 16 << 40]
         moved = page_offset_base != fixed.direct_map
         if large:
             vmalloc, vmalloc_end = large[0].va, large[0].va + large[0].size + 1 & PAGE_MASK
@@ -149,10 +149,10 @@ class Layout:
             vmalloc_end = vmalloc + fixed.vmalloc_end - fixed.vmalloc
         vmemmap = info.vmemmap
         if vmemmap is None:
-            above = [s.va for s in segments if s.pa is None and vmalloc_end <= s.va < _VADDR_END]
+            above = [s.va for s in segments if s.pa is None and vmalloc_end <= s.va < VADDR_END]
             vmemmap = min(above, default=fixed.vmemmap)
         # KASAN's shadow has a fixed place, and KASLR of the bases is off with it (CONFIG_RANDOMIZE_MEMORY).
-        vmemmap_end = _VADDR_END if moved else fixed.vmemmap_end
+        vmemmap_end = VADDR_END if moved else fixed.vmemmap_end
         ranges = [
             (fixed.ldt_remap, fixed.ldt_end, LDT_REMAP),
             (page_offset_base, vmalloc, DIRECT_MAP),
@@ -163,5 +163,5 @@ class Layout:
             *_FIXED,
         ]
         if not moved:
-            ranges.append((fixed.kasan, _VADDR_END, KASAN))
+            ranges.append((fixed.kasan, VADDR_END, KASAN))
         return cls([(start, min(end, _TOP), name) for start, end, name in ranges if start < end])

@@ -140,11 +140,7 @@ def resident_frames(
         here = np.flatnonzero((vector & 1 != 0) & wanted)
         for index in here.tolist():
             view[index * PAGE_SIZE]
-        own = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            entries = pagemap.read_pagemap(own, address, pages)
-        finally:
-            os.close(own)
+        entries = pagemap.own_entries(address, pages)
     mapped = pagemap.present(entries[here])
     resident[here] = mapped
     frames[here] = pagemap.pfn(entries[here])

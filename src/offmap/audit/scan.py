@@ -17,12 +17,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
-from offmap.audit import pagemap
 from offmap.audit.canary import CANARY_LENGTH, PREFIX, Canary, CanaryKey, make_canary, new_key, parse_canary
 from offmap.audit.guest_pages import GuestPages
 from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.own_memory import LockedBuffer, frames_at, own_frames
+from offmap.audit.own_memory import LockedBuffer, OwnPage, frames_at, own_frames
 from offmap.audit.placed import Placer
 from offmap.audit.readable import Piece, clip, frames_of, ioremap_areas, read_plan, union, zero_filled_intervals
 from offmap.audit.regions import Layout
@@ -86,7 +85,7 @@ class _Scan:
 
     def canaries(self, key: CanaryKey) -> dict[Canary, list[Place]]:
         control_key = new_key()
-        with pagemap.OwnPage() as control, LockedBuffer(PAGE_SIZE) as prefix:
+        with OwnPage() as control, LockedBuffer(PAGE_SIZE) as prefix:
             control.write(make_canary(control_key, 0))
             pattern = canary_pattern(prefix, (key, control_key))
             hits, own = self._search(pattern)

@@ -1,32 +1,31 @@
-"""Other processes that map the guest's pages: counted from /proc/kpagecount, named by looking through their pagemaps.
+"""Other processes that map given pages: counted from /proc/kpagecount, named by looking through their pagemaps.
 
-kpagecount counts the mappings of a page in all page tables of user space (Documentation/admin-guide/mm/pagemap.rst);
-what it counts beyond those of the audited process is somebody else's. It knows nothing of pages without a ``struct
-page`` and of VM_PFNMAP mappings, and on a kernel with CONFIG_NO_PAGE_MAPCOUNT it gives an average over a large folio.
+kpagecount counts the mappings of a page in all page tables of user space (Documentation/admin-guide/mm/pagemap.rst).
+What it counts beyond those of the audited process is somebody else's. It knows nothing of pages without a ``struct
+page`` and of VM_PFNMAP mappings. On a kernel with CONFIG_NO_PAGE_MAPCOUNT it gives an average over a large folio.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from offmap.audit import pagemap
 from offmap.audit.classify import Judged
 from offmap.audit.frames import POPULATED
 from offmap.audit.guest_ram import GuestRam
-from offmap.audit.intervals import Intervals
+from offmap.audit.intervals import Intervals, Ints, run_starts
 from offmap.audit.maps import Mapping
-from offmap.audit.process import NoSuchProcess, Process
+from offmap.audit.process import NoSuchProcess, Process, process_ids
 from offmap.audit.reach import Sharer, Sharing
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
 _WINDOW = 1 << 17  # frames counted, and pages looked at, at once
 
-Ints = NDArray[np.int64]
 File = tuple[str, int]
 Runs = tuple[Ints, Ints]
 
@@ -48,7 +47,7 @@ def sharing_of(process: Process, ram: GuestRam, judged: Judged, *, named: bool =
     for mapping in maps:
         if (mapping.device, mapping.inode) in files:
             # The same file a second time, beside what was judged already.
-            own += [_runs(frames) for start, end in _outside(mapping, ram) for frames in _present(process, start, end)]
+            own += [_runs(frames) for part in _outside(mapping, ram) for _, frames in _present(process, *part)]
     first, pages = (np.concatenate(column) for column in zip(*own, strict=True))
     known = judged.known
     sharing, extra = count_sharing((judged.pfn[known], judged.pages[known]), (first, pages))
@@ -71,28 +70,26 @@ def count_sharing(guest: Runs, mapped: Runs, path: str = "/proc/kpagecount") -> 
     Raises:
         Undetermined: the file cannot be read.
     """
-    frames = Intervals.union(guest[0], guest[0] + guest[1])
     shared = uncounted = extra = 0
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed below
     except OSError as error:
         raise Undetermined(
             f"cannot open {path}: {error.strerror}", "run the audit as root on a kernel with CONFIG_PROC_PAGE_MONITOR"
         ) from None
-    try:
-        in_guest, in_process = _Times(guest), _Times(mapped)
-        for low, high in _windows(frames):
+    in_guest, in_process = _Times(guest), _Times(mapped)
+    with file:
+        for low, high in _windows(Intervals.union(guest[0], guest[0] + guest[1])):
             times = in_guest.of(low, high)
             counted = np.zeros(high - low, dtype=np.int64)
-            os.preadv(fd, [counted.view(np.uint8).data], low * 8)
+            try:
+                os.preadv(file.fileno(), [counted.view(np.uint8).data], low * 8)
+            except OSError as error:
+                raise Undetermined(f"reading {path} failed: {error.strerror}") from None
             more = np.where(times > 0, np.maximum(counted - in_process.of(low, high), 0), 0)
             shared += int(times[more > 0].sum())
             extra += int(more.sum())
             uncounted += int(times[counted == 0].sum())
-    except OSError as error:
-        raise Undetermined(f"reading {path} failed: {error.strerror}") from None
-    finally:
-        os.close(fd)
     return Sharing(shared, uncounted, None, 0), extra
 
 
@@ -110,19 +107,17 @@ class _Times:
 
 def _windows(frames: Intervals) -> Iterator[tuple[int, int]]:
     """Stretches of at most _WINDOW frames that hold all of the set; gaps within are read with the rest."""
-    low = high = -1
+    low = high = 0
     for start, end in zip(frames.start.tolist(), frames.end.tolist(), strict=True):
-        if high >= 0 and end - low <= _WINDOW:
-            high = end
-            continue
-        if high >= 0:
-            yield low, high
-        low = start
-        while end - low > _WINDOW:
-            yield low, low + _WINDOW
-            low += _WINDOW
+        if end - low > _WINDOW or high == 0:
+            if high > low:
+                yield low, high
+            low = start
+            while end - low > _WINDOW:
+                yield low, low + _WINDOW
+                low += _WINDOW
         high = end
-    if high > low >= 0:
+    if high > low:
         yield low, high
 
 
@@ -136,14 +131,14 @@ def name_sharers(
     Args:
         but: PIDs that are not asked.
         files: (device, inode) of the files that the frames may be of; anonymous memory may hold any (fork, KSM).
-        extra: how many mappings there are to be found: where that many have been, nobody else is asked.
+        extra: how many mappings there are to be found. Once that many have been, nobody else is asked.
 
     Returns:
         the processes, and how many others could not be read.
     """
     found: dict[int, Sharer] = {}
     unreadable: set[int] = set()
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and int(entry.name) not in but]
+    pids = [pid for pid in process_ids() if pid not in but]
     left = extra
     # Mappings of the same files first: where these explain the counts, all other memory need not be looked through.
     for same_file in (True, False):
@@ -171,25 +166,56 @@ def _pages_of(process: Process, guest: Intervals, files: set[File], same_file: b
     pages = 0
     for mapping in process.maps():
         of_file = (mapping.device, mapping.inode) in files
-        if of_file != same_file or not (of_file or mapping.inode == 0 or not mapping.shared):
-            continue
-        with suppress(pagemap.PagemapEnds):  # the vsyscall page
-            for frames in _present(process, mapping.start, mapping.end):
-                pages += int(np.count_nonzero(guest.contains(frames)))
+        if of_file == same_file and (of_file or mapping.inode == 0 or not mapping.shared):
+            with suppress(pagemap.PagemapEnds):  # the vsyscall page
+                for _, frames in _present(process, mapping.start, mapping.end):
+                    pages += int(np.count_nonzero(guest.contains(frames)))
     return pages
 
 
-def _present(process: Process, start: int, end: int) -> Iterator[Ints]:
-    """Frames of the present pages of an address range, a window at a time."""
+@dataclass(frozen=True)
+class MappedBy:
+    """One process that has a page, at which address, in a mapping of which file (empty for none)."""
+
+    pid: int
+    process: str
+    va: int
+    path: str
+
+
+def mapped_by(frames: Collection[int], leave_out: Collection[int] = ()) -> dict[int, list[MappedBy]]:
+    """Find the processes that map each of these frames; those that end meanwhile or cannot be read are left out.
+
+    Args:
+        leave_out: PIDs that are not looked at.
+    """
+    found: dict[int, list[MappedBy]] = {}
+    wanted = np.array(sorted(frames), dtype=np.int64)
+    for pid in process_ids() if len(wanted) else ():
+        if pid in leave_out:
+            continue
+        # The vsyscall page, which is none of pagemap's, comes last.
+        with suppress(NoSuchProcess, Undetermined, OSError), Process(pid) as process:
+            for mapping in process.maps():
+                if mapping.perms.startswith("---"):
+                    continue
+                for va, here in _present(process, mapping.start, mapping.end):
+                    for index in np.flatnonzero(np.isin(here, wanted)).tolist():
+                        who = MappedBy(pid, process.name(), int(va[index]), mapping.path)
+                        found.setdefault(int(here[index]), []).append(who)
+    return found
+
+
+def _present(process: Process, start: int, end: int) -> Iterator[tuple[Ints, Ints]]:
+    """Addresses and frames of the present pages of an address range, a window at a time."""
     for va in range(start, end, _WINDOW * PAGE_SIZE):
         entries = pagemap.read_pagemap(process.pagemap, va, min(_WINDOW, (end - va) // PAGE_SIZE))
-        yield pagemap.pfn(entries[pagemap.present(entries)]).astype(np.int64)
+        here = np.flatnonzero(pagemap.present(entries))
+        yield va + here * PAGE_SIZE, pagemap.pfn(entries[here]).astype(np.int64)
 
 
 def _runs(frames: Ints) -> Runs:
-    if not len(frames):
-        return frames, frames
-    first = np.flatnonzero(np.concatenate(([True], frames[1:] != frames[:-1] + 1)))
+    first = run_starts(frames[1:] != frames[:-1] + 1, len(frames))
     return frames[first], np.diff(np.append(first, len(frames))).astype(np.int64)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from offmap.audit.guest_ram import KVM_VCPU_LINK, MEMSLOTS_LINK
 from offmap.audit.kvm_slots import KVM_VM_LINK
-from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
+from offmap.audit.process import NoSuchProcess, Process, ProcessEnded, process_ids
 from offmap.audit.reach import VmmFacts
 from offmap.errors import Undetermined
 
@@ -71,7 +71,7 @@ def find_vms() -> tuple[list[VmProcess], list[str]]:
     """All processes that hold a VM, in order of their PIDs, and why there may be more of them."""
     found: list[VmProcess] = []
     unreadable = headless = 0
-    for pid in sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
+    for pid in process_ids():
         try:
             with Process(pid) as process:
                 links = process.descriptors()

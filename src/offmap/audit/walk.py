@@ -11,14 +11,15 @@ the walk starts again.
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offmap.audit.mappings import RUN, KernelMappings, merge_runs
+from offmap.audit.intervals import run_starts
+from offmap.audit.kcore import Kcore
+from offmap.audit.mappings import RUN, KernelMappings, covered, merge_runs
 from offmap.audit.result import Span
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
@@ -67,14 +68,10 @@ class _Level:
 
     @classmethod
     def join(cls, parts: "list[_Level]") -> "_Level":
-        if not parts:
-            none = np.empty(0, dtype=np.uint64)
-            return cls(none, none, none.astype(np.bool_), none.astype(np.bool_))
+        none = np.empty(0, dtype=np.uint64)
+        parts = [cls(none, none, none.astype(np.bool_), none.astype(np.bool_)), *parts]
         return cls(
-            np.concatenate([part.pa for part in parts]),
-            np.concatenate([part.va for part in parts]),
-            np.concatenate([part.writable for part in parts]),
-            np.concatenate([part.nx for part in parts]),
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("pa", "va", "writable", "nx"))
         )
 
 
@@ -107,7 +104,8 @@ class _Pass:
         level = level.take(readable)
         self.tables[depth] = len(np.unique(level.pa))
         below = []
-        for chunk in _chunks(level):
+        for start in range(0, len(level.pa), _CHUNK):
+            chunk = level.take(np.arange(start, min(start + _CHUNK, len(level.pa))))
             pas, first, rows = np.unique(chunk.pa, return_index=True, return_inverse=True)
             entries = np.empty((len(pas), ENTRIES), dtype=np.uint64)
             self.reader.read_pages(pas, entries)
@@ -149,43 +147,24 @@ class _Pass:
         va = level.va[table] + ((index & 511).astype(np.uint64) << np.uint64(shift))
         writable = level.writable[table] & (entry & _RW != 0)
         nx = level.nx[table] | (entry & _NX != 0)
-        if depth == 1:
-            self._leaves(va, entry, writable, nx, depth)
-            return _Level.join([])
-        large = entry & _PSE != 0
         found = _Level(entry & np.uint64(self.address_mask), va, writable, nx)
+        large = np.asarray((entry & _PSE != 0) | (depth == 1), dtype=np.bool_)
         if depth <= 3:
-            self._leaves(va[large], entry[large], writable[large], nx[large], depth)
+            self._leaves(found if depth == 1 else found.take(large), depth)
         else:
             # PSE is reserved in the two top levels: what this maps, if anything, cannot be told.
             self._give_up(found.take(large), depth - 1, "its entry has reserved bits set")
         return found.take(~large)
 
-    def _leaves(
-        self,
-        va: NDArray[np.uint64],
-        entry: NDArray[np.uint64],
-        writable: NDArray[np.bool_],
-        nx: NDArray[np.bool_],
-        depth: int,
-    ) -> None:
-        if not len(va):
-            return
+    def _leaves(self, found: _Level, depth: int) -> None:
+        va, writable, nx = found.va, found.writable, found.nx
         size = PAGE_SIZE << 9 * (depth - 1)
         # In a large leaf bit 12 is PAT and the bits up to the page size are reserved: not part of the address.
-        pa = entry & np.uint64(self.address_mask & -size)
+        pa = found.pa & np.uint64((1 << 64) - size)
         step = np.uint64(size)
-        starts = np.flatnonzero(
-            np.concatenate(
-                (
-                    [True],
-                    (va[1:] - va[:-1] != step)
-                    | (pa[1:] - pa[:-1] != step)
-                    | (writable[1:] != writable[:-1])
-                    | (nx[1:] != nx[:-1]),
-                )
-            )
-        )
+        breaks = (va[1:] - va[:-1] != step) | (pa[1:] - pa[:-1] != step)
+        breaks |= (writable[1:] != writable[:-1]) | (nx[1:] != nx[:-1])
+        starts = run_starts(breaks, len(va))
         runs = np.empty(len(starts), dtype=RUN)
         runs["va"] = va[starts]
         runs["pa"] = pa[starts]
@@ -219,26 +198,22 @@ class _Pass:
         return spans
 
 
-def _chunks(level: _Level) -> Iterator[_Level]:
-    for start in range(0, len(level.pa), _CHUNK):
-        yield level.take(np.arange(start, min(start + _CHUNK, len(level.pa))))
-
-
 def _check_empty(walked: _Pass, mappings: KernelMappings) -> None:
     """A table that reads as all zeroes counts as empty only if it was really read.
 
     kcore reads it through the direct map: that mapping must be among those found, and the page must not be of a kind
     that kcore zero-fills.
     """
-    direct = mappings.direct
-    ends = direct["va"] + direct["bytes"]
     for depth, level in walked.empty:
-        address = level.pa + np.uint64(mappings.direct_map_base)
-        index = np.searchsorted(direct["va"], address, side="right").astype(np.intp) - 1
-        mapped = index >= 0
-        mapped[mapped] = address[mapped] < ends[index[mapped]]
+        mapped = covered(mappings.direct, level.pa >> np.uint64(PAGE_SHIFT))
         unread = ~mapped | walked.reader.zero_filled(level.pa)
         walked._give_up(level.take(unread), depth, "its page table could not be read")
+
+
+def walk_kcore(kcore: Kcore) -> KernelMappings:
+    """Walk the running kernel's tables, as ``walk_kernel_half`` does."""
+    info = kcore.vmcoreinfo
+    return walk_kernel_half(kcore, info.root_pa, info.levels, kcore.page_offset_base, info.sme_mask)
 
 
 def walk_kernel_half(

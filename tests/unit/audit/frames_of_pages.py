@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from offmap.audit.frames import Frames, _Building
+from offmap.audit.frames import Frames, _Building, runs_of_pages
 
 __all__ = ["frames_of_pages"]
 
@@ -20,5 +20,5 @@ def frames_of_pages(
     why = np.zeros(len(state), dtype=np.uint8)
     for reason, pages in (reasons or {}).items():
         why[list(pages)] = building.number(reason)
-    building.add_pages(pfn.astype(np.int64), state.astype(np.uint8), why)
+    building.add(runs_of_pages(pfn.astype(np.int64), state.astype(np.uint8), why))
     return building.frames()

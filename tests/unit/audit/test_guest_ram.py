@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from offmap.audit.guest_ram import (
     RamRange,
-    _of_slots,
     _unseen_guest_memfd,
     find_guest_ram,
     guess_ranges,
     parse_memslots,
+    slot_ranges,
 )
 from offmap.audit.kvm_slots import KvmSlot
 from offmap.audit.maps import find_mapping, parse_maps
@@ -139,8 +139,8 @@ def test_what_one_vm_keeps_from_its_guest_another_may_give_to_its_own() -> None:
 def test_page_kept_from_the_guest_at_one_address_counts_at_another() -> None:
     part = RamRange(0x7F00_0000_0000, 1 << 20, Source.MEMSLOT, 0, excluded=((0x1000, 4096),))
     same, other = (KvmSlot(gpa, part.va, part.bytes, False) for gpa in (0, 1 << 30))
-    assert _of_slots([same], [], [part]) == ()
-    assert [(found.guest_phys_addr, found.excluded) for found in _of_slots([same, other], [], [part])] == [
+    assert slot_ranges([same], [], [part]) == ()
+    assert [(found.guest_phys_addr, found.excluded) for found in slot_ranges([same, other], [], [part])] == [
         (1 << 30, ())
     ]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from offmap.audit.btf import Unknown
-from offmap.audit.guest_ram import _of_slots, _unseen_guest_memfd, find_guest_ram
+from offmap.audit.guest_ram import _unseen_guest_memfd, find_guest_ram, slot_ranges
 from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.kvm_slots import KVM_VM_LINK, KvmSlot, KvmSlots, OthersVm
 from offmap.audit.process import Process
@@ -142,7 +142,7 @@ def test_a_slot_that_is_being_deleted_is_no_answer(kernel: Kernel) -> None:
         kernel.of(PID, VM)
 
 
-def test_a_ring_of_slots_ends(kernel: Kernel) -> None:
+def test_a_ringslot_ranges_ends(kernel: Kernel) -> None:
     at = kernel.slot(0, 0x200, 1, 0x7F40_0000_0000, number=9)
     link = at + OFFSETS["kvm_memory_slot", "id_node"] + 16
     kernel.memory |= {link + index: byte for index, byte in enumerate(struct.pack("<Q", link))}
@@ -179,8 +179,8 @@ def test_slot_whose_private_pages_are_in_a_guest_memfd(kernel: Kernel) -> None:
     slots = kernel.of(PID, VM)
     assert [slot.guest_phys_addr for slot in slots if slot.guest_memfd] == [0x300 * PAGE]
     # Another process holds it: nothing here shows its pages.
-    assert _unseen_guest_memfd({}, _of_slots(slots, []), [], slots)
-    assert not _unseen_guest_memfd({}, _of_slots(slots, []), [], [slot for slot in slots if not slot.guest_memfd])
+    assert _unseen_guest_memfd({}, slot_ranges(slots, []), [], slots)
+    assert not _unseen_guest_memfd({}, slot_ranges(slots, []), [], [slot for slot in slots if not slot.guest_memfd])
 
 
 def test_a_claim_that_a_child_has_of_its_parent_is_not_believed() -> None:

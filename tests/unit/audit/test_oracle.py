@@ -13,7 +13,6 @@ from offmap.audit.oracle import (
     Lookups,
     OracleDisagrees,
     Sample,
-    addresses_of,
     ask_oracle,
     draw_addresses,
     draw_pages,
@@ -145,7 +144,7 @@ def test_a_table_with_many_references_is_followed_sixteen_times() -> None:
     copies = [(VMALLOC + index * 2 * PAGE, 8 * PAGE, PAGE) for index in range(1, 17)]
     walked = replace(mappings(*copies), surplus_references=5)
     beyond = VMALLOC + 33 * PAGE
-    assert len(addresses_of(walked, 8 * PAGE)) == 17
+    assert len(walked.addresses_of(8 * PAGE)) == 17
     ask(Fake(walked, {beyond: 8 * PAGE}), walked=walked)
     with pytest.raises(OracleDisagrees):
         ask(Fake(walked, {beyond: 9 * PAGE}), walked=walked)
@@ -153,9 +152,9 @@ def test_a_table_with_many_references_is_followed_sixteen_times() -> None:
 
 def test_translation_is_the_inverse_of_the_addresses() -> None:
     for frame in range(4100):
-        for va in addresses_of(ALIASED, frame * PAGE):
+        for va in ALIASED.addresses_of(frame * PAGE):
             assert translate(ALIASED, va) == frame * PAGE
-    assert addresses_of(ALIASED, 140 * PAGE) == [VMALLOC]
+    assert ALIASED.addresses_of(140 * PAGE) == [VMALLOC]
     assert translate(ALIASED, BASE - PAGE) is None and translate(ALIASED, BASE + 133 * PAGE) is None
     assert translate(ALIASED, BASE + 123) == 123
 

@@ -67,7 +67,7 @@ def test_parts_of_a_mapping_outside_the_ranges() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="not root: which process shares a page was not tried")
 def test_process_that_shares_a_file_is_named() -> None:
     from offmap.audit import pagemap
-    from offmap.audit.pagemap import OwnPage
+    from offmap.audit.own_memory import OwnPage
     from offmap.audit.process import Process
     from offmap.audit.sharers import name_sharers
 
