@@ -7,6 +7,7 @@ offsets and numbers with the installed headers where those are new enough to hav
 from ctypes import Structure, Union, c_int, c_int16, c_uint8, c_uint16, c_uint32, c_uint64, sizeof
 
 from offmap.uapi.ioctl import io, ior, iow, iowr
+from offmap.uapi.members import u8, u16, u32, u64
 from offmap.uapi.page import PAGE_SIZE
 
 KVMIO = 0xAE
@@ -66,104 +67,61 @@ KVM_COALESCED_MMIO_PAGE_OFFSET = 2  # asm/kvm.h: likewise, the ring of coalesced
 
 
 class kvm_userspace_memory_region(Structure):
-    _fields_ = [
-        ("slot", c_uint32),
-        ("flags", c_uint32),
-        ("guest_phys_addr", c_uint64),
-        ("memory_size", c_uint64),
-        ("userspace_addr", c_uint64),
-    ]
+    _fields_ = [*u32("slot flags"), *u64("guest_phys_addr memory_size userspace_addr")]
 
 
 class kvm_userspace_memory_region2(Structure):
     _fields_ = [
-        ("slot", c_uint32),
-        ("flags", c_uint32),
-        ("guest_phys_addr", c_uint64),
-        ("memory_size", c_uint64),
-        ("userspace_addr", c_uint64),
-        ("guest_memfd_offset", c_uint64),
-        ("guest_memfd", c_uint32),
-        ("pad1", c_uint32),
+        *u32("slot flags"),
+        *u64("guest_phys_addr memory_size userspace_addr guest_memfd_offset"),
+        *u32("guest_memfd pad1"),
         ("pad2", c_uint64 * 14),
     ]
 
 
 class kvm_create_guest_memfd(Structure):
-    _fields_ = [("size", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 6)]
+    _fields_ = [*u64("size flags"), ("reserved", c_uint64 * 6)]
 
 
 class kvm_enable_cap(Structure):
-    _fields_ = [("cap", c_uint32), ("flags", c_uint32), ("args", c_uint64 * 4), ("pad", c_uint8 * 64)]
+    _fields_ = [*u32("cap flags"), ("args", c_uint64 * 4), ("pad", c_uint8 * 64)]
 
 
 class kvm_irq_level(Structure):
-    _fields_ = [("irq", c_uint32), ("level", c_uint32)]
+    _fields_ = u32("irq level")
 
 
 class kvm_irqfd(Structure):
-    _fields_ = [
-        ("fd", c_uint32),
-        ("gsi", c_uint32),
-        ("flags", c_uint32),
-        ("resamplefd", c_uint32),
-        ("pad", c_uint8 * 16),
-    ]
+    _fields_ = [*u32("fd gsi flags resamplefd"), ("pad", c_uint8 * 16)]
 
 
 class kvm_ioeventfd(Structure):
-    _fields_ = [
-        ("datamatch", c_uint64),
-        ("addr", c_uint64),
-        ("len", c_uint32),
-        ("fd", c_int),
-        ("flags", c_uint32),
-        ("pad", c_uint8 * 36),
-    ]
+    _fields_ = [*u64("datamatch addr"), *u32("len"), ("fd", c_int), *u32("flags"), ("pad", c_uint8 * 36)]
 
 
 class kvm_coalesced_mmio_zone(Structure):
-    _fields_ = [("addr", c_uint64), ("size", c_uint32), ("pio", c_uint32)]
+    _fields_ = [*u64("addr"), *u32("size pio")]
 
 
 class kvm_coalesced_mmio(Structure):
-    _fields_ = [("phys_addr", c_uint64), ("len", c_uint32), ("pio", c_uint32), ("data", c_uint8 * 8)]
+    _fields_ = [*u64("phys_addr"), *u32("len pio"), ("data", c_uint8 * 8)]
 
 
 class kvm_coalesced_mmio_ring(Structure):
     """The header, without its flexible array ``coalesced_mmio[]``."""
 
-    _fields_ = [("first", c_uint32), ("last", c_uint32)]
+    _fields_ = u32("first last")
 
 
 KVM_COALESCED_MMIO_MAX = (PAGE_SIZE - sizeof(kvm_coalesced_mmio_ring)) // sizeof(kvm_coalesced_mmio)
 
 
 class kvm_regs(Structure):
-    _fields_ = [
-        (name, c_uint64)
-        for name in (
-            "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags".split()  # noqa: SIM905
-        )
-    ]
+    _fields_ = u64("rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags")
 
 
 class kvm_segment(Structure):
-    _fields_ = [
-        ("base", c_uint64),
-        ("limit", c_uint32),
-        ("selector", c_uint16),
-        ("type", c_uint8),
-        ("present", c_uint8),
-        ("dpl", c_uint8),
-        ("db", c_uint8),
-        ("s", c_uint8),
-        ("l", c_uint8),
-        ("g", c_uint8),
-        ("avl", c_uint8),
-        ("unusable", c_uint8),
-        ("padding", c_uint8),
-    ]
+    _fields_ = [*u64("base"), *u32("limit"), *u16("selector"), *u8("type present dpl db s l g avl unusable padding")]
 
 
 class kvm_dtable(Structure):
@@ -175,23 +133,9 @@ KVM_NR_INTERRUPTS = 256
 
 class kvm_sregs(Structure):
     _fields_ = [
-        ("cs", kvm_segment),
-        ("ds", kvm_segment),
-        ("es", kvm_segment),
-        ("fs", kvm_segment),
-        ("gs", kvm_segment),
-        ("ss", kvm_segment),
-        ("tr", kvm_segment),
-        ("ldt", kvm_segment),
-        ("gdt", kvm_dtable),
-        ("idt", kvm_dtable),
-        ("cr0", c_uint64),
-        ("cr2", c_uint64),
-        ("cr3", c_uint64),
-        ("cr4", c_uint64),
-        ("cr8", c_uint64),
-        ("efer", c_uint64),
-        ("apic_base", c_uint64),
+        *((name, kvm_segment) for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")),
+        *((name, kvm_dtable) for name in ("gdt", "idt")),
+        *u64("cr0 cr2 cr3 cr4 cr8 efer apic_base"),
         ("interrupt_bitmap", c_uint64 * ((KVM_NR_INTERRUPTS + 63) // 64)),
     ]
 
@@ -201,16 +145,7 @@ class kvm_lapic_state(Structure):
 
 
 class kvm_cpuid_entry2(Structure):
-    _fields_ = [
-        ("function", c_uint32),
-        ("index", c_uint32),
-        ("flags", c_uint32),
-        ("eax", c_uint32),
-        ("ebx", c_uint32),
-        ("ecx", c_uint32),
-        ("edx", c_uint32),
-        ("padding", c_uint32 * 3),
-    ]
+    _fields_ = [*u32("function index flags eax ebx ecx edx"), ("padding", c_uint32 * 3)]
 
 
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # the header's own spelling
@@ -219,43 +154,32 @@ KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # the header's own spelling
 class kvm_cpuid2(Structure):
     """The header, without its flexible array ``entries[]``."""
 
-    _fields_ = [("nent", c_uint32), ("padding", c_uint32)]
+    _fields_ = u32("nent padding")
 
 
 class kvm_msr_entry(Structure):
-    _fields_ = [("index", c_uint32), ("reserved", c_uint32), ("data", c_uint64)]
+    _fields_ = [*u32("index reserved"), *u64("data")]
 
 
 class kvm_msrs(Structure):
     """The header, without its flexible array ``entries[]``."""
 
-    _fields_ = [("nmsrs", c_uint32), ("pad", c_uint32)]
+    _fields_ = u32("nmsrs pad")
 
 
 KVM_MAX_XCRS = 16
 
 
 class kvm_xcr(Structure):
-    _fields_ = [("xcr", c_uint32), ("reserved", c_uint32), ("value", c_uint64)]
+    _fields_ = [*u32("xcr reserved"), *u64("value")]
 
 
 class kvm_xcrs(Structure):
-    _fields_ = [
-        ("nr_xcrs", c_uint32),
-        ("flags", c_uint32),
-        ("xcrs", kvm_xcr * KVM_MAX_XCRS),
-        ("padding", c_uint64 * 16),
-    ]
+    _fields_ = [*u32("nr_xcrs flags"), ("xcrs", kvm_xcr * KVM_MAX_XCRS), ("padding", c_uint64 * 16)]
 
 
 class kvm_run_io(Structure):
-    _fields_ = [
-        ("direction", c_uint8),
-        ("size", c_uint8),
-        ("port", c_uint16),
-        ("count", c_uint32),
-        ("data_offset", c_uint64),
-    ]
+    _fields_ = [*u8("direction size"), *u16("port"), *u32("count"), *u64("data_offset")]
 
 
 class kvm_run_mmio(Structure):
@@ -263,7 +187,7 @@ class kvm_run_mmio(Structure):
 
 
 class kvm_run_internal(Structure):
-    _fields_ = [("suberror", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16)]
+    _fields_ = [*u32("suberror ndata"), ("data", c_uint64 * 16)]
 
 
 class kvm_run_fail_entry(Structure):
@@ -271,11 +195,11 @@ class kvm_run_fail_entry(Structure):
 
 
 class kvm_run_system_event(Structure):
-    _fields_ = [("type", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16)]
+    _fields_ = [*u32("type ndata"), ("data", c_uint64 * 16)]
 
 
 class kvm_run_memory_fault(Structure):
-    _fields_ = [("flags", c_uint64), ("gpa", c_uint64), ("size", c_uint64)]
+    _fields_ = u64("flags gpa size")
 
 
 class _kvm_run_exit(Union):
@@ -295,35 +219,24 @@ class kvm_run(Structure):
 
     _anonymous_ = ("exit",)
     _fields_ = [
-        ("request_interrupt_window", c_uint8),
-        ("immediate_exit", c_uint8),
+        *u8("request_interrupt_window immediate_exit"),
         ("padding1", c_uint8 * 6),
-        ("exit_reason", c_uint32),
-        ("ready_for_interrupt_injection", c_uint8),
-        ("if_flag", c_uint8),
-        ("flags", c_uint16),
-        ("cr8", c_uint64),
-        ("apic_base", c_uint64),
+        *u32("exit_reason"),
+        *u8("ready_for_interrupt_injection if_flag"),
+        *u16("flags"),
+        *u64("cr8 apic_base"),
         ("exit", _kvm_run_exit),
     ]
 
 
 class kvm_stats_header(Structure):
-    _fields_ = [
-        (name, c_uint32) for name in ("flags", "name_size", "num_desc", "id_offset", "desc_offset", "data_offset")
-    ]
+    _fields_ = u32("flags name_size num_desc id_offset desc_offset data_offset")
 
 
 class kvm_stats_desc(Structure):
     """The descriptor, without its flexible array ``name[]`` of ``kvm_stats_header.name_size`` bytes."""
 
-    _fields_ = [
-        ("flags", c_uint32),
-        ("exponent", c_int16),
-        ("size", c_uint16),
-        ("offset", c_uint32),
-        ("bucket_size", c_uint32),
-    ]
+    _fields_ = [*u32("flags"), ("exponent", c_int16), *u16("size"), *u32("offset bucket_size")]
 
 
 # --- ioctls on /dev/kvm ----------------------------------------------------------------------------------------------

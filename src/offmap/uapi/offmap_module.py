@@ -3,6 +3,7 @@
 from ctypes import Structure, c_int32, c_uint32, c_uint64
 
 from offmap.uapi.ioctl import iowr
+from offmap.uapi.members import u32, u64
 
 DEVICE = "/dev/offmap"
 OFFMAP_ANY_NODE = -1
@@ -14,13 +15,7 @@ class offmap_unplug(Structure):
 
 
 class offmap_translate(Structure):
-    _fields_ = [
-        ("pid", c_int32),
-        ("flags", c_uint32),
-        ("addr", c_uint64),
-        ("phys", c_uint64),
-        ("length", c_uint64),
-    ]
+    _fields_ = [("pid", c_int32), *u32("flags"), *u64("addr phys length")]
 
 
 class offmap_secretmem(Structure):

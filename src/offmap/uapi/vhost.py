@@ -1,15 +1,16 @@
 """vhost: virtqueues served by the host kernel (linux/vhost.h, linux/vhost_types.h)."""
 
-from ctypes import Structure, c_int, c_uint, c_uint32, c_uint64
+from ctypes import Structure, c_int, c_uint, c_uint64
 
 from offmap.uapi.ioctl import io, ior, iow
+from offmap.uapi.members import u32, u64
 
 VHOST_VIRTIO = 0xAF
 VHOST_FILE_UNBIND = -1
 
 
 class vhost_vring_state(Structure):
-    _fields_ = [("index", c_uint), ("num", c_uint)]
+    _fields_ = u32("index num")
 
 
 class vhost_vring_file(Structure):
@@ -17,29 +18,17 @@ class vhost_vring_file(Structure):
 
 
 class vhost_vring_addr(Structure):
-    _fields_ = [
-        ("index", c_uint),
-        ("flags", c_uint),
-        ("desc_user_addr", c_uint64),
-        ("used_user_addr", c_uint64),
-        ("avail_user_addr", c_uint64),
-        ("log_guest_addr", c_uint64),
-    ]
+    _fields_ = [*u32("index flags"), *u64("desc_user_addr used_user_addr avail_user_addr log_guest_addr")]
 
 
 class vhost_memory_region(Structure):
-    _fields_ = [
-        ("guest_phys_addr", c_uint64),
-        ("memory_size", c_uint64),
-        ("userspace_addr", c_uint64),
-        ("flags_padding", c_uint64),
-    ]
+    _fields_ = u64("guest_phys_addr memory_size userspace_addr flags_padding")
 
 
 class vhost_memory(Structure):
     """Its head; the regions follow it."""
 
-    _fields_ = [("nregions", c_uint32), ("padding", c_uint32)]
+    _fields_ = u32("nregions padding")
 
 
 VHOST_GET_FEATURES = ior(VHOST_VIRTIO, 0x00, c_uint64)

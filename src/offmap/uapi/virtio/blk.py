@@ -1,7 +1,9 @@
 """linux/virtio_blk.h: the block device (virtio 1.2, section 5.2)."""
 
-from ctypes import LittleEndianStructure, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import LittleEndianStructure, c_uint8
 from struct import Struct
+
+from offmap.uapi.members import u8, u16, u32, u64
 
 # Bit numbers.
 VIRTIO_BLK_F_SEG_MAX = 2
@@ -36,7 +38,7 @@ VIRTIO_BLK_DISCARD_WRITE_ZEROES = Struct("<QII")
 
 class virtio_blk_geometry(LittleEndianStructure):
     _pack_ = 1
-    _fields_ = [("cylinders", c_uint16), ("heads", c_uint8), ("sectors", c_uint8)]
+    _fields_ = [*u16("cylinders"), *u8("heads sectors")]
 
 
 class virtio_blk_config(LittleEndianStructure):
@@ -44,23 +46,18 @@ class virtio_blk_config(LittleEndianStructure):
 
     _pack_ = 1
     _fields_ = [
-        ("capacity", c_uint64),
-        ("size_max", c_uint32),
-        ("seg_max", c_uint32),
+        *u64("capacity"),
+        *u32("size_max seg_max"),
         ("geometry", virtio_blk_geometry),
-        ("blk_size", c_uint32),
-        ("physical_block_exp", c_uint8),
-        ("alignment_offset", c_uint8),
-        ("min_io_size", c_uint16),
-        ("opt_io_size", c_uint32),
-        ("wce", c_uint8),
-        ("unused", c_uint8),
-        ("num_queues", c_uint16),
-        ("max_discard_sectors", c_uint32),
-        ("max_discard_seg", c_uint32),
-        ("discard_sector_alignment", c_uint32),
-        ("max_write_zeroes_sectors", c_uint32),
-        ("max_write_zeroes_seg", c_uint32),
-        ("write_zeroes_may_unmap", c_uint8),
+        *u32("blk_size"),
+        *u8("physical_block_exp alignment_offset"),
+        *u16("min_io_size"),
+        *u32("opt_io_size"),
+        *u8("wce unused"),
+        *u16("num_queues"),
+        *u32(
+            "max_discard_sectors max_discard_seg discard_sector_alignment max_write_zeroes_sectors max_write_zeroes_seg"
+        ),
+        *u8("write_zeroes_may_unmap"),
         ("unused1", c_uint8 * 3),
     ]

@@ -1,6 +1,8 @@
 """virtio-net: features, configuration space, packet header, control commands (linux/virtio_net.h; virtio 1.2, 5.1)."""
 
-from ctypes import LittleEndianStructure, c_uint8, c_uint16
+from ctypes import LittleEndianStructure, c_uint8
+
+from offmap.uapi.members import u8, u16
 
 VIRTIO_NET_F_CSUM = 0
 VIRTIO_NET_F_GUEST_CSUM = 1
@@ -41,23 +43,10 @@ class virtio_net_config(LittleEndianStructure):
     """Up to ``mtu``: what follows belongs to features that are not offered."""
 
     _pack_ = 1
-    _fields_ = [
-        ("mac", c_uint8 * ETH_ALEN),
-        ("status", c_uint16),
-        ("max_virtqueue_pairs", c_uint16),
-        ("mtu", c_uint16),
-    ]
+    _fields_ = [("mac", c_uint8 * ETH_ALEN), *u16("status max_virtqueue_pairs mtu")]
 
 
 class virtio_net_hdr_v1(LittleEndianStructure):
     """Before every packet, in both directions."""
 
-    _fields_ = [
-        ("flags", c_uint8),
-        ("gso_type", c_uint8),
-        ("hdr_len", c_uint16),
-        ("gso_size", c_uint16),
-        ("csum_start", c_uint16),
-        ("csum_offset", c_uint16),
-        ("num_buffers", c_uint16),
-    ]
+    _fields_ = [*u8("flags gso_type"), *u16("hdr_len gso_size csum_start csum_offset num_buffers")]
