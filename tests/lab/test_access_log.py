@@ -25,7 +25,7 @@ from .console import Guest
 pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NESTED = str(Path(__file__).with_name("nested_target.py"))
-SLOW = 600.0  # seconds for what takes 20 here; the plugin costs two thirds of an emulated host's speed
+SLOW = 600.0  # seconds for what takes 20 here; the plugin costs three quarters of an emulated host's speed
 RESERVED_PFNS = range(0x60000, 0x70000)
 LOADS = 1000
 MAPPED_MICROSECONDS = 1000

@@ -61,7 +61,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=Path,
         metavar="FILE",
         help="log the accesses of the host's kernel to the RAM of guests, from its boot on, and write what there were "
-        "to FILE (JSON); the host is emulated, and a third as fast",
+        "to FILE (JSON); the host is emulated, and a quarter as fast",
     )
     run.add_argument(
         "--load-module", action="store_true", help="build the offmap module for the host's kernel, and load it there"
