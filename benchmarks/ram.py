@@ -22,7 +22,7 @@ from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_mem
 from offmap.memory.guest_memfd_unmapped import unknown_flags
 from offmap.memory.hugetlb import Hugetlb
 from offmap.memory.memfd import Memfd, map_memfd
-from offmap.memory.module_device import open_device
+from offmap.memory.module_device import open_module
 from offmap.memory.populate import populate
 from offmap.memory.reserved import Reserved
 from offmap.memory.secretmem import map_secret, secret_backing, secret_file
@@ -123,7 +123,7 @@ def memfd(vm: Vm, size: int, threads: int) -> Backing:
 
 def memfd_by_advice(vm: Vm, size: int, threads: int) -> Backing:
     """By MADV_POPULATE_WRITE alone."""
-    return _advise(map_memfd("memfd", "offmap-ram", size, os.MFD_CLOEXEC), threads)
+    return _advise(map_memfd("memfd", size, os.MFD_CLOEXEC), threads)
 
 
 def memfd_huge(vm: Vm, size: int, threads: int) -> Backing:
@@ -155,7 +155,7 @@ def secretmem(vm: Vm, size: int, threads: int) -> Backing:
 
 
 def secretmem_bridge(vm: Vm, size: int, threads: int) -> Backing:
-    with open_device() as device:
+    with open_module() as device:
         fd = secret_file(size)
         try:
             with map_secret(fd, size) as secret:

@@ -1,5 +1,7 @@
-"""Names of files, and the text of small ones, without ``pathlib``: importing it takes a tenth of a guest's start."""
+"""What is needed of files without ``pathlib`` (importing it takes a tenth of a guest's start), or not in `os`."""
 
+import ctypes
+import errno
 import os
 
 FileName = str | os.PathLike[str]
@@ -14,3 +16,16 @@ def read_text(path: FileName) -> str:
     """
     with open(path, encoding="utf-8") as file:  # noqa: PTH123 - pathlib's own would import it
         return file.read()
+
+
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """fallocate(2), of which the os module has only the one without a mode.
+
+    Raises:
+        OSError: the file has not so much room, or does not know the mode.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    off_t = ctypes.c_long
+    while libc.fallocate(fd, mode, off_t(offset), off_t(size)):
+        if ctypes.get_errno() != errno.EINTR:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

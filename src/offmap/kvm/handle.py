@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+from collections.abc import Mapping
 from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 from offmap.errors import KernelError
+from offmap.files import FileName
 from offmap.owned import Owned
 
 if TYPE_CHECKING:
@@ -46,3 +48,21 @@ class Handle(Owned):
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def open_device(path: FileName, remedy: str | Mapping[int, str] = "", *, flags: int = 0) -> int:
+    """Open `path` for reading and writing; its fd, which the caller owns.
+
+    Args:
+        remedy: what to do about it, for any error or by its errno.
+        flags: beside O_RDWR and O_CLOEXEC.
+
+    Raises:
+        KernelError: it cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | flags)
+    except OSError as error:
+        if not isinstance(remedy, str):
+            remedy = remedy.get(error.errno or 0, "")
+        raise KernelError(f"open of {path}", error, remedy) from None

@@ -1,21 +1,18 @@
 """/dev/kvm: what the host's KVM can do, and new virtual machines."""
 
 import errno
-import os
 
 from offmap.errors import KernelError, OffmapError
 from offmap.kvm.cpuid import pack_cpuid, unpack_cpuid
-from offmap.kvm.handle import Handle
+from offmap.kvm.handle import Handle, open_device
 from offmap.kvm.vm import Vm
 from offmap.uapi import kvm as uapi
 
 _DEV_KVM = "/dev/kvm"
+_NO_MODULE = "load kvm_intel or kvm_amd, and check that virtualisation is enabled in the firmware"
 _REMEDY = {
-    errno.ENOENT: "load kvm_intel or kvm_amd, and check that virtualisation is enabled in the firmware",
-    errno.EACCES: "run as root, or join the group that owns /dev/kvm",
-    errno.EPERM: "run as root, or join the group that owns /dev/kvm",
-    errno.ENODEV: "load kvm_intel or kvm_amd, and check that virtualisation is enabled in the firmware",
-    errno.ENXIO: "load kvm_intel or kvm_amd, and check that virtualisation is enabled in the firmware",
+    **dict.fromkeys((errno.ENOENT, errno.ENODEV, errno.ENXIO), _NO_MODULE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "run as root, or join the group that owns /dev/kvm"),
 }
 
 
@@ -28,11 +25,7 @@ class Kvm(Handle):
     """
 
     def __init__(self) -> None:
-        try:
-            fd = os.open(_DEV_KVM, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise KernelError(f"open of {_DEV_KVM}", error, _REMEDY.get(error.errno or 0, "")) from None
-        super().__init__(fd)
+        super().__init__(open_device(_DEV_KVM, _REMEDY))
         try:
             version = self.call("KVM_GET_API_VERSION", uapi.KVM_GET_API_VERSION)
             if version != uapi.KVM_API_VERSION:

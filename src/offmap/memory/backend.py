@@ -7,15 +7,19 @@ docs/backends.md.
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from typing import ClassVar, Self
 
-from offmap.errors import BackendRefused, OffmapError
+from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.kvm import Vm
 from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.options import Options
 from offmap.units import format_size
+
+ASK_FOR_LESS = "ask for less, or free memory"
+SEE_LOG = "see the kernel's log: dmesg"
 
 
 class Backend(ABC):
@@ -130,6 +134,24 @@ def parse_backend(text: str) -> Backend:
     usage = f"its option is {backend.usage}" if backend.usage else f"write {name} alone, which has no options"
     with Options(text, f"--memory {name}", usage, leads=True) as options:
         return backend.from_options(options)
+
+
+@contextmanager
+def refused(remedy: str | Mapping[int, str] = "") -> Iterator[None]:
+    """Make a failed system call within a refusal of the backend.
+
+    Args:
+        remedy: what to do about it, for any error or by its errno; empty: what the error says itself.
+
+    Raises:
+        BackendRefused: in place of KernelError.
+    """
+    try:
+        yield
+    except KernelError as error:
+        if not isinstance(remedy, str):
+            remedy = remedy.get(error.errno, SEE_LOG)
+        raise BackendRefused(error.what, error.why, remedy or error.remedy) from None
 
 
 def check_host_has(size: int) -> None:

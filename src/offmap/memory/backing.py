@@ -5,9 +5,12 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from io import FileIO
+from typing import Self
 
 from offmap.errors import KernelError
+from offmap.files import fallocate
 from offmap.owned import Owned
 from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from offmap.uapi.page import PAGE_SIZE
@@ -62,7 +65,7 @@ class Backing(Owned):
         """
         try:
             if self.guest_memfd is not None:
-                _punch_hole(self.guest_memfd, offset, size)
+                fallocate(self.guest_memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
             elif self._discard is not None:
                 self._mapping.madvise(self._discard, offset, size)
             else:
@@ -70,22 +73,29 @@ class Backing(Owned):
         except OSError as error:
             raise KernelError("giving guest RAM back to the host", error) from None
 
-    def zero(self) -> None:
-        """Fill it with zeroes, which also gives every page a frame. The kernel does the writing, at memory speed.
+    def zero(self, start: int = 0, end: int | None = None) -> None:
+        """Fill these bytes (by default all) with zeroes, and so give each page a frame. The kernel does the writing.
 
         Raises:
             KernelError: EFAULT where the backend could not give a page.
         """
-        fd = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
+        end = self.size if end is None else end
         try:
-            done = 0
-            while done < self.size:
-                # Linux moves at most MAX_RW_COUNT (2 GiB less a page) in one call.
-                done += os.readv(fd, [self.view[done : done + (1 << 30)]])
+            with FileIO("/dev/zero") as zeroes:
+                while start < end:
+                    # Linux moves at most MAX_RW_COUNT (2 GiB less a page) in one call.
+                    start += zeroes.readinto(self.view[start : min(end, start + (1 << 30))])
         except OSError as error:
             raise KernelError("populating guest RAM", error) from None
-        finally:
-            os.close(fd)
+
+    @contextlib.contextmanager
+    def closed_on_error(self) -> Iterator[Self]:
+        """Close it if what is done within fails."""
+        try:
+            yield self
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         if self._mapping.closed:
@@ -129,10 +139,3 @@ def map_backing(
     except OSError as error:
         raise KernelError(f"mmap of {size >> 20} MiB of {what}", error, remedy) from None
     return Backing(mapping, guest_memfd=guest_memfd, discard=discard, page_size=page_size, on_close=on_close)
-
-
-def _punch_hole(fd: int, offset: int, size: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    if libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(size)) != 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

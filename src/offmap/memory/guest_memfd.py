@@ -4,7 +4,7 @@ import os
 
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
-from offmap.memory.backend import Backend, check_host_has
+from offmap.memory.backend import ASK_FOR_LESS, Backend, check_host_has, refused
 from offmap.memory.backing import Backing, map_backing
 from offmap.uapi import kvm as uapi
 
@@ -20,10 +20,8 @@ class GuestMemfd(Backend):
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
         guest_memfd_flags(vm)
-        try:
+        with refused(ASK_FOR_LESS):
             return [map_guest_memfd(vm, size, MAPPABLE)]
-        except KernelError as error:
-            raise BackendRefused(error.what, error.why, "ask for less, or free memory") from None
 
 
 def guest_memfd_flags(vm: Vm) -> int:

@@ -5,25 +5,23 @@ instruction. That does not prove what the flag does, so the RAM is audited befor
 (kernel/patches/) makes it bit 2, and takes 2 MiB at a time off the direct map for fallocate.
 """
 
-import ctypes
-import os
 from collections.abc import Iterator
 from typing import Self
 
 from offmap.errors import BackendRefused, KernelError, OffmapError
+from offmap.files import fallocate
 from offmap.kvm import Kvm, Vm
-from offmap.memory.backend import Backend, check_host_has
+from offmap.memory.backend import ASK_FOR_LESS, Backend, check_host_has, refused
 from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_memfd
 from offmap.memory.populate import populate
 from offmap.memory.probe import try_out
 from offmap.options import Options
+from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE
 from offmap.uapi.page import PAGE_SIZE
 
-FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
 _PROBE_SIZE = 2 * PAGE_SIZE  # bytes; the probe's instruction is in the second page
-_POPULATE_THREADS = 2
 
 
 class GuestMemfdUnmapped(Backend):
@@ -48,21 +46,11 @@ class GuestMemfdUnmapped(Backend):
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
         flags = MAPPABLE | self._probe(guest_memfd_flags(vm))
-        try:
-            backing = map_guest_memfd(vm, size, flags)
-        except KernelError as error:
-            raise BackendRefused(error.what, error.why, "ask for less, or free memory") from None
-        try:
+        with refused(ASK_FOR_LESS), map_guest_memfd(vm, size, flags).closed_on_error() as backing:
             if backing.guest_memfd is not None:
                 _allocate_frames(backing.guest_memfd, size)
             # Every page into our page tables: an audit sees none that is not there.
-            populate(backing, min(_POPULATE_THREADS, os.cpu_count() or 1), self.progress)
-        except KernelError as error:
-            backing.close()
-            raise BackendRefused(error.what, error.why, "ask for less, or free memory") from None
-        except BaseException:
-            backing.close()
-            raise
+            populate(backing, progress=self.progress)
         return [backing]
 
     def _probe(self, advertised: int) -> int:
@@ -102,6 +90,7 @@ def _allocate_frames(fd: int, size: int) -> None:
     Raises:
         KernelError: the host has not so much memory.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(fd, FALLOC_FL_KEEP_SIZE, ctypes.c_long(0), ctypes.c_long(size)) != 0:
-        raise KernelError("fallocate of guest_memfd", ctypes.get_errno())
+    try:
+        fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, size)
+    except OSError as error:
+        raise KernelError("fallocate of guest_memfd", error) from None

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 from typing import Self
 
-from offmap.errors import BackendRefused, KernelError
+from offmap.errors import BackendRefused
 from offmap.kvm import Vm
-from offmap.memory.backend import Backend
+from offmap.memory.backend import Backend, refused
 from offmap.memory.backing import Backing
 from offmap.memory.memfd import map_memfd
 from offmap.options import Options
@@ -56,7 +56,5 @@ class Hugetlb(Backend):
                 remedy,
             )
         flags = os.MFD_CLOEXEC | MFD_HUGETLB | (self.page_size.bit_length() - 1) << MFD_HUGE_SHIFT
-        try:
-            return [map_memfd("hugetlb memory", "offmap-ram", size, flags, remedy, page_size=self.page_size)]
-        except KernelError as error:
-            raise BackendRefused(error.what, error.why, error.remedy) from None
+        with refused():
+            return [map_memfd("hugetlb memory", size, flags, remedy, page_size=self.page_size)]

@@ -17,19 +17,19 @@ class Memfd(Backend):
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
-        backing = map_memfd("memfd", "offmap-ram", size, os.MFD_CLOEXEC)
+        backing = map_memfd("memfd", size, os.MFD_CLOEXEC)
         backing.madvise(MADV_HUGEPAGE)  # heard where the host's shmem_enabled is "advise"; Debian's is "never"
         return [backing]
 
 
-def map_memfd(what: str, name: str, size: int, flags: int, remedy: str = "", *, page_size: int = PAGE_SIZE) -> Backing:
+def map_memfd(what: str, size: int, flags: int, remedy: str = "", *, page_size: int = PAGE_SIZE) -> Backing:
     """Create a memfd of `size` bytes and map it; the mapping alone keeps it.
 
     Raises:
         KernelError: memfd_create, ftruncate or mmap failed.
     """
     try:
-        fd = os.memfd_create(name, flags)
+        fd = os.memfd_create("offmap-ram", flags)
     except OSError as error:
         raise KernelError(f"memfd_create of {what}", error, remedy) from None
     try:

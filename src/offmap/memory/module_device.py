@@ -1,10 +1,9 @@
 """/dev/offmap, the device of the offmap kernel module."""
 
 import errno
-import os
 
-from offmap.errors import BackendRefused, KernelError
-from offmap.kvm.handle import Handle
+from offmap.kvm.handle import Handle, open_device
+from offmap.memory.backend import refused
 from offmap.uapi.offmap_module import DEVICE
 
 _REMEDY = {
@@ -14,16 +13,11 @@ _REMEDY = {
 }
 
 
-def open_device() -> Handle:
+def open_module() -> Handle:
     """A new open file of it: what it is asked for stays with this file, and with mappings of it.
 
     Raises:
         BackendRefused: the module is not loaded, or we may not use it.
     """
-    try:
-        return Handle(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        failed = KernelError(f"open of {DEVICE}", error)
-        raise BackendRefused(
-            failed.what, failed.why, _REMEDY.get(failed.errno, "see the kernel's log: dmesg")
-        ) from None
+    with refused(_REMEDY):
+        return Handle(open_device(DEVICE))

@@ -4,13 +4,18 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from offmap.errors import KernelError
 from offmap.memory.backing import Backing
 
 PIECE = 4 << 20  # bytes that one thread asks for at a time: some milliseconds
 
+# Measured with memfd_secret on two busy cores: 6.0 µs a page with one thread, 5.9 with two. Each page is a change of
+# the direct map under one lock and a TLB flush; only what is around that goes on side by side.
+_THREADS = min(2, os.cpu_count() or 1)
 
-def populate(backing: Backing, threads: int, progress: Callable[[float], None] = lambda _share: None) -> None:
+
+def populate(
+    backing: Backing, threads: int = _THREADS, progress: Callable[[float], None] = lambda _share: None
+) -> None:
     """Write zeroes to all of it. The kernel writes; Python's lock is free meanwhile.
 
     It begins at the end. The first pages that a young host hands out were freed from its image and are still mapped
@@ -22,20 +27,9 @@ def populate(backing: Backing, threads: int, progress: Callable[[float], None] =
     Raises:
         KernelError: EFAULT where the kernel could not give a page.
     """
-    fd = os.open("/dev/zero", os.O_RDONLY | os.O_CLOEXEC)
-
-    def fill(start: int) -> None:
-        end = min(start + PIECE, backing.size)
-        while start < end:
-            start += os.readv(fd, [backing.view[start:end]])
-
-    try:
-        progress(0.0)
-        with ThreadPoolExecutor(threads) as pool:
-            pieces = range(0, backing.size, PIECE)
-            for done, _ in enumerate(pool.map(fill, reversed(pieces)), 1):
-                progress(done / len(pieces))
-    except OSError as error:
-        raise KernelError("populating guest RAM", error) from None
-    finally:
-        os.close(fd)
+    progress(0.0)
+    starts = range(0, backing.size, PIECE)
+    with ThreadPoolExecutor(threads) as pool:
+        zeroed = pool.map(lambda start: backing.zero(start, min(start + PIECE, backing.size)), reversed(starts))
+        for done, _ in enumerate(zeroed, 1):
+            progress(done / len(starts))

@@ -12,11 +12,10 @@ import os
 
 from offmap.errors import KernelError
 from offmap.files import FileName
+from offmap.kvm.handle import open_device
 from offmap.memory.iomem import PhysicalRange, intersect, subtract
 from offmap.owned import Owned
 from offmap.uapi.mman import F_OFD_GETLK, F_OFD_SETLK, FLOCK
-
-LOCK_FILE = "/dev/mem"
 
 
 class RangeLock(Owned):
@@ -26,11 +25,8 @@ class RangeLock(Owned):
         KernelError: the file to lock cannot be opened.
     """
 
-    def __init__(self, path: FileName = LOCK_FILE) -> None:
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise KernelError(f"open of {path}", error, "run as root") from None
+    def __init__(self, path: FileName) -> None:
+        self._fd = open_device(path, "run as root", flags=os.O_NOFOLLOW)
 
     def take(self, free: list[PhysicalRange], size: int, alignment: int) -> PhysicalRange | None:
         """Lock `size` bytes somewhere in `free` that nobody holds; None where there is no such run."""

@@ -8,10 +8,11 @@ import errno
 import os
 from typing import Self
 
-from offmap.errors import BackendRefused, KernelError, OffmapError
+from offmap.errors import BackendRefused, OffmapError
 from offmap.files import read_text
 from offmap.kvm import Vm
-from offmap.memory.backend import Backend
+from offmap.kvm.handle import open_device
+from offmap.memory.backend import Backend, refused
 from offmap.memory.backing import Backing, map_backing
 from offmap.memory.iomem import (
     PhysicalRange,
@@ -66,10 +67,8 @@ class Reserved(Backend):
         free = ranges
         if self.base is not None:
             free = intersect(ranges, [PhysicalRange(self.base, self.base + size)])
-        try:
+        with refused(_DEV_MEM_REMEDY):
             lock = RangeLock(_DEV_MEM)
-        except KernelError as error:
-            raise _no_dev_mem(error) from None
         try:
             taken = lock.take(free, size, PAGE_SIZE if self.base is not None else _ALIGNMENT)
             if taken is None and self.base is None:
@@ -143,31 +142,20 @@ def _firmware_ram() -> list[PhysicalRange]:
     return merged(found)
 
 
-def _no_dev_mem(error: KernelError) -> BackendRefused:
-    return BackendRefused(error.what, error.why, _DEV_MEM_REMEDY.get(error.errno, "see the kernel's log: dmesg"))
-
-
 def _map(taken: PhysicalRange, lock: RangeLock) -> Backing:
-    try:
-        fd = os.open(_DEV_MEM, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise _no_dev_mem(KernelError(f"open of {_DEV_MEM}", error)) from None
-
     def give_back(backing: Backing) -> None:
         try:
             backing.zero()  # the next user of the range must not read this guest
         finally:
             lock.close()
 
-    try:
-        backing = map_backing(f"{_DEV_MEM} at {taken.start:#x}", fd, taken.size, offset=taken.start, on_close=give_back)
-    except KernelError as error:
-        raise _no_dev_mem(error) from None
-    finally:
-        os.close(fd)
-    try:
+    with refused(_DEV_MEM_REMEDY):
+        fd = open_device(_DEV_MEM)
+        try:
+            what = f"{_DEV_MEM} at {taken.start:#x}"
+            backing = map_backing(what, fd, taken.size, offset=taken.start, on_close=give_back)
+        finally:
+            os.close(fd)
+    with backing.closed_on_error():
         backing.zero()  # a VMM that was killed could not
-    except BaseException:
-        backing.close()
-        raise
     return backing

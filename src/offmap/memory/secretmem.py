@@ -13,7 +13,7 @@ from pathlib import Path
 
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
-from offmap.memory.backend import Backend, check_host_has
+from offmap.memory.backend import ASK_FOR_LESS, Backend, check_host_has, refused
 from offmap.memory.backing import Backing, map_backing
 from offmap.memory.populate import populate
 from offmap.memory.probe import run_one_instruction
@@ -21,11 +21,6 @@ from offmap.uapi.mman import SYS_memfd_secret
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
-# Measured on two busy cores: 6.0 µs a page with one thread, 5.9 with two. Each page is a change of the direct map under
-# one lock and a TLB flush; only what is around that goes on side by side.
-POPULATE_THREADS = 2
-
-_LESS = "ask for less, or free memory"
 _REMEDY = {
     errno.ENOSYS: "boot the host with secretmem.enable=1, on a kernel with CONFIG_SECRETMEM and an unbroken direct map",
 }
@@ -39,16 +34,9 @@ class Secretmem(Backend):
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
-        backing = secret_backing(size)
-        try:
+        with refused(ASK_FOR_LESS), secret_backing(size).closed_on_error() as backing:
             probe()
-            populate(backing, min(POPULATE_THREADS, os.cpu_count() or 1), self.progress)
-        except KernelError as error:
-            backing.close()
-            raise BackendRefused(error.what, error.why, _LESS) from None
-        except BaseException:
-            backing.close()
-            raise
+            populate(backing, progress=self.progress)
         return [backing]
 
 
@@ -62,7 +50,7 @@ def memfd_secret() -> int:
     fd: int = libc.syscall(SYS_memfd_secret, os.O_CLOEXEC)
     if fd < 0:
         error = KernelError("memfd_secret", ctypes.get_errno())
-        raise BackendRefused(error.what, error.why, _REMEDY.get(error.errno, _LESS))
+        raise BackendRefused(error.what, error.why, _REMEDY.get(error.errno, ASK_FOR_LESS))
     return fd
 
 
@@ -107,7 +95,7 @@ def secret_file(size: int) -> int:
     except OSError as error:
         os.close(fd)
         failed = KernelError("ftruncate of memfd_secret memory", error)
-        raise BackendRefused(failed.what, failed.why, _LESS) from None
+        raise BackendRefused(failed.what, failed.why, ASK_FOR_LESS) from None
     return fd
 
 
@@ -117,10 +105,8 @@ def map_secret(fd: int, size: int) -> Backing:
     Raises:
         BackendRefused: it may not be.
     """
-    try:
+    with refused():
         return map_backing("memfd_secret memory", fd, size, remedy="raise RLIMIT_MEMLOCK, or ask for less")
-    except KernelError as error:
-        raise BackendRefused(error.what, error.why, error.remedy) from None
 
 
 def secret_backing(size: int) -> Backing:

@@ -10,11 +10,11 @@ import os
 
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
-from offmap.memory.backend import Backend, check_host_has
+from offmap.memory.backend import ASK_FOR_LESS, Backend, check_host_has
 from offmap.memory.backing import Backing, map_backing
-from offmap.memory.module_device import open_device
+from offmap.memory.module_device import open_module
 from offmap.memory.populate import populate
-from offmap.memory.secretmem import POPULATE_THREADS, map_secret, secret_file
+from offmap.memory.secretmem import map_secret, secret_file
 from offmap.uapi import offmap_module as uapi
 
 
@@ -26,15 +26,15 @@ class SecretmemBridge(Backend):
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
-        with open_device() as device:
+        with open_module() as device:
             fd = secret_file(size)
             try:
                 with map_secret(fd, size) as secret:
-                    populate(secret, min(POPULATE_THREADS, os.cpu_count() or 1), self.progress)
+                    populate(secret, progress=self.progress)
                 request = uapi.offmap_secretmem(fd, 0, 0)
                 device.call("OFFMAP_BIND_SECRETMEM", uapi.OFFMAP_BIND_SECRETMEM, request)
             except KernelError as error:
-                remedy = "ask for less, or free memory"
+                remedy = ASK_FOR_LESS
                 if error.errno != errno.EFAULT:
                     remedy = "see the kernel's log, or use another backend"
                 raise BackendRefused(error.what, error.why, remedy) from None

@@ -9,9 +9,9 @@ from typing import Self
 
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
-from offmap.memory.backend import Backend
+from offmap.memory.backend import SEE_LOG, Backend
 from offmap.memory.backing import Backing, map_backing
-from offmap.memory.module_device import open_device
+from offmap.memory.module_device import open_module
 from offmap.options import Options
 from offmap.uapi import offmap_module as uapi
 from offmap.units import format_size
@@ -35,7 +35,7 @@ class Unplugged(Backend):
         return cls(options.number("node", uapi.OFFMAP_ANY_NODE, 0, (1 << 31) - 1))
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
-        with open_device() as device:
+        with open_module() as device:
             request = uapi.offmap_unplug(size, self.node, 0)
             try:
                 device.call("OFFMAP_UNPLUG", uapi.OFFMAP_UNPLUG, request)
@@ -52,7 +52,7 @@ class Unplugged(Backend):
                 "see /sys/devices/system/node",
             )
         if error.errno != errno.ENOMEM:
-            return BackendRefused(error.what, error.why, "see the kernel's log: dmesg")
+            return BackendRefused(error.what, error.why, SEE_LOG)
         where = "" if self.node == uapi.OFFMAP_ANY_NODE else f" on node {self.node}"
         return BackendRefused(
             f"the host could spare {format_size(spare)} in whole memory blocks{where}, not {format_size(wanted)}",

@@ -162,7 +162,7 @@ def test_memory_is_zeroed_writable_and_given_back(backend: backend_module.Backen
 
 
 def test_zero_wipes_all_of_it() -> None:
-    with map_memfd("test", "offmap-test", 3 * MIB + 4096, os.MFD_CLOEXEC) as backing:
+    with map_memfd("test", 3 * MIB + 4096, os.MFD_CLOEXEC) as backing:
         backing.view[:] = b"\xff" * backing.size
         backing.zero()
         assert bytes(backing.view) == bytes(backing.size)
@@ -212,7 +212,7 @@ def test_what_cannot_be_mapped_is_one_line_and_leaves_nothing() -> None:
     with pytest.raises(KernelError, match=r"mmap of \d+ MiB of test failed: .*; buy more"):
         map_backing("test", -1, 1 << 55, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, remedy="buy more")
     with pytest.raises(KernelError, match="ftruncate of test"):
-        map_memfd("test", "offmap-test", -1, os.MFD_CLOEXEC)
+        map_memfd("test", -1, os.MFD_CLOEXEC)
     assert footprint() <= before
 
 

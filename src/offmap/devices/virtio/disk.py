@@ -7,7 +7,6 @@ wiped after each use.
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from offmap.devices.virtio.iov import gather, length, part, scatter
 from offmap.errors import KernelError, OffmapError
+from offmap.files import fallocate
 from offmap.owned import Owned
 from offmap.uapi.fs import (
     BLKDISCARD,
@@ -246,7 +246,7 @@ class Disk(Owned):
         if self._is_block_device:
             fcntl.ioctl(self.fd, BLKDISCARD, _RANGE.pack(offset, size))
         else:
-            _fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
+            fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
 
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
         """These bytes read as zeroes afterwards; with `unmap` they need not take room.
@@ -262,7 +262,7 @@ class Disk(Owned):
             modes.insert(0, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
         for mode in modes:
             try:
-                _fallocate(self.fd, mode, offset, size)
+                fallocate(self.fd, mode, offset, size)
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     raise
@@ -317,13 +317,3 @@ def _ioctl_int(fd: int, request: int) -> int:
     value: int
     (value,) = struct.unpack("=i", fcntl.ioctl(fd, request, bytes(4)))
     return value
-
-
-def _fallocate(fd: int, mode: int, offset: int, size: int) -> None:
-    """fallocate(2), of which the os module has only the one without a mode."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    off_t = ctypes.c_int64
-    while libc.fallocate(fd, mode, off_t(offset), off_t(size)):
-        number = ctypes.get_errno()
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))

@@ -37,7 +37,7 @@ def private() -> Backing:
 
 
 def shared() -> Backing:
-    return map_memfd("memfd", "test", SIZE, 0)
+    return map_memfd("memfd", SIZE, 0)
 
 
 class Guest:

@@ -182,7 +182,7 @@ def test_zeroes_are_written_where_the_file_system_knows_no_better(
     def refuse(*_: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "")
 
-    monkeypatch.setattr("offmap.devices.virtio.disk._fallocate", refuse)
+    monkeypatch.setattr("offmap.devices.virtio.disk.fallocate", refuse)
     content = bytearray(image.read_bytes())
     assert drive.ranges(uapi.VIRTIO_BLK_T_WRITE_ZEROES, (5, 30, 1)) == OK
     content[5 * 512 : 35 * 512] = bytes(30 * 512)
