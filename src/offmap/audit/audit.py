@@ -25,7 +25,7 @@ from offmap.audit.oracle import Sample, ask_drgn
 from offmap.audit.own_memory import OwnPage
 from offmap.audit.physical import physical_map
 from offmap.audit.process import Process, ProcessEnded
-from offmap.audit.reach import Kind, Sharing
+from offmap.audit.reach import Kind, Reach, Sharing
 from offmap.audit.regions import Layout
 from offmap.audit.result import AuditedRange, AuditResult, Pages, Source
 from offmap.audit.scan import Wanted, scan_memory
@@ -72,6 +72,10 @@ class Snapshot:
     ram: GuestRam
     mappings: KernelMappings = field(repr=False)
     judged: Judged = field(repr=False)
+
+    def aliases_of(self, pa: int, size: int) -> list[Reach]:
+        """The listed aliases that lie at least in part in these physical addresses."""
+        return [alias for alias in self.audit.aliases if alias.pa < pa + size and pa < alias.pa + alias.bytes]
 
 
 class Options(TypedDict, total=False):

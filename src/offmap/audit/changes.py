@@ -8,18 +8,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from offmap.audit.audit import Snapshot
-from offmap.audit.classify import Judged
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN
 from offmap.audit.guest_ram import RamRange
 from offmap.audit.intervals import distinct
-from offmap.audit.reach import LISTED, Kind, Reach
-from offmap.audit.result import AuditResult
+from offmap.audit.reach import KINDS, LISTED, Kind
 from offmap.audit.result_sets import Change, Changes, Difference
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
-_KINDS = tuple(Kind)
-
+_MOST_REACHES = 8  # mappings that a change lists
 _ORDER = tuple(Difference)
 
 
@@ -28,20 +25,33 @@ def compare(before: Snapshot, after: Snapshot) -> Changes:
     found: list[Change] = []
     pages: dict[Difference, int] = {}
     omitted = 0
-    old, new = _positions(before), _positions(after)
+    old, new = _parts(before), _parts(after)
     for part in dict.fromkeys([*before.ram.ranges, *after.ram.ranges]):
         if part not in old or part not in new:
             what = Difference.SLOT_ADDED if part in new else Difference.SLOT_REMOVED
             pages[what] = pages.get(what, 0) + part.pages
             found.append(Change(what, Address(part.va), part.bytes, part.guest_phys_addr))
             continue
-        one, two = _Part(before.judged, old[part], part.pages), _Part(after.judged, new[part], part.pages)
-        for what, first, count, row_one, row_two in _differences(one, two):
+        for what, first, count, then, now in _differences(old[part], new[part]):
             pages[what] = pages.get(what, 0) + count
-            if len(found) < LISTED:
-                found.append(_change(what, part, first, count, (one, row_one), (two, row_two), after))
-            else:
+            if len(found) >= LISTED:
                 omitted += 1
+                continue
+            pa = new[part].address(now, first)
+            found.append(
+                Change(
+                    what=what,
+                    userspace_addr=Address(part.va + first * PAGE_SIZE),
+                    bytes=count * PAGE_SIZE,
+                    guest_phys_addr=None if (gpa := part.guest_phys_addr) is None else gpa + first * PAGE_SIZE,
+                    pa=pa,
+                    pa_before=old[part].address(then, first),
+                    kinds=new[part].kinds(now),
+                    kinds_before=old[part].kinds(then),
+                    reaches=() if pa is None else tuple(after.aliases_of(pa, count * PAGE_SIZE)[:_MOST_REACHES]),
+                    why=new[part].reason(now),
+                )
+            )
     audit = after.audit
     return Changes(
         time=audit.time,
@@ -55,33 +65,37 @@ def compare(before: Snapshot, after: Snapshot) -> Changes:
     )
 
 
-def _positions(result: Snapshot) -> dict[RamRange, int]:
-    """First page of each range, counted through all of them."""
-    at, positions = 0, {}
-    for part in result.ram.ranges:
-        positions[part] = at
+def _parts(snapshot: Snapshot) -> "dict[RamRange, _Part]":
+    at, parts = 0, {}
+    for part in snapshot.ram.ranges:
+        parts[part] = _Part(snapshot, at, part.pages)
         at += part.pages
-    return positions
+    return parts
 
 
 class _Part:
     """The runs of one range, their pages counted from its first."""
 
-    def __init__(self, judged: Judged, first: int, pages: int) -> None:
+    def __init__(self, snapshot: Snapshot, first: int, pages: int) -> None:
+        judged = snapshot.judged
         rows = slice(*np.searchsorted(judged.page, [first, first + pages]).tolist())
         self.page = judged.page[rows] - first
         self.pfn, self.state = judged.pfn[rows], judged.state[rows]
-        self.why, self.reached = judged.why[rows], judged.reached[rows]
-        self.reasons = judged.reasons
+        self.reached = judged.reached[rows]
+        self._why, self._reasons = judged.why[rows], judged.reasons
         self.total = pages
 
-    def frame(self, row: int, page: int) -> int | None:
+    def address(self, row: int, page: int) -> Address | None:
+        """The physical address of a page of this run; None if it is not known."""
         if self.state[row] != POPULATED:
             return None
-        return int(self.pfn[row] + page - self.page[row])
+        return Address(int(self.pfn[row] + page - self.page[row]) * PAGE_SIZE)
 
     def kinds(self, row: int) -> tuple[Kind, ...]:
-        return tuple(kind for code, kind in enumerate(_KINDS) if int(self.reached[row]) >> code & 1)
+        return tuple(kind for code, kind in enumerate(KINDS) if int(self.reached[row]) >> code & 1)
+
+    def reason(self, row: int) -> str:
+        return self._reasons[int(self._why[row])]
 
 
 def _differences(one: _Part, two: _Part) -> Iterator[tuple[Difference, int, int, int, int]]:
@@ -90,58 +104,17 @@ def _differences(one: _Part, two: _Part) -> Iterator[tuple[Difference, int, int,
     a, b = (np.searchsorted(part.page, page, side="right") - 1 for part in (one, two))
     then, now = one.state[a], two.state[b]
     both = (then == POPULATED) & (now == POPULATED)
-    moved = both & (one.pfn[a] - one.page[a] != two.pfn[b] - two.page[b])
-    more, less = two.reached[b] & ~one.reached[a], one.reached[a] & ~two.reached[b]
-    what = np.select(
-        [
-            moved,
-            both & (more != 0),
-            both & (less != 0),
-            (then == EMPTY) & (now == POPULATED),
-            (then == UNKNOWN) & (now == POPULATED),
-            (then != EMPTY) & (now == EMPTY),
-            (then != UNKNOWN) & (now == UNKNOWN),
-        ],
-        [
-            _ORDER.index(each)
-            for each in (
-                *(Difference.MOVED, Difference.MAPPED, Difference.UNMAPPED, Difference.POPULATED),
-                *(Difference.RETURNED, Difference.GONE, Difference.LOST),
-            )
-        ],
-        -1,
-    )
+    cases = {  # the first that applies
+        Difference.MOVED: both & (one.pfn[a] - one.page[a] != two.pfn[b] - two.page[b]),
+        Difference.MAPPED: both & (two.reached[b] & ~one.reached[a] != 0),
+        Difference.UNMAPPED: both & (one.reached[a] & ~two.reached[b] != 0),
+        Difference.POPULATED: (then == EMPTY) & (now == POPULATED),
+        Difference.RETURNED: (then == UNKNOWN) & (now == POPULATED),
+        Difference.GONE: (then != EMPTY) & (now == EMPTY),
+        Difference.LOST: (then != UNKNOWN) & (now == UNKNOWN),
+    }
+    what = np.select(list(cases.values()), [_ORDER.index(each) for each in cases], -1)
     end = np.append(page[1:], one.total)
     for index in np.flatnonzero(what >= 0).tolist():
         first = int(page[index])
         yield _ORDER[what[index]], first, int(end[index]) - first, int(a[index]), int(b[index])
-
-
-def _change(
-    what: Difference,
-    part: RamRange,
-    first: int,
-    pages: int,
-    then: tuple[_Part, int],
-    now: tuple[_Part, int],
-    after: Snapshot,
-) -> Change:
-    old, new = then[0].frame(then[1], first), now[0].frame(now[1], first)
-    pa = None if new is None else Address(new * PAGE_SIZE)
-    return Change(
-        what=what,
-        userspace_addr=Address(part.va + first * PAGE_SIZE),
-        bytes=pages * PAGE_SIZE,
-        guest_phys_addr=None if part.guest_phys_addr is None else part.guest_phys_addr + first * PAGE_SIZE,
-        pa=pa,
-        pa_before=None if old is None else Address(old * PAGE_SIZE),
-        kinds=now[0].kinds(now[1]),
-        kinds_before=then[0].kinds(then[1]),
-        reaches=() if pa is None else _aliases_between(after.audit, pa, pa + pages * PAGE_SIZE)[:8],
-        why=now[0].reasons[int(now[0].why[now[1]])],
-    )
-
-
-def _aliases_between(audit: AuditResult, start: int, end: int) -> tuple[Reach, ...]:
-    """The aliases of guest RAM that lie at least in part in the physical addresses from ``start`` to ``end``."""
-    return tuple(alias for alias in audit.aliases if alias.pa < end and start < alias.pa + alias.bytes)

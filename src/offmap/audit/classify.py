@@ -14,7 +14,7 @@ from offmap.audit.guest_ram import GuestRam
 from offmap.audit.intervals import Intervals, Ints, cut, distinct
 from offmap.audit.kinds import Kinds
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.reach import Kind
+from offmap.audit.reach import KINDS, Kind
 from offmap.audit.result import Pages
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
@@ -31,7 +31,7 @@ class Judged:
         state: EMPTY, POPULATED (known, and the same before and after the walk) or UNKNOWN.
         why: of an UNKNOWN run, index into ``reasons``.
         excluded: whether the guest does not get it.
-        reached: the kinds of kernel mapping that reach it, as a mask of 1 << index into ``tuple(Kind)``.
+        reached: the kinds of kernel mapping that reach it, as a mask of 1 << index into ``KINDS``.
         blind: whether a part of the page tables could not be read, so that what nothing reaches is not hidden either.
     """
 
@@ -45,7 +45,7 @@ class Judged:
     reasons: tuple[str, ...] = ("",)
     blind: str = ""
 
-    DIRECT = np.uint32(1 << Kinds.index(Kind.DIRECT_MAP))
+    DIRECT = np.uint32(1 << KINDS.index(Kind.DIRECT_MAP))
 
     @property
     def known(self) -> NDArray[np.bool_]:
@@ -162,11 +162,8 @@ def classify(
 
 def _reach_sets(mappings: KernelMappings, kinds: Kinds | None) -> list[tuple[int, Intervals]]:
     """The frames that each kind of mapping reaches."""
-    code = (
-        np.where(mappings.is_direct, Kinds.index(Kind.DIRECT_MAP), Kinds.index(Kind.OTHER))
-        if kinds is None
-        else kinds.kind
-    )
+    direct, other = KINDS.index(Kind.DIRECT_MAP), KINDS.index(Kind.OTHER)
+    code = np.where(mappings.is_direct, direct, other) if kinds is None else kinds.kind
     start = (mappings.runs["pa"] >> PAGE_SHIFT).astype(np.int64)
     end = start + (mappings.runs["bytes"] >> PAGE_SHIFT).astype(np.int64)
     return [(each, Intervals.union(start[code == each], end[code == each])) for each in np.unique(code).tolist()]

@@ -15,13 +15,12 @@ from offmap.audit.guest_ram import GuestRam
 from offmap.audit.intervals import Ints, overlaps, run_starts
 from offmap.audit.kinds import Kinds
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.reach import LISTED, Kind, Reach, ReachTotal
+from offmap.audit.reach import KINDS, LISTED, Kind, Reach, ReachTotal
 from offmap.audit.regions import Layout
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 _CHUNK = 1 << 16  # runs of guest pages joined at once
-_KINDS = tuple(Kind)
 
 # A stretch of guest pages and one kernel mapping of it: page index, frame, pages, kernel address, the walk's run.
 _PIECE = np.dtype([("page", np.int64), ("pfn", np.int64), ("pages", np.int64), ("va", np.uint64), ("run", np.int64)])
@@ -113,7 +112,7 @@ def _listed(
             va=Address(va),
             pa=Address(pfn * PAGE_SIZE),
             bytes=pages * PAGE_SIZE,
-            kind=_KINDS[kind],
+            kind=KINDS[kind],
             region=regions[region],
             page_size=PAGE_SIZE << 9 * (level - 1),
             writable=writable,
@@ -143,7 +142,7 @@ def _totals(
     )
     found = [
         ReachTotal(
-            kind=_KINDS[kind],
+            kind=KINDS[kind],
             region=regions[region],
             page_size=PAGE_SIZE << 9 * (level - 1),
             writable=bool(writable),

@@ -15,14 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.reach import Kind
+from offmap.audit.reach import KINDS, Kind
 from offmap.audit.regions import Layout
 from offmap.uapi.page import PAGE_SIZE
 
 VMALLOCINFO = "/proc/vmallocinfo"
 _LINE = re.compile(r"0x([0-9a-f]+)-0x([0-9a-f]+) +(\d+)(.*)")
 _PHYS = re.compile(r"phys=(?:0x)?([0-9a-f]+)")
-_ORDER = tuple(Kind)
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,8 @@ def parse_vmallocinfo(text: str) -> list[Area]:
         caller = words[0] if words and "+0x" in words[0] else ""
         if caller and len(words) > 1 and words[1].startswith("["):
             caller = f"{caller} {words[1]}"
-        areas.append(
-            Area(
-                int(match[1], 16),
-                int(match[2], 16),
-                int(match[3]),
-                caller,
-                tuple(words),
-                int(phys[1], 16) if phys else None,
-            )
-        )
+        start, end, size = int(match[1], 16), int(match[2], 16), int(match[3])
+        areas.append(Area(start, end, size, caller, tuple(words), int(phys[1], 16) if phys else None))
     return areas
 
 
@@ -89,9 +80,9 @@ def read_vmallocinfo() -> list[Area]:
 
 @dataclass(frozen=True)
 class Kinds:
-    """Of each run of a walk: its kind (an index into ``tuple(Kind)``), and its caller (an index into ``callers``).
+    """Kind (index into ``KINDS``) and caller (index into ``callers``) of each run of a walk.
 
-    ``named``: whether the vmalloc space could be told apart by address.
+    ``named``: whether the areas of the vmalloc space were told apart by address.
     """
 
     kind: NDArray[np.int8]
@@ -99,26 +90,22 @@ class Kinds:
     callers: tuple[str, ...]
     named: bool
 
-    @staticmethod
-    def index(kind: Kind) -> int:
-        return _ORDER.index(kind)
-
 
 def kinds_of(mappings: KernelMappings, layout: Layout, areas: Iterable[Area]) -> Kinds:
     """Name every run."""
     runs = mappings.runs
     kind = layout.kinds(runs["va"])
-    kind[mappings.is_direct] = Kinds.index(Kind.DIRECT_MAP)
+    kind[mappings.is_direct] = KINDS.index(Kind.DIRECT_MAP)
     caller = np.zeros(len(runs), dtype=np.int32)
     callers: dict[str, int] = {"": 0}
     known = list(areas)
-    area_kind = np.array([Kinds.index(area.kind) for area in known], dtype=np.int8)
+    area_kind = np.array([KINDS.index(area.kind) for area in known], dtype=np.int8)
     area_caller = np.array([callers.setdefault(area.caller, len(callers)) for area in known], dtype=np.int32)
-    in_space = kind == Kinds.index(Kind.VMALLOC_SPACE)
+    in_space = kind == KINDS.index(Kind.VMALLOC_SPACE)
     plain = np.array([not area.hashed for area in known], dtype=np.bool_)
     if plain.any():
         # Modules are allocated from a space of their own by the same means: they have callers too.
-        rows = np.flatnonzero(in_space | (kind == Kinds.index(Kind.MODULE)))
+        rows = np.flatnonzero(in_space | (kind == KINDS.index(Kind.MODULE)))
         start = np.array([area.start for area in known], dtype=np.uint64)
         end = np.array([area.end for area in known], dtype=np.uint64)
         order = np.flatnonzero(plain)[np.argsort(start[plain], kind="stable")]

@@ -7,12 +7,11 @@ from numpy.typing import NDArray
 
 from offmap.audit.classify import Judged
 from offmap.audit.intervals import Intervals, Ints, cut, distinct, run_starts
-from offmap.audit.reach import Kind, PhysicalCell, PhysicalMap
+from offmap.audit.reach import KINDS, PhysicalCell, PhysicalMap
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
 _CELLS = 4096  # as many can still be looked at one by one
-_KINDS = tuple(Kind)
 
 
 def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _CELLS) -> PhysicalMap:
@@ -84,5 +83,5 @@ def _cell(
         mapped_pages=mapped,
         unknown_pages=guest - mapped if judged.blind else 0,
         unmapped_pages=0 if judged.blind else guest - mapped,
-        kinds=tuple(kind for code, kind in enumerate(_KINDS) if mask >> code & 1),
+        kinds=tuple(kind for code, kind in enumerate(KINDS) if mask >> code & 1),
     )

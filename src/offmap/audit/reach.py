@@ -34,6 +34,9 @@ class Kind(StrEnum):
     OTHER = "other"  # where the kernel's documentation has a hole
 
 
+KINDS = tuple(Kind)
+"""Numbers for kinds in arrays and bit masks: index into this."""
+
 KindName = Annotated[str, one_of(Kind)]
 """A Kind, or what a later version calls one."""
 

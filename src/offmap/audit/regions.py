@@ -7,13 +7,13 @@ it does not tell one, the table's fixed base is used.
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.kcore import Segment
-from offmap.audit.reach import Kind
+from offmap.audit.reach import KINDS, Kind
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo
 from offmap.uapi.page import PAGE_MASK
 
@@ -60,12 +60,10 @@ _FIXED = (
 _MODULES_END = 0xFFFF_FFFF_FF00_0000
 
 
-@dataclass(frozen=True)
-class _Bases:
-    """Bases and ends of one paging mode without KASLR (mm.rst)."""
+class _Bases(NamedTuple):
+    """Bases and ends of one paging mode without KASLR (mm.rst). The LDT remap ends where the direct map begins."""
 
     ldt_remap: int
-    ldt_end: int
     direct_map: int
     vmalloc: int
     vmalloc_end: int
@@ -77,7 +75,6 @@ class _Bases:
 _FOUR_LEVELS = _Bases(
     0xFFFF_8800_0000_0000,
     0xFFFF_8880_0000_0000,
-    0xFFFF_8880_0000_0000,
     0xFFFF_C900_0000_0000,
     0xFFFF_E900_0000_0000,
     0xFFFF_EA00_0000_0000,
@@ -86,7 +83,6 @@ _FOUR_LEVELS = _Bases(
 )
 _FIVE_LEVELS = _Bases(
     0xFF10_0000_0000_0000,
-    0xFF11_0000_0000_0000,
     0xFF11_0000_0000_0000,
     0xFFA0_0000_0000_0000,
     0xFFD2_0000_0000_0000,
@@ -107,14 +103,10 @@ class Layout:
     def name(self, va: int) -> str:
         """Name of the region that holds this address."""
         index = bisect_right(self._starts, va) - 1
-        if index >= 0:
-            _, end, name = self._ranges[index]
-            if va < end:
-                return name
-        return HOLE
+        return self._ranges[index][2] if index >= 0 and va < self._ranges[index][1] else HOLE
 
     def names(self, va: NDArray[np.uint64]) -> tuple[NDArray[np.intp], tuple[str, ...]]:
-        """The same of each address: an index into the names, and the names."""
+        """The regions of many addresses: for each an index into the names, and the names."""
         # An empty range in front, so that every address has one at or below it.
         ranges = [(0, 0, HOLE), *self._ranges]
         starts, ends = (np.array([min(r[side], _TOP - 1) for r in ranges], dtype=np.uint64) for side in (0, 1))
@@ -122,10 +114,9 @@ class Layout:
         return np.where(va < ends[index], index, 0), tuple(name for _, _, name in ranges)
 
     def kinds(self, va: NDArray[np.uint64]) -> NDArray[np.int8]:
-        """What a mapping at each address is, if it is not the direct map's own, as an index into ``tuple(Kind)``."""
-        order = tuple(Kind)
+        """What a mapping at each address is, if it is not the direct map's own, as an index into ``KINDS``."""
         index, names = self.names(va)
-        codes = np.array([order.index(_KINDS.get(name, Kind.OTHER)) for name in names], dtype=np.int8)
+        codes = np.array([KINDS.index(_KINDS.get(name, Kind.OTHER)) for name in names], dtype=np.int8)
         return np.asarray(codes[index], dtype=np.int8)
 
     @classmethod
@@ -154,7 +145,7 @@ class Layout:
         # KASAN's shadow has a fixed place, and KASLR of the bases is off with it (CONFIG_RANDOMIZE_MEMORY).
         vmemmap_end = VADDR_END if moved else fixed.vmemmap_end
         ranges = [
-            (fixed.ldt_remap, fixed.ldt_end, LDT_REMAP),
+            (fixed.ldt_remap, fixed.direct_map, LDT_REMAP),
             (page_offset_base, vmalloc, DIRECT_MAP),
             (vmalloc, vmalloc_end, VMALLOC),
             (vmemmap, vmemmap_end, VMEMMAP),
