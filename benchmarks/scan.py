@@ -31,7 +31,7 @@ from offmap.audit.regions import Layout
 from offmap.audit.scan import canary_pattern, secret_pattern
 from offmap.audit.search import Lane, Pattern, Read, buffer_size, search
 from offmap.audit.secret import Secret
-from offmap.audit.walk import walk_kernel_half
+from offmap.audit.walk import walk_kcore
 from offmap.errors import OffmapError
 
 PAGE = 4096
@@ -108,10 +108,9 @@ def measure(
 
 def inside(program: str, rounds: int) -> int:
     """Measure /proc/kcore, in the disposable host."""
-    with Kcore() as kcore, kcore.reader() as reader:
-        info = kcore.vmcoreinfo
-        mappings = walk_kernel_half(kcore, info.root_pa, info.levels, kcore.page_offset_base, info.sme_mask)
-        layout = Layout.of(info, kcore.page_offset_base, kcore.segments)
+    with Kcore() as kcore, kcore.reader() as read:
+        mappings = walk_kcore(kcore)
+        layout = Layout.of(kcore.vmcoreinfo, kcore.page_offset_base, kcore.segments)
         ram = union(kcore.ram)
         zero_filled = zero_filled_intervals(kcore.page_flags, ram)
         readable, _ = read_plan(mappings, ram, kcore.segments, layout.vmemmap, zero_filled, ioremap_areas())
@@ -124,7 +123,7 @@ def inside(program: str, rounds: int) -> int:
         def peer() -> float:
             return run_peer(program, "/proc/kcore", stretches, 1)
 
-        measure("/proc/kcore", readable, [reader.read_virtual], peer, rounds)
+        measure("/proc/kcore", readable, [read], peer, rounds)
     return 0
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offmap.audit.audit import audit_process
-from offmap.audit.every_vm import audit_every_vm
 from offmap.audit.result import AuditResult
 from offmap.audit.result_sets import EveryVm
+from offmap.audit.vms import audit_every_vm
 from offmap.compare.cell_result import CellResult
 from offmap.compare.events import CellEvent
 from offmap.compare.matrix import DEFAULT_AXES

@@ -25,9 +25,9 @@ import numpy as np
 
 from offmap.audit.audit import Snapshot, Stage, audit_process, snapshot_process
 from offmap.audit.changes import compare
-from offmap.audit.every_vm import audit_every_vm
 from offmap.audit.frames import POPULATED
 from offmap.audit.result import AuditResult
+from offmap.audit.vms import audit_every_vm
 from offmap.errors import OffmapError
 
 PAGE = 4096

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from offmap.audit.audit import Snapshot, audit_process, snapshot_process
-from offmap.audit.every_vm import audit_every_vm
 from offmap.audit.frames import POPULATED
 from offmap.audit.result import AuditResult
+from offmap.audit.vms import audit_every_vm
 from offmap.compare.guest import READY
 from offmap.compare.kinds import kind_of
 from offmap.compare.vm_process import VmProcess

@@ -5,7 +5,7 @@ debugging information nor symbols for that. ``drgn.helpers.linux.mm.follow_phys`
 take ``pgd`` from, so it is given one that has nothing else.
 """
 
-from contextlib import suppress
+import re
 from typing import TYPE_CHECKING
 
 from offmap.errors import OffmapError, Undetermined
@@ -48,19 +48,15 @@ class DrgnKernel:
         except (OSError, ValueError, drgn.FaultError) as error:
             raise Undetermined(f"drgn cannot look at this kernel: {error}", "run the audit as root") from None
         self._mm = _declare_mm(self._program)
-        self._kernel = self._mm_of(self._swapper_pg_dir())
+        text: str = self._program["VMCOREINFO"].string_().decode("ascii", "replace")
+        top = re.search(r"^SYMBOL\((?:swapper_pg_dir|init_top_pgt)\)=([0-9a-f]+)$", text, re.MULTILINE)
+        if top is None:
+            raise Undetermined("VMCOREINFO of this kernel does not say where its page tables are")
+        self._kernel = self._mm_of(int(top[1], 16))
 
     def _mm_of(self, pgd: int) -> "Object":
         found: Object = self._object(self._program, self._mm, value={"pgd": pgd})
         return found
-
-    def _swapper_pg_dir(self) -> int:
-        text: str = self._program["VMCOREINFO"].string_().decode("ascii", "replace")
-        facts = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-        for name in ("SYMBOL(swapper_pg_dir)", "SYMBOL(init_top_pgt)"):
-            with suppress(KeyError, ValueError):
-                return int(facts[name], 16)
-        raise Undetermined("VMCOREINFO of this kernel does not say where its page tables are")
 
     def kernel(self, va: int) -> int | None:
         """Physical address of a kernel address; None where nothing is mapped.
@@ -71,7 +67,7 @@ class DrgnKernel:
         return self._translate(self._kernel, va)
 
     def process(self, pgd: int, va: int) -> int | None:
-        """The same of an address of a process, by the (kernel) address of its top page table."""
+        """Physical address of an address of a process, by the kernel address of its top page table (else as above)."""
         return self._translate(self._mm_of(pgd), va)
 
     def _translate(self, mm: "Object", va: int) -> int | None:

@@ -8,8 +8,11 @@ page-table entries and page flags, and proves the reader itself with a positive 
 import errno
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +68,8 @@ def parse_program_headers(data: bytes, path: str = "/proc/kcore") -> list[Elf64_
         raise Undetermined(f"{path} is not an x86-64 core file")
     if header.e_phoff + header.e_phnum * ELF64_PHDR.size > len(data):
         raise Undetermined(f"{path} ends within its program headers")
-    return [
-        Elf64_Phdr._make(ELF64_PHDR.unpack_from(data, header.e_phoff + index * ELF64_PHDR.size))
-        for index in range(header.e_phnum)
-    ]
+    headers = data[header.e_phoff : header.e_phoff + header.e_phnum * ELF64_PHDR.size]
+    return [Elf64_Phdr._make(each) for each in ELF64_PHDR.iter_unpack(headers)]
 
 
 def direct_map_base(segments: Sequence[Segment]) -> int:
@@ -94,13 +95,10 @@ class Kcore(Owned):
 
     def __init__(self, path: str = "/proc/kcore", page_flags: str = "/proc/kpageflags") -> None:
         self._path = path
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _cannot_open(path, error) from None
+        self._fd = _open(path)
         try:
             self._headers = self._read_headers()
-            self.segments: tuple[Segment, ...] = tuple(
+            self.segments = tuple(
                 Segment(h.p_vaddr, None if h.p_paddr == _NO_PADDR else h.p_paddr, h.p_memsz, h.p_offset)
                 for h in self._headers
                 if h.p_type == PT_LOAD
@@ -115,49 +113,42 @@ class Kcore(Owned):
             self._ram_start = np.array([pa for pa, _, _ in ram], dtype=np.uint64)
             self._ram_end = np.array([pa + size for pa, size, _ in ram], dtype=np.uint64)
             self._ram_offset = [offset - pa for pa, _, offset in ram]
-            self._flags = PageFlags(page_flags)
+            self.page_flags = PageFlags(page_flags)
         except BaseException:
             os.close(self._fd)
             raise
 
     @property
-    def page_flags(self) -> PageFlags:
-        """The open /proc/kpageflags."""
-        return self._flags
-
-    @property
     def ram(self) -> list[tuple[int, int]]:
         """Physical ranges [start, end) that the kernel calls RAM and that kcore offers."""
-        return [(int(start), int(end)) for start, end in zip(self._ram_start, self._ram_end, strict=True)]
+        return list(zip(self._ram_start.tolist(), self._ram_end.tolist(), strict=True))
 
     def close(self) -> None:
-        self._flags.close()
+        self.page_flags.close()
         os.close(self._fd)
 
     def changed(self) -> bool:
         """Whether the program headers differ from those of the opening: memory was hot-plugged meanwhile."""
         return self._read_headers() != self._headers
 
-    def reader(self) -> "KcoreReader":
-        """Another open file, for another thread: the kernel before 6.4 has one buffer for each (``read_kcore``)."""
-        return KcoreReader(self)
-
-    def reopen(self) -> int:
-        """Open the same file again; the caller owns the fd.
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[int, memoryview], None]]:
+        """A ``read_virtual`` for another thread: before 6.4 the kernel has one buffer for each open file.
 
         Raises:
-            Undetermined: it cannot be opened any more.
+            Undetermined: /proc/kcore cannot be opened any more.
         """
+        fd = _open(self._path)
         try:
-            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _cannot_open(self._path, error) from None
+            yield partial(self.read_virtual, fd=fd)
+        finally:
+            os.close(fd)
 
     def read_virtual(self, va: int, buffer: memoryview, fd: int | None = None) -> None:
         """Fill ``buffer`` with the bytes at kernel virtual address ``va``; zeroes where they cannot be read.
 
         Args:
-            fd: an fd of ``reopen`` to read by.
+            fd: another open /proc/kcore to read by.
 
         Raises:
             Undetermined: no segment of kcore covers the range, or the read fails.
@@ -194,15 +185,13 @@ class Kcore(Owned):
         view = out.reshape(-1).view(np.uint8).data
         segment = np.searchsorted(self._ram_start, pa, side="right") - 1
         breaks = np.flatnonzero((np.diff(pa) != PAGE_SIZE) | (np.diff(segment) != 0)) + 1
-        starts = [0, *breaks.tolist()]
-        ends = [*breaks.tolist(), len(pa)]
-        for start, end in zip(starts, ends, strict=True):
+        for start, end in pairwise([0, *breaks.tolist(), len(pa)]):
             offset = self._ram_offset[int(segment[start])] + int(pa[start])
             self._pread(offset, view[start * PAGE_SIZE : end * PAGE_SIZE])
 
     def zero_filled(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Whether kcore hands out zeroes for each of these pages, as their page flags say."""
-        return self._flags.zero_filled(pa >> np.uint64(PAGE_SHIFT))
+        return self.page_flags.zero_filled(pa >> np.uint64(PAGE_SHIFT))
 
     def _pread(self, offset: int, buffer: memoryview, fd: int | None = None) -> None:
         done, fd = 0, self._fd if fd is None else fd
@@ -216,12 +205,10 @@ class Kcore(Owned):
             done += got
 
     def _read_headers(self) -> list[Elf64_Phdr]:
-        size = ELF64_EHDR.size
-        start = os.pread(self._fd, size, 0)
-        if len(start) == size and start.startswith(ELFMAG):
+        start = os.pread(self._fd, ELF64_EHDR.size, 0)
+        if len(start) == ELF64_EHDR.size and start.startswith(ELFMAG):
             header = Elf64_Ehdr._make(ELF64_EHDR.unpack_from(start))
-            size = min(header.e_phoff + header.e_phnum * ELF64_PHDR.size, _HEADER_LIMIT)
-            start = os.pread(self._fd, size, 0)
+            start = os.pread(self._fd, min(header.e_phoff + header.e_phnum * ELF64_PHDR.size, _HEADER_LIMIT), 0)
         return parse_program_headers(start, self._path)
 
     def _read_vmcoreinfo(self) -> VmcoreInfo:
@@ -237,31 +224,16 @@ class Kcore(Owned):
         )
 
 
-class KcoreReader(Owned):
-    """A second way to read the memory of an open Kcore, which must outlive it."""
-
-    def __init__(self, kcore: Kcore) -> None:
-        self._kcore = kcore
-        self._fd = kcore.reopen()
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def read_virtual(self, va: int, buffer: memoryview) -> None:
-        """Read as ``Kcore.read_virtual`` does."""
-        self._kcore.read_virtual(va, buffer, self._fd)
-
-
-def _cannot_open(path: str, error: OSError) -> Undetermined:
-    """Say why kcore could not be opened and what to do about it."""
-    what = f"cannot open {path}: {error.strerror}"
-    if error.errno == errno.ENOENT:
-        return Undetermined(what, "audit on a kernel with CONFIG_PROC_KCORE; this one does not show its page tables")
-    if error.errno == errno.EPERM and _locked_down():
-        return Undetermined(what, "boot the host without kernel lockdown (lockdown=confidentiality forbids kcore)")
-    return Undetermined(what, "run the audit as root with CAP_SYS_RAWIO")
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        remedy = "run the audit as root with CAP_SYS_RAWIO"
+        if error.errno == errno.ENOENT:
+            remedy = "audit on a kernel with CONFIG_PROC_KCORE; this one does not show its page tables"
+        elif error.errno == errno.EPERM and _locked_down():
+            remedy = "boot the host without kernel lockdown (lockdown=confidentiality forbids kcore)"
+        raise Undetermined(f"cannot open {path}: {error.strerror}", remedy) from None
 
 
 def _locked_down() -> bool:

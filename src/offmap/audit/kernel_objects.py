@@ -6,7 +6,6 @@ only: no verdict rests on them.
 """
 
 import os
-import struct
 from collections.abc import Iterator, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ _MOST_DEEP = 256  # folders above a file
 _MOST_TASKS = 1 << 17
 _TASK_COMM_LEN = 16
 _NAME_LENGTH = 256
-_READABLE = {DIRECT_MAP, KERNEL_TEXT, MODULES, VMEMMAP}
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,11 @@ class CachedFile:
     inode: int
     file_system: str
 
+    @property
+    def name(self) -> str:
+        """Path and file system, for people."""
+        return f"{self.path} ({self.file_system})" if self.file_system else self.path
+
 
 @dataclass(frozen=True)
 class Task:
@@ -61,6 +64,9 @@ class KernelObjects:
     Raises:
         Unknown: this kernel has no BTF, or lacks a structure that everything here rests on.
     """
+
+    # Where structures are: each begins and ends in regions of one of these sets.
+    _readable: tuple[Set[str], ...] = ({DIRECT_MAP, KERNEL_TEXT, MODULES, VMEMMAP},)
 
     def __init__(self, kcore: Kcore, layout: Layout, btf: Btf) -> None:
         self._kcore, self._layout, self._btf = kcore, layout, btf
@@ -84,16 +90,11 @@ class KernelObjects:
             index = self._field(page, "folio", "index")
             block = self._field(inode, "inode", "i_sb")
             number = self._field(inode, "inode", "i_ino")
-            device = self._field(block, "super_block", "s_dev", size=4)
             kind = self._string(self._field(self._field(block, "super_block", "s_type"), "file_system_type", "name"))
-            major, minor = device >> 20, device & 0xF_FFFF  # include/linux/kdev_t.h: MINORBITS
-            return CachedFile(
-                self._path(inode, (major, minor)) or f"inode {number}",
-                index * PAGE_SIZE + (pfn - head) * PAGE_SIZE,
-                (major, minor),
-                number,
-                kind,
-            )
+            dev = self._field(block, "super_block", "s_dev", size=4)
+            device = dev >> 20, dev & 0xF_FFFF  # include/linux/kdev_t.h: MINORBITS
+            path = self._path(inode, device) or f"inode {number}"
+            return CachedFile(path, (index + pfn - head) * PAGE_SIZE, device, number, kind)
         return None
 
     def slab_of(self, head: int) -> str:
@@ -112,12 +113,16 @@ class KernelObjects:
     def page_table_of(self, pid: int) -> int:
         """Kernel address of a process's top-level page table; 0 if it cannot be found."""
         with suppress(Unknown):
-            first = symbol("init_task")
-            for task in self._list(first, "tasks"):
-                if self._field(task, "task_struct", "pid", size=4) == pid:
-                    memory = self._field(task, "task_struct", "mm")
-                    return self._field(memory, "mm_struct", "pgd") if memory else 0
+            memory = self._field(self._task(pid), "task_struct", "mm")
+            return self._field(memory, "mm_struct", "pgd") if memory else 0
         return 0
+
+    def _task(self, pid: int) -> int:
+        """Address of a process's ``struct task_struct``."""
+        for task in self._leaders():
+            if self._field(task, "task_struct", "pid", size=4) == pid:
+                return task
+        raise Unknown(f"the kernel has no process {pid}")
 
     def tasks(self) -> Iterator[Task]:
         """All threads, as far as they can be followed.
@@ -125,34 +130,28 @@ class KernelObjects:
         Raises:
             Unknown: the first one cannot be found.
         """
-        first = symbol("init_task")
         seen = 0
-        for leader in self._list(first, "tasks"):
+        for leader in self._leaders():
             group = self._field(leader, "task_struct", "signal") + self._btf.offset("signal_struct", "thread_head")
             node = self._btf.offset("task_struct", "thread_node")
             at = self._pointer(group)
             while at != group and seen < _MOST_TASKS:
                 seen += 1
                 task = at - node
-                yield Task(
-                    self._field(task, "task_struct", "pid", size=4),
-                    self._comm(task),
-                    self._field(task, "task_struct", "stack"),
-                )
+                pid = self._field(task, "task_struct", "pid", size=4)
+                name = self._string(task + self._btf.offset("task_struct", "comm"), _TASK_COMM_LEN)
+                yield Task(pid, name, self._field(task, "task_struct", "stack"))
                 at = self._pointer(at)
 
-    def _list(self, first: int, member: str) -> Iterator[int]:
-        offset = self._btf.offset("task_struct", member)
+    def _leaders(self) -> Iterator[int]:
+        """The first thread of each process."""
+        offset, first = self._btf.offset("task_struct", "tasks"), symbol("init_task")
         task = first
         for _ in range(_MOST_TASKS):
             yield task
             task = self._pointer(task + offset) - offset
             if task == first:
                 return
-
-    def _comm(self, task: int) -> str:
-        raw = self._read(task + self._btf.offset("task_struct", "comm"), _TASK_COMM_LEN)
-        return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
 
     def _path(self, inode: int, device: tuple[int, int]) -> str:
         entry = self._field(inode, "inode", "i_dentry")
@@ -176,23 +175,19 @@ class KernelObjects:
         return ""
 
     def _field(self, base: int, name: str, *members: str, size: int = 8) -> int:
-        raw = self._read(base + self._btf.offset(name, *members), size)
-        return int.from_bytes(raw, "little")
+        return int.from_bytes(self._read(base + self._btf.offset(name, *members), size), "little")
 
     def _pointer(self, va: int) -> int:
-        return int(struct.unpack("<Q", self._read(va, 8))[0])
+        return int.from_bytes(self._read(va, 8), "little")
 
-    def _string(self, va: int) -> str:
+    def _string(self, va: int, most: int = _NAME_LENGTH) -> str:
         # Never across a page's end: what follows may be another thing, or nothing.
-        raw = self._read(va, min(_NAME_LENGTH, PAGE_SIZE - va % PAGE_SIZE))
+        raw = self._read(va, min(most, PAGE_SIZE - va % PAGE_SIZE))
         return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
 
-    def _keeps_structures(self, regions: Set[str]) -> bool:
-        """Whether what begins and ends in these regions may be a structure of the kernel's."""
-        return regions <= _READABLE
-
     def _read(self, va: int, size: int) -> bytes:
-        if not self._keeps_structures({self._layout.name(va), self._layout.name(va + size - 1)}):
+        regions = {self._layout.name(va), self._layout.name(va + size - 1)}
+        if not any(regions <= each for each in self._readable):
             raise Unknown(f"{va:#x} is not where the kernel keeps its structures")
         buffer = bytearray(size)
         try:

@@ -8,14 +8,14 @@ is of that process's memory, and the slots have together as many pages as KVM co
 
 import os
 import struct
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from offmap.audit.btf import Btf, Unknown
 from offmap.audit.kcore import Kcore
-from offmap.audit.kernel_objects import KernelObjects, symbol
+from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.regions import VMALLOC, Layout
 from offmap.uapi.page import PAGE_SIZE
 
@@ -68,6 +68,9 @@ class KvmSlots(KernelObjects):
         Unknown: this kernel has no BTF, or this process does not see PIDs as the kernel does.
     """
 
+    # struct kvm and large tables of descriptors are in the vmalloc space, all of each.
+    _readable = (*KernelObjects._readable, {VMALLOC})
+
     def __init__(self, kcore: Kcore, layout: Layout) -> None:
         try:
             namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
@@ -92,30 +95,22 @@ class KvmSlots(KernelObjects):
             raise Unknown(f"process {pid} has no address space")
         table = self._field(self._field(task, "task_struct", "files"), "files_struct", "fdt")
         files, size = self._field(table, "fdtable", "fd"), self._field(table, "fdtable", "max_fds", size=4)
-        found: dict[KvmSlot, None] = {}
-        seen = set()
+        found: dict[int, list[KvmSlot]] = {}  # by VM
         for number, link in descriptors.items():
             if number >= size:
                 raise Unknown(f"process {pid} has no descriptor {number}")
             kvm = self._field(self._pointer(files + 8 * number), "file", "private_data")
             if link != KVM_VM_LINK:
                 kvm = self._field(kvm, "kvm_vcpu", "kvm")
-            if kvm in seen:
+            if kvm in found:
                 continue
-            seen.add(kvm)
             owner = self._field(kvm, "kvm", "mm")
             if not owner:
                 raise Unknown(f"descriptor {number} of process {pid} is no VM's")
             if owner != memory:
                 raise OthersVm(f"the VM of process {pid} was made by another")
-            found |= dict.fromkeys(self._slots(kvm))
-        return tuple(found)
-
-    def _task(self, pid: int) -> int:
-        for task in self._list(symbol("init_task"), "tasks"):
-            if self._field(task, "task_struct", "pid", size=4) == pid:
-                return task
-        raise Unknown(f"the kernel has no process {pid}")
+            found[kvm] = self._slots(kvm)
+        return tuple(dict.fromkeys(slot for slots in found.values() for slot in slots))
 
     def _slots(self, kvm: int) -> list[KvmSlot]:
         found, pages = [], 0
@@ -154,7 +149,3 @@ class KvmSlots(KernelObjects):
             return [], pages
         read_only, guest_memfd = (bool(flags & flag) for flag in (_KVM_MEM_READONLY, _KVM_MEM_GUEST_MEMFD))
         return [KvmSlot(first * PAGE_SIZE, where, pages * PAGE_SIZE, read_only, guest_memfd)], pages
-
-    def _keeps_structures(self, regions: Set[str]) -> bool:
-        # struct kvm and large tables of descriptors are in the vmalloc space, all of each.
-        return regions == {VMALLOC} or super()._keeps_structures(regions)

@@ -14,7 +14,7 @@ import numpy as np
 from offmap.audit.btf import Btf, Unknown
 from offmap.audit.guest_pages import GuestPages
 from offmap.audit.kcore import Kcore
-from offmap.audit.kernel_objects import CachedFile, KernelObjects
+from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.pageflags import (
     KPF_ANON,
@@ -39,26 +39,21 @@ from offmap.uapi.page import PAGE_SIZE
 _THREAD_SIZE = 4 * PAGE_SIZE  # arch/x86/include/asm/page_64_types.h, without KASAN
 _MOST_NAMED = 1 << 10  # pages whose owners are looked up one by one
 
+_SORTS = {  # the first that applies
+    1 << KPF_BUDDY: Sort.FREE,
+    1 << KPF_SLAB: Sort.SLAB,
+    1 << KPF_PGTABLE: Sort.PAGE_TABLE,
+    1 << KPF_ANON | 1 << KPF_KSM: Sort.PROCESS,
+    1 << KPF_LRU | 1 << KPF_HUGE: Sort.PAGE_CACHE,
+    1 << KPF_RESERVED: Sort.RESERVED,
+}
+_MAYBE_CACHED = 1 << KPF_MMAP | 1 << KPF_LRU | 1 << KPF_UPTODATE
+
 
 def sort_of(flags: int) -> Sort | None:
     """What the flags of a page (its folio's first page's included) say that it is; None where they do not."""
 
-    def has(*bits: int) -> bool:
-        return any(flags >> bit & 1 for bit in bits)
-
-    if has(KPF_BUDDY):
-        return Sort.FREE
-    if has(KPF_SLAB):
-        return Sort.SLAB
-    if has(KPF_PGTABLE):
-        return Sort.PAGE_TABLE
-    if has(KPF_ANON, KPF_KSM):
-        return Sort.PROCESS
-    if has(KPF_LRU, KPF_HUGE):
-        return Sort.PAGE_CACHE
-    if has(KPF_RESERVED):
-        return Sort.RESERVED
-    return None
+    return next((sort for bits, sort in _SORTS.items() if flags & bits), None)
 
 
 class Look(NamedTuple):
@@ -135,10 +130,13 @@ class Placer:
         sort = sort_of(flags)
         if sort is Sort.SLAB:
             return Owner(sort, objects.slab_of(head) if objects else "")
-        if sort in {None, Sort.PAGE_CACHE} and flags >> KPF_MMAP & 1 | flags >> KPF_LRU & 1 | flags >> KPF_UPTODATE & 1:
+        if sort in {None, Sort.PAGE_CACHE} and flags & _MAYBE_CACHED:
             file = objects.file_of(head, frame) if objects else None
-            if file is not None or sort is Sort.PAGE_CACHE or any(each.path for each in processes):
-                return _cached(file, processes)
+            path = next((each.path for each in processes if each.path), "")
+            if file is not None:
+                return Owner(Sort.PAGE_CACHE, file.name, file.offset, _published(processes))
+            if path or sort is Sort.PAGE_CACHE:
+                return Owner(Sort.PAGE_CACHE, path, None, _published(processes))
         if sort is Sort.RESERVED and self._aliased(frame, (KERNEL_TEXT, MODULES)):
             return Owner(Sort.KERNEL_IMAGE)
         if sort is not None:
@@ -182,16 +180,5 @@ def head_and_flags(flags: PageFlags, frame: int) -> tuple[int, int]:
     return head, together & ~(1 << KPF_COMPOUND_TAIL)
 
 
-def _cached(file: CachedFile | None, processes: tuple[MappedBy, ...]) -> Owner:
-    if file is not None:
-        return Owner(Sort.PAGE_CACHE, _named(file), file.offset, _published(processes))
-    path = next((each.path for each in processes if each.path), "")
-    return Owner(Sort.PAGE_CACHE, path, None, _published(processes))
-
-
 def _published(processes: tuple[MappedBy, ...]) -> tuple[PageProcess, ...]:
     return tuple(PageProcess(each.pid, each.process, Address(each.va)) for each in processes)
-
-
-def _named(file: CachedFile) -> str:
-    return f"{file.path} ({file.file_system})" if file.file_system else file.path

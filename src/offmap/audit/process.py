@@ -8,6 +8,7 @@ from offmap.audit.maps import Mapping, parse_maps
 from offmap.errors import OffmapError, Undetermined
 from offmap.owned import Owned
 
+_AS_ROOT = "run the audit as root with CAP_SYS_PTRACE and CAP_SYS_ADMIN"
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -52,14 +53,12 @@ class Process(Owned):
         Raises:
             Undetermined: as ``open``.
         """
-        if self._pagemap is None:
-            self._pagemap = self._open_pagemap()
-        return self._pagemap
-
-    def _open_pagemap(self) -> int:
+        if self._pagemap is not None:
+            return self._pagemap
         try:
             fd = self.open("pagemap")
             if os.pread(fd, 8, 0):
+                self._pagemap = fd
                 return fd
             os.close(fd)
         except ProcessEnded:
@@ -83,16 +82,11 @@ class Process(Owned):
     def running(self) -> bool:
         """Whether it lives; a zombie does not."""
         try:
-            fd = os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd)
+            with os.fdopen(os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._fd), "rb") as file:
+                # "PID (comm) STATE …"; the name may hold anything (Documentation/filesystems/proc.rst, table 1-4).
+                return file.read().rpartition(b")")[2].split()[:1] not in ([b"Z"], [b"X"], [])
         except OSError:
             return False
-        try:
-            # "PID (comm) STATE …"; the name may hold anything (Documentation/filesystems/proc.rst, table 1-4).
-            return os.read(fd, 4096).rpartition(b")")[2].split()[:1] not in ([b"Z"], [b"X"], [])
-        except ProcessLookupError:
-            return False
-        finally:
-            os.close(fd)
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
         """Open a file below /proc/PID; the caller owns the fd.
@@ -109,10 +103,7 @@ class Process(Owned):
                 raise ProcessEnded(f"process {self.pid} ended during the audit") from None
             raise Undetermined(f"/proc/{self.pid}/{name} is not there any more: {error.strerror}") from None
         except OSError as error:
-            raise Undetermined(
-                f"cannot open /proc/{self.pid}/{name}: {error.strerror}",
-                "run the audit as root with CAP_SYS_PTRACE and CAP_SYS_ADMIN",
-            ) from None
+            raise Undetermined(f"cannot open /proc/{self.pid}/{name}: {error.strerror}", _AS_ROOT) from None
 
     def read(self, name: str) -> bytes:
         """The whole of a file below /proc/PID (raises as ``open`` does)."""
@@ -162,10 +153,8 @@ class Process(Owned):
                     continue
                 except PermissionError as error:
                     # The folder opens for its owner, its links take ptrace rights (proc_pid_readlink).
-                    raise Undetermined(
-                        f"the descriptors of process {self.pid} cannot be read: {error.strerror}",
-                        "run the audit as root with CAP_SYS_PTRACE and CAP_SYS_ADMIN",
-                    ) from None
+                    what = f"the descriptors of process {self.pid} cannot be read: {error.strerror}"
+                    raise Undetermined(what, _AS_ROOT) from None
             return links
         finally:
             os.close(folder)

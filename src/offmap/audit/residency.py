@@ -11,7 +11,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import Enum
 
 import numpy as np
@@ -73,10 +73,9 @@ def open_backing(process: Process, mapping: Mapping) -> Iterator[int | None]:
     /proc/PID/map_files serves memfd, tmpfs and ordinary files; a memfd_secret inode cannot be opened again, so its
     descriptor is duplicated from the process if it is still open there.
     """
-    fd = None
-    with suppress(Undetermined):
-        fd = process.open(link(mapping))
-    if fd is None:
+    try:
+        fd: int | None = process.open(link(mapping))
+    except Undetermined:
         fd = _duplicate(process, mapping)
     try:
         yield fd

@@ -194,7 +194,7 @@ def scan_memory(
     places: list[Place] = []
     secret = wanted if isinstance(wanted, Secret) else None
     with ExitStack() as stack:
-        reads = [stack.enter_context(kcore.reader()).read_virtual for _ in range(threads)]
+        reads = [stack.enter_context(kcore.reader()) for _ in range(threads)]
         placer = Placer(kcore, layout, mappings, guest, leave_out=(os.getpid(),))
         scan = _Scan(kcore, mappings, layout, readable, reads, guest, progress, placer)
         if isinstance(wanted, Secret):

@@ -21,17 +21,14 @@ def physical_ranges(pid: int, va: int, size: int) -> list[tuple[int, int]]:
         OSError: there is no such mapping of /dev/offmap (ENXIO), or the module may not be asked.
     """
     ranges = []
-    fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with os.fdopen(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC), "rb", buffering=0) as device:
         while size > 0:
             question = offmap_translate(pid=pid, addr=va)
-            ioctl(fd, OFFMAP_TRANSLATE, question)
+            ioctl(device, OFFMAP_TRANSLATE, question)
             length = min(int(question.length), size)
             if length <= 0:
                 raise OSError(f"the offmap module gave no length for {va:#x}")
             ranges.append((int(question.phys), length))
             va += length
             size -= length
-    finally:
-        os.close(fd)
     return ranges

@@ -1,4 +1,6 @@
-"""Which processes of this host hold KVM VMs: by the descriptors in /proc/PID/fd, and KVM's own list in debugfs.
+"""All VMs of a host: which processes hold them, and an audit of each.
+
+They are found by the descriptors in /proc/PID/fd, and counted by KVM's own list in debugfs.
 
 KVM names its descriptors ``anon_inode:kvm-vm`` and ``anon_inode:kvm-vcpu:N`` (``virt/kvm/kvm_main.c``), and makes a
 folder ``kvm/PID-FD`` in debugfs for each VM. What the VMM calls itself is a label for people.
@@ -6,17 +8,25 @@ folder ``kvm/PID-FD`` in debugfs for each VM. What the VMM calls itself is a lab
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import offmap
 from offmap.audit.guest_ram import KVM_VCPU_LINK, MEMSLOTS_LINK
+from offmap.audit.host import host_facts, utc_now
 from offmap.audit.kvm_slots import KVM_VM_LINK
+from offmap.audit.oracle import OracleDisagrees
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded, process_ids
 from offmap.audit.reach import VmmFacts
-from offmap.errors import Undetermined
+from offmap.audit.result import AuditResult
+from offmap.audit.result_sets import EveryVm, NotAudited
+from offmap.errors import ExitStatus, OffmapError, Undetermined
 
 _DEBUGFS = Path("/sys/kernel/debug/kvm")
 _DEBUGFS_VM = re.compile(r"\d+-\d+")
+
+_GRAVITY = (ExitStatus.DONE, ExitStatus.FAILED, ExitStatus.UNDETERMINED, ExitStatus.EXPOSED)
 
 _NAMES = (
     ("qemu", "QEMU"),  # qemu-system-x86_64, qemu-kvm
@@ -29,13 +39,12 @@ _NAMES = (
 )
 
 
-class VmProcess:
+class VmProcess(NamedTuple):
     """A process that holds at least one KVM VM."""
 
-    def __init__(self, pid: int, name: str, facts: VmmFacts) -> None:
-        self.pid = pid
-        self.name = name
-        self.facts = facts
+    pid: int
+    name: str
+    facts: VmmFacts
 
 
 def recognise(comm: str, executable: str, arguments: str, has_memslots: bool) -> str:
@@ -117,3 +126,47 @@ def _listed_by_kvm() -> int:
         return 0
     # The folder is named for the thread that made the VM, which may have ended since (kvm_create_vm_debugfs).
     return sum(_DEBUGFS_VM.fullmatch(name) is not None for name in names)
+
+
+def worst_status(statuses: Sequence[ExitStatus], notes: Sequence[str]) -> ExitStatus:
+    """Exposed before undetermined before failed before hidden. No VM at all is nothing exposed.
+
+    Args:
+        notes: reasons why there may be more VMs; any makes it undetermined at best.
+    """
+    found = [*statuses, ExitStatus.UNDETERMINED] if notes else statuses
+    return max(found, key=_GRAVITY.index, default=ExitStatus.DONE)
+
+
+def audit_every_vm(audit: Callable[[VmProcess], AuditResult]) -> EveryVm:
+    """Find all processes that hold a KVM VM and audit each.
+
+    One that ends before anything was seen of it is left out: its VM is gone. One that cannot be audited is not.
+
+    Args:
+        audit: of one of them; ``audit_process`` with what else is wanted.
+    """
+    vms, notes = find_vms()
+    results: list[AuditResult] = []
+    failures: list[NotAudited] = []
+    statuses = []
+    for vm in vms:
+        try:
+            results.append(audit(vm))
+        except (NoSuchProcess, ProcessEnded):
+            continue
+        except OracleDisagrees:
+            raise  # then nothing that is said of the other VMs is to be relied on either
+        except OffmapError as error:
+            failures.append(NotAudited(vm.pid, vm.name, vm.facts, str(error)))
+            statuses.append(error.exit_status)
+    statuses += [result.verdict.exit_status for result in results]
+    return EveryVm(
+        offmap=offmap.__version__,
+        time=utc_now(),
+        host=host_facts(),
+        exit_status=worst_status(statuses, notes),
+        vms=tuple(results),
+        not_audited=tuple(failures),
+        notes=tuple(notes),
+    )

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         return merge(args.merge, output)
 
     from offmap.audit.audit import snapshot_process
-    from offmap.audit.every_vm import audit_every_vm
+    from offmap.audit.vms import audit_every_vm
     from offmap.cli.audit_watch import watch
 
     if args.watch is not None and not 0 < args.watch <= _LONGEST_WATCH:

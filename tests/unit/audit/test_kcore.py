@@ -89,12 +89,13 @@ def test_reads_by_virtual_and_by_physical_address(files: tuple[str, str]) -> Non
 
 
 def test_another_reader_has_a_file_of_its_own(files: tuple[str, str]) -> None:
-    with Kcore(*files) as kcore, kcore.reader() as reader:
-        buffer = bytearray(16)
-        reader.read_virtual(BASE + 0x10_1000, memoryview(buffer))
-        assert buffer == (0x10_1000).to_bytes(8, "little") * 2
-        reader.close()
-        reader.close()
+    buffer = bytearray(16)
+    with Kcore(*files) as kcore:
+        with kcore.reader() as read:
+            read(BASE + 0x10_1000, memoryview(buffer))
+            assert buffer == (0x10_1000).to_bytes(8, "little") * 2
+        with pytest.raises(Undetermined):
+            read(BASE + 0x10_1000, memoryview(buffer))
         kcore.read_virtual(BASE + 0x10_0000, memoryview(buffer))
         assert buffer == (0x10_0000).to_bytes(8, "little") * 2
 

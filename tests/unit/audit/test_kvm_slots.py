@@ -92,7 +92,7 @@ class Kernel(KvmSlots):
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     """Give one with a process, whose descriptor is a VM with two slots, and SMM's view of one of them."""
-    monkeypatch.setattr("offmap.audit.kvm_slots.symbol", lambda name: INIT)
+    monkeypatch.setattr("offmap.audit.kernel_objects.symbol", lambda name: INIT)
     kernel = Kernel()
     kernel.put(INIT, ("task_struct", "tasks"), TASK + 0x10)
     kernel.put(TASK, ("task_struct", "tasks"), INIT + 0x10)

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 
-from offmap.audit.every_vm import audit_every_vm, worst_status
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
 from offmap.audit.reach import VmmFacts
-from offmap.audit.vms import VmProcess, find_vms, recognise, vmm_facts
+from offmap.audit.vms import VmProcess, audit_every_vm, find_vms, recognise, vmm_facts, worst_status
 from offmap.errors import ExitStatus, Undetermined
 
 
@@ -56,7 +55,7 @@ def test_worst_of_all_decides(statuses: list[ExitStatus], notes: tuple[str, ...]
 
 def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     vms = [VmProcess(pid, f"vmm{pid}", VmmFacts("", "", 1, 0)) for pid in (1, 2, 3)]
-    monkeypatch.setattr("offmap.audit.every_vm.find_vms", lambda: (vms, []))
+    monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: (vms, []))
     errors = {1: Undetermined("no kcore"), 2: NoSuchProcess("gone"), 3: ProcessEnded("ended")}
 
     def audit(vm: VmProcess) -> None:

@@ -55,7 +55,7 @@ def audit(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         vms = [VmProcess(pid + 1, "vmm", VmmFacts("QEMU", "", 1, 0)) for pid in range(len(answers))]
         monkeypatch.setattr("offmap.audit.audit.snapshot_process", snapshot_process)
-        monkeypatch.setattr("offmap.audit.every_vm.find_vms", lambda: (vms, []))
+        monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: (vms, []))
 
     return found
 
