@@ -78,11 +78,7 @@ class Options:
         return self.text(key, unset, convert)
 
     def refuse(self, why: str, remedy: str = "") -> NoReturn:
-        """Refuse all of it.
-
-        Raises:
-            OffmapError: always.
-        """
+        """Refuse all of it. Raises OffmapError: always."""
         raise OffmapError(f"{self._of} cannot be {self._text!r}", remedy or self._usage, why=why)
 
     def _refuse(self, word: str) -> NoReturn:

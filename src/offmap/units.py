@@ -10,11 +10,7 @@ _SIZE = re.compile(r"(0[xX][0-9a-fA-F]{1,16}|0|[1-9][0-9]{0,19})([KMGTPEkmgtpe]?
 
 
 def parse_size(text: str) -> int:
-    """Return the number of bytes that `text` names.
-
-    Raises:
-        OffmapError: not a size.
-    """
+    """Return the number of bytes that `text` names. Raises OffmapError: not a size."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise OffmapError(f"{text!r} is not a size", "write a number of bytes, or one with K, M or G, like 256M")

@@ -64,11 +64,7 @@ class Image(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Look at the image in `folder`.
-
-        Raises:
-            OffmapError: there is none, or one that a different offmap made.
-        """
+        """Look at the image in `folder`. Raises OffmapError: there is none, or one that a different offmap made."""
         try:
             facts = json.loads((folder / DESCRIPTION).read_text())
         except FileNotFoundError:
@@ -87,11 +83,7 @@ class Image(NamedTuple):
 
 
 def named_image(name: str) -> Path:
-    """Where the cache keeps the image of this name.
-
-    Raises:
-        OffmapError: it is no name.
-    """
+    """Where the cache keeps the image of this name. Raises OffmapError: it is no name."""
     if not _NAME.fullmatch(name):
         raise OffmapError(f"{name!r} is no name for an image", "use letters, digits, and -._, or give a folder")
     from offmap.lab.cache import cache_folder  # not at each start of a guest, as its own imports take long

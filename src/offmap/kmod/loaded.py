@@ -56,11 +56,7 @@ def loaded_module() -> LoadedModule | None:
 
 
 def holders() -> list[Holder]:
-    """Who has memory out.
-
-    Raises:
-        OffmapError: we may not know.
-    """
+    """Who has memory out. Raises OffmapError: we may not know."""
     try:
         lines = HOLDERS.read_text().splitlines()
     except OSError as error:
@@ -106,11 +102,7 @@ def _signature_needed() -> str:
 
 
 def unload() -> None:
-    """Unload the module.
-
-    Raises:
-        OffmapError: it is not loaded, or memory is out.
-    """
+    """Unload the module. Raises OffmapError: it is not loaded, or memory is out."""
     if loaded_module() is None:
         raise OffmapError("the module is not loaded")
     libc = ctypes.CDLL(None, use_errno=True)

@@ -13,11 +13,7 @@ _BUILD_FILES = ("Kbuild", "Makefile")
 
 
 def source_folder() -> Path:
-    """The folder that holds the module's sources.
-
-    Raises:
-        OffmapError: this installation has none.
-    """
+    """The folder that holds the module's sources. Raises OffmapError: this installation has none."""
     package = Path(offmap.__file__).parent
     for folder in (package / _PACKAGED, package.parents[1] / "kernel/module"):
         if (folder / "Kbuild").is_file():

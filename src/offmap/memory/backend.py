@@ -55,11 +55,7 @@ class Backend(ABC):
 
     @classmethod
     def from_options(cls, options: Options) -> Self:
-        """Build it from its options, all of which it takes.
-
-        Raises:
-            OffmapError: one cannot have that value.
-        """
+        """Build it from its options, all of which it takes. Raises OffmapError: one cannot have that value."""
         return cls()
 
     @classmethod
@@ -122,11 +118,7 @@ BACKENDS: Mapping[str, type[Backend]] = _Registry(
 
 
 def parse_backend(text: str) -> Backend:
-    """The backend that `text` (``NAME[,option=value…]``) asks for.
-
-    Raises:
-        OffmapError: an unknown name or option.
-    """
+    """The backend that `text` (``NAME[,option=value…]``) asks for. Raises OffmapError: an unknown name or option."""
     name = text.partition(",")[0]
     if name not in BACKENDS:
         raise OffmapError(f"there is no memory backend {name!r}", f"choose one of {', '.join(BACKENDS)}")

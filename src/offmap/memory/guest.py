@@ -92,19 +92,11 @@ class GuestMemory(Owned):
         raise GuestAddressError(f"guest-physical {guest_phys_addr:#x}, {size} bytes, is not in the guest's RAM")
 
     def read(self, guest_phys_addr: int, size: int) -> bytes:
-        """A copy of `size` bytes.
-
-        Raises:
-            GuestAddressError: as `view`.
-        """
+        """A copy of `size` bytes. Raises GuestAddressError: as `view`."""
         return bytes(self.view(guest_phys_addr, size))
 
     def write(self, guest_phys_addr: int, data: bytes | bytearray | memoryview) -> None:
-        """Copy `data` into the guest.
-
-        Raises:
-            GuestAddressError: as `view`.
-        """
+        """Copy `data` into the guest. Raises GuestAddressError: as `view`."""
         self.view(guest_phys_addr, len(data))[:] = data
 
     def discard(self, userspace_addr: int, size: int) -> int:

@@ -15,11 +15,7 @@ SCHEMA = "offmap-memslots/1"
 
 
 def publish_memslots(memory: GuestMemory, backend: str, excluded: Iterable[PhysicalRange] = ()) -> int:
-    """Create the memfd.
-
-    Returns:
-        Its fd, which the caller owns: closing it withdraws the statement.
-    """
+    """Create the memfd. Returns its fd, which the caller owns: closing it withdraws the statement."""
     slots = ", ".join(
         f'{{"guest_phys_addr": {region.guest_phys_addr}, "memory_size": {region.size}, '
         f'"userspace_addr": {region.userspace_addr}, "backend": "{backend}"}}'

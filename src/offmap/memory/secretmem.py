@@ -41,11 +41,7 @@ class Secretmem(Backend):
 
 
 def memfd_secret() -> int:
-    """memfd_secret(2): a new fd, which the caller owns.
-
-    Raises:
-        BackendRefused: this kernel has none, or not now.
-    """
+    """memfd_secret(2): a new fd, which the caller owns. Raises BackendRefused: this kernel has none, or not now."""
     libc = ctypes.CDLL(None, use_errno=True)
     fd: int = libc.syscall(SYS_memfd_secret, os.O_CLOEXEC)
     if fd < 0:
@@ -100,21 +96,13 @@ def secret_file(size: int) -> int:
 
 
 def map_secret(fd: int, size: int) -> Backing:
-    """Map a memfd_secret file.
-
-    Raises:
-        BackendRefused: it may not be.
-    """
+    """Map a memfd_secret file. Raises BackendRefused: it may not be."""
     with refused():
         return map_backing("memfd_secret memory", fd, size, remedy="raise RLIMIT_MEMLOCK, or ask for less")
 
 
 def secret_backing(size: int) -> Backing:
-    """`size` bytes of memfd_secret memory, not yet populated.
-
-    Raises:
-        BackendRefused: this host has none to give.
-    """
+    """`size` bytes of memfd_secret memory, not yet populated. Raises BackendRefused: this host has none to give."""
     fd = secret_file(size)
     try:
         return map_secret(fd, size)

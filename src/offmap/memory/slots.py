@@ -8,11 +8,7 @@ DEVICE_SLOTS = 256
 
 
 def map_into(vm: Vm, memory: GuestMemory) -> None:
-    """Make every region of `memory` a slot of `vm`.
-
-    Raises:
-        KernelError: KVM refused one.
-    """
+    """Make every region of `memory` a slot of `vm`. Raises KernelError: KVM refused one."""
     for slot, region in enumerate(memory.regions):
         where = (slot, region.guest_phys_addr, region.size, region.userspace_addr)
         if region.backing.guest_memfd is None:

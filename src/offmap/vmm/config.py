@@ -74,11 +74,7 @@ class MachineConfig:
             )
 
     def replace(self, **changes: object) -> "MachineConfig":
-        """The same with some values changed, by their names.
-
-        Raises:
-            OffmapError: a value that no host could satisfy.
-        """
+        """The same with some values changed, by their names. Raises OffmapError: a value that no host could satisfy."""
         return MachineConfig(**vars(self) | changes)
 
     @property

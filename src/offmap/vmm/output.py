@@ -23,11 +23,7 @@ class ConsoleOutput(Owned):
         self._ask_first = self.fd == fd and not stat.S_ISREG(os.fstat(fd).st_mode)
 
     def write(self, data: bytes) -> None:
-        """Write all of it, or once abandoned as much as there is room for.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write all of it, or once abandoned as much as there is room for. Raises OSError: it cannot be written."""
         view = memoryview(data)
         waits = self._ask_first
         while view:

@@ -83,11 +83,7 @@ class VcpuLoop:
         self._stop = False
 
     def run(self) -> Stop | None:
-        """Run the guest on this vCPU.
-
-        Returns:
-            Why the guest stopped by itself, or None if `request_stop` ended it.
-        """
+        """Run the guest on this vCPU. Returns why the guest stopped by itself, or None if `request_stop` ended it."""
         bytes_at = self._byte_accesses() if self._counts is None else {}
         with memoryview(self.vcpu.area) as area, area.cast("Q") as words:
             return self._run(bytes_at, area, words)
