@@ -73,12 +73,7 @@ def enter_64bit(vcpu: Vcpu, memory: GuestMemory, entry: int) -> None:
     sregs.efer = _EFER_LME | _EFER_LMA
     vcpu.set_sregs(sregs)
     vcpu.set_regs(kvm_regs(rip=entry, rsi=BOOT_PARAMS, rsp=_STACK, rflags=2))
-    vcpu.set_msrs(
-        {
-            _MSR_IA32_MISC_ENABLE: _MISC_ENABLE_FAST_STRING,
-            _MSR_MTRRdefType: _MTRR_ENABLE | _MTRR_TYPE_WRBACK,
-        }
-    )
+    vcpu.set_msrs({_MSR_IA32_MISC_ENABLE: _MISC_ENABLE_FAST_STRING, _MSR_MTRRdefType: _MTRR_ENABLE | _MTRR_TYPE_WRBACK})
     lapic = vcpu.get_lapic()
     for register, mode in ((_APIC_LVT0, _APIC_MODE_EXTINT), (_APIC_LVT1, _APIC_MODE_NMI)):
         struct.pack_into("<I", lapic, register, mode)

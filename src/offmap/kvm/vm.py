@@ -36,23 +36,11 @@ class Vm(Handle):
         self.call("KVM_SET_USER_MEMORY_REGION", uapi.KVM_SET_USER_MEMORY_REGION, region)
 
     def set_user_memory_region2(
-        self,
-        slot: int,
-        guest_phys_addr: int,
-        size: int,
-        userspace_addr: int,
-        guest_memfd: int,
-        guest_memfd_offset: int,
+        self, slot: int, guest_phys_addr: int, size: int, userspace_addr: int, guest_memfd: int, guest_memfd_offset: int
     ) -> None:
         """Map pages of a guest_memfd into the guest (``KVM_MEM_GUEST_MEMFD``; KVM_CAP_USER_MEMORY2)."""
         region = uapi.kvm_userspace_memory_region2(
-            slot,
-            uapi.KVM_MEM_GUEST_MEMFD,
-            guest_phys_addr,
-            size,
-            userspace_addr,
-            guest_memfd_offset,
-            guest_memfd,
+            slot, uapi.KVM_MEM_GUEST_MEMFD, guest_phys_addr, size, userspace_addr, guest_memfd_offset, guest_memfd
         )
         self.call("KVM_SET_USER_MEMORY_REGION2", uapi.KVM_SET_USER_MEMORY_REGION2, region)
 

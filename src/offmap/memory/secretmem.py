@@ -22,7 +22,7 @@ from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
 _REMEDY = {
-    errno.ENOSYS: "boot the host with secretmem.enable=1, on a kernel with CONFIG_SECRETMEM and an unbroken direct map",
+    errno.ENOSYS: "boot the host with secretmem.enable=1, on a kernel with CONFIG_SECRETMEM and an unbroken direct map"
 }
 
 

@@ -62,11 +62,7 @@ class Headless:
             with (
                 stopped_by_signals(self.fail),
                 Machine(
-                    self._config,
-                    self._console.append,
-                    on_open=self._opened,
-                    on_event=self._wake,
-                    say=self._say,
+                    self._config, self._console.append, on_open=self._opened, on_event=self._wake, say=self._say
                 ) as machine,
             ):
                 self._machine = machine

@@ -3,14 +3,7 @@
 from typing import NamedTuple
 
 from offmap.boot.acpi import aml
-from offmap.boot.acpi.resources import (
-    interrupt,
-    io,
-    irq_no_flags,
-    memory32_fixed,
-    qword_memory,
-    resource_template,
-)
+from offmap.boot.acpi.resources import interrupt, io, irq_no_flags, memory32_fixed, qword_memory, resource_template
 from offmap.uapi.pc import COM1_IRQ, COM1_PORT, RTC_IRQ, RTC_PORT, UART_PORTS
 
 
