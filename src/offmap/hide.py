@@ -22,7 +22,6 @@ from offmap.memory.backend import Backend
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
 from offmap.memory.memslots import publish_memslots
-from offmap.memory.slots import map_into
 from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
@@ -103,7 +102,7 @@ class Ram(Owned):
             started = time.monotonic()
             self.memory = building.enter_context(backend.guest_memory(vm, size))
             self.populate_seconds = time.monotonic() - started
-            map_into(vm, self.memory)
+            self.memory.map_into(vm)
             self.vetting = _vetting(backend, self.memory, vetting, say)
             building.callback(os.close, publish_memslots(self.memory, backend.name, self.excluded))
             self._owned = building.pop_all()

@@ -25,8 +25,7 @@ def kvm() -> Iterator[Kvm]:
 def vm(kvm: Kvm) -> Iterator[Vm]:
     """Give a VM without interrupt controllers."""
     with kvm.create_vm() as machine:
-        machine.set_identity_map_addr(0xFFFBC000)
-        machine.set_tss_addr(0xFFFBD000)
+        machine.reserve_vmx_pages()
         yield machine
 
 

@@ -33,7 +33,6 @@ from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_mem
 from offmap.memory.guest_memfd_unmapped import unknown_flags
 from offmap.memory.populate import populate
 from offmap.memory.secretmem import secret_backing
-from offmap.memory.slots import map_into
 from offmap.uapi.kvm import KVM_EXIT_HLT
 
 MIB = 1 << 20
@@ -256,9 +255,8 @@ def clock(kind: str) -> Any:
                 code = b"\x66\xb9" + struct.pack("<I", msr) + b"\x66\xb8" + struct.pack("<I", address & 0xFFFF_FFFF | 1)
                 code += b"\x66\xba" + struct.pack("<I", address >> 32) + b"\x0f\x30\xf4"
                 backing.view[PAGE : PAGE + len(code)] = code
-                map_into(vm, guest := GuestMemory([backing]))
-                vm.set_tss_addr(0xFFFBD000)
-                vm.set_identity_map_addr(0xFFFBC000)
+                (guest := GuestMemory([backing])).map_into(vm)
+                vm.reserve_vmx_pages()
                 with vm.create_vcpu(0) as vcpu:
                     sregs = vcpu.get_sregs()
                     sregs.cs.base, sregs.cs.selector = 0, 0

@@ -3,8 +3,8 @@
 import errno
 
 from offmap.errors import KernelError, OffmapError
-from offmap.kvm.cpuid import pack_cpuid, unpack_cpuid
 from offmap.kvm.handle import Handle, open_device
+from offmap.kvm.vcpu import pack_cpuid, unpack_cpuid
 from offmap.kvm.vm import Vm
 from offmap.uapi import kvm as uapi
 

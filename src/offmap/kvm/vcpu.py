@@ -3,9 +3,9 @@
 import mmap
 import struct
 from collections.abc import Mapping
+from ctypes import sizeof
 
 from offmap.errors import KernelError
-from offmap.kvm.cpuid import pack_cpuid
 from offmap.kvm.handle import Handle
 from offmap.uapi import kvm as uapi
 
@@ -107,3 +107,17 @@ class Vcpu(Handle):
     def tsc_khz(self) -> int:
         """The frequency of the guest's TSC in kHz."""
         return self.call("KVM_GET_TSC_KHZ", uapi.KVM_GET_TSC_KHZ)
+
+
+def pack_cpuid(entries: list[uapi.kvm_cpuid_entry2], room: int = 0) -> bytearray:
+    """A ``struct uapi.kvm_cpuid2`` of `entries`, followed by room for more, up to `room` entries together."""
+    empty = max(room - len(entries), 0)
+    packed = b"".join(map(bytes, [uapi.kvm_cpuid2(len(entries) + empty), *entries]))
+    return bytearray(packed + bytes(empty * sizeof(uapi.kvm_cpuid_entry2)))
+
+
+def unpack_cpuid(buffer: bytes | bytearray) -> list[uapi.kvm_cpuid_entry2]:
+    """The entries of a ``struct uapi.kvm_cpuid2`` that the kernel filled in."""
+    count = uapi.kvm_cpuid2.from_buffer_copy(buffer).nent
+    start, size = sizeof(uapi.kvm_cpuid2), sizeof(uapi.kvm_cpuid_entry2)
+    return [uapi.kvm_cpuid_entry2.from_buffer_copy(buffer, start + number * size) for number in range(count)]

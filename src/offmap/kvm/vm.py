@@ -50,18 +50,13 @@ class Vm(Handle):
             "KVM_CREATE_GUEST_MEMFD", uapi.KVM_CREATE_GUEST_MEMFD, uapi.kvm_create_guest_memfd(size, flags)
         )
 
-    def set_tss_addr(self, address: int) -> None:
-        """Where VMX may put three pages of TSS for real mode (Intel without unrestricted guest)."""
-        self.call("KVM_SET_TSS_ADDR", uapi.KVM_SET_TSS_ADDR, address)
-
-    def set_identity_map_addr(self, address: int) -> None:
-        """Where VMX may put its one-page identity map (on the processors of `set_tss_addr`)."""
-        self.call("KVM_SET_IDENTITY_MAP_ADDR", uapi.KVM_SET_IDENTITY_MAP_ADDR, c_uint64(address))
-
     def reserve_vmx_pages(self) -> None:
-        """Give VMX the pages of the two calls above: the last below a PC's BIOS at 4 GiB, where no RAM is."""
-        self.set_identity_map_addr(0xFFFBC000)
-        self.set_tss_addr(0xFFFBD000)
+        """Give VMX pages below a PC's BIOS at 4 GiB, where no RAM is: an identity map (one) and a real-mode TSS (three).
+
+        Intel processors without unrestricted guest need them.
+        """
+        self.call("KVM_SET_IDENTITY_MAP_ADDR", uapi.KVM_SET_IDENTITY_MAP_ADDR, c_uint64(0xFFFBC000))
+        self.call("KVM_SET_TSS_ADDR", uapi.KVM_SET_TSS_ADDR, 0xFFFBD000)
 
     def create_irqchip(self) -> None:
         """In-kernel PIC, IO-APIC and, per vCPU, local APIC."""

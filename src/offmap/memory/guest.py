@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from offmap.errors import OffmapError
+from offmap.kvm import Vm
 from offmap.memory.backing import Backing
 from offmap.owned import Owned
 
@@ -12,6 +13,9 @@ MMIO_HOLE_START = 3 << 30
 """RAM stops here and goes on at 4 GiB: the local APICs, the IO-APIC and virtio-mmio live between (as on a PC)."""
 
 MMIO_HOLE_END = 4 << 30
+
+DEVICE_SLOTS = 256
+"""The number of the first memory slot that devices may use. RAM has one a region, KVM 509 in all or more."""
 
 
 class GuestAddressError(OffmapError):
@@ -77,6 +81,15 @@ class GuestMemory(Owned):
     def size(self) -> int:
         """Bytes of RAM."""
         return sum(region.size for region in self.regions)
+
+    def map_into(self, vm: Vm) -> None:
+        """Make every region a memory slot of `vm`, numbered from 0. Raises KernelError: KVM refused one."""
+        for slot, region in enumerate(self.regions):
+            where = (slot, region.guest_phys_addr, region.size, region.userspace_addr)
+            if region.backing.guest_memfd is None:
+                vm.set_user_memory_region(*where)
+            else:
+                vm.set_user_memory_region2(*where, region.backing.guest_memfd, region.offset)
 
     def view(self, guest_phys_addr: int, size: int) -> memoryview:
         """A writable view of `size` bytes, for the kernel to read into or write from.

@@ -33,9 +33,10 @@ class Hugetlb(Backend):
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         pool = Path(f"/sys/kernel/mm/hugepages/hugepages-{self.page_size >> 10}kB")
+        what = f"this host cannot give {format_size(size)} of hugetlb memory"
         if size % self.page_size:
             raise BackendRefused(
-                f"this host cannot give {format_size(size)} of hugetlb memory",
+                what,
                 f"it is not a whole number of huge pages of {format_size(self.page_size)}",
                 "choose another --memory-size",
             )
@@ -50,11 +51,7 @@ class Hugetlb(Backend):
                 "use the other size=, or a kernel with CONFIG_HUGETLBFS",
             ) from None
         if free < need:
-            raise BackendRefused(
-                f"this host cannot give {format_size(size)} of hugetlb memory",
-                f"the guest needs {need} huge pages and this host has {free} free",
-                remedy,
-            )
+            raise BackendRefused(what, f"the guest needs {need} huge pages and this host has {free} free", remedy)
         flags = os.MFD_CLOEXEC | MFD_HUGETLB | (self.page_size.bit_length() - 1) << MFD_HUGE_SHIFT
         with refused():
             return [map_memfd("hugetlb memory", size, flags, remedy, page_size=self.page_size)]

@@ -27,7 +27,15 @@ class PhysicalRange(NamedTuple):
         return PhysicalRange(start, max(start, self.end // page_size * page_size))
 
 
-_IOMEM_LINE = r"(?P<indent> *)(?P<start>[0-9a-f]+)-(?P<last>[0-9a-f]+) : (?P<name>.*)"
+_LINE = re.compile(r"( *)([0-9a-f]+)-([0-9a-f]+) : (.*)")
+
+
+def _resources(text: str) -> Iterator[tuple[bool, PhysicalRange, str]]:
+    """Of each line of /proc/iomem: is it a top-level resource, where it is, its name."""
+    for line in text.splitlines():
+        if match := _LINE.fullmatch(line):
+            indent, start, last, name = match.groups()
+            yield not indent, PhysicalRange(int(start, 16), int(last, 16) + 1), name
 
 
 def parse_iomem(text: str, name: str) -> list[PhysicalRange]:
@@ -36,19 +44,10 @@ def parse_iomem(text: str, name: str) -> list[PhysicalRange]:
     Raises:
         OffmapError: every address is 0, as the kernel shows them to a process without CAP_SYS_ADMIN.
     """
-    found = []
-    addresses_seen = False
-    for line in text.splitlines():
-        match = re.fullmatch(_IOMEM_LINE, line)
-        if match is None:
-            continue
-        start, last = int(match["start"], 16), int(match["last"], 16)
-        addresses_seen |= last != 0
-        if not match["indent"] and match["name"] == name:
-            found.append(PhysicalRange(start, last + 1))
-    if text and not addresses_seen:
+    resources = list(_resources(text))
+    if text and not any(place.end > 1 for _, place, _ in resources):
         raise OffmapError("/proc/iomem shows no addresses to this user", "run as root (CAP_SYS_ADMIN)")
-    return found
+    return [place for top_level, place, called in resources if top_level and called == name]
 
 
 def memmap_reservations(command_line: str) -> list[PhysicalRange]:
@@ -76,8 +75,7 @@ def suggest_reservation(iomem: str) -> PhysicalRange | None:
     pages could map it. The kernel image's place is no obstacle: KASLR avoids what ``memmap=`` reserves. A crash
     kernel's place is.
     """
-    lines = [match for line in iomem.splitlines() if (match := re.fullmatch(_IOMEM_LINE, line))]
-    crash = [PhysicalRange(int(m["start"], 16), int(m["last"], 16) + 1) for m in lines if m["name"] == "Crash kernel"]
+    crash = [place for _, place, name in _resources(iomem) if name == "Crash kernel"]
     legacy = PhysicalRange(0, 1 << 24)  # firmware, and the DMA zone
     largest = max(subtract(parse_iomem(iomem, "System RAM"), [legacy, *crash]), key=lambda r: r.size, default=None)
     if largest is None:

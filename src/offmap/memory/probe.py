@@ -6,7 +6,6 @@ from offmap.errors import KernelError, OffmapError
 from offmap.kvm import Kvm, Vm
 from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
-from offmap.memory.slots import map_into
 from offmap.uapi.kvm import KVM_EXIT_HLT
 from offmap.uapi.page import PAGE_SIZE
 
@@ -35,7 +34,7 @@ def try_out(vm: Vm, memory: GuestMemory) -> None:
         OffmapError: the guest did something else than halt.
     """
     memory.write(_GUEST_PHYS_ADDR, _HLT)
-    map_into(vm, memory)
+    memory.map_into(vm)
     _halt(vm)
 
 

@@ -44,7 +44,9 @@ def guest_cpuid(
                     e.ecx &= ~_LEAF1_ECX_VMX
             case 0x4:
                 if e.eax & 0x1F:  # a cache: shared by one thread, in a package of so many cores
-                    e.eax = e.eax & 0x3FFF | _package_bits(vcpus) << 26
+                    e.eax = (
+                        e.eax & 0x3FFF | ((1 << (vcpus - 1).bit_length()) - 1) << 26
+                    )  # core ids, less one: all bits set
             case 0xB | 0x1F:
                 continue  # the host's topology; ours is added below
             case uapi.KVM_CPUID_FEATURES if not kvm_clock:
@@ -60,7 +62,7 @@ def guest_cpuid(
             case _:
                 pass
         guest.append(e)
-    return guest + _extended_topology(0xB, vcpu, vcpus)
+    return guest + _extended_topology(vcpu, vcpus)
 
 
 def enabled_xstate(guest: list[uapi.kvm_cpuid_entry2]) -> int | None:
@@ -76,16 +78,11 @@ def enabled_xstate(guest: list[uapi.kvm_cpuid_entry2]) -> int | None:
     return next((e.edx << 32 | e.eax for e in guest if e.function == 0xD and e.index == 0), None)
 
 
-def _package_bits(vcpus: int) -> int:
-    """Leaf 4's "maximum number of addressable core ids, less one": a power of two less one."""
-    return (1 << (vcpus - 1).bit_length()) - 1
-
-
-def _extended_topology(leaf: int, vcpu: int, vcpus: int) -> list[uapi.kvm_cpuid_entry2]:
+def _extended_topology(vcpu: int, vcpus: int) -> list[uapi.kvm_cpuid_entry2]:
     """Leaf 0xB: a level of one thread a core (SMT, type 1), then one of `vcpus` cores a package (core, type 2)."""
     flags = uapi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
     return [
-        uapi.kvm_cpuid_entry2(leaf, 0, flags, eax=0, ebx=1, ecx=1 << 8, edx=vcpu),
-        uapi.kvm_cpuid_entry2(leaf, 1, flags, eax=(vcpus - 1).bit_length(), ebx=vcpus, ecx=2 << 8 | 1, edx=vcpu),
-        uapi.kvm_cpuid_entry2(leaf, 2, flags, ecx=2, edx=vcpu),
+        uapi.kvm_cpuid_entry2(0xB, 0, flags, eax=0, ebx=1, ecx=1 << 8, edx=vcpu),
+        uapi.kvm_cpuid_entry2(0xB, 1, flags, eax=(vcpus - 1).bit_length(), ebx=vcpus, ecx=2 << 8 | 1, edx=vcpu),
+        uapi.kvm_cpuid_entry2(0xB, 2, flags, ecx=2, edx=vcpu),
     ]

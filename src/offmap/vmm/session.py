@@ -154,33 +154,29 @@ class Session:
     def _loop(self, machine: Machine, output: ConsoleOutput) -> None:
         escape = EscapeKey()
         pending = b""  # read, and not yet taken by the guest
-        at_end = announced = flush_due = writing = feeding = False
+        at_end = announced = flush_due = False
         at_terminal = os.isatty(self._stdin)
         # poll(2), because epoll refuses regular files, and a guest's input may come from one.
         poll, stopped = select.poll(), select.poll()
         poll.register(machine.stopped_fd, select.POLLIN)
         poll.register(self._events, select.POLLIN)
         stopped.register(machine.stopped_fd, select.POLLIN)
-        reading = False
+        watched: set[tuple[int, int]] = set()
+
+        def watch(fd: int, event: int, wanted: bool) -> None:
+            if wanted and (fd, event) not in watched:
+                watched.add((fd, event))
+                poll.register(fd, event)
+            elif not wanted and (fd, event) in watched:
+                watched.remove((fd, event))
+                poll.unregister(fd)
+
         while machine.stopped is None:
-            if reading != ((len(pending) < _READ_SIZE or at_terminal) and not at_end):
-                reading = not reading
-                if reading:
-                    poll.register(self._stdin, select.POLLIN)
-                else:
-                    poll.unregister(self._stdin)
-            if writing != flush_due:
-                writing = not writing
-                if writing:
-                    poll.register(output.fd, select.POLLOUT)
-                else:
-                    poll.unregister(output.fd)
-            if self._hvc is not None and feeding != (self._at_hvc and bool(pending)):
-                feeding = not feeding
-                if feeding:
-                    poll.register(self._hvc.input_fd, select.POLLOUT)
-                else:
-                    poll.unregister(self._hvc.input_fd)
+            reading = (len(pending) < _READ_SIZE or at_terminal) and not at_end
+            watch(self._stdin, select.POLLIN, reading)
+            watch(output.fd, select.POLLOUT, flush_due)
+            if self._hvc is not None:
+                watch(self._hvc.input_fd, select.POLLOUT, self._at_hvc and bool(pending))
             seconds = machine.seconds_to_tick()
             ready = {fd for fd, _ in poll.poll(None if seconds is None else math.ceil(seconds * 1000))}
             if self._events in ready:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmap.kvm.cpuid import pack_cpuid, unpack_cpuid
+from offmap.kvm.vcpu import pack_cpuid, unpack_cpuid
 from offmap.uapi import kvm as uapi
 from offmap.vmm.cpuid import enabled_xstate, guest_cpuid
 

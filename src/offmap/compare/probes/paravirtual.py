@@ -14,7 +14,6 @@ from offmap.compare.probes.survey import no, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.kvm import Kvm
 from offmap.memory.backend import Backend
-from offmap.memory.slots import map_into
 from offmap.uapi import kvm as uapi
 from offmap.uapi.kvm import MSR_KVM_SYSTEM_TIME_NEW
 
@@ -136,7 +135,7 @@ def register_pvclock(backend: Backend, size: int) -> str:
     with Kvm() as kvm, kvm.create_vm() as vm, backend.guest_memory(vm, size) as memory:
         memory.write(0x1000, b"\xf4")  # hlt
         vm.reserve_vmx_pages()
-        map_into(vm, memory)
+        memory.map_into(vm)
         with vm.create_vcpu(0) as vcpu:
             sregs = vcpu.get_sregs()
             sregs.cs.base, sregs.cs.selector = 0, 0

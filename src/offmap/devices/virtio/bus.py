@@ -15,8 +15,8 @@ from offmap.devices.virtio.interrupts import Interrupts, InterruptStatus
 from offmap.devices.virtio.mmio import MmioTransport
 from offmap.errors import OffmapError
 from offmap.kvm.coalesced import CoalescedRing
+from offmap.memory.guest import DEVICE_SLOTS
 from offmap.memory.iomem import PhysicalRange
-from offmap.memory.slots import DEVICE_SLOTS
 from offmap.owned import Owned
 from offmap.uapi import kvm as uapi
 from offmap.uapi.page import PAGE_SIZE
