@@ -51,7 +51,7 @@ class Vm(Handle):
         )
 
     def reserve_vmx_pages(self) -> None:
-        """Give VMX pages below a PC's BIOS at 4 GiB, where no RAM is: an identity map (one) and a real-mode TSS (three).
+        """Give VMX pages below a PC's BIOS at 4 GiB, where no RAM is: one for an identity map, three for a TSS.
 
         Intel processors without unrestricted guest need them.
         """
