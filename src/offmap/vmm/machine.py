@@ -11,11 +11,9 @@ from offmap.boot.acpi import build_tables
 from offmap.boot.acpi.devices import virtio_mmio
 from offmap.boot.cpu_state import enter_64bit
 from offmap.boot.linux import load_linux
-from offmap.devices.acpi_pm import AcpiPm
 from offmap.devices.bus import MmioBus, PioBus
-from offmap.devices.i8042 import I8042
-from offmap.devices.legacy import SystemControlPortB
-from offmap.devices.pit import AbsentPit
+from offmap.devices.legacy import AbsentPit, SystemControlPortB
+from offmap.devices.power import I8042, AcpiPm
 from offmap.devices.rtc import Rtc
 from offmap.devices.serial import Serial16550A
 from offmap.errors import OffmapError

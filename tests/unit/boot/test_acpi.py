@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offmap.boot.acpi import AcpiDevice, AcpiImage, aml, build_tables, resources, virtio_mmio
-from offmap.devices import acpi_pm
+from offmap.devices import power
 from offmap.errors import OffmapError
 
 IASL = shutil.which("iasl")
@@ -145,7 +145,7 @@ def test_fadt_is_hardware_reduced_and_names_the_registers_that_answer() -> None:
     assert not boot & 0x20, "there is a CMOS clock"
     register = [struct.unpack_from("<BBBBQ", fadt, offset) for offset in (116, 244, 256)]
     assert {(space, width) for space, width, *_ in register} == {(1, 8)}
-    answered = {port for ports in acpi_pm.AcpiPm(print, print).ports() for port in ports}
+    answered = {port for ports in power.AcpiPm(print, print).ports() for port in ports}
     assert {address for *_, address in register} <= answered
 
 

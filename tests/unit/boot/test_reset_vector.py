@@ -1,7 +1,7 @@
 """The reset vector: the bytes are the instructions they are said to be."""
 
 from offmap.boot.reset_vector import RESET_CODE, RESET_VECTOR
-from offmap.devices.acpi_pm import AcpiPm
+from offmap.devices.power import AcpiPm
 
 
 def test_the_code_fits_and_writes_what_resets() -> None:

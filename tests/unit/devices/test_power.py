@@ -2,10 +2,9 @@
 
 import pytest
 
-from offmap.devices.acpi_pm import AcpiPm
 from offmap.devices.bus import PioBus
-from offmap.devices.i8042 import I8042
 from offmap.devices.legacy import SystemControlPortB
+from offmap.devices.power import I8042, AcpiPm
 
 
 class Machine:

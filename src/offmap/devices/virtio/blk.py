@@ -15,29 +15,7 @@ from offmap.devices.virtio.disk import SECTOR, Disk
 from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import length, scatter
 from offmap.devices.virtio.queue import Chain, Queue
-from offmap.uapi.virtio.blk import (
-    VIRTIO_BLK_DISCARD_WRITE_ZEROES,
-    VIRTIO_BLK_F_BLK_SIZE,
-    VIRTIO_BLK_F_DISCARD,
-    VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_F_WRITE_ZEROES,
-    VIRTIO_BLK_ID_BYTES,
-    VIRTIO_BLK_OUTHDR,
-    VIRTIO_BLK_S_IOERR,
-    VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_S_UNSUPP,
-    VIRTIO_BLK_T_DISCARD,
-    VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES,
-    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
-    virtio_blk_config,
-)
+from offmap.uapi.virtio import blk as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_BLOCK
 
 QUEUE_SIZE = 512
@@ -46,7 +24,7 @@ QUEUE_SIZE = 512
 _MAX_RANGES = 64  # of one discard or write-zeroes request
 _MAX_RANGE_SECTORS = 1 << 22  # 2 GiB in one range, so that none keeps the drive busy for too long
 _BATCH = 16  # requests that are answered before the driver is told of the first
-_HEADER_SIZE = VIRTIO_BLK_OUTHDR.size
+_HEADER_SIZE = uapi.VIRTIO_BLK_OUTHDR.size
 
 
 class Blk(VirtioDevice):
@@ -71,27 +49,32 @@ class Blk(VirtioDevice):
     ) -> None:
         self._disk = disk
         self._readonly = readonly
-        self._id = serial.encode()[:VIRTIO_BLK_ID_BYTES].ljust(VIRTIO_BLK_ID_BYTES, b"\0")
+        self._id = serial.encode()[: uapi.VIRTIO_BLK_ID_BYTES].ljust(uapi.VIRTIO_BLK_ID_BYTES, b"\0")
         self._say = say
         self._said: set[tuple[str, int]] = set()
         self._sectors = disk.size // SECTOR
         self._queue: Queue | None = None
         self._sync = False
-        offered = [VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_FLUSH]
-        offered += [VIRTIO_BLK_F_RO] if readonly else [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]
+        offered = [
+            uapi.VIRTIO_BLK_F_SEG_MAX,
+            uapi.VIRTIO_BLK_F_BLK_SIZE,
+            uapi.VIRTIO_BLK_F_TOPOLOGY,
+            uapi.VIRTIO_BLK_F_FLUSH,
+        ]
+        offered += [uapi.VIRTIO_BLK_F_RO] if readonly else [uapi.VIRTIO_BLK_F_DISCARD, uapi.VIRTIO_BLK_F_WRITE_ZEROES]
         self.features = sum(1 << bit for bit in offered)
         self._others: dict[int, Callable[[list[memoryview], list[memoryview]], int]] = {
-            VIRTIO_BLK_T_FLUSH: self._flush,
-            VIRTIO_BLK_T_GET_ID: self._get_id,
-            VIRTIO_BLK_T_DISCARD: lambda readable, _: self._ranges(readable, self._discard),
-            VIRTIO_BLK_T_WRITE_ZEROES: lambda readable, _: self._ranges(readable, self._write_zeroes),
+            uapi.VIRTIO_BLK_T_FLUSH: self._flush,
+            uapi.VIRTIO_BLK_T_GET_ID: self._get_id,
+            uapi.VIRTIO_BLK_T_DISCARD: lambda readable, _: self._ranges(readable, self._discard),
+            uapi.VIRTIO_BLK_T_WRITE_ZEROES: lambda readable, _: self._ranges(readable, self._write_zeroes),
         }
 
     def config(self) -> bytes:
         logical, physical = self._disk.logical_block_size, self._disk.physical_block_size
         blocks = max(physical // logical, 1)
         return bytes(
-            virtio_blk_config(
+            uapi.virtio_blk_config(
                 capacity=self._sectors,
                 seg_max=QUEUE_SIZE - 2,
                 blk_size=logical,
@@ -111,7 +94,7 @@ class Blk(VirtioDevice):
     def activate(self, activation: Activation) -> None:
         self._queue = activation.queues[0]
         # A driver that does not know of flushes must find its data on the disk when a write is done (5.2.5).
-        self._sync = not activation.has(VIRTIO_BLK_F_FLUSH)
+        self._sync = not activation.has(uapi.VIRTIO_BLK_F_FLUSH)
 
     def reset(self) -> None:
         self._queue = None
@@ -153,28 +136,28 @@ class Blk(VirtioDevice):
             status = status[-1:]
         header = readable.pop(0)
         if len(header) == _HEADER_SIZE:
-            kind, _, sector = VIRTIO_BLK_OUTHDR.unpack_from(header)
+            kind, _, sector = uapi.VIRTIO_BLK_OUTHDR.unpack_from(header)
         else:
             kind, sector = _split_header(header, readable)
         try:
-            if kind == VIRTIO_BLK_T_IN:
+            if kind == uapi.VIRTIO_BLK_T_IN:
                 size = chain.writable_bytes - 1
                 if size & 511 or sector + (size >> 9) > self._sectors:
-                    status[0] = VIRTIO_BLK_S_IOERR
+                    status[0] = uapi.VIRTIO_BLK_S_IOERR
                 else:
                     self._disk.read(writable, size, sector << 9)
-                    status[0] = VIRTIO_BLK_S_OK
+                    status[0] = uapi.VIRTIO_BLK_S_OK
                 return size + 1
-            if kind == VIRTIO_BLK_T_OUT:
+            if kind == uapi.VIRTIO_BLK_T_OUT:
                 size = chain.readable_bytes - _HEADER_SIZE
                 if size & 511 or sector + (size >> 9) > self._sectors or self._readonly:
-                    status[0] = VIRTIO_BLK_S_IOERR
+                    status[0] = uapi.VIRTIO_BLK_S_IOERR
                 else:
                     self._disk.write(readable, size, sector << 9, sync=self._sync)
-                    status[0] = VIRTIO_BLK_S_OK
+                    status[0] = uapi.VIRTIO_BLK_S_OK
                 return 1
             other = self._others.get(kind)
-            status[0] = VIRTIO_BLK_S_UNSUPP if other is None else other(readable, writable)
+            status[0] = uapi.VIRTIO_BLK_S_UNSUPP if other is None else other(readable, writable)
         except OSError as error:
             status[0] = self._failed(kind, error)
         return chain.writable_bytes
@@ -182,44 +165,47 @@ class Blk(VirtioDevice):
     def _failed(self, kind: int, error: OSError) -> int:
         """Return the status for an error of the host. Tell the user once for each kind of request and error."""
         number = error.errno or errno.EIO
-        if kind in (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES) and number in (errno.EOPNOTSUPP, errno.ENOTTY):
-            return VIRTIO_BLK_S_UNSUPP
+        if kind in (uapi.VIRTIO_BLK_T_DISCARD, uapi.VIRTIO_BLK_T_WRITE_ZEROES) and number in (
+            errno.EOPNOTSUPP,
+            errno.ENOTTY,
+        ):
+            return uapi.VIRTIO_BLK_S_UNSUPP
         operation = {
-            VIRTIO_BLK_T_IN: "read",
-            VIRTIO_BLK_T_OUT: "written",
-            VIRTIO_BLK_T_FLUSH: "flushed",
-            VIRTIO_BLK_T_DISCARD: "discarded",
+            uapi.VIRTIO_BLK_T_IN: "read",
+            uapi.VIRTIO_BLK_T_OUT: "written",
+            uapi.VIRTIO_BLK_T_FLUSH: "flushed",
+            uapi.VIRTIO_BLK_T_DISCARD: "discarded",
         }.get(kind, "zeroed")
         if (operation, number) not in self._said:
             self._said.add((operation, number))
             reason = error.strerror or os.strerror(number)
             self._say(f"the drive {self._disk.path} cannot be {operation}: {reason}; the guest gets an I/O error")
-        return VIRTIO_BLK_S_IOERR
+        return uapi.VIRTIO_BLK_S_IOERR
 
     def _flush(self, readable: list[memoryview], writable: list[memoryview]) -> int:
         if self._queue is not None:
             self._queue.notify()  # this may take its time, and others are done
         self._disk.flush()
-        return VIRTIO_BLK_S_OK
+        return uapi.VIRTIO_BLK_S_OK
 
     def _get_id(self, readable: list[memoryview], writable: list[memoryview]) -> int:
-        return VIRTIO_BLK_S_OK if scatter(self._id, writable) == len(self._id) else VIRTIO_BLK_S_IOERR
+        return uapi.VIRTIO_BLK_S_OK if scatter(self._id, writable) == len(self._id) else uapi.VIRTIO_BLK_S_IOERR
 
     def _ranges(self, readable: list[memoryview], apply: Callable[[int, int, bool], None]) -> int:
         """Discard or write zeroes: one range after another (5.2.6.2)."""
         size = length(readable)
-        if not size or size % VIRTIO_BLK_DISCARD_WRITE_ZEROES.size or size > 16 * _MAX_RANGES or self._readonly:
-            return VIRTIO_BLK_S_IOERR
-        ranges = list(VIRTIO_BLK_DISCARD_WRITE_ZEROES.iter_unpack(b"".join(readable)))
+        if not size or size % uapi.VIRTIO_BLK_DISCARD_WRITE_ZEROES.size or size > 16 * _MAX_RANGES or self._readonly:
+            return uapi.VIRTIO_BLK_S_IOERR
+        ranges = list(uapi.VIRTIO_BLK_DISCARD_WRITE_ZEROES.iter_unpack(b"".join(readable)))
         for sector, count, flags in ranges:
-            if flags & ~VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP or (flags and apply == self._discard):
-                return VIRTIO_BLK_S_UNSUPP
+            if flags & ~uapi.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP or (flags and apply == self._discard):
+                return uapi.VIRTIO_BLK_S_UNSUPP
             if count > _MAX_RANGE_SECTORS or sector + count > self._sectors:
-                return VIRTIO_BLK_S_IOERR
+                return uapi.VIRTIO_BLK_S_IOERR
         for sector, count, flags in ranges:
             if count:
                 apply(sector << 9, count << 9, bool(flags))
-        return VIRTIO_BLK_S_OK
+        return uapi.VIRTIO_BLK_S_OK
 
     def _discard(self, offset: int, size: int, _unmap: bool) -> None:
         self._disk.discard(offset, size)
@@ -239,5 +225,5 @@ def _split_header(first: memoryview, readable: list[memoryview]) -> tuple[int, i
         rest = view[missing:]
     if rest:
         readable.insert(0, rest)
-    kind, _, sector = VIRTIO_BLK_OUTHDR.unpack(header)
+    kind, _, sector = uapi.VIRTIO_BLK_OUTHDR.unpack(header)
     return kind, sector

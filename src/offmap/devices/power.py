@@ -1,14 +1,30 @@
-"""Just enough of the i8042 keyboard controller to be reset by.
+"""Power-off and reset: ACPI's registers, and a keyboard controller as the last resort.
 
-The ACPI tables say there is none, so Linux never probes it; only its last resort for a reboot (``reboot=kbd``, and
-``native_machine_emergency_restart`` when ACPI fails) writes here: it waits for the input buffer to be empty, then
-pulses the reset line. Whoever probes it all the same gets each answer at once, never a time-out, and finds neither a
-keyboard nor a mouse.
+ACPI is hardware-reduced (ACPI 6.4, 4.8.3.6 and 4.8.3.7): two sleep registers and a reset register. A virtual machine
+needs no SCI and no handler for it, no PM1 and GPE blocks, no PM timer, and no switch into ACPI mode. Linux also skips
+the set-up of 8259 and PIT then.
+
+The ACPI tables say that there is no i8042, so Linux never probes it. It writes there only as its last resort for a
+reboot (``reboot=kbd``, and ``native_machine_emergency_restart`` when ACPI fails): it waits until the input buffer is
+empty, then pulses the reset line. A guest that probes it gets each answer at once, and finds no keyboard and no mouse.
 """
 
 from collections.abc import Callable, Sequence
 
-from offmap.uapi.pc import I8042_COMMAND_PORT, I8042_DATA_PORT
+from offmap.uapi.pc import (
+    ACPI_RESET_PORT,
+    ACPI_S5_SLEEP_TYPE,
+    ACPI_SLEEP_CONTROL_PORT,
+    ACPI_SLEEP_STATUS_PORT,
+    I8042_COMMAND_PORT,
+    I8042_DATA_PORT,
+)
+
+SLP_EN = 0x20  # ACPI 6.4, table 4.20: SLEEP_CONTROL_REG
+SLP_TYP_SHIFT = 2
+SLP_TYP_MASK = 0x7
+
+RST_CPU = 0x04  # reset control register: the reset happens as this bit is set
 
 # Names from drivers/input/serio/i8042.h; values from the IBM PC/AT technical reference.
 I8042_STR_OBF = 0x01
@@ -28,6 +44,45 @@ SELF_TEST_PASSED = 0x55
 CLOCK_LINE_LOW = 0x01  # an interface test's answer where nothing is plugged in
 CTR_KBD_AUX_DISABLED = 0x30
 TAKES_A_BYTE = frozenset({CTL_WCTR, WRITE_OUTPUT, KBD_LOOP, AUX_LOOP, AUX_SEND})
+
+
+class AcpiPm:
+    """The registers that the FADT points at.
+
+    Args:
+        power_off: the guest has entered S5. Called on a vCPU thread, once per attempt; must make the vCPUs stop, as
+            the guest then polls for the end of its life.
+        reset: the guest wants to be reset. Called on a vCPU thread.
+    """
+
+    byte_wide = True
+
+    def __init__(self, power_off: Callable[[], None], reset: Callable[[], None]) -> None:
+        self._power_off = power_off
+        self._reset = reset
+        self._reset_control = 0
+
+    def ports(self) -> Sequence[range]:
+        """Sleep control, sleep status, reset control."""
+        return (
+            range(ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT + 1),
+            range(ACPI_RESET_PORT, ACPI_RESET_PORT + 1),
+        )
+
+    def read(self, port: int, size: int) -> int:
+        """Never asleep, hence never woken: both sleep registers are 0."""
+        return self._reset_control if port == ACPI_RESET_PORT else 0
+
+    def write(self, port: int, size: int, value: int) -> None:
+        """Sleep, or reset. Sleep types other than S5 are not offered and not obeyed."""
+        if port == ACPI_SLEEP_CONTROL_PORT:
+            if value & SLP_EN and value >> SLP_TYP_SHIFT & SLP_TYP_MASK == ACPI_S5_SLEEP_TYPE:
+                self._power_off()
+        elif port == ACPI_RESET_PORT:
+            rising = value & ~self._reset_control & RST_CPU
+            self._reset_control = value & ~RST_CPU  # the bit clears itself with the reset
+            if rising:
+                self._reset()
 
 
 class I8042:
