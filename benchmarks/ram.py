@@ -17,7 +17,7 @@ from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
 from offmap.memory.anon import Anon
 from offmap.memory.backend import BACKENDS, parse_backend
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_memfd
 from offmap.memory.guest_memfd_unmapped import unknown_flags
 from offmap.memory.hugetlb import Hugetlb
@@ -116,7 +116,7 @@ def memfd(vm: Vm, size: int, threads: int) -> Backing:
             _call("fallocate", fd, 0, ctypes.c_long(start), ctypes.c_long(length))
 
         _each(size, threads, work)
-        return _advise(map_backing("memfd", fd, size), threads)
+        return _advise(Backing("memfd", fd, size), threads)
     finally:
         os.close(fd)
 
@@ -163,7 +163,7 @@ def secretmem_bridge(vm: Vm, size: int, threads: int) -> Backing:
             device.call("OFFMAP_BIND_SECRETMEM", module.OFFMAP_BIND_SECRETMEM, module.offmap_secretmem(fd, 0, 0))
         finally:
             os.close(fd)
-        return _touch(map_backing(module.DEVICE, device.fd, size))
+        return _touch(Backing(module.DEVICE, device.fd, size))
 
 
 def _guest_memfd(vm: Vm, size: int, threads: int, flags: int) -> Backing:

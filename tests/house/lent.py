@@ -4,7 +4,7 @@ import mmap
 
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend, check_host_has
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 
 __all__ = ["Lent"]
 
@@ -14,4 +14,4 @@ class Lent(Backend):
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
-        return [map_backing("lent memory", -1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)]
+        return [Backing("lent memory", -1, size, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS)]

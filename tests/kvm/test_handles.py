@@ -12,7 +12,7 @@ from offmap.kvm import Kvm, Vm
 from offmap.memory.anon import Anon
 from offmap.memory.guest_memfd import GuestMemfd
 from offmap.memory.memfd import Memfd
-from offmap.memory.probe import run_one_instruction
+from offmap.memory.probe import try_page
 from offmap.memory.secretmem import memfd_secret, secret_backing
 from offmap.uapi import kvm as uapi
 from offmap.vmm.cpuid import PVCLOCK_FEATURES, enabled_xstate, guest_cpuid
@@ -136,7 +136,7 @@ def test_closing_twice_is_harmless_and_complete(kvm: Kvm) -> None:
 def test_one_instruction_from_memory_of_each_kind(vm: Vm, backend: Anon | Memfd) -> None:
     before = descriptors()
     (backing,) = backend.allocate(vm, 4096)
-    run_one_instruction(backing)
+    try_page(lambda _vm: backing)
     backing.close()
     assert descriptors() == before
 
@@ -163,7 +163,7 @@ def test_secret_memory_is_run_from_or_refused(kvm: Kvm) -> None:
         pytest.skip(f"memfd_secret memory in a guest was not tested: {error}")
     with secret_backing(4096) as page:
         try:
-            run_one_instruction(page)
+            try_page(lambda _vm: page)
         except KernelError as error:
             assert error.errno == errno.EFAULT  # GUP's refusal, which the backend reports as such
 

@@ -27,7 +27,7 @@ from offmap.audit.mappings import covered
 from offmap.audit.pagemap import pfn, present, read_pagemap
 from offmap.audit.walk import walk_kcore
 from offmap.kvm import Kvm, Vm
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_memfd
 from offmap.memory.guest_memfd_unmapped import unknown_flags
@@ -61,7 +61,7 @@ def memory(kind: str, size: int = SIZE) -> Iterator[tuple[Vm, Backing]]:
         if kind == "memfd":
             fd = os.memfd_create("control")
             os.ftruncate(fd, size)
-            backing = map_backing("memfd", fd, size)
+            backing = Backing("memfd", fd, size)
             os.close(fd)
         elif kind == "secretmem":
             backing = secret_backing(size)

@@ -16,7 +16,7 @@ from offmap.errors import BackendRefused
 from offmap.hide import NotAudited, Ram, Vet, Vetted, vet
 from offmap.kvm import Vm
 from offmap.memory.backend import BACKENDS
-from offmap.memory.backing import map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
 from offmap.memory.secretmem import Secretmem
@@ -37,7 +37,7 @@ def vetted(monkeypatch: pytest.MonkeyPatch, status: int = 0, **seen: Any) -> Vet
 
     monkeypatch.setattr(subprocess, "run", run)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    with GuestMemory([map_backing("test", -1, PAGES * 4096, flags=flags)]) as memory:
+    with GuestMemory([Backing("test", -1, PAGES * 4096, flags=flags)]) as memory:
         return vet(Secretmem(), memory)
 
 

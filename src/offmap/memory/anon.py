@@ -4,7 +4,7 @@ import mmap
 
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend, check_host_has
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.uapi.mman import MADV_HUGEPAGE, MAP_NORESERVE
 
 
@@ -15,6 +15,6 @@ class Anon(Backend):
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         check_host_has(size)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        backing = map_backing("anonymous memory", -1, size, flags=flags, discard=mmap.MADV_DONTNEED)
+        backing = Backing("anonymous memory", -1, size, flags=flags, discard=mmap.MADV_DONTNEED)
         backing.madvise(MADV_HUGEPAGE)  # as QEMU does; a host without THP says no and nothing is lost
         return [backing]

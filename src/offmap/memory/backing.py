@@ -17,33 +17,49 @@ from offmap.uapi.page import PAGE_SIZE
 
 
 class Backing(Owned):
-    """Owns a mapping; `on_close` runs first, while the memory is still mapped.
+    """Maps `size` bytes of `fd` (-1: anonymous memory) readable and writable.
+
+    Args:
+        what: what is mapped, for messages.
+        guest_memfd: the fd for KVM_SET_USER_MEMORY_REGION2, owned from then on; None where the memslot goes by address.
+        discard: the advice (MADV_*) that gives pages of it back to the host, or None.
+        page_size: bytes that can only be given back together.
+        on_close: runs first when it is closed, while the memory is still mapped.
 
     Attributes:
         size: bytes.
         address: where it is mapped in this process.
         view: its bytes.
-        guest_memfd: the fd for KVM_SET_USER_MEMORY_REGION2, or None where the memslot goes by `address`.
-        page_size: bytes that can only be given back together.
+
+    Raises:
+        KernelError: with "mmap of `what`" as the operation.
     """
 
     def __init__(
         self,
-        mapping: mmap.mmap,
+        what: str,
+        fd: int,
+        size: int,
         *,
+        flags: int = mmap.MAP_SHARED,
+        offset: int = 0,
+        remedy: str = "",
         guest_memfd: int | None = None,
         discard: int | None = None,
         page_size: int = PAGE_SIZE,
-        on_close: Callable[["Backing"], None] | None = None,
+        on_close: "Callable[[Backing], None] | None" = None,
     ) -> None:
-        self._mapping = mapping
-        self._discard = discard
-        self.page_size = page_size
-        self._on_close = on_close
-        self.size = len(mapping)
-        self.view = memoryview(mapping)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        try:
+            self._mapping = mmap.mmap(fd, size, flags, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+        except OSError as error:
+            raise KernelError(f"mmap of {size >> 20} MiB of {what}", error, remedy) from None
+        self.size = size
+        self.view = memoryview(self._mapping)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
         self.guest_memfd = guest_memfd
+        self.page_size = page_size
+        self._discard = discard
+        self._on_close = on_close
 
     def madvise(self, advice: int) -> bool:
         """Advise the kernel on all of it; False where it does not know or want the advice."""
@@ -111,31 +127,3 @@ class Backing(Owned):
             if self.guest_memfd is not None:
                 os.close(self.guest_memfd)
                 self.guest_memfd = None
-
-
-def map_backing(
-    what: str,
-    fd: int,
-    size: int,
-    *,
-    flags: int = mmap.MAP_SHARED,
-    offset: int = 0,
-    remedy: str = "",
-    guest_memfd: int | None = None,
-    discard: int | None = None,
-    page_size: int = PAGE_SIZE,
-    on_close: Callable[[Backing], None] | None = None,
-) -> Backing:
-    """Map `size` bytes of `fd` (-1: anonymous memory) readable and writable.
-
-    Args:
-        discard: the advice (MADV_*) that gives pages of it back to the host, or None.
-
-    Raises:
-        KernelError: with "mmap of `what`" as the operation.
-    """
-    try:
-        mapping = mmap.mmap(fd, size, flags, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
-    except OSError as error:
-        raise KernelError(f"mmap of {size >> 20} MiB of {what}", error, remedy) from None
-    return Backing(mapping, guest_memfd=guest_memfd, discard=discard, page_size=page_size, on_close=on_close)

@@ -5,7 +5,7 @@ import os
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
 from offmap.memory.backend import ASK_FOR_LESS, Backend, check_host_has, refused
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.uapi import kvm as uapi
 
 MAPPABLE = uapi.GUEST_MEMFD_FLAG_MMAP | uapi.GUEST_MEMFD_FLAG_INIT_SHARED
@@ -54,7 +54,7 @@ def map_guest_memfd(vm: Vm, size: int, flags: int) -> Backing:
     """
     fd = vm.create_guest_memfd(size, flags)
     try:
-        return map_backing("guest_memfd memory", fd, size, guest_memfd=fd)
+        return Backing("guest_memfd memory", fd, size, guest_memfd=fd)
     except KernelError:
         os.close(fd)
         raise

@@ -6,22 +6,20 @@ instruction. That does not prove what the flag does, so the RAM is audited befor
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Self
 
 from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.files import fallocate
-from offmap.kvm import Kvm, Vm
+from offmap.kvm import Vm
 from offmap.memory.backend import ASK_FOR_LESS, Backend, check_host_has, refused
 from offmap.memory.backing import Backing
-from offmap.memory.guest import GuestMemory
 from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_memfd
 from offmap.memory.populate import populate
-from offmap.memory.probe import try_out
+from offmap.memory.probe import try_page
 from offmap.options import Options
 from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE
 from offmap.uapi.page import PAGE_SIZE
-
-_PROBE_SIZE = 2 * PAGE_SIZE  # bytes; the probe's instruction is in the second page
 
 
 class GuestMemfdUnmapped(Backend):
@@ -60,12 +58,7 @@ class GuestMemfdUnmapped(Backend):
         reasons = []
         for flag in candidates:
             try:
-                with (
-                    Kvm() as kvm,
-                    kvm.create_vm() as vm,
-                    GuestMemory([map_guest_memfd(vm, _PROBE_SIZE, MAPPABLE | flag)]) as memory,
-                ):
-                    try_out(vm, memory)
+                try_page(partial(map_guest_memfd, size=PAGE_SIZE, flags=MAPPABLE | flag))
                 return flag
             except OffmapError as error:
                 reasons.append(f"flag {flag:#x}: {error.reason}")

@@ -6,7 +6,7 @@ import os
 from offmap.errors import KernelError
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend, check_host_has
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.uapi.mman import MADV_HUGEPAGE
 from offmap.uapi.page import PAGE_SIZE
 
@@ -35,7 +35,7 @@ def map_memfd(what: str, size: int, flags: int, remedy: str = "", *, page_size: 
     try:
         os.ftruncate(fd, size)
         # MADV_REMOVE makes a hole in the file, as fallocate would.
-        return map_backing(what, fd, size, remedy=remedy, discard=mmap.MADV_REMOVE, page_size=page_size)
+        return Backing(what, fd, size, remedy=remedy, discard=mmap.MADV_REMOVE, page_size=page_size)
     except OSError as error:
         raise KernelError(f"ftruncate of {what}", error, remedy) from None
     finally:

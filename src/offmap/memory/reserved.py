@@ -13,7 +13,7 @@ from offmap.files import read_text
 from offmap.kvm import Vm
 from offmap.kvm.handle import open_device
 from offmap.memory.backend import Backend, refused
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.iomem import (
     PhysicalRange,
     intersect,
@@ -153,7 +153,7 @@ def _map(taken: PhysicalRange, lock: RangeLock) -> Backing:
         fd = open_device(_DEV_MEM)
         try:
             what = f"{_DEV_MEM} at {taken.start:#x}"
-            backing = map_backing(what, fd, taken.size, offset=taken.start, on_close=give_back)
+            backing = Backing(what, fd, taken.size, offset=taken.start, on_close=give_back)
         finally:
             os.close(fd)
     with backing.closed_on_error():

@@ -14,9 +14,9 @@ from pathlib import Path
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
 from offmap.memory.backend import ASK_FOR_LESS, Backend, check_host_has, refused
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.populate import populate
-from offmap.memory.probe import run_one_instruction
+from offmap.memory.probe import try_page
 from offmap.uapi.mman import SYS_memfd_secret
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
@@ -98,7 +98,7 @@ def secret_file(size: int) -> int:
 def map_secret(fd: int, size: int) -> Backing:
     """Map a memfd_secret file. Raises BackendRefused: it may not be."""
     with refused():
-        return map_backing("memfd_secret memory", fd, size, remedy="raise RLIMIT_MEMLOCK, or ask for less")
+        return Backing("memfd_secret memory", fd, size, remedy="raise RLIMIT_MEMLOCK, or ask for less")
 
 
 def secret_backing(size: int) -> Backing:
@@ -116,14 +116,13 @@ def probe() -> None:
     Raises:
         BackendRefused: this kernel's GUP refuses the page.
     """
-    with secret_backing(PAGE_SIZE) as page:
-        try:
-            run_one_instruction(page)
-        except KernelError as error:
-            if error.errno != errno.EFAULT:
-                raise
-            raise BackendRefused(
-                "this kernel's GUP refuses memfd_secret pages to KVM",
-                "KVM_RUN: EFAULT",
-                "use --memory reserved, or a kernel patched to allow it",
-            ) from None
+    try:
+        try_page(lambda _vm: secret_backing(PAGE_SIZE))
+    except KernelError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        raise BackendRefused(
+            "this kernel's GUP refuses memfd_secret pages to KVM",
+            "KVM_RUN: EFAULT",
+            "use --memory reserved, or a kernel patched to allow it",
+        ) from None

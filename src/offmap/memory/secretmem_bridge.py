@@ -11,7 +11,7 @@ import os
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
 from offmap.memory.backend import ASK_FOR_LESS, Backend, check_host_has
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.module_device import open_module
 from offmap.memory.populate import populate
 from offmap.memory.secretmem import map_secret, secret_file
@@ -41,4 +41,4 @@ class SecretmemBridge(Backend):
             finally:
                 os.close(fd)
             # The mapping holds the device's file, and that the secret one: the pages go back with the mapping.
-            return [map_backing(uapi.DEVICE, device.fd, size)]
+            return [Backing(uapi.DEVICE, device.fd, size)]

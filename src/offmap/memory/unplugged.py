@@ -10,7 +10,7 @@ from typing import Self
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
 from offmap.memory.backend import SEE_LOG, Backend
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.module_device import open_module
 from offmap.options import Options
 from offmap.uapi import offmap_module as uapi
@@ -42,7 +42,7 @@ class Unplugged(Backend):
             except KernelError as error:
                 raise self._refusal(error, size, request.size) from None
             # The mapping holds the file, and with the mapping's end the memory goes back.
-            return [map_backing(uapi.DEVICE, device.fd, size)]
+            return [Backing(uapi.DEVICE, device.fd, size)]
 
     def _refusal(self, error: KernelError, wanted: int, spare: int) -> BackendRefused:
         if error.errno == errno.EINVAL and self.node != uapi.OFFMAP_ANY_NODE:

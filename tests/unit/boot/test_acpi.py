@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmap.boot.acpi import AcpiDevice, AcpiImage, aml, build_tables, resources, virtio_mmio
+from offmap.boot.acpi import AcpiDevice, AcpiImage, aml, build_tables, devices, virtio_mmio
 from offmap.devices import power
 from offmap.errors import OffmapError
 
@@ -163,7 +163,7 @@ def test_two_devices_of_one_name_are_refused(name: str) -> None:
 
 def test_isa_interrupts_are_checked() -> None:
     with pytest.raises(ValueError, match="ISA"):
-        resources.irq_no_flags(16)
+        devices.irq_no_flags(16)
 
 
 def judge(binary_table: bytes, tmp_path: Path) -> str:

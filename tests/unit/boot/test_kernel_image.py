@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from offmap.boot.kernel_image import LoadedKernel, check_kernel, load_kernel
 from offmap.boot.memory_map import MemoryMap
 from offmap.errors import OffmapError
-from offmap.memory.backing import map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
 from offmap.uapi import bootparam as bp
@@ -28,7 +28,7 @@ RAM = 64 * MIB
 
 
 def guest(size: int = RAM) -> GuestMemory:
-    return GuestMemory([map_backing("test", -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)])
+    return GuestMemory([Backing("test", -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)])
 
 
 def load(

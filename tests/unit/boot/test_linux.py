@@ -14,7 +14,7 @@ from offmap.boot.kernel_image import check_kernel
 from offmap.boot.linux import BOOT_PARAMS, BootSource, load_linux
 from offmap.boot.reset_vector import RESET_CODE, RESET_VECTOR
 from offmap.errors import OffmapError
-from offmap.memory.backing import map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
 from offmap.uapi import bootparam as bp
@@ -29,7 +29,7 @@ ACPI = build_tables(2)
 
 
 def guest(size: int = RAM) -> GuestMemory:
-    return GuestMemory([map_backing("test", -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)])
+    return GuestMemory([Backing("test", -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)])
 
 
 class Params:

@@ -19,7 +19,7 @@ from offmap.memory import backend as backend_module
 from offmap.memory import reserved, secretmem
 from offmap.memory.anon import Anon
 from offmap.memory.backend import BACKENDS, check_host_has, parse_backend
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.hugetlb import Hugetlb
 from offmap.memory.iomem import PhysicalRange
 from offmap.memory.memfd import Memfd, map_memfd
@@ -174,7 +174,7 @@ def test_what_runs_at_the_end_sees_the_memory_and_runs_once() -> None:
     def on_close(backing: Backing) -> None:
         seen.append(bytes(backing.view[:4]))
 
-    backing = map_backing("test", -1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, on_close=on_close)
+    backing = Backing("test", -1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, on_close=on_close)
     backing.view[:4] = b"left"
     backing.close()
     backing.close()
@@ -188,7 +188,7 @@ def test_what_fails_at_the_end_still_unmaps() -> None:
     before = footprint()
     memfd = os.memfd_create("offmap-test")
     os.ftruncate(memfd, 4096)
-    backing = map_backing("test", memfd, 4096, guest_memfd=memfd, on_close=on_close)
+    backing = Backing("test", memfd, 4096, guest_memfd=memfd, on_close=on_close)
     address = backing.address
     with pytest.raises(KernelError):
         backing.close()
@@ -197,7 +197,7 @@ def test_what_fails_at_the_end_still_unmaps() -> None:
 
 
 def test_a_view_that_is_still_held_keeps_the_mapping_only_as_long() -> None:
-    backing = map_backing("test", -1, 16 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    backing = Backing("test", -1, 16 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address, view = backing.address, backing.view[:10]
     backing.close()
     assert bytes(view) == bytes(10)
@@ -210,7 +210,7 @@ def test_a_view_that_is_still_held_keeps_the_mapping_only_as_long() -> None:
 def test_what_cannot_be_mapped_is_one_line_and_leaves_nothing() -> None:
     before = footprint()
     with pytest.raises(KernelError, match=r"mmap of \d+ MiB of test failed: .*; buy more"):
-        map_backing("test", -1, 1 << 55, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, remedy="buy more")
+        Backing("test", -1, 1 << 55, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, remedy="buy more")
     with pytest.raises(KernelError, match="ftruncate of test"):
         map_memfd("test", -1, os.MFD_CLOEXEC)
     assert footprint() <= before

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmap.memory.backing import Backing, map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.guest import MMIO_HOLE_END, MMIO_HOLE_START, GuestAddressError, GuestMemory, layout
 from offmap.uapi.mman import MAP_NORESERVE
 
@@ -25,7 +25,7 @@ SIZE = st.one_of(st.integers(-3, 2 * PAGE), st.integers(0, 8 * GIB), st.just(1 <
 
 def backing(size: int) -> Backing:
     """Address space that costs nothing until it is touched."""
-    return map_backing("test", -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    return Backing("test", -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import mmap
 
 import pytest
 
-from offmap.memory.backing import map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.populate import PIECE, populate
 
 ANON = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -13,7 +13,7 @@ ANON = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("size", [4096, PIECE, PIECE + 4096, 3 * PIECE])
 def test_all_of_it_and_every_share(threads: int, size: int) -> None:
-    with map_backing("memory", -1, size, flags=ANON) as backing:
+    with Backing("memory", -1, size, flags=ANON) as backing:
         for position in range(0, size, 4096):
             backing.view[position] = 1
         shares: list[float] = []
@@ -31,5 +31,5 @@ def test_who_is_told_may_put_an_end_to_it() -> None:
         if share > 0:
             raise Stop
 
-    with map_backing("memory", -1, 8 * PIECE, flags=ANON) as backing, pytest.raises(Stop):
+    with Backing("memory", -1, 8 * PIECE, flags=ANON) as backing, pytest.raises(Stop):
         populate(backing, 1, stop)

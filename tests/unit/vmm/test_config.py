@@ -11,7 +11,7 @@ from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
 from offmap.hide import Vet
 from offmap.memory.anon import Anon
-from offmap.memory.backing import map_backing
+from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
 from offmap.memory.memslots import publish_memslots
@@ -47,7 +47,7 @@ def test_kvm_clock_is_for_memory_that_the_kernel_maps() -> None:
 
 def test_memslots_are_published_as_they_are() -> None:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-    with GuestMemory([map_backing("test", -1, 4 * GIB, flags=flags)]) as memory:
+    with GuestMemory([Backing("test", -1, 4 * GIB, flags=flags)]) as memory:
         fd = publish_memslots(memory, "reserved", [PhysicalRange(GIB, GIB + 8192)])
         try:
             assert str(Path(f"/proc/self/fd/{fd}").readlink()) == "/memfd:offmap-memslots (deleted)"

@@ -1,6 +1,5 @@
 """The balloon: what the guest gives up really leaves, and what a hostile one names stays where it is."""
 
-import mmap
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,7 +154,7 @@ def test_reports_come_by_the_queue_of_the_specification_too(guest: Guest) -> Non
 
 
 def test_a_kernel_that_refuses_is_reported_once() -> None:
-    guest = Guest(Backing(mmap.mmap(-1, SIZE)))  # shared anonymous memory whose backend says nothing of discarding
+    guest = Guest(Backing("test", -1, SIZE))  # shared anonymous memory whose backend says nothing of discarding
     with guest.memory, guest.bench:
         guest.inflate(3000)
         guest.inflate(3001)
@@ -194,7 +193,7 @@ def test_options() -> None:
 
 
 def test_ram_that_cannot_be_given_back_is_refused() -> None:
-    with GuestMemory([Backing(mmap.mmap(-1, SIZE))]) as memory, pytest.raises(OffmapError, match="page by page"):
+    with GuestMemory([Backing("test", -1, SIZE)]) as memory, pytest.raises(OffmapError, match="page by page"):
         BalloonSpec(4096).build(Surroundings(memory, Secretmem, NOTHING))
     with GuestMemory([shared()]) as memory:
         with pytest.raises(OffmapError, match="cannot give up 20 MiB"):
