@@ -17,19 +17,9 @@ _MAGIC = 0xEB9F
 _HEADER = struct.Struct("<HBBIIIII")  # struct btf_header
 _KIND_STRUCT, _KIND_UNION = 4, 5
 _KIND_FLAG = 1 << 31
-# include/uapi/linux/btf.h: what follows struct btf_type, in 32-bit words: (fixed, for each of vlen), by kind.
-_EXTRA = {
-    1: (1, 0),
-    3: (3, 0),
-    4: (0, 3),
-    5: (0, 3),
-    6: (0, 2),
-    13: (0, 2),
-    14: (1, 0),
-    15: (0, 3),
-    17: (1, 0),
-    19: (0, 3),
-}
+# include/uapi/linux/btf.h: 32-bit words that follow struct btf_type, by kind: fixed ones, and those for each of vlen.
+_FIXED = {1: 1, 3: 3, 14: 1, 17: 1}
+_EACH = {4: 3, 5: 3, 6: 2, 13: 2, 15: 3, 19: 3}
 _LAST_KIND = 19  # BTF_KIND_ENUM64
 _MODIFIERS = {8, 9, 10, 11, 18}  # typedef, volatile, const, restrict, type tag
 
@@ -79,29 +69,28 @@ class Btf:
     def _index(self) -> "array[int]":
         """Where each type is; type 0 is void."""
         words, at, found = self._words, 0, array("I", [0])
-        sizes = [_EXTRA.get(kind, (0, 0)) for kind in range(32)]
         while at < len(words):
             found.append(at)
             info = words[at + 1]
             kind = info >> 24 & 31
             if not 1 <= kind <= _LAST_KIND:
                 raise Unknown(f"BTF has a type of unknown kind {kind}")
-            fixed, each = sizes[kind]
-            at += 3 + fixed + each * (info & 0xFFFF)
+            at += 3 + _FIXED.get(kind, 0) + _EACH.get(kind, 0) * (info & 0xFFFF)
         return found
 
     def _struct(self, name: str) -> int:
-        if name not in self._structs:
-            self._structs[name] = self._find_struct(name)
-        return self._structs[name]
-
-    def _find_struct(self, name: str) -> int:
+        if name in self._structs:
+            return self._structs[name]
         start = self._strings.find(b"\0" + name.encode() + b"\0") + 1
         words, at = np.asarray(self._words), np.asarray(self._at)
         for found in at[words[at] == start].tolist() if start else ():
-            if self._words[found + 1] >> 24 & 31 == _KIND_STRUCT:
+            if self._kind(found) == _KIND_STRUCT:
+                self._structs[name] = found
                 return int(found)
         raise Unknown(f"no struct {name}")
+
+    def _kind(self, at: int) -> int:
+        return self._words[at + 1] >> 24 & 31
 
     def size(self, name: str) -> int:
         """Bytes of a structure."""
@@ -134,15 +123,15 @@ class Btf:
                 return bits // 8, type_id
             if not text:
                 inner = self._at[self._resolve(type_id)]
-                if self._words[inner + 1] >> 24 & 31 in {_KIND_STRUCT, _KIND_UNION}:
-                    found = self._member(inner, name)
-                    if found is not None:
-                        return bits // 8 + found[0], found[1]
+                found = self._member(inner, name)
+                if found is not None:
+                    return bits // 8 + found[0], found[1]
         return None
 
     def _members(self, at: int) -> Iterable[tuple[int, int, int]]:
+        """(name, type, offset in bits) of each member; none where it is no structure."""
         info = self._words[at + 1]
-        if info >> 24 & 31 not in {_KIND_STRUCT, _KIND_UNION}:
+        if self._kind(at) not in {_KIND_STRUCT, _KIND_UNION}:
             return
         for index in range(at + 3, at + 3 + 3 * (info & 0xFFFF), 3):
             name, type_id, offset = self._words[index : index + 3]
@@ -150,6 +139,6 @@ class Btf:
 
     def _resolve(self, type_id: int) -> int:
         """Past typedefs and qualifiers."""
-        while type_id and self._words[self._at[type_id] + 1] >> 24 & 31 in _MODIFIERS:
+        while type_id and self._kind(self._at[type_id]) in _MODIFIERS:
             type_id = self._words[self._at[type_id] + 2]
         return type_id

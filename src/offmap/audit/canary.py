@@ -1,9 +1,9 @@
 """Canaries: secrets that are planted in a guest's RAM and searched for in the kernel's.
 
-A canary is the text ``OFFMAPCANARY1:`` ID ``:`` NONCE ``:`` CHECK, where ID is 4 and NONCE 32 lower-case hex digits and
-CHECK is the SHA-256, in hex, of the text ``KEY:ID:NONCE``. KEY is 32 hex digits, fresh for each run, and is never part
-of a canary: so the searcher needs to hold nothing but the prefix, what an earlier run left in memory does not count,
-and a guest can make canaries with a shell and ``sha256sum``.
+A canary is the text ``OFFMAPCANARY1:`` ID ``:`` NONCE ``:`` CHECK. ID is 4 and NONCE 32 lower-case hex digits; CHECK is
+the SHA-256, in hex, of the text ``KEY:ID:NONCE``. KEY is 32 hex digits, fresh for each run, and never part of a canary.
+So the searcher holds only the prefix, canaries of earlier runs do not count, and a guest can make canaries with a shell
+and ``sha256sum``.
 """
 
 import hashlib
@@ -19,7 +19,6 @@ CanaryKey = NewType("CanaryKey", str)
 PREFIX = b"OFFMAPCANARY1:"
 CANARY_LENGTH = len(PREFIX) + 4 + 1 + 32 + 1 + 64
 _FORM = re.compile(PREFIX + rb"([0-9a-f]{4}):([0-9a-f]{32}):([0-9a-f]{64})")
-_KEY_FORM = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def parse_key(text: str) -> CanaryKey:
         OffmapError: not 32 hex digits.
     """
     key = text.lower()
-    if not _KEY_FORM.fullmatch(key):
+    if not re.fullmatch("[0-9a-f]{32}", key):
         raise OffmapError(f"{text!r} is not a canary key", "give the 32 hex digits that the canaries were made with")
     return CanaryKey(key)
 
@@ -70,6 +69,4 @@ def parse_canary(data: bytes | bytearray | memoryview, key: CanaryKey) -> Canary
     if match is None:
         return None
     number, nonce, check = (part.decode("ascii") for part in match.groups())
-    if _check(key, number, nonce) != check:
-        return None
-    return Canary(int(number, 16), nonce)
+    return Canary(int(number, 16), nonce) if _check(key, number, nonce) == check else None

@@ -1,18 +1,17 @@
 """The scan: read every page of RAM that the kernel maps, through each of its mappings, and say where bytes stand.
 
-What is looked for is either canaries (any valid one of a key) or one secret. Reads go through /proc/kcore; what it can
-show is worked out in ``readable``, and what it cannot is counted. ``search`` does the reading, ``placed`` says what the
-pages are that something was found in.
+It looks either for canaries (any valid one of a key) or for one secret. Reads go through /proc/kcore: ``readable`` says
+what that can show, and what it cannot is counted. ``search`` reads; ``placed`` says what the pages are that something
+was found in.
 
 A scanner finds itself. So it keeps what it looks for, and what it reads, in locked memory of its own, and leaves out
-hits in its own pages, known by their frames; canaries are looked for by their prefix alone. The kernel's one bounce
-buffer of each open kcore may show what was just read a second time: every hit is looked at again, and one that has
-gone by then is said to have gone.
+hits in its own frames. Canaries are looked for by their prefix alone. The kernel's bounce buffer of an open kcore may
+show a second time what was just read. So every hit is looked at again, and one that has gone by then is called gone.
 """
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,7 +32,6 @@ from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
 _THREADS = 2  # one reader rarely fills a memory channel; a host in use has better things to do than more of them
-
 _MOST_PLACES = 1 << 14  # of a secret; nobody reads a longer list
 
 T = TypeVar("T")
@@ -52,11 +50,7 @@ def canary_pattern(prefix: LockedBuffer, keys: Sequence[CanaryKey]) -> Pattern[t
     prefix.view[: len(PREFIX)] = PREFIX
 
     def match(data: memoryview) -> tuple[CanaryKey, Canary] | None:
-        for key in keys:
-            canary = parse_canary(data, key)
-            if canary is not None:
-                return key, canary
-        return None
+        return next(((key, canary) for key in keys if (canary := parse_canary(data, key)) is not None), None)
 
     return Pattern(prefix.va, len(PREFIX), CANARY_LENGTH, match)
 
@@ -64,10 +58,7 @@ def canary_pattern(prefix: LockedBuffer, keys: Sequence[CanaryKey]) -> Pattern[t
 def secret_pattern(secret: Secret) -> Pattern[bool]:
     """The bytes of a secret, which must outlive the pattern."""
 
-    def match(data: memoryview) -> bool | None:
-        return True if data == secret.view else None
-
-    return Pattern(secret.va, secret.length, secret.length, match, _MOST_PLACES)
+    return Pattern(secret.va, secret.length, secret.length, lambda data: data == secret.view or None, _MOST_PLACES)
 
 
 @dataclass
@@ -91,17 +82,16 @@ class _Scan:
             hits, own = self._search(pattern)
             frame = control.pfn()
             _check_control(any(what[0] == control_key and hit.pa // PAGE_SIZE == frame for hit, what in hits))
-            # Where a VMM audits itself, the guest's pages are its own.
-            kept = [
-                (hit, what[1])
-                for hit, what in hits
-                if what[0] == key and (hit.pa // PAGE_SIZE in self.guest or hit.pa // PAGE_SIZE not in own)
-            ]
+            kept = [(hit, canary) for hit, (of, canary) in hits if of == key and self._counts(hit, own)]
             places = self._places([hit for hit, _ in kept], pattern)
         found: dict[Canary, list[Place]] = {}
         for (_, canary), place in zip(kept, places, strict=True):
             found.setdefault(canary, []).append(place)
         return found
+
+    def _counts(self, hit: Found, own: Collection[int]) -> bool:
+        """Whether it is not of our own pages. Where a VMM audits itself, the guest's pages are its own, and count."""
+        return hit.pa // PAGE_SIZE in self.guest or hit.pa // PAGE_SIZE not in own
 
     def secret(self, secret: Secret) -> list[Place]:
         pattern = secret_pattern(secret)
@@ -110,8 +100,7 @@ class _Scan:
         # The page that holds the secret for us is the positive control: its bytes stand nowhere but there.
         control = frames_at(secret.va, 1)
         _check_control(any(hit.pa // PAGE_SIZE in control for hit, _ in hits))
-        kept = [hit for hit, _ in hits if hit.pa // PAGE_SIZE in self.guest or hit.pa // PAGE_SIZE not in own]
-        return self._places(kept, pattern, secret)
+        return self._places([hit for hit, _ in hits if self._counts(hit, own)], pattern, secret)
 
     def _search(self, pattern: Pattern[T], seams: Seams | None = None) -> tuple[list[tuple[Found, T]], set[int]]:
         """What was found, and the frames that were ours meanwhile."""

@@ -1,9 +1,8 @@
 """The search: read stretches of kernel memory as fast as they come, and find a pattern in them.
 
-Reading takes nearly all of the time. What is read goes into a buffer of ours that stays in the processor's cache and is
-searched by the C library's memmem(3), which skips most bytes; both are called without the interpreter's lock, so that
-threads add up. A canary's prefix or the beginning of a secret is what is looked for; whatever starts with it is then
-looked at in full.
+Reading takes nearly all of the time. It fills a buffer that stays in the processor's cache. The C library's memmem(3),
+which skips most bytes, searches that for a canary's prefix or the beginning of a secret; matches are then compared in
+full. Both calls release the interpreter's lock, so threads add up.
 
 Neighbouring pages of a guest are rarely neighbours in physical memory. A secret that lies across two of them is in two
 pieces for the kernel: ``Seams`` are such pairs of pages, and the larger part of the pattern is looked for at their
@@ -15,6 +14,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -95,12 +95,12 @@ class Seams:
     first: NDArray[np.uint64]
     second: NDArray[np.uint64]
     secret: memoryview
-    by_second: NDArray[np.intp] = field(init=False)
-    second_sorted: NDArray[np.uint64] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "by_second", np.argsort(self.second, kind="stable"))
-        object.__setattr__(self, "second_sorted", self.second[self.by_second])
+    @cached_property
+    def by_second(self) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
+        """``second`` sorted, and which pair each is of."""
+        order = np.argsort(self.second, kind="stable")
+        return self.second[order], order
 
 
 class _Stopped(Exception):
@@ -153,8 +153,7 @@ def search(
         readable: sorted by address.
         lanes: as many threads read as there are lanes.
         progress: told the share that is done.
-        seams: also look for the pattern across these; what was found there has no ``what`` of its own, so it is given
-            to ``pattern.match`` put together.
+        seams: also look for the pattern across these.
 
     Returns:
         Each match and what ``pattern.match`` made of it, in order of address.
@@ -164,12 +163,11 @@ def search(
     """
     total = sum(piece.bytes for piece in readable) or 1
     work: _Work[T] = _Work(_chunks(readable, pattern.span - 1), total, progress, pattern.most)
-    threads = [
-        threading.Thread(target=_run, args=(work, readable, lane, pattern, seams), daemon=True) for lane in lanes[1:]
-    ]
+    run = partial(_run, work, readable, pattern=pattern, seams=seams)
+    threads = [threading.Thread(target=run, args=(lane,), daemon=True) for lane in lanes[1:]]
     for thread in threads:
         thread.start()
-    _run(work, readable, lanes[0], pattern, seams)
+    run(lanes[0])
     for thread in threads:
         thread.join()
     if work.error is not None:
@@ -203,14 +201,13 @@ def _run(work: _Work[T], readable: Sequence[Piece], lane: Lane, pattern: Pattern
         while (chunk := work.next()) is not None:
             va, size, again = chunk
             lane.read(va, buffer.view[:size])
-            for at in _matches(buffer.va, size, pattern):
-                what = pattern.match(buffer.view[at : at + pattern.span])
-                if what is not None:
-                    piece = readable[bisect_right(starts, va + at) - 1]
-                    work.add(Found(va + at, piece.pa + va + at - piece.va), what)
+            for at, what in _matches(buffer, size, pattern):
+                piece = readable[bisect_right(starts, va + at) - 1]
+                work.add(Found(va + at, piece.pa + va + at - piece.va), what)
             if seams is not None:
-                for piece, at in _within(readable, starts, va + again, size - again):
-                    _edges(buffer.view[at - va : at - va + piece.bytes], piece.pa, seams, work.seams)
+                for piece in _within(readable, starts, va + again, size - again):
+                    at = piece.va - va
+                    _edges(buffer.view[at : at + piece.bytes], piece.pa, seams, work.seams)
             work.finished(size - again)
     except _Stopped:
         pass
@@ -219,25 +216,28 @@ def _run(work: _Work[T], readable: Sequence[Piece], lane: Lane, pattern: Pattern
             work.error = work.error or error
 
 
-def _matches(va: int, size: int, pattern: Pattern[T]) -> Iterator[int]:
-    """Offsets at which the beginning of the pattern stands, and the whole of it would fit."""
+def _matches(buffer: LockedBuffer, size: int, pattern: Pattern[T]) -> Iterator[tuple[int, T]]:
+    """Offsets in the buffer's first ``size`` bytes at which the pattern stands, and what it made of each match."""
     at, anchor = 0, min(pattern.bytes, _ANCHOR)
     while at + pattern.span <= size:
-        hit = _memmem(va + at, size - at, pattern.va, anchor)
-        if hit is None or hit - va + pattern.span > size:
+        hit = _memmem(buffer.va + at, size - at, pattern.va, anchor)
+        if hit is None or hit - buffer.va + pattern.span > size:
             return
-        yield hit - va
-        at = hit - va + 1
+        at = hit - buffer.va
+        what = pattern.match(buffer.view[at : at + pattern.span])
+        if what is not None:
+            yield at, what
+        at += 1
 
 
-def _within(readable: Sequence[Piece], starts: Sequence[int], va: int, size: int) -> Iterator[tuple[Piece, int]]:
-    """The parts of the pieces within a read, and their addresses."""
+def _within(readable: Sequence[Piece], starts: Sequence[int], va: int, size: int) -> Iterator[Piece]:
+    """The parts of the pieces within a read."""
     index = bisect_right(starts, va) - 1
     while index < len(readable) and readable[index].va < va + size:
         piece = readable[index]
         start, end = max(piece.va, va), min(piece.va + piece.bytes, va + size)
         if start < end:
-            yield Piece(start, piece.pa + start - piece.va, end - start), start
+            yield piece.part(start - piece.va, end - piece.va)
         index += 1
 
 
@@ -250,16 +250,16 @@ def _edges(data: memoryview, pa: int, seams: Seams, found: set[int]) -> None:
     pages = np.frombuffer(data, dtype=np.uint8).reshape(-1, PAGE_SIZE)
     width = min(length - 1, PAGE_SIZE)
     # With at least half of it in the first page, its first half is all there; else its second half is in the second.
-    low, high = np.searchsorted(seams.first, [first, last])
-    if high > low:
-        rows = (seams.first[low:high] - np.uint64(first)).astype(np.intp)
-        edges = np.ascontiguousarray(pages[rows, PAGE_SIZE - width :])
-        found.update((low + row) for row in _rows(edges, seams.secret[: max(half, 1)]))
-    low, high = np.searchsorted(seams.second_sorted, [first, last])
-    if high > low:
-        rows = (seams.second_sorted[low:high] - np.uint64(first)).astype(np.intp)
-        edges = np.ascontiguousarray(pages[rows, :width])
-        found.update(int(seams.by_second[low + row]) for row in _rows(edges, seams.secret[half:]))
+    second, pair = seams.by_second
+    sides = (
+        (seams.first, slice(PAGE_SIZE - width, PAGE_SIZE), seams.secret[: max(half, 1)], np.arange(len(pair))),
+        (second, slice(0, width), seams.secret[half:], pair),
+    )
+    for frames, edge, part, pairs in sides:
+        low, high = np.searchsorted(frames, [first, last])
+        if high > low:
+            edges = np.ascontiguousarray(pages[(frames[low:high] - np.uint64(first)).astype(np.intp), edge])
+            found.update(int(pairs[low + row]) for row in _rows(edges, part))
 
 
 def _rows(edges: NDArray[np.uint8], part: memoryview) -> Iterator[int]:
@@ -281,19 +281,18 @@ def _join_seams(
     candidates: Sequence[int], readable: Sequence[Piece], lane: Lane, pattern: Pattern[T], seams: Seams
 ) -> Iterator[tuple[Found, T]]:
     """Look at the candidates in full: the end of the first page and the beginning of the second, put together."""
-    by_pa = sorted((piece.pa, piece.va, piece.bytes) for piece in readable)
-    starts = [pa for pa, _, _ in by_pa]
+    by_pa = sorted(readable, key=lambda piece: piece.pa)
+    starts = [piece.pa for piece in by_pa]
 
     def address(pa: int) -> int | None:
         # Pieces may overlap physically: the one that starts last before it need not be the one that holds it.
         index = bisect_right(starts, pa) - 1
-        for start, va, size in reversed(by_pa[max(index - 64, 0) : index + 1]):
-            if pa < start + size:
-                return va + pa - start
+        for piece in reversed(by_pa[max(index - 64, 0) : index + 1]):
+            if pa < piece.pa + piece.bytes:
+                return piece.va + pa - piece.pa
         return None
 
-    span, width = pattern.span, min(pattern.span - 1, PAGE_SIZE)
-    buffer = lane.buffer
+    width, buffer = min(pattern.span - 1, PAGE_SIZE), lane.buffer
     for index in candidates:
         end = (int(seams.first[index]) + 1) * PAGE_SIZE
         second = int(seams.second[index]) * PAGE_SIZE
@@ -302,7 +301,5 @@ def _join_seams(
             continue  # one of the two is not to be read: then the kernel does not have the whole of it
         lane.read(before, buffer.view[:width])
         lane.read(after, buffer.view[width : 2 * width])
-        for at in _matches(buffer.va, 2 * width, pattern):
-            what = pattern.match(buffer.view[at : at + span])
-            if what is not None:
-                yield Found(before + at, end - width + at, second), what
+        for at, what in _matches(buffer, 2 * width, pattern):
+            yield Found(before + at, end - width + at, second), what
