@@ -29,10 +29,9 @@ from offmap.audit.classify import classify
 from offmap.audit.frames import POPULATED, Frames
 from offmap.audit.guest_ram import GuestRam, RamRange
 from offmap.audit.intervals import Intervals
-from offmap.audit.join import join
+from offmap.audit.join import join, physical_map
 from offmap.audit.kinds import kinds_of
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.physical import physical_map
 from offmap.audit.regions import DIRECT_MAP, Layout
 from offmap.audit.regions import VMALLOC as VMALLOC_SPACE
 from offmap.audit.result import Source

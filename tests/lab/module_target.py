@@ -20,7 +20,7 @@ import numpy as np
 
 from offmap.audit.kcore import Kcore
 from offmap.audit.pagemap import pfn, present, read_pagemap
-from offmap.audit.unplugged import physical_ranges
+from offmap.audit.residency import physical_ranges
 from offmap.uapi import offmap_module as uapi
 
 MIB = 1 << 20

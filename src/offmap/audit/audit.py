@@ -10,20 +10,18 @@ import msgspec
 
 import offmap
 from offmap.audit.classify import Judged, classify, excluded_ranges, mapped_guest_ranges
-from offmap.audit.control import check_control
 from offmap.audit.drgn_kernel import require_drgn
 from offmap.audit.frames import resolve
 from offmap.audit.guest_pages import GuestPages
 from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, find_guest_ram
 from offmap.audit.host import host_facts, utc_now
-from offmap.audit.join import join
+from offmap.audit.join import join, physical_map
 from offmap.audit.kcore import Kcore
 from offmap.audit.kinds import kinds_of, read_vmallocinfo
 from offmap.audit.kvm_slots import KvmSlot, KvmSlots
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.oracle import Sample, ask_drgn
-from offmap.audit.own_memory import OwnPage
-from offmap.audit.physical import physical_map
+from offmap.audit.own_memory import OwnPage, check_control
 from offmap.audit.process import Process, ProcessEnded
 from offmap.audit.reach import Kind, Reach, Sharing
 from offmap.audit.regions import Layout

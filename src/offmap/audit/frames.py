@@ -16,11 +16,18 @@ from numpy.typing import NDArray
 from offmap.audit import pagemap
 from offmap.audit.guest_ram import RamRange
 from offmap.audit.intervals import Intervals, Ints, cut, run_starts
-from offmap.audit.maps import Mapping
 from offmap.audit.pageflags import KPF_ZERO_PAGE, PageFlags
-from offmap.audit.process import Process, ProcessEnded
-from offmap.audit.residency import Backing, allocated_bytes, backing_of, link, open_backing, resident_frames
-from offmap.audit.unplugged import is_offmap_device, physical_ranges
+from offmap.audit.process import Mapping, Process, ProcessEnded
+from offmap.audit.residency import (
+    Backing,
+    allocated_bytes,
+    backing_of,
+    is_offmap_device,
+    link,
+    open_backing,
+    physical_ranges,
+    resident_frames,
+)
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size

@@ -22,9 +22,8 @@ from dataclasses import dataclass, field
 
 from offmap.audit.btf import Unknown
 from offmap.audit.kvm_slots import KVM_VM_LINK, KvmSlot, OthersVm
-from offmap.audit.maps import Mapping as Vma
-from offmap.audit.maps import find_mapping
-from offmap.audit.process import Process
+from offmap.audit.process import Mapping as Vma
+from offmap.audit.process import Process, find_mapping
 from offmap.audit.residency import link as link_of
 from offmap.audit.result import Source
 from offmap.errors import Undetermined

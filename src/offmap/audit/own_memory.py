@@ -1,12 +1,22 @@
-"""Memory of our own that must not be taken for a finding: buffers that are locked and wiped, and the frames behind."""
+"""Memory of our own: buffers that are locked and wiped, the frames behind them, and the positive control.
+
+A page of our own is certainly in the direct map. Before anything is called absent, the audit must see that page: its
+frame in the same pagemap as the guest's, its mapping in the same walk, its content in the same /proc/kcore. A scan must
+not take our own pages for a finding.
+"""
 
 import ctypes
 import mmap
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from offmap.audit import pagemap
-from offmap.audit.maps import parse_maps
+from offmap.audit.kcore import Kcore
+from offmap.audit.mappings import KernelMappings, covered
+from offmap.audit.process import parse_maps
 from offmap.errors import Undetermined
 from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
@@ -79,3 +89,30 @@ def own_frames() -> set[int]:
             entries = pagemap.own_entries(mapping.start, mapping.size // PAGE_SIZE)
             frames.update(pagemap.pfn(entries[pagemap.private(entries)]).tolist())
     return frames
+
+
+_ATTEMPTS = 3  # our page may be migrated just then
+
+
+def check_control(page: OwnPage, kcore: Kcore, mappings: KernelMappings) -> None:
+    """Find our own page in the walk and read it through kcore.
+
+    Args:
+        page: written to before the walk began.
+
+    Raises:
+        Undetermined: the walk does not have it, or kcore reads something else there.
+    """
+    for _ in range(_ATTEMPTS):
+        secret = secrets.token_bytes(64)
+        page.write(secret)
+        frame = page.pfn()
+        seen = bytearray(len(secret))
+        if not covered(mappings.direct, np.array([frame], dtype=np.uint64))[0]:
+            failure = "the walk does not find the auditor's own page in the direct map"
+            continue
+        kcore.read_virtual(mappings.direct_map_base + frame * PAGE_SIZE, memoryview(seen))
+        if seen == secret and page.pfn() == frame:
+            return
+        failure = "/proc/kcore does not show the auditor's own page"
+    raise Undetermined(f"the positive control failed: {failure}", "run the audit again; if it persists, report it")

@@ -1,8 +1,9 @@
-"""Pages of a file-backed mapping that the process itself does not have in its page tables.
+"""Where pages stand that the process itself does not have in its page tables: in a file, or in the offmap module.
 
-Their file may hold them all the same: put there by another mapping, or dropped from this one by reclaim. The file is
-opened a second time, mapped read-only, and asked with mincore(2), which brings nothing in; only pages that are resident
-already are touched, so that our own pagemap tells their frames. Nothing is written, and no page is allocated.
+A file may hold pages that another mapping put there, or that reclaim dropped from this one. The file is opened a second
+time, mapped read-only, and asked with mincore(2), which brings nothing in. Only pages that are resident already are
+touched, so that our own pagemap tells their frames. Nothing is written, and no page is allocated. Where a mapping of
+/dev/offmap is in physical memory, only the module that made it knows.
 """
 
 import ctypes
@@ -13,14 +14,15 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
+from fcntl import ioctl
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit import pagemap
-from offmap.audit.maps import Mapping
-from offmap.audit.process import Process
+from offmap.audit.process import Mapping, Process
 from offmap.errors import Undetermined
+from offmap.uapi.offmap_module import DEVICE, OFFMAP_TRANSLATE, offmap_translate
 from offmap.uapi.page import PAGE_SIZE
 
 _SYS_PIDFD_GETFD = 438  # arch/x86/entry/syscalls/syscall_64.tbl
@@ -163,3 +165,31 @@ def _data(fd: int, offset: int, pages: int) -> NDArray[np.bool_]:
         position = os.lseek(fd, start, os.SEEK_HOLE)
         data[max(start - offset, 0) // PAGE_SIZE : max(-(-(position - offset) // PAGE_SIZE), 0)] = True
     return data
+
+
+def is_offmap_device(rdev: int) -> bool:
+    """Whether `rdev` is the device number of /dev/offmap."""
+    try:
+        return os.stat(DEVICE).st_rdev == rdev  # noqa: PTH116 - a device, not a document
+    except OSError:
+        return False
+
+
+def physical_ranges(pid: int, va: int, size: int) -> list[tuple[int, int]]:
+    """What `size` bytes at `va` of process `pid` are, as (physical address, bytes), in order.
+
+    Raises:
+        OSError: there is no such mapping of /dev/offmap (ENXIO), or the module may not be asked.
+    """
+    ranges = []
+    with os.fdopen(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC), "rb", buffering=0) as device:
+        while size > 0:
+            question = offmap_translate(pid=pid, addr=va)
+            ioctl(device, OFFMAP_TRANSLATE, question)
+            length = min(int(question.length), size)
+            if length <= 0:
+                raise OSError(f"the offmap module gave no length for {va:#x}")
+            ranges.append((int(question.phys), length))
+            va += length
+            size -= length
+    return ranges

@@ -18,8 +18,7 @@ from offmap.audit.classify import Judged
 from offmap.audit.frames import POPULATED
 from offmap.audit.guest_ram import GuestRam
 from offmap.audit.intervals import Intervals, Ints, run_starts
-from offmap.audit.maps import Mapping
-from offmap.audit.process import NoSuchProcess, Process, process_ids
+from offmap.audit.process import Mapping, NoSuchProcess, Process, process_ids
 from offmap.audit.reach import Sharer, Sharing
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE

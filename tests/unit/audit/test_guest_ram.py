@@ -16,8 +16,7 @@ from offmap.audit.guest_ram import (
     slot_ranges,
 )
 from offmap.audit.kvm_slots import KvmSlot
-from offmap.audit.maps import find_mapping, parse_maps
-from offmap.audit.process import NoSuchProcess, Process
+from offmap.audit.process import NoSuchProcess, Process, find_mapping, parse_maps
 from offmap.audit.result import Source
 from offmap.errors import OffmapError, Undetermined
 

@@ -6,8 +6,7 @@ import os
 
 import numpy as np
 
-from offmap.audit.maps import Mapping, find_mapping
-from offmap.audit.process import Process
+from offmap.audit.process import Mapping, Process, find_mapping
 from offmap.audit.residency import Backing, allocated_bytes, backing_of, resident_frames
 
 PAGE = 4096

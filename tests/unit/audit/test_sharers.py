@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from offmap.audit import sharers
 from offmap.audit.intervals import Intervals
-from offmap.audit.maps import parse_maps
+from offmap.audit.process import parse_maps
 from offmap.audit.sharers import count_sharing
 from offmap.errors import Undetermined
 

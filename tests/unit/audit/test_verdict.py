@@ -11,10 +11,9 @@ from offmap.audit.classify import classify, excluded_ranges, mapped_guest_ranges
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, Frames
 from offmap.audit.guest_ram import GuestRam, RamRange
 from offmap.audit.intervals import Intervals
-from offmap.audit.join import join
+from offmap.audit.join import join, physical_map
 from offmap.audit.kinds import kinds_of
 from offmap.audit.mappings import RUN, KernelMappings
-from offmap.audit.physical import physical_map
 from offmap.audit.reach import Kind
 from offmap.audit.regions import VMALLOC, Layout
 from offmap.audit.result import Source, Span
