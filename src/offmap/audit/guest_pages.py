@@ -40,14 +40,13 @@ class GuestPages:
         parts = list(ranges)
         first = np.cumsum([0, *(part.pages for part in parts)])
         index = np.searchsorted(first, page, side="right") - 1
-        va = np.array([part.va for part in parts], dtype=np.int64)
-        gpa = np.array(
-            [_NOWHERE if part.guest_phys_addr is None else part.guest_phys_addr for part in parts], dtype=np.int64
-        )
         within = (page - first[index]) * PAGE_SIZE
+        va = np.array([part.va for part in parts], dtype=np.int64)[index] + within
+        places = [_NOWHERE if part.guest_phys_addr is None else part.guest_phys_addr for part in parts]
+        gpa = np.array(places, dtype=np.int64)[index]
+        gpa = np.where(gpa < 0, _NOWHERE, gpa + within)
         order = np.argsort(pfn, kind="stable")
-        known = np.where(gpa[index] < 0, _NOWHERE, gpa[index] + within)
-        return cls(pfn[order], pages[order], (va[index] + within)[order], known[order])
+        return cls(pfn[order], pages[order], va[order], gpa[order])
 
     @classmethod
     def none(cls) -> "GuestPages":
@@ -75,8 +74,6 @@ class GuestPages:
         """Pairs of frames (of each, the one that comes first) that are neighbours for the process but not in RAM."""
         order = np.argsort(self.va, kind="stable")
         va, pfn, pages = self.va[order], self.pfn[order], self.pages[order]
-        if len(va) < 2:
-            return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.uint64)
         last = pfn[:-1] + pages[:-1] - 1
         seam = (va[:-1] + pages[:-1] * PAGE_SIZE == va[1:]) & (last + 1 != pfn[1:])
         first, second = last[seam], pfn[1:][seam]

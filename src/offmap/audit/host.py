@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -54,11 +55,8 @@ class HostFacts(Document, frozen=True):
 
 def _field(text: str, name: str) -> str:
     """The first ``name : value`` of a /proc file; empty if there is none."""
-    for line in text.splitlines():
-        key, colon, value = line.partition(":")
-        if colon and key.strip() == name:
-            return value.strip()
-    return ""
+    found = re.search(rf"^{name}[ \t]*:(.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def _read(path: str) -> str:

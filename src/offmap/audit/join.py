@@ -20,6 +20,7 @@ from offmap.audit.regions import Layout
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
+_CELLS = 4096  # as many can still be looked at one by one
 _CHUNK = 1 << 16  # runs of guest pages joined at once
 
 # A stretch of guest pages and one kernel mapping of it: page index, frame, pages, kernel address, the walk's run.
@@ -158,9 +159,6 @@ def _totals(
     return tuple(sorted(found, key=lambda total: (total.kind is not Kind.DIRECT_MAP, -total.pages)))
 
 
-_CELLS = 4096  # as many can still be looked at one by one
-
-
 def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _CELLS) -> PhysicalMap:
     """Where the known guest pages are, each frame once.
 
@@ -170,12 +168,10 @@ def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _C
     """
     known = judged.known
     start, pages, reached = _once(judged.pfn[known], judged.pages[known], judged.reached[known])
+    ranges = tuple((Address(low), Address(high)) for low, high in ram)
     if len(start) <= cells:
-        found = [
-            _cell(pfn, count, count, mask, judged, np.array([mask]), np.array([count]))
-            for pfn, count, mask in zip(start.tolist(), pages.tolist(), reached.tolist(), strict=True)
-        ]
-        return PhysicalMap(_addresses(ram), None, tuple(found))
+        rows = zip(start.tolist(), pages.tolist(), reached.reshape(-1, 1), pages.reshape(-1, 1), strict=True)
+        return PhysicalMap(ranges, None, tuple(_cell(judged, *row) for row in rows))
     low, high = int(start[0]), int(start[-1] + pages[-1])
     bucket = 1
     while (high - low // bucket * bucket + bucket - 1) // bucket > cells:
@@ -184,17 +180,10 @@ def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _C
     source, offset, length = cut(start, pages, np.arange(base, high + bucket, bucket, dtype=np.int64))
     place = (start[source] + offset - base) // bucket
     found = []
-    edges = run_starts(np.diff(place) != 0, len(place))
-    for first, last in zip(edges.tolist(), [*edges[1:].tolist(), len(place)], strict=True):
-        masks, counts = reached[source[first:last]], length[first:last]
-        mask = int(np.bitwise_or.reduce(masks))
-        pfn = base + int(place[first]) * bucket
-        found.append(_cell(pfn, bucket, int(counts.sum()), mask, judged, masks, counts))
-    return PhysicalMap(_addresses(ram), bucket * PAGE_SIZE, tuple(found))
-
-
-def _addresses(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[Address, Address], ...]:
-    return tuple((Address(start), Address(end)) for start, end in ranges)
+    for part in np.split(np.arange(len(place)), run_starts(np.diff(place) != 0, len(place))[1:]):
+        pfn = base + int(place[part[0]]) * bucket
+        found.append(_cell(judged, pfn, bucket, reached[source[part]], length[part]))
+    return PhysicalMap(ranges, bucket * PAGE_SIZE, tuple(found))
 
 
 def _once(pfn: Ints, pages: Ints, reached: NDArray[np.uint32]) -> tuple[Ints, Ints, NDArray[np.uint32]]:
@@ -216,11 +205,11 @@ def _once(pfn: Ints, pages: Ints, reached: NDArray[np.uint32]) -> tuple[Ints, In
     return begin[new], np.add.reduceat(length, new), mask[new]
 
 
-def _cell(
-    pfn: int, pages: int, guest: int, mask: int, judged: Judged, masks: NDArray[np.integer], counts: Ints
-) -> PhysicalCell:
+def _cell(judged: Judged, pfn: int, pages: int, masks: NDArray[np.integer], counts: Ints) -> PhysicalCell:
+    """The cell of these frames, whose guest pages are ``counts`` that ``masks`` reach."""
     direct, alias = masks & judged.DIRECT != 0, masks & ~judged.DIRECT != 0
-    mapped = int(counts[masks != 0].sum())
+    guest, mapped = int(counts.sum()), int(counts[masks != 0].sum())
+    mask = int(np.bitwise_or.reduce(masks))
     return PhysicalCell(
         pa=Address(pfn * PAGE_SIZE),
         bytes=pages * PAGE_SIZE,

@@ -22,6 +22,7 @@ from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_ATTEMPTS = 3  # our page may be migrated just then
 _UNCOUNTED = {"[vsyscall]", "[vvar]", "[vvar_vclock]"}  # the kernel's pages, not ours
 
 
@@ -89,9 +90,6 @@ def own_frames() -> set[int]:
             entries = pagemap.own_entries(mapping.start, mapping.size // PAGE_SIZE)
             frames.update(pagemap.pfn(entries[pagemap.private(entries)]).tolist())
     return frames
-
-
-_ATTEMPTS = 3  # our page may be migrated just then
 
 
 def check_control(page: OwnPage, kcore: Kcore, mappings: KernelMappings) -> None:

@@ -87,5 +87,5 @@ class PageFlags(Owned):
         return np.asarray(self.of(pfns) & _ZERO_FILLED != 0, dtype=np.bool_)
 
     def zero_filled_range(self, first_pfn: int, count: int) -> NDArray[np.bool_]:
-        """The same for ``count`` neighbouring pages."""
+        """Whether /proc/kcore zero-fills each of ``count`` neighbouring pages."""
         return np.asarray(self.range(first_pfn, count) & _ZERO_FILLED != 0, dtype=np.bool_)

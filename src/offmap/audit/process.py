@@ -6,7 +6,8 @@ Source of the mappings: /proc/PID/maps (``fs/proc/task_mmu.c``, ``show_map_vma``
 import ctypes
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,7 @@ from offmap.errors import OffmapError, Undetermined
 from offmap.owned import Owned
 
 _LINE = re.compile(
-    r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<perms>[-r][-w][-x][sp]) (?P<offset>[0-9a-f]+) "
-    r"(?P<device>[0-9a-f]+:[0-9a-f]+) (?P<inode>\d+)(?: +(?P<path>.*))?",
-    re.DOTALL,
+    r"([0-9a-f]+)-([0-9a-f]+) ([-r][-w][-x][sp]) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+)(?: +(.*))?", re.DOTALL
 )
 _AS_ROOT = "run the audit as root with CAP_SYS_PTRACE and CAP_SYS_ADMIN"
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,17 +59,8 @@ def parse_maps(text: str) -> list[Mapping]:
     for line in text.split("\n"):
         match = _LINE.fullmatch(line)
         if match:
-            found.append(
-                Mapping(
-                    int(match["start"], 16),
-                    int(match["end"], 16),
-                    match["perms"],
-                    int(match["offset"], 16),
-                    match["device"],
-                    int(match["inode"]),
-                    match["path"] or "",
-                )
-            )
+            start, end, perms, offset, device, inode, path = match.groups(default="")
+            found.append(Mapping(int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), path))
     return found
 
 
@@ -197,11 +187,8 @@ class Process(Owned):
 
     def threads(self) -> list[int]:
         """IDs of its threads; the main one is there too, even when it has ended before others."""
-        folder = self.open("task", os.O_RDONLY | os.O_DIRECTORY)
-        try:
+        with self._folder("task") as folder:
             return [int(name) for name in os.listdir(folder)]  # noqa: PTH208 (a Path cannot be made of an fd)
-        finally:
-            os.close(folder)
 
     def descriptors(self, thread: int | None = None) -> dict[int, str]:
         """Its open file descriptors and what each link says; those closed meanwhile are left out.
@@ -209,10 +196,8 @@ class Process(Owned):
         Args:
             thread: as this one has them; the main thread has none any more once it has ended.
         """
-        name = "fd" if thread is None else f"task/{thread}/fd"
-        folder = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            links = {}
+        links = {}
+        with self._folder("fd" if thread is None else f"task/{thread}/fd") as folder:
             for name in os.listdir(folder):  # noqa: PTH208 (a Path cannot be made of an fd)
                 try:
                     links[int(name)] = os.readlink(name, dir_fd=folder)
@@ -222,9 +207,15 @@ class Process(Owned):
                     # The folder opens for its owner, its links take ptrace rights (proc_pid_readlink).
                     what = f"the descriptors of process {self.pid} cannot be read: {error.strerror}"
                     raise Undetermined(what, _AS_ROOT) from None
-            return links
+        return links
+
+    @contextmanager
+    def _folder(self, name: str) -> Iterator[int]:
+        fd = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            yield fd
         finally:
-            os.close(folder)
+            os.close(fd)
 
     def file_system(self, name: str) -> int | None:
         """Magic number of the file system that a link below /proc/PID leads to; None where it leads nowhere."""

@@ -125,30 +125,24 @@ def resident_frames(
     Raises:
         OSError: the file cannot be mapped or asked.
     """
-    frames = np.zeros(pages, dtype=np.uint64)
-    resident = np.zeros(pages, dtype=np.bool_)
     # MAP_NORESERVE: a hugetlb file must not lose huge pages to our reservation.
     flags = mmap.MAP_SHARED | _MAP_NORESERVE
     with mmap.mmap(fd, pages * PAGE_SIZE, flags=flags, prot=mmap.PROT_READ, offset=offset) as view:
         # A read-only mmap exports no writable buffer, so its address is asked of numpy, which does not keep it.
         address = int(np.frombuffer(view, dtype=np.uint8).ctypes.data)
         vector = np.zeros(pages, dtype=np.uint8)
-        if _libc.mincore(
-            ctypes.c_void_p(address), ctypes.c_size_t(pages * PAGE_SIZE), vector.ctypes.data_as(ctypes.c_void_p)
-        ):
+        size, out = ctypes.c_size_t(pages * PAGE_SIZE), vector.ctypes.data_as(ctypes.c_void_p)
+        if _libc.mincore(ctypes.c_void_p(address), size, out):
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error))
-        here = np.flatnonzero((vector & 1 != 0) & wanted)
-        for index in here.tolist():
+        cached = wanted & (vector & 1 != 0)
+        for index in np.flatnonzero(cached).tolist():
             view[index * PAGE_SIZE]
         entries = pagemap.own_entries(address, pages)
-    mapped = pagemap.present(entries[here])
-    resident[here] = mapped
-    frames[here] = pagemap.pfn(entries[here])
-    empty = wanted & (vector & 1 == 0)
+    empty = wanted & ~cached
     if counts_holes:
         empty &= ~_data(fd, offset, pages)
-    return frames, resident, empty
+    return pagemap.pfn(entries), cached & pagemap.present(entries), empty
 
 
 def _data(fd: int, offset: int, pages: int) -> NDArray[np.bool_]:

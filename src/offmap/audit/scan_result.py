@@ -70,16 +70,13 @@ class Owner(Document, frozen=True):
     userspace_addr: Address | None = None
 
     def at(self, offset: int) -> "Owner":
-        """The same for a byte within the page."""
-
-        def add(address: int | None) -> Address | None:
-            return None if address is None else Address(address + offset)
-
+        """What this says of the page, of a byte within it."""
+        file, guest, user = self.file_offset, self.guest_phys_addr, self.userspace_addr
         return msgspec.structs.replace(
             self,
-            file_offset=None if self.file_offset is None else self.file_offset + offset,
-            guest_phys_addr=add(self.guest_phys_addr),
-            userspace_addr=add(self.userspace_addr),
+            file_offset=None if file is None else file + offset,
+            guest_phys_addr=None if guest is None else Address(guest + offset),
+            userspace_addr=None if user is None else Address(user + offset),
         )
 
     def __str__(self) -> str:

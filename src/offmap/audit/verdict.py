@@ -7,29 +7,26 @@ from offmap.errors import ExitStatus
 
 
 class Verdict(Enum):
-    """hidden: no present entry in the kernel half of the page tables maps a page of the guest's RAM. exposed: at least
-    one does, or a planted secret was read. unknown: it could not be determined.
-    """
+    """Whether the kernel's page tables map the guest's RAM."""
 
-    HIDDEN = "hidden"
-    EXPOSED = "exposed"
-    UNKNOWN = "unknown"
+    HIDDEN = "hidden"  # no present entry in their kernel half maps a page of it
+    EXPOSED = "exposed"  # at least one does, or a planted secret was read
+    UNKNOWN = "unknown"  # it could not be determined
 
     @property
     def exit_status(self) -> ExitStatus:
-        return _EXIT_STATUS[self]
+        return _BY_GRAVITY[self]
 
     @property
     def gravity(self) -> int:
         """0 to 2, the gravest highest."""
-        return _BY_GRAVITY.index(self)
+        return list(_BY_GRAVITY).index(self)
 
 
-_BY_GRAVITY = (Verdict.HIDDEN, Verdict.UNKNOWN, Verdict.EXPOSED)
-_EXIT_STATUS = {
+_BY_GRAVITY = {
     Verdict.HIDDEN: ExitStatus.DONE,
-    Verdict.EXPOSED: ExitStatus.EXPOSED,
     Verdict.UNKNOWN: ExitStatus.UNDETERMINED,
+    Verdict.EXPOSED: ExitStatus.EXPOSED,
 }
 
 

@@ -66,27 +66,22 @@ class VmcoreInfo:
         facts = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
         def number(key: str, base: int) -> int | None:
-            value = facts.get(key)
-            if value is None:
-                return None
             try:
-                return int(value, base)
+                return int(facts[key], base) if key in facts else None
             except ValueError:
-                raise Undetermined(f"VMCOREINFO has {key}={value!r}, which is not a number") from None
+                raise Undetermined(f"VMCOREINFO has {key}={facts[key]!r}, which is not a number") from None
 
-        def needed(value: int | None, key: str) -> int:
+        def needed(key: str, base: int, other: str = "") -> int:
+            value = number(key if key in facts else other, base)
             if value is None:
                 raise Undetermined(f"VMCOREINFO of this kernel has no {key}, so its page tables cannot be found")
             return value
 
-        top = number("SYMBOL(init_top_pgt)", 16)
-        if top is None:
-            top = number("SYMBOL(swapper_pg_dir)", 16)
         return cls(
             release=facts.get("OSRELEASE", ""),
-            init_top_pgt=needed(top, "SYMBOL(init_top_pgt)"),
-            phys_base=needed(number("NUMBER(phys_base)", 10), "NUMBER(phys_base)"),
-            pgtable_l5_enabled=bool(needed(number("NUMBER(pgtable_l5_enabled)", 10), "NUMBER(pgtable_l5_enabled)")),
+            init_top_pgt=needed("SYMBOL(init_top_pgt)", 16, "SYMBOL(swapper_pg_dir)"),
+            phys_base=needed("NUMBER(phys_base)", 10),
+            pgtable_l5_enabled=bool(needed("NUMBER(pgtable_l5_enabled)", 10)),
             # Absent where the kernel is built without AMD memory encryption: then no bit of an entry is the C-bit.
             sme_mask=(number("NUMBER(sme_mask)", 10) or 0) & (1 << 64) - 1,
             kernel_image_size=number("NUMBER(KERNEL_IMAGE_SIZE)", 10) or _KERNEL_IMAGE_SIZE,
