@@ -205,14 +205,17 @@ def _claimed_ranges(process: Process, links: Mapping[int, str]) -> tuple[RamRang
     claims: dict[int, GuestRam] = {}  # by inode: a duplicated fd is one claim
     for number in sorted(number for number, link in links.items() if link == MEMSLOTS_LINK):
         # Anything may have that name: a FIFO must not keep us waiting.
-        with os.fdopen(process.open(f"fd/{number}", os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
+        fd = process.open(f"fd/{number}", os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise Undetermined("the process's offmap-memslots list is malformed: it is not a file")
             if status.st_size > _MEMSLOTS_LIMIT:
                 raise Undetermined("the process's offmap-memslots list is malformed: it is larger than 1 MiB")
             if status.st_ino not in claims:
-                claims[status.st_ino] = parse_memslots(os.pread(file.fileno(), _MEMSLOTS_LIMIT, 0))
+                claims[status.st_ino] = parse_memslots(os.pread(fd, _MEMSLOTS_LIMIT, 0))
+        finally:
+            os.close(fd)
     return tuple(dict.fromkeys(part for claim in claims.values() for part in claim.ranges))
 
 
