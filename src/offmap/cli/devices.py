@@ -49,7 +49,7 @@ _OPTIONS = (
     ),
     _Option(
         "balloon",
-        "offmap.devices.virtio.balloon_spec:parse_balloon",
+        "offmap.devices.virtio.balloon:parse_balloon",
         "size=SIZE",
         "memory that the guest gives back to the host: SIZE from the start, and what it reports to be free",
     ),

@@ -9,6 +9,7 @@ misled, and never waits. Alarm, periodic and update interrupts come from ``tick`
 import math
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from threading import Lock
 
 from offmap.devices.bus import IrqLine
@@ -31,22 +32,9 @@ DONT_CARE = 0xC0  # an alarm register with both top bits set matches every value
 CMOS_SIZE = 128
 NMI_DISABLE = 0x80  # bit 7 of the index port is not part of the index
 
-TIME_REGISTERS = (
-    RTC_SECONDS,
-    RTC_MINUTES,
-    RTC_HOURS,
-    RTC_DAY_OF_WEEK,
-    RTC_DAY_OF_MONTH,
-    RTC_MONTH,
-    RTC_YEAR,
-    CENTURY,
-)
+TIME_REGISTERS = (RTC_SECONDS, RTC_MINUTES, RTC_HOURS, *range(RTC_DAY_OF_WEEK, RTC_YEAR + 1), CENTURY)
 ALARM_REGISTERS = (RTC_SECONDS_ALARM, RTC_MINUTES_ALARM, RTC_HOURS_ALARM)
 FIRST, LAST = -62135596800, 253402300799  # seconds since 1970: the beginning of year 1, the end of 9999
-
-
-def _nothing() -> None:
-    """Nobody listens."""
 
 
 class Rtc:
@@ -61,7 +49,7 @@ class Rtc:
     byte_wide = True
 
     def __init__(
-        self, irq: IrqLine, *, clock: Callable[[], float] = time.time, on_deadline: Callable[[], None] = _nothing
+        self, irq: IrqLine, *, clock: Callable[[], float] = time.time, on_deadline: Callable[[], None] = lambda: None
     ) -> None:
         self._irq = irq
         self._clock = clock
@@ -242,17 +230,11 @@ class Rtc:
         seconds, minutes, hours = wanted
         first = math.floor(after) + 1
         midnight = first - first % 86400
-        for day in (midnight, midnight + 86400):
-            for hour in hours:
-                if day + hour * 3600 + 3599 < first:
-                    continue
-                for minute in minutes:
-                    start = day + hour * 3600 + minute * 60
-                    if start + 59 < first:
-                        continue
-                    for second in seconds:
-                        if start + second >= first:
-                            return float(start + second)
+        for day, hour, minute in product((midnight, midnight + 86400), hours, minutes):
+            start = day + hour * 3600 + minute * 60
+            second = max(first - start, seconds[0])
+            if second <= seconds[-1]:
+                return float(start + second)
         return None
 
     def _next_event(self) -> float | None:
@@ -287,8 +269,7 @@ class Rtc:
         self._update_irq()
 
     def _update_irq(self) -> None:
-        enabled = self._ram[RTC_REG_B] & self._ram[RTC_REG_C] & (RTC_PF | RTC_AF | RTC_UF)
-        level = bool(enabled)
+        level = bool(self._ram[RTC_REG_B] & self._ram[RTC_REG_C] & (RTC_PF | RTC_AF | RTC_UF))
         self._ram[RTC_REG_C] = self._ram[RTC_REG_C] & ~RTC_IRQF & 0xFF | (RTC_IRQF if level else 0)
         if level != self._level:
             self._level = level

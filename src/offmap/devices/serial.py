@@ -47,10 +47,6 @@ FAR_END_UP = UART_MSR_CTS | UART_MSR_DSR | UART_MSR_DCD
 DLL_9600 = 12  # 115200 / 9600
 
 
-def _nothing() -> None:
-    """Nobody listens."""
-
-
 class Serial16550A:
     """One UART. Port I/O comes from vCPU threads, ``feed`` and ``flush`` from the main thread.
 
@@ -73,9 +69,9 @@ class Serial16550A:
         output: Callable[[bytes], None],
         *,
         base: int = COM1_PORT,
-        on_pending: Callable[[], None] = _nothing,
-        on_open: Callable[[], None] = _nothing,
-        on_room: Callable[[], None] = _nothing,
+        on_pending: Callable[[], None] = lambda: None,
+        on_open: Callable[[], None] = lambda: None,
+        on_room: Callable[[], None] = lambda: None,
     ) -> None:
         self._base = base
         self._irq = irq

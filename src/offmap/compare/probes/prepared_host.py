@@ -12,7 +12,7 @@ from offmap.compare.probes import devices, hidden, host_events
 from offmap.compare.probes.host_kernel import host_memory_kib, load_modules, write_knob
 from offmap.compare.probes.network import Subnet, tap
 from offmap.compare.vmm_command import MEMORY_SIZE, GuestSetup
-from offmap.devices.virtio.balloon_spec import BalloonSpec
+from offmap.devices.virtio.balloon import BalloonSpec
 from offmap.devices.virtio.device import Surroundings
 from offmap.errors import BackendRefused, OffmapError
 from offmap.kvm import Kvm

@@ -9,22 +9,58 @@ offered). On a backend that hides, the kernel takes the new page off its map as 
 import struct
 from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import NamedTuple
 
-from offmap.devices.virtio.device import Activation, VirtioDevice
+from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
 from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import address_of
 from offmap.devices.virtio.queue import Chain, Queue
-from offmap.errors import KernelError
+from offmap.errors import KernelError, OffmapError
+from offmap.memory.backend import BACKENDS
 from offmap.memory.guest import GuestMemory
+from offmap.options import Options
 from offmap.uapi.page import PAGE_SIZE
 from offmap.uapi.virtio import balloon as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_BALLOON
+from offmap.units import format_size, parse_size
 
 _PFN = struct.Struct("<I")
 _ACTUAL = uapi.virtio_balloon_config.actual.offset
 _REPORTING_VQ = 4
 _MOST_PAGES = 1 << 16  # that one buffer may name; Linux names 256 at a time, and all of its RAM would take minutes
 _BATCH = 1024  # pages
+
+
+class BalloonSpec(NamedTuple):
+    """``--balloon size=BYTES``.
+
+    Attributes:
+        size: what the guest is to give up from the start, in bytes.
+    """
+
+    size: int = 0
+
+    def build(self, surroundings: Surroundings) -> "Balloon":
+        """Make the device, if this RAM can be given back at all."""
+        memory = surroundings.memory
+        if not surroundings.backend.discards:
+            can = ", ".join(name for name, backend in BACKENDS.items() if backend.discards)
+            raise OffmapError(
+                "RAM of this kind cannot go back to the host page by page: a balloon would take it from the guest, and "
+                "give it to nobody",
+                f"leave --balloon out, or use a backend whose pages are the host's: {can}",
+            )
+        if self.size >= memory.size:
+            raise OffmapError(
+                f"a guest of {format_size(memory.size)} cannot give up {format_size(self.size)}", "ask for less"
+            )
+        if surroundings.hidden:
+            # Kernel mappings of free pages (its image's freed parts) are looked for before the guest starts, only then.
+            surroundings.say(
+                "balloon: pages that the guest takes back leave the direct map like all of its RAM, but nobody looks "
+                "for other mappings of them first; --audit=watch would show them"
+            )
+        return Balloon(memory, self.size // PAGE_SIZE, surroundings.say)
 
 
 class Balloon(VirtioDevice):
@@ -138,3 +174,18 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((address, size))
     return merged
+
+
+def parse_balloon(text: str) -> BalloonSpec:
+    """``size=BYTES``: whole pages; 0 leaves it at what the guest reports by itself.
+
+    Raises:
+        OffmapError: what cannot be.
+    """
+    with Options(text, "--balloon", "write it like --balloon size=64M, or size=0; a multiple of 4K") as options:
+        size = options.text("size", None, parse_size)
+        if size is None:
+            options.refuse("it does not say size=")
+        if size % PAGE_SIZE:
+            options.refuse(f"{format_size(size)} is not a whole number of pages")
+    return BalloonSpec(size)

@@ -56,13 +56,6 @@ class Activation(NamedTuple):
         return bool(self.features >> feature & 1)
 
 
-class SharedMemory(NamedTuple):
-    """A shared memory region (virtio 1.2, 2.10) that the machine maps for the device: guest-physical, in bytes."""
-
-    address: int
-    size: int
-
-
 class VirtioDevice(Owned, ABC):
     """A device, without its transport.
 
@@ -70,13 +63,11 @@ class VirtioDevice(Owned, ABC):
         device_id: VIRTIO_ID_*.
         queue_sizes: the largest size of each queue, powers of two.
         features: bit mask of the device's own features; the transport adds those of queues and of virtio 1.
-        shared_memory: regions by their id.
     """
 
     device_id: ClassVar[int]
     queue_sizes: Sequence[int] = (256,)
     features: int = 0
-    shared_memory: Sequence[SharedMemory] = ()
 
     def config(self) -> bytes:
         """The device's configuration space as it is now."""

@@ -14,27 +14,22 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Sequence
+from ctypes import memset
 from pathlib import Path
 
-from offmap.devices.virtio.iov import gather, length, part, scatter
+from offmap.devices.virtio.iov import address_of, gather, length, part, scatter
 from offmap.errors import KernelError, OffmapError
 from offmap.files import fallocate
 from offmap.owned import Owned
-from offmap.uapi.fs import (
-    BLKDISCARD,
-    BLKPBSZGET,
-    BLKSSZGET,
-    BLKZEROOUT,
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
-    FALLOC_FL_ZERO_RANGE,
-)
+from offmap.uapi import fs
 from offmap.uapi.mman import F_OFD_SETLK, FLOCK
 from offmap.uapi.page import PAGE_SIZE
 
 SECTOR = 512
 _BOUNCE_SIZE = 1 << 20
 _DEFAULT_PHYSICAL_BLOCK = 4096  # what file systems allocate in; a guest that aligns to it spares the host a read
+_PUNCH_HOLE = fs.FALLOC_FL_PUNCH_HOLE | fs.FALLOC_FL_KEEP_SIZE
+_ZERO_RANGE = fs.FALLOC_FL_ZERO_RANGE | fs.FALLOC_FL_KEEP_SIZE
 _RANGE = struct.Struct("=QQ")  # of BLKDISCARD and BLKZEROOUT
 
 
@@ -71,7 +66,6 @@ class Disk(Owned):
         self._say = say
         self._bounce: mmap.mmap | None = None
         self._always_bounce = bounce
-        self._zeroes: mmap.mmap | None = None
         self._is_block_device = _check_kind(path)
         flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         try:
@@ -105,8 +99,8 @@ class Disk(Owned):
             whole = os.lseek(self.fd, 0, os.SEEK_END)
             self.logical_block_size, self.physical_block_size = SECTOR, _DEFAULT_PHYSICAL_BLOCK
             if self._is_block_device:
-                self.logical_block_size = _ioctl_int(self.fd, BLKSSZGET)
-                self.physical_block_size = _ioctl_int(self.fd, BLKPBSZGET)
+                self.logical_block_size = _ioctl_int(self.fd, fs.BLKSSZGET)
+                self.physical_block_size = _ioctl_int(self.fd, fs.BLKPBSZGET)
             elif direct:
                 self.logical_block_size = self._direct_alignment()
         except OSError as error:
@@ -207,7 +201,7 @@ class Disk(Owned):
                 done = os.preadv(self.fd, [room], offset)
                 scatter(room[:done], views)
             finally:
-                self._wipe(room)
+                _wipe(room)
         return done
 
     def _write_bounced(self, views: list[memoryview], offset: int) -> int:
@@ -215,17 +209,7 @@ class Disk(Owned):
             try:
                 return os.pwritev(self.fd, [data], offset)
             finally:
-                self._wipe(data)
-
-    def _wipe(self, data: memoryview) -> None:
-        """Nothing of the guest stays in memory that the host kernel maps."""
-        with memoryview(self._zero_buffer()) as zeroes:
-            data[:] = zeroes[: len(data)]
-
-    def _zero_buffer(self) -> mmap.mmap:
-        if self._zeroes is None:
-            self._zeroes = mmap.mmap(-1, _BOUNCE_SIZE)
-        return self._zeroes
+                _wipe(data)
 
     # --- the rest ---
 
@@ -244,9 +228,9 @@ class Disk(Owned):
             OSError: as the host's; EOPNOTSUPP where it cannot give them back.
         """
         if self._is_block_device:
-            fcntl.ioctl(self.fd, BLKDISCARD, _RANGE.pack(offset, size))
+            fcntl.ioctl(self.fd, fs.BLKDISCARD, _RANGE.pack(offset, size))
         else:
-            fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
+            fallocate(self.fd, _PUNCH_HOLE, offset, size)
 
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
         """These bytes read as zeroes afterwards; with `unmap` they need not take room.
@@ -255,12 +239,9 @@ class Disk(Owned):
             OSError: as the host's.
         """
         if self._is_block_device:
-            fcntl.ioctl(self.fd, BLKZEROOUT, _RANGE.pack(offset, size))  # by writing them, where it has no better way
+            fcntl.ioctl(self.fd, fs.BLKZEROOUT, _RANGE.pack(offset, size))  # it writes them if it must
             return
-        modes = [FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE]
-        if unmap:
-            modes.insert(0, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
-        for mode in modes:
+        for mode in (_PUNCH_HOLE, _ZERO_RANGE) if unmap else (_ZERO_RANGE,):
             try:
                 fallocate(self.fd, mode, offset, size)
             except OSError as error:
@@ -271,20 +252,23 @@ class Disk(Owned):
         self._write_out_zeroes(offset, size)
 
     def _write_out_zeroes(self, offset: int, size: int) -> None:
-        with memoryview(self._zero_buffer()) as zeroes:
-            while size:
-                with zeroes[: min(size, _BOUNCE_SIZE)] as data:
-                    done = os.pwritev(self.fd, [data], offset)
-                offset += done
-                size -= done
+        zeroes = memoryview(bytes(min(size, _BOUNCE_SIZE)))
+        while size:
+            done = os.pwrite(self.fd, zeroes[:size], offset)
+            offset += done
+            size -= done
 
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)  # and with it the lock
             self.fd = -1
-        for buffer in (self._bounce, self._zeroes):
-            if buffer is not None:
-                buffer.close()
+        if self._bounce is not None:
+            self._bounce.close()
+
+
+def _wipe(data: memoryview) -> None:
+    """Leave nothing of the guest in memory that the host kernel maps."""
+    memset(address_of(data), 0, len(data))
 
 
 def _check_kind(path: Path) -> bool:

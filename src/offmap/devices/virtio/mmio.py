@@ -32,7 +32,6 @@ VENDOR_ID = int.from_bytes(b"OFFM", "little")
 TRANSPORT_FEATURES = 1 << config.VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
 
 _LOW, _HIGH = 0xFFFFFFFF, 0xFFFFFFFF << 32
-_ALL_ONES = (1 << 64) - 1  # the length and address of a shared memory region that is not there (4.2.2.1)
 _MOST_COMPLAINTS = 3  # a driver that breaks its device again and again shall not fill somebody's log
 
 _DRIVER_BITS = (
@@ -105,7 +104,8 @@ class MmioTransport:
         ):
             self._show(register, value)
         self._forget_driver()
-        self._select_shared_memory(0)
+        for register in range(reg.VIRTIO_MMIO_SHM_LEN_LOW, reg.VIRTIO_MMIO_SHM_BASE_HIGH + 4, 4):
+            self._show(register, _LOW)  # there is no shared memory region, whichever is selected (4.2.2.1)
         self.worker.call(self._refresh_config)
 
     # --- registers, on vCPU threads ---
@@ -157,8 +157,6 @@ class MmioTransport:
                 self._set_up_queue(offset, value)
             case reg.VIRTIO_MMIO_STATUS:
                 self._set_status(value)
-            case reg.VIRTIO_MMIO_SHM_SEL:
-                self._select_shared_memory(value)
             case _ if offset in _ADDRESS_REGISTERS:
                 self._set_up_queue(offset, value)
             case _:
@@ -195,15 +193,6 @@ class MmioTransport:
                 name, shift = _ADDRESS_REGISTERS[register]
                 kept = getattr(setup, name) & (_LOW if shift else _HIGH)
                 setattr(setup, name, kept | value << shift)
-
-    def _select_shared_memory(self, number: int) -> None:
-        regions = self._device.shared_memory
-        length = regions[number].size if number < len(regions) else _ALL_ONES
-        base = regions[number].address if number < len(regions) else _ALL_ONES
-        self._show(reg.VIRTIO_MMIO_SHM_LEN_LOW, length & _LOW)
-        self._show(reg.VIRTIO_MMIO_SHM_LEN_HIGH, length >> 32)
-        self._show(reg.VIRTIO_MMIO_SHM_BASE_LOW, base & _LOW)
-        self._show(reg.VIRTIO_MMIO_SHM_BASE_HIGH, base >> 32)
 
     # --- the status register ---
 

@@ -63,9 +63,9 @@ class Backend(Protocol):
     """The host's side: a tap (tap.py), or passt (passt.py).
 
     Attributes:
-        fd: to be watched: readable and writable as `receive` and `send` say.
-        changes: another fd: when it is readable, `is_up` may have changed; or None.
-        has_vnet_hdr: whether the header before each packet goes through, and with it offloads.
+        fd: readable and writable as `receive` and `send` say.
+        changes: another fd, readable when `is_up` may have changed; or None.
+        has_vnet_hdr: whether packets carry a virtio-net header, which offloads need.
     """
 
     fd: int

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from operator import add
 from struct import Struct
+from typing import NamedTuple
 
 from offmap.devices.virtio.dma import Dma, DriverError
 from offmap.uapi.virtio.ring import (
@@ -40,7 +41,7 @@ _AT_LEAST = 256 << 10
 _DESCRIPTOR = Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
 
 
-class Chain:
+class Chain(NamedTuple):
     """A buffer that the driver has made available: views into guest memory, in order.
 
     Attributes:
@@ -50,21 +51,11 @@ class Chain:
         readable_bytes, writable_bytes: their sizes.
     """
 
-    __slots__ = ("head", "readable", "readable_bytes", "writable", "writable_bytes")
-
-    def __init__(
-        self,
-        head: int,
-        readable: list[memoryview],
-        writable: list[memoryview],
-        readable_bytes: int,
-        writable_bytes: int,
-    ) -> None:
-        self.head = head
-        self.readable = readable
-        self.writable = writable
-        self.readable_bytes = readable_bytes
-        self.writable_bytes = writable_bytes
+    head: int
+    readable: list[memoryview]
+    writable: list[memoryview]
+    readable_bytes: int
+    writable_bytes: int
 
 
 class _Tables(dict[int, Struct]):
@@ -292,7 +283,7 @@ class Queue:
         self._used_elements = memoryview(bytearray(8 * self.size)).cast("I")
         self._desc = memoryview(bytes(16 * self.size))
         self._last_avail = 0
-        self._interrupt = _nothing
+        self._interrupt = lambda: None
         self._again = None
 
     def _fence(self) -> None:
@@ -323,7 +314,3 @@ def _straight(head: int, words: tuple[int, ...], start: int, end: int, ram: memo
         return None
     views = [ram[low - start : high - start] for low, high in zip(words[::4], ends, strict=True)]
     return Chain(head, views[:reads], views[reads:], sum(lengths[:reads]), sum(lengths[reads:]))
-
-
-def _nothing() -> None:
-    """For a queue that was stopped."""

@@ -29,12 +29,7 @@ _ZERO_COPY = Path("/sys/module/vhost_net/parameters/experimental_zcopytx")
 # Of a driver's features those that change the rings or what is in them; the others are the tap's business.
 _FEATURES = sum(
     1 << bit
-    for bit in (
-        VIRTIO_NET_F_MRG_RXBUF,
-        VIRTIO_RING_F_INDIRECT_DESC,
-        VIRTIO_RING_F_EVENT_IDX,
-        VIRTIO_F_VERSION_1,
-    )
+    for bit in (VIRTIO_NET_F_MRG_RXBUF, VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX, VIRTIO_F_VERSION_1)
 )
 
 

@@ -9,7 +9,6 @@ import select
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from socket import socket
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
 from offmap.devices.virtio.dma import DriverError
@@ -47,7 +46,7 @@ class Vsock(VirtioDevice):
         self._cid = cid
         self._listener = listener
         self._say = say
-        self._activation: Activation | None = None
+        self._active = False
         self._connections: dict[tuple[int, int], Connection] = {}  # by (host port, guest port)
         self._leaving: set[Connection] = set()  # the guest is done with them, their host is not
         self._greetings: dict[int, Greeting] = {}  # by fd
@@ -68,36 +67,28 @@ class Vsock(VirtioDevice):
         if rx is None or tx is None:
             raise DriverError("leaves out a receive or a transmit queue")
         self._rx, self._tx = rx, tx
-        self._activation = activation
+        self._worker = activation.worker
+        self._active = True
         self._listen()
 
     def handle(self, queue: int) -> None:
-        if self._activation is None:
-            return
-        if queue == RX:
+        if self._active and queue == RX:
             self._deliver()
-        elif queue == TX:
+        elif self._active and queue == TX:
             self._take()
         # The event queue is for migration, which there is none of.
 
     def reset(self) -> None:
-        if self._activation is None:
+        if not self._active:
             return
-        worker = self._activation.worker
-        worker.unwatch(self._listener.fd)
-        for connection in [*self._connections.values(), *self._leaving]:
-            worker.unwatch(connection.socket.fileno())
-            connection.socket.close()
-        for fd, greeting in self._greetings.items():
-            worker.unwatch(fd)
-            greeting.socket.close()
-        self._connections.clear()
-        self._leaving.clear()
-        self._greetings.clear()
-        self._turn.clear()
-        self._resets.clear()
-        self._activation = None
-        self._listening = self._held = False
+        self._worker.unwatch(self._listener.fd)
+        sockets = [connection.socket for connection in (*self._connections.values(), *self._leaving)]
+        for host in (*sockets, *(greeting.socket for greeting in self._greetings.values())):
+            self._worker.unwatch(host.fileno())
+            host.close()
+        for kept in (self._connections, self._leaving, self._greetings, self._turn, self._resets):
+            kept.clear()
+        self._active = self._listening = self._held = False
 
     def close(self) -> None:
         self.reset()
@@ -230,12 +221,12 @@ class Vsock(VirtioDevice):
 
         def go_on() -> None:
             self._posted.discard(function)
-            if self._activation is not None:
+            if self._active:
                 function()
 
-        if self._activation is not None and function not in self._posted:
+        if function not in self._posted:
             self._posted.add(function)  # once: kicks come too, and each would leave one more of them
-            self._activation.worker.post(go_on)
+            self._worker.post(go_on)
 
     # The host's side
 
@@ -244,17 +235,15 @@ class Vsock(VirtioDevice):
 
     def _listen(self) -> None:
         """Accept connections while there is room for them; the others wait."""
-        if self._activation is None or self._listening == (not self._full()):
+        if self._listening == (not self._full()):
             return
         self._listening = not self._listening
         if self._listening:
-            self._activation.worker.watch(self._listener.fd, self._accept)
+            self._worker.watch(self._listener.fd, self._accept)
         else:
-            self._activation.worker.unwatch(self._listener.fd)
+            self._worker.unwatch(self._listener.fd)
 
     def _accept(self, _events: int) -> None:
-        if self._activation is None:
-            return
         try:
             client = self._listener.accept()
         except BlockingIOError:
@@ -264,16 +253,14 @@ class Vsock(VirtioDevice):
             if not self._refused:  # said once: guest and host can make it so as often as they like
                 self._refused = True
                 self._say(f"vsock: cannot accept a connection: {error.strerror}; no more until one ends")
-            self._activation.worker.unwatch(self._listener.fd)
+            self._worker.unwatch(self._listener.fd)
             self._listening = False
             return
         self._greetings[client.fileno()] = Greeting(client)
-        self._activation.worker.watch(client.fileno(), partial(self._greeted, client.fileno()), _EVENTS)
+        self._worker.watch(client.fileno(), partial(self._greeted, client.fileno()), _EVENTS)
         self._listen()
 
     def _greeted(self, fd: int, events: int) -> None:
-        if self._activation is None:
-            return
         greeting = self._greetings[fd]
         try:
             port = greeting.port()
@@ -283,7 +270,7 @@ class Vsock(VirtioDevice):
         if port is None and not over:
             return
         del self._greetings[fd]
-        self._activation.worker.unwatch(fd)
+        self._worker.unwatch(fd)
         if port is None:
             greeting.socket.close()
             self._listen()
@@ -303,13 +290,9 @@ class Vsock(VirtioDevice):
     def _add(self, connection: Connection) -> Connection:
         self._connections[connection.host_port, connection.guest_port] = connection
         self._turn[connection] = None
-        self._watch(connection.socket, partial(self._on_socket, connection))
+        self._worker.watch(connection.socket.fileno(), partial(self._on_socket, connection), _EVENTS)
         self._listen()
         return connection
-
-    def _watch(self, host: socket, handler: Callable[[int], None]) -> None:
-        if self._activation is not None:
-            self._activation.worker.watch(host.fileno(), handler, _EVENTS)
 
     def _on_socket(self, connection: Connection, events: int) -> None:
         connection.events(events)
@@ -338,8 +321,7 @@ class Vsock(VirtioDevice):
         self._look(connection)
 
     def _forget(self, connection: Connection) -> None:
-        if self._activation is not None:
-            self._activation.worker.unwatch(connection.socket.fileno())
+        self._worker.unwatch(connection.socket.fileno())
         connection.socket.close()
         self._turn.pop(connection, None)
         self._listen()

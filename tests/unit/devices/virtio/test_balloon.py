@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offmap.devices.virtio.balloon import Balloon
-from offmap.devices.virtio.balloon_spec import BalloonSpec, parse_balloon
+from offmap.devices.virtio.balloon import Balloon, BalloonSpec, parse_balloon
 from offmap.devices.virtio.device import Surroundings
 from offmap.devices.virtio.dma import DriverError
 from offmap.errors import OffmapError
