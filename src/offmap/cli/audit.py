@@ -163,13 +163,11 @@ def parse_range(text: str) -> "RamRange":
     from offmap.audit.guest_ram import RamRange
     from offmap.audit.result import Source
 
-    address, colon, length = text.partition(":")
     try:
+        address, length = text.split(":", 1)
         va = int(address, 16)
     except ValueError:
         raise OffmapError(f"{text!r} is not a range", "write VA:LENGTH, like 0x7f0000000000:256M") from None
-    if not colon:
-        raise OffmapError(f"{text!r} is not a range", "write VA:LENGTH, like 0x7f0000000000:256M")
     size = parse_size(length)
     # The user half of 5-level page tables ends at 2^56 (Documentation/arch/x86/x86_64/mm.rst).
     if va < 0 or size <= 0 or (va | size) % PAGE_SIZE or va + size > 1 << 56:

@@ -94,10 +94,8 @@ def _held(pid: int) -> "Process | None":
 
 
 def _runs(pid: int) -> bool:
-    from offmap.audit.process import NoSuchProcess, Process
-
-    try:
-        with Process(pid) as process:
-            return process.running()
-    except NoSuchProcess:
+    process = _held(pid)
+    if process is None:
         return False
+    with process:
+        return process.running()

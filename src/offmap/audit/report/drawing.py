@@ -1,5 +1,6 @@
 """The pictures of physical memory as the HTML template draws them: positions, texts, and the numbers for its script."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from offmap.audit.report.hosts import HostReport
@@ -26,15 +27,6 @@ NAMES = {
     Look.ALIAS_IMAGE: "alias, kernel image",
     Look.DIRECT: "direct map",
     Look.BOTH: "direct map and alias",
-}
-_TAG_TEXT = {
-    Look.HIDDEN: "hidden",
-    Look.UNKNOWN: "unknown",
-    Look.ALIAS_OTHER: "alias",
-    Look.ALIAS_VMALLOC: "alias",
-    Look.ALIAS_IMAGE: "alias",
-    Look.DIRECT: "direct map",
-    Look.BOTH: "direct+alias",
 }
 
 
@@ -119,7 +111,7 @@ def _view(picture: Picture, vms: dict[int, AuditResult], caption: str) -> View:
 
 
 def _look(shown: Shown, vm: AuditResult) -> str:
-    """Its class: of a VM that is not hidden as a whole, what is not mapped is not drawn as hidden."""
+    """The class in the style sheet. A cell without a mapping is drawn as hidden only if the whole VM is hidden."""
     if shown.look is Look.HIDDEN and vm.verdict is not Verdict.HIDDEN:
         return "unmapped"
     return shown.look.value
@@ -160,9 +152,13 @@ def _tags(row: Row, shown: Sequence[Shown], vms: dict[int, AuditResult], tagged:
         taken.append((piece.x, piece.x + piece.width))
         if piece.shown not in tagged and piece.width >= _TAG_WIDTH + 16 * (each.look is Look.BOTH) and free:
             tagged.add(piece.shown)
-            word = "not mapped" if _look(each, vms[each.pid]) == "unmapped" else _TAG_TEXT[each.look]
+            word = "not mapped" if _look(each, vms[each.pid]) == "unmapped" else _tag_text(each.look)
             tags.append({"x": round(LEFT + piece.x + piece.width / 2, 1), "text": word})
     return tags
+
+
+def _tag_text(look: Look) -> str:
+    return "direct+alias" if look is Look.BOTH else NAMES[look].partition(",")[0]
 
 
 def _marks(row: Row, shown: Sequence[Shown]) -> list[float]:
@@ -180,10 +176,9 @@ def _is_easily_missed(piece: Piece, shown: Sequence[Shown]) -> bool:
 
 def _legend(picture: Picture, vms: dict[int, AuditResult]) -> list[View]:
     """What is in the picture, the gravest first."""
-    counts: dict[tuple[int, str, str], int] = {}
-    for each in picture.shown:
-        key = (-each.look.gravity, _look(each, vms[each.pid]), _name(each, vms[each.pid]))
-        counts[key] = counts.get(key, 0) + 1
+    counts = Counter(
+        (-each.look.gravity, _look(each, vms[each.pid]), _name(each, vms[each.pid])) for each in picture.shown
+    )
     legend: list[View] = [
         {"look": look, "name": name, "count": f"{count:,} range{'' if count == 1 else 's'}"}
         for (_, look, name), count in sorted(counts.items())
@@ -194,8 +189,5 @@ def _legend(picture: Picture, vms: dict[int, AuditResult]) -> list[View]:
 
 
 def _label(picture: Picture, vms: dict[int, AuditResult]) -> str:
-    counts: dict[str, int] = {}
-    for each in picture.shown:
-        name = _name(each, vms[each.pid])
-        counts[name] = counts.get(name, 0) + 1
+    counts = Counter(_name(each, vms[each.pid]) for each in picture.shown)
     return "Physical memory: " + ", ".join(f"{count} ranges {name}" for name, count in counts.items())

@@ -1,6 +1,6 @@
-"""Results of many hosts made one: read from files, checked, and refused with the reason where they cannot be trusted.
+"""Merge the results of many hosts. Each file is checked; one that cannot be trusted is refused with the reason.
 
-Results of different versions of offmap can be merged as long as their form is the same.
+Results of different versions of offmap can be merged if they have the same schema.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,8 +1,8 @@
 """Audits in Prometheus's text format, for node_exporter's textfile collector.
 
 Source: "Exposition formats", text-based format 0.0.4, and "Metric and label naming" of the Prometheus documentation.
-A verdict is a state set: one series for each verdict there is, of which one is 1, so that a rule can ask for any.
-Labels are bounded: VMs are at most LISTED, the gravest first, and regions are the kernel's own few names.
+A verdict is a state set: one series for each possible verdict. One of them is 1, so a rule can ask for any.
+Labels are bounded: at most LISTED VMs, the gravest first, and at most 32 regions of each.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,7 +38,7 @@ class _Family:
         self._lines.append(f"{self._name}{{{inside}}} {number}" if inside else f"{self._name} {number}")
 
     def verdict(self, verdict: Verdict | None, labels: Labels) -> None:
-        """A state set; all 0 for what had nothing to hide."""
+        """Add a state set. Every series is 0 if there was nothing to hide."""
         for each in _VERDICTS:
             self.add(verdict is each, {**labels, "verdict": each.value})
 
@@ -52,27 +52,22 @@ def _escape(text: str) -> str:
 
 
 def render_prometheus(reports: Sequence[HostReport], merged: bool = False) -> str:
-    """The whole file; ends with a line feed, as the format wants.
+    """The whole file. It ends with a line feed, as the format requires.
 
     Args:
         reports: one for an audit of this host, several for a merged report.
-        merged: label everything with the name of its host. (Of this host, Prometheus itself knows the name better.)
+        merged: label every series with the name of its host. Prometheus itself adds the name of this host.
     """
     hosts: dict[str, list[HostReport]] = {}
     for report in reports:
         hosts.setdefault(report.host.name, []).append(report)
-    families = [
-        *_of_hosts(hosts, merged),
-        *_of_vms([(_host_label(name, merged), of_host) for name, of_host in hosts.items()]),
+    labelled: list[tuple[Labels, list[HostReport]]] = [
+        ({"host": name} if merged else {}, of_host) for name, of_host in hosts.items()
     ]
-    return "".join(map(str, families))
+    return "".join(map(str, (*_host_families(labelled), *_vm_families(labelled))))
 
 
-def _host_label(name: str, merged: bool) -> Labels:
-    return {"host": name} if merged else {}
-
-
-def _of_hosts(hosts: dict[str, list[HostReport]], merged: bool) -> Iterable[_Family]:
+def _host_families(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Family]:
     info = _Family("offmap_audit_info", "What made the audit, and the kernel that was audited.")
     success = _Family(
         "offmap_audit_success", "Whether the last audit ran to its end and judged every VM (1), or failed (0)."
@@ -82,8 +77,7 @@ def _of_hosts(hosts: dict[str, list[HostReport]], merged: bool) -> Iterable[_Fam
     duration = _Family("offmap_audit_duration_seconds", "How long the last audit took.")
     vms = _Family("offmap_audit_vms", "VMs of the host, by verdict.")
     direct = _Family("offmap_host_direct_map_bytes", "The host kernel's direct map, by the size of its pages in bytes.")
-    for name, reports in hosts.items():
-        label = _host_label(name, merged)
+    for label, reports in hosts:
         for version, kernel in dict.fromkeys((report.offmap, report.host.kernel) for report in reports):
             info.add(1, {**label, "offmap": version, "kernel": kernel})
         partial = any(vm.partial for report in reports for vm in report.vms)
@@ -100,7 +94,7 @@ def _of_hosts(hosts: dict[str, list[HostReport]], merged: bool) -> Iterable[_Fam
     return info, success, verdict, timestamp, duration, vms, direct
 
 
-def _of_vms(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Family]:
+def _vm_families(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Family]:
     verdict = _Family("offmap_vm_verdict", "The verdict on one VM.")
     ram = _Family(
         "offmap_guest_ram_bytes",
@@ -136,7 +130,7 @@ def _of_vms(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_Famil
 
 
 def _states(vm: AuditResult) -> dict[str, int]:
-    """Pages by state; every VM has a series for each, so that one which changes its word leaves none behind."""
+    """Pages by state. Every VM has a series for each state, so no stale series remains when its verdict changes."""
     states = vm.pages_by_state
     unmapped = 0 if vm.verdict is Verdict.HIDDEN else states["hidden"]
     return states | {"hidden": states["hidden"] - unmapped, "unmapped": unmapped}

@@ -39,9 +39,9 @@ _STYLE = {Verdict.HIDDEN: "1;32", Verdict.EXPOSED: "1;31", Verdict.UNKNOWN: "1;3
 
 
 def state_names(vm: AuditResult) -> dict[str, str]:
-    """What Audit.pages_by_state's states are called to a reader.
+    """Names for people of the states in AuditResult.pages_by_state.
 
-    Of a VM that is not hidden as a whole, a page without a mapping is called just that.
+    A page without a mapping is called hidden only if the whole VM is hidden.
     """
     return {
         "exposed": "mapped by the kernel",

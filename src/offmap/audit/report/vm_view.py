@@ -1,8 +1,8 @@
-"""What the HTML page says of one VM, worked out: its pages by state, what maps them, and where; all lists bounded."""
+"""What the HTML page shows of one VM: its pages by state, what maps them, and where. All lists are bounded."""
 
 from collections.abc import Iterable
 
-from offmap.audit.reach import Kind, Reach
+from offmap.audit.reach import Kind, Reach, ReachTotal
 from offmap.audit.report.physmap import look_of_kind
 from offmap.audit.report.text import KIND_NAMES, state_names, verdict_line
 from offmap.audit.result import AuditResult
@@ -18,22 +18,22 @@ View = dict[str, object]
 
 
 def size_of(pages: int) -> str:
-    """Their bytes, for people."""
+    """The size of so many pages, for people."""
     return format_size(pages * PAGE_SIZE)
 
 
 def reasons_of(vm: AuditResult) -> list[str]:
-    """Why pages of it are unknown."""
+    """Why pages of the VM are unknown, a line for each reason."""
     return [f"{count:,} pages are unknown: {reason}" for reason, count in vm.pages.unknown_reasons.items()][:NOTES]
 
 
 def notes_of(vm: AuditResult) -> list[str]:
-    """What must be known about its verdict."""
+    """What a reader must know about the verdict."""
     return [*([f"This is a partial result: {vm.partial}"] if vm.partial else []), *vm.notes][:NOTES]
 
 
 def vm_view(vm: AuditResult, single: bool, opened: bool) -> View:
-    """Its section."""
+    """The section of one VM."""
     names = state_names(vm)
     looks = {"hidden": "hidden" if vm.verdict is Verdict.HIDDEN else "unmapped"}
     parts, x = [], 0.0
@@ -63,16 +63,11 @@ def vm_view(vm: AuditResult, single: bool, opened: bool) -> View:
         "notes": [] if single else notes_of(vm),
         "reach": [
             {
-                "look": look_of_kind(total.kind).value,
-                "name": KIND_NAMES.get(total.kind, total.kind),
+                **_how_mapped(total),
                 "region": total.region,
                 "pages": total.pages,
                 "size": size_of(total.pages),
-                "page_size": format_size(total.page_size),
-                "page_bytes": total.page_size,
-                "rights": total.rights,
                 "ranges": total.ranges,
-                "caller": total.caller,
             }
             for total in sorted(vm.reach, key=lambda total: (total.kind != Kind.DIRECT_MAP, -total.pages))[:_RANGES]
         ],
@@ -130,7 +125,7 @@ def _vm_facts(vm: AuditResult) -> list[tuple[str, str]]:
 
 
 def _share(pages: int, ram: int) -> str:
-    """Of all: never 0 % of something, nor 100 % of less than all."""
+    """The share in percent. It is 0 % only of nothing, and 100 % only of everything."""
     share = 100 * pages / ram
     if pages and share < 0.1:
         return "< 0.1 %"
@@ -140,15 +135,21 @@ def _share(pages: int, ram: int) -> str:
 def mapping_view(vm: AuditResult, mapping: Reach) -> View:
     """A row of the table of what the kernel maps."""
     return {
+        **_how_mapped(mapping),
         "pid": vm.pid,
-        "look": look_of_kind(mapping.kind).value,
-        "name": KIND_NAMES.get(mapping.kind, mapping.kind),
         "va": f"{mapping.va:#018x}",
         "pa": f"{mapping.pa:#x}",
         "user": f"{mapping.userspace_addr:#x}" if mapping.userspace_addr else "",
         "guest": "" if mapping.guest_phys_addr is None else f"{mapping.guest_phys_addr:#x}",
         "bytes": mapping.bytes,
         "size": format_size(mapping.bytes),
+    }
+
+
+def _how_mapped(mapping: Reach | ReachTotal) -> View:
+    return {
+        "look": look_of_kind(mapping.kind).value,
+        "name": KIND_NAMES.get(mapping.kind, mapping.kind),
         "page_size": format_size(mapping.page_size),
         "page_bytes": mapping.page_size,
         "rights": mapping.rights,
@@ -157,7 +158,7 @@ def mapping_view(vm: AuditResult, mapping: Reach) -> View:
 
 
 def secrets_of(vms: Iterable[AuditResult]) -> Iterable[View]:
-    """Where their planted secrets were read, a row for each place."""
+    """Where planted secrets of these VMs were read, a row for each place."""
     for vm in vms:
         if vm.scan is None:
             continue
