@@ -89,7 +89,7 @@ class Machine(Owned):
         # Of all below. Reentrant, as a signal handler may call stop() inside stop().
         self._changed = threading.Condition(threading.RLock())
         self._stop: Stop | None = None
-        self._living: set[threading.Thread] = set()  # those of vCPUs that have not ended
+        self._living: set[threading.Thread] = set()  # those of vCPUs that can be kicked, and have not ended
         self._entered: set[VcpuLoop] = set()  # those that are in the guest, or answer its exits
         self._paused = self._devices_paused = False
         self._virtio: VirtioBus | None = None
@@ -191,14 +191,11 @@ class Machine(Owned):
                     raise OffmapError("this machine has been started before", "make another one")
             for loop in self._loops:
                 thread = threading.Thread(target=self._run, args=(loop,), name=f"vcpu{loop.vcpu.number}")
-                with self._changed:
-                    self._threads.append(thread)
-                    self._living.add(thread)
+                self._threads.append(thread)
                 try:
                     thread.start()
                 except RuntimeError:
                     self._threads.remove(thread)
-                    self._living.discard(thread)
                     error = OffmapError(
                         f"this process may start no thread for vCPU {loop.vcpu.number}",
                         "raise RLIMIT_NPROC (ulimit -u)",
@@ -209,7 +206,9 @@ class Machine(Owned):
     def _run(self, loop: VcpuLoop) -> None:
         """The thread of one vCPU."""
         try:
-            accept_kicks()
+            accept_kicks()  # before this a kick would end the process
+            with self._changed:
+                self._living.add(threading.current_thread())
             while self._may_enter(loop):
                 if (stop := loop.run()) is not None:
                     self.stop(stop.outcome, stop.error)
