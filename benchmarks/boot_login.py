@@ -20,7 +20,7 @@ from lab_runs import GUEST_SIZE, qemu_argv
 from offmap.errors import OffmapError
 from offmap.guests.build import build_image
 from offmap.guests.recipe import RootRecipe
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
 from offmap.units import parse_size

@@ -19,7 +19,7 @@ from command import benchmark_parser, exit_status
 from figure import Figure, Limit
 from lab_runs import GUEST_SIZE, add_inside_options, run_in_lab, shmem_huge_pages
 from offmap.errors import OffmapError
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.kmod.loaded import load
 from offmap.kvm.stats import MappedPages
 from offmap.lab.cpio import char_device, directory, newc, regular

@@ -17,7 +17,7 @@ from command import benchmark_parser, exit_status
 from figure import Figure, Limit
 from lab_runs import add_inside_options, run_in_lab, shmem_huge_pages
 from offmap.errors import BackendRefused, KernelError
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.kmod.loaded import load
 from offmap.kvm import Kvm, Vm
 from offmap.lab.build import built_tree, patched_kernel

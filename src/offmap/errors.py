@@ -24,7 +24,7 @@ class OffmapError(Exception):
     """A failure that a user can meet: printed as ``what: why; remedy``, in one line without a final full stop.
 
     Args:
-        what: what failed; also why, where that is one thought.
+        what: what failed, and why where one phrase says both.
         remedy: what to do about it, as an imperative; empty where nothing can be done.
         why: why it failed, where `what` does not say it.
     """

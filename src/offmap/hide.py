@@ -4,8 +4,8 @@ Whoever builds a guest says what is to happen to RAM that promises to be hidden:
 There is no default. What came of it stays with the RAM: `Vetted`, which only this module makes, and only by an audit;
 or `NotAudited`.
 
-The audit is a process of its own (``python -m offmap.hide``), so that what is looked at is not what looks, and a VMM
-need not import what only the audit uses.
+The audit runs in a process of its own (``python -m offmap.hide``): the audited memory is then not the auditor's, and a
+VMM need not import what only the audit uses.
 """
 
 import os
@@ -39,7 +39,7 @@ class Vet:
 
 @final
 class NotAudited:
-    """RAM is placed where its kind is hidden, and nobody looked whether it is.
+    """RAM of a kind that hides, of which nobody has checked that it is hidden.
 
     Attributes:
         reason: why not.
@@ -82,7 +82,7 @@ class Ram(Owned):
         vm: has no RAM yet.
         size: bytes, whole pages.
         vetting: what to do about RAM that promises to be hidden.
-        say: takes a line for the user.
+        say: shows a line to the user.
 
     Attributes:
         memory: its bytes.
@@ -148,7 +148,7 @@ def vet(backend: Backend, memory: GuestMemory, pid: int | None = None) -> Vetted
     """Audit `memory`, every page of which has its frame, and which holds nothing of a guest yet.
 
     Args:
-        pid: whose addresses those of `memory` are; this process's by default.
+        pid: the process that has `memory` at these addresses; by default this one.
 
     Raises:
         BackendRefused: a page is in the direct map, or was not seen.
@@ -208,7 +208,7 @@ def _ask(what: str, pid: int, ranges: Sequence[tuple[int, int, int]]) -> _Seen:
 
 
 def _answer() -> int:
-    """Be that process: the question on standard input, what was seen on standard output; 1 if it cannot be."""
+    """Run as that process: read the ranges on standard input, audit, print what was seen. Returns the exit status."""
     import json
 
     from offmap.audit.audit import audit_process

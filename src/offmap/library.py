@@ -136,7 +136,7 @@ def lab_host(
     Raises:
         OffmapError: the kernel cannot be had, the host does not boot, or it does not load the module.
     """
-    from offmap.kmod.lab_module import lab_module
+    from offmap.kmod.lab_build import lab_module
     from offmap.lab.provision import host_kernel
 
     chosen = host_kernel(kernel, say=_log.info)

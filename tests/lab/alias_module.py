@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from offmap.kmod.build import built_module
-from offmap.kmod.buildroot import build_in_root
+from offmap.kmod.lab_build import build_in_root
 from offmap.kmod.source import source_hash
 from offmap.lab.cache import locked
 from offmap.lab.kernel import HostKernel

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from offmap.compare.guest import READY, guest_initramfs
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.lab.access_log import AccessLog, AccessReport, Symbols
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from offmap.compare.guest import guest_initramfs
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.patience import scaled

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from offmap.compare.guest import READY, guest_initramfs
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 
 from .console import PATIENCE, Guest

@@ -13,7 +13,7 @@ import pytest
 from offmap.guests.build import build_image
 from offmap.guests.image import Image
 from offmap.guests.recipe import RootRecipe
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel

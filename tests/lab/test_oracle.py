@@ -9,7 +9,7 @@ import pytest
 
 from offmap.audit.canary import new_key
 from offmap.compare.guest import READY, guest_initramfs
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.patience import scaled

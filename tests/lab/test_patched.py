@@ -20,7 +20,7 @@ from offmap.compare.guest import READY, guest_initramfs
 from offmap.compare.job import Job
 from offmap.compare.spec import CellSpec
 from offmap.compare.transcript import Transcript
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.lab.build import patched_kernel
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel

@@ -12,7 +12,7 @@ import pytest
 
 from offmap.audit.canary import CanaryKey, new_key
 from offmap.compare.guest import PLANTED, READY, canary_parameters, guest_initramfs
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.lab.cpio import directory, regular
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel

@@ -79,6 +79,15 @@ def _read_bounced(file: int, what: str, offset: int, view: memoryview) -> int:
     return len(data)
 
 
+def open_file(what: str, path: FileName, remedy: str = "") -> int:
+    """Open `path` for reading; its fd, which the caller owns. Raises KernelError: it cannot be."""
+    try:
+        # O_NONBLOCK: a FIFO must not keep us waiting for somebody to write to it.
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise KernelError(f"open of {what}", error, remedy) from None
+
+
 def check_kernel(path: FileName) -> None:
     """Check the file's first bytes, before anything expensive is done for the guest.
 
@@ -103,11 +112,7 @@ def load_kernel(path: FileName, memory: GuestMemory, memory_map: MemoryMap) -> L
 @contextmanager
 def _opened(path: FileName) -> Iterator[tuple[int, bytes]]:
     """The file's fd and its first bytes."""
-    try:
-        # O_NONBLOCK: a FIFO must not keep us waiting for somebody to write to it.
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise KernelError(f"open of the guest kernel {path}", error, _REMEDY) from None
+    file = open_file(f"the guest kernel {path}", path, _REMEDY)
     try:
         try:
             head = os.pread(file, _HEAD, 0)

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from offmap.boot.acpi import AcpiImage
-from offmap.boot.kernel_image import check_kernel, load_kernel, read_into
+from offmap.boot.kernel_image import check_kernel, load_kernel, open_file, read_into
 from offmap.boot.memory_map import MemoryMap
 from offmap.boot.reset_vector import RESET_CODE, RESET_VECTOR
-from offmap.errors import KernelError, OffmapError
+from offmap.errors import OffmapError
 from offmap.files import FileName
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
@@ -92,11 +92,7 @@ def load_linux(source: BootSource, memory: GuestMemory, acpi: AcpiImage, exclude
 
 def _open_initrd(path: FileName) -> tuple[int, int]:
     """Its fd, which the caller owns, and its size in bytes."""
-    try:
-        # O_NONBLOCK: a FIFO must not keep us waiting for somebody to write to it.
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise KernelError(f"open of the initrd {path}", error) from None
+    file = open_file(f"the initrd {path}", path)
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
         os.close(file)

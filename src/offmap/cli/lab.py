@@ -174,7 +174,7 @@ def run_exec(args: argparse.Namespace) -> int:
         kernel = host_kernel(args.host_kernel, args.modules, say)
         module = None
         if args.load_module:
-            from offmap.kmod.lab_module import lab_module
+            from offmap.kmod.lab_build import lab_module
 
             say("building the module, unless that has been done")
             module = lab_module(kernel)

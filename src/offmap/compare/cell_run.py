@@ -28,7 +28,7 @@ from offmap.compare.running import CellStopped, RunningCell, running_cell
 from offmap.compare.spec import NATIVE, CellSpec
 from offmap.compare.transcript import Said, Transcript
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
-from offmap.kmod.lab_module import lab_module
+from offmap.kmod.lab_build import lab_module
 from offmap.lab.errors import LabEnded, LabPanic, LabTimeout
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel

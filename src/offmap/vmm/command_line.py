@@ -42,6 +42,6 @@ def with_hvc0(command_line: str) -> str:
 
 
 def _words(command_line: str) -> tuple[list[str], int]:
-    """Its words, and how many of them are the kernel's."""
+    """The words of it, and how many of them are for the kernel (the others are for init)."""
     words = command_line.split(" ")
     return words, words.index("--") if "--" in words else len(words)

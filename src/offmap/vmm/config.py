@@ -19,7 +19,7 @@ MAX_MEMORY = 1 << 40  # the E820 map and the boot page tables are tested for so 
 
 
 class MachineConfig:
-    """One guest. Who is told piece by piece begins with a small one and `replace`s it: each step is checked by itself.
+    """What one guest is made of. To compose it in steps, begin with a small one and `replace`: each step is checked.
 
     Attributes:
         source: kernel, initrd, command line.
@@ -31,8 +31,8 @@ class MachineConfig:
         devices: its virtio devices, in the order in which the guest finds them, each with a name for people.
         virtio_mmio_cmdline: announce them on the kernel's command line too, for a kernel that does not look for them
             in ACPI (one that does then says, once a device, that it has found it before).
-        vetting: what to do about RAM that promises to be hidden: have it audited, or say why not. No default: nobody
-            forgets it.
+        vetting: what to do about RAM that promises to be hidden: have it audited, or say why not. There is no
+            default, so that nobody forgets it.
 
     Raises:
         OffmapError: a value that no host could satisfy.
@@ -74,7 +74,7 @@ class MachineConfig:
             )
 
     def replace(self, **changes: object) -> "MachineConfig":
-        """The same with some values changed, by their names. Raises OffmapError: a value that no host could satisfy."""
+        """A copy with these values changed, by their names. Raises OffmapError: a value that no host could satisfy."""
         return MachineConfig(**vars(self) | changes)
 
     @property

@@ -11,7 +11,7 @@ _CTRL_A = 0x01
 
 
 class Typed(Enum):
-    """What a chunk of input asks for beside its bytes."""
+    """What the user asked for with the escape key."""
 
     NOTHING = "nothing"
     QUIT = "quit"

@@ -87,7 +87,7 @@ def build_tables(vcpus: int, devices: Sequence[AcpiDevice] = (), *, base: int = 
 
 
 def _checksum(data: bytes | bytearray) -> int:
-    """The byte that makes the sum of ``data`` 0."""
+    """The byte that makes all bytes of ``data`` sum up to 0."""
     return -sum(data) & 0xFF
 
 
