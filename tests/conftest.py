@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from offmap.lab.patience import calibration, scaled
+from offmap.patience import calibration, scaled
 
 # An example that takes long on a machine busy with something else is no failure.
 settings.register_profile("offmap", deadline=None)

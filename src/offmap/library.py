@@ -155,7 +155,7 @@ def run_matrix(
     guest_kernels: Sequence[str] | None = None,
     jobs: int | None = None,
     boots: int = 1,
-    deadline: float = 900.0,
+    deadline: float | None = None,
 ) -> list[CellResult]:
     """Measure each kind of RAM on each kernel in disposable hosts. What `out` has from before is not measured again.
 
@@ -163,26 +163,28 @@ def run_matrix(
         backends, host_kernels, guest_kernels: the matrix; by default each kind of RAM on debian:6.12.
         jobs: cells at a time; by default as many as processors and memory allow.
         boots: pairs of guests whose boot is timed; fewer than 5 give no ratio.
-        deadline: seconds for a cell.
+        deadline: seconds for a cell; by default 900, more on a slower or busy machine.
 
     Raises:
         OffmapError: there is no such kind or kernel, a tool is missing, or `out` cannot be written.
     """
     from offmap.compare.capacity import cells_at_a_time
-    from offmap.compare.cell_run import Settings
+    from offmap.compare.cell_run import DEADLINE, Settings
     from offmap.compare.matrix import cells_of, longest_first
     from offmap.compare.probes.guest_program import guest_program
     from offmap.compare.scheduler import Scheduler, local_pool
     from offmap.compare.store import Store
     from offmap.lab.initramfs import busybox
     from offmap.lab.qemu import find_qemu
+    from offmap.patience import scaled
 
     specs = cells_of(DEFAULT_AXES.narrowed(backends, host_kernels, guest_kernels))
     guest_program()
     find_qemu()
     busybox()
     with Store(out) as store, local_pool(jobs or cells_at_a_time()) as pool:
-        scheduler = Scheduler(store, Settings(deadline=deadline, boots=boots), _log_event)
+        seconds = round(scaled(DEADLINE)) if deadline is None else deadline
+        scheduler = Scheduler(store, Settings(deadline=seconds, boots=boots), _log_event)
         done, to_run = scheduler.missing(specs)
         results = {**done, **scheduler.run(longest_first(to_run), pool)}
     return [results[spec] for spec in specs]

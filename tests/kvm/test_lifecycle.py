@@ -17,6 +17,7 @@ from offmap.hide import NotAudited, Vet
 from offmap.kvm import Kvm
 from offmap.memory.anon import Anon
 from offmap.memory.memfd import Memfd
+from offmap.patience import scaled
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.kick import SIGNAL
 from offmap.vmm.machine import Machine
@@ -27,7 +28,7 @@ from .conftest import descriptors
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("kvm")]
 
 MIB = 1 << 20
-PROMPT = 10.0  # seconds, for what takes a hundredth of one
+PROMPT = scaled(10.0)  # seconds, for what takes a hundredth of one
 
 T = TypeVar("T")
 

@@ -21,10 +21,10 @@ from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
 from offmap.hide import Vet
 from offmap.kvm import Kvm
-from offmap.lab.patience import scaled
 from offmap.memory.anon import Anon
 from offmap.memory.backend import Backend
 from offmap.memory.memfd import Memfd
+from offmap.patience import scaled
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.machine import Machine
 from offmap.vmm.outcome import Outcome, Stop
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("kvm")]
 
 MIB = 1 << 20
 PATIENCE = scaled(30.0)  # seconds for what takes a tenth of one
-PROMPT = 5.0  # seconds in which a stop must have happened
+PROMPT = scaled(5.0)  # seconds in which a stop must have happened
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
@@ -11,6 +10,7 @@ import pytest
 from offmap.devices.bus import MmioBus, PioBus
 from offmap.kvm import Vm
 from offmap.memory.guest import GuestMemory
+from offmap.patience import scaled
 from offmap.uapi import kvm as uapi
 from offmap.vmm import vcpu_loop
 from offmap.vmm.outcome import Outcome, Stop
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.kvm
 
 END = b"\xba\x00\x06\xee\xf4"  # mov dx, END_PORT; out dx, al; hlt
 PORT = 0x100
-PROMPT = 5.0  # seconds in which a kicked vCPU must be out; it takes milliseconds
+PROMPT = scaled(5.0)  # seconds in which a kicked vCPU must be out; it takes milliseconds
 
 
 class Recorder:
@@ -32,6 +32,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.writes: list[tuple[int, int, int]] = []
+        self.written = threading.Event()
         self.reads: list[tuple[int, int]] = []
 
     def ports(self) -> Sequence[range]:
@@ -43,6 +44,7 @@ class Recorder:
 
     def write(self, port: int, size: int, value: int) -> None:
         self.writes.append((port, size, value))
+        self.written.set()
 
 
 class End:
@@ -194,9 +196,7 @@ def test_stop_ends_a_guest_that_spins(rig: Callable[[bytes], Rig], before: bool)
             machine.loop.request_stop()
         thread.start()
         if not before:
-            deadline = time.monotonic() + PROMPT
-            while not machine.device.writes and time.monotonic() < deadline:
-                time.sleep(0.001)
+            assert machine.device.written.wait(PROMPT)
             machine.loop.request_stop()
             assert thread.ident
             signal.pthread_kill(thread.ident, signal.SIGUSR1)

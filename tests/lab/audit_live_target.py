@@ -29,6 +29,7 @@ from offmap.audit.frames import POPULATED
 from offmap.audit.result import AuditResult
 from offmap.audit.vms import audit_every_vm
 from offmap.errors import OffmapError
+from offmap.patience import scaled
 
 PAGE = 4096
 MIB = 1 << 20
@@ -307,7 +308,7 @@ def merged() -> dict[str, Any]:
     try:
         # All of them on one page: it may have 256 (max_page_sharing).
         with Child("merged", 64 * PAGE) as one, Child("merged", 64 * PAGE) as other:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + scaled(60)
             while int((ksm / "pages_sharing").read_text()) < 127 and time.monotonic() < deadline:
                 time.sleep(0.1)
             return {"other": other.pid, **told(audit_process(one.pid, sharers=True))}

@@ -20,7 +20,7 @@ from offmap.compare.guest import READY
 from offmap.compare.kinds import kind_of
 from offmap.compare.vm_process import VmProcess
 from offmap.compare.vmm_command import GuestSetup, qemu_ranges, vmm_command
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 PAGE = 4096
 DEADLINE = scaled(120.0)

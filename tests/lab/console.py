@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from offmap.lab.host import LabHost
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 __all__ = ["PATIENCE", "Guest"]
 

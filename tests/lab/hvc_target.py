@@ -15,7 +15,7 @@ import sys
 import termios
 import time
 
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 PATIENCE = scaled(240.0)  # seconds for what takes 20 on an idle machine
 

@@ -9,7 +9,7 @@ import pytest
 from offmap.audit.canary import new_key
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 

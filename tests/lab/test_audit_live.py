@@ -12,8 +12,8 @@ import pytest
 
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
-from offmap.lab.patience import scaled
 from offmap.lab.provision import host_kernel
+from offmap.patience import scaled
 
 from .alias_module import alias_module
 from .conftest import RESERVED

@@ -13,8 +13,8 @@ from offmap.compare.guest import guest_initramfs
 from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
-from offmap.lab.patience import scaled
 from offmap.lab.provision import host_kernel
+from offmap.patience import scaled
 
 from .alias_module import alias_module
 from .conftest import RESERVED

@@ -22,7 +22,7 @@ from offmap.compare.scheduler import Scheduler, local_pool
 from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store
 from offmap.lab.kernel import HostKernel
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 pytestmark = pytest.mark.lab
 
@@ -209,7 +209,7 @@ def test_nothing_runs_on(lab_kernel: HostKernel, tmp_path: Path, short_folder: s
 
 
 def _soon(true: Callable[[], bool], seconds: float = 10.0) -> bool:
-    last = time.monotonic() + seconds
+    last = time.monotonic() + scaled(seconds)
     while time.monotonic() < last:
         if true():
             return True

@@ -21,6 +21,7 @@ from offmap.compare.spec import NATIVE, CellSpec
 from offmap.compare.store import Store, read_cell
 from offmap.errors import OffmapError
 from offmap.lab.kernel import HostKernel
+from offmap.patience import scaled
 
 distributed = pytest.importorskip("distributed", reason="--dask is not tested: install offmap[dask]")
 
@@ -70,7 +71,7 @@ def in_background(work: Callable[[], None]) -> tuple[threading.Thread, list[Base
 
 def until(true: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait for something that happens in another process."""
-    last = time.monotonic() + seconds
+    last = time.monotonic() + scaled(seconds)
     while not true():
         assert time.monotonic() < last, "it did not happen"
         threading.Event().wait(0.05)

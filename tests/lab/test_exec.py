@@ -17,7 +17,7 @@ import pytest
 from offmap.lab.errors import LabEnded, LabError, LabPanic, LabTimeout
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 pytestmark = pytest.mark.lab
 

@@ -19,8 +19,8 @@ from offmap.compare.guest import READY, canary_parameters, guest_initramfs
 from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
-from offmap.lab.patience import scaled
 from offmap.lab.provision import host_kernel
+from offmap.patience import scaled
 
 from .console import Guest
 

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from offmap.lab.cache import cache_folder
+from offmap.lab.errors import LabError, LabPanic
 from offmap.lab.host import Completed, LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.snapshot import Snapshots
+from offmap.patience import Deadline
 
 pytestmark = pytest.mark.lab
 
@@ -91,6 +95,55 @@ def test_one_that_qemu_refuses_is_dropped_and_the_host_boots(
     with LabHost.start(lab_kernel, memory="512M") as host:
         ask(host, "true")
     assert entry.name not in [left.name for left in own_cache.listed()]
+
+
+def test_one_that_panics_is_dropped_and_the_host_boots(
+    own_cache: Snapshots, lab_kernel: HostKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with LabHost.start(lab_kernel, memory="512M"):
+        (entry,) = own_cache.listed()
+    real, calls = LabHost.go, []
+
+    def panics_once(self: LabHost, ends: Deadline | None) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            raise LabPanic("Kernel panic - not syncing: of a snapshot")
+        real(self, ends)
+
+    monkeypatch.setattr(LabHost, "go", panics_once)
+    with LabHost.start(lab_kernel, memory="512M") as host:
+        ask(host, "true")
+    assert len(calls) == 2 and entry.name in [left.name for left in own_cache.listed()]  # made anew
+
+
+def test_who_ends_a_host_as_it_starts_loses_no_snapshot(own_cache: Snapshots, lab_kernel: HostKernel) -> None:
+    with LabHost.start(lab_kernel, memory="512M"):
+        (entry,) = own_cache.listed()
+    started: list[LabHost] = []
+
+    def end(host: LabHost) -> None:
+        started.append(host)
+        host.kill()
+
+    with pytest.raises(LabError):
+        LabHost.start(lab_kernel, memory="512M", on_launch=end)
+    assert len(started) == 1 and [left.name for left in own_cache.listed()] == [entry.name]
+
+
+def test_two_processes_that_start_at_once(own_cache: Snapshots, lab_kernel: HostKernel) -> None:
+    program = (
+        "import sys; from pathlib import Path; from offmap.lab.host import LabHost;"
+        "from offmap.lab.kernel import HostKernel;"
+        "kernel = HostKernel(*sys.argv[1:3], *map(Path, sys.argv[3:]));"
+        "host = LabHost.start(kernel, memory='512M', accel='tcg');"
+        "print(host.output(['uname', '-r']).stdout.decode(), end=''); host.close()"
+    )
+    words = [lab_kernel.name, lab_kernel.release, str(lab_kernel.vmlinuz), str(lab_kernel.modules)]
+    both = [subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[0].decode() for process in both]
+    assert said == [f"{lab_kernel.release}\n"] * 2
+    (entry,) = own_cache.listed()
+    assert entry.current
 
 
 def test_numa_nodes_and_two_at_a_time(own_cache: Snapshots, lab_kernel: HostKernel) -> None:

@@ -51,7 +51,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     how = parser.add_argument_group("how it is run")
     how.add_argument("--out", type=Path, default=Path("out/compare"), metavar="DIR", help="default: %(default)s")
     how.add_argument("--jobs", type=count, metavar="N", help="cells at a time (default: as cores and memory allow)")
-    how.add_argument("--deadline", type=seconds, metavar="SECONDS", help="for a cell (default: 900)")
+    how.add_argument(
+        "--deadline",
+        type=seconds,
+        metavar="SECONDS",
+        help="for a cell (default: 900, more on a slower or busy machine)",
+    )
     how.add_argument(
         "--boots",
         type=count,
@@ -148,12 +153,13 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
     from offmap.compare.store import Store
     from offmap.lab.initramfs import busybox
     from offmap.lab.qemu import find_qemu
+    from offmap.patience import scaled
 
     if args.native and os.geteuid() != 0:
         raise OffmapError("measuring on the running kernel needs root", "run it with sudo")
     guest_program()  # without a compiler no cell can be measured
     jobs = 1 if args.native else args.jobs or cells_at_a_time()
-    settings = Settings(deadline=args.deadline or DEADLINE, accel=args.accel, boots=args.boots)
+    settings = Settings(deadline=args.deadline or round(scaled(DEADLINE)), accel=args.accel, boots=args.boots)
     with ExitStack() as stack:
         store = stack.enter_context(Store(args.out))
         progress = stack.enter_context(CompareProgress(console, len(specs)))

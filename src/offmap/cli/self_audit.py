@@ -1,6 +1,5 @@
 """A VMM's audit of itself: ``offmap audit`` as a process of its own, so that what is looked at is not what looks."""
 
-import contextlib
 import os
 import sys
 import threading
@@ -55,14 +54,12 @@ class SelfAudit:
             wait: for its verdict, as the guest's RAM is still there; one that watches has come to many.
         """
         if self._process is not None:
-            import subprocess
+            from offmap.patience import ends_within  # when the guest has ended: its start does not wait for it
 
             if wait and not self._watch:
                 self._process.wait()
             elif not self._watch:
-                # It may have spoken already, and only be on its way out.
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(_GRACE)
+                ends_within(self._process, _GRACE)  # it may have spoken already, and only be on its way out
             if self._process.poll() is None:
                 self._process.terminate()
             status = self._process.wait()

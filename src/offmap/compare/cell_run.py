@@ -33,9 +33,10 @@ from offmap.lab.errors import LabEnded, LabPanic, LabTimeout
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
+from offmap.patience import scaled
 
 DEADLINE = 900.0
-"""Seconds for a cell, from the boot of its host; under emulation on an idle processor it takes 100 to 250."""
+"""Seconds for a cell, from the boot of its host, on an idle and fast machine; emulated, it takes 100 to 250."""
 
 MEASURE = ("-m", "offmap.compare.measure")
 
@@ -233,7 +234,7 @@ def _module(spec: CellSpec, kernel: HostKernel, report: Report) -> Path | None:
 
 
 def _load(host: LabHost, module: Path) -> None:
-    done = host.output(["insmod", str(module)], timeout=_MODULE_SECONDS)
+    done = host.output(["insmod", str(module)], timeout=scaled(_MODULE_SECONDS))
     if done.status != 0:
         why = _last_line((done.stdout + done.stderr).decode(errors="replace"))
         raise BackendRefused("this host kernel does not load the offmap module", why, "see its log: dmesg")

@@ -15,6 +15,7 @@ from offmap.compare.spec import CellSpec
 from offmap.errors import OffmapError
 from offmap.kmod.loaded import loaded_module
 from offmap.lab.errors import LabTimeout
+from offmap.patience import scaled
 
 TERM_GRACE = 20.0  # seconds: a measuring program that is asked to end gives back memory, huge pages and swap first
 _KEPT_LINES = 20
@@ -65,7 +66,7 @@ def run_here(argv: Sequence[str], feed: Callable[[bytes], None], cell: RunningCe
     def end() -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-        if not ended.wait(TERM_GRACE):
+        if not ended.wait(scaled(TERM_GRACE)):
             kill_all()
 
     def expire() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from offmap.compare.vmm_command import REPORT
+from offmap.patience import ends_within, scaled
 
 END_DEADLINE = 30.0  # seconds
 _NEVER = re.compile(r"(?!)")
@@ -41,9 +42,7 @@ class VmProcess:
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             self._process.terminate()
-            try:
-                self._process.wait(END_DEADLINE)
-            except subprocess.TimeoutExpired:
+            if not ends_within(self._process, END_DEADLINE):
                 self._process.kill()
                 self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -77,7 +76,7 @@ class VmProcess:
 
     def wait(self) -> int | None:
         """Read the console to its end; the VMM's exit status, or None if it did not end in time."""
-        self.wait_for(_NEVER, END_DEADLINE)
+        self.wait_for(_NEVER, scaled(END_DEADLINE))
         return self.status()
 
     def status(self) -> int | None:

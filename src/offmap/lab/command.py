@@ -25,7 +25,7 @@ from offmap.lab.guest.frames import (
     i32,
     to_i32,
 )
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 __all__ = ["Completed", "LabCommand", "Link", "Sink"]
 

@@ -66,6 +66,11 @@ class Console:
                 self._on_line(text)
         return panic
 
+    def clear(self) -> None:
+        """Forget what was shown: another host starts."""
+        self._bytes.clear()
+        self._line.clear()
+
     @property
     def text(self) -> str:
         """What the console has shown, at most the last `KEEP` bytes."""

@@ -20,7 +20,6 @@ from offmap.lab.errors import LabEnded, LabError, LabTimeout
 from offmap.lab.guest.frames import GO, HELLO, MAX_PAYLOAD, START, WAITING, Decoder, Start, encode_start, frame
 from offmap.lab.initramfs import initramfs
 from offmap.lab.kernel import HostKernel
-from offmap.lab.patience import TICK, Deadline, Watch, calibration, processor_seconds, scaled
 from offmap.lab.process import PANIC_GRACE, QemuProcess, settings
 from offmap.lab.qemu import HostOptions, Ram, parse_size
 from offmap.lab.qmp import Qmp, QmpError
@@ -28,6 +27,7 @@ from offmap.lab.snapshot import SnapshotUnusable
 from offmap.lab.snapshot_start import from_snapshot, restore, save
 from offmap.log import Logger
 from offmap.owned import Owned
+from offmap.patience import TICK, Deadline, Watch, calibration, processor_seconds, scaled
 
 __all__ = ["Completed", "LabHost"]
 
@@ -303,8 +303,13 @@ class LabHost(Owned):
         return f"its host has used {used:.0f} s of processor time; last on its console: {self.console.tail(1)!r}"
 
     def kill(self) -> None:
-        """End QEMU now."""
+        """End QEMU now, or as soon as it starts."""
         self._qemu.kill()
+
+    @property
+    def killed(self) -> bool:
+        """Whether `kill` was called."""
+        return self._qemu.killed
 
     # For the user.
 

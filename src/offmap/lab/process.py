@@ -17,10 +17,10 @@ import offmap
 from offmap.lab.console import Console, panic_report
 from offmap.lab.errors import LabEnded, LabError, LabPanic
 from offmap.lab.kernel import HostKernel
-from offmap.lab.patience import scaled
 from offmap.lab.qemu import HostOptions, Ram, command_line, find_qemu
 from offmap.lab.tsc import tsc_khz
 from offmap.log import Logger
+from offmap.patience import scaled
 
 __all__ = ["PANIC_GRACE", "QemuProcess", "diagnose", "settings"]
 
@@ -75,6 +75,7 @@ class QemuProcess:
         ram: files that hold its RAM, for a host that is saved or restored; it then has QMP.
 
     Attributes:
+        killed: whether `kill` was called, perhaps before the start.
         socket: our end of the agent's port.
         qmp_socket: our end of QMP's, for a host that has it.
     """
@@ -93,6 +94,7 @@ class QemuProcess:
         self._console = console
         self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
+        self.killed = False
         self.socket, agent_end = socket.socketpair()
         self._its_sockets = [agent_end]
         self.qmp_socket: socket.socket | None = None
@@ -126,7 +128,8 @@ class QemuProcess:
         return self._process.pid if self._process is not None else None
 
     def kill(self) -> None:
-        """End QEMU now; its console is still read to the end."""
+        """End QEMU now, or as soon as it starts; its console is still read to the end."""
+        self.killed = True
         if self._process is not None:
             self._process.kill()
 
@@ -192,6 +195,8 @@ class QemuProcess:
                 pass_fds=(initrd, *ends, *(self._ram.fds if self._ram is not None else ())),
                 start_new_session=True,
             )
+            if self.killed:
+                self._process.kill()
         except OSError:
             os.close(console)
             raise

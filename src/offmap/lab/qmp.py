@@ -5,13 +5,13 @@ import os
 import socket
 from typing import Self
 
-from offmap.errors import OffmapError
+from offmap.lab.errors import LabError
 from offmap.owned import Owned
 
 __all__ = ["Qmp", "QmpError"]
 
 
-class QmpError(OffmapError):
+class QmpError(LabError):
     """QEMU refused a command, or is gone."""
 
 

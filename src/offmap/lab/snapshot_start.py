@@ -1,7 +1,7 @@
-"""A host from a snapshot: taken of the first of its kind where it waits for its GO, and gone on from by the next ones.
+"""A host from a snapshot: the first host of a kind is saved where it waits for its GO, and the next ones go on there.
 
-QEMU's migration stream holds the devices' state alone: the RAM is a file, which is mapped shared while it is made and
-privately from then on (the capability x-ignore-shared leaves it out of the stream).
+QEMU's migration stream holds only the devices' state. The RAM is a file, mapped shared while the snapshot is made and
+privately afterwards; the capability x-ignore-shared leaves it out of the stream.
 """
 
 import time
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from offmap.lab.console import Console
-from offmap.lab.errors import LabEnded, LabTimeout
+from offmap.lab.errors import LabEnded, LabError
 from offmap.lab.initramfs import Initramfs
 from offmap.lab.kernel import HostKernel
-from offmap.lab.patience import Deadline
 from offmap.lab.qemu import HostOptions, Ram
 from offmap.lab.qmp import Qmp, QmpError
 from offmap.lab.snapshot import Kind, Snapshots, SnapshotUnusable, kind_of
 from offmap.log import Logger
+from offmap.patience import Deadline
 
 __all__ = ["Host", "from_snapshot", "restore", "save"]
 
@@ -27,6 +27,10 @@ _ENDS = frozenset({"completed", "failed"})
 
 class Host(Protocol):
     """What a host must be able to do; `LabHost` is one."""
+
+    @property
+    def killed(self) -> bool:
+        """Whether somebody ended it on purpose."""
 
     def boot(self, archive: bytes, ends: Deadline | None) -> None:
         """Boot to where it waits for its GO."""
@@ -55,7 +59,7 @@ def from_snapshot(
     new: Callable[[Ram], H],
     ends: Deadline | None,
 ) -> H:
-    """Start a host from the snapshot of its kind, which is taken now unless there is one.
+    """Start a host from the snapshot of its kind, which is made now unless there is one.
 
     Args:
         kernel, options: what the host is.
@@ -73,11 +77,18 @@ def from_snapshot(
     snapshots = Snapshots()
     kind = kind_of(kernel, options, archive)
     try:
-        return _restored(snapshots, kind, console, new, ends)
+        host, said = _restored(snapshots, kind, new, ends)
+        console.feed(said)
+        return host
     except SnapshotUnusable as why:
         _log.debug("%s: making snapshot %s", why.what, kind.name)
-    _make(snapshots, kind, options, archive, console, new, ends)
-    return _restored(snapshots, kind, None, new, ends)
+    console.clear()
+    try:
+        _make(snapshots, kind, options, archive, console, new, ends)
+        return _restored(snapshots, kind, new, ends)[0]
+    except SnapshotUnusable:
+        console.clear()
+        raise
 
 
 def _make(
@@ -95,7 +106,9 @@ def _make(
             host.boot(archive.archive(), ends)
             began = time.monotonic()
             host.save(draft.state)
-        except QmpError as error:
+        except (QmpError, LabEnded) as error:  # a disk that fills up ends QEMU with SIGBUS, for one
+            if host.killed:
+                raise
             raise SnapshotUnusable(f"no snapshot can be made: {error.what}") from error
         finally:
             host.close()
@@ -103,27 +116,22 @@ def _make(
         _log.debug("snapshot %s made in %.1f s", kind.name, time.monotonic() - began)
 
 
-def _restored(
-    snapshots: Snapshots, kind: Kind, console: Console | None, new: Callable[[Ram], H], ends: Deadline | None
-) -> H:
+def _restored(snapshots: Snapshots, kind: Kind, new: Callable[[Ram], H], ends: Deadline | None) -> tuple[H, bytes]:
+    """Return a host that goes on from the snapshot, and what its kernel said while it booted."""
     with snapshots.open(kind) as snapshot:
         host = new(snapshot.ram)
         try:
             host.restore(snapshot.state)
             host.go(ends)
-        except (QmpError, LabEnded, LabTimeout) as error:
+        except BaseException as error:
+            wanted = not host.killed and (ends is None or ends.left > 0)
             host.close()
-            if ends is not None and not ends.left:
+            if not wanted or not isinstance(error, LabError):
                 raise
             snapshots.drop(kind.name)
             raise SnapshotUnusable(f"the snapshot does not go on and was dropped: {error.what}") from error
-        except BaseException:
-            host.close()
-            raise
-        if console is not None:
-            console.feed(snapshot.console)
         _log.debug("from snapshot %s", kind.name)
-        return host
+        return host, snapshot.console
 
 
 def save(qmp: Qmp, state: int) -> None:

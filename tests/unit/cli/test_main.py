@@ -10,7 +10,7 @@ import pytest
 
 from offmap.cli.main import main
 from offmap.errors import BackendRefused, ExitStatus, KernelError, OffmapError, Undetermined
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 OFFMAP = (sys.executable, "-m", "offmap")
 

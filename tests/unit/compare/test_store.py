@@ -14,7 +14,7 @@ from offmap.compare.questions import Answer
 from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store, read_cell
 from offmap.errors import OffmapError
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 SPEC = CellSpec("unplugged")
 INPUTS = {"code": "c", "host_kernel": "h", "host_release": "6.12", "guest_kernel": "g", "guest_release": "6.12"}

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from offmap.audit.report.hosts import parse_report
 from offmap.audit.report.prometheus import LISTED, render_prometheus
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 from ..audit.report.samples import every_vm, exposed, not_audited, scan
 

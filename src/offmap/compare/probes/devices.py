@@ -24,6 +24,7 @@ from offmap.compare.probes.survey import no, undetermined, yes
 from offmap.compare.probes.vmm_memory import resident_kib
 from offmap.compare.questions import Answer
 from offmap.compare.vmm_command import card_mac
+from offmap.patience import scaled
 
 MIB = 1 << 20
 DISK_SIZE = 16 * MIB
@@ -121,7 +122,7 @@ def balloon(guest: LiveGuest, ranges: Sequence[RamRange]) -> Answer:
     if before < BALLOON >> 10:
         return undetermined(id, f"only {before} KiB of the guest's RAM show in the VMM's memory: a loss would not show")
     guest.command("load virtio_balloon")
-    given, deadline = 0, time.monotonic() + _INFLATED_BY
+    given, deadline = 0, time.monotonic() + scaled(_INFLATED_BY)
     while given < _ENOUGH * (BALLOON >> 10) and time.monotonic() < deadline:
         time.sleep(0.2)  # nothing tells that the driver is done
         given = before - resident_kib(guest.pid, ranges)

@@ -16,11 +16,12 @@ from offmap.compare.questions import Answer
 from offmap.compare.vm_process import VmProcess
 from offmap.compare.vmm_command import GuestSetup, qemu_ranges, vmm_command
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
+from offmap.patience import scaled
 
 PATIENCE = 30.0
-"""Seconds for one command, which takes a fraction of one."""
+"""Seconds for one command on an idle, fast machine; a command takes a fraction of one."""
 
-_BOOT_DEADLINE = 120.0  # seconds; under emulation it takes 3 to 20
+_BOOT_DEADLINE = 120.0  # seconds on an idle, fast machine; under emulation it takes 3 to 20
 _READY = re.compile(re.escape(READY) + r", Linux (\S+)\r?\n")
 _PLANTED = re.compile(PLANTED.format(r"(\d+)") + r"\r?\n")
 _CLOCKSOURCE = re.compile(re.escape(CLOCKSOURCE) + r" (\S+)")
@@ -55,10 +56,11 @@ class LiveGuest(VmProcess):
             BackendRefused: the VMM refused the RAM.
             OffmapError: it did not get so far.
         """
-        console = self.wait_for(_READY, _BOOT_DEADLINE)
+        limit = scaled(_BOOT_DEADLINE)
+        console = self.wait_for(_READY, limit)
         booted = _READY.search(console)
         if booted is None:
-            self._not_booted(console)
+            self._not_booted(console, limit)
             return ""
         self.boot_seconds = time.monotonic() - self.started
         planted = _PLANTED.search(console)
@@ -72,14 +74,14 @@ class LiveGuest(VmProcess):
         said = f"Linux {self.facts.kernel}, {self.setup.memory >> 20} MiB, init ready"
         return [yes("works.boot", said), measured("hidden.canaries_planted", self._planted)]
 
-    def _not_booted(self, console: str) -> None:
+    def _not_booted(self, console: str, limit: float) -> None:
         status, complaint = self.status(), self.complaint()
         if status == ExitStatus.FAILED and complaint.startswith("refused: "):
             raise BackendRefused.from_line(complaint.removeprefix("refused: "))
         if status is not None:
             raise OffmapError(complaint or f"the VMM ended with status {status}")
         last = "".join(console.strip().splitlines()[-1:])
-        raise OffmapError(f"the guest did not say it was ready within {_BOOT_DEADLINE:.0f} s; last: {last!r}")
+        raise OffmapError(f"the guest did not say it was ready within {limit:.0f} s; last: {last!r}")
 
     def begin(self) -> None:
         """Start the program at the console. Before any `command`.
@@ -175,6 +177,7 @@ class LiveGuest(VmProcess):
             raise ProbeError(self._lost) from None
 
     def _answer(self, line: str, start: int, seconds: float) -> list[list[str]]:
+        seconds = scaled(seconds)
         deadline = time.monotonic() + seconds
         stdout = self._process.stdout
         with selectors.DefaultSelector() as selector:

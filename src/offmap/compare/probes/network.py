@@ -12,6 +12,7 @@ from pathlib import Path
 
 from offmap.compare.probes.live_guest import PATIENCE
 from offmap.devices.virtio.tap import open_tap
+from offmap.patience import scaled
 from offmap.uapi.if_tun import TUNSETPERSIST
 
 VSOCK_PORT = 5000
@@ -64,9 +65,9 @@ def listen_vsock() -> socket.socket:
 
 
 def _accept(listener: socket.socket) -> socket.socket:
-    listener.settimeout(PATIENCE)
+    listener.settimeout(scaled(PATIENCE))
     peer, _ = listener.accept()
-    peer.settimeout(PATIENCE)
+    peer.settimeout(scaled(PATIENCE))
     return peer
 
 

@@ -12,6 +12,7 @@ from offmap.compare.probes.live_guest import LiveGuest
 from offmap.compare.probes.survey import no, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.errors import KernelError
+from offmap.patience import scaled
 
 _PTRACE_PEEKDATA = 2  # linux/ptrace.h, as the two below
 _PTRACE_ATTACH = 16
@@ -136,13 +137,14 @@ def gdb_attach(guest: LiveGuest, ranges: Sequence[RamRange]) -> Answer:
     argv = [gdb, "-nx", "-nh", "-batch", "-iex", "set auto-load no", "-iex", "set auto-solib-add off"]
     argv += ["-p", str(guest.pid), "-ex", f"x/1gx {ranges[0].va:#x}", "-ex", "detach"]
     environment = {**os.environ, "DEBUGINFOD_URLS": ""}
+    limit = scaled(_GDB_SECONDS)
     try:
         done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_GDB_SECONDS, check=False,
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=limit, check=False,
             env=environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return undetermined(id, f"not measured: gdb took longer than {_GDB_SECONDS:.0f} s")
+        return undetermined(id, f"not measured: gdb took longer than {limit:.0f} s")
     attached = "Detaching from" in done.stdout or "detached" in done.stdout
     said = (done.stderr.strip().splitlines() or [""])[-1]
     if not attached:

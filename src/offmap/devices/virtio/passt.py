@@ -19,6 +19,7 @@ from ctypes import sizeof
 from offmap.devices.virtio.iov import length, part, scatter
 from offmap.errors import OffmapError
 from offmap.owned import Owned
+from offmap.patience import ends_within
 from offmap.uapi.virtio.net import virtio_net_hdr_v1
 
 _LENGTH = struct.Struct("!I")
@@ -198,9 +199,7 @@ class Passt(FrameStream):
         if self.fd < 0:
             return
         super().close()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
+        if not ends_within(self._process, _END_SECONDS):
             self._process.kill()
             self._process.wait()
         self._log.close()

@@ -9,7 +9,7 @@ import pytest
 
 from offmap.audit.report.hosts import parse_report
 from offmap.audit.report.html import render_html
-from offmap.lab.patience import scaled
+from offmap.patience import scaled
 
 from .samples import PAGE, Json, cell, every_vm, exposed, vm
 from .test_html import EVIL, Page

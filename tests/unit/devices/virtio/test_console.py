@@ -20,6 +20,7 @@ from offmap.devices.virtio.device import Activation
 from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.worker import Worker
 from offmap.owned import Owned
+from offmap.patience import scaled
 from offmap.uapi.virtio import console as uapi
 
 from .driver import Driver, guest_memory
@@ -30,7 +31,7 @@ SPACING = 0x80000  # of what each queue's driver uses of memory
 
 def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     """Wait for what another thread does."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + scaled(seconds)
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from offmap.lab import patience
-from offmap.lab.patience import Watch
+from offmap import patience
+from offmap.patience import Watch
 
 MEASURE = patience._slowness
 

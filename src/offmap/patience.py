@@ -10,8 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["TICK", "Calibration", "Deadline", "Watch", "calibration", "processor_seconds", "scaled"]
+if TYPE_CHECKING:
+    import subprocess  # imported where it is used: not every guest's start has to wait for it
+
+__all__ = ["TICK", "Calibration", "Deadline", "Watch", "calibration", "ends_within", "processor_seconds", "scaled"]
 
 TICK = 0.5  # seconds between two looks at a process
 SPIN_SECONDS = 90.0  # processor time without a word; a boot takes 5, all of it silent
@@ -69,6 +73,20 @@ def _crowding() -> float:
 def scaled(seconds: float) -> float:
     """Return a limit by the clock that was chosen on an idle, fast machine, in seconds of this one as it is now."""
     return seconds * calibration().stretch
+
+
+def ends_within(process: "subprocess.Popen[Any]", seconds: float) -> bool:
+    """Say whether a child of ours ends within a limit, which is `scaled` for one that takes longer."""
+    import subprocess
+
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        try:
+            process.wait(scaled(seconds) - seconds)
+        except subprocess.TimeoutExpired:
+            return False
+    return True
 
 
 def _work() -> int:
