@@ -178,12 +178,7 @@ class Console(VirtioDevice):
         queue = self._control_queue
         if queue is None:
             return
-        while self._messages:
-            chain = queue.pop()
-            if chain is None:
-                if queue.rearm():
-                    continue
-                break
+        while self._messages and (chain := queue.take()) is not None:
             message = self._messages.popleft()
             if chain.writable_bytes < len(message):
                 raise DriverError(f"gives {chain.writable_bytes} bytes for a control message of {len(message)}")
@@ -219,12 +214,7 @@ class Console(VirtioDevice):
 
     @staticmethod
     def _has_room(queue: Queue) -> bool:
-        chain = queue.pop()
-        if chain is None:
-            if not queue.rearm():
-                return False
-            chain = queue.pop()
-        if chain is None:
+        if queue.take() is None:
             return False
         queue.undo_pop()
         return True
@@ -268,10 +258,8 @@ class Console(VirtioDevice):
         if queue is None:
             return
         while True:
-            chain, start = stream.unwritten or (queue.pop(), 0)
+            chain, start = stream.unwritten or (queue.take(), 0)
             if chain is None:
-                if queue.rearm():
-                    continue
                 break
             if stream.unwritten is None:  # or the rest of what it wrote before it closed the port
                 stream.use(True)

@@ -293,10 +293,8 @@ class Net(VirtioDevice):
         if posted and not self._mergeable:
             return True
         while True:
-            chain = queue.pop()
+            chain = queue.take()
             if chain is None:
-                if queue.rearm():
-                    continue
                 # A driver whose whole queue holds less than the largest packet still gets smaller ones.
                 return self._mergeable and len(posted) >= queue.size
             if chain.readable or chain.writable_bytes < _HEADER_SIZE:
@@ -331,10 +329,8 @@ class Net(VirtioDevice):
         queue, send = self._tx, self._backend.send
         try:
             for _ in range(_BUDGET):
-                chain, self._unsent = self._unsent or queue.pop(), None
+                chain, self._unsent = self._unsent or queue.take(), None
                 if chain is None:
-                    if queue.rearm():
-                        continue
                     return
                 if chain.writable:
                     raise DriverError("gives a transmit buffer to be written to")

@@ -251,6 +251,13 @@ class Queue:
             self._fenced = self._used_idx  # everything that was pushed so far was before a fence
         return self._avail[1] != self._last_avail
 
+    def take(self) -> Chain | None:
+        """As `pop`. If there is no buffer, ask for a kick with the next one."""
+        while (chain := self.pop()) is None:
+            if not self.rearm():
+                return None
+        return chain
+
     def chains(self) -> Iterator[Chain]:
         """Yield the available buffers. At the end the driver is asked for a kick with the next one.
 
@@ -262,14 +269,11 @@ class Queue:
             DriverError: as `pop`.
         """
         left = _SHARE
-        while True:
-            while (chain := self.pop()) is not None:
-                left -= chain.readable_bytes + chain.writable_bytes + _AT_LEAST
-                yield chain
-                if left <= 0 and self._again is not None:
-                    self._again()
-                    return
-            if not self.rearm():
+        while (chain := self.take()) is not None:
+            left -= chain.readable_bytes + chain.writable_bytes + _AT_LEAST
+            yield chain
+            if left <= 0 and self._again is not None:
+                self._again()
                 return
 
     def undo_pop(self) -> None:

@@ -12,12 +12,12 @@ import re
 import socket
 import struct
 from collections.abc import Sequence
-from ctypes import c_int, c_uint, sizeof
+from ctypes import c_int, sizeof
 from ipaddress import IPv4Interface
 from pathlib import Path
 
 from offmap.errors import KernelError, OffmapError
-from offmap.owned import Owned
+from offmap.kvm.handle import Handle
 from offmap.uapi import if_tun as uapi
 from offmap.uapi.virtio.net import virtio_net_hdr_v1
 
@@ -28,7 +28,7 @@ _RTMGRP_LINK = 1  # linux/rtnetlink.h
 _SOCKADDR_IN = struct.Struct("<HH4s8x")  # family, port (0), address: linux/in.h
 
 
-class Tap(Owned):
+class Tap(Handle):
     """Owns the fd of a tap device; one that no other program made goes with it.
 
     Attributes:
@@ -40,7 +40,7 @@ class Tap(Owned):
     has_vnet_hdr = True
 
     def __init__(self, fd: int, name: str) -> None:
-        self.fd = fd
+        super().__init__(fd)
         self.name = name
         self._netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
         self._netlink.bind((0, _RTMGRP_LINK))
@@ -53,7 +53,7 @@ class Tap(Owned):
         Raises:
             KernelError: EINVAL where this kernel's tap does not know one of them, EBADFD where the interface is gone.
         """
-        _ioctl(self.fd, "TUNSETOFFLOAD", uapi.TUNSETOFFLOAD, flags)
+        self.call("TUNSETOFFLOAD", uapi.TUNSETOFFLOAD, flags)
 
     def receive(self, buffers: Sequence[memoryview]) -> int:
         """Read one frame, its header first; what does not fit is lost.
@@ -97,13 +97,13 @@ class Tap(Owned):
                         raise
         request = uapi.ifreq()
         try:
-            _ioctl(self.fd, "TUNGETIFF", uapi.TUNGETIFF, request)  # it may have got another name
+            self.call("TUNGETIFF", uapi.TUNGETIFF, request)  # it may have got another name
         except KernelError:
             return False  # EBADFD: it was deleted
         if not self._in_sight:
             return True
         try:
-            _ioctl(self.changes, "SIOCGIFFLAGS", uapi.SIOCGIFFLAGS, request)
+            Handle(self.changes).call("SIOCGIFFLAGS", uapi.SIOCGIFFLAGS, request)
         except KernelError:
             return True
         return bool(request.ifru_flags & uapi.IFF_UP)
@@ -112,16 +112,14 @@ class Tap(Owned):
         """Why it is not up."""
         request = uapi.ifreq()
         try:
-            _ioctl(self.fd, "TUNGETIFF", uapi.TUNGETIFF, request)
+            self.call("TUNGETIFF", uapi.TUNGETIFF, request)
         except KernelError:
             return f"the interface {self.name} is no more"
         return f"somebody has set the interface {request.ifr_name.decode()} down"
 
     def close(self) -> None:
-        if self.fd >= 0:
-            self._netlink.close()
-            os.close(self.fd)
-            self.fd = -1
+        self._netlink.close()
+        super().close()
 
 
 def check_name(name: str) -> None:
@@ -174,7 +172,7 @@ def tap_of_fd(fd: int) -> Tap:
     """
     request = uapi.ifreq()
     try:
-        _ioctl(fd, "TUNGETIFF", uapi.TUNGETIFF, request)
+        Handle(fd).call("TUNGETIFF", uapi.TUNGETIFF, request)
     except (KernelError, OverflowError, ValueError):
         raise OffmapError(f"fd {fd} is not an open tap device", "hand one over, or use tap=NAME") from None
     flags = request.ifru_flags
@@ -193,7 +191,7 @@ def _attach(fd: int, name: str) -> None:
     flags = _FLAGS
     for attempt in (flags, flags | uapi.IFF_MULTI_QUEUE):  # a persistent one may have been made with several queues
         try:
-            _ioctl(fd, "TUNSETIFF", uapi.TUNSETIFF, uapi.ifreq(name.encode(), ifru_flags=attempt))
+            Handle(fd).call("TUNSETIFF", uapi.TUNSETIFF, uapi.ifreq(name.encode(), ifru_flags=attempt))
         except KernelError as failed:
             error = failed
             if failed.errno != errno.EINVAL:
@@ -212,7 +210,7 @@ def _attach(fd: int, name: str) -> None:
 
 
 def _use_header(fd: int) -> None:
-    _ioctl(fd, "TUNSETVNETHDRSZ", uapi.TUNSETVNETHDRSZ, c_int(sizeof(virtio_net_hdr_v1)))
+    Handle(fd).call("TUNSETVNETHDRSZ", uapi.TUNSETVNETHDRSZ, c_int(sizeof(virtio_net_hdr_v1)))
 
 
 def _configure(name: str, interface: IPv4Interface | None, mtu: int | None) -> None:
@@ -224,7 +222,7 @@ def _configure(name: str, interface: IPv4Interface | None, mtu: int | None) -> N
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fd = any_socket.fileno()
         if mtu is not None:
-            _ioctl(fd, f"setting the MTU of {name}", uapi.SIOCSIFMTU, uapi.ifreq(name.encode(), ifru_mtu=mtu))
+            Handle(fd).call(f"setting the MTU of {name}", uapi.SIOCSIFMTU, uapi.ifreq(name.encode(), ifru_mtu=mtu))
         if interface is not None:
             for what, request, address in (
                 ("address", uapi.SIOCSIFADDR, interface.ip),
@@ -232,11 +230,11 @@ def _configure(name: str, interface: IPv4Interface | None, mtu: int | None) -> N
             ):
                 argument = uapi.ifreq(name.encode())
                 argument.ifru_addr[:] = _SOCKADDR_IN.pack(socket.AF_INET, 0, address.packed)
-                _ioctl(fd, f"setting the {what} of {name}", request, argument)
+                Handle(fd).call(f"setting the {what} of {name}", request, argument)
         argument = uapi.ifreq(name.encode())
-        _ioctl(fd, f"SIOCGIFFLAGS of {name}", uapi.SIOCGIFFLAGS, argument)
+        Handle(fd).call(f"SIOCGIFFLAGS of {name}", uapi.SIOCGIFFLAGS, argument)
         argument.ifru_flags |= uapi.IFF_UP
-        _ioctl(fd, f"bringing {name} up", uapi.SIOCSIFFLAGS, argument)
+        Handle(fd).call(f"bringing {name} up", uapi.SIOCSIFFLAGS, argument)
 
 
 def _is_in_our_namespace(fd: int) -> bool:
@@ -248,10 +246,3 @@ def _is_in_our_namespace(fd: int) -> bool:
         return os.path.samestat(os.fstat(namespace), Path("/proc/self/ns/net").stat())
     finally:
         os.close(namespace)
-
-
-def _ioctl(fd: int, what: str, request: int, argument: uapi.ifreq | c_int | c_uint | int) -> None:
-    try:
-        fcntl.ioctl(fd, request, argument)
-    except OSError as error:
-        raise KernelError(what, error) from None

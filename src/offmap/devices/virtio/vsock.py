@@ -103,10 +103,8 @@ class Vsock(VirtioDevice):
                 self._held = len(self._resets) >= _MAX_RESETS
                 if self._held:
                     break
-                chain = queue.pop()
+                chain = queue.take()
                 if chain is None:
-                    if queue.rearm():
-                        continue
                     break
                 self._take_packet(chain)
                 queue.push(chain, 0)
@@ -186,10 +184,8 @@ class Vsock(VirtioDevice):
             for _ in range(_BUDGET):
                 if not self._resets and not self._turn:
                     break
-                chain = chain or queue.pop()
+                chain = chain or queue.take()
                 if chain is None:
-                    if queue.rearm():
-                        continue
                     break
                 if chain.writable_bytes <= VIRTIO_VSOCK_HDR.size or chain.readable:
                     raise DriverError(f"gives a receive buffer of {chain.writable_bytes} bytes")
