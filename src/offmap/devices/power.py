@@ -64,10 +64,7 @@ class AcpiPm:
 
     def ports(self) -> Sequence[range]:
         """Sleep control, sleep status, reset control."""
-        return (
-            range(ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT + 1),
-            range(ACPI_RESET_PORT, ACPI_RESET_PORT + 1),
-        )
+        return (range(ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT + 1), range(ACPI_RESET_PORT, ACPI_RESET_PORT + 1))
 
     def read(self, port: int, size: int) -> int:
         """Never asleep, hence never woken: both sleep registers are 0."""

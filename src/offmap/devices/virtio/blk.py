@@ -40,12 +40,7 @@ class Blk(VirtioDevice):
     queue_sizes = (QUEUE_SIZE,)
 
     def __init__(
-        self,
-        disk: Disk,
-        *,
-        readonly: bool = False,
-        serial: str = "",
-        say: Callable[[str], None] = lambda _: None,
+        self, disk: Disk, *, readonly: bool = False, serial: str = "", say: Callable[[str], None] = lambda _: None
     ) -> None:
         self._disk = disk
         self._readonly = readonly

@@ -26,11 +26,7 @@ class InterruptStatus:
     """
 
     def __init__(
-        self,
-        interrupts: "Interrupts",
-        show: Callable[[int], None],
-        signal: Callable[[], None],
-        irq: int = -1,
+        self, interrupts: "Interrupts", show: Callable[[int], None], signal: Callable[[], None], irq: int = -1
     ) -> None:
         self._interrupts = interrupts
         self._show = show

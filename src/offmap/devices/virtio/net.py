@@ -98,12 +98,7 @@ class Net(VirtioDevice):
     queue_sizes = (256, 256, 64)
 
     def __init__(
-        self,
-        backend: Backend,
-        mac: bytes,
-        mtu: int | None,
-        say: Callable[[str], None],
-        vhost: VhostNet | None = None,
+        self, backend: Backend, mac: bytes, mtu: int | None, say: Callable[[str], None], vhost: VhostNet | None = None
     ) -> None:
         self._vhost = vhost
         self._refused = False  # by vhost
