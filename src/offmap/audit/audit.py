@@ -9,7 +9,7 @@ from typing import TypedDict, Unpack
 import msgspec
 
 import offmap
-from offmap.audit.classify import Judged, classify, excluded_ranges, mapped_guest_ranges
+from offmap.audit.classify import Classified, classify, excluded_ranges, mapped_guest_ranges
 from offmap.audit.drgn_kernel import require_drgn
 from offmap.audit.frames import resolve
 from offmap.audit.guest_pages import GuestPages
@@ -69,7 +69,7 @@ class Snapshot:
     audit: AuditResult
     ram: GuestRam
     mappings: KernelMappings = field(repr=False)
-    judged: Judged = field(repr=False)
+    judged: Classified = field(repr=False)
 
     def aliases_of(self, pa: int, size: int) -> list[Reach]:
         """The listed aliases that lie at least in part in these physical addresses."""
@@ -225,7 +225,7 @@ def _slots_moved(process: Process, ram: GuestRam, ask_kvm: AskKvm | None) -> tup
 
 
 def _sharing(
-    process: Process, ram: GuestRam, judged: Judged, named: bool, partial: str
+    process: Process, ram: GuestRam, judged: Classified, named: bool, partial: str
 ) -> tuple[Sharing | None, tuple[str, ...]]:
     """Who else maps the pages, and a note if that cannot be told."""
     if partial:

@@ -22,8 +22,8 @@ _CHANGED = "came, went or moved during the audit"
 
 
 @dataclass(frozen=True)
-class Judged:
-    """All pages of the ranges, in their order, as runs of pages of which the same is to be said.
+class Classified:
+    """All pages of the ranges, in their order, as runs of pages with the same classification.
 
     Attributes:
         page, pages: the run's first page and how many it has.
@@ -106,8 +106,8 @@ def excluded_ranges(ram: GuestRam) -> Intervals:
 
 def classify(
     before: Frames, after: Frames, excluded: Intervals, mappings: KernelMappings, kinds: Kinds | None = None
-) -> Judged:
-    """Judge each page.
+) -> Classified:
+    """Classify each page.
 
     Args:
         before, after: the frames as they were before and after the walk; a page that differs is unknown.
@@ -146,7 +146,7 @@ def classify(
     if mappings.unreadable:
         example = mappings.unreadable[0]
         blind = f"kernel page tables could not be read at {example.va:#x}: {example.reason}"
-    return Judged(
+    return Classified(
         page,
         length,
         pfn,
@@ -169,7 +169,7 @@ def _reach_sets(mappings: KernelMappings, kinds: Kinds | None) -> list[tuple[int
     return [(each, Intervals.union(start[code == each], end[code == each])) for each in np.unique(code).tolist()]
 
 
-def mapped_guest_ranges(judged: Judged, ram: GuestRam) -> list[tuple[int, int]]:
+def mapped_guest_ranges(judged: Classified, ram: GuestRam) -> list[tuple[int, int]]:
     """Guest-physical (address, bytes) of all pages that the kernel maps, merged, where their address is known."""
     mapped = judged.reached != 0
     start = judged.page[mapped]

@@ -84,7 +84,7 @@ class _Building:
         self._parts: list[tuple[Ints, Ints, NDArray[np.uint8], NDArray[np.uint8]]] = []
 
     def number(self, reason: str) -> int:
-        """Index of a reason. Names in them are the process's choice: 255 at most, the rest is one."""
+        """Index of a reason. The process chooses the names in them, so from the 255th on all are one."""
         if reason not in self._reasons and len(self._reasons) >= 255:
             reason = "for too many different reasons to list"
         return self._reasons.setdefault(reason, len(self._reasons))
@@ -130,12 +130,8 @@ def runs_of_pages(pfn: Ints, state: NDArray[np.uint8], why: NDArray[np.uint8]) -
 def resolve(process: Process, ranges: Iterable[RamRange], flags: PageFlags) -> Frames:
     """Find the frames of all pages of the ranges.
 
-    A process that ends meanwhile is no error: what was not looked at by then is UNKNOWN, and ``ended`` says so.
-
-    Args:
-        process: the audited one.
-        ranges: page-aligned.
-        flags: tells the shared zero page, which holds nothing of the guest's.
+    If the process ends meanwhile, what was not looked at by then is UNKNOWN, and ``ended`` says so. ``flags`` tell the
+    shared page of zeroes, which holds nothing of the guest's.
 
     Raises:
         Undetermined: the process may not be looked at, or the ranges are larger than any guest here can be.
@@ -211,9 +207,7 @@ def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, buil
 def _look(fd: int, va: int, pages: int, zero: int, away: int) -> Frames:
     """What pagemap shows of some pages, as runs; those in no page table are _MISSING.
 
-    Args:
-        zero: frame of the page of zeroes: nothing of the guest's is in it.
-        away: index of the reason for pages that are swapped out.
+    ``zero`` is the frame of the page of zeroes, ``away`` the index of the reason for pages that are swapped out.
     """
     entries = pagemap.read_pagemap(fd, va, pages)
     here = pagemap.present(entries)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offmap.audit.classify import Judged
+from offmap.audit.classify import Classified
 from offmap.audit.guest_ram import GuestRam
 from offmap.audit.intervals import Intervals, Ints, cut, distinct, overlaps, run_starts
 from offmap.audit.kinds import Kinds
@@ -37,7 +37,7 @@ class Joined:
     omitted: tuple[int, int]
 
 
-def join(judged: Judged, mappings: KernelMappings, kinds: Kinds, layout: Layout, ram: GuestRam) -> Joined:
+def join(judged: Classified, mappings: KernelMappings, kinds: Kinds, layout: Layout, ram: GuestRam) -> Joined:
     """Join all known guest pages with all mappings.
 
     Args:
@@ -61,7 +61,7 @@ def join(judged: Judged, mappings: KernelMappings, kinds: Kinds, layout: Layout,
     return Joined(_totals(pages, ranges, mappings, kinds, layout), aliases, direct, (alias_rest, direct_rest))
 
 
-def _pieces(judged: Judged, mappings: KernelMappings, rows: NDArray[np.intp]) -> Iterator[NDArray[np.void]]:
+def _pieces(judged: Classified, mappings: KernelMappings, rows: NDArray[np.intp]) -> Iterator[NDArray[np.void]]:
     """Where the known guest pages and these runs of the walk meet; as many at once as memory is to be had for."""
     runs = mappings.runs[rows]
     host = (runs["pa"] >> PAGE_SHIFT).astype(np.int64)
@@ -159,7 +159,7 @@ def _totals(
     return tuple(sorted(found, key=lambda total: (total.kind is not Kind.DIRECT_MAP, -total.pages)))
 
 
-def physical_map(judged: Judged, ram: Sequence[tuple[int, int]], cells: int = _CELLS) -> PhysicalMap:
+def physical_map(judged: Classified, ram: Sequence[tuple[int, int]], cells: int = _CELLS) -> PhysicalMap:
     """Where the known guest pages are, each frame once.
 
     Args:
@@ -205,7 +205,7 @@ def _once(pfn: Ints, pages: Ints, reached: NDArray[np.uint32]) -> tuple[Ints, In
     return begin[new], np.add.reduceat(length, new), mask[new]
 
 
-def _cell(judged: Judged, pfn: int, pages: int, masks: NDArray[np.integer], counts: Ints) -> PhysicalCell:
+def _cell(judged: Classified, pfn: int, pages: int, masks: NDArray[np.integer], counts: Ints) -> PhysicalCell:
     """The cell of these frames, whose guest pages are ``counts`` that ``masks`` reach."""
     direct, alias = masks & judged.DIRECT != 0, masks & ~judged.DIRECT != 0
     guest, mapped = int(counts.sum()), int(counts[masks != 0].sum())

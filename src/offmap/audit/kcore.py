@@ -56,11 +56,7 @@ class Segment:
 
 
 def parse_program_headers(data: bytes, path: str = "/proc/kcore") -> list[Elf64_Phdr]:
-    """Program headers of an x86-64 ELF core whose first bytes are ``data``.
-
-    Raises:
-        Undetermined: not an x86-64 core file, or ``data`` ends before the headers do.
-    """
+    """Program headers of an x86-64 ELF core whose first bytes are ``data``; Undetermined if they are not all there."""
     if len(data) < ELF64_EHDR.size or not data.startswith(ELFMAG):
         raise Undetermined(f"{path} is not an ELF file")
     header = Elf64_Ehdr._make(ELF64_EHDR.unpack_from(data))
@@ -73,12 +69,9 @@ def parse_program_headers(data: bytes, path: str = "/proc/kcore") -> list[Elf64_
 
 
 def direct_map_base(segments: Sequence[Segment]) -> int:
-    """``page_offset_base``: what the direct map adds to a physical address.
+    """``page_offset_base``: what the direct map adds to a physical address; Undetermined without a RAM segment.
 
-    VMCOREINFO does not name it; it is the difference that most of the RAM segments have in common.
-
-    Raises:
-        Undetermined: no RAM segment.
+    VMCOREINFO does not name it. It is the difference that most of the RAM segments have in common.
     """
     bases = Counter(segment.va - segment.pa for segment in segments if segment.is_ram and segment.pa is not None)
     if not bases:

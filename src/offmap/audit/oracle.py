@@ -19,9 +19,10 @@ both are asked again. What differs three times is a disagreement.
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -187,12 +188,8 @@ def ask_oracle(
         version=oracle.version,
         seed=seed,
         pages=len(chosen),
-        frames_agreed=asked.frames_agreed,
-        frames_unasked=asked.frames_unasked,
-        addresses=asked.mapped + asked.unmapped,
-        mapped=asked.mapped,
-        unmapped=asked.unmapped,
-        retried=asked.retried,
+        addresses=asked.count["mapped"] + asked.count["unmapped"],
+        **{name: asked.count[name] for name in ("frames_agreed", "frames_unasked", "mapped", "unmapped", "retried")},
         seconds=round(time.monotonic() - started, 3),
     )
 
@@ -204,11 +201,7 @@ class _Answers:
     oracle: Oracle
     mappings: KernelMappings
     lookups: Lookups
-    frames_agreed: int = 0
-    frames_unasked: int = 0
-    mapped: int = 0
-    unmapped: int = 0
-    retried: int = 0
+    count: Counter[str] = field(default_factory=Counter)
 
     def frame(self, va: int, frame: int) -> int | None:
         """Compare the frame behind the process's page; the frame, None if there is none now."""
@@ -218,13 +211,13 @@ class _Answers:
             if theirs is None:
                 # Not in the process's own page tables (its file has the page), or marked for NUMA balancing: an entry
                 # without the present bit, whose frame pagemap tells all the same.
-                self.frames_unasked += 1
+                self.count["frames_unasked"] += 1
                 return ours
             if ours is not None and theirs == ours * PAGE_SIZE:
-                self.frames_agreed += 1
+                self.count["frames_agreed"] += 1
                 return ours
             if attempt < _ATTEMPTS - 1:
-                self.retried += 1
+                self.count["retried"] += 1
                 ours = self.lookups.frame(va)
                 if ours is None:
                     return None
@@ -251,13 +244,12 @@ class _Answers:
         for attempt in range(_ATTEMPTS):
             ours, theirs = translate(self.mappings, question.va), self.oracle.kernel(question.va)
             if ours == theirs:
-                self.mapped += ours is not None
-                self.unmapped += ours is None
+                self.count["unmapped" if ours is None else "mapped"] += 1
                 return
             if self._not_told(question.va, ours, theirs):
                 return
             if attempt < _ATTEMPTS - 1:
-                self.retried += 1
+                self.count["retried"] += 1
                 self.mappings = self.lookups.walk()
         raise _disagreement(f"kernel address {question.va:#x}", ours, theirs, question.why)
 

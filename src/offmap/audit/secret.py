@@ -107,7 +107,7 @@ def parse_secret(text: str) -> Secret:
 
 
 def _read(fd: int, name: str) -> Secret:
-    """Read a secret, through no buffer but a locked one."""
+    """Read a secret into a locked buffer, and into no other."""
     status = os.fstat(fd)
     with LockedBuffer(LONGEST + PAGE_SIZE) as buffer:
         size = 0

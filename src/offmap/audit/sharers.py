@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from offmap.audit import pagemap
-from offmap.audit.classify import Judged
+from offmap.audit.classify import Classified
 from offmap.audit.frames import POPULATED
 from offmap.audit.guest_ram import GuestRam
 from offmap.audit.intervals import Intervals, Ints, run_starts
@@ -29,7 +29,7 @@ File = tuple[str, int]
 Runs = tuple[Ints, Ints]
 
 
-def sharing_of(process: Process, ram: GuestRam, judged: Judged, *, named: bool = False) -> Sharing:
+def sharing_of(process: Process, ram: GuestRam, judged: Classified, *, named: bool = False) -> Sharing:
     """Count the guest's pages that other processes map too, and name these processes if asked.
 
     Raises:

@@ -48,7 +48,7 @@ class VmProcess(NamedTuple):
 
 
 def recognise(comm: str, executable: str, arguments: str, has_memslots: bool) -> str:
-    """What this VMM is, by its names; empty if it is none that is known."""
+    """What this VMM is, by its names; empty if it is not known."""
     for text in (comm, executable.rpartition("/")[2]):
         for start, name in _NAMES:
             if text.startswith(start):
@@ -139,12 +139,9 @@ def worst_status(statuses: Sequence[ExitStatus], notes: Sequence[str]) -> ExitSt
 
 
 def audit_every_vm(audit: Callable[[VmProcess], AuditResult]) -> EveryVm:
-    """Find all processes that hold a KVM VM and audit each.
+    """Find all processes that hold a KVM VM, and audit each with ``audit``.
 
     One that ends before anything was seen of it is left out: its VM is gone. One that cannot be audited is not.
-
-    Args:
-        audit: of one of them; ``audit_process`` with what else is wanted.
     """
     vms, notes = find_vms()
     results: list[AuditResult] = []
