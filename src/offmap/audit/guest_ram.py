@@ -246,16 +246,14 @@ def slot_ranges(
 def _guest_memfds(process: Process, links: Mapping[int, str], mappings: Sequence[Vma]) -> dict[tuple[str, int], int]:
     """Bytes of every guest_memfd that is open or mapped (0 if it cannot be asked), by device and inode as in maps."""
     files = {}
-    for vma in mappings:
-        if _GUEST_MEMFD in vma.path:
-            status = process.stat(link_of(vma))
-            files[vma.device, vma.inode] = 0 if status is None else status.st_size
-    for number, link in links.items():
-        if _GUEST_MEMFD in link:
-            status = process.stat(f"fd/{number}")
-            if status is None:
-                files["", 0] = 0
-                continue
+    for vma in (vma for vma in mappings if _GUEST_MEMFD in vma.path):
+        status = process.stat(link_of(vma))
+        files[vma.device, vma.inode] = 0 if status is None else status.st_size
+    for number in (number for number, link in links.items() if _GUEST_MEMFD in link):
+        status = process.stat(f"fd/{number}")
+        if status is None:
+            files["", 0] = 0
+        else:
             device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
             files[device, status.st_ino] = status.st_size
     return files
@@ -267,12 +265,7 @@ def _unseen_guest_memfd(
     mappings: Sequence[Vma],
     slots: Iterable[KvmSlot] = (),
 ) -> bool:
-    """Whether a part of a guest_memfd is in none of the ranges.
-
-    Args:
-        files: bytes of each, by device and inode.
-        slots: one may have a guest_memfd that another process holds.
-    """
+    """Whether a part of a guest_memfd is in none of the ranges. A slot may have one that another process holds."""
     if not files and any(slot.guest_memfd for slot in slots):
         return True
     shown: dict[tuple[str, int], list[tuple[int, int]]] = {file: [] for file in files}

@@ -88,12 +88,9 @@ def cut(start: Ints, length: Ints, edges: Ints) -> tuple[NDArray[np.intp], Ints,
 
 
 def overlaps(start: Ints, length: Ints, others: Ints, other_length: Ints) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Every pair of intervals, one of each list, that have a number in common.
+    """Indices of every pair of intervals, one of each list, that have a number in common, in no particular order.
 
     Either list may be in any order and may overlap itself.
-
-    Returns:
-        indices into the first list and into the second, pair by pair, in no particular order.
     """
     # Of two that overlap, one begins inside the other: the second inside the first, or else the first strictly so.
     host, guest = _begins_inside(others, other_length, start, strictly=False)

@@ -73,12 +73,7 @@ class KernelObjects:
         self._page_size = btf.size("page")
 
     def file_of(self, head: int, pfn: int) -> CachedFile | None:
-        """The file that this page caches.
-
-        Args:
-            head: frame of the first page of its folio.
-            pfn: its own.
-        """
+        """The file that page ``pfn`` of the folio that begins at frame ``head`` caches; None if it cannot be told."""
         with suppress(Unknown):
             page = self._layout.vmemmap + head * self._page_size
             mapping = self._field(page, "folio", "mapping")

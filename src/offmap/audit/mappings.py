@@ -47,7 +47,7 @@ def covered(runs: NDArray[np.void], pfns: NDArray[np.uint64]) -> NDArray[np.bool
 class KernelMappings:
     """Every present mapping in the kernel half of the page tables.
 
-    Args:
+    Attributes:
         runs: array of RUN, in order of ``va``.
         unreadable: what could not be walked; unless this is empty, a page that no run covers is unknown, not absent.
         tables: page tables read, by level (5 the top).

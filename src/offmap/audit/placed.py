@@ -32,7 +32,7 @@ from offmap.audit.pageflags import (
 )
 from offmap.audit.regions import KERNEL_TEXT, MODULES, VMALLOC, Layout
 from offmap.audit.scan_result import Owner, PageProcess, Sort
-from offmap.audit.sharers import MappedBy, mapped_by
+from offmap.audit.sharers import mapped_by
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
@@ -117,10 +117,14 @@ class Placer:
             named += 1
             same = head_and_flags(self.kcore.page_flags, frame) == (look.head, look.flags)
             objects = self._objects if same and named <= _MOST_NAMED else None
-            owners[frame] = self._owner(frame, look, tuple(sharers.get(frame, ())), objects)
+            processes = tuple(PageProcess(by.pid, by.process, Address(by.va)) for by in sharers.get(frame, ()))
+            path = next((by.path for by in sharers.get(frame, ()) if by.path), "")
+            owners[frame] = self._owner(frame, look, processes, path, objects)
         return owners
 
-    def _owner(self, frame: int, look: Look, processes: tuple[MappedBy, ...], objects: KernelObjects | None) -> Owner:
+    def _owner(
+        self, frame: int, look: Look, processes: tuple[PageProcess, ...], path: str, objects: KernelObjects | None
+    ) -> Owner:
         head, flags = look.head, look.flags
         place = self.guest.find(frame)
         if place is not None:
@@ -132,20 +136,19 @@ class Placer:
             return Owner(sort, objects.slab_of(head) if objects else "")
         if sort in {None, Sort.PAGE_CACHE} and flags & _MAYBE_CACHED:
             file = objects.file_of(head, frame) if objects else None
-            path = next((each.path for each in processes if each.path), "")
             if file is not None:
-                return Owner(Sort.PAGE_CACHE, file.name, file.offset, _published(processes))
+                return Owner(Sort.PAGE_CACHE, file.name, file.offset, processes)
             if path or sort is Sort.PAGE_CACHE:
-                return Owner(Sort.PAGE_CACHE, path, None, _published(processes))
+                return Owner(Sort.PAGE_CACHE, path, None, processes)
         if sort is Sort.RESERVED and self._aliased(frame, (KERNEL_TEXT, MODULES)):
             return Owner(Sort.KERNEL_IMAGE)
         if sort is not None:
-            return Owner(sort, processes=_published(processes))
+            return Owner(sort, processes=processes)
         stacks = self._aliased(frame, (VMALLOC,))
         if stacks:
             thread = next((name for va in stacks for name in self._stack(va, objects)), None)
             return Owner(Sort.KERNEL_STACK, thread) if thread else Owner(Sort.VMALLOC)
-        return Owner(Sort.KERNEL, processes=_published(processes))
+        return Owner(Sort.KERNEL, processes=processes)
 
     def _aliased(self, frame: int, regions: Collection[str]) -> list[int]:
         """Addresses outside the direct map that the kernel has this page at, in these regions."""
@@ -178,7 +181,3 @@ def head_and_flags(flags: PageFlags, frame: int) -> tuple[int, int]:
                 together |= int(before[heads[-1]])
                 break
     return head, together & ~(1 << KPF_COMPOUND_TAIL)
-
-
-def _published(processes: tuple[MappedBy, ...]) -> tuple[PageProcess, ...]:
-    return tuple(PageProcess(each.pid, each.process, Address(each.va)) for each in processes)

@@ -36,9 +36,8 @@ class Secret(Owned):
                 f"give {SHORTEST} to {LONGEST} bytes that stand nowhere else: shorter ones turn up by chance",
             )
         if len(set(data)) < _DISTINCT:
-            raise OffmapError(
-                f"a secret of fewer than {_DISTINCT} different bytes stands everywhere", "give bytes that are your own"
-            )
+            what = f"a secret of fewer than {_DISTINCT} different bytes stands everywhere"
+            raise OffmapError(what, "give bytes that are your own")
         self.length = len(data)
         self._fd = None if fd is None else os.dup(fd)
         self._buffer = LockedBuffer(PAGE_SIZE)

@@ -222,7 +222,6 @@ def walk_kernel_half(
     """Walk entries 256 to 511 of the top table and everything below.
 
     Args:
-        reader: where tables are read from.
         root_pa: physical address of ``init_top_pgt``.
         levels: 4 or 5.
         direct_map_base: ``page_offset_base``.
