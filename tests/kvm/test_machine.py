@@ -250,6 +250,20 @@ def test_a_reader_that_goes_away_ends_it(command: Callable[..., Command]) -> Non
     assert errors == "offmap run: writing what the guest's console says failed: Broken pipe (EPIPE)\n"
 
 
+def test_no_thread_is_kicked_before_it_can_bear_it(monitor: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal would end the whole process, and leave the guest's RAM as it is."""
+    stopped = threading.Event()
+    kicked: list[threading.Thread] = []
+    monkeypatch.setattr("offmap.vmm.machine.accept_kicks", stopped.wait)
+    monkeypatch.setattr("offmap.vmm.machine.kick", kicked.append)
+    with Machine(config(monitor, vcpus=2), lambda _: None) as machine:
+        machine.start()
+        machine.stop(Outcome.QUIT)
+        assert not kicked
+        stopped.set()
+    assert not {name for name in threads() if name.startswith("vcpu")}
+
+
 @pytest.mark.parametrize("how", ["signal", "keys"])
 def test_a_reader_that_reads_nothing_does_not_keep_it_alive(command: Callable[..., Command], how: str) -> None:
     reader, writer = os.pipe()
