@@ -101,17 +101,13 @@ def run_job(
         files[0].write(stdin)
         files[0].seek(0)
         job = stack.enter_context(Job(command, *(file.fileno() for file in files)))
-        status = job.run(config, say=_log.info, on_end=audit_guest if audit else _nothing)
+        status = job.run(config, say=_log.info, on_end=audit_guest if audit else lambda _machine: None)
         for file in files:
             file.seek(0)
         outcome = audits[0] if audits else None
         if isinstance(outcome, OffmapError):
             raise outcome
         return JobResult(status, files[1].read(), files[2].read(), outcome)
-
-
-def _nothing(_machine: Machine) -> None:
-    pass
 
 
 @contextmanager

@@ -9,7 +9,6 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,14 +19,10 @@ _SHARED = "offmap.report"
 
 
 @cache
-def _environment(package: str) -> Environment:
+def _templates(package: str) -> tuple[Environment, ChoiceLoader]:
+    """What finds templates, style sheets and scripts: the package's own files come before the shared ones."""
     loader = ChoiceLoader([PackageLoader(package), PackageLoader(_SHARED)])
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-
-
-def _asset(package: str, name: str) -> str:
-    own = files(package).joinpath("templates", name)
-    return (own if own.is_file() else files(_SHARED).joinpath("templates", name)).read_text(encoding="utf-8")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True), loader
 
 
 def _policy_hash(text: str) -> str:
@@ -42,16 +37,14 @@ def render_page(template: str, page: object, styles: Sequence[str], script: str,
         template, styles, script: by their names in ``templates/`` of the package, or in the one that all reports share.
         page: what the template shows.
     """
-    style, code = "".join(_asset(package, name) for name in styles), _asset(package, script)
-    return (
-        _environment(package)
-        .get_template(template)
-        .render(
-            page=page,
-            version=__version__,
-            style=Markup(style),
-            style_hash=_policy_hash(style),
-            script=Markup(code),
-            script_hash=_policy_hash(code),
-        )
+    environment, loader = _templates(package)
+    style = "".join(loader.get_source(environment, name)[0] for name in styles)
+    code = loader.get_source(environment, script)[0]
+    return environment.get_template(template).render(
+        page=page,
+        version=__version__,
+        style=Markup(style),
+        style_hash=_policy_hash(style),
+        script=Markup(code),
+        script_hash=_policy_hash(code),
     )
