@@ -1,9 +1,8 @@
 """The MC146818 real-time clock of a PC, with its CMOS RAM: the guest's idea of the date.
 
-It follows the host's clock (UTC); a guest that sets it gets an offset of its own. Registers are computed when read, so
-"update in progress" is never seen: a reader that compares the seconds before and after, as Linux does, cannot be
-misled, and never waits. Alarm, periodic and update interrupts come from ``tick``, which the event loop calls at
-``next_event``. Source: Motorola MC146818A datasheet; register 0x32 (century) after ACPI's FADT field of that name.
+It follows the host's clock (UTC). A guest that sets it gets an offset of its own. Registers are computed when read, so
+"update in progress" is never set and no reader waits. ``tick`` raises alarm, periodic and update interrupts; the event
+loop calls it at ``next_event``. Source: Motorola MC146818A datasheet. ACPI's FADT names register 0x32 (century).
 """
 
 import math

@@ -1,17 +1,17 @@
 """A 16550A UART: the guest's console.
 
-Register behaviour after the National Semiconductor PC16550D datasheet, wired as on a PC: OUT2 gates the interrupt, the
-modem lines of the far end (CTS, DSR, DCD) are up. The line is infinitely fast and loses nothing:
+Registers behave as in the National Semiconductor PC16550D datasheet. The UART is wired as on a PC: OUT2 gates the
+interrupt, and the far end's modem lines (CTS, DSR, DCD) are up. The line is infinitely fast and loses nothing:
 
-- out: the transmitter is always empty; bytes are gathered and handed on by line, by 256, or when ``flush`` is called.
-- in: bytes wait on the host's side and enter the 16-byte FIFO only as there is room and while the guest holds RTS, so
-  an overrun cannot happen. Linux raises RTS when a process opens the port, after it has emptied the FIFOs, and lowers
-  it when the last one closes it (and, under CRTSCTS, when its own buffers fill up). Honouring RTS therefore keeps
-  what is typed while the guest boots, or between two logins, instead of having it flushed.
+- Output: the transmitter is always empty. Bytes are handed on by line, by 256, or when ``flush`` is called.
+- Input: bytes wait on the host's side. They enter the 16-byte FIFO when it has room and the guest holds RTS, so it
+  cannot overrun. Linux raises RTS when a process opens the port, after it has emptied the FIFOs. It lowers RTS when
+  the last process closes the port (under CRTSCTS also when its own buffers fill up). So what is typed while the guest
+  boots, or between two logins, is kept and not flushed.
 
-An infinitely fast line must not keep an interrupt handler busy for as long as someone pastes (Linux drains the FIFO and
-looks again, with interrupts off). So while the receive interrupt is enabled the FIFO is refilled when the guest has
-read "no interrupt" from IIR, which a driver on the edge-triggered ISA bus must do before it returns.
+Linux drains the FIFO with interrupts off until it is empty. A long paste must not keep it there. So while the receive
+interrupt is enabled, the FIFO is refilled when the guest has read "no interrupt" from IIR. A driver on the
+edge-triggered ISA bus must read that before its handler returns.
 """
 
 from collections import deque
@@ -52,13 +52,11 @@ class Serial16550A:
 
     Args:
         irq: its interrupt line.
-        output: takes what the guest sent, in order, one call at a time; may block (which holds the guest back, not
-            ``feed``).
+        output: takes what the guest sent, in order, one call at a time. If it blocks, only the guest waits.
         base: its first port.
-        on_pending: output has begun to gather: call ``flush`` soon. Called on a vCPU thread.
-        on_open: the guest has opened the port for input for the first time: Linux is about to start init.
-            Called once, on a vCPU thread.
-        on_room: ``feed`` took less than it was given, and now there is room again. Called on a vCPU thread.
+        on_pending: called on a vCPU thread when output waits: call ``flush`` soon.
+        on_open: called once, on a vCPU thread, when the guest first opens the port for input: Linux then starts init.
+        on_room: called on a vCPU thread when there is room again after ``feed`` took less than it was given.
     """
 
     byte_wide = True
@@ -101,7 +99,7 @@ class Serial16550A:
         return (range(self._base, self._base + UART_PORTS),)
 
     def feed(self, data: bytes) -> int:
-        """Send ``data`` to the guest; how many bytes were taken (on_room tells when to offer the rest)."""
+        """Send ``data`` to the guest. Return how many bytes were taken; `on_room` says when to offer the rest."""
         with self._lock:
             taken = min(len(data), INPUT_QUEUE - len(self._waiting))
             self._waiting.extend(data[:taken])
@@ -111,11 +109,7 @@ class Serial16550A:
         return taken
 
     def flush(self, *, wait: bool = True) -> None:
-        """Hand on the output gathered so far.
-
-        Args:
-            wait: for whoever is handing on output now; otherwise it is left to them (``on_pending`` comes again).
-        """
+        """Hand on the output so far. Without `wait`, leave it to a thread that does so: `on_pending` comes again."""
         if not self._output_lock.acquire(blocking=wait):
             return
         try:
@@ -127,7 +121,7 @@ class Serial16550A:
             self._output_lock.release()
 
     def read(self, port: int, size: int) -> int:
-        """One register."""
+        """Read one register."""
         register = port - self._base
         if register == UART_LSR and not self._overrun and not self._waiting:
             # What a polling console reads once per character: it changes nothing, so it needs no lock.
@@ -142,7 +136,7 @@ class Serial16550A:
         return value
 
     def write(self, port: int, size: int, value: int) -> None:
-        """One register."""
+        """Write one register."""
         register = port - self._base
         opened = False
         with self._lock:
@@ -154,7 +148,7 @@ class Serial16550A:
         if after != before:
             if value == NEWLINE or after >= FLUSH_AT:
                 self.flush()
-                if self._tx:  # from another vCPU, while we may have been in the way of whoever was told of it
+                if self._tx:  # of another vCPU: our lock may have kept its flush out
                     self._on_pending()
             elif before == 0:
                 self._on_pending()
@@ -265,7 +259,7 @@ class Serial16550A:
             self._rx[0] = value  # without FIFO the newer character wins
 
     def _set_modem_lines(self) -> None:
-        """In loopback the four outputs drive the four inputs; else the far end does. Changes set the delta bits."""
+        """Drive the inputs: in loopback by the four outputs, else by the far end. A change sets its delta bit."""
         lines = FAR_END_UP
         if self._mcr & UART_MCR_LOOP:
             lines = (
@@ -292,7 +286,7 @@ class Serial16550A:
         if self._ier & UART_IER_RLSI and self._overrun:
             return UART_IIR_RLSI
         if self._ier & UART_IER_RDI and self._rx:
-            # Below the trigger level it is the time-out that reports; ours is 0 as nothing more is on its way.
+            # Below the trigger level the time-out reports. Ours is 0: nothing more is on its way.
             full = not self._fifo_enabled or len(self._rx) >= self._trigger
             return UART_IIR_RDI if full else UART_IIR_RX_TIMEOUT
         if self._ier & UART_IER_THRI and self._thre_pending:

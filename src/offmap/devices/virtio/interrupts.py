@@ -5,9 +5,9 @@ that the guest may read (mmio.py); the write is noted down by KVM in a ring (kvm
 we set a bit, or do anything else with a register. Seen from the driver, its acknowledgement then came at the latest
 possible moment before the device's next interrupt, as if a bus had delayed it.
 
-That no interrupt is lost: a bit is set after the ring was emptied. An acknowledgement that comes later can only clear
-it if the driver had seen it, or had seen the bit from an interrupt before; then it looks at its used rings, or at the
-configuration, after that, and finds what this interrupt was about, as that was written before.
+No interrupt is lost. A bit is set after the ring was emptied. A later acknowledgement clears the bit only if the driver
+has seen it, from this interrupt or an earlier one. The driver then looks at its used rings, or at the configuration.
+There it finds what this interrupt was about, because that was written first.
 """
 
 import threading

@@ -4,11 +4,11 @@ The rings are in guest memory, and a hostile driver may write anything to them a
 checked as a local copy, and what cannot be is a DriverError: the queue is then dead until the driver resets the device.
 What moves the data is the kernel: a chain is lists of views straight into guest memory, for preadv and its like.
 
-Memory ordering. x86 lets no store pass a store, no load pass a load, and CPython executes them in program order; what
-it does allow is that a later load is done before an earlier store can be seen. Two places depend on that not
-happening: publishing the used index and then reading where the driver wants its interrupt (`notify`), and publishing
-where we want to be kicked and then looking for more (`chains`). Both take and release a lock of our own in between:
-that is a LOCK-prefixed instruction in the interpreter (sem_trywait, sem_post), which on x86 is a full fence.
+Memory ordering. CPython executes loads and stores in program order. x86 lets no store pass a store and no load pass a
+load, but a later load may pass an earlier store. In two places it must not: `notify` publishes the used index, then
+reads where the driver wants its interrupt; `rearm` publishes where we want a kick, then looks for more buffers. Both
+take and release a lock in between. The interpreter does so by LOCK-prefixed instructions (sem_trywait, sem_post), which
+are full fences on x86.
 """
 
 import threading

@@ -1,8 +1,7 @@
 """virtio-vsock (virtio 1.2, section 5.10): stream sockets between the guest and Unix sockets on the host.
 
-Packets of all connections share two queues. What arrives from the guest is passed on at once or kept by its connection
-(vsock_connection.py), so that the queue never waits for one of them; what goes to the guest is taken from the
-connections by turns, whenever the guest has given a buffer.
+Packets of all connections share two queues. A packet from the guest is passed on at once or kept by its connection
+(vsock_connection.py), so no connection holds up the queue. When the guest gives a buffer, connections fill it by turns.
 """
 
 import select

@@ -1,8 +1,8 @@
 """One vsock connection: a stream between a port in the guest and a Unix socket on the host (virtio 1.2, 5.10.6).
 
-Flow control goes by credit: each side says in every packet how large its buffer is (buf_alloc) and how much it has
-passed on so far (fwd_cnt), and the other sends no more than fits. So a peer that stalls holds up its own connection
-and nothing else. What the host's socket does not take at once is the only guest data that is copied: BUF_ALLOC at most.
+Flow control is by credit: every packet says how large its sender's buffer is (buf_alloc) and how much it has passed on
+(fwd_cnt). The other side sends no more than fits. So a peer that stalls holds up only its own connection. Guest data is
+copied only if the host's socket does not take it at once: BUF_ALLOC bytes at most.
 """
 
 import errno
@@ -28,7 +28,7 @@ class State(Enum):
 
 
 class Connection:
-    """The device's view of it. The socket must not block.
+    """The device's side of a connection. The socket must not block.
 
     Args:
         socket: the host's end.
