@@ -38,22 +38,24 @@ def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Outp
     signal.signal(signal.SIGTERM, stop)
     watched = _held(pid)
     try:
-        while seen is None or watched is None or watched.running():  # its PID may be another's afterwards
-            with output.recording_failure():
-                snapshot = once()
-            result = snapshot.audit
-            if result.partial and seen is not None and not _runs(pid):
-                break  # the end of what is watched, and not a finding
-            worst = max(worst, result.verdict, key=lambda verdict: verdict.gravity)
-            _tell(snapshot, seen, output)
-            seen = snapshot
-            time.sleep(seconds)
+        try:
+            while seen is None or watched is None or watched.running():  # its PID may be another's afterwards
+                with output.recording_failure():
+                    snapshot = once()
+                result = snapshot.audit
+                if result.partial and seen is not None and not _runs(pid):
+                    break  # the end of what is watched, and not a finding
+                worst = max(worst, result.verdict, key=lambda verdict: verdict.gravity)
+                _tell(snapshot, seen, output)
+                seen = snapshot
+                time.sleep(seconds)
+        except (NoSuchProcess, Undetermined):
+            if seen is None or _runs(pid):
+                raise
     except (_Stopped, KeyboardInterrupt):
         pass
-    except (NoSuchProcess, Undetermined):
-        if seen is None or _runs(pid):
-            raise
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway, and what it still says is said whole
         if watched is not None:
             watched.close()
     if seen is None:
