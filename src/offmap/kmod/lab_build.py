@@ -112,23 +112,18 @@ def _provide(kernel: HostKernel, store: Path) -> None:
         )
     headers = f"linux-headers-{kernel.release}"
     series = ".".join(kernel.release.split(".")[:2])
-    failures = []
-    for view in apt.views(series, cache_folder("apt")):
-        try:
-            view.update()
-            with scratch_folder(store) as scratch:
-                debs = apt.download_closure(view, (headers, *TOOLS), scratch)
-                root = scratch / "root"
-                _unpack(debs, root)
-                (root / COMPLETE).write_text(json.dumps({deb.name: sha256_of(deb) for deb in debs}))
-                replace_folder(root, store)
-            return
-        except LabError as error:
-            failures.append(f"{view.label}: {error.reason}")
-    raise LabError(
-        f"cannot get {headers}: {'; '.join(failures)}",
-        f"check the network; if Debian has a newer kernel by now, remove {cache_folder('kernels')} and try again",
-    )
+
+    def fetch(view: apt.AptView) -> Path:
+        with scratch_folder(store) as scratch:
+            debs = apt.download_closure(view, (headers, *TOOLS), scratch)
+            root = scratch / "root"
+            _unpack(debs, root)
+            (root / COMPLETE).write_text(json.dumps({deb.name: sha256_of(deb) for deb in debs}))
+            replace_folder(root, store)
+        return store
+
+    remedy = f"check the network; if Debian has a newer kernel by now, remove {cache_folder('kernels')} and try again"
+    apt.from_views(headers, series, fetch, remedy)
 
 
 def _unpack(debs: list[Path], root: Path) -> None:

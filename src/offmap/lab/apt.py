@@ -10,11 +10,12 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from offmap.lab.cache import sha256_of
+from offmap.lab.cache import cache_folder, sha256_of
 from offmap.lab.errors import LabError
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "download",
     "download_closure",
     "find_kernel",
+    "from_views",
     "have_apt",
     "newest",
     "parse_packages",
@@ -38,6 +40,8 @@ SUITES: dict[str, tuple[str, ...]] = {
 }
 NEWER_SUITES = ("trixie-backports", "trixie")  # any series that is not listed above
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")  # of the package debian-archive-keyring
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,24 @@ def views(series: str, folder: Path) -> Iterator[AptView]:
     yield AptView("the machine's sources", private, folder / "own")
     if sources := debian_sources(SUITES.get(series, NEWER_SUITES)):
         yield _listed("Debian's suites on the machine's mirror", folder / f"debian-{series}", sources)
+
+
+def from_views(what: str, series: str, fetch: Callable[[AptView], T | None], remedy: str) -> T:
+    """Return what `fetch` gets from the first of the `views` in which it finds `what` (it returns None where not).
+
+    Raises:
+        LabError: no view has it; says why not, view by view, and the remedy.
+    """
+    failures = []
+    for view in views(series, cache_folder("apt")):
+        try:
+            view.update()
+            if (found := fetch(view)) is not None:
+                return found
+            failures.append(f"{view.label} have none")
+        except LabError as error:
+            failures.append(f"{view.label}: {error.reason}")
+    raise LabError(f"cannot get {what}: {'; '.join(failures)}", remedy)
 
 
 def source_view(folder: Path) -> AptView:

@@ -4,9 +4,10 @@ import os
 import select
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from offmap.lab.errors import LabError, LabTimeout
@@ -22,12 +23,14 @@ from offmap.lab.guest.frames import (
     STDIN_EOF,
     STDOUT,
     WINDOW,
+    Start,
+    encode_start,
     i32,
     to_i32,
 )
 from offmap.patience import scaled
 
-__all__ = ["Completed", "LabCommand", "Link", "Sink"]
+__all__ = ["Completed", "LabCommand", "Link", "Sink", "start_message"]
 
 Sink = int | Callable[[bytes], object]  # a file descriptor, or what to call with each piece
 KILL_GRACE_SECONDS = 10.0  # from SIGKILL to the report of the end; longer means that the host itself hangs
@@ -42,6 +45,27 @@ class Completed:
     status: int
     stdout: bytes
     stderr: bytes
+
+
+def start_message(
+    argv: Sequence[str | os.PathLike[str]],
+    environment: Mapping[str, str],
+    cwd: str | os.PathLike[str] | None,
+    terminal: tuple[int, int] | None,
+) -> bytes:
+    """Return the payload of a START.
+
+    Raises:
+        LabError: no process can be started with these words.
+    """
+    words = [os.fsencode(word) for word in argv]
+    if not words:
+        raise LabError("no command to run", "write it after --")
+    pairs = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
+    try:
+        return encode_start(Start(words, pairs, os.fsencode(cwd or Path.cwd()), terminal))
+    except ValueError as error:
+        raise LabError(f"cannot run {argv[0]!r}: {error}") from error
 
 
 class Link(Protocol):

@@ -14,10 +14,10 @@ from typing import BinaryIO
 from offmap.lab import accel as acceleration
 from offmap.lab.access_plugin import plugin_argument
 from offmap.lab.bytecode import ensure_bytecode
-from offmap.lab.command import Completed, LabCommand, Sink
+from offmap.lab.command import Completed, LabCommand, Sink, start_message
 from offmap.lab.console import Console
 from offmap.lab.errors import LabEnded, LabError, LabTimeout
-from offmap.lab.guest.frames import GO, HELLO, MAX_PAYLOAD, START, WAITING, Decoder, Start, encode_start, frame
+from offmap.lab.guest.frames import GO, HELLO, MAX_PAYLOAD, START, WAITING, Decoder, frame
 from offmap.lab.initramfs import initramfs
 from offmap.lab.kernel import HostKernel
 from offmap.lab.process import PANIC_GRACE, QemuProcess, settings
@@ -337,18 +337,10 @@ class LabHost(Owned):
             terminal: (rows, columns) of a terminal to give it; all output is then on ``stdout``.
         """
         environment = {**(os.environ if env is None else env), "OFFMAP_LAB": self.kernel.name}
+        environment.pop("OFFMAP_OUT", None)
         if self.options.out is not None:
             environment["OFFMAP_OUT"] = str(self.options.out)
-        else:
-            environment.pop("OFFMAP_OUT", None)
-        words = [os.fsencode(word) for word in argv]
-        if not words:
-            raise LabError("no command to run", "write it after --")
-        pairs = [os.fsencode(f"{name}={value}") for name, value in environment.items()]
-        try:
-            start = encode_start(Start(words, pairs, os.fsencode(cwd or Path.cwd()), terminal))
-        except ValueError as error:
-            raise LabError(f"cannot run {argv[0]!r}: {error}") from error
+        start = start_message(argv, environment, cwd, terminal)
         command = LabCommand(self, next(self._channels), str(argv[0]), stdout, stderr, stdin, keep_stdin)
         with self._progress:
             gone = self._failure is not None

@@ -110,23 +110,18 @@ def _packages(series: str, store: Path) -> list[Path]:
             return [debs / name for name in recorded]
     except (OSError, ValueError, TypeError, AttributeError):
         pass  # no record, or half of one: download again
-    failures = []
-    for view in apt.views(series, cache_folder("apt")):
-        try:
-            view.update()
-            packages = apt.find_kernel(view, series)
-            if not packages:
-                failures.append(f"{view.label} have none")
-                continue
-            with scratch_folder(debs) as scratch:
-                names = [apt.download(view, package, scratch).name for package in packages]
-                digests = {name: package.sha256 for name, package in zip(names, packages, strict=True)}
-                (scratch / RECORD).write_text(json.dumps(digests))
-                replace_folder(scratch, debs)
-            return [debs / name for name in names]
-        except LabError as error:
-            failures.append(f"{view.label}: {error.reason}")
-    raise LabError(f"cannot get a Debian {series} kernel: {'; '.join(failures)}", f"check the network, or {ELSEWHERE}")
+
+    def fetch(view: apt.AptView) -> list[Path] | None:
+        packages = apt.find_kernel(view, series)
+        if not packages:
+            return None
+        with scratch_folder(debs) as scratch:
+            digests = {apt.download(view, package, scratch).name: package.sha256 for package in packages}
+            (scratch / RECORD).write_text(json.dumps(digests))
+            replace_folder(scratch, debs)
+        return [debs / name for name in digests]
+
+    return apt.from_views(f"a Debian {series} kernel", series, fetch, f"check the network, or {ELSEWHERE}")
 
 
 def _unpack(debs: Iterable[Path], tree: Path) -> None:

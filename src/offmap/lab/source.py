@@ -79,22 +79,18 @@ def _download(series: str, store: Path) -> KernelSource:
             "use a machine that has, and copy its cache folder",
         )
     name = f"linux-source-{series}"
-    failures = []
     for leftover in store.parent.glob(f".{store.name}.*"):  # of a run that was killed; we hold the lock
         shutil.rmtree(leftover, ignore_errors=True)
-    for view in apt.views(series, cache_folder("apt")):
-        try:
-            view.update()
-            package = apt.newest(apt.parse_packages(view.run("apt-cache", "show", "--all-versions", name)))
-            if package is None:
-                failures.append(f"{view.label} have none")
-                continue
-            with scratch_folder(store) as scratch:
-                deb = apt.download(view, package, scratch)
-                record = {"version": package.version, "file": deb.name, "sha256": package.sha256}
-                (scratch / _RECORD).write_text(json.dumps(record))
-                replace_folder(scratch, store)
-            return KernelSource(package.version, store / deb.name)
-        except LabError as error:
-            failures.append(f"{view.label}: {error.reason}")
-    raise LabError(f"cannot get {name}: {'; '.join(failures)}", "check the network")
+
+    def fetch(view: apt.AptView) -> KernelSource | None:
+        package = apt.newest(apt.parse_packages(view.run("apt-cache", "show", "--all-versions", name)))
+        if package is None:
+            return None
+        with scratch_folder(store) as scratch:
+            deb = apt.download(view, package, scratch)
+            record = {"version": package.version, "file": deb.name, "sha256": package.sha256}
+            (scratch / _RECORD).write_text(json.dumps(record))
+            replace_folder(scratch, store)
+        return KernelSource(package.version, store / deb.name)
+
+    return apt.from_views(name, series, fetch, "check the network")
