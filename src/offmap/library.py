@@ -164,26 +164,14 @@ def run_matrix(
     Raises:
         OffmapError: there is no such kind or kernel, a tool is missing, or `out` cannot be written.
     """
-    from offmap.compare.capacity import cells_at_a_time
     from offmap.compare.cell_run import DEADLINE, Settings
-    from offmap.compare.matrix import cells_of, longest_first
-    from offmap.compare.probes.guest_program import guest_program
-    from offmap.compare.scheduler import Scheduler, local_pool
-    from offmap.compare.store import Store
-    from offmap.lab.initramfs import busybox
-    from offmap.lab.qemu import find_qemu
+    from offmap.compare.matrix import cells_of
+    from offmap.compare.run import run_cells
     from offmap.patience import scaled
 
     specs = cells_of(DEFAULT_AXES.narrowed(backends, host_kernels, guest_kernels))
-    guest_program()
-    find_qemu()
-    busybox()
-    with Store(out) as store, local_pool(jobs or cells_at_a_time()) as pool:
-        seconds = round(scaled(DEADLINE)) if deadline is None else deadline
-        scheduler = Scheduler(store, Settings(deadline=seconds, boots=boots), _log_event)
-        done, to_run = scheduler.missing(specs)
-        results = {**done, **scheduler.run(longest_first(to_run), pool)}
-    return [results[spec] for spec in specs]
+    seconds = round(scaled(DEADLINE)) if deadline is None else deadline
+    return run_cells(specs, out, Settings(deadline=seconds, boots=boots), _log_event, jobs=jobs)
 
 
 def _log_event(spec: CellSpec, event: CellEvent) -> None:

@@ -1,9 +1,7 @@
 """``offmap compare``: every way of hiding, on every kernel, and what works, hides, breaks and costs."""
 
 import argparse
-import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,45 +142,13 @@ def _kernel(name: str) -> str:
 
 def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Console") -> "list[CellResult]":
     from offmap.cli.compare_progress import CompareProgress
-    from offmap.compare.capacity import cells_at_a_time
     from offmap.compare.cell_run import DEADLINE, Settings
-    from offmap.compare.inputs import code_digest
-    from offmap.compare.matrix import longest_first
-    from offmap.compare.probes.guest_program import guest_program
-    from offmap.compare.scheduler import Pool, Scheduler, local_pool
-    from offmap.compare.store import Store
-    from offmap.lab.initramfs import busybox
-    from offmap.lab.qemu import find_qemu
+    from offmap.compare.run import run_cells
     from offmap.patience import scaled
 
-    if args.native and os.geteuid() != 0:
-        raise OffmapError("measuring on the running kernel needs root", "run it with sudo")
-    guest_program()  # without a compiler no cell can be measured
-    jobs = 1 if args.native else args.jobs or cells_at_a_time()
     settings = Settings(deadline=args.deadline or round(scaled(DEADLINE)), accel=args.accel, boots=args.boots)
-    with ExitStack() as stack:
-        store = stack.enter_context(Store(args.out))
-        progress = stack.enter_context(CompareProgress(console, len(specs)))
-        scheduler = Scheduler(store, settings, progress.event)
-        done, to_run = scheduler.missing(specs)
-        results = dict(done)
-        if not to_run:
-            progress.began(len(done), jobs)
-        else:
-            pool: Pool
-            if args.dask:
-                from offmap.compare.cluster import cluster_pool
-
-                kernels = tuple({name for spec in to_run for name in (spec.host_kernel, spec.guest_kernel)})
-                pool = stack.enter_context(cluster_pool(args.dask, code_digest(), kernels))
-            else:
-                if not args.native:
-                    find_qemu()
-                    busybox()
-                pool = stack.enter_context(local_pool(jobs))
-            progress.began(len(done), pool.at_a_time)
-            results |= scheduler.run(longest_first(to_run), pool)
-    return [results[spec] for spec in specs]
+    with CompareProgress(console, len(specs)) as progress:
+        return run_cells(specs, args.out, settings, progress.event, progress.began, jobs=args.jobs, dask=args.dask)
 
 
 def _list(specs: "Sequence[CellSpec]", out: Path) -> None:

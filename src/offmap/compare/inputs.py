@@ -15,7 +15,7 @@ from offmap.lab.kernel import HostKernel
 _DIGITS = 16
 _NO_PART = (
     *("report/", "compare/report/", "cli/compare"),
-    *("compare/scheduler.py", "compare/store.py", "compare/cluster.py"),
+    *("compare/run.py", "compare/scheduler.py", "compare/store.py", "compare/cluster.py"),
 )
 """Parts of the package that show or schedule, and measure nothing."""
 
