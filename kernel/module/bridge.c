@@ -23,7 +23,7 @@
 #include <linux/mutex.h>
 #include <linux/pagemap.h>
 #include <linux/sched/signal.h>
-#include <linux/slab.h>
+#include <linux/vmalloc.h>
 
 #include "internal.h"
 
@@ -66,7 +66,9 @@ static void bridge_release(struct offmap_memory *mem)
 		cond_resched();
 	}
 	fput(bridged->file);
-	kvfree(bridged);
+	if (mem->returned)
+		mem->returned(mem, true);
+	vfree(bridged);
 }
 
 static const struct offmap_source bridge_source = {
@@ -118,8 +120,12 @@ struct offmap_memory *offmap_bind_secretmem(int fd)
 	ret = -EINVAL;
 	if (inode->i_sb->s_magic != SECRETMEM_MAGIC || size <= 0 || !PAGE_ALIGNED(size))
 		goto put_file;
+	/* Not one of these has all of its pages, and the list of them has no end. */
+	ret = -ENODATA;
+	if (size >> PAGE_SHIFT > totalram_pages())
+		goto put_file;
 	ret = -ENOMEM;
-	bridged = kvzalloc(struct_size(bridged, pfns, size >> PAGE_SHIFT), GFP_KERNEL);
+	bridged = vzalloc(struct_size(bridged, pfns, size >> PAGE_SHIFT));
 	if (!bridged)
 		goto put_file;
 	bridged->mem.source = &bridge_source;
@@ -131,7 +137,7 @@ struct offmap_memory *offmap_bind_secretmem(int fd)
 		list_add(&bridged->node, &bridges);
 	mutex_unlock(&bridges_lock);
 	if (ret) {
-		kvfree(bridged);
+		vfree(bridged);
 		goto put_file;
 	}
 	ret = hold_pages(bridged, size >> PAGE_SHIFT);

@@ -40,4 +40,16 @@ static inline void offmap_vm_flags_clear(struct vm_area_struct *vma, unsigned lo
 }
 #endif
 
+/* page_has_movable_ops() came in 6.17. */
+#ifdef OFFMAP_HAVE_MOVABLE_OPS
+#define offmap_page_movable	page_has_movable_ops
+#else
+#define offmap_page_movable	__PageMovable
+#endif
+
+/* register_pfn_address_space() came in 7.0. */
+#ifdef OFFMAP_HAVE_PFN_ADDRESS_SPACE
+#include <linux/memory-failure.h>
+#endif
+
 #endif /* _OFFMAP_COMPAT_H */

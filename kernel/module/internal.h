@@ -2,8 +2,15 @@
 #ifndef _OFFMAP_INTERNAL_H
 #define _OFFMAP_INTERNAL_H
 
+#include <linux/completion.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
 #include <linux/types.h>
+#include <linux/workqueue.h>
 
+#include "compat.h"
+
+struct address_space;
 struct offmap_memory;
 
 /* A source of pages. */
@@ -12,11 +19,13 @@ struct offmap_source {
 	/* Whether it has runs that are worth a large page. */
 	bool large;
 	/*
-	 * Where @offset of it is in physical memory, and in @length how many
-	 * bytes are contiguous from there: 0 beyond the end.
+	 * Return the physical address of @offset, and in @length how many bytes
+	 * are contiguous from there: 0 beyond the end.
 	 */
 	phys_addr_t (*phys)(const struct offmap_memory *mem, u64 offset, u64 *length);
-	/* Give it back. Nothing may map it any more. */
+	/* Whether a page of these has failed. May be NULL. */
+	bool (*poisoned)(const struct offmap_memory *mem, u64 offset, u64 length);
+	/* Give the memory back, now or later. No process may map it any more. */
 	void (*release)(struct offmap_memory *mem);
 };
 
@@ -24,19 +33,140 @@ struct offmap_source {
 struct offmap_memory {
 	const struct offmap_source *source;
 	u64 size;
+	struct address_space *mapping;	/* of the file, once it has the memory */
+	/*
+	 * Called with @all when the memory is back, and maybe once before,
+	 * without it, when that will take longer.
+	 */
+	void (*returned)(struct offmap_memory *mem, bool all);
+	void *file;
 };
 
-/*
- * Take @size bytes away from the kernel and zero them. On -ENOMEM, @size says
- * how many could be had. May sleep long; not to be called with an mmap_lock
- * held, as memory notifiers (KSM's) wait for those who take it.
- */
-struct offmap_memory *offmap_unplug(u64 *size, int nid);
-bool offmap_unplug_active(void);
-int offmap_unplug_init(void);
-void offmap_unplug_exit(void);
+/* Physically contiguous memory that the kernel does not own now. */
+struct piece {
+	struct list_head node;		/* of its owner, or of those on their way back */
+	struct list_head all;		/* every piece */
+	struct unplugged *owner;	/* NULL: no file had it */
+	phys_addr_t start;
+	u64 size;
+	int nid;
+	bool movable;			/* it was in ZONE_MOVABLE, and goes back there */
+	bool gigabyte;			/* we have all of the gigabyte that it is in */
+	bool claimed;			/* in the resource tree */
+	bool zeroed;
+	bool reported;			/* as one that cannot go back yet */
+	unsigned long since;		/* jiffies: on its way back */
+	unsigned long *bad;		/* a bit a page: it has failed */
+#ifdef OFFMAP_HAVE_PFN_ADDRESS_SPACE
+	struct pfn_address_space space;
+#endif
+};
 
-/* All pages of the secretmem file @fd. */
+struct unplugged {
+	struct offmap_memory mem;
+	struct list_head pieces;	/* in the order of file offsets */
+	unsigned int out;		/* pieces that are not back, while they go back */
+	bool slow;			/* has been told */
+};
+
+/* main.c: something changed that sysfs shows, or that kdump must know. */
+void offmap_changed(bool memory);
+/* The memory of unplugged blocks that a mapping is of, or NULL. */
+struct offmap_memory *offmap_vma_memory(struct vm_area_struct *vma);
+
+/* unplug.c: what the parameters say. */
+u64 offmap_reserve(void);
+unsigned long offmap_block_timeout(void);
+void offmap_uncommit(u64 size);
+
+/*
+ * Take @size bytes away from the kernel and zero them. On -ENOMEM and
+ * -ETIMEDOUT, @size says how many could be had. Waits for them, interruptibly or,
+ * with @killable, until the caller is killed.
+ */
+struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable);
+ssize_t offmap_show_requests(char *buf);
+
+/* The file offset, in pages, of @pfn. */
+int offmap_pgoff(const struct offmap_memory *mem, unsigned long pfn, pgoff_t *pgoff);
+
+/*
+ * iomem.c: so that removing memory up to @end leaves the resource tree right. With
+ * the kernel's hotplug lock held, as in a memory notifier, for both.
+ */
+struct ram_split {
+	struct resource *whole, *low, *high;
+};
+
+int offmap_split_ram(phys_addr_t start, phys_addr_t end, struct ram_split *split);
+void offmap_unsplit_ram(struct ram_split *split);
+
+/*
+ * hotplug.c. What a thread of ours does to a range. No two do anything to the
+ * same, so what is online stays so, and its struct pages can be read.
+ */
+struct offmap_operation {
+	struct list_head node;
+	struct task_struct *task;
+	phys_addr_t start;
+	u64 size;
+	bool adding;
+	bool movable;			/* adding: to ZONE_MOVABLE */
+	bool poisoned;			/* removing: a page had failed when it went offline */
+	unsigned long deadline;		/* removing: jiffies */
+	struct delayed_work expiry;
+	struct ram_split split;
+	bool has_split;
+};
+
+int offmap_begin(struct offmap_operation *op);
+void offmap_end(struct offmap_operation *op);
+/*
+ * May take as long as one block's timeout for each block, and ends soon after
+ * the deadline, or when a signal is pending. -EHWPOISON: it is removed, and a
+ * page of it failed meanwhile.
+ */
+int offmap_remove_memory(struct offmap_operation *op);
+int offmap_add_memory(const struct piece *piece);
+/* What keeps a block that is in an operation, as far as can be told; or NULL. */
+const char *offmap_obstacle(phys_addr_t start, u64 size);
+int offmap_hotplug_init(void);
+void offmap_hotplug_exit(void);
+
+/* return.c: give a piece back, as soon as nothing maps it. */
+void offmap_return(struct piece *piece);
+void offmap_return_all(struct unplugged *unplugged);
+u64 offmap_returning(void);
+u64 offmap_kept(void);
+/* Keep a piece out for good, as a page of it has failed. */
+void offmap_keep(struct piece *piece);
+bool offmap_unplug_active(void);
+void offmap_piece_out(struct piece *piece);
+int offmap_return_init(void);
+void offmap_return_exit(void);
+
+/* poison.c */
+extern struct mutex offmap_pieces_lock;
+extern struct list_head offmap_pieces;		/* under offmap_pieces_lock */
+void offmap_watch_all(struct offmap_memory *mem);
+void offmap_unwatch(struct piece *piece);
+bool offmap_poisoned(const struct piece *piece);
+void offmap_poison_init(void);
+void offmap_poison_exit(void);
+
+/*
+ * alias.c: set in @mapped the memory blocks of @wanted that a kernel page table
+ * maps. An error if that cannot be told.
+ */
+int offmap_find_mapped(const unsigned long *wanted, unsigned long *mapped, unsigned long nr);
+
+/* zero.c */
+extern struct workqueue_struct *offmap_workqueue;
+int offmap_zero(phys_addr_t start, u64 size, bool keep);
+int offmap_zero_init(void);
+void offmap_zero_exit(void);
+
+/* bridge.c: all pages of the secretmem file @fd. */
 struct offmap_memory *offmap_bind_secretmem(int fd);
 
 #endif /* _OFFMAP_INTERNAL_H */

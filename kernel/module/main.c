@@ -11,11 +11,10 @@
 #include <linux/capability.h>
 #include <linux/cc_platform.h>
 #include <linux/completion.h>
-#include <linux/delay.h>
 #include <linux/file.h>
 #include <linux/fs.h>
 #include <linux/kref.h>
-#include <linux/kthread.h>
+#include <linux/kobject.h>
 #include <linux/list.h>
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
@@ -24,9 +23,7 @@
 #include <linux/mutex.h>
 #include <linux/nodemask.h>
 #include <linux/pid.h>
-#include <linux/rcupdate.h>
 #include <linux/sched/mm.h>
-#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/suspend.h>
 #include <linux/sysfs.h>
@@ -37,9 +34,12 @@
 #include "offmap.h"
 
 struct offmap_file {
-	struct mutex lock;		/* guards mem and keeper until they are set, once */
-	struct offmap_memory *mem;
+	struct kref ref;
+	struct mutex lock;		/* guards what follows, and is held for no work */
+	bool taking;			/* somebody gets memory for this file */
+	struct offmap_memory *mem;	/* set once */
 	struct file *keeper;		/* its release gives mem back */
+	struct completion returned;	/* mem is back, or takes its time */
 	struct list_head node;		/* of files, under files_lock */
 	pid_t opener;
 	char comm[TASK_COMM_LEN];
@@ -54,50 +54,48 @@ static DEFINE_MUTEX(files_lock);
 
 /* --- giving memory back -------------------------------------------------- */
 
-/*
- * KVM must be gone before. It maps the page of a guest's clock for itself, by
- * memremap() as there is no struct page, and unmaps it according to what
- * pfn_valid() says then: for a page that is back already, not at all.
- *
- * A process that ends closes its files in an order that nobody promises. The
- * release of a file that is dropped within a release comes after those that are
- * pending for the same thread: hence the keeper. And if not the thread that
- * drops the last of the files drops the last mapping, it has to wait for it.
- */
-#define EXIT_PATIENCE	HZ
-
-static bool others_live(void)
+static void free_file(struct kref *ref)
 {
-	struct task_struct *task;
-	bool found = false;
-
-	rcu_read_lock();
-	for_each_thread(current, task)
-		if (task != current && !READ_ONCE(task->exit_state))
-			found = true;
-	rcu_read_unlock();
-	return found;
+	kfree(container_of(ref, struct offmap_file, ref));
 }
 
-static void free_file(struct offmap_file *of)
+static void forget_file(struct offmap_file *of)
 {
 	mutex_lock(&files_lock);
 	list_del(&of->node);
 	mutex_unlock(&files_lock);
-	kfree(of);
+	kref_put(&of->ref, free_file);
 }
 
+static void memory_returned(struct offmap_memory *mem, bool all)
+{
+	struct offmap_file *of = mem->file;
+
+	complete_all(&of->returned);
+	if (all)
+		forget_file(of);
+}
+
+/*
+ * Who ends finds its memory given back, in the ordinary case. It waits no longer
+ * than the thread that does so may take for one block, and not for memory that
+ * something else still maps. A kernel thread does not wait: it may be the one
+ * that releases everybody's files.
+ *
+ * A process that ends closes its files in no certain order. The release of a
+ * file that is dropped within a release comes after those that are pending for
+ * the same thread: hence the keeper. A VM that the same thread drops is gone
+ * before its memory is looked at.
+ */
 static int keeper_release(struct inode *inode, struct file *file)
 {
-	unsigned long deadline = jiffies + EXIT_PATIENCE;
 	struct offmap_file *of = file->private_data;
 
-	/* Not longer: they may wait for us just as well. */
-	if (current->flags & PF_EXITING)
-		while (others_live() && time_before(jiffies, deadline))
-			msleep(20);
+	kref_get(&of->ref);
 	of->mem->source->release(of->mem);
-	free_file(of);
+	if (!(current->flags & PF_KTHREAD))
+		wait_for_completion_timeout(&of->returned, offmap_block_timeout());
+	kref_put(&of->ref, free_file);
 	return 0;
 }
 
@@ -108,19 +106,21 @@ static const struct file_operations keeper_fops = {
 
 /* --- getting memory ------------------------------------------------------ */
 
-/* With of->lock held, and no mem. */
-static int offmap_file_set(struct offmap_file *of, struct offmap_memory *mem)
+static int file_set(struct offmap_file *of, struct file *file, struct offmap_memory *mem)
 {
 	struct file *keeper;
 
-	if (IS_ERR(mem))
-		return PTR_ERR(mem);
 	keeper = anon_inode_getfile("[offmap]", &keeper_fops, of, O_RDONLY);
 	if (IS_ERR(keeper)) {
 		mem->source->release(mem);
 		return PTR_ERR(keeper);
 	}
 	of->keeper = keeper;
+	mem->file = of;
+	mem->returned = memory_returned;
+	mem->mapping = file->f_mapping;
+	if (mem->source->large)
+		offmap_watch_all(mem);
 	mutex_lock(&files_lock);
 	of->source = mem->source->name;
 	of->size = mem->size;
@@ -130,117 +130,70 @@ static int offmap_file_set(struct offmap_file *of, struct offmap_memory *mem)
 	return 0;
 }
 
-static int offmap_file_unplug(struct offmap_file *of, u64 *size, int nid)
+/* Only one may get memory for a file, and only once. */
+static int begin_taking(struct offmap_file *of)
 {
-	int ret;
+	int ret = 0;
 
-	ret = mutex_lock_interruptible(&of->lock);
-	if (ret)
-		return ret;
-	if (of->mem)
+	mutex_lock(&of->lock);
+	if (of->mem || of->taking)
 		ret = -EBUSY;
 	else
-		ret = offmap_file_set(of, offmap_unplug(size, nid));
+		of->taking = true;
 	mutex_unlock(&of->lock);
 	return ret;
 }
 
-static int offmap_file_bind(struct offmap_file *of, int fd)
+static int end_taking(struct offmap_file *of, struct file *file, struct offmap_memory *mem)
 {
 	int ret;
 
-	ret = mutex_lock_interruptible(&of->lock);
-	if (ret)
-		return ret;
-	if (of->mem)
-		ret = -EBUSY;
-	else
-		ret = offmap_file_set(of, offmap_bind_secretmem(fd));
+	mutex_lock(&of->lock);
+	of->taking = false;
+	ret = IS_ERR(mem) ? PTR_ERR(mem) : file_set(of, file, mem);
 	mutex_unlock(&of->lock);
 	return ret;
 }
 
-/*
- * A mapping may be what asks for the memory, and mmap() holds the mmap_lock.
- * Memory notifiers can wait for somebody who wants that lock (ksmd does, under
- * the mutex that KSM's notifier takes). So a thread does it, and the mapping
- * gives up on it after a while: then everybody gets on, and the memory that
- * may have come is there for the next attempt or goes back with the file.
- */
-#define MMAP_UNPLUG_TIMEOUT	(60 * HZ)
-
-struct unplug_request {
-	struct kref ref;
-	struct completion done;
-	struct file *file;
-	u64 size;
-	int ret;
-};
-
-static void free_request(struct kref *ref)
+static int file_unplug(struct file *file, u64 *size, int nid, bool killable)
 {
-	kfree(container_of(ref, struct unplug_request, ref));
+	struct offmap_file *of = file->private_data;
+	int ret = begin_taking(of);
+
+	if (ret)
+		return ret;
+	return end_taking(of, file, offmap_unplug(size, nid, killable));
 }
 
-static int unplug_thread(void *arg)
+static int file_bind(struct file *file, int fd)
 {
-	struct unplug_request *request = arg;
+	struct offmap_file *of = file->private_data;
+	int ret = begin_taking(of);
 
-	allow_signal(SIGKILL);
-	request->ret = offmap_file_unplug(request->file->private_data, &request->size,
-					  OFFMAP_ANY_NODE);
-	complete(&request->done);
-	fput(request->file);
-	kref_put(&request->ref, free_request);
-	/* The file may have been what kept this module. */
-	module_put_and_kthread_exit(0);
-}
-
-static int unplug_for_mmap(struct file *file, u64 size)
-{
-	struct unplug_request *request;
-	struct task_struct *task;
-	long left;
-	int ret;
-
-	request = kzalloc(sizeof(*request), GFP_KERNEL);
-	if (!request)
-		return -ENOMEM;
-	kref_init(&request->ref);
-	init_completion(&request->done);
-	request->size = size;
-	request->file = get_file(file);
-	kref_get(&request->ref);	/* the thread's */
-	__module_get(THIS_MODULE);
-	task = kthread_create(unplug_thread, request, "offmap-unplug");
-	if (IS_ERR(task)) {
-		module_put(THIS_MODULE);
-		fput(file);
-		kref_put(&request->ref, free_request);
-		kref_put(&request->ref, free_request);
-		return PTR_ERR(task);
-	}
-	get_task_struct(task);
-	wake_up_process(task);
-	left = wait_for_completion_killable_timeout(&request->done, MMAP_UNPLUG_TIMEOUT);
-	if (left > 0) {
-		ret = request->ret;
-	} else {
-		send_sig(SIGKILL, task, 1);
-		ret = left ? left : -ETIMEDOUT;
-	}
-	put_task_struct(task);
-	kref_put(&request->ref, free_request);
-	return ret;
+	if (ret)
+		return ret;
+	return end_taking(of, file, offmap_bind_secretmem(fd));
 }
 
 /* --- mapping it ---------------------------------------------------------- */
 
+static u64 vma_offset(struct vm_area_struct *vma, unsigned long addr)
+{
+	return ((u64)vma->vm_pgoff << PAGE_SHIFT) + (addr - vma->vm_start);
+}
+
+static bool vma_poisoned(struct vm_area_struct *vma, unsigned long addr, u64 length)
+{
+	struct offmap_file *of = vma->vm_file->private_data;
+
+	return of->mem->source->poisoned &&
+	       of->mem->source->poisoned(of->mem, vma_offset(vma, addr), length);
+}
+
 static phys_addr_t vma_phys(struct vm_area_struct *vma, unsigned long addr, u64 *length)
 {
 	struct offmap_file *of = vma->vm_file->private_data;
-	u64 offset = ((u64)vma->vm_pgoff << PAGE_SHIFT) + (addr - vma->vm_start);
-	phys_addr_t phys = of->mem->source->phys(of->mem, offset, length);
+	phys_addr_t phys = of->mem->source->phys(of->mem, vma_offset(vma, addr), length);
 
 	*length = min_t(u64, *length, vma->vm_end - addr);
 	return phys;
@@ -260,6 +213,8 @@ static vm_fault_t insert_pages(struct vm_fault *vmf, unsigned int order)
 	phys = vma_phys(vma, addr, &length);
 	if (length < size || !IS_ALIGNED(phys, size))
 		return VM_FAULT_FALLBACK;
+	if (vma_poisoned(vma, addr, size))
+		return order ? VM_FAULT_FALLBACK : VM_FAULT_HWPOISON;
 	switch (order) {
 	case 0:
 		return vmf_insert_pfn(vma, addr, PHYS_PFN(phys));
@@ -286,18 +241,21 @@ static vm_fault_t offmap_fault(struct vm_fault *vmf)
 	vm_fault_t ret = insert_pages(vmf, 0);
 	unsigned long addr, end;
 	phys_addr_t phys;
+	bool poisoned;
 	u64 length;
 
 	if (ret != VM_FAULT_NOPAGE)
 		return ret == VM_FAULT_FALLBACK ? VM_FAULT_SIGBUS : ret;
 	addr = max(ALIGN_DOWN(vmf->address, PMD_SIZE), vma->vm_start);
 	end = min(ALIGN_DOWN(vmf->address, PMD_SIZE) + PMD_SIZE, vma->vm_end);
+	poisoned = vma_poisoned(vma, addr, end - addr);
 	while (addr < end) {
 		phys = vma_phys(vma, addr, &length);
 		if (!length)
 			break;
 		for (length = min_t(u64, length, end - addr); length; length -= PAGE_SIZE) {
-			if (vmf_insert_pfn(vma, addr, PHYS_PFN(phys)) != VM_FAULT_NOPAGE)
+			if (!(poisoned && vma_poisoned(vma, addr, PAGE_SIZE)) &&
+			    vmf_insert_pfn(vma, addr, PHYS_PFN(phys)) != VM_FAULT_NOPAGE)
 				return ret;
 			addr += PAGE_SIZE;
 			phys += PAGE_SIZE;
@@ -349,7 +307,7 @@ static int offmap_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct offmap_file *of = file->private_data;
 	u64 offset = (u64)vma->vm_pgoff << PAGE_SHIFT;
-	u64 size = vma->vm_end - vma->vm_start;
+	u64 size = vma->vm_end - vma->vm_start, taken;
 	int ret;
 
 	/* A private copy of a page would be ordinary memory. */
@@ -357,13 +315,22 @@ static int offmap_mmap(struct file *file, struct vm_area_struct *vma)
 		return -EINVAL;
 	if (vma->vm_flags & VM_EXEC)
 		return -EPERM;
-	/* Pairs with offmap_file_set(). */
+	/* Pairs with file_set(). */
 	if (!smp_load_acquire(&of->mem)) {
 		if (offset)
 			return -EINVAL;
-		ret = unplug_for_mmap(file, size);
+		/* Who was handed the file may map what it has, and take no more. */
+		if (!capable(CAP_SYS_ADMIN))
+			return -EPERM;
+		/*
+		 * mmap() holds the mmap_lock, and memory notifiers can wait for
+		 * somebody who wants it (ksmd does, under the mutex that KSM's
+		 * notifier takes). So this gives up after a while.
+		 */
+		taken = size;
+		ret = file_unplug(file, &taken, OFFMAP_ANY_NODE, true);
 		/* -EBUSY: another mapping was faster; is it large enough? */
-		if (ret && ret != -EBUSY)
+		if (ret && !(ret == -EBUSY && smp_load_acquire(&of->mem)))
 			return ret;
 	}
 	if (size > of->mem->size || offset > of->mem->size - size)
@@ -374,6 +341,16 @@ static int offmap_mmap(struct file *file, struct vm_area_struct *vma)
 			    (of->mem->source->large ? VM_HUGEPAGE : 0));
 	vma->vm_ops = &offmap_vm_ops;
 	return 0;
+}
+
+struct offmap_memory *offmap_vma_memory(struct vm_area_struct *vma)
+{
+	struct offmap_file *of;
+
+	if (vma->vm_ops != &offmap_vm_ops)
+		return NULL;
+	of = vma->vm_file->private_data;
+	return of->mem->source->large ? of->mem : NULL;
 }
 
 /* --- the device ---------------------------------------------------------- */
@@ -387,7 +364,9 @@ static int offmap_open(struct inode *inode, struct file *file)
 	of = kzalloc(sizeof(*of), GFP_KERNEL);
 	if (!of)
 		return -ENOMEM;
+	kref_init(&of->ref);
 	mutex_init(&of->lock);
+	init_completion(&of->returned);
 	of->opener = task_tgid_nr(current);
 	get_task_comm(of->comm, current);
 	file->private_data = of;
@@ -404,12 +383,13 @@ static int offmap_release(struct inode *inode, struct file *file)
 	if (of->keeper)
 		fput(of->keeper);
 	else
-		free_file(of);
+		forget_file(of);
 	return 0;
 }
 
-static long ioctl_unplug(struct offmap_file *of, struct offmap_unplug __user *argp)
+static long ioctl_unplug(struct file *file, struct offmap_unplug __user *argp)
 {
+	struct offmap_file *of = file->private_data;
 	struct offmap_unplug arg;
 	u64 size;
 	int ret;
@@ -421,8 +401,8 @@ static long ioctl_unplug(struct offmap_file *of, struct offmap_unplug __user *ar
 	if (arg.node != OFFMAP_ANY_NODE && !node_online(arg.node))
 		return -EINVAL;
 	size = arg.size;
-	ret = offmap_file_unplug(of, &size, arg.node);
-	if (ret && ret != -ENOMEM)
+	ret = file_unplug(file, &size, arg.node, false);
+	if (ret && ret != -ENOMEM && ret != -ETIMEDOUT)
 		return ret;
 	if (!ret)
 		size = of->mem->size;
@@ -468,8 +448,9 @@ static long ioctl_translate(struct offmap_translate __user *argp)
 	return ret;
 }
 
-static long ioctl_bind_secretmem(struct offmap_file *of, struct offmap_secretmem __user *argp)
+static long ioctl_bind_secretmem(struct file *file, struct offmap_secretmem __user *argp)
 {
+	struct offmap_file *of = file->private_data;
 	struct offmap_secretmem arg;
 	int ret;
 
@@ -477,7 +458,7 @@ static long ioctl_bind_secretmem(struct offmap_file *of, struct offmap_secretmem
 		return -EFAULT;
 	if (arg.flags)
 		return -EINVAL;
-	ret = offmap_file_bind(of, arg.fd);
+	ret = file_bind(file, arg.fd);
 	if (ret)
 		return ret;
 	return put_user(of->mem->size, &argp->size);
@@ -490,11 +471,11 @@ static long offmap_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return -EPERM;
 	switch (cmd) {
 	case OFFMAP_UNPLUG:
-		return ioctl_unplug(file->private_data, (void __user *)arg);
+		return ioctl_unplug(file, (void __user *)arg);
 	case OFFMAP_TRANSLATE:
 		return ioctl_translate((void __user *)arg);
 	case OFFMAP_BIND_SECRETMEM:
-		return ioctl_bind_secretmem(file->private_data, (void __user *)arg);
+		return ioctl_bind_secretmem(file, (void __user *)arg);
 	default:
 		return -ENOTTY;
 	}
@@ -527,8 +508,32 @@ static ssize_t holders_show(struct device *dev, struct device_attribute *attr, c
 }
 static DEVICE_ATTR_ADMIN_RO(holders);
 
+/* "PID WANTED TAKEN TRIED COMMAND" of each request that is served: bytes, and ranges tried. */
+static ssize_t requests_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	return offmap_show_requests(buf);
+}
+static DEVICE_ATTR_ADMIN_RO(requests);
+
+/* Bytes that are on their way back to the kernel. */
+static ssize_t returning_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%llu\n", offmap_returning());
+}
+static DEVICE_ATTR_ADMIN_RO(returning);
+
+/* Bytes that stay out until the next boot, as memory in them has failed. */
+static ssize_t kept_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	return sysfs_emit(buf, "%llu\n", offmap_kept());
+}
+static DEVICE_ATTR_ADMIN_RO(kept);
+
 static struct attribute *offmap_attrs[] = {
 	&dev_attr_holders.attr,
+	&dev_attr_requests.attr,
+	&dev_attr_returning.attr,
+	&dev_attr_kept.attr,
 	NULL
 };
 ATTRIBUTE_GROUPS(offmap);
@@ -540,6 +545,20 @@ static struct miscdevice offmap_device = {
 	.groups = offmap_groups,
 	.mode = 0600,
 };
+
+/*
+ * Wake those who poll what sysfs shows. With @memory, the kernel's memory is
+ * another now: a crash kernel's list of it may have to be made again.
+ */
+void offmap_changed(bool memory)
+{
+	struct kobject *kobj = &offmap_device.this_device->kobj;
+
+	sysfs_notify(kobj, NULL, "holders");
+	sysfs_notify(kobj, NULL, "returning");
+	if (memory)
+		kobject_uevent(kobj, KOBJ_CHANGE);
+}
 
 /* What has no struct page is not in the image, and a guest cannot do without. */
 static int offmap_pm_notify(struct notifier_block *nb, unsigned long event, void *unused)
@@ -564,20 +583,32 @@ static int __init offmap_init(void)
 		pr_err("this host encrypts its memory (SME or SEV), which is not supported\n");
 		return -EOPNOTSUPP;
 	}
-	ret = offmap_unplug_init();
+	ret = offmap_zero_init();
 	if (ret)
 		return ret;
+	ret = offmap_hotplug_init();
+	if (ret)
+		goto zero_exit;
+	ret = offmap_return_init();
+	if (ret)
+		goto hotplug_exit;
+	offmap_poison_init();
 	ret = register_pm_notifier(&offmap_pm_notifier);
 	if (ret)
-		goto unplug_exit;
+		goto poison_exit;
 	ret = misc_register(&offmap_device);
 	if (ret)
 		goto unregister_notifier;
 	return 0;
 unregister_notifier:
 	unregister_pm_notifier(&offmap_pm_notifier);
-unplug_exit:
-	offmap_unplug_exit();
+poison_exit:
+	offmap_poison_exit();
+	offmap_return_exit();
+hotplug_exit:
+	offmap_hotplug_exit();
+zero_exit:
+	offmap_zero_exit();
 	return ret;
 }
 module_init(offmap_init);
@@ -586,7 +617,10 @@ static void __exit offmap_exit(void)
 {
 	misc_deregister(&offmap_device);
 	unregister_pm_notifier(&offmap_pm_notifier);
-	offmap_unplug_exit();
+	offmap_poison_exit();
+	offmap_return_exit();
+	offmap_hotplug_exit();
+	offmap_zero_exit();
 }
 module_exit(offmap_exit);
 

@@ -3,7 +3,7 @@
  * /dev/offmap: guest memory that the kernel has no mapping of.
  *
  * Open it, map N bytes of it shared, and run a guest from that. All calls need
- * CAP_SYS_ADMIN.
+ * CAP_SYS_ADMIN. To map a file that has its memory needs nothing but the file.
  */
 #ifndef _UAPI_OFFMAP_H
 #define _UAPI_OFFMAP_H
@@ -18,10 +18,14 @@
  * file that has none yet does the same by itself, on any node.
  *
  * @size: in: bytes wanted, out: bytes taken, a whole number of memory blocks.
- *        On -ENOMEM: how many the kernel could have spared.
+ *        On -ENOMEM and -ETIMEDOUT: how many the kernel could have spared, as
+ *        far as that is known.
  * @node: NUMA node to take from, or OFFMAP_ANY_NODE.
  *
- * -EBUSY: the file has memory already. -EINVAL: no size, or no such node.
+ * -EBUSY: the file has memory already, or somebody is getting it. -EINVAL: no
+ * size, or no such node. -EINTR: a signal came; nothing was taken. -ETIMEDOUT:
+ * the blocks that were tried did not get free in the time that the module's
+ * parameters allow.
  */
 struct offmap_unplug {
 	__u64 size;
@@ -56,7 +60,8 @@ struct offmap_translate {
  * @size: out: bytes, which is its size.
  *
  * -EINVAL: not a memfd_secret, or no whole number of pages. -ENODATA: a page of
- * it was never touched. -EBUSY: it is bound, or this open file has memory.
+ * it was never touched. -EBUSY: it is bound, or this open file has memory, or
+ * somebody is getting it.
  */
 struct offmap_secretmem {
 	__s32 fd;

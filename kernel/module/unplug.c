@@ -1,292 +1,126 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * Take memory blocks off the running kernel, and give them back.
+ * Take memory blocks off the running kernel.
  *
- * A removed block has no struct page and no direct mapping. What it needs
- * beside that:
+ * A removed block has no struct page and no direct mapping. It comes out of the
+ * buddy allocator full of the host's leftovers, and goes back full of the
+ * guest's: it is zeroed both times. Its addresses are claimed in the resource
+ * tree, or they would look free to PCI and to other hotplug; /dev/mem is kept
+ * out too.
  *
- *  - It comes out of the buddy allocator full of the host's leftovers, and
- *    goes back full of the guest's: it is zeroed both times, through a mapping
- *    that exists only meanwhile.
- *
- *  - PAT must know it as write-back. The memory type of a PFN that is not
- *    System RAM is looked up in the memtype tree when it is mapped, and is
- *    uncached where the tree has nothing to say. So the reservation that
- *    ioremap_cache() makes for zeroing stays until the memory goes back.
- *
- *  - Its addresses must stay ours: they are claimed in the resource tree, or
- *    they would look free to PCI and to other hotplug. /dev/mem is kept out too.
+ * A thread of its own serves each request. It may sleep long in the kernel's
+ * hotplug code, which whoever asked need not: that one can be interrupted or
+ * killed, or give up at the deadline. What comes too late goes back.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
-#include <linux/atomic.h>
-#include <linux/delay.h>
-#include <linux/fs.h>
-#include <linux/io.h>
+#include <linux/bitmap.h>
+#include <linux/completion.h>
 #include <linux/ioport.h>
+#include <linux/kref.h>
+#include <linux/kthread.h>
+#include <linux/list_sort.h>
 #include <linux/memory.h>
 #include <linux/memory_hotplug.h>
 #include <linux/mm.h>
-#include <linux/mount.h>
+#include <linux/module.h>
+#include <linux/moduleparam.h>
 #include <linux/mutex.h>
-#include <linux/path.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
-#include <linux/sort.h>
-#include <linux/vmalloc.h>
-#include <linux/workqueue.h>
+#include <linux/spinlock.h>
+#include <linux/sysfs.h>
 #include <asm/pgtable.h>
 
 #include "internal.h"
 #include "offmap.h"
 
-/* Physically contiguous memory that the kernel does not own now. */
-struct piece {
-	phys_addr_t start;
-	u64 size;
+static unsigned int block_timeout = 10;
+module_param(block_timeout, uint, 0644);
+MODULE_PARM_DESC(block_timeout, "seconds to try for each memory block (default 10)");
+
+static unsigned int timeout = 60;
+module_param(timeout, uint, 0644);
+MODULE_PARM_DESC(timeout, "seconds for a whole request, and one more for each GiB of it (default 60)");
+
+static unsigned int reserve = 128;
+module_param(reserve, uint, 0644);
+MODULE_PARM_DESC(reserve, "MiB that the host keeps available (default 128)");
+
+static unsigned int limit;
+module_param(limit, uint, 0644);
+MODULE_PARM_DESC(limit, "MiB that may be out at a time (default 0: no limit)");
+
+/* A request for memory, and the thread that serves it. */
+struct request {
+	struct kref ref;
+	struct list_head node;		/* of requests */
+	struct completion done;
+	struct task_struct *task;
+	pid_t pid;			/* who asked */
+	char comm[TASK_COMM_LEN];
 	int nid;
-	bool movable;		/* was in ZONE_MOVABLE, and shall be again */
-	bool gigabyte;		/* we have all of the gigabyte that it is in */
-};
-
-struct unplugged {
-	struct offmap_memory mem;
-	struct piece *pieces;	/* in the order of file offsets */
-	unsigned int nr;
-};
-
-/* One taker at a time: two would take turns at half of what either wants. */
-static DEFINE_MUTEX(unplug_lock);
-static struct workqueue_struct *workqueue;
-static atomic_t pieces_out = ATOMIC_INIT(0);
-
-bool offmap_unplug_active(void)
-{
-	return atomic_read(&pieces_out) > 0;
-}
-
-/* --- zeroing ----------------------------------------------------------- */
-
-struct zero_work {
-	struct work_struct work;
-	void *start;
-	u64 size;
-};
-
-/*
- * Past the caches, which have better things to hold than a guest's zeroes:
- * there is no line to read before it is overwritten, and what the host is
- * working on stays where it is. @size is a multiple of 64.
- */
-static void zero_uncached(void *start, u64 size)
-{
-	u64 *word = start, *end = start + size;
-
-	for (; word < end; word += 8)
-		asm volatile("movnti %1, 0(%0)\n\t"
-			     "movnti %1, 8(%0)\n\t"
-			     "movnti %1, 16(%0)\n\t"
-			     "movnti %1, 24(%0)\n\t"
-			     "movnti %1, 32(%0)\n\t"
-			     "movnti %1, 40(%0)\n\t"
-			     "movnti %1, 48(%0)\n\t"
-			     "movnti %1, 56(%0)"
-			     : : "r"(word), "r"(0UL) : "memory");
-	wmb();	/* sfence: such stores are ordered by nothing else */
-}
-
-static void zero_range(struct work_struct *work)
-{
-	struct zero_work *zero = container_of(work, struct zero_work, work);
-	u64 done;
-
-	for (done = 0; done < zero->size; done += SZ_2M) {
-		zero_uncached(zero->start + done, min_t(u64, SZ_2M, zero->size - done));
-		cond_resched();
-	}
-}
-
-#define MAX_ZERO_THREADS 16
-
-/* By as many threads as there are CPUs, up to where memory is the limit. */
-static void zero_mapping(void *start, u64 size)
-{
-	unsigned int n = clamp_t(unsigned int, num_online_cpus(), 1, MAX_ZERO_THREADS);
-	u64 share = round_up(div_u64(size, n), SZ_2M);
-	struct zero_work *works, self = { .start = start, .size = size };
-	unsigned int i;
-
-	works = n > 1 ? kcalloc(n, sizeof(*works), GFP_KERNEL) : NULL;
-	if (!works) {
-		zero_range(&self.work);
-		return;
-	}
-	for (i = 0; i < n && i * share < size; i++) {
-		works[i].start = start + i * share;
-		works[i].size = min(share, size - i * share);
-		INIT_WORK(&works[i].work, zero_range);
-		queue_work(workqueue, &works[i].work);
-	}
-	while (i--)
-		flush_work(&works[i].work);
-	kfree(works);
-}
-
-/*
- * Zero @piece. With @keep, leave its memory type reserved; without, it must
- * have been and is not any more.
- */
-static int zero_piece(const struct piece *piece, bool keep)
-{
-	void *va = (void __force *)ioremap_cache(piece->start, piece->size);
-
-	if (!va)
-		return -ENOMEM;
-	zero_mapping(va, piece->size);
-	if (keep) {
-		/* Unlike iounmap(), this leaves the memtype tree alone. */
-		vunmap(va);
-	} else {
-		iounmap((void __iomem __force *)va);
-		arch_io_free_memtype_wc(piece->start, piece->size);
-	}
-	return 0;
-}
-
-/* --- giving back --------------------------------------------------------- */
-
-/*
- * The kernel onlines added memory, or not, as the host's policy for new memory
- * says. But this is not new: it was online, and maybe where only movable pages
- * go. Nothing exported sets that; what does is a file of sysfs. It is written by
- * a kernel thread, as the caller may be exiting, in a sysfs of its own: since 7.x
- * the root folder of kernel threads is empty.
- *
- * Among the zones for kernel memory the kernel chooses, by what still spans the
- * block: one from the very end of ZONE_DMA32 comes back in ZONE_NORMAL.
- */
-struct online_work {
-	struct work_struct work;
-	const struct piece *piece;
+	u64 want;
+	u64 promised;			/* of committed, for what has not come yet */
+	u64 block;
+	unsigned long deadline;		/* jiffies */
+	unsigned int tried;		/* ranges */
+	bool abandoned;			/* nobody waits for it, under requests_lock */
+	bool finished;			/* under requests_lock */
+	struct unplugged *unplugged;
+	u64 had;			/* bytes that could be had */
 	int ret;
 };
 
-static struct vfsmount *mount_sysfs(void)
-{
-	struct file_system_type *type = get_fs_type("sysfs");
+static LIST_HEAD(requests);		/* under requests_lock */
+static DEFINE_SPINLOCK(requests_lock);
+/* What is out, and what has been promised to requests: under requests_lock. */
+static u64 committed;
 
-	return type ? kern_mount(type) : ERR_PTR(-ENODEV);
+u64 offmap_reserve(void)
+{
+	return (u64)READ_ONCE(reserve) << 20;
 }
 
-static int set_block_state(struct vfsmount *sysfs, u64 block, const char *state)
+unsigned long offmap_block_timeout(void)
 {
-	const struct path root = { .mnt = sysfs, .dentry = sysfs->mnt_root };
-	struct file *file;
-	char path[64];
-	loff_t pos = 0;
-	ssize_t ret;
-
-	snprintf(path, sizeof(path), "devices/system/memory/memory%llu/state", block);
-	file = file_open_root(&root, path, O_WRONLY, 0);
-	if (IS_ERR(file))
-		return PTR_ERR(file);
-	/* What a system call would be restarted for: the hotplug lock was taken. */
-	while ((ret = kernel_write(file, state, strlen(state), &pos)) == -ERESTARTNOINTR) {
-		/* restart_syscall() marks one as pending; offline_pages() would give up. */
-		flush_signals(current);
-		msleep(20);
-	}
-	filp_close(file, NULL);
-	return ret < 0 ? ret : 0;
+	return (unsigned long)clamp(READ_ONCE(block_timeout), 1U, 3600U) * HZ;
 }
 
-static void online_piece(struct work_struct *work)
+/* Promise up to @want bytes, whole blocks. How many the limit leaves. */
+static u64 commit(u64 want, u64 block)
 {
-	struct online_work *online = container_of(work, struct online_work, work);
-	const struct piece *piece = online->piece;
-	u64 block = memory_block_size_bytes();
-	struct vfsmount *sysfs = NULL;
-	struct page *page;
-	phys_addr_t start;
-	int ret;
+	u64 most = READ_ONCE(limit) ? (u64)READ_ONCE(limit) << 20 : U64_MAX;
+	u64 left;
 
-	for (start = piece->start; start < piece->start + piece->size; start += block) {
-		page = pfn_to_online_page(PHYS_PFN(start));
-		if (page && is_zone_movable_page(page) == piece->movable)
-			continue;
-		if (!sysfs)
-			sysfs = mount_sysfs();
-		if (IS_ERR(sysfs)) {
-			online->ret = PTR_ERR(sysfs);
-			return;
-		}
-		ret = page ? set_block_state(sysfs, div64_u64(start, block), "offline") : 0;
-		if (!ret)
-			ret = set_block_state(sysfs, div64_u64(start, block),
-					      piece->movable ? "online_movable" : "online_kernel");
-		if (ret)
-			online->ret = ret;
-	}
-	if (sysfs)
-		kern_unmount(sysfs);
+	spin_lock(&requests_lock);
+	left = round_down(most - min(most, committed), block);
+	if (left >= want)
+		committed += want;
+	spin_unlock(&requests_lock);
+	return left;
 }
 
-/* Adding memory takes memory, for its struct pages: wait so long for some. */
-#define ADD_ATTEMPTS	30
-
-/* What @piece holds must be harmless. */
-static void add_piece(const struct piece *piece)
+void offmap_uncommit(u64 size)
 {
-	phys_addr_t end = piece->start + piece->size - 1;
-	struct online_work online = { .piece = piece };
-	unsigned int attempts = ADD_ATTEMPTS;
-	int ret;
-
-	release_mem_region(piece->start, piece->size);
-	atomic_dec(&pieces_out);
-	while ((ret = add_memory(piece->nid, piece->start, piece->size, MHP_MERGE_RESOURCE)) ==
-	       -ENOMEM && --attempts)
-		schedule_timeout_uninterruptible(HZ);
-	if (ret) {
-		pr_err("cannot give %pa-%pa back to the kernel: %d; it is lost until the next boot\n",
-		       &piece->start, &end, ret);
-		return;
-	}
-	INIT_WORK_ONSTACK(&online.work, online_piece);
-	queue_work(workqueue, &online.work);
-	flush_work(&online.work);
-	destroy_work_on_stack(&online.work);
-	if (online.ret)
-		pr_err("%pa-%pa is back, but not all online: %d; see /sys/devices/system/memory\n",
-		       &piece->start, &end, online.ret);
+	spin_lock(&requests_lock);
+	committed -= size;
+	spin_unlock(&requests_lock);
 }
 
-static void replug_piece(const struct piece *piece)
+/* Some of what was promised is there. It may be more than that. */
+static void count(struct request *req, u64 size)
 {
-	phys_addr_t end = piece->start + piece->size - 1;
+	u64 promised;
 
-	while (zero_piece(piece, false)) {
-		/* Never give a guest's secrets back; wait for address space. */
-		pr_warn_ratelimited("no address space to zero %pa-%pa, trying again\n",
-				    &piece->start, &end);
-		schedule_timeout_uninterruptible(HZ);
-	}
-	add_piece(piece);
+	spin_lock(&requests_lock);
+	promised = min(req->promised, size);
+	req->promised -= promised;
+	committed += size - promised;
+	spin_unlock(&requests_lock);
 }
 
-static void unplugged_release(struct offmap_memory *mem)
-{
-	struct unplugged *unplugged = container_of(mem, struct unplugged, mem);
-
-	mutex_lock(&unplug_lock);
-	while (unplugged->nr)
-		replug_piece(&unplugged->pieces[--unplugged->nr]);
-	mutex_unlock(&unplug_lock);
-	kvfree(unplugged->pieces);
-	kfree(unplugged);
-}
-
-/* --- taking -------------------------------------------------------------- */
+/* --- candidates ---------------------------------------------------------- */
 
 /* How the direct map maps @start: with which size of page. */
 static u64 direct_map_page_size(phys_addr_t start)
@@ -342,132 +176,139 @@ static int find_candidates(struct candidates *found, u64 unit)
 	return 0;
 }
 
-/*
- * release_mem_region_adjustable() cannot take a piece out of a System RAM
- * resource that has children above it (the kernel image, a crash kernel): it
- * warns, and the removed memory still counts as RAM, which the next look at
- * its struct page does not survive. So these children, which only name a part
- * of what stays, leave the tree for as long as that takes.
- *
- * The tree is read without its lock, which is not exported; System RAM
- * resources change by memory hotplug only.
- */
-#define MAX_CHILDREN 16
+/* --- taking -------------------------------------------------------------- */
 
-struct children {
-	struct resource *res[MAX_CHILDREN];
-	unsigned int nr;
-};
-
-static bool detach_children_above(phys_addr_t end, struct children *detached)
+static void free_pieces(struct list_head *pieces)
 {
-	struct resource *ram, *child;
-	unsigned int i;
+	struct piece *piece, *next;
 
-	detached->nr = 0;
-	for (ram = iomem_resource.child; ram; ram = ram->sibling)
-		if (ram->start <= end && end <= ram->end)
-			break;
-	if (!ram || (ram->flags & IORESOURCE_SYSTEM_RAM) != IORESOURCE_SYSTEM_RAM)
-		return false;
-	for (child = ram->child; child; child = child->sibling) {
-		if (child->start <= end)
-			continue;
-		if (detached->nr == MAX_CHILDREN)
+	list_for_each_entry_safe(piece, next, pieces, node) {
+		list_del(&piece->node);
+		bitmap_free(piece->bad);
+		kfree(piece);
+	}
+}
+
+static struct piece *new_piece(phys_addr_t start, u64 size)
+{
+	struct page *page = pfn_to_online_page(PHYS_PFN(start));
+	struct piece *piece = kzalloc(sizeof(*piece), GFP_KERNEL);
+
+	if (!page || !piece)
+		goto fail;
+	piece->start = start;
+	piece->size = size;
+	piece->nid = page_to_nid(page);
+	piece->movable = is_zone_movable_page(page);
+	piece->bad = bitmap_zalloc(PHYS_PFN(size), GFP_KERNEL);
+	if (piece->bad)
+		return piece;
+fail:
+	kfree(piece);
+	return NULL;
+}
+
+/*
+ * Plan what is in [@start, @start + @size) as pieces of @step bytes, which it is
+ * given back in. False if it cannot be taken, or not as such pieces.
+ */
+static bool plan_pieces(struct request *req, struct list_head *pieces, phys_addr_t start,
+			u64 size, u64 step)
+{
+	struct piece *piece = NULL;
+	struct page *page;
+	u64 offset;
+
+	for (offset = 0; offset < size; offset += req->block) {
+		if (offmap_obstacle(start + offset, req->block))
 			return false;
-		detached->res[detached->nr++] = child;
-	}
-	for (i = 0; i < detached->nr; i++)
-		release_resource(detached->res[i]);
-	return true;
-}
-
-static void attach_children(const struct children *detached)
-{
-	unsigned int i;
-
-	for (i = 0; i < detached->nr; i++)
-		if (insert_resource(&iomem_resource, detached->res[i]))
-			pr_warn("lost %pR (%s) from the resource tree\n", detached->res[i],
-				detached->res[i]->name);
-}
-
-static bool remove_memory_at(phys_addr_t start, u64 size)
-{
-	struct children detached;
-	int ret;
-
-	if (!detach_children_above(start + size - 1, &detached))
-		return false;
-	ret = offline_and_remove_memory(start, size);
-	attach_children(&detached);
-	if (ret)
-		return false;
-	if (region_intersects(start, size, IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) !=
-	    REGION_DISJOINT) {
-		pr_err("the block at %pa was removed and still counts as RAM; it is lost until the next boot\n",
-		       &start);
-		return false;
+		page = pfn_to_online_page(PHYS_PFN(start + offset));
+		if (!page || (req->nid != OFFMAP_ANY_NODE && page_to_nid(page) != req->nid))
+			return false;
+		if (!(offset & (step - 1))) {
+			piece = new_piece(start + offset, step);
+			if (!piece)
+				return false;
+			list_add_tail(&piece->node, pieces);
+		} else if (piece->nid != page_to_nid(page) ||
+			   piece->movable != is_zone_movable_page(page)) {
+			return false;
+		}
+		cond_resched();
 	}
 	return true;
 }
 
-/*
- * What is in [@start, @start + @size), in pieces of @step bytes, which it is
- * given back in. How many; 0 if it may not be taken, or not as such pieces.
- */
-static unsigned int plan_pieces(struct piece *pieces, phys_addr_t start, u64 size, u64 step,
-				int nid)
+/* Whether @piece, which is out, can be given to a guest. Else it is dealt with. */
+static bool accept_piece(struct piece *piece, bool poisoned)
 {
-	u64 block = memory_block_size_bytes(), offset;
-	struct piece *piece = pieces - 1;
-
-	for (offset = 0; offset < size; offset += block) {
-		struct page *page = pfn_to_online_page(PHYS_PFN(start + offset));
-
-		if (!page || (nid != OFFMAP_ANY_NODE && page_to_nid(page) != nid))
-			return 0;
-		if (!(offset & (step - 1)))
-			*++piece = (struct piece){
-				.start = start + offset,
-				.size = step,
-				.nid = page_to_nid(page),
-				.movable = is_zone_movable_page(page),
-			};
-		else if (piece->nid != page_to_nid(page) ||
-			 piece->movable != is_zone_movable_page(page))
-			return 0;
+	offmap_piece_out(piece);
+	piece->claimed = request_mem_region_exclusive(piece->start, piece->size, KBUILD_MODNAME);
+	if (!piece->claimed)
+		pr_warn("somebody else claims the memory at %pa\n", &piece->start);
+	if (poisoned) {
+		/* Which page it was is not known. None is touched. */
+		bitmap_set(piece->bad, 0, PHYS_PFN(piece->size));
+		offmap_keep(piece);
+		return false;
 	}
-	return piece + 1 - pieces;
+	if (piece->claimed && !offmap_zero(piece->start, piece->size, true))
+		return true;
+	/* It holds what it held before: nobody but the kernel has seen it. */
+	piece->zeroed = true;
+	offmap_return(piece);
+	return false;
 }
 
 /*
  * Try to take @size bytes at @start, which are whole memory blocks. What a leaf
  * of the direct map covers goes back at once, so that it is covered by one
- * again; elsewhere blocks do, so that no leaf comes where there was none.
+ * again. Elsewhere blocks do, so that no leaf comes where there was none.
  */
-static void take(struct unplugged *unplugged, phys_addr_t start, u64 size, bool leaf, int nid)
+static void take(struct request *req, phys_addr_t start, u64 size, bool leaf)
 {
-	struct piece *pieces = &unplugged->pieces[unplugged->nr];
-	unsigned int nr, i;
+	struct offmap_operation op = {
+		.start = start,
+		.size = size,
+		.deadline = req->deadline,
+	};
+	struct piece *piece, *next;
+	LIST_HEAD(pieces);
+	int ret = -EBUSY;
 
-	nr = plan_pieces(pieces, start, size, leaf ? size : memory_block_size_bytes(), nid);
-	if (!nr || !remove_memory_at(start, size))
+	/* Another thread is at it. */
+	if (offmap_begin(&op))
 		return;
-	for (i = 0; i < nr; i++) {
-		struct piece piece = pieces[i];
-
-		atomic_inc(&pieces_out);
-		if (!request_mem_region_exclusive(piece.start, piece.size, KBUILD_MODNAME))
-			pr_warn("somebody else claims the memory at %pa\n", &piece.start);
-		if (zero_piece(&piece, true)) {
-			/* It holds what it held before; nobody but the kernel has seen it. */
-			add_piece(&piece);
+	WRITE_ONCE(req->tried, req->tried + 1);
+	if ((direct_map_page_size(start) == PUD_SIZE) == leaf &&
+	    plan_pieces(req, &pieces, start, size, leaf ? size : req->block))
+		ret = offmap_remove_memory(&op);
+	if (ret && ret != -EHWPOISON)
+		free_pieces(&pieces);
+	offmap_end(&op);
+	list_for_each_entry_safe(piece, next, &pieces, node) {
+		list_del(&piece->node);
+		count(req, piece->size);
+		if (!accept_piece(piece, ret))
 			continue;
-		}
-		unplugged->pieces[unplugged->nr++] = piece;
-		unplugged->mem.size += piece.size;
+		piece->owner = req->unplugged;
+		list_add(&piece->node, &req->unplugged->pieces);
+		WRITE_ONCE(req->unplugged->mem.size, req->unplugged->mem.size + piece->size);
 	}
+}
+
+/* Why not to go on: 0 if there is no reason. */
+static int stop(struct request *req)
+{
+	/* What ended the last block's time does not end the next one's. */
+	flush_signals(current);
+	if (READ_ONCE(req->abandoned))
+		return -EINTR;
+	if (time_after_eq(jiffies, req->deadline))
+		return -ETIMEDOUT;
+	if ((u64)max(si_mem_available(), 0L) << PAGE_SHIFT < offmap_reserve())
+		return -ENOMEM;
+	return 0;
 }
 
 /*
@@ -475,29 +316,24 @@ static void take(struct unplugged *unplugged, phys_addr_t start, u64 size, bool 
  * follows a 1 GiB leaf of the direct map as if it were a table when less than
  * all of it is removed: so whole gigabytes there, and blocks elsewhere.
  */
-static int take_units(struct unplugged *unplugged, u64 want, u64 unit, bool leaves, int nid)
+static int take_units(struct request *req, u64 want, u64 unit, bool leaves)
 {
 	struct candidates found;
 	int ret = find_candidates(&found, unit);
 	unsigned int i;
 
-	if (ret)
-		return ret;
-	for (i = found.nr; i-- && unplugged->mem.size < want;) {
-		if (signal_pending(current)) {
-			ret = -EINTR;
-			break;
-		}
-		if ((direct_map_page_size(found.start[i]) == PUD_SIZE) == leaves)
-			take(unplugged, found.start[i], unit, leaves, nid);
+	for (i = found.nr; !ret && i-- && req->unplugged->mem.size < want;) {
+		take(req, found.start[i], unit, leaves);
+		ret = stop(req);
 	}
 	kvfree(found.start);
 	return ret;
 }
 
-static int by_start(const void *a, const void *b)
+static int by_start(void *unused, const struct list_head *a, const struct list_head *b)
 {
-	const struct piece *p = a, *q = b;
+	const struct piece *p = list_entry(a, struct piece, node);
+	const struct piece *q = list_entry(b, struct piece, node);
 
 	return p->start < q->start ? -1 : p->start > q->start;
 }
@@ -507,41 +343,135 @@ static int by_start(const void *a, const void *b)
  * memory, and one page can map each of them. Behind them, neighbours next to
  * each other.
  */
-static int by_place(const void *a, const void *b)
+static int by_place(void *unused, const struct list_head *a, const struct list_head *b)
 {
-	const struct piece *p = a, *q = b;
+	const struct piece *p = list_entry(a, struct piece, node);
+	const struct piece *q = list_entry(b, struct piece, node);
 
-	return p->gigabyte == q->gigabyte ? by_start(a, b) : q->gigabyte - p->gigabyte;
+	return p->gigabyte == q->gigabyte ? by_start(NULL, a, b) : q->gigabyte - p->gigabyte;
 }
 
 static void arrange(struct unplugged *unplugged)
 {
-	struct piece *pieces = unplugged->pieces;
-	unsigned int i, j, nr = unplugged->nr;
-	u64 number, size;
+	struct piece *piece, *first = NULL;
+	u64 size = 0;
 
-	sort(pieces, nr, sizeof(*pieces), by_start, NULL);
-	for (i = 0; i < nr; i = j) {
-		number = pieces[i].start >> PUD_SHIFT;
-		size = 0;
-		for (j = i; j < nr && pieces[j].start >> PUD_SHIFT == number; j++)
-			size += pieces[j].size;
-		while (i < j)
-			pieces[i++].gigabyte = size >= PUD_SIZE;
+	list_sort(NULL, &unplugged->pieces, by_start);
+	list_for_each_entry(piece, &unplugged->pieces, node) {
+		if (!first || first->start >> PUD_SHIFT != piece->start >> PUD_SHIFT) {
+			first = piece;
+			size = 0;
+		}
+		size += piece->size;
+		if (size < PUD_SIZE)
+			continue;
+		for (;; first = list_next_entry(first, node)) {
+			first->gigabyte = true;
+			if (first == piece)
+				break;
+		}
 	}
-	sort(pieces, nr, sizeof(*pieces), by_place, NULL);
+	list_sort(NULL, &unplugged->pieces, by_place);
+}
+
+/* Give back what is not needed for @want, what came last first. */
+static void trim(struct unplugged *unplugged, u64 want)
+{
+	struct piece *piece, *next;
+
+	list_for_each_entry_safe(piece, next, &unplugged->pieces, node) {
+		if (unplugged->mem.size - piece->size < want)
+			continue;
+		list_del(&piece->node);
+		unplugged->mem.size -= piece->size;
+		offmap_return(piece);
+	}
+}
+
+/* Give back what somebody mapped for good before it was ours. */
+static int check_mapped(struct unplugged *unplugged)
+{
+	u64 block = memory_block_size_bytes();
+	unsigned long nr = 0, first, *wanted, *mapped;
+	struct piece *piece, *next;
+	int ret = -ENOMEM;
+
+	list_for_each_entry(piece, &unplugged->pieces, node)
+		nr = max_t(unsigned long, nr, div64_u64(piece->start + piece->size, block));
+	wanted = bitmap_zalloc(nr, GFP_KERNEL);
+	mapped = bitmap_zalloc(nr, GFP_KERNEL);
+	if (!wanted || !mapped)
+		goto out;
+	list_for_each_entry(piece, &unplugged->pieces, node)
+		bitmap_set(wanted, div64_u64(piece->start, block), div64_u64(piece->size, block));
+	ret = offmap_find_mapped(wanted, mapped, nr);
+	if (ret)
+		goto out;
+	list_for_each_entry_safe(piece, next, &unplugged->pieces, node) {
+		first = div64_u64(piece->start, block);
+		nr = first + div64_u64(piece->size, block);
+		if (find_next_bit(mapped, nr, first) >= nr)
+			continue;
+		pr_warn("the kernel maps some of the memory at %pa: it is no guest's\n",
+			&piece->start);
+		list_del(&piece->node);
+		unplugged->mem.size -= piece->size;
+		offmap_return(piece);
+		ret = -ENOMEM;
+	}
+out:
+	bitmap_free(wanted);
+	bitmap_free(mapped);
+	return ret;
+}
+
+/* At most so much can go; how much really can is known by trying only. */
+static u64 spare(u64 block, int nid)
+{
+	u64 pages = max(si_mem_available(), 0L), bytes;
+
+	if (nid != OFFMAP_ANY_NODE)
+		pages = min_t(u64, pages, node_present_pages(nid));
+	bytes = pages << PAGE_SHIFT;
+	return round_down(bytes - min(bytes, offmap_reserve()), block);
+}
+
+static int take_memory(struct request *req)
+{
+	u64 want = req->want, gigabytes = 0;
+	int ret = 0;
+
+	if (req->block >= PUD_SIZE) {
+		ret = take_units(req, want, req->block, true);
+		if (!ret)
+			ret = take_units(req, want, req->block, false);
+	} else {
+		/* Whole gigabytes where one page can map them, and blocks for the rest. */
+		if (IS_ENABLED(CONFIG_ARCH_SUPPORTS_PUD_PFNMAP))
+			gigabytes = round_down(want, PUD_SIZE);
+		if (gigabytes)
+			ret = take_units(req, gigabytes, PUD_SIZE, false);
+		if (!ret && gigabytes)
+			ret = take_units(req, gigabytes, PUD_SIZE, true);
+		if (!ret)
+			ret = take_units(req, want, req->block, false);
+		if (!ret)
+			ret = take_units(req, want, PUD_SIZE, true);
+	}
+	if (req->unplugged->mem.size < want)
+		return ret ? ret : -ENOMEM;
+	/* All is there: only the deadline does not matter any more. */
+	return ret == -ETIMEDOUT ? 0 : ret;
 }
 
 static phys_addr_t unplugged_phys(const struct offmap_memory *mem, u64 offset, u64 *length)
 {
 	struct unplugged *unplugged = container_of(mem, struct unplugged, mem);
 	phys_addr_t phys = 0;
-	unsigned int i;
+	struct piece *piece;
 
 	*length = 0;
-	for (i = 0; i < unplugged->nr; i++) {
-		const struct piece *piece = &unplugged->pieces[i];
-
+	list_for_each_entry(piece, &unplugged->pieces, node) {
 		if (*length) {
 			if (piece->start != phys + *length)
 				break;
@@ -556,129 +486,211 @@ static phys_addr_t unplugged_phys(const struct offmap_memory *mem, u64 offset, u
 	return phys;
 }
 
+static bool unplugged_poisoned(const struct offmap_memory *mem, u64 offset, u64 length)
+{
+	struct unplugged *unplugged = container_of(mem, struct unplugged, mem);
+	unsigned long first, end;
+	struct piece *piece;
+
+	list_for_each_entry(piece, &unplugged->pieces, node) {
+		if (offset < piece->size) {
+			first = PHYS_PFN(offset);
+			end = PHYS_PFN(min(offset + length, piece->size));
+			if (find_next_bit(piece->bad, end, first) < end)
+				return true;
+			length -= min(length, piece->size - offset);
+			offset = piece->size;
+		}
+		if (!length)
+			break;
+		offset -= piece->size;
+	}
+	return false;
+}
+
+int offmap_pgoff(const struct offmap_memory *mem, unsigned long pfn, pgoff_t *pgoff)
+{
+	struct unplugged *unplugged = container_of(mem, struct unplugged, mem);
+	struct piece *piece;
+
+	*pgoff = 0;
+	list_for_each_entry(piece, &unplugged->pieces, node) {
+		if (pfn - PHYS_PFN(piece->start) < PHYS_PFN(piece->size)) {
+			*pgoff += pfn - PHYS_PFN(piece->start);
+			return 0;
+		}
+		*pgoff += PHYS_PFN(piece->size);
+	}
+	return -ENOENT;
+}
+
+static void unplugged_release(struct offmap_memory *mem)
+{
+	offmap_return_all(container_of(mem, struct unplugged, mem));
+}
+
 static const struct offmap_source unplugged_source = {
 	.name = "unplugged",
 	.large = true,
 	.phys = unplugged_phys,
+	.poisoned = unplugged_poisoned,
 	.release = unplugged_release,
 };
 
-/* At most so much can go; how much really can is known by trying only. */
-static u64 spare(u64 block, int nid)
-{
-	u64 pages = max(si_mem_available(), 0L);
+/* --- requests ------------------------------------------------------------ */
 
-	if (nid != OFFMAP_ANY_NODE)
-		pages = min_t(u64, pages, node_present_pages(nid));
-	return round_down(pages << PAGE_SHIFT, block);
+static void free_request(struct kref *ref)
+{
+	kfree(container_of(ref, struct request, ref));
 }
 
-/* Give back what of the pieces from @first on is not needed for @want. */
-static void trim(struct unplugged *unplugged, u64 want, unsigned int first)
+static void serve(struct request *req)
 {
-	while (first < unplugged->nr) {
-		struct piece piece = unplugged->pieces[first];
+	struct unplugged *unplugged = req->unplugged;
+	bool give_back;
 
-		if (unplugged->mem.size - piece.size < want) {
-			first++;
-			continue;
-		}
-		unplugged->pieces[first] = unplugged->pieces[--unplugged->nr];
-		unplugged->mem.size -= piece.size;
-		replug_piece(&piece);
+	req->ret = take_memory(req);
+	if (!req->ret) {
+		/* A gigabyte at the end may have made blocks from before it too many. */
+		trim(unplugged, req->want);
+		req->ret = check_mapped(unplugged);
 	}
-}
-
-/* With unplug_lock held. */
-static int take_memory(struct unplugged *unplugged, u64 want, u64 block, int nid)
-{
-	unsigned int whole = 0;
-	u64 gigabytes = 0;
-	int ret = 0;
-
-	/* Do not starve the host only to find out that it is too much. */
-	if (want > spare(block, nid)) {
-		unplugged->mem.size = spare(block, nid);
-		return -ENOMEM;
-	}
-	if (block >= PUD_SIZE) {
-		ret = take_units(unplugged, want, block, true, nid);
-		if (!ret)
-			ret = take_units(unplugged, want, block, false, nid);
+	arrange(unplugged);
+	spin_lock(&requests_lock);
+	committed -= req->promised;
+	list_del(&req->node);
+	req->finished = true;
+	req->had = unplugged->mem.size;
+	give_back = req->ret || req->abandoned;
+	spin_unlock(&requests_lock);
+	if (give_back) {
+		trim(unplugged, 0);
+		kfree(unplugged);
+		req->unplugged = NULL;
 	} else {
-		/* Whole gigabytes where one page can map them, and blocks for the rest. */
-		if (IS_ENABLED(CONFIG_ARCH_SUPPORTS_PUD_PFNMAP))
-			gigabytes = round_down(want, PUD_SIZE);
-		if (gigabytes)
-			ret = take_units(unplugged, gigabytes, PUD_SIZE, false, nid);
-		if (!ret && gigabytes)
-			ret = take_units(unplugged, gigabytes, PUD_SIZE, true, nid);
-		whole = unplugged->nr;
-		if (!ret)
-			ret = take_units(unplugged, want, block, false, nid);
-		if (!ret)
-			ret = take_units(unplugged, want, PUD_SIZE, true, nid);
+		offmap_changed(true);
 	}
-	if (!ret && unplugged->mem.size < want)
-		ret = -ENOMEM;
-	/* A gigabyte at the end may have made blocks from before it too many. */
-	if (!ret) {
-		trim(unplugged, want, whole);
-		trim(unplugged, want, 0);
-	}
-	return ret;
 }
 
-struct offmap_memory *offmap_unplug(u64 *size, int nid)
+static int request_thread(void *arg)
 {
-	u64 block = memory_block_size_bytes();
-	struct unplugged *unplugged;
-	u64 want = *size;
+	struct request *req = arg;
+
+	allow_signal(SIGKILL);
+	serve(req);
+	complete(&req->done);
+	kref_put(&req->ref, free_request);
+	/* The file may have been what kept this module. */
+	module_put_and_kthread_exit(0);
+}
+
+static int start_request(struct request *req)
+{
+	req->unplugged = kzalloc(sizeof(*req->unplugged), GFP_KERNEL);
+	if (!req->unplugged)
+		return -ENOMEM;
+	INIT_LIST_HEAD(&req->unplugged->pieces);
+	req->unplugged->mem.source = &unplugged_source;
+	req->task = kthread_create(request_thread, req, "offmap-unplug");
+	if (IS_ERR(req->task)) {
+		kfree(req->unplugged);
+		return PTR_ERR(req->task);
+	}
+	__module_get(THIS_MODULE);
+	kref_get(&req->ref);
+	get_task_struct(req->task);
+	spin_lock(&requests_lock);
+	list_add_tail(&req->node, &requests);
+	spin_unlock(&requests_lock);
+	wake_up_process(req->task);
+	return 0;
+}
+
+/* Wait for @req, or leave it to itself. */
+static int await_request(struct request *req, bool killable)
+{
+	/* The thread looks at the deadline itself, between blocks. */
+	unsigned long patience = req->deadline - jiffies + 2 * offmap_block_timeout();
+	bool finished;
+	long left;
+
+	if (killable)
+		left = wait_for_completion_killable_timeout(&req->done, patience);
+	else
+		left = wait_for_completion_interruptible_timeout(&req->done, patience);
+	if (left > 0)
+		return req->ret;
+	spin_lock(&requests_lock);
+	req->abandoned = true;
+	finished = req->finished;
+	spin_unlock(&requests_lock);
+	if (finished) {
+		wait_for_completion(&req->done);
+		return req->ret;
+	}
+	send_sig(SIGKILL, req->task, 1);
+	return left ? -EINTR : -ETIMEDOUT;
+}
+
+struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable)
+{
+	u64 block = memory_block_size_bytes(), want = *size, had;
+	struct offmap_memory *mem;
+	struct request *req;
 	int ret;
 
 	*size = 0;
 	if (!want)
 		return ERR_PTR(-EINVAL);
-	if (want > (u64)totalram_pages() << PAGE_SHIFT) {
+	/* Do not starve the host only to find out that it is too much. */
+	if (want > spare(block, nid)) {
 		*size = spare(block, nid);
 		return ERR_PTR(-ENOMEM);
 	}
 	want = round_up(want, block);
-	unplugged = kzalloc(sizeof(*unplugged), GFP_KERNEL);
-	if (!unplugged)
+	had = commit(want, block);
+	if (had < want) {
+		*size = had;
 		return ERR_PTR(-ENOMEM);
-	unplugged->mem.source = &unplugged_source;
-	ret = -ENOMEM;
-	/* The last unit to be taken may be a gigabyte of which one block is wanted. */
-	unplugged->pieces = kvcalloc(div64_u64(want + PUD_SIZE, block), sizeof(*unplugged->pieces),
-				     GFP_KERNEL);
-	if (!unplugged->pieces)
-		goto fail;
-	ret = mutex_lock_killable(&unplug_lock);
-	if (ret)
-		goto fail;
-	ret = take_memory(unplugged, want, block, nid);
-	mutex_unlock(&unplug_lock);
-	*size = unplugged->mem.size;
-	if (ret)
-		goto fail;
-	arrange(unplugged);
-	/* The mappings used for zeroing are gone, but maybe not from every TLB. */
-	vm_unmap_aliases();
-	pr_debug("%llu MiB taken from the kernel in %u pieces\n", *size >> 20, unplugged->nr);
-	return &unplugged->mem;
-fail:
-	unplugged_release(&unplugged->mem);
-	return ERR_PTR(ret);
+	}
+	req = kzalloc(sizeof(*req), GFP_KERNEL);
+	if (!req) {
+		offmap_uncommit(want);
+		return ERR_PTR(-ENOMEM);
+	}
+	kref_init(&req->ref);
+	init_completion(&req->done);
+	req->pid = task_tgid_nr(current);
+	get_task_comm(req->comm, current);
+	req->nid = nid;
+	req->want = want;
+	req->promised = want;
+	req->block = block;
+	req->deadline = jiffies + (READ_ONCE(timeout) + (want >> 30)) * HZ;
+	ret = start_request(req);
+	if (ret) {
+		offmap_uncommit(want);
+		kfree(req);
+		return ERR_PTR(ret);
+	}
+	ret = await_request(req, killable);
+	*size = READ_ONCE(req->had);
+	mem = ret ? ERR_PTR(ret) : &req->unplugged->mem;
+	put_task_struct(req->task);
+	kref_put(&req->ref, free_request);
+	return mem;
 }
 
-int offmap_unplug_init(void)
+ssize_t offmap_show_requests(char *buf)
 {
-	workqueue = alloc_workqueue("offmap", WQ_UNBOUND, 0);
-	return workqueue ? 0 : -ENOMEM;
-}
+	struct request *req;
+	int len = 0;
 
-void offmap_unplug_exit(void)
-{
-	destroy_workqueue(workqueue);
+	spin_lock(&requests_lock);
+	list_for_each_entry(req, &requests, node)
+		len += sysfs_emit_at(buf, len, "%d %llu %llu %u %s\n", req->pid, req->want,
+				     READ_ONCE(req->unplugged->mem.size), READ_ONCE(req->tried),
+				     req->comm);
+	spin_unlock(&requests_lock);
+	return len;
 }

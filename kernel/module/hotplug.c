@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Remove memory blocks from the kernel, and add them again.
+ *
+ * The kernel does both under its own hotplug lock, and tells a memory notifier
+ * of each step. So what must hold is checked in that notifier, where nothing
+ * can come between:
+ *
+ *  - A block that is isolated and about to go offline gets no new huge page and
+ *    no new owner. If it has a huge page, or one that has failed, it stays. So
+ *    the administrator's HugePages_Total never falls, on any node, of any size.
+ *
+ *  - The host keeps its reserve of memory.
+ *
+ *  - The resource tree is made ready. Nobody else adds or removes memory now.
+ *
+ *  - offline_pages() tries for ever, unless a signal is pending: each block has
+ *    a time after which its taker, a thread of ours, gets one.
+ *
+ *  - A block that comes back goes online in the zone that it came from, or
+ *    not until that is asked for.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/delay.h>
+#include <linux/fs.h>
+#include <linux/hugetlb.h>
+#include <linux/ioport.h>
+#include <linux/memory.h>
+#include <linux/memory_hotplug.h>
+#include <linux/mm.h>
+#include <linux/mount.h>
+#include <linux/pagemap.h>
+#include <linux/path.h>
+#include <linux/sched/signal.h>
+#include <linux/spinlock.h>
+#include <linux/workqueue.h>
+#include <asm/e820/api.h>
+
+#include "internal.h"
+
+static LIST_HEAD(operations);
+static DEFINE_SPINLOCK(operations_lock);
+
+int offmap_begin(struct offmap_operation *new)
+{
+	struct offmap_operation *op;
+	int ret = 0;
+
+	new->task = current;
+	spin_lock(&operations_lock);
+	list_for_each_entry(op, &operations, node)
+		if (new->start < op->start + op->size && op->start < new->start + new->size)
+			ret = -EBUSY;
+	if (!ret)
+		list_add(&new->node, &operations);
+	spin_unlock(&operations_lock);
+	return ret;
+}
+
+void offmap_end(struct offmap_operation *op)
+{
+	spin_lock(&operations_lock);
+	list_del(&op->node);
+	spin_unlock(&operations_lock);
+}
+
+static struct offmap_operation *own_operation(void)
+{
+	struct offmap_operation *op, *own = NULL;
+
+	spin_lock(&operations_lock);
+	list_for_each_entry(op, &operations, node)
+		if (op->task == current)
+			own = op;
+	spin_unlock(&operations_lock);
+	return own;
+}
+
+/* --- what keeps a block where it is -------------------------------------- */
+
+static bool any_poisoned(unsigned long pfn, unsigned long nr)
+{
+	for (; nr--; pfn++)
+		if (PageHWPoison(pfn_to_page(pfn)))
+			return true;
+	return false;
+}
+
+static bool any_huge(unsigned long pfn, unsigned long nr)
+{
+	for (; nr--; pfn++)
+		if (PageHuge(pfn_to_page(pfn)))
+			return true;
+	return false;
+}
+
+/*
+ * What is on its way to the LRU lists does not say so yet. offline_pages() drains
+ * the batches that it waits in.
+ */
+static bool on_way_to_lru(struct page *page)
+{
+	struct folio *folio = page_folio(page);
+
+	return folio_test_swapbacked(folio) || folio_mapping(folio);
+}
+
+/*
+ * As has_unmovable_pages(), which would dump the page to the log. And a page
+ * that is pinned: offline_pages() would try to move it until its time is over.
+ */
+static bool any_unmovable(unsigned long pfn, unsigned long nr)
+{
+	bool movable_zone = is_zone_movable_page(pfn_to_page(pfn));
+	struct page *page;
+
+	for (; nr--; pfn++) {
+		page = pfn_to_page(pfn);
+		if (PageReserved(page))
+			return true;
+		if (!page_ref_count(page) || PageOffline(page))
+			continue;
+		if (PageLRU(page) ? folio_maybe_dma_pinned(page_folio(page)) :
+				    !movable_zone && !offmap_page_movable(page) &&
+				    !on_way_to_lru(page))
+			return true;
+	}
+	return false;
+}
+
+/*
+ * KVM asks this of a page without struct page, of the firmware's table: on Intel
+ * a guest's page is uncached where it is not so. The kernel's own table, which
+ * is asked here, has less RAM in it, unless memmap= added some.
+ */
+static bool all_in_e820(phys_addr_t start, u64 size)
+{
+	for (; size; start += PAGE_SIZE, size -= PAGE_SIZE)
+		if (!e820__mapped_any(start, start + PAGE_SIZE - 1, E820_TYPE_RAM))
+			return false;
+	return true;
+}
+
+const char *offmap_obstacle(phys_addr_t start, u64 size)
+{
+	unsigned long pfn = PHYS_PFN(start), nr = PHYS_PFN(size);
+
+	/* First: others may remove what was not there at boot, while we look at it. */
+	if (!all_in_e820(start, size))
+		return "not in the boot memory map";
+	if (!pfn_to_online_page(pfn))
+		return "offline";
+	if (any_poisoned(pfn, nr))
+		return "failed memory";
+	if (any_huge(pfn, nr))
+		return "huge pages";
+	if (any_unmovable(pfn, nr))
+		return "unmovable pages";
+	return NULL;
+}
+
+/* --- the notifier -------------------------------------------------------- */
+
+static int going_offline(struct offmap_operation *op, const struct memory_notify *arg)
+{
+	unsigned long timeout = offmap_block_timeout(), left;
+	int ret;
+
+	if (any_poisoned(arg->start_pfn, arg->nr_pages) || any_huge(arg->start_pfn, arg->nr_pages))
+		return notifier_from_errno(-EBUSY);
+	/* What is free in this block does not count any more. */
+	if ((u64)max(si_mem_available(), 0L) << PAGE_SHIFT < offmap_reserve())
+		return notifier_from_errno(-ENOMEM);
+	if (!op->has_split) {
+		ret = offmap_split_ram(op->start, op->start + op->size - 1, &op->split);
+		if (ret)
+			return notifier_from_errno(ret);
+		op->has_split = true;
+	}
+	left = time_before(jiffies, op->deadline) ? op->deadline - jiffies : 0;
+	mod_delayed_work(offmap_workqueue, &op->expiry, min(timeout, left));
+	return NOTIFY_OK;
+}
+
+static int going_online(struct offmap_operation *op, const struct memory_notify *arg)
+{
+	bool movable = is_zone_movable_page(pfn_to_page(arg->start_pfn));
+
+	return movable == op->movable ? NOTIFY_OK : notifier_from_errno(-EAGAIN);
+}
+
+static int offmap_memory_notify(struct notifier_block *nb, unsigned long action, void *data)
+{
+	struct offmap_operation *op = own_operation();
+	const struct memory_notify *arg = data;
+
+	if (!op)
+		return NOTIFY_DONE;
+	if (action == MEM_GOING_OFFLINE && !op->adding)
+		return going_offline(op, arg);
+	if (action == MEM_CANCEL_OFFLINE && op->has_split) {
+		offmap_unsplit_ram(&op->split);
+		op->has_split = false;
+	}
+	if (action == MEM_OFFLINE && !op->adding) {
+		op->poisoned |= any_poisoned(arg->start_pfn, arg->nr_pages);
+		/* The next block has a time of its own. */
+		cancel_delayed_work(&op->expiry);
+	}
+	if (action == MEM_GOING_ONLINE && op->adding)
+		return going_online(op, arg);
+	return NOTIFY_DONE;
+}
+
+static struct notifier_block memory_notifier = {
+	.notifier_call = offmap_memory_notify,
+};
+
+/* --- removing ------------------------------------------------------------ */
+
+static void expire(struct work_struct *work)
+{
+	struct delayed_work *expiry = to_delayed_work(work);
+	struct offmap_operation *op = container_of(expiry, struct offmap_operation, expiry);
+
+	send_sig(SIGKILL, op->task, 1);
+}
+
+int offmap_remove_memory(struct offmap_operation *op)
+{
+	int ret;
+
+	INIT_DELAYED_WORK_ONSTACK(&op->expiry, expire);
+	ret = offline_and_remove_memory(op->start, op->size);
+	cancel_delayed_work_sync(&op->expiry);
+	destroy_delayed_work_on_stack(&op->expiry);
+	if (ret)
+		return ret;
+	if (region_intersects(op->start, op->size, IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) !=
+	    REGION_DISJOINT)
+		pr_err("the memory at %pa was removed and still counts as RAM\n", &op->start);
+	return op->poisoned ? -EHWPOISON : 0;
+}
+
+/* --- adding -------------------------------------------------------------- */
+
+/*
+ * The kernel onlines added memory, or not, as the host's policy for new memory
+ * says. But this memory is not new: it was online, and maybe in ZONE_MOVABLE.
+ * No exported function sets that. A file of sysfs does, written by a thread of
+ * ours in a sysfs of its own: since 7.x the root folder of kernel threads is
+ * empty.
+ *
+ * Among the zones for kernel memory the kernel chooses, by what still spans the
+ * block: one from the very end of ZONE_DMA32 comes back in ZONE_NORMAL.
+ */
+static struct vfsmount *mount_sysfs(void)
+{
+	struct file_system_type *type = get_fs_type("sysfs");
+
+	return type ? kern_mount(type) : ERR_PTR(-ENODEV);
+}
+
+static int set_block_state(struct vfsmount *sysfs, u64 block, const char *state)
+{
+	const struct path root = { .mnt = sysfs, .dentry = sysfs->mnt_root };
+	struct file *file;
+	char path[64];
+	loff_t pos = 0;
+	ssize_t ret;
+
+	snprintf(path, sizeof(path), "devices/system/memory/memory%llu/state", block);
+	file = file_open_root(&root, path, O_WRONLY, 0);
+	if (IS_ERR(file))
+		return PTR_ERR(file);
+	/* What a system call would be restarted for: the hotplug lock was taken. */
+	while ((ret = kernel_write(file, state, strlen(state), &pos)) == -ERESTARTNOINTR) {
+		flush_signals(current);
+		msleep(20);
+	}
+	filp_close(file, NULL);
+	return ret < 0 ? ret : 0;
+}
+
+static int online(const struct piece *piece)
+{
+	u64 block = memory_block_size_bytes();
+	struct vfsmount *sysfs = NULL;
+	phys_addr_t start;
+	int ret = 0, err;
+
+	for (start = piece->start; start < piece->start + piece->size; start += block) {
+		if (pfn_to_online_page(PHYS_PFN(start)))
+			continue;
+		if (!sysfs)
+			sysfs = mount_sysfs();
+		if (IS_ERR(sysfs))
+			return PTR_ERR(sysfs);
+		err = set_block_state(sysfs, div64_u64(start, block),
+				      piece->movable ? "online_movable" : "online_kernel");
+		if (err)
+			ret = err;
+	}
+	if (sysfs)
+		kern_unmount(sysfs);
+	return ret;
+}
+
+/* -ENOMEM: there was no memory for its struct pages. Else, it is done with. */
+int offmap_add_memory(const struct piece *piece)
+{
+	phys_addr_t last = piece->start + piece->size - 1;
+	struct offmap_operation op = {
+		.start = piece->start,
+		.size = piece->size,
+		.adding = true,
+		.movable = piece->movable,
+	};
+	int ret = offmap_begin(&op);
+
+	if (ret)
+		return -ENOMEM;
+	ret = add_memory(piece->nid, piece->start, piece->size, MHP_MERGE_RESOURCE);
+	if (!ret) {
+		ret = online(piece);
+		if (ret)
+			pr_err("%pa-%pa is back, but not all online: %d; see /sys/devices/system/memory\n",
+			       &piece->start, &last, ret);
+		ret = 0;
+	} else if (ret != -ENOMEM) {
+		pr_err("cannot give %pa-%pa back to the kernel: %d; it is lost until the next boot\n",
+		       &piece->start, &last, ret);
+		ret = 0;
+	}
+	offmap_end(&op);
+	return ret;
+}
+
+int offmap_hotplug_init(void)
+{
+	return register_memory_notifier(&memory_notifier);
+}
+
+void offmap_hotplug_exit(void)
+{
+	unregister_memory_notifier(&memory_notifier);
+}
