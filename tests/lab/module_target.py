@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -358,8 +359,24 @@ def meminfo() -> dict[str, str]:
         return dict(line.split(":") for line in file)
 
 
+RETURNING = "/sys/class/misc/offmap/returning"
+
+
+def await_returned(patience: float = 60.0) -> int:
+    """Wait until no memory is on its way back to the kernel; the bytes that still are, once the patience is over."""
+    deadline = time.monotonic() + patience
+    with open(RETURNING) as file:  # noqa: PTH123
+        poll = select.poll()
+        poll.register(file, select.POLLPRI | select.POLLERR)
+        while (size := int(file.read())) and (left := deadline - time.monotonic()) > 0:
+            poll.poll(left * 1000)
+            file.seek(0)
+    return size
+
+
 def state() -> Any:
-    """The host's memory: what must be as before."""
+    """The host's memory, once all is back that is on its way: what must be as before."""
+    await_returned()
     lines = meminfo()
     offline = subprocess.run(
         ["grep", "-L", "^online", *(f"{entry.path}/state" for entry in memory_blocks())],
