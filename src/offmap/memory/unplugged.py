@@ -51,11 +51,17 @@ class Unplugged(Backend):
                 f"it has no NUMA node {self.node}",
                 "see /sys/devices/system/node",
             )
+        if error.errno == errno.ETIMEDOUT:
+            return BackendRefused(
+                f"the host could free {format_size(spare)} in time, not {format_size(wanted)}",
+                "something holds pages in its memory blocks that cannot be moved now",
+                "try again, end what pins memory, or raise timeout in /sys/module/offmap/parameters",
+            )
         if error.errno != errno.ENOMEM:
             return BackendRefused(error.what, error.why, SEE_LOG)
         where = "" if self.node == uapi.OFFMAP_ANY_NODE else f" on node {self.node}"
         return BackendRefused(
             f"the host could spare {format_size(spare)} in whole memory blocks{where}, not {format_size(wanted)}",
-            "the rest is in use, or holds pages that cannot be moved",
+            "the rest is in use, is kept for the host, or holds pages that cannot be moved",
             "ask for less, free memory, or boot the host with movablecore=",
         )
