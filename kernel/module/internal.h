@@ -33,7 +33,7 @@ struct offmap_source {
 struct offmap_memory {
 	const struct offmap_source *source;
 	u64 size;
-	struct address_space *mapping;	/* of the file, once it has the memory */
+	struct address_space *mapping;	/* of the file, while it has the memory */
 	/*
 	 * Called with @all when the memory is back, and maybe once before,
 	 * without it, when that will take longer.
@@ -137,6 +137,11 @@ void offmap_hotplug_exit(void);
 void offmap_return(struct piece *piece);
 void offmap_return_all(struct unplugged *unplugged);
 u64 offmap_returning(void);
+/* Whether any is on its way that should be back soon, and wait until there is none. */
+bool offmap_due(void);
+void offmap_due_begin(void);
+void offmap_due_end(void);
+int offmap_await_due(unsigned long deadline, bool killable);
 u64 offmap_kept(void);
 /* Keep a piece out for good, as a page of it has failed. */
 void offmap_keep(struct piece *piece);
@@ -148,8 +153,8 @@ void offmap_return_exit(void);
 /* poison.c */
 extern struct mutex offmap_pieces_lock;
 extern struct list_head offmap_pieces;		/* under offmap_pieces_lock */
-void offmap_watch_all(struct offmap_memory *mem);
-void offmap_unwatch(struct piece *piece);
+void offmap_watch_all(struct offmap_memory *mem, struct address_space *mapping);
+void offmap_unwatch_all(struct offmap_memory *mem);
 bool offmap_poisoned(const struct piece *piece);
 void offmap_poison_init(void);
 void offmap_poison_exit(void);

@@ -118,9 +118,8 @@ static int file_set(struct offmap_file *of, struct file *file, struct offmap_mem
 	of->keeper = keeper;
 	mem->file = of;
 	mem->returned = memory_returned;
-	mem->mapping = file->f_mapping;
 	if (mem->source->large)
-		offmap_watch_all(mem);
+		offmap_watch_all(mem, file->f_mapping);
 	mutex_lock(&files_lock);
 	of->source = mem->source->name;
 	of->size = mem->size;
@@ -380,10 +379,14 @@ static int offmap_release(struct inode *inode, struct file *file)
 {
 	struct offmap_file *of = file->private_data;
 
-	if (of->keeper)
-		fput(of->keeper);
-	else
+	if (!of->keeper) {
 		forget_file(of);
+		return 0;
+	}
+	/* The file's inode may be gone before its keeper is. */
+	if (of->mem->source->large)
+		offmap_unwatch_all(of->mem);
+	fput(of->keeper);
 	return 0;
 }
 
@@ -615,10 +618,11 @@ module_init(offmap_init);
 
 static void __exit offmap_exit(void)
 {
+	/* First: its thread may still tell the device that the last piece is back. */
+	offmap_return_exit();
 	misc_deregister(&offmap_device);
 	unregister_pm_notifier(&offmap_pm_notifier);
 	offmap_poison_exit();
-	offmap_return_exit();
 	offmap_hotplug_exit();
 	offmap_zero_exit();
 }

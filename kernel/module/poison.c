@@ -102,8 +102,8 @@ static int pfn_to_pgoff(struct vm_area_struct *vma, unsigned long pfn, pgoff_t *
 }
 #endif
 
-/* The address space of its file is known. */
-void offmap_watch_all(struct offmap_memory *mem)
+/* What fails of @mem from now on is unmapped from @mapping, the address space of its file. */
+void offmap_watch_all(struct offmap_memory *mem, struct address_space *mapping)
 {
 #ifdef OFFMAP_HAVE_PFN_ADDRESS_SPACE
 	struct unplugged *unplugged = container_of(mem, struct unplugged, mem);
@@ -113,22 +113,31 @@ void offmap_watch_all(struct offmap_memory *mem)
 		piece->space = (struct pfn_address_space){
 			.node.start = PHYS_PFN(piece->start),
 			.node.last = PHYS_PFN(piece->start + piece->size) - 1,
-			.mapping = mem->mapping,
+			.mapping = mapping,
 			.pfn_to_vma_pgoff = pfn_to_pgoff,
 		};
 		if (register_pfn_address_space(&piece->space))
 			piece->space.mapping = NULL;
 	}
 #endif
+	mutex_lock(&offmap_pieces_lock);
+	mem->mapping = mapping;
+	mutex_unlock(&offmap_pieces_lock);
 }
 
-void offmap_unwatch(struct piece *piece)
+void offmap_unwatch_all(struct offmap_memory *mem)
 {
 #ifdef OFFMAP_HAVE_PFN_ADDRESS_SPACE
-	if (piece->space.mapping)
-		unregister_pfn_address_space(&piece->space);
-	piece->space.mapping = NULL;
+	struct unplugged *unplugged = container_of(mem, struct unplugged, mem);
+	struct piece *piece;
+
+	list_for_each_entry(piece, &unplugged->pieces, node)
+		if (piece->space.mapping)
+			unregister_pfn_address_space(&piece->space);
 #endif
+	mutex_lock(&offmap_pieces_lock);
+	mem->mapping = NULL;
+	mutex_unlock(&offmap_pieces_lock);
 }
 
 void offmap_poison_init(void)

@@ -36,6 +36,9 @@ static atomic_t arrivals = ATOMIC_INIT(0);
 static atomic_t pieces_out = ATOMIC_INIT(0);
 static atomic64_t bytes_returning = ATOMIC64_INIT(0);
 static atomic64_t bytes_kept = ATOMIC64_INIT(0);
+/* Pieces that are on their way and not known to take long, and requests that nobody waits for. */
+static atomic_t due = ATOMIC_INIT(0);
+static DECLARE_WAIT_QUEUE_HEAD(none_due);
 
 u64 offmap_returning(void)
 {
@@ -45,6 +48,41 @@ u64 offmap_returning(void)
 u64 offmap_kept(void)
 {
 	return atomic64_read(&bytes_kept);
+}
+
+bool offmap_due(void)
+{
+	return atomic_read(&due) > 0;
+}
+
+int offmap_await_due(unsigned long deadline, bool killable)
+{
+	long left = max_t(long, deadline - jiffies, 0);
+	long ret;
+
+	if (killable)
+		ret = wait_event_killable_timeout(none_due, !offmap_due(), left);
+	else
+		ret = wait_event_interruptible_timeout(none_due, !offmap_due(), left);
+	return ret > 0 ? 0 : ret ? -EINTR : -ETIMEDOUT;
+}
+
+void offmap_due_begin(void)
+{
+	atomic_inc(&due);
+}
+
+void offmap_due_end(void)
+{
+	if (atomic_dec_and_test(&due))
+		wake_up_all(&none_due);
+}
+
+static void not_due(struct piece *piece)
+{
+	if (!piece->reported)
+		offmap_due_end();
+	piece->reported = true;
 }
 
 bool offmap_unplug_active(void)
@@ -68,6 +106,7 @@ static void queue_piece(struct piece *piece)
 	piece->since = jiffies;
 	list_add_tail(&piece->node, &returning);
 	atomic64_add(piece->size, &bytes_returning);
+	offmap_due_begin();
 }
 
 static void wake_returner(void)
@@ -89,10 +128,7 @@ void offmap_return_all(struct unplugged *unplugged)
 {
 	struct piece *piece, *next;
 
-	list_for_each_entry(piece, &unplugged->pieces, node)
-		offmap_unwatch(piece);
 	mutex_lock(&offmap_pieces_lock);
-	unplugged->mem.mapping = NULL;
 	list_for_each_entry_safe(piece, next, &unplugged->pieces, node) {
 		list_del(&piece->node);
 		unplugged->out++;
@@ -141,6 +177,7 @@ static void free_piece(struct piece *piece)
 static bool try_return(struct piece *piece)
 {
 	if (offmap_poisoned(piece)) {
+		not_due(piece);
 		offmap_keep(piece);
 		drop_owner(piece);
 		return true;
@@ -152,8 +189,12 @@ static bool try_return(struct piece *piece)
 	if (piece->claimed)
 		release_mem_region(piece->start, piece->size);
 	piece->claimed = false;
-	if (offmap_add_memory(piece))
+	if (offmap_add_memory(piece)) {
+		piece->claimed = request_mem_region_exclusive(piece->start, piece->size,
+							      KBUILD_MODNAME);
 		return false;
+	}
+	not_due(piece);
 	atomic_dec(&pieces_out);
 	drop_owner(piece);
 	free_piece(piece);
@@ -171,7 +212,7 @@ static void postpone(struct piece *piece)
 	if (!piece->reported)
 		pr_info("%pa-%pa cannot go back yet: the kernel still maps it, as for a VM that lives on, or is short of memory\n",
 			&piece->start, &last);
-	piece->reported = true;
+	not_due(piece);
 	if (owner && !owner->slow && owner->mem.returned)
 		owner->mem.returned(&owner->mem, false);
 	if (owner)

@@ -436,6 +436,21 @@ static u64 spare(u64 block, int nid)
 	return round_down(bytes - min(bytes, offmap_reserve()), block);
 }
 
+/*
+ * Promise @want bytes, and what is missing in the last block. False if the host
+ * cannot spare them: @had says how many it can.
+ */
+static bool promise(u64 *want, u64 *had, u64 block, int nid)
+{
+	/* Do not starve the host only to find out that it is too much. */
+	*had = spare(block, nid);
+	if (*want > *had)
+		return false;
+	*want = round_up(*want, block);
+	*had = commit(*want, block);
+	return *had >= *want;
+}
+
 static int take_memory(struct request *req)
 {
 	u64 want = req->want, gigabytes = 0;
@@ -547,9 +562,13 @@ static void free_request(struct kref *ref)
 static void serve(struct request *req)
 {
 	struct unplugged *unplugged = req->unplugged;
-	bool give_back;
+	bool give_back, abandoned, due;
 
-	req->ret = take_memory(req);
+	do {
+		due = offmap_due();
+		req->ret = take_memory(req);
+		/* What comes back meanwhile may be what was missing. */
+	} while (req->ret == -ENOMEM && due && !offmap_await_due(req->deadline, false));
 	if (!req->ret) {
 		/* A gigabyte at the end may have made blocks from before it too many. */
 		trim(unplugged, req->want);
@@ -561,7 +580,8 @@ static void serve(struct request *req)
 	list_del(&req->node);
 	req->finished = true;
 	req->had = unplugged->mem.size;
-	give_back = req->ret || req->abandoned;
+	abandoned = req->abandoned;
+	give_back = req->ret || abandoned;
 	spin_unlock(&requests_lock);
 	if (give_back) {
 		trim(unplugged, 0);
@@ -570,6 +590,8 @@ static void serve(struct request *req)
 	} else {
 		offmap_changed(true);
 	}
+	if (abandoned)
+		offmap_due_end();
 }
 
 static int request_thread(void *arg)
@@ -621,8 +643,11 @@ static int await_request(struct request *req, bool killable)
 	if (left > 0)
 		return req->ret;
 	spin_lock(&requests_lock);
-	req->abandoned = true;
 	finished = req->finished;
+	if (!finished) {
+		req->abandoned = true;
+		offmap_due_begin();
+	}
 	spin_unlock(&requests_lock);
 	if (finished) {
 		wait_for_completion(&req->done);
@@ -634,25 +659,23 @@ static int await_request(struct request *req, bool killable)
 
 struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable)
 {
-	u64 block = memory_block_size_bytes(), want = *size, had;
+	u64 block = memory_block_size_bytes(), want = *size;
+	unsigned long deadline = jiffies + (READ_ONCE(timeout) + (want >> 30)) * HZ;
 	struct offmap_memory *mem;
+	bool promised, due;
 	struct request *req;
-	int ret;
+	int ret = 0;
 
 	*size = 0;
 	if (!want)
 		return ERR_PTR(-EINVAL);
-	/* Do not starve the host only to find out that it is too much. */
-	if (want > spare(block, nid)) {
-		*size = spare(block, nid);
-		return ERR_PTR(-ENOMEM);
-	}
-	want = round_up(want, block);
-	had = commit(want, block);
-	if (had < want) {
-		*size = had;
-		return ERR_PTR(-ENOMEM);
-	}
+	do {
+		due = offmap_due();
+		promised = promise(&want, size, block, nid);
+	} while (!promised && due && !(ret = offmap_await_due(deadline, killable)));
+	if (!promised)
+		return ERR_PTR(ret == -EINTR ? -EINTR : -ENOMEM);
+	*size = 0;
 	req = kzalloc(sizeof(*req), GFP_KERNEL);
 	if (!req) {
 		offmap_uncommit(want);
@@ -666,7 +689,7 @@ struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable)
 	req->want = want;
 	req->promised = want;
 	req->block = block;
-	req->deadline = jiffies + (READ_ONCE(timeout) + (want >> 30)) * HZ;
+	req->deadline = deadline;
 	ret = start_request(req);
 	if (ret) {
 		offmap_uncommit(want);

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -354,6 +355,28 @@ def get_secret() -> None:
     words(mmap.mmap(fd, 16 * MIB))[:: PAGE // 8] = GUESTS
 
 
+def succession() -> Any:
+    """Take at once what another had, or was getting, when it was killed: how that fails, if it does, and how often."""
+    size = 1 << 30  # more than half of what the host can spare
+    result: dict[str, Any] = {"errors": [], "while it was getting it": 0}
+    for number in range(6):
+        child = os.fork()
+        if child == 0:
+            take(open_device(), size)
+            signal.pause()
+        wanted = "requests" if number % 2 else "holders"
+        with open(f"/sys/class/misc/offmap/{wanted}") as file:  # noqa: PTH123
+            while not file.read():
+                file.seek(0)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        result["while it was getting it"] += number % 2
+        fd = open_device()
+        result["errors"].append(failure(partial(take, fd, size)))
+        os.close(fd)
+    return result
+
+
 def meminfo() -> dict[str, str]:
     with open("/proc/meminfo") as file:  # noqa: PTH123
         return dict(line.split(":") for line in file)
@@ -450,5 +473,5 @@ def hold() -> Any:
 
 
 if __name__ == "__main__":
-    actions = (leftovers, hostile, secrets, takers, refusal, kills, gigabytes, nodes, state, hold)
+    actions = (leftovers, hostile, secrets, takers, refusal, succession, kills, gigabytes, nodes, state, hold)
     print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]]()))

@@ -157,6 +157,12 @@ def test_more_than_the_host_can_spare_is_refused_with_a_figure(host: LabHost) ->
     given_back(host, before)
 
 
+def test_who_comes_next_gets_what_is_on_its_way_back(host: LabHost) -> None:
+    before = ask(host, "state")
+    assert ask(host, "succession") == {"errors": [""] * 6, "while it was getting it": 3}
+    given_back(host, before)
+
+
 def test_hostile_use_is_refused(host: LabHost) -> None:
     assert ask(host, "hostile") == {
         "private": "EINVAL",
