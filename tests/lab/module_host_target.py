@@ -323,6 +323,13 @@ def dimm() -> Any:
     return {"added": len(added), "taken": len(ranges), "of it": sum(at >= start for at, _ in ranges)}
 
 
+def is_mapped(pid: int, at: int) -> bool:
+    """Whether a process has a page at an address; none has one once it is killed."""
+    with open(f"/proc/{pid}/pagemap", "rb") as file:  # noqa: PTH123
+        file.seek(at // PAGE * 8)
+        return bool(int.from_bytes(file.read(8), "little") >> 63)
+
+
 def fail_while_out(how: str) -> Any:
     """A page of memory that is out fails: its user's signal, and what becomes of the block."""
     report, done = os.pipe()
@@ -334,13 +341,14 @@ def fail_while_out(how: str) -> Any:
         memory = mmap.mmap(fd, BLOCK)
         words(memory)[:: PAGE // 8] = 1
         where, _ = physical_ranges(os.getpid(), address(memory), BLOCK)[0]
-        os.write(done, where.to_bytes(8, "little"))
+        os.write(done, where.to_bytes(8, "little") + address(memory).to_bytes(8, "little"))
         signal.sigwait({signal.SIGUSR1})
         memory[PAGE * 8]  # another page
         os.write(done, b"other")
         os._exit(memory[PAGE * 7])
     os.close(done)
-    where = int.from_bytes(os.read(report, 8), "little")
+    heard = os.read(report, 16)
+    where, at = (int.from_bytes(heard[half : half + 8], "little") for half in (0, 8))
     page = where + 7 * PAGE
     if how == "hard_offline":
         # Else memory_failure() asks nobody but the process that ran into the page.
@@ -357,7 +365,8 @@ def fail_while_out(how: str) -> Any:
     with open("/dev/kmsg", "rb", buffering=0) as log:  # noqa: PTH123
         while b"memory failed at" not in os.read(log.fileno(), 8192):
             pass
-    time.sleep(0.1)  # for the work that unmaps it, which nothing shows
+    while is_mapped(child, at + 7 * PAGE):
+        os.sched_yield()
     os.kill(child, signal.SIGUSR1)
     status = os.waitpid(child, 0)[1]
     result = {"signal": signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else str(status)}

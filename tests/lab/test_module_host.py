@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from offmap.kmod.lab_build import lab_module
-from offmap.lab import qemu
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
@@ -46,11 +45,9 @@ def log_of(host: LabHost) -> str:
 
 def start(kernel: HostKernel, out: Path) -> LabHost:
     """Boot a host that has a DIMM beside the RAM that its boot memory map names, and load the module."""
-    dimm = ["-m", "slots=1,maxmem=4G", "-object", "memory-backend-ram,id=dimm,size=256M"]
-    dimm += ["-device", "pc-dimm,memdev=dimm"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(qemu.ACCEL, "tcg", [*qemu.ACCEL["tcg"], *dimm])
-        host = LabHost.start(kernel, memory="2G", accel="tcg", cmdline=CMDLINE, out=out)
+    backend = "memory-backend-ram,id=dimm,size=256M"
+    dimm = ("-m", "slots=1,maxmem=4G", "-object", backend, "-device", "pc-dimm,memdev=dimm")
+    host = LabHost.start(kernel, memory="2G", accel="tcg", cmdline=CMDLINE, out=out, devices=dimm)
     insert(host, out)
     return host
 

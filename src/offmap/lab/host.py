@@ -83,6 +83,7 @@ class LabHost(Owned):
         on_launch: Callable[["LabHost"], None] | None = None,
         fresh: bool = False,
         access_log: Path | None = None,
+        devices: tuple[str, ...] = (),
     ) -> "LabHost":
         """Start a host, from a snapshot where there can be one, and wait until it takes commands.
 
@@ -101,6 +102,7 @@ class LabHost(Owned):
             fresh: boot in full. Hosts from one snapshot have the same kernel layout and allocator state (docs/lab.md).
             access_log: file to log its kernel's accesses to guests' RAM in (`access_log.AccessLog` reads it); the host
                 is emulated then, boots in full, and is a third as fast.
+            devices: more arguments for QEMU, as they are.
 
         Raises:
             LabPanic, LabEnded, LabTimeout: the boot failed.
@@ -119,7 +121,7 @@ class LabHost(Owned):
             accel, plugin = "tcg", plugin_argument(access_log, size)
         if accel == "auto":
             accel = acceleration.choose(kernel, lambda: cls._works_under_kvm(kernel))
-        options = HostOptions(size, cmdline, folder, accel, nodes, plugin)
+        options = HostOptions(size, cmdline, folder, accel, nodes, plugin, devices)
         shown = Console(console, on_boot)
         ends = None if timeout is None else Deadline(timeout)
         archive = initramfs(kernel)

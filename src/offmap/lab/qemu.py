@@ -47,6 +47,7 @@ class HostOptions:
         accel: ``tcg`` or ``kvm``.
         nodes: NUMA nodes that share its RAM evenly; the first has the processor.
         plugin: a TCG plugin and its arguments, as QEMU's ``-plugin`` takes them; empty for none.
+        devices: more arguments for QEMU, as they are.
     """
 
     memory: int
@@ -55,6 +56,7 @@ class HostOptions:
     accel: str = "tcg"
     nodes: int = 1
     plugin: str = ""
+    devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= MAX_NODES:
@@ -131,7 +133,7 @@ def command_line(
     argv += ["-machine", machine, *ACCEL[options.accel], "-smp", "1"]
     if options.plugin:
         argv += ["-plugin", options.plugin]
-    argv += ["-m", f"{options.memory >> 10}k", *_memory(options, ram)]
+    argv += ["-m", f"{options.memory >> 10}k", *_memory(options, ram), *options.devices]
     told = f" tsc_early_khz={khz}" if khz else ""
     argv += ["-kernel", vmlinuz, "-initrd", initrd, "-append", f"{CMDLINE}{told} {options.cmdline}".strip()]
     argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]

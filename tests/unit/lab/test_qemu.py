@@ -39,6 +39,8 @@ def test_command_line_is_verbatim() -> None:
     assert "-plugin" not in argv
     argv = command_line("qemu", "/k", "/i", 7, HostOptions(2 << 30, plugin="/p.so,x=1"))
     assert argv[argv.index("-plugin") + 1] == "/p.so,x=1"
+    argv = command_line("qemu", "/k", "/i", 7, HostOptions(2 << 30, devices=("-device", "pc-dimm,memdev=dimm")))
+    assert argv[argv.index("pc-dimm,memdev=dimm") - 1] == "-device"
 
 
 def test_without_an_output_folder_nothing_can_be_written() -> None:
