@@ -24,10 +24,10 @@ COSTS: tuple[Question, ...] = tuple(asked for asked in CATALOGUE.values() if ask
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """What may be said of one host kernel.
+    """What is concluded of one host kernel.
 
     Attributes:
-        kernel: as the matrix names it; a path by its last part.
+        name: of the kernel, as the matrix has it; a path by its last part.
         release: what uname says there; all of them, where the cells had several.
         answer: one sentence: what hides there.
         findings: of every kind that was run or could have been, in the order of the matrix.
@@ -35,7 +35,6 @@ class Conclusion:
         unsettled: what could not be determined, one line each.
     """
 
-    kernel: str
     name: str
     release: str
     answer: str
@@ -63,7 +62,6 @@ def _conclusion(kernel: str, cells: Sequence[CellResult]) -> Conclusion:
     )
     releases = dict.fromkeys(found for cell in cells if (found := release_of(cell)))  # several, of several runs
     return Conclusion(
-        kernel,
         short_kernel(kernel),
         list_words([*releases]),
         _answer(findings),
