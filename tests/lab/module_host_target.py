@@ -89,6 +89,17 @@ def take_all() -> list[int]:
     return fds
 
 
+def give_back(fds: list[int]) -> list[tuple[int, int]]:
+    """Close files of one block each; returns the physical ranges (start, length) that they had."""
+    ranges = []
+    for fd in fds:
+        view = mmap.mmap(fd, BLOCK)
+        ranges += physical_ranges(os.getpid(), address(view), BLOCK)
+        view.close()
+        os.close(fd)
+    return ranges
+
+
 def poison() -> Any:
     """Pages that failed before: whether they are still known to have, when all that can go has gone and is back."""
     memory = mmap.mmap(-1, 3 * BLOCK, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -236,12 +247,7 @@ def alias() -> Any:
         result["still mapped"] = alias in Path("/proc/vmallocinfo").read_text()
         # What is out for this reason is nobody else's.
         others = take_all()
-        ranges = []
-        for other in others:
-            view = mmap.mmap(other, BLOCK)
-            ranges += physical_ranges(os.getpid(), address(view), BLOCK)
-            view.close()
-            os.close(other)
+        ranges = give_back(others)
         result["given to another"] = any(start <= where < start + length for start, length in ranges)
         result["others"] = len(others)
     result["after"] = await_returned()
@@ -312,13 +318,7 @@ def dimm() -> Any:
     for path in added:
         if (path / "state").read_text().strip() == "offline":
             (path / "state").write_text("online")
-    fds = take_all()
-    ranges = []
-    for fd in fds:
-        view = mmap.mmap(fd, BLOCK)
-        ranges += physical_ranges(os.getpid(), address(view), BLOCK)
-        view.close()
-        os.close(fd)
+    ranges = give_back(take_all())
     await_returned()
     return {"added": len(added), "taken": len(ranges), "of it": sum(at >= start for at, _ in ranges)}
 
@@ -373,11 +373,7 @@ def fail_while_out(how: str) -> Any:
     result["other page"] = os.read(report, 5).decode()
     result["returning"] = str(await_returned())
     result["kept"] = (SYSFS / "kept").read_text().strip()
-    fds = take_all()
-    ranges = []
-    for fd in fds:
-        view = mmap.mmap(fd, BLOCK)
-        ranges += physical_ranges(os.getpid(), address(view), BLOCK)
+    ranges = give_back(take_all())
     result["given to another"] = str(any(start <= page < start + length for start, length in ranges))
     return result
 
