@@ -14,7 +14,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offmap.lab.cache import cache_folder, replace_folder, sha256_of, write_atomically
@@ -56,7 +56,7 @@ def kind_of(kernel: HostKernel, options: HostOptions, archive: Initramfs) -> Kin
     qemu = Path(find_qemu()).resolve()
     facts = qemu.stat()
     fds = tuple(range(options.nodes))
-    argv = command_line(str(qemu), "", "", 0, HostOptions(**{**vars(options), "out": None}), Ram(fds, shared=True), 0)
+    argv = command_line(str(qemu), "", "", 0, replace(options, out=None), Ram(fds, shared=True), 0)
     digest = hashlib.sha256(json.dumps([FORMAT, argv, facts.st_size, facts.st_mtime_ns, facts.st_ino]).encode())
     digest.update(sha256_of(kernel.vmlinuz).encode())
     digest.update(archive.digest())
