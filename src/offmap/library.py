@@ -132,14 +132,14 @@ def lab_host(
     Raises:
         OffmapError: the kernel cannot be had, the host does not boot, or it does not load the module.
     """
-    from offmap.kmod.lab_build import lab_module
+    from offmap.kmod.lab_build import lab_module, load
     from offmap.lab.provision import host_kernel
 
     chosen = host_kernel(kernel, say=_log.info)
     module = lab_module(chosen) if load_module else None
     with LabHost.start(chosen, memory=memory, cmdline=cmdline, out=out) as host:
-        if module is not None and (done := host.output(["insmod", str(module)])).status != 0:
-            raise OffmapError(f"the disposable host does not load {module}: {done.stderr.decode(errors='replace')}")
+        if module is not None and (why := load(host, module)):
+            raise OffmapError(f"the disposable host does not load {module}", why=why)
         yield host
 
 

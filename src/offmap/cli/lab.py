@@ -194,8 +194,11 @@ def run_exec(args: argparse.Namespace) -> int:
             )
         )
         say(f"{host.release} up after {time.monotonic() - began:.1f} s ({host.options.accel})")
-        if module is not None and host.run(["insmod", str(module)], stdout=2) != 0:
-            raise LabError(f"the disposable host does not load {module}", "see why with --console FILE")
+        if module is not None:
+            from offmap.kmod.lab_build import load
+
+            if why := load(host, module):
+                raise LabError(f"the disposable host does not load {module}", "see why with --console FILE", why=why)
         deadline = None if args.timeout is None else began + args.timeout
         status = _run(host, argv, deadline)
         if log is not None:

@@ -28,7 +28,7 @@ from offmap.compare.running import CellStopped, RunningCell, running_cell
 from offmap.compare.spec import NATIVE, CellSpec
 from offmap.compare.transcript import Said, Transcript
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
-from offmap.kmod.lab_build import lab_module
+from offmap.kmod.lab_build import lab_module, load
 from offmap.lab.errors import LabEnded, LabPanic, LabTimeout
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
@@ -234,9 +234,7 @@ def _module(spec: CellSpec, kernel: HostKernel, report: Report) -> Path | None:
 
 
 def _load(host: LabHost, module: Path) -> None:
-    done = host.output(["insmod", str(module)], timeout=scaled(_MODULE_SECONDS))
-    if done.status != 0:
-        why = _last_line((done.stdout + done.stderr).decode(errors="replace"))
+    if why := load(host, module, scaled(_MODULE_SECONDS)):
         raise BackendRefused("this host kernel does not load the offmap module", why, "see its log: dmesg")
 
 

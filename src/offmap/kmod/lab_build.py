@@ -18,6 +18,7 @@ from offmap.kmod.source import copy_sources, source_folder
 from offmap.lab import apt
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of
 from offmap.lab.errors import LabError
+from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 
 # What the kernel's makefiles run, beside what its headers depend on.
@@ -55,6 +56,22 @@ def lab_module(kernel: HostKernel) -> Path:
     if release_of(module) != kernel.release:
         raise LabError(f"{module} was built for another kernel than {kernel.release}", f"remove {module.parent}")
     return module
+
+
+def load(host: LabHost, module: Path, timeout: float | None = None) -> str:
+    """Load a module in a lab host. Return why its kernel does not take it, in one line; empty if it does.
+
+    Args:
+        timeout: seconds that this may take.
+
+    Raises:
+        LabError: the host ended, or the time was up.
+    """
+    done = host.output(["insmod", str(module)], timeout=timeout)
+    if done.status == 0:
+        return ""
+    lines = (done.stdout + done.stderr).decode(errors="replace").strip().splitlines()
+    return lines[-1].strip() if lines else f"insmod ended with status {done.status}"
 
 
 def _of_ones_own(kernel: HostKernel, module: Path) -> Path:
