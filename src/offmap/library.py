@@ -164,13 +164,12 @@ def run_matrix(
     Raises:
         OffmapError: there is no such kind or kernel, a tool is missing, or `out` cannot be written.
     """
-    from offmap.compare.cell_run import DEADLINE, Settings
+    from offmap.compare.cell_run import Settings, usual_deadline
     from offmap.compare.matrix import cells_of
     from offmap.compare.run import run_cells
-    from offmap.patience import scaled
 
     specs = cells_of(DEFAULT_AXES.narrowed(backends, host_kernels, guest_kernels))
-    seconds = round(scaled(DEADLINE)) if deadline is None else deadline
+    seconds = usual_deadline() if deadline is None else deadline
     return run_cells(specs, out, Settings(deadline=seconds, boots=boots), _log_event, jobs=jobs)
 
 

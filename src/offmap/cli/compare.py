@@ -142,11 +142,10 @@ def _kernel(name: str) -> str:
 
 def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Console") -> "list[CellResult]":
     from offmap.cli.compare_progress import CompareProgress
-    from offmap.compare.cell_run import DEADLINE, Settings
+    from offmap.compare.cell_run import Settings, usual_deadline
     from offmap.compare.run import run_cells
-    from offmap.patience import scaled
 
-    settings = Settings(deadline=args.deadline or round(scaled(DEADLINE)), accel=args.accel, boots=args.boots)
+    settings = Settings(deadline=args.deadline or usual_deadline(), accel=args.accel, boots=args.boots)
     with CompareProgress(console, len(specs)) as progress:
         return run_cells(specs, args.out, settings, progress.event, progress.began, jobs=args.jobs, dask=args.dask)
 

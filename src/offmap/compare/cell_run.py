@@ -38,6 +38,12 @@ from offmap.patience import scaled
 DEADLINE = 900.0
 """Seconds for a cell, from the boot of its host, on an idle and fast machine; emulated, it takes 100 to 250."""
 
+
+def usual_deadline() -> float:
+    """Whole seconds for a cell where the user names none: DEADLINE, more on a slower or busy machine."""
+    return float(round(scaled(DEADLINE)))
+
+
 MEASURE = ("-m", "offmap.compare.measure")
 
 _COMPLAINT = re.compile(r"WARNING: |BUG: |Call Trace|INFO: task .* blocked|rcu: INFO|soft lockup|Out of memory")

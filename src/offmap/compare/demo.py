@@ -12,7 +12,7 @@ from offmap.audit.host import utc_now
 from offmap.audit.verdict import Verdict
 from offmap.compare.capacity import cells_at_a_time
 from offmap.compare.cell_result import CellOutcome, CellResult
-from offmap.compare.cell_run import Settings
+from offmap.compare.cell_run import Settings, usual_deadline
 from offmap.compare.claims import CANARIES, PATCHED, STOCK, Claim, DemoRow, Mismatch, check, row_name, without_control
 from offmap.compare.events import Events
 from offmap.compare.facts import Host
@@ -146,7 +146,8 @@ def run_demo(
         raise OffmapError(
             f"cannot write to {path.parent}: {error.strerror}", "give another folder with --out"
         ) from None
-    scheduler = Scheduler(None, Settings(accel=accel, boots=1, preset=PRESET, initrd=initrd, modules=modules), events)
+    settings = Settings(usual_deadline(), accel, preset=PRESET, initrd=initrd, modules=modules)
+    scheduler = Scheduler(None, settings, events)
     with local_pool(cells_at_a_time()) as pool:
         results = scheduler.run(_order(specs), pool)
     result = judge([results[spec] for spec in specs], claims)
