@@ -12,7 +12,7 @@ _PUBLIC = {  # and in __init__.pyi, for type checkers
     "BootSource": "offmap.boot.linux",
     "CellOutcome": "offmap.compare.cell_result",
     "CellResult": "offmap.compare.cell_result",
-    "Completed": "offmap.lab.host",
+    "Completed": "offmap.lab.command",
     "Diagnosis": "offmap.doctor",
     "EveryVm": "offmap.audit.result_sets",
     "ExitStatus": "offmap.errors",

@@ -14,7 +14,7 @@ from offmap.errors import OffmapError as OffmapError
 from offmap.errors import Undetermined as Undetermined
 from offmap.hide import NotAudited as NotAudited
 from offmap.hide import Vet as Vet
-from offmap.lab.host import Completed as Completed
+from offmap.lab.command import Completed as Completed
 from offmap.lab.host import LabHost as LabHost
 from offmap.library import JobResult as JobResult
 from offmap.library import audit_host as audit_host

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import subprocess  # imported where it is used: not every guest's start has to wait for it
 
-__all__ = ["TICK", "Calibration", "Deadline", "Watch", "calibration", "ends_within", "processor_seconds", "scaled"]
-
 TICK = 0.5  # seconds between two looks at a process
 SPIN_SECONDS = 90.0  # processor time without a word; a boot takes 5, all of it silent
 IDLE_SECONDS = 20.0  # of neither running nor wanting to

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from offmap.lab.cache import cache_folder
+from offmap.lab.command import Completed
 from offmap.lab.errors import LabError, LabPanic
-from offmap.lab.host import Completed, LabHost
+from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.snapshot import Snapshots
 from offmap.patience import Deadline

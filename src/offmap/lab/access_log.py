@@ -16,8 +16,6 @@ import numpy.typing as npt
 from offmap.lab.errors import LabError
 from offmap.uapi.page import PAGE_SIZE
 
-__all__ = ["AccessLog", "AccessReport", "EarlySite", "Site", "Symbols"]
-
 Pfns = npt.NDArray[np.int64]
 
 _MAGIC = b"offmapal"

@@ -12,8 +12,6 @@ from offmap.lab.kernel_tree import damaged, write_manifest
 from offmap.lab.qemu_header import HEADER, qemu_header
 from offmap.uapi.page import PAGE_SHIFT
 
-__all__ = ["access_plugin", "plugin_argument", "plugin_source"]
-
 SOURCE = "access-log.c"
 _PACKAGED = "_qemu"  # pyproject.toml puts qemu/ there when it makes a wheel
 _FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wno-parentheses", "-fPIC", "-shared", "-fvisibility=hidden")

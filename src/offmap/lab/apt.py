@@ -18,21 +18,6 @@ from typing import TypeVar
 from offmap.lab.cache import cache_folder, sha256_of
 from offmap.lab.errors import LabError
 
-__all__ = [
-    "AptView",
-    "Package",
-    "debian_sources",
-    "download",
-    "download_closure",
-    "find_kernel",
-    "from_views",
-    "have_apt",
-    "newest",
-    "parse_packages",
-    "source_view",
-    "views",
-]
-
 # Where each kernel series lives in Debian. A machine's own suites are tried before these.
 SUITES: dict[str, tuple[str, ...]] = {
     "6.1": ("bookworm", "bookworm-security"),

@@ -20,8 +20,6 @@ from offmap.lab.kernel_tree import damaged, used_files, write_manifest
 from offmap.lab.series import PatchSeries, missing_options, patch_series
 from offmap.lab.source import KernelSource, kernel_source
 
-__all__ = ["built_tree", "first_complaint", "patched_kernel"]
-
 # What the kernel's makefiles run, and the Debian package of each (Documentation/process/changes.rst).
 TOOLS = {
     "make": "make",

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import offmap
 
-__all__ = ["ensure_bytecode"]
-
 
 @cache
 def ensure_bytecode() -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from offmap.lab.errors import LabError
 
-__all__ = ["cache_folder", "locked", "replace_folder", "scratch_folder", "sha256_of", "write_atomically"]
-
 
 def cache_folder(*parts: str) -> Path:
     """Return (and make) a folder of the cache.

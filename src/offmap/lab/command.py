@@ -30,8 +30,6 @@ from offmap.lab.guest.frames import (
 )
 from offmap.patience import scaled
 
-__all__ = ["Completed", "LabCommand", "Link", "Sink", "start_message"]
-
 Sink = int | Callable[[bytes], object]  # a file descriptor, or what to call with each piece
 KILL_GRACE_SECONDS = 10.0  # from SIGKILL to the report of the end; longer means that the host itself hangs
 SIGPIPE = 13

@@ -4,8 +4,6 @@ import re
 from collections.abc import Callable
 from typing import BinaryIO
 
-__all__ = ["Console", "panic_report"]
-
 KEEP = 1 << 20  # bytes; a boot at loglevel 5 prints 1 KiB, a panic 4
 _PANIC = re.compile(r"Kernel panic - not syncing[^\n]*")
 # First lines of the reports that end in a panic under oops=panic (arch/x86/mm/fault.c, kernel/traps.c, dumpstack.c).

@@ -8,8 +8,6 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["TRAILER", "Entry", "char_device", "directory", "newc", "regular", "symlink"]
-
 TRAILER = "TRAILER!!!"
 _MAGIC = b"070701"
 _ALIGN = 4

@@ -2,8 +2,6 @@
 
 from offmap.errors import OffmapError
 
-__all__ = ["LabEnded", "LabError", "LabPanic", "LabTimeout"]
-
 
 class LabError(OffmapError):
     """The disposable host could not be made, started or used."""

@@ -13,8 +13,6 @@ from pathlib import Path
 
 from offmap.lab.errors import LabError
 
-__all__ = ["AGENT_FOLDER", "GuestPython", "guest_python"]
-
 AGENT_FOLDER = "agent"  # in the initramfs
 _GUEST = Path(__file__).with_name("guest")
 _PACKAGE = "offmap/lab/guest"

@@ -29,8 +29,6 @@ from offmap.log import Logger
 from offmap.owned import Owned
 from offmap.patience import TICK, Deadline, Watch, calibration, processor_seconds, scaled
 
-__all__ = ["Completed", "LabHost"]
-
 QMP_SECONDS = 60.0  # that saving or restoring may take; a second is usual
 
 _log = Logger("offmap.lab")

@@ -16,8 +16,6 @@ from offmap.lab.guest_python import AGENT_FOLDER, GuestPython, byte_code, guest_
 from offmap.lab.kernel import HostKernel
 from offmap.lab.modules import ModuleIndex, load_module
 
-__all__ = ["KVM", "NEEDED", "Initramfs", "busybox", "initramfs"]
-
 # Some are built into some kernels (ModuleIndex knows); a kernel without them is no lab host.
 NEEDED = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay")
 KVM = {"amd": "kvm_amd", "intel": "kvm_intel"}

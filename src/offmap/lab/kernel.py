@@ -6,8 +6,6 @@ from pathlib import Path
 
 from offmap.lab.errors import LabError
 
-__all__ = ["HostKernel", "image_release"]
-
 # Documentation/arch/x86/boot.rst, "The Real-Mode Kernel Header"
 _SETUP_SECTS = 0x1F1
 _SYSSIZE = 0x1F4  # u32, in 16-byte units

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from offmap.lab.cache import sha256_of
 
-__all__ = ["MANIFEST", "damaged", "used_files", "write_manifest"]
-
 MANIFEST = "manifest.json"  # {"sha256": {relative path: digest}}
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from offmap.lab.errors import LabError
 
-__all__ = ["ModuleIndex", "load_module"]
-
 _SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 
 

@@ -22,8 +22,6 @@ from offmap.lab.tsc import tsc_khz
 from offmap.log import Logger
 from offmap.patience import scaled
 
-__all__ = ["PANIC_GRACE", "QemuProcess", "diagnose", "settings"]
-
 _log = Logger("offmap.lab")
 
 PANIC_GRACE = 5.0  # seconds from the panic's first line to the end of QEMU, before it is ended by force

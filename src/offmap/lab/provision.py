@@ -19,8 +19,6 @@ from offmap.lab.errors import LabError
 from offmap.lab.kernel import HostKernel, image_release
 from offmap.lab.kernel_tree import damaged, used_files, write_manifest
 
-__all__ = ["DEFAULT_SERIES", "default_spec", "host_kernel"]
-
 DEFAULT_SERIES = "6.12"
 RECORD = "packages.json"  # {file name: sha256} of the .deb files that the tree is unpacked from
 BOOT_FILES = ("vmlinuz", "config", "System.map")

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from offmap.lab.errors import LabError
 
-__all__ = ["QEMU", "HostOptions", "Ram", "command_line", "find_qemu", "node_sizes", "parse_size"]
-
 QEMU = "qemu-system-x86_64"
 
 # console: loglevel 5 is quiet until something is wrong, and then shows all of an oops.

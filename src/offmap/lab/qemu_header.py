@@ -17,8 +17,6 @@ from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folde
 from offmap.lab.errors import LabError
 from offmap.lab.qemu import find_qemu
 
-__all__ = ["HEADER", "QemuHeader", "qemu_header"]
-
 HEADER = "qemu-plugin.h"
 _RECORD = "record.json"
 

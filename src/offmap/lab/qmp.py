@@ -8,8 +8,6 @@ from typing import Self
 from offmap.lab.errors import LabError
 from offmap.owned import Owned
 
-__all__ = ["Qmp", "QmpError"]
-
 
 class QmpError(LabError):
     """QEMU refused a command, or is gone."""

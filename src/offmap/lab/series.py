@@ -9,8 +9,6 @@ from pathlib import Path
 import offmap
 from offmap.lab.errors import LabError
 
-__all__ = ["PatchSeries", "all_series", "config_options", "missing_options", "patch_series"]
-
 _PACKAGED = "_kernel"  # pyproject.toml puts kernel/ there when it makes a wheel
 _SUBJECT = re.compile(r"^Subject: (?:\[PATCH[^\]]*\] )?(.*(?:\n .*)*)", re.MULTILINE)
 

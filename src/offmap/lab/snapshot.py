@@ -24,8 +24,6 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.qemu import HostOptions, Ram, command_line, find_qemu, node_sizes, parse_size
 from offmap.owned import Owned
 
-__all__ = ["DEFAULT_LIMIT", "Draft", "Kind", "Listed", "Snapshot", "SnapshotUnusable", "Snapshots", "kind_of"]
-
 FORMAT = 1
 DEFAULT_LIMIT = "4G"  # a snapshot takes about 300 MiB
 LIMIT_VARIABLE = "OFFMAP_SNAPSHOT_LIMIT"

@@ -18,8 +18,6 @@ from offmap.lab.snapshot import Kind, Snapshots, SnapshotUnusable, kind_of
 from offmap.log import Logger
 from offmap.patience import Deadline
 
-__all__ = ["Host", "from_snapshot", "restore", "save"]
-
 _log = Logger("offmap.lab")
 _STATE = "state"  # what the descriptor is called on QEMU's side
 _ENDS = frozenset({"completed", "failed"})

@@ -10,8 +10,6 @@ from offmap.lab import apt
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of
 from offmap.lab.errors import LabError
 
-__all__ = ["KernelSource", "kernel_source"]
-
 _RECORD = "package.json"
 
 

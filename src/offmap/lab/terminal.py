@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["is_interactive", "raw_terminal", "terminal_size"]
-
 
 def is_interactive() -> bool:
     """Say whether our input and output are both terminals, and ours to use (not a background job's)."""

@@ -45,8 +45,6 @@ TYPE_CHECKING = False  # as from typing, which is slow to import here
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Agent", "main"]
-
 PORT_TRIES = 4000  # the port and its "host is connected" message come milliseconds after boot
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT

@@ -7,8 +7,6 @@ import os
 
 from offmap.lab.guest import agent, root
 
-__all__ = ["main"]
-
 
 def main(port: str) -> None:
     """Run the agent on ``port``; never returns."""

@@ -9,8 +9,6 @@ import os
 import struct
 import time
 
-__all__ = ["Settings", "enter", "make", "personalize", "power_off"]
-
 NEW = "/newroot"
 _SHARE = "trans=virtio,version=9p2000.L,msize=512000"
 MS_RDONLY, MS_BIND, MS_MOVE = 1, 4096, 8192  # linux/mount.h
