@@ -76,6 +76,8 @@ static LIST_HEAD(requests);		/* under requests_lock */
 static DEFINE_SPINLOCK(requests_lock);
 /* What is out, and what has been promised to requests: under requests_lock. */
 static u64 committed;
+/* Of it, what has been promised and is not out yet: under requests_lock. */
+static u64 awaited;
 
 u64 offmap_reserve(void)
 {
@@ -87,18 +89,33 @@ unsigned long offmap_block_timeout(void)
 	return (unsigned long)clamp(READ_ONCE(block_timeout), 1U, 3600U) * HZ;
 }
 
-/* Promise up to @want bytes, whole blocks. How many the limit leaves. */
-static u64 commit(u64 want, u64 block)
+/*
+ * Promise @want bytes, whole blocks, of @spare that the host can spare. How many
+ * can be had: what others wait for is theirs, or all would run into the reserve
+ * together, and nobody would get anything.
+ */
+static u64 commit(u64 want, u64 spare, u64 block)
 {
 	u64 most = READ_ONCE(limit) ? (u64)READ_ONCE(limit) << 20 : U64_MAX;
 	u64 left;
 
 	spin_lock(&requests_lock);
-	left = round_down(most - min(most, committed), block);
-	if (left >= want)
+	left = min(most - min(most, committed), spare - min(spare, awaited));
+	left = round_down(left, block);
+	if (left >= want) {
 		committed += want;
+		awaited += want;
+	}
 	spin_unlock(&requests_lock);
 	return left;
+}
+
+/* What was promised will not be taken. */
+static void withdraw(u64 size)
+{
+	lockdep_assert_held(&requests_lock);
+	committed -= size;
+	awaited -= size;
 }
 
 void offmap_uncommit(u64 size)
@@ -116,6 +133,7 @@ static void count(struct request *req, u64 size)
 	spin_lock(&requests_lock);
 	promised = min(req->promised, size);
 	req->promised -= promised;
+	awaited -= promised;
 	committed += size - promised;
 	spin_unlock(&requests_lock);
 }
@@ -443,11 +461,8 @@ static u64 spare(u64 block, int nid)
 static bool promise(u64 *want, u64 *had, u64 block, int nid)
 {
 	/* Do not starve the host only to find out that it is too much. */
-	*had = spare(block, nid);
-	if (*want > *had)
-		return false;
 	*want = round_up(*want, block);
-	*had = commit(*want, block);
+	*had = commit(*want, spare(block, nid), block);
 	return *had >= *want;
 }
 
@@ -576,7 +591,7 @@ static void serve(struct request *req)
 	}
 	arrange(unplugged);
 	spin_lock(&requests_lock);
-	committed -= req->promised;
+	withdraw(req->promised);
 	list_del(&req->node);
 	req->finished = true;
 	req->had = unplugged->mem.size;
@@ -678,8 +693,8 @@ struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable)
 	*size = 0;
 	req = kzalloc(sizeof(*req), GFP_KERNEL);
 	if (!req) {
-		offmap_uncommit(want);
-		return ERR_PTR(-ENOMEM);
+		ret = -ENOMEM;
+		goto refuse;
 	}
 	kref_init(&req->ref);
 	init_completion(&req->done);
@@ -692,9 +707,8 @@ struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable)
 	req->deadline = deadline;
 	ret = start_request(req);
 	if (ret) {
-		offmap_uncommit(want);
 		kfree(req);
-		return ERR_PTR(ret);
+		goto refuse;
 	}
 	ret = await_request(req, killable);
 	*size = READ_ONCE(req->had);
@@ -702,6 +716,12 @@ struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable)
 	put_task_struct(req->task);
 	kref_put(&req->ref, free_request);
 	return mem;
+
+refuse:
+	spin_lock(&requests_lock);
+	withdraw(want);
+	spin_unlock(&requests_lock);
+	return ERR_PTR(ret);
 }
 
 ssize_t offmap_show_requests(char *buf)

@@ -324,10 +324,13 @@ def dimm() -> Any:
 
 
 def is_mapped(pid: int, at: int) -> bool:
-    """Whether a process has a page at an address; none has one once it is killed."""
-    with open(f"/proc/{pid}/pagemap", "rb") as file:  # noqa: PTH123
-        file.seek(at // PAGE * 8)
-        return bool(int.from_bytes(file.read(8), "little") >> 63)
+    """Whether a process has a page at an address; one that has been killed has none, nor a page map."""
+    try:
+        with open(f"/proc/{pid}/pagemap", "rb") as file:  # noqa: PTH123
+            file.seek(at // PAGE * 8)
+            return bool(int.from_bytes(file.read(8), "little") >> 63)
+    except ProcessLookupError:
+        return False
 
 
 def fail_while_out(how: str) -> Any:
