@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from types import MappingProxyType
 from typing import TypedDict, Unpack
 
 import msgspec
@@ -166,7 +167,7 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
     pages = judged.counts()
     joined = join(judged, mappings, kinds, layout, ram)
     _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
-    verdict, notes = _judge(pages, ram, scan, moved, partial)
+    verdict, notes = _judge(pages, ram, scan, moved, partial, judged.plain)
     notes += unshared
     if partial:
         seen = classify(before, before, excluded, mappings, kinds).counts()
@@ -237,7 +238,12 @@ def _sharing(
 
 
 def _judge(
-    pages: Pages, ram: GuestRam, scan: Scan | None, moved: bool = False, partial: str = ""
+    pages: Pages,
+    ram: GuestRam,
+    scan: Scan | None,
+    moved: bool = False,
+    partial: str = "",
+    plain: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict, and what must be said beside it."""
     verdict = pages.verdict(ram.guessed)
@@ -245,6 +251,12 @@ def _judge(
         verdict = Verdict.UNKNOWN
     why = f": {ram.why_guessed}" if ram.why_guessed else ""
     candidates = {
+        **{
+            f"{count} pages are not populated, and the kernel maps them when they are: {memory}": (
+                verdict is not Verdict.EXPOSED
+            )
+            for memory, count in plain.items()
+        },
         "the ranges are guesses (large mappings of a process with a KVM VM)"
         f"{why}; --range names them for sure": ram.guessed,
         f"that the VMM's list leaves no memory out was not checked with KVM's{why}": why and not ram.guessed,

@@ -29,7 +29,8 @@ class Classified:
         page, pages: the run's first page and how many it has.
         pfn: frame of the first, where ``state`` is POPULATED.
         state: EMPTY, POPULATED (known, and the same before and after the walk) or UNKNOWN.
-        why: of an UNKNOWN run, index into ``reasons``.
+        why: index into ``reasons``: why an UNKNOWN run is not known; what memory an EMPTY run will be that the kernel
+            will map, 0 if it will not.
         excluded: whether the guest does not get it.
         reached: the kinds of kernel mapping that reach it, as a mask of 1 << index into ``KINDS``.
         blind: whether a part of the page tables could not be read, so that what nothing reaches is not hidden either.
@@ -58,6 +59,15 @@ class Classified:
         known = self.known
         return Intervals.union(self.pfn[known], (self.pfn + self.pages)[known])
 
+    @property
+    def plain(self) -> dict[str, int]:
+        """Guest pages that are not there yet and that the kernel will map, by what memory they will be."""
+        empty = (self.state == EMPTY) & (self.why != 0) & ~self.excluded
+        return {
+            self.reasons[why]: int(self.pages[empty & (self.why == why)].sum())
+            for why in np.unique(self.why[empty]).tolist()
+        }
+
     def counts(self) -> Pages:
         """Count the pages."""
 
@@ -78,6 +88,7 @@ class Classified:
             ram_pages=int(self.pages.sum()),
             pages_populated=count(self.known),
             not_populated_pages=count(guest & (self.state == EMPTY)),
+            not_populated_plain_pages=count(guest & (self.state == EMPTY) & (self.why != 0)),
             direct_map_pages=count(guest & direct),
             alias_pages=count(guest & alias),
             mapped_pages=count(guest & mapped),
@@ -120,6 +131,8 @@ def classify(
     pfn = np.where(state == POPULATED, before.pfn[one] + page - before.page[one], 0)
     same_frame = pfn == np.where(state == POPULATED, after.pfn[two] + page - after.page[two], 0)
     changed = (state != after.state[two]) | ~same_frame
+    # The memory may have been exchanged where there was no page to tell it by.
+    changed |= (state == EMPTY) & ((why == 0) != (after.why[two] == 0))
     # A page that was unknown before keeps its reason; any other that differs has changed.
     reasons = (*before.reasons, _CHANGED)
     reason = np.where(state == UNKNOWN, why.astype(np.int64), len(reasons) - 1)

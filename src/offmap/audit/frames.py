@@ -1,8 +1,11 @@
 """The page frame behind every page of guest RAM, or why it is not known.
 
 Three states, none of them a default: POPULATED (the frame is known), EMPTY (there is provably no page), UNKNOWN
-(anything else, with the reason). Pages are kept as runs of neighbours in one state whose frames are neighbours too. So
-a terabyte of huge pages is a few thousand numbers.
+(anything else, with the reason). EMPTY says nothing of the page that will come: it has a reason too where the kernel
+will map that page, as it does all ordinary memory. Only secret memory promises otherwise.
+
+Pages are kept as runs of neighbours in one state whose frames are neighbours too. So a terabyte of huge pages is a few
+thousand numbers.
 """
 
 import os
@@ -42,6 +45,9 @@ _DEV_MEM = os.makedev(1, 1)  # Documentation/admin-guide/devices.txt: char 1:1, 
 _CHUNK = 1 << 17  # pages asked of pagemap at once: 1 MiB of entries
 _HUGE = 512  # pages of a 2 MiB one
 _AWAY = "swapped out or being migrated"
+_ANONYMOUS = "anonymous memory"
+# Mappings of no file that have such a name are the kernel's own ([vvar], [vdso]), not anonymous memory (show_map_vma).
+_NAMED_ANONYMOUS = ("[heap]", "[stack]", "[anon:")
 
 
 @dataclass
@@ -52,7 +58,8 @@ class Frames:
         page: the first page of each run, ascending from 0; no run crosses from one range to the next.
         pfn: frame of that page (the run's others follow it); 0 unless POPULATED.
         state: of the run.
-        why: of an UNKNOWN run, index into ``reasons``; else 0.
+        why: index into ``reasons``. Of an UNKNOWN run: why it is not known. Of an EMPTY run: what memory it is that the
+            kernel will map when it comes; 0 where it will not. Else 0.
         total: pages of all ranges together.
         device_ranges: physical ranges of those that came from a device, which /proc/iomem does not count as RAM.
         ended: what the process did before all its pages were looked at; empty if nothing.
@@ -188,10 +195,10 @@ def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, buil
         if is_offmap_device(status.st_rdev):
             _resolve_unplugged(process, va, pages, building)
             return
-    away = building.number(_AWAY)
+    away, bare = building.number(_AWAY), building.number(_ANONYMOUS)
     try:
         chunks = [
-            _look(process.pagemap, va + first * PAGE_SIZE, min(_CHUNK, pages - first), zero, away)
+            _look(process.pagemap, va + first * PAGE_SIZE, min(_CHUNK, pages - first), zero, away, bare)
             for first in range(0, pages, _CHUNK)
         ]
     except pagemap.PagemapEnds as error:
@@ -204,10 +211,11 @@ def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, buil
         building.add(chunk)
 
 
-def _look(fd: int, va: int, pages: int, zero: int, away: int) -> Frames:
+def _look(fd: int, va: int, pages: int, zero: int, away: int, bare: int = 0) -> Frames:
     """What pagemap shows of some pages, as runs; those in no page table are _MISSING.
 
-    ``zero`` is the frame of the page of zeroes, ``away`` the index of the reason for pages that are swapped out.
+    ``zero`` is the frame of the page of zeroes. ``away`` is the index of the reason for pages that are swapped out,
+    ``bare`` of that for pages of zeroes, which anonymous memory has until it is written.
     """
     entries = pagemap.read_pagemap(fd, va, pages)
     here = pagemap.present(entries)
@@ -216,7 +224,8 @@ def _look(fd: int, va: int, pages: int, zero: int, away: int) -> Frames:
     state[here] = POPULATED
     state[pagemap.swapped(entries)] = UNKNOWN
     state[here & (pfn == zero)] = EMPTY
-    return runs_of_pages(pfn, state, np.where(state == UNKNOWN, away, 0).astype(np.uint8))
+    why = np.where(state == UNKNOWN, away, np.where(state == EMPTY, bare, 0))
+    return runs_of_pages(pfn, state, why.astype(np.uint8))
 
 
 def _resolve_unplugged(process: Process, va: int, pages: int, building: _Building) -> None:
@@ -240,7 +249,10 @@ def _settle_missing(process: Process, mapping: Mapping, va: int, chunks: list[Fr
         _mark(chunks, UNKNOWN, building.number(f"in no page table of the process{reason}"))
 
     if mapping.anonymous:
-        return _mark(chunks, EMPTY)
+        if mapping.path and not mapping.path.startswith(_NAMED_ANONYMOUS):
+            # The kernel's own pages (VM_PFNMAP) are in no pagemap: a hole there proves nothing.
+            return unknown(chunks, f" ({mapping.path})")
+        return _mark(chunks, EMPTY, building.number(_ANONYMOUS))
     kind = backing_of(process, mapping)
     if kind is Backing.OTHER:
         process.check_alive()
@@ -248,7 +260,8 @@ def _settle_missing(process: Process, mapping: Mapping, va: int, chunks: list[Fr
     if kind in {Backing.SHMEM, Backing.HUGETLB} and mapping.shared:
         held = allocated_bytes(process, mapping)
         if held is not None and held <= _distinct(chunks) * PAGE_SIZE:
-            return _mark(chunks, EMPTY)  # the file holds nothing beyond what the process has mapped here
+            # The file holds nothing beyond what the process has mapped here.
+            return _mark(chunks, EMPTY, building.number(kind.memory))
     if kind is Backing.HUGETLB:
         return unknown(chunks, f", but {mapping.path} holds pages elsewhere")
     with open_backing(process, mapping) as backing:
@@ -257,10 +270,11 @@ def _settle_missing(process: Process, mapping: Mapping, va: int, chunks: list[Fr
             return unknown(chunks, f", and its file ({mapping.path}) is closed")
         offset = mapping.offset + va - mapping.start
         elsewhere = building.number(f"in no page table of the process, but {mapping.path} holds it elsewhere")
+        bare = building.number(_ANONYMOUS if not mapping.shared else kind.memory)
         for index, chunk in enumerate(chunks):
             if (chunk.state == _MISSING).any():
                 try:
-                    chunks[index] = _ask_file(backing, offset, chunk, kind is not Backing.UNSWAPPABLE, elsewhere)
+                    chunks[index] = _ask_file(backing, offset, chunk, not kind.unswappable, elsewhere, bare)
                 except (OSError, ValueError) as error:
                     unknown([chunk], f", and its file cannot be asked ({error})")
             offset += chunk.total * PAGE_SIZE
@@ -280,7 +294,7 @@ def _distinct(chunks: Iterable[Frames]) -> int:
     return Intervals.union(start, start + pages).size
 
 
-def _ask_file(fd: int, offset: int, chunk: Frames, counts_holes: bool, elsewhere: int) -> Frames:
+def _ask_file(fd: int, offset: int, chunk: Frames, counts_holes: bool, elsewhere: int, bare: int) -> Frames:
     """The chunk, with what the file at byte ``offset`` says of the missing pages."""
     run = np.repeat(np.arange(len(chunk.page)), chunk.pages)
     state, why = chunk.state[run], chunk.why[run]
@@ -290,7 +304,7 @@ def _ask_file(fd: int, offset: int, chunk: Frames, counts_holes: bool, elsewhere
     pfn[resident] = frames[resident].astype(np.int64)
     state[missing], why[missing] = UNKNOWN, elsewhere
     state[resident], why[resident] = POPULATED, 0
-    state[empty], why[empty] = EMPTY, 0
+    state[empty], why[empty] = EMPTY, bare
     return runs_of_pages(pfn, state, why)
 
 
@@ -315,4 +329,7 @@ def _drop_huge_zero_page(frames: Frames, flags: PageFlags) -> Frames:
     pfn, state = frames.pfn[source] + np.where(populated[source], offset, 0), frames.state[source]
     dropped = (state == POPULATED) & empty.contains(pfn)
     pfn[dropped], state[dropped] = 0, EMPTY
-    return replace(frames, page=frames.page[source] + offset, pfn=pfn, state=state, why=frames.why[source])
+    reasons = frames.reasons if _ANONYMOUS in frames.reasons else (*frames.reasons, _ANONYMOUS)
+    why = frames.why[source]
+    why[dropped] = reasons.index(_ANONYMOUS)
+    return replace(frames, page=frames.page[source] + offset, pfn=pfn, state=state, why=why, reasons=reasons)

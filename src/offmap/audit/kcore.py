@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.pageflags import PageFlags
+from offmap.audit.procfs import open_path
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP, VmcoreInfo, find_note
 from offmap.errors import Undetermined
 from offmap.owned import Owned
@@ -90,7 +91,7 @@ class Kcore(Owned):
         self._path = path
         self._fd = _open(path)
         try:
-            self._headers = self._read_headers()
+            self._headers = self._read_headers(self._fd)
             self.segments = tuple(
                 Segment(h.p_vaddr, None if h.p_paddr == _NO_PADDR else h.p_paddr, h.p_memsz, h.p_offset)
                 for h in self._headers
@@ -121,8 +122,18 @@ class Kcore(Owned):
         os.close(self._fd)
 
     def changed(self) -> bool:
-        """Whether the program headers differ from those of the opening: memory was hot-plugged meanwhile."""
-        return self._read_headers() != self._headers
+        """Whether memory was hot-plugged or removed since the opening.
+
+        The kernel renews the list of segments only when kcore is opened (``kcore_update_ram``), so it is opened anew.
+
+        Raises:
+            Undetermined: /proc/kcore cannot be opened any more.
+        """
+        fd = _open(self._path)
+        try:
+            return self._read_headers(fd) != self._headers
+        finally:
+            os.close(fd)
 
     @contextmanager
     def reader(self) -> Iterator[Callable[[int, memoryview], None]]:
@@ -197,11 +208,11 @@ class Kcore(Owned):
                 raise Undetermined(f"{self._path} ended at offset {offset + done:#x}", "run the audit again")
             done += got
 
-    def _read_headers(self) -> list[Elf64_Phdr]:
-        start = os.pread(self._fd, ELF64_EHDR.size, 0)
+    def _read_headers(self, fd: int) -> list[Elf64_Phdr]:
+        start = os.pread(fd, ELF64_EHDR.size, 0)
         if len(start) == ELF64_EHDR.size and start.startswith(ELFMAG):
             header = Elf64_Ehdr._make(ELF64_EHDR.unpack_from(start))
-            start = os.pread(self._fd, min(header.e_phoff + header.e_phnum * ELF64_PHDR.size, _HEADER_LIMIT), 0)
+            start = os.pread(fd, min(header.e_phoff + header.e_phnum * ELF64_PHDR.size, _HEADER_LIMIT), 0)
         return parse_program_headers(start, self._path)
 
     def _read_vmcoreinfo(self) -> VmcoreInfo:
@@ -219,10 +230,12 @@ class Kcore(Owned):
 
 def _open(path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_path(path)
     except OSError as error:
         remedy = "run the audit as root with CAP_SYS_RAWIO"
-        if error.errno == errno.ENOENT:
+        if error.errno == errno.EXDEV:
+            remedy = "unmount what lies over it: nothing but the kernel's own file tells what is mapped"
+        elif error.errno == errno.ENOENT:
             remedy = "audit on a kernel with CONFIG_PROC_KCORE; this one does not show its page tables"
         elif error.errno == errno.EPERM and _locked_down():
             remedy = "boot the host without kernel lockdown (lockdown=confidentiality forbids kcore)"

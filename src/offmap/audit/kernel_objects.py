@@ -14,11 +14,12 @@ from pathlib import Path
 
 from offmap.audit.btf import Btf, Unknown
 from offmap.audit.kcore import Kcore
+from offmap.audit.procfs import read_path
 from offmap.audit.regions import DIRECT_MAP, KERNEL_TEXT, MODULES, VMEMMAP, Layout
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
-_KALLSYMS = Path("/proc/kallsyms")
+_KALLSYMS = "/proc/kallsyms"
 _MAPPING_FLAGS = 3  # PAGE_MAPPING_FLAGS (FOLIO_MAPPING_FLAGS): anonymous, KSM or movable memory, no file's
 _MOST_DEEP = 256  # folders above a file
 _MOST_TASKS = 1 << 17
@@ -200,7 +201,7 @@ def symbol(name: str) -> int:
         Unknown: /proc/kallsyms does not tell. That is not remembered: it may tell later (``kernel.kptr_restrict``).
     """
     try:
-        text = b"\n" + _KALLSYMS.read_bytes()
+        text = b"\n" + read_path(_KALLSYMS)
     except OSError as error:
         raise Unknown(f"cannot read {_KALLSYMS}: {error.strerror}") from None
     # A module's, which may move, has a tab and the module's name behind it (kernel/kallsyms.c, s_show): not found.

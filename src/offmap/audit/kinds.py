@@ -9,12 +9,12 @@ verdict rests on it.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.mappings import KernelMappings
+from offmap.audit.procfs import read_path
 from offmap.audit.reach import KINDS, Kind
 from offmap.audit.regions import Layout
 from offmap.uapi.page import PAGE_SIZE
@@ -73,7 +73,7 @@ def parse_vmallocinfo(text: str) -> list[Area]:
 def read_vmallocinfo() -> list[Area]:
     """The areas there are now; none where the file cannot be read (mappings are then named by their region alone)."""
     try:
-        return parse_vmallocinfo(Path(VMALLOCINFO).read_text(encoding="utf-8", errors="replace"))
+        return parse_vmallocinfo(read_path(VMALLOCINFO).decode("utf-8", "replace"))
     except OSError:
         return []
 

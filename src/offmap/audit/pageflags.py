@@ -9,6 +9,7 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
+from offmap.audit.procfs import open_path
 from offmap.errors import Undetermined
 from offmap.owned import Owned
 
@@ -44,7 +45,7 @@ class PageFlags(Owned):
 
     def __init__(self, path: str = "/proc/kpageflags") -> None:
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_path(path)
         except OSError as error:
             raise Undetermined(
                 f"cannot open {path}: {error.strerror}",

@@ -3,11 +3,11 @@
 import ctypes
 import mmap
 import os
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offmap.audit.procfs import open_path
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
@@ -74,7 +74,7 @@ def own_entries(va: int, pages: int) -> NDArray[np.uint64]:
         Undetermined: its pagemap cannot be opened or read.
     """
     try:
-        file = Path("/proc/self/pagemap").open("rb", buffering=0)  # noqa: SIM115 - closed below
+        file = os.fdopen(open_path("/proc/self/pagemap"), "rb", buffering=0)
     except OSError as error:
         raise Undetermined(
             f"cannot open /proc/self/pagemap: {error.strerror}", "audit on a kernel with CONFIG_PROC_PAGE_MONITOR"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from offmap.audit.procfs import open_proc
 from offmap.errors import OffmapError, Undetermined
 from offmap.owned import Owned
 
@@ -93,9 +94,11 @@ class Process(Owned):
         self.pid = pid
         self._pagemap: int | None = None
         try:
-            self._fd = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._fd = open_proc(str(pid), os.O_RDONLY | os.O_DIRECTORY)
         except (FileNotFoundError, ProcessLookupError):
             raise NoSuchProcess(f"there is no process {pid}", "give the PID of a running VMM") from None
+        except OSError as error:
+            raise Undetermined(f"cannot open /proc/{pid}: {error.strerror}", _AS_ROOT) from None
 
     def close(self) -> None:
         if self._pagemap is not None:

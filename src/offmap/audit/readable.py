@@ -11,7 +11,6 @@ decide what is read. The rest is counted as unread:
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from offmap.audit.kcore import Segment
 from offmap.audit.kinds import VMALLOCINFO, parse_vmallocinfo
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.pageflags import PageFlags
+from offmap.audit.procfs import read_path
 from offmap.audit.regions import VADDR_END
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
@@ -142,7 +142,7 @@ def ioremap_areas() -> list[tuple[int, int]]:
         Undetermined: /proc/vmallocinfo cannot be read.
     """
     try:
-        areas = parse_vmallocinfo(Path(VMALLOCINFO).read_text(encoding="utf-8", errors="replace"))
+        areas = parse_vmallocinfo(read_path(VMALLOCINFO).decode("utf-8", "replace"))
     except OSError as error:
         raise Undetermined(f"cannot read {VMALLOCINFO}: {error.strerror}", "run the audit as root") from None
     return union((area.start, area.end) for area in areas if "ioremap" in area.words)

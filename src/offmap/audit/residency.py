@@ -8,13 +8,17 @@ touched, so that our own pagemap tells their frames. Nothing is written, and no 
 
 import ctypes
 import errno
+import faulthandler
 import mmap
 import os
+import select
+import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from fcntl import ioctl
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +31,8 @@ from offmap.uapi.page import PAGE_SIZE
 
 _SYS_PIDFD_GETFD = 438  # arch/x86/entry/syscalls/syscall_64.tbl
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h
+_LONGEST_LOOK = 60  # seconds that a foreign file may keep us: far more than a look at memory that is there takes
+_ANSWER = np.dtype([("pfn", np.uint64), ("resident", np.bool_), ("empty", np.bool_)])
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -35,16 +41,32 @@ class Backing(Enum):
 
     SHMEM = "shmem"  # counts every page in st_blocks, swapped ones too; holes tell what was never written
     HUGETLB = "hugetlbfs"  # counts in st_blocks; mincore(2) sees only the caller's own page tables
-    UNSWAPPABLE = "unswappable"  # memfd_secret, guest_memfd: st_blocks says 0; what is not resident does not exist
+    SECRETMEM = "secretmem"  # memfd_secret: st_blocks says 0; what is not resident does not exist
+    GUEST_MEMFD = "guest_memfd"  # the same; whether the kernel maps its pages depends on a flag that nothing shows
     FILE = "file"  # a disk file: dirty pages may not be counted yet
     OTHER = "other"  # a device, or anything that cannot be asked
+
+    @property
+    def unswappable(self) -> bool:
+        """Whether what is not resident does not exist."""
+        return self in {Backing.SECRETMEM, Backing.GUEST_MEMFD}
+
+    @property
+    def memory(self) -> str:
+        """What the pages are that are not there yet, for people; empty where the kernel will not map them."""
+        return {
+            Backing.SECRETMEM: "",
+            Backing.GUEST_MEMFD: "guest_memfd memory, which need not be hidden",
+            Backing.SHMEM: "shared memory",
+            Backing.HUGETLB: "huge pages",
+        }.get(self, "a file")
 
 
 _MAGIC = {  # include/uapi/linux/magic.h
     0x01021994: Backing.SHMEM,  # TMPFS_MAGIC
     0x958458F6: Backing.HUGETLB,  # HUGETLBFS_MAGIC
-    0x5345434D: Backing.UNSWAPPABLE,  # SECRETMEM_MAGIC
-    0x474D454D: Backing.UNSWAPPABLE,  # GUEST_MEMFD_MAGIC
+    0x5345434D: Backing.SECRETMEM,  # SECRETMEM_MAGIC
+    0x474D454D: Backing.GUEST_MEMFD,  # GUEST_MEMFD_MAGIC
 }
 
 
@@ -122,9 +144,61 @@ def resident_frames(
     Returns:
         frames, and two masks: resident (the frame is valid) and empty (the file has no such page).
 
+    The file may be such that a touch is a SIGBUS, or never comes back: somebody else chose it. So a child looks at it.
+
     Raises:
-        OSError: the file cannot be mapped or asked.
+        OSError: the file cannot be mapped or asked, or the child died of it.
     """
+    with mmap.mmap(-1, pages * _ANSWER.itemsize) as shared:
+        answer = np.frombuffer(shared, dtype=_ANSWER)
+        try:
+            _in_child(partial(_look, fd, offset, wanted, counts_holes, answer))
+            return answer["pfn"].copy(), answer["resident"].copy(), answer["empty"].copy()
+        finally:
+            del answer  # the mapping cannot be closed before
+
+
+def _in_child(work: Callable[[], None]) -> None:
+    """Run this in a child that may die of it.
+
+    Raises:
+        OSError: the work raised it, or the child was killed, by a signal or for taking too long.
+    """
+    child = os.fork()
+    if child == 0:
+        status = errno.EIO
+        try:
+            faulthandler.disable()  # to die of it is no bug
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            work()
+            status = 0
+        except OSError as error:
+            status = error.errno or errno.EIO
+        finally:
+            os._exit(min(status, 255))
+    pidfd = os.pidfd_open(child)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        if not poll.poll(_LONGEST_LOOK * 1000):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except BaseException:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        raise
+    finally:
+        os.close(pidfd)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
+        raise OSError(errno.EFAULT, f"a look at it ended with signal {-status}")
+    if status:
+        raise OSError(status, os.strerror(status))
+
+
+def _look(fd: int, offset: int, wanted: NDArray[np.bool_], counts_holes: bool, answer: NDArray[np.void]) -> None:
+    """What ``resident_frames`` returns, into the rows of ``answer``; raises as it does."""
+    pages = len(wanted)
     # MAP_NORESERVE: a hugetlb file must not lose huge pages to our reservation.
     flags = mmap.MAP_SHARED | _MAP_NORESERVE
     with mmap.mmap(fd, pages * PAGE_SIZE, flags=flags, prot=mmap.PROT_READ, offset=offset) as view:
@@ -142,7 +216,7 @@ def resident_frames(
     empty = wanted & ~cached
     if counts_holes:
         empty &= ~_data(fd, offset, pages)
-    return pagemap.pfn(entries), cached & pagemap.present(entries), empty
+    answer["pfn"], answer["resident"], answer["empty"] = pagemap.pfn(entries), cached & pagemap.present(entries), empty
 
 
 def _data(fd: int, offset: int, pages: int) -> NDArray[np.bool_]:

@@ -30,6 +30,8 @@ class Pages(Document, frozen=True, kw_only=True):
         ram_pages: All pages of the ranges.
         pages_populated: Pages whose frame is known, without those kept from the guest.
         not_populated_pages: Pages that are not there yet, so that they hold nothing.
+        not_populated_plain_pages: Of these, the pages that the kernel will map when they come: all but secret memory.
+            One of them is enough for the VM not to be hidden.
         direct_map_pages: Populated pages that the direct map maps.
         alias_pages: Populated pages that another kernel mapping maps; may overlap with direct_map_pages.
         mapped_pages: Populated pages that any kernel mapping maps: the exposed ones.
@@ -54,6 +56,7 @@ class Pages(Document, frozen=True, kw_only=True):
     excluded_direct_pages: Count
     unknown_reasons: dict[str, Count]
     canaries_found: Count | None
+    not_populated_plain_pages: Count = 0
 
     def verdict(self, guessed: bool) -> Verdict:
         """Judge. Ranges that were guessed can be found exposed, never hidden: there may be more RAM elsewhere.
@@ -63,7 +66,9 @@ class Pages(Document, frozen=True, kw_only=True):
         """
         if self.mapped_pages:
             return Verdict.EXPOSED
-        if self.unknown_pages or guessed or self.excluded_direct_pages or not self.pages_populated:
+        if self.not_populated_plain_pages or self.unknown_pages or guessed or self.excluded_direct_pages:
+            return Verdict.UNKNOWN
+        if not self.pages_populated:
             return Verdict.UNKNOWN
         return Verdict.HIDDEN
 
@@ -259,6 +264,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
         speaks_against = (
             mapped,
             pages.unknown_pages or any(cell.unknown_pages for cell in cells),
+            pages.not_populated_plain_pages,
             not pages.pages_populated,
             pages.direct_map_pages or pages.alias_pages or pages.excluded_direct_pages,
             self.reach or self.aliases or self.direct_map_ranges,

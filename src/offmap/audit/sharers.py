@@ -19,6 +19,7 @@ from offmap.audit.frames import POPULATED
 from offmap.audit.guest_ram import GuestRam
 from offmap.audit.intervals import Intervals, Ints, run_starts
 from offmap.audit.process import Mapping, NoSuchProcess, Process, process_ids
+from offmap.audit.procfs import open_path
 from offmap.audit.reach import Sharer, Sharing
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
@@ -71,7 +72,7 @@ def count_sharing(guest: Runs, mapped: Runs, path: str = "/proc/kpagecount") -> 
     """
     shared = uncounted = extra = 0
     try:
-        file = Path(path).open("rb", buffering=0)  # noqa: SIM115 - closed below
+        file = os.fdopen(open_path(path), "rb", buffering=0)
     except OSError as error:
         raise Undetermined(
             f"cannot open {path}: {error.strerror}", "run the audit as root on a kernel with CONFIG_PROC_PAGE_MONITOR"

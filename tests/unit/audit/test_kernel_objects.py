@@ -15,7 +15,7 @@ TEXT = "ffffffff81000000 T _stext\nffffffff82a0f940 D init_task\nffffffffc0a0100
 @pytest.fixture
 def kallsyms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "kallsyms"
-    monkeypatch.setattr(kernel_objects, "_KALLSYMS", path)
+    monkeypatch.setattr(kernel_objects, "_KALLSYMS", str(path))
     symbol.cache_clear()
     yield path
     symbol.cache_clear()

@@ -1,16 +1,19 @@
 """Pages that a file holds and the process does not map: what cannot be asked is never taken for a hole."""
 
+import ctypes
 import errno
+import mmap
 import os
+import signal
 
 import numpy as np
 import pytest
 
-from offmap.audit.frames import resolve
+from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, resolve
 from offmap.audit.guest_ram import RamRange
 from offmap.audit.pageflags import PageFlags
 from offmap.audit.process import Process
-from offmap.audit.residency import _data
+from offmap.audit.residency import _data, _in_child, resident_frames
 from offmap.audit.result import Source
 from offmap.errors import Undetermined
 
@@ -44,3 +47,61 @@ def test_ranges_that_no_guest_can_be_are_refused_at_once(size: int) -> None:
     flags = PageFlags("/dev/null")
     with Process(os.getpid()) as process, flags, pytest.raises(Undetermined, match="this host has"):
         resolve(process, [RamRange(0x10000, size, Source.MEMSLOT)], flags)
+
+
+def test_a_file_that_kills_who_looks_at_it_is_an_error_and_no_end() -> None:
+    fd = os.memfd_create("ram")
+    try:
+        os.ftruncate(fd, PAGE)
+        os.pwrite(fd, b"x", 0)
+
+        def look() -> None:
+            with mmap.mmap(fd, PAGE, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ) as view:
+                os.ftruncate(fd, 0)
+                view[0]
+
+        with pytest.raises(OSError, match=f"signal {int(signal.SIGBUS)}"):
+            _in_child(look)
+    finally:
+        os.close(fd)
+
+
+def test_an_error_of_the_child_is_the_callers() -> None:
+    def look() -> None:
+        raise OSError(errno.ESPIPE, "Illegal seek")
+
+    with pytest.raises(OSError, match="Illegal seek") as raised:
+        _in_child(look)
+    assert raised.value.errno == errno.ESPIPE
+
+
+def test_pages_of_a_file_are_found_by_the_child() -> None:
+    fd = os.memfd_create("ram")
+    try:
+        os.ftruncate(fd, 8 * PAGE)
+        os.pwrite(fd, b"x", 2 * PAGE)
+        wanted = np.ones(8, dtype=np.bool_)
+        _, resident, empty = resident_frames(fd, 0, 8, wanted, counts_holes=True)
+        assert np.flatnonzero(resident).tolist() == [2]
+        assert np.flatnonzero(empty).tolist() == [0, 1, 3, 4, 5, 6, 7]
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["[vvar]", "[heap]"])
+def test_a_hole_in_a_mapping_of_the_kernels_is_no_emptiness(kind: str) -> None:
+    # The frames behind [vvar] are in no pagemap (VM_PFNMAP), and untouched anonymous memory will be mapped.
+    with Process(os.getpid()) as process, PageFlags("/dev/null") as flags:
+        part = next(mapping for mapping in process.maps() if mapping.path == kind)
+        if kind == "[heap]":
+            libc = ctypes.CDLL(None)
+            libc.sbrk.restype = ctypes.c_void_p
+            start = -(-int(libc.sbrk(0)) // PAGE) * PAGE
+            libc.sbrk(ctypes.c_long(start + 16 * PAGE - int(libc.sbrk(0))))
+            ranges = [RamRange(start, 16 * PAGE, Source.REQUESTED)]
+        else:
+            ranges = [RamRange(part.start, part.size, Source.REQUESTED)]
+        frames = resolve(process, ranges, flags)
+    reasons = {frames.reasons[why] for why in frames.why[frames.state != POPULATED].tolist()}
+    assert reasons == ({"in no page table of the process ([vvar])"} if kind == "[vvar]" else {"anonymous memory"})
+    assert set(frames.state[frames.state != POPULATED].tolist()) == {UNKNOWN if kind == "[vvar]" else EMPTY}
