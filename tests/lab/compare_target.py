@@ -1,6 +1,6 @@
 """Stands in for offmap.compare.measure: does to its host what it is told to, by the kind of RAM of its cell.
 
-Usage: compare_target.py {"anon": "panic", …} JOB_JSON. It writes down that it ran, where OFFMAP_TEST_RUNS says.
+Usage: compare_target.py {"anon": "panic", …} [JOB_JSON]; without a job it takes one from each line of its input.
 """
 
 import json
@@ -29,10 +29,8 @@ def wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-def main() -> int:
-    """Run it."""
-    how = json.loads(sys.argv[1])
-    job = json.loads(sys.argv[2])
+def measure(how: dict[str, str], job: dict[str, Any]) -> int:
+    """Do to the host what `how` says; return the exit status."""
     backend = job["spec"]["backend"]
     mode, _, argument = how.get(backend, "ok").partition(" ")
     say({"host": {"kernel": os.uname().release, "lab": "OFFMAP_LAB" in os.environ}})
@@ -61,6 +59,15 @@ def main() -> int:
         wait_for(Path(argument) / "go")
     say(answer(QUESTION, 1.5))
     say({"outcome": "booted", "reason": ""})
+    return 0
+
+
+def main() -> int:
+    """Run it."""
+    how = json.loads(sys.argv[1])
+    for text in sys.argv[2:] or sys.stdin:
+        if status := measure(how, json.loads(text)):
+            return status
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Running one cell: a disposable host of its own, and the measuring program in it.
+"""Running one cell: a disposable host, its own unless the cell allows another, and the measuring program in it.
 
 An oops, a panic or a hang of the host ends the cell, which keeps the answers that it had by then. None of them is an
 exception here.
@@ -9,13 +9,14 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from offmap.audit.host import utc_now
+from offmap.compare.cell_host import FOLDER, CellHost, CellHosts, HostKind
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.events import CellEvent, Report
 from offmap.compare.facts import this_machine
@@ -28,7 +29,8 @@ from offmap.compare.running import CellStopped, RunningCell, running_cell
 from offmap.compare.spec import NATIVE, CellSpec
 from offmap.compare.transcript import Said, Transcript
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
-from offmap.kmod.lab_build import lab_module, load
+from offmap.kmod.lab_build import lab_module
+from offmap.lab.console import Console
 from offmap.lab.errors import LabEnded, LabPanic, LabTimeout
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
@@ -48,7 +50,6 @@ MEASURE = ("-m", "offmap.compare.measure")
 
 _COMPLAINT = re.compile(r"WARNING: |BUG: |Call Trace|INFO: task .* blocked|rcu: INFO|soft lockup|Out of memory")
 _COMPLAINT_LINES = 100
-_MODULE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +119,12 @@ def kernels_of(spec: CellSpec, report: Report, modules: Path | None = None) -> t
     return host, host_kernel(spec.guest_kernel, say=say)
 
 
-def run_cell(task: CellTask, report: Report = lambda _: None) -> CellResult:
+def run_cell(task: CellTask, report: Report = lambda _: None, hosts: CellHosts | None = None) -> CellResult:
     """Run one cell to its end, and return its result, whatever the end was.
 
     Args:
         report: takes its stages, from any thread.
+        hosts: those of the same comparison, for a cell that needs none of its own.
 
     Raises:
         CellStopped: `stop_cells` was called for its comparison.
@@ -136,18 +138,12 @@ def run_cell(task: CellTask, report: Report = lambda _: None) -> CellResult:
             host, guest = kernels_of(task.spec, report, task.how.modules)
             inputs = {**inputs_of(host, guest), **module_input(task.spec, host)}
             module = _module(task.spec, host, report)
-            # guest RAM, files to read past the page cache: a disk, where /tmp is one
-            with tempfile.TemporaryDirectory(prefix="offmap-cell-") as folder:
-                initrd = task.how.initrd or Path(folder) / "guest.initramfs"
-                if task.how.initrd is None:
-                    initrd.write_bytes(probe_initramfs(guest.modules))
-                job = Job(task.spec, str(guest.vmlinuz), str(initrd), folder, task.how.boots, task.how.preset)
-                argv = [sys.executable, *task.how.program, msgspec.json.encode(job).decode()]
-                began = time.monotonic()  # downloads and builds are not the cell's time
-                if job.native:
-                    _run_native(task, argv, transcript, cell, end)
-                else:
-                    _run_in_host(task, host, module, argv, Path(folder), transcript, cell, end, report)
+            began = time.monotonic()  # downloads and builds are not the cell's time
+            if task.spec.host_kernel == NATIVE:
+                _run_native(task, guest, transcript, cell, end)
+            else:
+                kind = _kind_of_host(task.how, host, inputs["code"])
+                _run_in_host(task, kind, guest, module, transcript, cell, end, report, hosts)
         except CellStopped:
             raise
         except OffmapError as error:
@@ -171,62 +167,80 @@ def _outcome_of(error: OffmapError, end: _End, late: bool) -> tuple[CellOutcome,
     return CellOutcome.FAILED, str(error)
 
 
-def _run_native(task: CellTask, argv: Sequence[str], transcript: Transcript, cell: RunningCell, end: _End) -> None:
+def _job(task: CellTask, guest: HostKernel, folder: str) -> Job:
+    """The job of a cell that may write to `folder`, where its guest's initramfs is put."""
+    initrd = task.how.initrd
+    if initrd is None:
+        initrd = Path(folder) / "guest.initramfs"
+        initrd.write_bytes(probe_initramfs(guest.modules))
+    return Job(task.spec, str(guest.vmlinuz), str(initrd), folder, task.how.boots, task.how.preset)
+
+
+def _run_native(task: CellTask, guest: HostKernel, transcript: Transcript, cell: RunningCell, end: _End) -> None:
     end.accel = "native"
     if why := refusal_here(task.spec):
         raise BackendRefused.from_line(why)
-    status, complaint = run_here(argv, transcript.feed, cell, task.how.deadline)
+    with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
+        job = msgspec.json.encode(_job(task, guest, folder)).decode()
+        argv = [sys.executable, *task.how.program, job]
+        status, complaint = run_here(argv, transcript.feed, cell, task.how.deadline)
     _judge(status, complaint, transcript.said(), end)
+
+
+def _kind_of_host(how: Settings, kernel: HostKernel, code: str) -> HostKind:
+    return HostKind(kernel, code, how.program, how.preset.memory, how.preset.cmdline, how.accel)
 
 
 def _run_in_host(
     task: CellTask,
-    kernel: HostKernel,
+    kind: HostKind,
+    guest: HostKernel,
     module: Path | None,
-    argv: Sequence[str],
-    folder: Path,
     transcript: Transcript,
     cell: RunningCell,
     end: _End,
     report: Report,
+    hosts: CellHosts | None,
 ) -> None:
     last = time.monotonic() + task.how.deadline
-    report(CellEvent(stage=f"booting a host, Linux {kernel.release}"))
-    host: LabHost | None = None
+    console: Console | None = None
+    shown = 0  # of the console, before this cell
 
     def launched(starting: LabHost) -> None:
-        nonlocal host
-        host = starting
+        nonlocal console
+        console = starting.console
         end.accel = starting.options.accel
         cell.ends_by(starting.kill)
 
+    def start() -> CellHost:
+        report(CellEvent(stage=f"booting a host, Linux {kind.kernel.release}"))
+        return CellHost.start(kind, task.how.deadline, launched, fresh=task.how.preset.fresh)
+
+    alone = hosts is None or task.how.preset.fresh
     try:
-        with LabHost.start(
-            kernel,
-            memory=task.how.preset.memory,
-            cmdline=task.how.preset.cmdline,
-            out=folder,
-            accel=task.how.accel,
-            timeout=task.how.deadline,
-            on_launch=launched,
-            fresh=task.how.preset.fresh,
-        ) as running:
+        with CellHosts() if alone or hosts is None else nullcontext(hosts) as own, own.one(kind, start) as running:
+            if console is None:
+                launched(running.host)
+                shown = len(running.host.console.text)
             cell.check()
             if module is not None:
-                _load(running, module)
-            errors = bytearray()
-            left = max(last - time.monotonic(), 1.0)
-            try:
-                status = running.run(argv, stdout=transcript.feed, stderr=errors.extend, timeout=left)
-            except LabTimeout:
-                raise LabTimeout(
-                    f"it was not done after {task.how.deadline:g} s", "allow more with --deadline"
-                ) from None
-            _judge(status, errors.decode(errors="replace"), transcript.said(), end)
+                running.load(module)
+            with tempfile.TemporaryDirectory(dir=running.folder) as folder:
+                job = _job(task, guest, folder)
+                left = max(last - time.monotonic(), 1.0)
+                try:
+                    status, complaint = running.measure(job, transcript, left, last=alone)
+                except LabTimeout:
+                    raise LabTimeout(
+                        f"it was not done after {task.how.deadline:g} s", "allow more with --deadline"
+                    ) from None
+            _judge(status, complaint, transcript.said(), end)
+            if end.outcome is CellOutcome.FAILED:
+                running.close()  # what it left behind is no other cell's
     finally:
-        if host is not None:
+        if console is not None:
             booted = end.outcome in {CellOutcome.BOOTED, CellOutcome.REFUSED}
-            end.console = _complaints(host.console.text) if booted else host.console.tail(_COMPLAINT_LINES)
+            end.console = _complaints(console.text[shown:]) if booted else console.tail(_COMPLAINT_LINES)
 
 
 def _module(spec: CellSpec, kernel: HostKernel, report: Report) -> Path | None:
@@ -237,11 +251,6 @@ def _module(spec: CellSpec, kernel: HostKernel, report: Report) -> Path | None:
         return lab_module(kernel)
     except OffmapError as error:
         raise BackendRefused(f"there is no offmap module for {kernel.release}", error.reason, error.remedy) from None
-
-
-def _load(host: LabHost, module: Path) -> None:
-    if why := load(host, module, scaled(_MODULE_SECONDS)):
-        raise BackendRefused("this host kernel does not load the offmap module", why, "see its log: dmesg")
 
 
 def _judge(status: int, complaint: str, said: Said, end: _End) -> None:

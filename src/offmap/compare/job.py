@@ -1,8 +1,9 @@
 """What is asked of the program that measures one cell, and the lines that it says in answer.
 
 It is run as root on the host that the cell is about, a disposable one (``$OFFMAP_LAB`` is set) or this machine's, as
-``python -m offmap.compare.measure JOB_JSON``. It prints one line of JSON, a `Line`, as soon as it knows something: the
-host first, the outcome last. It exits with 0 once it has said the outcome, whichever that is.
+``python -m offmap.compare.measure JOB_JSON``; without an argument it takes a job from each line of its input. It prints
+one line of JSON, a `Line`, as soon as it knows something: the host first, the outcome last. It exits with 0 once it
+has said the outcome of its last job, whichever that is.
 """
 
 from msgspec import UNSET, Struct, UnsetType
@@ -21,7 +22,8 @@ class Preset(Struct, frozen=True):
         canaries: how many secrets each guest plants.
         memory: the disposable host's RAM, as QEMU writes sizes.
         cmdline: appended to its kernel command line.
-        fresh: whether it must have booted for this cell: its boot, its direct map or its allocator is measured.
+        fresh: whether it must have booted for this cell: its boot, its direct map or its allocator is measured. If
+            not, it may go on from a snapshot, and may have had other cells before.
     """
 
     questions: tuple[str, ...] = ()

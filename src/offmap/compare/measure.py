@@ -1,4 +1,4 @@
-"""Measure one cell, on the host that it is about: ``python -m offmap.compare.measure JOB`` (offmap.compare.job)."""
+"""Measure cells on the host that they are about: ``python -m offmap.compare.measure [JOB]`` (offmap.compare.job)."""
 
 import os
 import sys
@@ -30,12 +30,11 @@ def _measure(job: Job, folder: Path, survey: Survey) -> None:
         WholeCell(host, survey).run()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure the cell that the only argument describes."""
-    argv = sys.argv[1:] if arguments is None else arguments
+def _answer(text: str | bytes) -> None:
+    """Measure the cell that a job describes, and say how that ended."""
     survey = Survey()
     survey.say(Line(host=this_host()))
-    job = msgspec.json.decode(argv[0], type=Job)
+    job = msgspec.json.decode(text, type=Job)
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) and not job.native else job.folder
     outcome, reason = CellOutcome.BOOTED, ""
     try:
@@ -46,6 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OffmapError as error:
         outcome, reason = CellOutcome.FAILED, str(error)
     survey.say(Line(outcome=outcome, reason=reason))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the cell that the only argument describes; without one, those that the lines of the input describe."""
+    argv = sys.argv[1:] if arguments is None else arguments
+    for text in argv or sys.stdin.buffer:
+        _answer(text)
     return 0
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
+from offmap.compare.cell_host import CellHosts
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.cell_run import CellTask, Settings, kernels_of, run_cell
 from offmap.compare.events import CellEvent, Events
@@ -55,14 +56,15 @@ class Pool(Protocol):
 class _Threads:
     """This machine: one thread for each running cell, which waits for the QEMU of its disposable host."""
 
-    def __init__(self, executor: Executor, jobs: int) -> None:
+    def __init__(self, executor: Executor, jobs: int, hosts: CellHosts) -> None:
         self.executor = executor
+        self._hosts = hosts
         self.at_a_time = jobs
 
     def call(self, events: Events) -> Callable[[CellTask], CellResult]:
         def run(task: CellTask) -> CellResult:
             events(task.spec, CellEvent(begun=True))
-            return run_cell(task, partial(events, task.spec))
+            return run_cell(task, partial(events, task.spec), self._hosts)
 
         return run
 
@@ -76,8 +78,8 @@ class _Threads:
 @contextmanager
 def local_pool(jobs: int) -> Iterator[Pool]:
     """This machine, `jobs` cells at a time."""
-    with ThreadPoolExecutor(jobs, thread_name_prefix="cell") as executor:
-        yield _Threads(executor, jobs)
+    with CellHosts() as hosts, ThreadPoolExecutor(jobs, thread_name_prefix="cell") as executor:
+        yield _Threads(executor, jobs, hosts)
 
 
 class Scheduler:

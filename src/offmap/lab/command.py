@@ -161,6 +161,7 @@ class LabCommand:
         self._start_errno = 0
         self._in_folder = 1
         self._over = threading.Event()  # ended, or its host did
+        self._when_over: Callable[[], object] | None = None
         self._credit = WINDOW
         self._credit_given = threading.Condition()
         self._wake: tuple[int, int] | None = (
@@ -218,8 +219,11 @@ class LabCommand:
             if self._wake:
                 os.write(self._wake[1], b"x")
             self._over.set()
+            call = self._when_over
         with self._credit_given:
             self._credit_given.notify_all()
+        if call is not None:
+            call()
 
     def acknowledge(self, kind: int, taken: int) -> None:
         """Give the host credit for more of a stream."""
@@ -227,6 +231,14 @@ class LabCommand:
             self._link.send(ACK, self.channel, bytes((kind,)) + i32(taken))
 
     # For the user.
+
+    def when_over(self, call: Callable[[], object]) -> None:
+        """Have ``call`` called when nothing more comes, perhaps from another thread; at once if that is so already."""
+        with self._ending:
+            self._when_over = call
+            over = self._over.is_set()
+        if over:
+            call()
 
     def write(self, data: bytes) -> None:
         """Write to the command's input; blocks while the command does not read (for ``keep_stdin``)."""

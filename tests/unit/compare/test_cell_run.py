@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from offmap.compare import cell_run
+from offmap.compare.cell_host import HostKind
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.cell_run import CellTask, Settings, run_cell
 from offmap.compare.facts import Host
@@ -31,8 +32,8 @@ def ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(cell_run, "probe_initramfs", lambda modules: b"")
 
     def run(error: Exception | None, deadline: float = 600) -> CellResult:
-        def host(task: CellTask, kernel: HostKernel, module: None, argv: Any, folder: Path, *rest: Any) -> None:
-            transcript, _, end, _ = rest
+        def host(task: CellTask, kind: HostKind, guest: HostKernel, module: None, *rest: Any) -> None:
+            transcript, _, end, *_ = rest
             for line in (
                 Line(host=Host("6.12.1")),
                 Line(question="works.boot"),
