@@ -1,5 +1,6 @@
 """The published results that are made of others: all VMs of a host, many hosts, and what changed between two audits."""
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Annotated, Literal
 
@@ -152,10 +153,10 @@ class Merged(Document, frozen=True, tag_field="schema", tag="offmap-audit-merged
     reports: tuple[MergedPart, ...]
 
 
-def audit_schema() -> dict[str, object]:
-    """The JSON Schema of whatever ``offmap audit --json`` prints."""
+def audit_schema(also: Sequence[type[Document]] = ()) -> dict[str, object]:
+    """The JSON Schema of whatever ``offmap audit --json`` prints, and of other documents beside it."""
     return json_schema(
-        (AuditResult, EveryVm, Merged, Changes),
+        (AuditResult, EveryVm, Merged, Changes, *also),
         "audit",
         "What offmap audit --json prints. A change that would break a reader gets a new number in the form's name; "
         "fields may be added without one, and readers pass over those they don't know.",

@@ -5,6 +5,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from offmap.cli.audit_evidence import EvidenceOutput, add_evidence_options, add_verify, run_verify
 from offmap.cli.audit_output import Output, add_output_options, add_without_audit, merge, print_schema
 from offmap.cli.log import draws
 from offmap.errors import OffmapError
@@ -35,6 +36,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     which.add_argument("pid", type=int, metavar="PID", nargs="?", help="the VMM's process")
     which.add_argument("--all", action="store_true", help="audit every process of this host that holds a KVM VM")
     add_without_audit(which)
+    add_verify(which)
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--scan",
@@ -80,6 +82,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="audit again every SECONDS until the process ends, and report what changes; the exit status is the worst",
     )
     add_output_options(parser)
+    add_evidence_options(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress, even on a terminal")
     parser.set_defaults(run=run)
 
@@ -89,6 +92,9 @@ def run(args: argparse.Namespace) -> int:
     output = Output(args)
     if args.json_schema:
         return print_schema()
+    if args.verify is not None:
+        return run_verify(args)
+    evidence = EvidenceOutput(args)
     if args.merge:
         return merge(args.merge, output)
 
@@ -131,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
             else:
                 result = audit(args.pid).audit
                 document, status = result.to_json(), result.verdict.exit_status
-    output.show(document)
+    output.show(document, evidence.write)
     return int(status)
 
 

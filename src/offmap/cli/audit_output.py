@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,8 +65,11 @@ class Output:
         # https://no-color.org: any value that is not empty.
         self.color = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
 
-    def show(self, document: dict[str, object]) -> None:
+    def show(self, document: dict[str, object], also: "Callable[[HostReport], None] | None" = None) -> None:
         """Print one result, of one VM or of all of this host, and write the files.
+
+        Args:
+            also: writes one more of it.
 
         Raises:
             OffmapError: a file cannot be written; the result was printed all the same.
@@ -78,7 +81,7 @@ class Output:
         with self.recording_failure():
             if self.json:
                 print(json.dumps(document, indent=2), flush=True)
-                if self._html is self._prometheus is None:
+                if self._html is self._prometheus is None and also is None:
                     return
             try:
                 report = parse_report(document)
@@ -90,6 +93,8 @@ class Output:
                 else:
                     print(render_fleet([report], self.color), flush=True)
         self.write_files([report])
+        if also is not None:
+            also(report)
 
     def write_files(self, reports: Sequence["HostReport"], merged: bool = False) -> None:
         """Write the metrics and the page, where they were asked for.
@@ -153,9 +158,10 @@ def _sigterm_raises() -> Iterator[None]:
 
 def print_schema() -> int:
     """What ``--json-schema`` asks for."""
+    from offmap.audit.evidence.verify import DOCUMENTS
     from offmap.audit.result_sets import audit_schema
 
-    print(json.dumps(audit_schema(), indent=2), flush=True)
+    print(json.dumps(audit_schema(DOCUMENTS), indent=2), flush=True)
     return ExitStatus.DONE
 
 

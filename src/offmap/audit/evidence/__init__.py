@@ -1,0 +1,1 @@
+"""Evidence: a verdict that can be checked on another machine (docs/evidence.md)."""
