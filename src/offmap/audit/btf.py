@@ -15,7 +15,7 @@ import numpy as np
 PATH = "/sys/kernel/btf/vmlinux"
 _MAGIC = 0xEB9F
 _HEADER = struct.Struct("<HBBIIIII")  # struct btf_header
-_KIND_STRUCT, _KIND_UNION = 4, 5
+_KIND_ARRAY, _KIND_STRUCT, _KIND_UNION = 3, 4, 5
 _KIND_FLAG = 1 << 31
 # include/uapi/linux/btf.h: 32-bit words that follow struct btf_type, by kind: fixed ones, and those for each of vlen.
 _FIXED = {1: 1, 3: 3, 14: 1, 17: 1}
@@ -40,19 +40,35 @@ class Btf:
     """
 
     def __init__(self, data: bytes, module: bytes = b"") -> None:
-        self._words, self._strings = array("I"), b""
-        for part in (data, module) if module else (data,):
-            if len(part) < _HEADER.size:
-                raise Unknown("no BTF")
-            magic, version, _, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(part)
-            if magic != _MAGIC or version != 1:
-                raise Unknown("no BTF of version 1")
-            self._words += array("I", part[header + type_off : header + type_off + (type_len & -4)])
-            self._strings += part[header + str_off : header + str_off + str_len]
-        self._at = self._index()
+        self._words, self._strings, self._at = array("I"), b"", array("I", [0])  # type 0 is void
         # Asked for again at each field of each task, and searched for among some 130,000 types.
         self._structs: dict[str, int] = {}
         self._offsets: dict[tuple[str, ...], int] = {}
+        for part in (data, module) if module else (data,):
+            self._add(part)
+
+    def with_module(self, module: bytes) -> "Btf":
+        """These types with those of one more module, which do not see each other's.
+
+        Raises:
+            Unknown: it is no BTF.
+        """
+        more = Btf.__new__(Btf)
+        more._words, more._strings, more._at = self._words[:], self._strings, self._at[:]
+        more._structs, more._offsets = {}, {}
+        more._add(module)
+        return more
+
+    def _add(self, part: bytes) -> None:
+        if len(part) < _HEADER.size:
+            raise Unknown("no BTF")
+        magic, version, _, header, type_off, type_len, str_off, str_len = _HEADER.unpack_from(part)
+        if magic != _MAGIC or version != 1:
+            raise Unknown("no BTF of version 1")
+        first = len(self._words)
+        self._words += array("I", part[header + type_off : header + type_off + (type_len & -4)])
+        self._strings += part[header + str_off : header + str_off + str_len]
+        self._index(first)
 
     @classmethod
     def of_host(cls, path: str = PATH) -> Self:
@@ -66,9 +82,9 @@ class Btf:
         except OSError as error:
             raise Unknown(f"cannot read {path}: {error.strerror}") from None
 
-    def _index(self) -> "array[int]":
-        """Where each type is; type 0 is void."""
-        words, at, found = self._words, 0, array("I", [0])
+    def _index(self, at: int) -> None:
+        """Note where each type is, from this word on."""
+        words, found = self._words, self._at
         while at < len(words):
             found.append(at)
             info = words[at + 1]
@@ -76,7 +92,6 @@ class Btf:
             if not 1 <= kind <= _LAST_KIND:
                 raise Unknown(f"BTF has a type of unknown kind {kind}")
             at += 3 + _FIXED.get(kind, 0) + _EACH.get(kind, 0) * (info & 0xFFFF)
-        return found
 
     def _struct(self, name: str) -> int:
         if name in self._structs:
@@ -103,8 +118,46 @@ class Btf:
             Unknown: no such member.
         """
         known = self._offsets.get((name, *members))
-        if known is not None:
-            return known
+        if known is None:
+            known = self._offsets[name, *members] = self._find(name, members)[0]
+        return known
+
+    def elements(self, name: str, *members: str) -> int:
+        """How many elements a member has that is an array.
+
+        Raises:
+            Unknown: no such member, or it is no array.
+        """
+        at = self._find(name, members)[1]
+        if self._kind(at) != _KIND_ARRAY:
+            raise Unknown(f"member {'.'.join(members)} of struct {name} is no array")
+        return self._words[at + 5]
+
+    def places(self, name: str, wanted: str) -> list[tuple[str, int]]:
+        """Every ``struct WANTED`` that lies inside ``struct name``: the path to it, and its byte offset."""
+        found: list[tuple[str, int]] = []
+        self._search(self._struct(name), wanted.encode(), "", 0, found)
+        return found
+
+    def _search(self, at: int, wanted: bytes, path: str, base: int, found: list[tuple[str, int]]) -> None:
+        for member, type_id, bits in self._members(at):
+            inner, times, step = self._at[self._resolve(type_id)], 1, 0
+            text = self._text(member).decode("ascii", "replace")
+            where = f"{path}.{text}".strip(".")
+            if self._kind(inner) == _KIND_ARRAY:
+                times, inner = self._words[inner + 5], self._at[self._resolve(self._words[inner + 3])]
+                step = self._words[inner + 2]
+            if self._kind(inner) not in {_KIND_STRUCT, _KIND_UNION}:
+                continue
+            for index in range(times):
+                here = base + bits // 8 + index * step
+                if self._kind(inner) == _KIND_STRUCT and self._text(self._words[inner]) == wanted:
+                    found.append((where, here))
+                else:
+                    self._search(inner, wanted, where, here, found)
+
+    def _find(self, name: str, members: tuple[str, ...]) -> tuple[int, int]:
+        """(byte offset, place of its type) of a member."""
         at, total = self._struct(name), 0
         for member in members:
             found = self._member(at, member.encode())
@@ -112,13 +165,15 @@ class Btf:
                 raise Unknown(f"struct {name} has no member {'.'.join(members)}")
             total += found[0]
             at = self._at[self._resolve(found[1])]
-        self._offsets[name, *members] = total
-        return total
+        return total, at
+
+    def _text(self, at: int) -> bytes:
+        return self._strings[at : self._strings.index(b"\0", at)]
 
     def _member(self, at: int, name: bytes) -> tuple[int, int] | None:
         """(byte offset, type) of a member of the structure there, looking into those without a name."""
         for member, type_id, bits in self._members(at):
-            text = self._strings[member : self._strings.index(b"\0", member)]
+            text = self._text(member)
             if text == name:
                 return bits // 8, type_id
             if not text:

@@ -20,6 +20,7 @@ from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
 _KALLSYMS = "/proc/kallsyms"
+_MODULES = Path("/sys/module")
 _MAPPING_FLAGS = 3  # PAGE_MAPPING_FLAGS (FOLIO_MAPPING_FLAGS): anonymous, KSM or movable memory, no file's
 _MOST_DEEP = 256  # folders above a file
 _MOST_TASKS = 1 << 17
@@ -193,6 +194,21 @@ class KernelObjects:
         return bytes(buffer)
 
 
+def module_symbol(name: str, module: str) -> int:
+    """Address of a symbol of a module, or of the kernel if that is built in; raises as ``symbol``."""
+    try:
+        # It moves only where the module is loaded anew.
+        where = (_MODULES / module / "sections/.data").read_text(encoding="ascii")
+    except OSError:
+        where = ""
+    return _module_symbol(name, module, where)
+
+
+@lru_cache
+def _module_symbol(name: str, module: str, _where: str) -> int:
+    return _find_symbol(name, f"\t[{module}]") or symbol(name)
+
+
 @lru_cache
 def symbol(name: str) -> int:
     """Address of a symbol of the kernel's own, no module's: it stays while this process lives, so it is read once.
@@ -200,17 +216,21 @@ def symbol(name: str) -> int:
     Raises:
         Unknown: /proc/kallsyms does not tell. That is not remembered: it may tell later (``kernel.kptr_restrict``).
     """
+    address = _find_symbol(name, "")
+    if address:
+        return address
+    raise Unknown(f"{_KALLSYMS} does not tell where {name} is")
+
+
+def _find_symbol(name: str, module: str) -> int:
+    """Address of a symbol that this stands behind in /proc/kallsyms; 0 if it is not told."""
     try:
         text = b"\n" + read_path(_KALLSYMS)
     except OSError as error:
         raise Unknown(f"cannot read {_KALLSYMS}: {error.strerror}") from None
-    # A module's, which may move, has a tab and the module's name behind it (kernel/kallsyms.c, s_show): not found.
-    at = text.find(f" {name}\n".encode())
-    if at >= 0:
-        address = int(text[text.rindex(b"\n", 0, at) :].split(maxsplit=1)[0], 16)
-        if address:
-            return address
-    raise Unknown(f"{_KALLSYMS} does not tell where {name} is")
+    # A module's, which may move, has a tab and the module's name behind it (kernel/kallsyms.c, s_show).
+    at = text.find(f" {name}{module}\n".encode())
+    return int(text[text.rindex(b"\n", 0, at) :].split(maxsplit=1)[0], 16) if at >= 0 else 0
 
 
 def _mounted(path: str, device: tuple[int, int]) -> str:

@@ -99,3 +99,39 @@ def test_no_btf() -> None:
     build.add("future", 25, 0)
     with pytest.raises(Unknown, match="25"):
         Btf(build.data())
+
+
+def test_places_of_a_structure_inside_others_and_in_arrays() -> None:
+    build = Builder()
+    long = build.add("long", INT, 8, 64)
+    wanted = build.struct("map", 16, ("hva", long, 0))
+    two = build.add("", ARRAY, 0, wanted, long, 2)
+    inner = build.struct("", 40, ("one", wanted, 64), ("two", two, 64 + 128))
+    pointer = build.add("", PTR, wanted)
+    build.struct("vcpu", 64, ("far", pointer, 0), ("nested", inner, 64))
+    btf = Btf(build.data())
+    assert btf.places("vcpu", "map") == [("nested.one", 16), ("nested.two", 32), ("nested.two", 48)]
+    assert btf.elements("vcpu", "nested", "two") == 2
+    with pytest.raises(Unknown, match="no array"):
+        btf.elements("vcpu", "far")
+
+
+def test_modules_go_on_where_the_kernel_ends_and_do_not_see_each_other() -> None:
+    kernel = Builder()
+    long = kernel.add("long", INT, 8, 64)
+    modules = []
+    for name in ("kvm", "vcpu_svm"):
+        module = Builder()
+        module.strings = bytearray()  # numbered on from the kernel's
+        first = len(kernel.strings)
+        at = len(module.strings) + first
+        module.strings += name.encode() + b"\0x\0"
+        types = struct.pack("<III", at, STRUCT << 24 | 1, 8) + struct.pack("<III", at + len(name) + 1, long, 0)
+        header = struct.pack("<HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(module.strings))
+        modules.append(header + types + bytes(module.strings))
+    base = Btf(kernel.data())
+    one, other = (base.with_module(module) for module in modules)
+    assert (one.size("kvm"), other.offset("vcpu_svm", "x")) == (8, 0)
+    for btf, name in ((one, "vcpu_svm"), (other, "kvm"), (base, "kvm")):
+        with pytest.raises(Unknown):
+            btf.size(name)

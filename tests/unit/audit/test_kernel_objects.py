@@ -7,7 +7,7 @@ import pytest
 
 from offmap.audit import kernel_objects
 from offmap.audit.btf import Unknown
-from offmap.audit.kernel_objects import symbol
+from offmap.audit.kernel_objects import module_symbol, symbol
 
 TEXT = "ffffffff81000000 T _stext\nffffffff82a0f940 D init_task\nffffffffc0a01000 d vm_list\t[kvm]\n"
 
@@ -42,3 +42,12 @@ def test_a_modules_symbol_which_may_move_is_not_found(kallsyms: Path) -> None:
     kallsyms.write_text(TEXT)
     with pytest.raises(Unknown, match="does not tell"):
         symbol("vm_list")
+
+
+def test_a_modules_symbol_is_found_by_the_module(kallsyms: Path) -> None:
+    kernel_objects._module_symbol.cache_clear()
+    kallsyms.write_text(TEXT)
+    assert module_symbol("vm_list", "kvm") == 0xFFFF_FFFF_C0A0_1000
+    assert module_symbol("init_task", "kvm") == 0xFFFF_FFFF_82A0_F940  # built in
+    with pytest.raises(Unknown, match="does not tell"):
+        module_symbol("vm_list", "kvm_amd")

@@ -1,0 +1,54 @@
+"""The types of the running kernel, of kvm.ko, and of its part for this processor, which each go on where the kernel's
+end. Where KVM is built in, the kernel's own have them."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from offmap.audit.btf import Btf, Unknown
+
+_BTF = Path("/sys/kernel/btf")
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+@lru_cache(maxsize=1)
+def _kernel_types() -> Btf:
+    return Btf(_read("vmlinux"))
+
+
+@lru_cache(maxsize=1)
+def kvm_types() -> Btf:
+    """The kernel's types with those of kvm.ko.
+
+    Raises:
+        Unknown: this kernel does not describe its structures.
+    """
+    return _with_module("kvm")
+
+
+@lru_cache(maxsize=1)
+def vendor_types() -> tuple[Btf, str]:
+    """The kernel's types with those of kvm_amd or kvm_intel, whichever this processor takes, and the name of the
+    ``struct`` that begins with its ``struct kvm_vcpu``.
+
+    Raises:
+        Unknown: they are not described.
+    """
+    try:
+        flags = next(line for line in _CPUINFO.read_text(encoding="utf-8").splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        raise Unknown(f"{_CPUINFO} does not tell what kind of processor this is") from None
+    module, name = ("kvm_amd", "vcpu_svm") if "svm" in flags.split() else ("kvm_intel", "vcpu_vmx")
+    types = _with_module(module)
+    types.size(name)
+    return types, name
+
+
+def _with_module(name: str) -> Btf:
+    return _kernel_types().with_module(_read(name)) if (_BTF / name).exists() else _kernel_types()
+
+
+def _read(name: str) -> bytes:
+    try:
+        return (_BTF / name).read_bytes()
+    except OSError as error:
+        raise Unknown(f"this kernel does not describe its structures: {error.strerror}") from None

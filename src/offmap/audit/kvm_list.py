@@ -1,0 +1,349 @@
+"""All VMs of this host, as KVM itself lists them (``vm_list``), with their memory slots and virtual processors.
+
+No interface of the kernel shows that list, so it is read from the kernel's memory, with the offsets of its BTF and that
+of kvm.ko (``include/linux/kvm_host.h``, Linux 5.17 and later). No VM can keep itself off it, whoever holds its
+descriptors. The kernel goes on working meanwhile. So each link of a list is checked both ways, and slots are believed
+if their generation is the same before and after: KVM raises it at each change. What cannot be read is ``Unknown``,
+which is never an empty list.
+"""
+
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from offmap.audit import xarray
+from offmap.audit.btf import Btf, Unknown
+from offmap.audit.intervals import Ints
+from offmap.audit.kcore import Kcore
+from offmap.audit.kernel_objects import KernelObjects, module_symbol
+from offmap.audit.kvm_btf import kvm_types, vendor_types
+from offmap.audit.kvm_vcpu import VCpu, vcpu_at
+from offmap.audit.regions import VMALLOC, Layout
+from offmap.audit.tasks import Tasks
+from offmap.uapi.page import PAGE_SIZE
+
+_MODULES = Path("/sys/module")
+_ATTEMPTS = 16
+_MOST_VMS = 1 << 16
+_MOST_CACHES = 1 << 16
+_MOST_SLOTS = 32767  # KVM_MEM_SLOTS_NUM, SHRT_MAX
+_OF_KVM = _MOST_SLOTS - 3  # KVM_USER_MEM_SLOTS: from there on they are KVM's own (APIC access page, TSS, identity map)
+_KVM_MEM_READONLY = 1 << 1  # include/uapi/linux/kvm.h
+_KVM_MEM_GUEST_MEMFD = 1 << 2  # the same
+_KVM_MEMSLOT_INVALID = 1 << 16  # include/linux/kvm_host.h: being deleted or moved
+_UPDATE_IN_PROGRESS = 1 << 63  # KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class GuestMemfd:
+    """The part of a guest_memfd that a slot has: the kernel address of its ``struct file`` (0: closed), its inode
+    number, and where the slot begins in it, in bytes."""
+
+    file: int
+    inode: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class KvmSlot:
+    """One memory slot: where the guest and where the VMM has it.
+
+    ``read_only``: the guest cannot write to it. ``guest_memfd``: where the guest's private pages are.
+    """
+
+    guest_phys_addr: int
+    userspace_addr: int
+    bytes: int
+    read_only: bool
+    guest_memfd: GuestMemfd | None = None
+
+
+@dataclass(frozen=True)
+class Vm:
+    """One VM, at one moment.
+
+    Attributes:
+        address: of its ``struct kvm``.
+        memory: kernel address of the address space that it was made by, and that alone can run it.
+        label: what KVM calls it (``kvm-PID``, the thread that made it).
+        generations: of its slots, for each address space; they differ after any change.
+        slots: all but KVM's own, of all address spaces, each once.
+        intact: no slot was ever taken away, moved or changed since the VM was made.
+        changed: when its slots were last changed, at the latest; CLOCK_MONOTONIC, in nanoseconds.
+        invalidations: how often memory under its slots was unmapped or moved by the VMM or the kernel.
+        vcpus: its virtual processors.
+        caches: guest-physical addresses of pages that KVM keeps a kernel mapping of (``gfn_to_pfn_cache``).
+    """
+
+    address: int
+    memory: int
+    label: str
+    generations: tuple[tuple[int, int], ...]
+    slots: tuple[KvmSlot, ...] = field(repr=False)
+    intact: bool
+    changed: int
+    invalidations: int
+    vcpus: tuple[VCpu, ...]
+    caches: tuple[int, ...]
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why its RAM cannot be called hidden, whatever the page tables show at a moment."""
+        found = [f"KVM keeps a kernel mapping of the guest's page at {page:#x}" for page in self.caches]
+        found += [f"vCPU {vcpu.number} {doubt}" for vcpu in self.vcpus for doubt in vcpu.doubts]
+        if any(slot.guest_memfd is not None and not slot.guest_memfd.file for slot in self.slots):
+            found.append("the guest_memfd of a memory slot was closed, so that its pages cannot be found")
+        return tuple(found)
+
+
+class KvmList(Tasks):
+    """Reads KVM's list through an open kcore.
+
+    Raises:
+        Unknown: this kernel has no BTF, or this process does not see PIDs as the kernel does.
+    """
+
+    # struct kvm is in the vmalloc space, all of each.
+    _readable = (*KernelObjects._readable, {VMALLOC})
+
+    def __init__(self, kcore: Kcore, layout: Layout, btf: Btf | None = None) -> None:
+        super().__init__(kcore, layout, kvm_types() if btf is None else btf)
+
+    def vms(self) -> list[Vm]:
+        """All VMs there are. One that begins or ends meanwhile may be among them or not; no other is missing.
+
+        Raises:
+            Unknown: the list, or a VM that stays on it, cannot be read.
+        """
+        return self._read_all(self.addresses())
+
+    def of_memory(self, memory: int) -> list[Vm]:
+        """The VMs that this address space made; raises as ``vms``. Others need not be readable."""
+        addresses = [at for at in self.addresses() if self._owner(at) in {memory, None}]
+        return [vm for vm in self._read_all(addresses) if vm.memory == memory]
+
+    def _read_all(self, addresses: list[int]) -> list[Vm]:
+        once: dict[int, Vm] = {}
+        for address in addresses:
+            with suppress(Unknown):
+                once[address] = self._read_vm(address)
+        # Only what is on the list afterwards too was a VM all the time.
+        left = set(self.addresses()) if addresses else set()
+        found = []
+        for address in addresses:
+            if address in left:
+                vm = once.get(address) or self.read(address)
+                if vm is not None:
+                    found.append(vm)
+        return found
+
+    def addresses(self) -> list[int]:
+        """Where the ``struct kvm`` of each VM is.
+
+        Raises:
+            Unknown: the list cannot be read.
+        """
+        if not (_MODULES / "kvm").exists() and _MODULES.is_dir():
+            return []  # KVM is not loaded
+        head, node = module_symbol("vm_list", "kvm"), self._btf.offset("kvm", "vm_list")
+        return self._again(lambda: [at - node for at in self._links(head, _MOST_VMS)])
+
+    def read(self, address: int) -> Vm | None:
+        """The VM whose ``struct kvm`` is there; None if it has ended.
+
+        Raises:
+            Unknown: it cannot be read, though it is on KVM's list.
+        """
+        for attempt in range(_ATTEMPTS):
+            try:
+                vm = self._read_vm(address)
+            except Unknown:
+                if attempt == _ATTEMPTS - 1 and address in self.addresses():
+                    raise
+                vm = None
+            # Only what stood on the list afterwards too was a VM all the time.
+            if address not in self.addresses():
+                return None
+            if vm is not None and self._owner(address) == vm.memory:
+                return vm
+            time.sleep(0)  # whoever changes it goes on meanwhile
+        raise Unknown("a VM kept changing while it was read")
+
+    def changed(self, vm: Vm) -> bool:
+        """Whether the slots of a VM, or the memory under them, were changed since it was read. Takes a few reads.
+
+        A VM that has ended counts as changed.
+        """
+        try:
+            return (
+                self._owner(vm.address) != vm.memory
+                or self._generations(vm.address) != vm.generations
+                or self._field(vm.address, "kvm", "mmu_invalidate_seq") != vm.invalidations
+            )
+        except Unknown:
+            return True
+
+    def guest_memfd_pages(self, slot: KvmSlot) -> tuple[Ints, Ints, Ints]:
+        """The pages that a slot's guest_memfd holds: runs of (page of the slot, frame, pages), in order.
+
+        Raises:
+            Unknown: they cannot be read.
+        """
+        part = slot.guest_memfd
+        if part is None or not part.file:
+            raise Unknown("its guest_memfd is closed")
+        inode = self._field(part.file, "file", "f_inode")
+        mapping = self._field(inode, "inode", "i_mapping")
+        if self._field(mapping, "address_space", "host") != inode or self._inode(part.file) != part.inode:
+            raise Unknown("its guest_memfd is not where KVM said")
+        pages = mapping + self._btf.offset("address_space", "i_pages")
+        index, count, entry = self._again(lambda: xarray.entries(self._read, self._btf, pages))
+        away = entry - np.uint64(self._layout.vmemmap)
+        if (entry & np.uint64(1)).any() or (away % np.uint64(self._page_size)).any() or (away >> np.uint64(46)).any():
+            raise Unknown("its guest_memfd has entries that are no pages")
+        pfn = (away // np.uint64(self._page_size)).astype(np.int64)
+        first = part.offset // PAGE_SIZE
+        start, end = np.maximum(index, first), np.minimum(index + count, first + slot.bytes // PAGE_SIZE)
+        some = start < end
+        return (start - first)[some], (pfn + start - index)[some], (end - start)[some]
+
+    def _again(self, look: Callable[[], _T]) -> _T:
+        """What this finds, once it finds something that is not being changed."""
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return look()
+            except Unknown:
+                time.sleep(0)
+        return look()
+
+    def _owner(self, address: int) -> int | None:
+        try:
+            return self._field(address, "kvm", "mm")
+        except Unknown:
+            return None
+
+    def _links(self, head: int, most: int) -> Iterator[int]:
+        """The members of a list. KVM adds at the front, so that what stays on the list stays behind what it was behind:
+        if each member is found right behind the one before it, none was passed over."""
+        before, at = head, self._pointer(head)
+        for _ in range(most):
+            following, previous = struct.unpack("<QQ", self._read(at, 16))
+            if previous != before:
+                raise Unknown("a list of KVM's is being changed")
+            if at == head:
+                return
+            yield at
+            before, at = at, following
+        raise Unknown("a list of KVM's does not end")
+
+    def _read_vm(self, address: int) -> Vm:
+        memory = self._field(address, "kvm", "mm")
+        generations = self._generations(address)
+        invalidations = self._field(address, "kvm", "mmu_invalidate_seq")
+        changed = self._last_change(address)
+        slots, total, updates = [], 0, True
+        for space, (active, generation) in enumerate(generations):
+            here = list(self._slots(active)) if active else []
+            total += sum(pages for _, _, pages in here)
+            slots += [slot for number, slot, _ in here if number < _OF_KVM]
+            # Each slot that is made raises the generation once; whatever else is done to one raises it too.
+            step = sum(bool(each) for each, _ in generations)
+            updates = updates and (not active or generation == space + step * len(here))
+        if total != self._field(address, "kvm", "nr_memslot_pages"):
+            raise Unknown("KVM's slots do not add up to the pages that it counts")
+        vm = Vm(
+            address,
+            memory,
+            self._string(address + self._btf.offset("kvm", "stats_id")),
+            generations,
+            tuple(dict.fromkeys(slots)),
+            updates,
+            changed,
+            invalidations,
+            self._vcpus(address),
+            tuple(self._caches(address)),
+        )
+        if self._generations(address) != generations or not memory:
+            raise Unknown("KVM's slots are being changed")
+        return vm
+
+    def _generations(self, address: int) -> tuple[tuple[int, int], ...]:
+        """(active set of slots, its generation) of each address space."""
+        spaces = self._btf.elements("kvm", "memslots")
+        at = address + self._btf.offset("kvm", "memslots")
+        found = []
+        for active in struct.unpack(f"<{spaces}Q", self._read(at, 8 * spaces)):
+            generation = self._field(active, "kvm_memslots", "generation") if active else 0
+            if generation & _UPDATE_IN_PROGRESS:
+                raise Unknown("KVM's slots are being changed")
+            found.append((active, generation))
+        return tuple(found)
+
+    def _slots(self, active: int) -> Iterator[tuple[int, KvmSlot, int]]:
+        """(number, slot, pages) of each slot of a set."""
+        node = self._field(active, "kvm_memslots", "node_idx", size=4)
+        if node >= self._btf.elements("kvm_memory_slot", "id_node"):
+            raise Unknown("KVM's slots are not as expected")
+        buckets = self._btf.elements("kvm_memslots", "id_hash")
+        offset = self._btf.offset("kvm_memory_slot", "id_node") + 16 * node  # struct hlist_node: next, pprev
+        seen: set[int] = set()
+        for (at,) in struct.iter_unpack(
+            "<Q", self._read(active + self._btf.offset("kvm_memslots", "id_hash"), 8 * buckets)
+        ):
+            while at:
+                if at in seen:
+                    raise Unknown("KVM's slots do not end")
+                seen.add(at)
+                yield self._slot(at - offset)
+                at = self._pointer(at)  # noqa: PLW2901 - along the bucket
+
+    def _slot(self, at: int) -> tuple[int, KvmSlot, int]:
+        first, pages, where = (
+            self._field(at, "kvm_memory_slot", name) for name in ("base_gfn", "npages", "userspace_addr")
+        )
+        flags = self._field(at, "kvm_memory_slot", "flags", size=4)
+        number = self._field(at, "kvm_memory_slot", "id", size=2)
+        fits = 0 < pages < 1 << 40 and first < 1 << 40 and not where % PAGE_SIZE and not where >> 56
+        if not fits or flags & _KVM_MEMSLOT_INVALID:
+            raise Unknown("KVM's slots are being changed")
+        part = None
+        if flags & _KVM_MEM_GUEST_MEMFD:
+            file = self._field(at, "kvm_memory_slot", "gmem", "file")
+            offset = self._field(at, "kvm_memory_slot", "gmem", "pgoff") * PAGE_SIZE
+            part = GuestMemfd(file, self._inode(file) if file else 0, offset)
+        read_only = bool(flags & _KVM_MEM_READONLY)
+        return number, KvmSlot(first * PAGE_SIZE, where, pages * PAGE_SIZE, read_only, part), pages
+
+    def _inode(self, file: int) -> int:
+        return self._field(self._field(file, "file", "f_inode"), "inode", "i_ino")
+
+    def _last_change(self, address: int) -> int:
+        """When the SRCU that KVM waits for at each change of the slots last had a grace period."""
+        srcu = address + self._btf.offset("kvm", "srcu")
+        try:
+            return self._field(srcu, "srcu_struct", "srcu_last_gp_end")
+        except Unknown:  # since 6.4 in a structure of its own
+            return self._field(self._field(srcu, "srcu_struct", "srcu_sup"), "srcu_usage", "srcu_last_gp_end")
+
+    def _vcpus(self, address: int) -> tuple[VCpu, ...]:
+        array = address + self._btf.offset("kvm", "vcpu_array")
+        _, _, found = xarray.entries(self._read, self._btf, array)
+        if len(found) != self._field(address, "kvm", "online_vcpus", size=4):
+            raise Unknown("a vCPU is being made")
+        vendor = vendor_types() if len(found) else (self._btf, "kvm_vcpu")
+        return tuple(vcpu_at(self._read, self._btf, vendor, at) for at in found.tolist())
+
+    def _caches(self, address: int) -> Iterator[int]:
+        """Guest-physical addresses that KVM keeps mapped for itself (``virt/kvm/pfncache.c``)."""
+        node = self._btf.offset("gfn_to_pfn_cache", "list")
+        for at in self._links(address + self._btf.offset("kvm", "gpc_list"), _MOST_CACHES):
+            if self._field(at - node, "gfn_to_pfn_cache", "khva"):
+                yield self._field(at - node, "gfn_to_pfn_cache", "gpa")
