@@ -25,3 +25,8 @@ def format_size(size: int) -> str:
         if size >= unit:
             return f"{size // unit if size % unit == 0 else round(size / unit, 1)} {_SUFFIXES[power - 1]}iB"
     return f"{size} B"
+
+
+def printable(text: str) -> str:
+    """`text` for somebody's terminal or log, where others chose it: ``?`` stands for each character with an effect."""
+    return "".join(c if c.isprintable() else "?" for c in text)

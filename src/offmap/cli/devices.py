@@ -16,7 +16,7 @@ class _Option(NamedTuple):
         name: of the option, without its dashes, and of the devices in messages.
         parser: ``module:function``, which makes a DeviceSpec of the option's text. Imported when it is used, which
             keeps `offmap run` quick to start.
-        metavar: what it takes; empty where it is a switch.
+        metavar: what it takes; in brackets where it need not be there.
     """
 
     name: str
@@ -30,7 +30,8 @@ _OPTIONS = (
         "drive",
         "offmap.devices.virtio.drive:parse_drive",
         "PATH[,option=value…]",
-        "a raw image or block device; options: readonly=on, serial=TEXT, direct=on, bounce=on",
+        "a raw image or block device; options: readonly=on, serial=TEXT, direct=on, bounce=on; rate=BYTES and ops=N "
+        "limit what the guest may move in a second, here and with other devices",
     ),
     _Option(
         "net",
@@ -38,14 +39,14 @@ _OPTIONS = (
         "tap=NAME|fd=N|passt[,option=value…]",
         "a network card; tap=: an interface, made where there is none (address=IPV4/PREFIX for the host's side); fd=: "
         "an open tap; passt: user-mode networking (tcp=SPEC and udp=SPEC forward ports: see passt(1)); options: mac=, "
-        "mtu=, vhost=on (the host kernel moves the packets of a tap)",
+        "mtu=, vhost=on (the host kernel moves the packets of a tap), rate=, ops=",
     ),
     _Option(
         "vsock",
         "offmap.devices.virtio.vsock_spec:parse_vsock",
-        "cid=N,path=PATH",
+        "cid=N,path=PATH[,option=value…]",
         "sockets to the guest: programs of the host connect to PATH and say CONNECT <port>; who waits for the guest "
-        "listens at PATH_<port>",
+        "listens at PATH_<port>; options: rate=, ops=",
     ),
     _Option(
         "balloon",
@@ -53,7 +54,7 @@ _OPTIONS = (
         "size=SIZE",
         "memory that the guest gives back to the host: SIZE from the start, and what it reports to be free",
     ),
-    _Option("rng", "offmap.devices.virtio.rng:parse_rng", "", "entropy from the host"),
+    _Option("rng", "offmap.devices.virtio.rng:parse_rng", "[option=value…]", "entropy from the host"),
 )
 
 
@@ -67,8 +68,8 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
             dest="devices",
             default=[],
             help=option.help,
-            metavar=option.metavar or None,
-            nargs=None if option.metavar else 0,
+            metavar=option.metavar,
+            nargs="?" if option.metavar.startswith("[") else None,
         )
     group.add_argument(
         "--virtio-mmio-cmdline",

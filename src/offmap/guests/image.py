@@ -69,7 +69,7 @@ class Image(NamedTuple):
             facts = json.loads((folder / DESCRIPTION).read_text())
         except FileNotFoundError:
             raise OffmapError(f"there is no image in {folder}", "make one: offmap image build") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OffmapError(
                 f"cannot read the image in {folder}: {error}", "make it again: offmap image build"
             ) from None

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from offmap.errors import OffmapError
+from offmap.units import printable
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.machine import Machine
 from offmap.vmm.outcome import Outcome, Stop
@@ -89,9 +90,8 @@ class Headless:
             said = [next((line for line in reversed(lines) if line), "")]
         else:
             said = [*(_oops(lines[:end]) if "Kernel panic" in lines[end] else []), lines[end]]
-        # For somebody's terminal or log: a guest can write anything to its console.
-        told = "; ".join(line[:_LONGEST_LINE] for line in said if line)
-        return "".join(c if c.isprintable() else "?" for c in told)
+        # A guest can write anything to its console.
+        return printable("; ".join(line[:_LONGEST_LINE] for line in said if line))
 
     def _wake(self) -> None:
         os.eventfd_write(self._events, 1)

@@ -189,6 +189,8 @@ class Machine(Owned):
                     return
                 if self._threads:
                     raise OffmapError("this machine has been started before", "make another one")
+            if self._virtio is not None:
+                self._virtio.start()
             for loop in self._loops:
                 thread = threading.Thread(target=self._run, args=(loop,), name=f"vcpu{loop.vcpu.number}")
                 self._threads.append(thread)

@@ -27,7 +27,7 @@ from offmap.units import format_size, parse_size
 _PFN = struct.Struct("<I")
 _ACTUAL = uapi.virtio_balloon_config.actual.offset
 _REPORTING_VQ = 4
-_MOST_PAGES = 1 << 16  # that one buffer may name; Linux names 256 at a time, and all of its RAM would take minutes
+_MOST_PAGES = 1 << 12  # that one buffer may name: each may be a system call. Linux names 256 at a time
 _BATCH = 1024  # pages
 
 
@@ -123,6 +123,7 @@ class Balloon(VirtioDevice):
 
     def _inflate(self, queue: Queue) -> None:
         for chain in queue.chains():
+            queue.charge(chain.readable_bytes // _PFN.size * PAGE_SIZE)
             pages = iter(self._pages_of(chain))
             # A driver may name as many as fit into its memory, several times over: so many at a time.
             while some := list(islice(pages, _BATCH)):

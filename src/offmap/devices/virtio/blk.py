@@ -7,8 +7,10 @@ have is a status of that request.
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable
-from typing import ClassVar
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
 from offmap.devices.virtio.disk import SECTOR, Disk
@@ -21,8 +23,9 @@ from offmap.uapi.virtio.config import VIRTIO_ID_BLOCK
 QUEUE_SIZE = 512
 """A request of 1 MiB in scattered pages is one chain: 256 descriptors of data, one header, one status."""
 
-_MAX_RANGES = 64  # of one discard or write-zeroes request
-_MAX_RANGE_SECTORS = 1 << 22  # 2 GiB in one range, so that none keeps the drive busy for too long
+_MAX_RANGES = {uapi.VIRTIO_BLK_T_DISCARD: 64, uapi.VIRTIO_BLK_T_WRITE_ZEROES: 1}  # of one request
+_MAX_RANGE_SECTORS = 1 << 22  # 2 GiB in one range
+_MOST_PIECES = 16  # of ranges that are discarded or zeroed before others have their turn
 _BATCH = 16  # requests that are answered before the driver is told of the first
 _HEADER_SIZE = uapi.VIRTIO_BLK_OUTHDR.size
 
@@ -50,6 +53,7 @@ class Blk(VirtioDevice):
         self._sectors = disk.size // SECTOR
         self._queue: Queue | None = None
         self._sync = False
+        self._unfinished: _Ranges | None = None
         offered = [
             uapi.VIRTIO_BLK_F_SEG_MAX,
             uapi.VIRTIO_BLK_F_BLK_SIZE,
@@ -61,8 +65,7 @@ class Blk(VirtioDevice):
         self._others: dict[int, Callable[[list[memoryview], list[memoryview]], int]] = {
             uapi.VIRTIO_BLK_T_FLUSH: self._flush,
             uapi.VIRTIO_BLK_T_GET_ID: self._get_id,
-            uapi.VIRTIO_BLK_T_DISCARD: lambda readable, _: self._ranges(readable, self._discard),
-            uapi.VIRTIO_BLK_T_WRITE_ZEROES: lambda readable, _: self._ranges(readable, self._write_zeroes),
+            **{kind: partial(self._check, kind) for kind in _MAX_RANGES},
         }
 
     def config(self) -> bytes:
@@ -78,10 +81,10 @@ class Blk(VirtioDevice):
                 opt_io_size=0,
                 num_queues=1,
                 max_discard_sectors=_MAX_RANGE_SECTORS,
-                max_discard_seg=_MAX_RANGES,
+                max_discard_seg=_MAX_RANGES[uapi.VIRTIO_BLK_T_DISCARD],
                 discard_sector_alignment=max(physical, logical) // SECTOR,
                 max_write_zeroes_sectors=_MAX_RANGE_SECTORS,
-                max_write_zeroes_seg=_MAX_RANGES,
+                max_write_zeroes_seg=_MAX_RANGES[uapi.VIRTIO_BLK_T_WRITE_ZEROES],
                 write_zeroes_may_unmap=1,
             )
         )
@@ -92,7 +95,7 @@ class Blk(VirtioDevice):
         self._sync = not activation.has(uapi.VIRTIO_BLK_F_FLUSH)
 
     def reset(self) -> None:
-        self._queue = None
+        self._queue = self._unfinished = None
 
     def close(self) -> None:
         self._disk.close()
@@ -101,9 +104,15 @@ class Blk(VirtioDevice):
         requests = self._queue
         if requests is None:
             return
+        if not self._go_on(requests):
+            return
         answered = 0
         for chain in requests.chains():
-            requests.push(chain, self._serve(chain))
+            written = self._serve(chain)
+            if self._unfinished is not None and not self._go_on(requests):
+                return
+            if written:
+                requests.push(chain, written)
             answered += 1
             if answered == _BATCH:
                 answered = 0
@@ -114,7 +123,7 @@ class Blk(VirtioDevice):
         """Answer one request.
 
         Returns:
-            How many bytes of it were written: the data's and the status's, which comes last.
+            How many bytes of it were written: the data's and the status's, which comes last. 0: it is not finished.
 
         Raises:
             DriverError: it has no header or no room for a status.
@@ -153,6 +162,9 @@ class Blk(VirtioDevice):
                 return 1
             other = self._others.get(kind)
             status[0] = uapi.VIRTIO_BLK_S_UNSUPP if other is None else other(readable, writable)
+            if kind in _MAX_RANGES and status[0] == uapi.VIRTIO_BLK_S_OK:
+                self._unfinished = _Ranges(chain, status, kind, deque(_ranges(readable)))
+                return 0
         except OSError as error:
             status[0] = self._failed(kind, error)
         return chain.writable_bytes
@@ -186,27 +198,68 @@ class Blk(VirtioDevice):
     def _get_id(self, readable: list[memoryview], writable: list[memoryview]) -> int:
         return uapi.VIRTIO_BLK_S_OK if scatter(self._id, writable) == len(self._id) else uapi.VIRTIO_BLK_S_IOERR
 
-    def _ranges(self, readable: list[memoryview], apply: Callable[[int, int, bool], None]) -> int:
-        """Discard or write zeroes: one range after another (5.2.6.2)."""
-        size = length(readable)
-        if not size or size % uapi.VIRTIO_BLK_DISCARD_WRITE_ZEROES.size or size > 16 * _MAX_RANGES or self._readonly:
+    def _check(self, kind: int, readable: list[memoryview], _writable: list[memoryview]) -> int:
+        """Return the status of a discard or write-zeroes request that is refused, or OK if it is to be done."""
+        size, of_one = length(readable), uapi.VIRTIO_BLK_DISCARD_WRITE_ZEROES.size
+        if not size or size % of_one or size > of_one * _MAX_RANGES[kind] or self._readonly:
             return uapi.VIRTIO_BLK_S_IOERR
-        ranges = list(uapi.VIRTIO_BLK_DISCARD_WRITE_ZEROES.iter_unpack(b"".join(readable)))
-        for sector, count, flags in ranges:
-            if flags & ~uapi.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP or (flags and apply == self._discard):
+        allowed = uapi.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP if kind == uapi.VIRTIO_BLK_T_WRITE_ZEROES else 0
+        for sector, count, flags in _ranges(readable):
+            if flags & ~allowed:
                 return uapi.VIRTIO_BLK_S_UNSUPP
             if count > _MAX_RANGE_SECTORS or sector + count > self._sectors:
                 return uapi.VIRTIO_BLK_S_IOERR
-        for sector, count, flags in ranges:
-            if count:
-                apply(sector << 9, count << 9, bool(flags))
         return uapi.VIRTIO_BLK_S_OK
 
-    def _discard(self, offset: int, size: int, _unmap: bool) -> None:
-        self._disk.discard(offset, size)
+    def _go_on(self, requests: Queue) -> bool:
+        """Do a part of an unfinished request. Return whether the next request may be looked at.
 
-    def _write_zeroes(self, offset: int, size: int, unmap: bool) -> None:
-        self._disk.write_zeroes(offset, size, unmap=unmap)
+        The host may have to write the zeroes. So others have their turn after each such piece: whoever stops or resets
+        the device need not wait for the whole request.
+        """
+        pieces = 0
+        while (work := self._unfinished) is not None:
+            status = uapi.VIRTIO_BLK_S_OK
+            try:
+                while work.ranges:
+                    if pieces >= _MOST_PIECES and requests.go_on_later():
+                        return False
+                    pieces += 1 if self._do_piece(requests, work) else _MOST_PIECES
+            except OSError as error:
+                status = self._failed(work.kind, error)
+            self._unfinished = None
+            work.status[0] = status
+            requests.push(work.chain, work.chain.writable_bytes)
+            requests.notify()
+        return pieces < _MOST_PIECES or not requests.go_on_later()
+
+    def _do_piece(self, requests: Queue, work: "_Ranges") -> bool:
+        """Discard or zero a part of the first range. Return whether that was quick, and not written out."""
+        sector, count, flags = work.ranges.popleft()
+        quick = True
+        if work.kind == uapi.VIRTIO_BLK_T_DISCARD:
+            done = self._disk.discard(sector << 9, count << 9)
+        else:
+            done, quick = self._disk.write_zeroes(sector << 9, count << 9, unmap=bool(flags))
+            if not quick:
+                requests.charge(done)
+        if done < count << 9:
+            work.ranges.appendleft((sector + (done >> 9), count - (done >> 9), flags))
+        return quick
+
+
+class _Ranges(NamedTuple):
+    """A request that discards or zeroes, and what is left of it to do: sectors, their numbers, flags."""
+
+    chain: Chain
+    status: memoryview
+    kind: int
+    ranges: deque[tuple[int, int, int]]
+
+
+def _ranges(readable: list[memoryview]) -> list[tuple[int, int, int]]:
+    """The ranges of a request that are not empty: first sector, number of sectors, flags."""
+    return [r for r in uapi.VIRTIO_BLK_DISCARD_WRITE_ZEROES.iter_unpack(b"".join(readable)) if r[1] or r[2]]
 
 
 def _split_header(first: memoryview, readable: list[memoryview]) -> tuple[int, int]:

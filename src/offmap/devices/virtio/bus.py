@@ -136,7 +136,7 @@ class VirtioBus(Owned):
             return status
 
         kicks = [self._eventfd() for _ in device.queue_sizes]
-        transport = MmioTransport(name, device, page, self._dma, make_status, self._say)
+        transport = MmioTransport(name, device, page, self._dma, make_status, self._say, start=False)
         self._building.callback(transport.quiesce)  # before its fds are closed
         for number, kick in enumerate(kicks):
             self._vm.ioeventfd(kick, place.address + VIRTIO_MMIO_QUEUE_NOTIFY, 4, datamatch=number)
@@ -147,6 +147,15 @@ class VirtioBus(Owned):
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._building.callback(os.close, fd)
         return fd
+
+    def start(self, first: Callable[[VirtioDevice], None] = lambda _: None) -> None:
+        """Start the devices' threads. Each runs `first` with its device before all else.
+
+        Raises:
+            OffmapError: this process may start no more threads.
+        """
+        for transport, device in zip(self.transports, self.devices, strict=True):
+            transport.worker.start(partial(first, device))
 
     def pause(self) -> None:
         """Have every device leave guest memory alone until `resume`. No vCPU may be running."""

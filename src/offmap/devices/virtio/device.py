@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import ClassVar, NamedTuple, Protocol
 
 from offmap.devices.virtio.dma import Dma
+from offmap.devices.virtio.limit import Limit
 from offmap.devices.virtio.queue import Queue
 from offmap.devices.virtio.worker import Worker
 from offmap.kvm import Vm
@@ -63,11 +64,13 @@ class VirtioDevice(Owned, ABC):
         device_id: VIRTIO_ID_*.
         queue_sizes: the largest size of each queue, powers of two.
         features: bit mask of the device's own features; the transport adds those of queues and of virtio 1.
+        limit: what the guest may have of each queue in a second; None: as much as there is.
     """
 
     device_id: ClassVar[int]
     queue_sizes: Sequence[int] = (256,)
     features: int = 0
+    limit: Limit | None = None
 
     def config(self) -> bytes:
         """The device's configuration space as it is now."""

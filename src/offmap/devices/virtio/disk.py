@@ -27,6 +27,8 @@ from offmap.uapi.page import PAGE_SIZE
 
 SECTOR = 512
 _BOUNCE_SIZE = 1 << 20
+_MOST_WRITTEN = 4 << 20  # bytes of zeroes at once
+_MOST_QUICK = 256 << 20  # bytes that the file system forgets at once
 _DEFAULT_PHYSICAL_BLOCK = 4096  # what file systems allocate in; a guest that aligns to it spares the host a read
 _PUNCH_HOLE = fs.FALLOC_FL_PUNCH_HOLE | fs.FALLOC_FL_KEEP_SIZE
 _ZERO_RANGE = fs.FALLOC_FL_ZERO_RANGE | fs.FALLOC_FL_KEEP_SIZE
@@ -66,14 +68,18 @@ class Disk(Owned):
         self._say = say
         self._bounce: mmap.mmap | None = None
         self._always_bounce = bounce
-        self._is_block_device = _check_kind(path)
         flags = (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         try:
-            self.fd = os.open(path, flags)
+            self.fd = os.open(path, flags | os.O_NONBLOCK)  # a FIFO would wait for somebody
         except OSError as error:
+            if error.errno in (errno.EISDIR, errno.ENXIO):
+                raise _no_drive(path) from None
             raise KernelError(f"open of the drive {path}", error, _open_remedy(error, readonly, direct)) from None
         with contextlib.ExitStack() as opening:
             opening.callback(self.close)
+            # Of what was opened, and not of what is at the path by now.
+            self._is_block_device = _check_kind(path, os.fstat(self.fd).st_mode)
+            os.set_blocking(self.fd, True)
             self._lock(readonly)
             self._measure(direct)
             opening.pop_all()
@@ -221,42 +227,49 @@ class Disk(Owned):
         """
         os.fdatasync(self.fd)
 
-    def discard(self, offset: int, size: int) -> None:
+    def discard(self, offset: int, size: int) -> int:
         """The guest does not need these bytes any more.
+
+        Returns:
+            How many of them are done. It does at most so many at once that it soon comes back.
 
         Raises:
             OSError: as the host's; EOPNOTSUPP where it cannot give them back.
         """
+        size = min(size, _MOST_QUICK)
+        if not size:
+            return 0
         if self._is_block_device:
             fcntl.ioctl(self.fd, fs.BLKDISCARD, _RANGE.pack(offset, size))
         else:
             fallocate(self.fd, _PUNCH_HOLE, offset, size)
+        return size
 
-    def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
+    def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> tuple[int, bool]:
         """These bytes read as zeroes afterwards; with `unmap` they need not take room.
+
+        Returns:
+            How many of them are done, and whether that was quick: else they were, or may have been, written one by one.
 
         Raises:
             OSError: as the host's.
         """
+        if not size:
+            return 0, True
         if self._is_block_device:
-            fcntl.ioctl(self.fd, fs.BLKZEROOUT, _RANGE.pack(offset, size))  # it writes them if it must
-            return
+            size = min(size, _MOST_WRITTEN)  # it writes them if it must
+            fcntl.ioctl(self.fd, fs.BLKZEROOUT, _RANGE.pack(offset, size))
+            return size, False
+        quick = min(size, _MOST_QUICK)
         for mode in (_PUNCH_HOLE, _ZERO_RANGE) if unmap else (_ZERO_RANGE,):
             try:
-                fallocate(self.fd, mode, offset, size)
+                fallocate(self.fd, mode, offset, quick)
             except OSError as error:
                 if error.errno != errno.EOPNOTSUPP:
                     raise
             else:
-                return
-        self._write_out_zeroes(offset, size)
-
-    def _write_out_zeroes(self, offset: int, size: int) -> None:
-        zeroes = memoryview(bytes(min(size, _BOUNCE_SIZE)))
-        while size:
-            done = os.pwrite(self.fd, zeroes[:size], offset)
-            offset += done
-            size -= done
+                return quick, True
+        return os.pwrite(self.fd, bytes(min(size, _MOST_WRITTEN)), offset), False
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -271,25 +284,26 @@ def _wipe(data: memoryview) -> None:
     memset(address_of(data), 0, len(data))
 
 
-def _check_kind(path: Path) -> bool:
+def _check_kind(path: Path, mode: int) -> bool:
     """Whether it is a block device.
 
     Raises:
         OffmapError: it is neither that nor a regular file.
     """
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        remedy = "make it first (truncate -s 1G FILE)" if error.errno == errno.ENOENT else ""
-        raise KernelError(f"looking at the drive {path}", error, remedy) from None
     if stat.S_ISREG(mode):
         return False
     if stat.S_ISBLK(mode):
         return True
-    raise OffmapError(f"the drive {path} is neither a regular file nor a block device", "give a raw image")
+    raise _no_drive(path)
+
+
+def _no_drive(path: Path) -> OffmapError:
+    return OffmapError(f"the drive {path} is neither a regular file nor a block device", "give a raw image")
 
 
 def _open_remedy(error: OSError, readonly: bool, direct: bool) -> str:
+    if error.errno == errno.ENOENT:
+        return "make it first (truncate -s 1G FILE)"
     if direct and error.errno == errno.EINVAL:
         return "leave direct=on out: this file system has no direct I/O"
     if not readonly and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from offmap.devices.virtio.device import Surroundings
+from offmap.devices.virtio.limit import Limit
 from offmap.errors import OffmapError
 from offmap.options import Options
 from offmap.uapi.virtio.blk import VIRTIO_BLK_ID_BYTES
@@ -11,7 +12,10 @@ from offmap.uapi.virtio.blk import VIRTIO_BLK_ID_BYTES
 if TYPE_CHECKING:
     from offmap.devices.virtio.blk import Blk
 
-_USAGE = "write PATH, then options of readonly=on|off, serial=TEXT, direct=on|off, bounce=on|off"
+_USAGE = (
+    "write PATH, then options of readonly=on|off, serial=TEXT, direct=on|off, bounce=on|off, rate=BYTES, ops=N "
+    "(both a second)"
+)
 
 
 class DriveSpec(NamedTuple):
@@ -23,6 +27,7 @@ class DriveSpec(NamedTuple):
         serial: what the guest finds as its serial number, at most 20 bytes.
         direct: past the host's page cache, so that no copy of the guest's data stays in it.
         bounce: through a buffer of this process, which direct I/O needs on hidden RAM.
+        limit: how much the guest may read and write in a second.
     """
 
     path: Path
@@ -30,6 +35,7 @@ class DriveSpec(NamedTuple):
     serial: str = ""
     direct: bool = False
     bounce: bool = False
+    limit: Limit | None = None
 
     def build(self, surroundings: Surroundings) -> "Blk":
         """Open and lock the file.
@@ -47,7 +53,9 @@ class DriveSpec(NamedTuple):
                 "add bounce=on: one buffer of offmap's own, which the host kernel maps, instead of its page cache",
             )
         disk = Disk(self.path, readonly=self.readonly, direct=self.direct, bounce=self.bounce, say=surroundings.say)
-        return Blk(disk, readonly=self.readonly, serial=self.serial, say=surroundings.say)
+        blk = Blk(disk, readonly=self.readonly, serial=self.serial, say=surroundings.say)
+        blk.limit = self.limit
+        return blk
 
 
 def parse_drive(text: str) -> DriveSpec:
@@ -65,6 +73,7 @@ def parse_drive(text: str) -> DriveSpec:
             serial=options.text("serial", "", _serial),
             direct=options.switch("direct"),
             bounce=options.switch("bounce"),
+            limit=Limit.from_options(options),
         )
 
 

@@ -19,11 +19,13 @@ from functools import partial
 from offmap.devices.virtio.device import Activation, Bypass, VirtioDevice
 from offmap.devices.virtio.dma import Dma, DriverError
 from offmap.devices.virtio.interrupts import InterruptStatus
+from offmap.devices.virtio.limit import Limiter
 from offmap.devices.virtio.queue import Queue
 from offmap.devices.virtio.worker import Worker
 from offmap.uapi.virtio import config
 from offmap.uapi.virtio import mmio as reg
 from offmap.uapi.virtio.ring import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+from offmap.units import printable
 
 MAGIC_VALUE = int.from_bytes(b"virt", "little")
 VERSION = 2
@@ -67,6 +69,7 @@ class MmioTransport:
         page: 4 KiB that the guest reads; this is the only one that writes to it.
         make_status: makes InterruptStatus, given what shows its value to the guest.
         say: takes a line for the user.
+        start: start the device's thread now, and not by `worker.start`.
     """
 
     def __init__(
@@ -77,9 +80,13 @@ class MmioTransport:
         dma: Dma,
         make_status: Callable[[Callable[[int], None]], InterruptStatus],
         say: Callable[[str], None] = lambda _: None,
+        *,
+        start: bool = True,
     ) -> None:
         self.name = name
-        self.worker = Worker(f"virtio {name}", self._failed)  # may fail: before anything holds on to the page
+        # It may fail, hence before anything holds on to the page.
+        self.worker = Worker(f"virtio {name}", self._failed, start=start)
+        self._limiters: dict[int, Limiter] = {}  # by queue; they outlive a reset, or that would refill them
         self._device = device
         self._page = page
         self._registers = page.cast("I")
@@ -247,6 +254,17 @@ class MmioTransport:
             if queue is not None:
                 self._device.handle(number)
 
+    def _again(self, number: int) -> None:
+        os.eventfd_write(self._kicks[number], 1)
+
+    def _limiter(self, number: int) -> Limiter | None:
+        limit = self._device.limit
+        if limit is None or number >= len(self._kicks):
+            return None
+        if number not in self._limiters:
+            self._limiters[number] = Limiter(limit, self.worker.later, partial(self._again, number))
+        return self._limiters[number]
+
     def _queue(self, number: int, setup: _QueueSetup) -> Queue:
         if setup.size > setup.size_max:
             raise DriverError(f"sets up a queue of size {setup.size}, where {setup.size_max} is the most")
@@ -259,7 +277,8 @@ class MmioTransport:
             interrupt=partial(self.interrupt_status.raise_, reg.VIRTIO_MMIO_INT_VRING),
             event_idx=bool(self._driver_features >> VIRTIO_RING_F_EVENT_IDX & 1),
             indirect=bool(self._driver_features >> VIRTIO_RING_F_INDIRECT_DESC & 1),
-            again=partial(os.eventfd_write, self._kicks[number], 1) if number < len(self._kicks) else None,
+            again=partial(self._again, number) if number < len(self._kicks) else None,
+            limiter=self._limiter(number),
         )
 
     def watch_kicks(self, number: int, fd: int) -> None:
@@ -313,7 +332,7 @@ class MmioTransport:
         if isinstance(error, DriverError):
             self._complain(f"the guest's driver {error}")
         else:
-            self._complain(f"failed unexpectedly, {_where(error)}")
+            self._complain(printable(f"failed unexpectedly, {_where(error)}"))
         for queue in self._queues:
             if queue is not None:
                 queue.stop()

@@ -6,6 +6,7 @@ from ipaddress import IPv4Interface
 from typing import NamedTuple
 
 from offmap.devices.virtio.device import Surroundings
+from offmap.devices.virtio.limit import Limit
 from offmap.devices.virtio.net import Backend, Net
 from offmap.devices.virtio.passt import Passt
 from offmap.devices.virtio.tap import check_name, open_tap, tap_of_fd
@@ -18,7 +19,7 @@ MIN_MTU, MAX_MTU = 68, 65535  # virtio 1.2, 5.1.4.1; 68 is RFC 791's
 PASST_MTU = 65520  # what passt tells the guest by itself: without segmentation offload, large packets are what helps
 _MULTICAST = 0x01  # of a MAC address's first byte
 _LOCAL = 0x02
-_REMEDY = "see offmap run --help: tap=NAME, fd=N or passt, then mac=, mtu=, vhost=, address=, tcp=, udp="
+_REMEDY = "see offmap run --help: tap=NAME, fd=N or passt, then mac=, mtu=, vhost=, address=, tcp=, udp=, rate=, ops="
 
 
 class NetSpec(NamedTuple):
@@ -33,6 +34,7 @@ class NetSpec(NamedTuple):
         address: of the host's side of a tap that is made.
         forwards: passt's own options for its ports.
         vhost: let the host kernel move the packets of a tap.
+        limit: how much may go each way in a second.
     """
 
     tap: str = ""
@@ -43,6 +45,7 @@ class NetSpec(NamedTuple):
     address: IPv4Interface | None = None
     forwards: tuple[str, ...] = ()
     vhost: bool = False
+    limit: Limit | None = None
 
     def build(self, surroundings: Surroundings) -> Net:
         """Open the host's side."""
@@ -57,10 +60,12 @@ class NetSpec(NamedTuple):
             backend = open_tap(self.tap, address=self.address, mtu=mtu)
         try:
             vhost = open_vhost_net(surroundings.hidden) if self.vhost else None
-            return Net(backend, self.mac or make_mac(), mtu, surroundings.say, vhost)
+            net = Net(backend, self.mac or make_mac(), mtu, surroundings.say, vhost)
         except BaseException:
             backend.close()
             raise
+        net.limit = self.limit
+        return net
 
 
 def make_mac() -> bytes:
@@ -119,6 +124,9 @@ def parse_net(text: str) -> NetSpec:
         vhost = options.switch("vhost")
         if vhost and passt:
             options.refuse("vhost= is for a tap")
+        limit = Limit.from_options(options)
+        if vhost and limit is not None:
+            options.refuse("with vhost=on, no packet passes through offmap, which could count it", "limit the tap (tc)")
         if tap:
             check_name(tap)
         return NetSpec(
@@ -130,6 +138,7 @@ def parse_net(text: str) -> NetSpec:
             address=address,
             forwards=tuple(forwards),
             vhost=vhost,
+            limit=limit,
         )
 
 

@@ -21,6 +21,7 @@ from offmap.errors import OffmapError
 from offmap.owned import Owned
 from offmap.patience import ends_within
 from offmap.uapi.virtio.net import virtio_net_hdr_v1
+from offmap.units import printable
 
 _LENGTH = struct.Struct("!I")
 _HEADER = bytes(sizeof(virtio_net_hdr_v1))
@@ -193,7 +194,7 @@ class Passt(FrameStream):
         self._log.seek(0)
         said = self._log.read().rstrip(b"\0").decode(errors="replace").splitlines()
         lines = [line for line in said if line.strip() and not re.match("Failed to send .* to syslog", line)]
-        return lines[-1][:_LONGEST_LINE] if lines else f"it ended with status {self._process.poll()}"
+        return printable(lines[-1][:_LONGEST_LINE]) if lines else f"it ended with status {self._process.poll()}"
 
     def close(self) -> None:
         if self.fd < 0:

@@ -17,7 +17,8 @@ from operator import add
 from struct import Struct
 from typing import NamedTuple
 
-from offmap.devices.virtio.dma import Dma, DriverError
+from offmap.devices.virtio.dma import Dma, DriverError, Piece
+from offmap.devices.virtio.limit import Limiter
 from offmap.uapi.virtio.ring import (
     VRING_AVAIL_ALIGN_SIZE,
     VRING_AVAIL_F_NO_INTERRUPT,
@@ -82,6 +83,7 @@ class Queue:
         event_idx: VIRTIO_RING_F_EVENT_IDX was negotiated.
         indirect: VIRTIO_RING_F_INDIRECT_DESC was negotiated.
         again: has the queue looked at again later, as by a kick. None: `chains` goes on as long as it can.
+        limiter: counts what was pushed; while it is empty, `take` finds nothing.
 
     Attributes:
         size, desc, avail, used: as above.
@@ -102,6 +104,7 @@ class Queue:
         event_idx: bool = False,
         indirect: bool = False,
         again: Callable[[], None] | None = None,
+        limiter: Limiter | None = None,
     ) -> None:
         if not 0 < size <= MAX_QUEUE_SIZE or size & (size - 1):
             raise DriverError(f"sets up a queue of size {size}, which is not a power of two")
@@ -116,6 +119,7 @@ class Queue:
         self.desc, self.avail, self.used = desc, avail, used
         self._mask = size - 1
         self._dma = dma
+        self._limiter = limiter
         self._interrupt = interrupt
         self._event_idx = event_idx
         self._indirect = indirect
@@ -134,6 +138,8 @@ class Queue:
         self._signalled = 0  # used idx at the last decision to interrupt or not
         self._fenced = -1  # used idx before the last fence
         self._lock = threading.Lock()
+        self._piece: Piece = (1, 0, memoryview(b""))  # of the guest's RAM, where the last buffer was
+        self._share = 0  # of work, that is left to `chains`
 
     def pop(self) -> Chain | None:
         """The next buffer that the driver has made available, or None.
@@ -157,7 +163,7 @@ class Queue:
         readable: list[memoryview] = []
         writable: list[memoryview] = []
         readable_bytes = writable_bytes = 0
-        start, end, ram = self._dma.last  # where the last buffer was, the next one is
+        start, end, ram = self._piece  # where the last buffer was, the next one is
         while True:
             if index >= count:
                 raise DriverError(f"names descriptor {index} of {count}")
@@ -173,8 +179,7 @@ class Queue:
             else:
                 address, length, flags, index = _DESCRIPTOR.unpack_from(table, 16 * index)
             if address < start or address + length > end:
-                self._dma.view(address, length)
-                start, end, ram = self._dma.last
+                start, end, ram = self._piece = self._dma.piece(address, length)
             address -= start
             if flags & VRING_DESC_F_INDIRECT:
                 # At the end of a chain, and only one deep. Its write flag means nothing (2.7.5.3.2).
@@ -215,9 +220,11 @@ class Queue:
         elements[element] = chain.head
         elements[element + 1] = written
         self._used_idx = self._used[1] = used_idx + 1 & 0xFFFF
+        if self._limiter is not None:
+            self._limiter.use(1, chain.readable_bytes + written)
 
     def push_all(self, chains: Sequence[tuple[Chain, int]]) -> None:
-        """Give several chains back, each with the bytes written. The driver sees them all at once."""
+        """Give several chains back, each with the bytes written: one packet. The driver sees them all at once."""
         used_idx = self._used_idx
         elements = self._used_elements
         for chain, written in chains:
@@ -225,6 +232,10 @@ class Queue:
             elements[element] = chain.head
             elements[element + 1] = written
             used_idx += 1
+            if self._limiter is not None:
+                self._limiter.use(0, chain.readable_bytes + written)
+        if self._limiter is not None:
+            self._limiter.use(1, 0)
         self._used_idx = self._used[1] = used_idx & 0xFFFF
 
     def notify(self) -> None:
@@ -253,6 +264,8 @@ class Queue:
 
     def take(self) -> Chain | None:
         """As `pop`. If there is no buffer, ask for a kick with the next one."""
+        if self._limiter is not None and not self._limiter.has_some():
+            return None
         while (chain := self.pop()) is None:
             if not self.rearm():
                 return None
@@ -268,13 +281,26 @@ class Queue:
         Raises:
             DriverError: as `pop`.
         """
-        left = _SHARE
+        self._share = _SHARE
         while (chain := self.take()) is not None:
-            left -= chain.readable_bytes + chain.writable_bytes + _AT_LEAST
+            self._share -= chain.readable_bytes + chain.writable_bytes + _AT_LEAST
             yield chain
-            if left <= 0 and self._again is not None:
+            if self._share <= 0 and self._again is not None:
                 self._again()
                 return
+
+    def charge(self, work: int) -> None:
+        """Count `work` (bytes) that a buffer makes beyond the bytes in it: for the share of `chains`, and the limit."""
+        self._share -= work
+        if self._limiter is not None:
+            self._limiter.use(0, work)
+
+    def go_on_later(self) -> bool:
+        """Have the queue looked at again, after others have had their turn. False: nobody would do it."""
+        if self._again is None:
+            return False
+        self._again()
+        return True
 
     def undo_pop(self) -> None:
         """Put the last popped buffer back. The next `pop` gives it again."""
@@ -288,7 +314,8 @@ class Queue:
         self._desc = memoryview(bytes(16 * self.size))
         self._last_avail = 0
         self._interrupt = lambda: None
-        self._again = None
+        self._again = self._limiter = None
+        self._piece = (1, 0, memoryview(b""))
 
     def _fence(self) -> None:
         with self._lock:

@@ -2,21 +2,29 @@
 
 import errno
 import os
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
 from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import part
+from offmap.devices.virtio.limit import USAGE, Limit
 from offmap.devices.virtio.queue import Queue
 from offmap.errors import KernelError
+from offmap.options import Options
 from offmap.uapi.virtio.config import VIRTIO_ID_RNG
 
 _SOURCE = "/dev/urandom"
 _MOST = 1 << 16  # bytes in one answer: a driver that asks for a gigabyte shall not keep a processor busy for seconds
 
 
-class RngSpec:
-    """``--rng``."""
+class RngSpec(NamedTuple):
+    """``--rng[=rate=BYTES,ops=N]``.
+
+    Attributes:
+        limit: how much entropy the guest may have in a second.
+    """
+
+    limit: Limit | None = None
 
     def build(self, surroundings: Surroundings) -> "Rng":
         """Open the host's source."""
@@ -24,7 +32,9 @@ class RngSpec:
             fd = os.open(_SOURCE, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise KernelError(f"open of {_SOURCE}", error) from None
-        return Rng(fd)
+        rng = Rng(fd)
+        rng.limit = self.limit
+        return rng
 
 
 class Rng(VirtioDevice):
@@ -75,5 +85,8 @@ class Rng(VirtioDevice):
 
 
 def parse_rng(text: str) -> RngSpec:
-    """``--rng`` takes no value."""
-    return RngSpec()
+    """``rate=BYTES``, ``ops=N``, or nothing. Raises OffmapError: what cannot be."""
+    if not text:
+        return RngSpec()
+    with Options(text, "--rng", f"write --rng alone, or with {USAGE} (both a second)") as options:
+        return RngSpec(Limit.from_options(options))

@@ -20,6 +20,7 @@ from offmap.errors import KernelError, OffmapError
 from offmap.kvm.handle import Handle
 from offmap.uapi import if_tun as uapi
 from offmap.uapi.virtio.net import virtio_net_hdr_v1
+from offmap.units import printable
 
 _DEVICE = "/dev/net/tun"
 _FLAGS = uapi.IFF_TAP | uapi.IFF_NO_PI | uapi.IFF_VNET_HDR
@@ -115,7 +116,7 @@ class Tap(Handle):
             self.call("TUNGETIFF", uapi.TUNGETIFF, request)
         except KernelError:
             return f"the interface {self.name} is no more"
-        return f"somebody has set the interface {request.ifr_name.decode()} down"
+        return f"somebody has set the interface {printable(request.ifr_name.decode(errors='replace'))} down"
 
     def close(self) -> None:
         self._netlink.close()

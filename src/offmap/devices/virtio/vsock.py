@@ -4,6 +4,7 @@ Packets of all connections share two queues. A packet from the guest is passed o
 (vsock_connection.py), so no connection holds up the queue. When the guest gives a buffer, connections fill it by turns.
 """
 
+import resource
 import select
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,15 +14,16 @@ from offmap.devices.virtio.device import Activation, VirtioDevice
 from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import part, scatter
 from offmap.devices.virtio.queue import Chain
-from offmap.devices.virtio.vsock_connection import Connection, State
-from offmap.devices.virtio.vsock_host import Greeting, Listener, connect_to_host
+from offmap.devices.virtio.vsock_connection import Backlog, Connection, State
+from offmap.devices.virtio.vsock_host import Greeting, Listener
 from offmap.uapi.virtio import vsock as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_VSOCK
 from offmap.uapi.virtio.vsock import VIRTIO_VSOCK_HDR, virtio_vsock_hdr
 
 RX, TX, EVENT = range(3)
 
-MAX_CONNECTIONS = 1023  # as Firecracker has; each takes a file descriptor
+MAX_CONNECTIONS = 1023  # as Firecracker has
+_OTHER_FDS = 160  # what all else may have open: 16 devices with 5 queues, their threads, files and the terminal
 _MAX_RESETS = 256  # answers to packets of no connection that may wait for buffers
 _BUDGET = 64  # packets in one go and direction
 _FIRST_HOST_PORT = 1 << 30  # of those that connect from the host; below are those that listen there
@@ -56,6 +58,9 @@ class Vsock(VirtioDevice):
         self._posted: set[Callable[[], None]] = set()  # what goes on later
         self._next_port = 0
         self._refused = False  # a connection from the host
+        self._backlog = Backlog()
+        # Each takes a descriptor, of which the rest of this process must never run short.
+        self._most = min(MAX_CONNECTIONS, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_FDS, 1))
 
     def config(self) -> bytes:
         """struct virtio_vsock_config: the guest's context id."""
@@ -81,7 +86,10 @@ class Vsock(VirtioDevice):
         if not self._active:
             return
         self._worker.unwatch(self._listener.fd)
-        sockets = [connection.socket for connection in (*self._connections.values(), *self._leaving)]
+        connections = (*self._connections.values(), *self._leaving)
+        for connection in connections:
+            connection.drop_backlog()
+        sockets = [connection.socket for connection in connections]
         for host in (*sockets, *(greeting.socket for greeting in self._greetings.values())):
             self._worker.unwatch(host.fileno())
             host.close()
@@ -145,11 +153,12 @@ class Vsock(VirtioDevice):
         try:
             if self._full():
                 raise BlockingIOError
-            host = connect_to_host(self._listener.path, hdr.dst_port)
+            host = self._listener.connect(hdr.dst_port)
         except OSError:
             self._reset_unknown(hdr)
             return
-        self._add(Connection(host, self._cid, hdr.src_port, hdr.dst_port, State.UP)).take_credit(hdr)
+        connection = Connection(host, self._cid, hdr.src_port, hdr.dst_port, State.UP, self._backlog)
+        self._add(connection).take_credit(hdr)
 
     def _advance(self, connection: Connection, hdr: virtio_vsock_hdr, payload: Sequence[memoryview]) -> None:
         """A packet of a connection."""
@@ -226,7 +235,7 @@ class Vsock(VirtioDevice):
     # The host's side
 
     def _full(self) -> bool:
-        return len(self._connections) + len(self._leaving) + len(self._greetings) >= MAX_CONNECTIONS
+        return len(self._connections) + len(self._leaving) + len(self._greetings) >= self._most
 
     def _listen(self) -> None:
         """Accept connections while there is room for them; the others wait."""
@@ -270,7 +279,8 @@ class Vsock(VirtioDevice):
             greeting.socket.close()
             self._listen()
             return
-        self._add(Connection(greeting.socket, self._cid, port, self._free_port(port), State.ASKED))
+        host_port = self._free_port(port)
+        self._add(Connection(greeting.socket, self._cid, port, host_port, State.ASKED, self._backlog))
         self._deliver()
 
     def _free_port(self, guest_port: int) -> int:
@@ -318,5 +328,6 @@ class Vsock(VirtioDevice):
     def _forget(self, connection: Connection) -> None:
         self._worker.unwatch(connection.socket.fileno())
         connection.socket.close()
+        connection.drop_backlog()
         self._turn.pop(connection, None)
         self._listen()

@@ -2,7 +2,7 @@
 
 Flow control is by credit: every packet says how large its sender's buffer is (buf_alloc) and how much it has passed on
 (fwd_cnt). The other side sends no more than fits. So a peer that stalls holds up only its own connection. Guest data is
-copied only if the host's socket does not take it at once: BUF_ALLOC bytes at most.
+copied only if the host's socket does not take it at once: BUF_ALLOC bytes at most, and MOST_BACKLOG of all connections.
 """
 
 import errno
@@ -16,6 +16,7 @@ from offmap.uapi.virtio import vsock as uapi
 from offmap.uapi.virtio.vsock import virtio_vsock_hdr
 
 BUF_ALLOC = 256 << 10  # what Linux's own vsock sockets have (VIRTIO_VSOCK_DEFAULT_BUF_SIZE)
+MOST_BACKLOG = 32 << 20  # bytes of all connections of a device; whoever sends more then is cut off
 _UPDATE_AFTER = BUF_ALLOC // 4  # bytes passed on that the guest is told of by a packet of their own
 _U32 = (1 << 32) - 1
 _BOTH = uapi.VIRTIO_VSOCK_SHUTDOWN_RCV | uapi.VIRTIO_VSOCK_SHUTDOWN_SEND
@@ -27,6 +28,17 @@ class State(Enum):
     OVER = auto()  # the guest knows no more of it; what it has sent may still be on its way to the host
 
 
+class Backlog:
+    """What all connections of a device keep.
+
+    Attributes:
+        size: bytes.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+
+
 class Connection:
     """The device's side of a connection. The socket must not block.
 
@@ -34,14 +46,18 @@ class Connection:
         socket: the host's end.
         guest_cid, guest_port, host_port: its address.
         state: ASKED or UP.
+        kept: what all connections of the device keep.
 
     Attributes:
         readable: the socket may have something for the guest.
         failed: the guest broke the rules, or the socket did: it is to be reset.
     """
 
-    def __init__(self, socket: socket.socket, guest_cid: int, guest_port: int, host_port: int, state: State) -> None:
+    def __init__(
+        self, socket: socket.socket, guest_cid: int, guest_port: int, host_port: int, state: State, kept: Backlog
+    ) -> None:
         self.socket = socket
+        self._kept = kept
         self.guest_port = guest_port
         self.host_port = host_port
         self.state = state
@@ -78,7 +94,10 @@ class Connection:
             self.failed = True  # it said that it was done, or sends beyond its credit
             return
         done = 0 if self._backlog else self._send(payload)
-        if done < size:
+        if self._kept.size + size - done > MOST_BACKLOG:
+            self.failed = True
+        elif done < size:
+            self._kept.size += size - done
             for piece in part(payload, done):
                 self._backlog += piece
 
@@ -103,7 +122,7 @@ class Connection:
         if events & (select.EPOLLHUP | select.EPOLLERR):
             self.readable = True
             self._ours_down |= uapi.VIRTIO_VSOCK_SHUTDOWN_RCV
-            self._drop_backlog()
+            self.drop_backlog()
         if events & select.EPOLLOUT:
             self._flush()
 
@@ -135,9 +154,12 @@ class Connection:
             if not done:
                 return
             del self._backlog[:done]
+            self._kept.size -= done
         self._shut_if_drained()
 
-    def _drop_backlog(self) -> None:
+    def drop_backlog(self) -> None:
+        """Lose what the host has not taken: nobody will."""
+        self._kept.size -= len(self._backlog)
         self._fwd_cnt += len(self._backlog)
         self._backlog.clear()
 

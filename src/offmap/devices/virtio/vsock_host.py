@@ -11,6 +11,7 @@ import re
 import socket
 from pathlib import Path
 
+from offmap.devices.virtio.vsock_folder import SocketFolder
 from offmap.errors import OffmapError
 from offmap.owned import Owned
 
@@ -39,19 +40,28 @@ def check_path(path: Path) -> None:
 class Listener(Owned):
     """Listens at `path`, and removes the socket file at the end.
 
+    Attributes:
+        path: as given.
+        fd: readable when somebody wants to connect.
+        name: of the socket file.
+        folder: it is in.
+
     Raises:
-        OffmapError: the path is taken, or cannot be made.
+        OffmapError: the path is taken, cannot be made, or others may write to its folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.name = path.name
+        self.folder = SocketFolder(path.parent)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            self._socket.bind(str(path))
-            self._file = path.stat()
+            self._socket.bind(f"{self.folder.path}/{self.name}")
+            self._file = os.stat(self.name, dir_fd=self.folder.fd, follow_symlinks=False)
             self._socket.listen(_BACKLOG)
         except OSError as error:
             self._socket.close()
+            self.folder.close()
             if error.errno == errno.EADDRINUSE:
                 raise OffmapError(
                     f"there is a file {path} already: another guest's, or left behind by one that was killed",
@@ -76,9 +86,18 @@ class Listener(Owned):
             return
         self._socket.close()
         with contextlib.suppress(OSError):
-            now = self.path.stat()
+            now = os.stat(self.name, dir_fd=self.folder.fd, follow_symlinks=False)
             if (now.st_dev, now.st_ino) == (self._file.st_dev, self._file.st_ino):
-                self.path.unlink()
+                os.unlink(self.name, dir_fd=self.folder.fd)
+        self.folder.close()
+
+    def connect(self, port: int) -> socket.socket:
+        """Connect to whoever waits for the guest at `port`.
+
+        Raises:
+            OSError: nobody does, or too many are waiting.
+        """
+        return connect_in(self.folder, f"{self.name}_{port}")
 
 
 class Greeting:
@@ -111,16 +130,20 @@ class Greeting:
         return int(match[1])
 
 
-def connect_to_host(path: Path, port: int) -> socket.socket:
-    """A connection to whoever waits for the guest at `port`.
+def connect_in(folder: SocketFolder, name: str) -> socket.socket:
+    """Connect to the socket file `name` in `folder`, without waiting.
 
     Raises:
-        OSError: nobody does, or too many are waiting.
+        OSError: nobody listens there, or too many are waiting.
     """
-    client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    file = folder.open_socket(name)
     try:
-        client.connect(f"{path}_{port}")
-    except BaseException:
-        client.close()
-        raise
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            client.connect(f"/proc/self/fd/{file}")
+        except BaseException:
+            client.close()
+            raise
+    finally:
+        os.close(file)
     return client

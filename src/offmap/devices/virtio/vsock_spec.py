@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from offmap.devices.virtio.device import Surroundings
+from offmap.devices.virtio.limit import Limit
 from offmap.devices.virtio.vsock import Vsock
 from offmap.devices.virtio.vsock_host import Listener, check_path
 from offmap.options import Options
@@ -18,14 +19,18 @@ class VsockSpec(NamedTuple):
     Attributes:
         cid: the guest's context id.
         path: of the Unix socket that the host's programs connect to.
+        limit: how much may go each way in a second.
     """
 
     cid: int
     path: Path
+    limit: Limit | None = None
 
     def build(self, surroundings: Surroundings) -> Vsock:
         """Listen at the path."""
-        return Vsock(self.cid, Listener(self.path), surroundings.say)
+        vsock = Vsock(self.cid, Listener(self.path), surroundings.say)
+        vsock.limit = self.limit
+        return vsock
 
 
 def parse_vsock(text: str) -> VsockSpec:
@@ -39,5 +44,6 @@ def parse_vsock(text: str) -> VsockSpec:
         if path is None:
             options.refuse("it does not say where the host's programs connect")
         cid = options.number("cid", VMADDR_CID_HOST + 1, VMADDR_CID_HOST + 1, VMADDR_CID_ANY - 1)
+        limit = Limit.from_options(options)
     check_path(path)
-    return VsockSpec(cid, path)
+    return VsockSpec(cid, path, limit)

@@ -4,9 +4,13 @@ It waits for the driver's kicks (ioeventfds), for the host files that the device
 threads (the transport's, for a vCPU). A stalled device, waiting for a disk for example, stalls only itself.
 """
 
+import heapq
+import itertools
+import math
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,13 +30,18 @@ class Worker(Owned):
     Args:
         name: of the thread.
         on_error: called on the thread with what a handler raised. The thread goes on.
+        start: start the thread now. Else `start` does, and calls run on their caller's thread until then.
 
     Raises:
         OffmapError: this process may start no more threads.
     """
 
-    def __init__(self, name: str, on_error: Callable[[Exception], None]) -> None:
+    def __init__(self, name: str, on_error: Callable[[Exception], None], *, start: bool = True) -> None:
+        self._name = name
         self._on_error = on_error
+        self._thread: threading.Thread | None = None
+        self._later: list[tuple[float, int, Callable[[], None]]] = []  # a heap: when, in which order, what
+        self._order = itertools.count()
         self._calls: deque[Callable[[], None]] = deque()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._closing = False
@@ -42,14 +51,25 @@ class Worker(Owned):
             self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             building.callback(os.close, self._wake)
             self.watch(self._wake, self._run_calls, select.EPOLLIN | select.EPOLLET)
-            self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-            try:
-                self._thread.start()
-            except RuntimeError:
-                raise OffmapError(
-                    f"this process may start no thread for {name}", "raise RLIMIT_NPROC (ulimit -u)"
-                ) from None
+            if start:
+                self.start()
             self._owned = building.pop_all()
+
+    def start(self, first: Callable[[], None] = lambda: None) -> None:
+        """Start the thread, which runs `first` before all else. Raises OffmapError: there may be no more threads."""
+
+        def run() -> None:
+            first()
+            self._run()
+
+        thread = threading.Thread(target=run, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            raise OffmapError(
+                f"this process may start no thread for {self._name}", "raise RLIMIT_NPROC (ulimit -u)"
+            ) from None
+        self._thread = thread
 
     def watch(self, fd: int, handler: Callable[[int], None], events: int = select.EPOLLIN) -> None:
         """Call `handler` with the events (``EPOLL*``) that come up on `fd`; on an fd that is watched, change both.
@@ -73,7 +93,7 @@ class Worker(Owned):
         Returns:
             What it returned, or raises what it raised.
         """
-        if self.is_current:
+        if self._thread is None or self.is_current:
             return function()
         results: list[_T] = []
         errors: list[BaseException] = []
@@ -98,6 +118,21 @@ class Worker(Owned):
         """Run `function` on the thread later. What it raises goes to `on_error`."""
         self._calls.append(function)
         os.eventfd_write(self._wake, 1)
+
+    def later(self, seconds: float, function: Callable[[], None]) -> None:
+        """Run `function` on this thread, which is the caller's, when so many seconds have passed."""
+        heapq.heappush(self._later, (time.monotonic() + seconds, next(self._order), function))
+
+    def _seconds_to_wait(self) -> float:
+        """Run what is due. Return how long to wait for an event; -1: for as long as it takes."""
+        while self._later and (wait := self._later[0][0] - time.monotonic()) > 0:
+            return math.ceil(wait * 1000) / 1000  # epoll counts milliseconds: it must not wake up too early
+        while self._later and self._later[0][0] <= time.monotonic():
+            try:
+                heapq.heappop(self._later)[2]()
+            except Exception as error:
+                self._on_error(error)
+        return 0 if self._later else -1
 
     @property
     def is_current(self) -> bool:
@@ -132,7 +167,8 @@ class Worker(Owned):
         poll = self._epoll.poll
         handlers = self._handlers
         while not self._closing:
-            for fd, events, handler in [(fd, events, handlers.get(fd)) for fd, events in poll(-1, _MOST_EVENTS)]:
+            wait = self._seconds_to_wait() if self._later else -1
+            for fd, events, handler in [(fd, events, handlers.get(fd)) for fd, events in poll(wait, _MOST_EVENTS)]:
                 # An earlier handler of this round may have unwatched it, and another file may have its number now.
                 if handler is not None and handlers.get(fd) is handler:
                     try:
@@ -143,6 +179,10 @@ class Worker(Owned):
     def close(self) -> None:
         """End the thread when it has finished its current work."""
         if self._closing:
+            return
+        if self._thread is None:
+            self._closing = True
+            self._owned.close()
             return
 
         def end() -> None:

@@ -75,7 +75,7 @@ def test_configuration(drive: Drive) -> None:
     assert config.capacity == SECTORS
     assert (config.blk_size, config.physical_block_exp, config.min_io_size) == (512, 3, 8)
     assert config.seg_max == 510
-    assert config.max_discard_seg == config.max_write_zeroes_seg == 64
+    assert (config.max_discard_seg, config.max_write_zeroes_seg) == (64, 1)
     offered = drive.wired.offered()
     for bit in (uapi.VIRTIO_BLK_F_FLUSH, uapi.VIRTIO_BLK_F_DISCARD, uapi.VIRTIO_BLK_F_WRITE_ZEROES):
         assert offered >> bit & 1
@@ -192,6 +192,38 @@ def test_zeroes_are_written_where_the_file_system_knows_no_better(
     assert drive.said == []
 
 
+def test_zeroes_are_written_in_pieces_between_which_the_device_can_be_reset(
+    memory: GuestMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "")
+
+    monkeypatch.setattr("offmap.devices.virtio.disk.fallocate", refuse)
+    monkeypatch.setattr("offmap.devices.virtio.disk._MOST_WRITTEN", 4096)
+    path = tmp_path / "large"
+    path.write_bytes(b"x" * (1 << 20))
+    with_reset = threading.Event()
+    drive = Drive(memory, path)
+    write_zeroes = drive.disk.write_zeroes
+    pieces: list[int] = []
+
+    def counted(offset: int, size: int, *, unmap: bool) -> tuple[int, bool]:
+        pieces.append(size)
+        if len(pieces) == 3:
+            drive.wired.transport.worker.post(drive.wired.device.reset)
+            with_reset.set()
+        return write_zeroes(offset, size, unmap=unmap)
+
+    monkeypatch.setattr(drive.disk, "write_zeroes", counted)
+    drive.driver.add(struct.pack("<IIQ", uapi.VIRTIO_BLK_T_WRITE_ZEROES, 0, 0), struct.pack("<QII", 0, 2048, 0), 1)
+    drive.wired.kick()
+    assert with_reset.wait(10)
+    drive.wired.settle()
+    drive.wired.settle()
+    assert len(pieces) <= 4, "nobody waited for the rest of 256"
+    drive.wired.close()
+
+
 @pytest.mark.parametrize(
     ("kind", "ranges", "status"),
     [
@@ -201,8 +233,9 @@ def test_zeroes_are_written_where_the_file_system_knows_no_better(
         (uapi.VIRTIO_BLK_T_DISCARD, [(SECTORS - 1, 2, 0)], IOERR),
         (uapi.VIRTIO_BLK_T_DISCARD, [((1 << 64) - 1, 2, 0)], IOERR),
         (uapi.VIRTIO_BLK_T_WRITE_ZEROES, [(0, 0xFFFFFFFF, 0)], IOERR),
-        (uapi.VIRTIO_BLK_T_WRITE_ZEROES, [(0, 8, 0), (SECTORS, 1, 0)], IOERR),  # then not the first either
-        (uapi.VIRTIO_BLK_T_WRITE_ZEROES, [(0, 1, 0)] * 65, IOERR),
+        (uapi.VIRTIO_BLK_T_DISCARD, [(0, 8, 0), (SECTORS, 1, 0)], IOERR),  # then not the first either
+        (uapi.VIRTIO_BLK_T_DISCARD, [(0, 1, 0)] * 65, IOERR),
+        (uapi.VIRTIO_BLK_T_WRITE_ZEROES, [(0, 1, 0)] * 2, IOERR),  # overlapping ones would be endless work
     ],
 )
 def test_ranges_that_cannot_be(

@@ -78,10 +78,10 @@ def test_a_process_that_may_start_no_thread_leaves_nothing(monkeypatch: pytest.M
     build_and_close()
     before = open_fds()
 
-    def worker(name: str, on_error: Callable[[Exception], None]) -> Worker:
+    def worker(name: str, on_error: Callable[[Exception], None], *, start: bool = True) -> Worker:
         if name == "virtio rng1":
             raise OffmapError("no more threads")
-        return Worker(name, on_error)
+        return Worker(name, on_error, start=start)
 
     monkeypatch.setattr("offmap.devices.virtio.mmio.Worker", worker)
     with pytest.raises(OffmapError, match="no more threads"):

@@ -25,7 +25,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_a_drive_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(KernelError, match=r"looking at the drive .*ENOENT.*; make it first"):
+    with pytest.raises(KernelError, match=r"open of the drive .*ENOENT.*; make it first"):
         Disk(tmp_path / "none")
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offmap.devices.virtio.dma import DriverError
+from offmap.devices.virtio.limit import Limit
 from offmap.devices.virtio.queue import Chain
 from offmap.devices.virtio.vsock import RX, TX, Vsock
 from offmap.devices.virtio.vsock_connection import BUF_ALLOC
@@ -583,7 +584,52 @@ def test_the_socket_file_goes_with_the_device(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
+def test_a_planted_link_leads_nowhere(guest: Guest, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "private"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(elsewhere))
+        listener.listen()
+        Path(f"{guest.path}_{HOST_PORT}").symlink_to(elsewhere)
+        guest.give_buffers()
+        guest.send(REQUEST)
+        assert guest.op() == RST
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    (folder / "mine").mkdir(parents=True)
+    folder.chmod(0o777)
+    for path in (folder / "s", folder / "mine" / "s"):
+        with pytest.raises(OffmapError, match="others may write to the folder"):
+            Listener(path)
+    folder.chmod(0o1777)
+    with pytest.raises(OffmapError, match="others may write to the folder"):
+        Listener(folder / "s")
+    with Listener(folder / "mine" / "s"):
+        assert (folder / "mine" / "s").is_socket()
+
+
+def test_the_backlog_of_all_connections_is_bounded(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offmap.devices.virtio.vsock_connection.MOST_BACKLOG", 4096)
+    host = guest.connected()
+    guest.give_buffers()
+    cut_off = False
+    for _ in range(1000):
+        guest.send(RW, bytes(1024))
+        if not guest.nothing():
+            cut_off = guest.op() == RST
+            if cut_off:
+                break
+    assert cut_off
+    assert guest.vsock._backlog.size == 0
+    host.close()
+
+
 def test_options(tmp_path: Path) -> None:
+    assert parse_vsock("cid=7,path=/run/x,ops=5").limit == Limit(None, 5)
     assert parse_vsock("cid=7,path=/run/x") == VsockSpec(7, Path("/run/x"))
     assert parse_vsock("path=/run/x").cid == 3
     with pytest.raises(OffmapError, match="too long"):
@@ -591,5 +637,5 @@ def test_options(tmp_path: Path) -> None:
     for text in ("", "cid=3", "cid=2,path=/x", "cid=4294967295,path=/x", "cid=x,path=/x", "path=/x,path=/y", "port=3"):
         with pytest.raises(OffmapError):
             parse_vsock(text)
-    with pytest.raises(OffmapError, match="cannot listen"):
+    with pytest.raises(OffmapError, match="make it first"):
         Listener(tmp_path / "absent" / "s")
