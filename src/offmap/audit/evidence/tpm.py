@@ -63,5 +63,5 @@ def _run(argv: list[str]) -> str:
         return f"it did not answer in {_LONGEST} s"
     if done.returncode == 0:
         return ""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.startswith(("ERROR", "WARNING"))]
+    lines = [line.strip() for line in done.stderr.splitlines() if line.startswith("ERROR: ")]  # the tool's own
     return lines[0] if lines else f"{argv[0]} ended with status {done.returncode}"
