@@ -123,6 +123,32 @@ def test_plain_memory_is_mapped_all_along(patched_host: LabHost) -> None:
     assert set(target(patched_host, "restored", "memfd").values()) == {2048}
 
 
+def test_pages_are_zeroed_before_the_next_file_has_them(patched_host: LabHost) -> None:
+    result = target(patched_host, "reused")
+    assert result["again"] > 0  # pages that two files have had, one after the other
+    assert result == {"again": result["again"], "not zero": 0, "flushes": 1}
+
+
+def test_the_direct_map_is_not_split(patched_host: LabHost) -> None:
+    """A hundred files of changing size, by fault and by fallocate: what leaves as 2 MiB comes back as 2 MiB."""
+    result = target(patched_host, "split")
+    assert result["meanwhile"] >= 2 << 10  # KiB: the control, a block was off
+    assert result["more in 4K pages"] == 0
+
+
+def test_faults_holes_guests_and_failures_at_once_lose_nothing(patched_host: LabHost) -> None:
+    assert target(patched_host, "races", "3") == {"said": "", "lost": 0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mappings_can_be_populated(patched_host: LabHost, kind: str) -> None:
+    assert target(patched_host, "populated", kind) == {
+        "MADV_POPULATE_READ": "",
+        "MADV_POPULATE_WRITE": "",
+        "there": 512,
+    }
+
+
 def test_a_poisoned_page_comes_back_only_when_it_is_good_again(patched_host: LabHost) -> None:
     result = target(patched_host, "poisoned")
     others = result.pop("pages") - 1
@@ -135,13 +161,11 @@ def test_a_poisoned_page_comes_back_only_when_it_is_good_again(patched_host: Lab
     }
 
 
-def test_populating_flushes_once_in_2_mib_and_is_hardly_slower(patched_host: LabHost) -> None:
+def test_populating_flushes_once_in_2_mib(patched_host: LabHost) -> None:
     result = target(patched_host, "populating")
     flushes = {name: statistics.median(each[1] for each in runs) for name, runs in result.items()}
-    spent = {name: statistics.median(each[0] for each in runs) for name, runs in result.items()}
-    assert flushes["flagged, by faults"] >= 1  # the control: this is how they are counted
-    assert flushes["flagged"] < 2 / 512
-    assert spent["flagged"] <= 1.5 * spent["plain"], spent
+    for way in ("flagged", "flagged, by faults"):
+        assert 0.9 / 512 < flushes[way] - flushes["plain"] < 1.1 / 512, flushes
 
 
 @pytest.mark.parametrize("kind", ("memfd", *KINDS))

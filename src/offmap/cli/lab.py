@@ -95,6 +95,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="Build a kernel with offmap's patches from Debian's source, unless that has been done.",
     )
     build.add_argument("kernel", nargs="?", metavar="KERNEL", help="patched:7.3 (default: the newest there is)")
+    build.add_argument(
+        "--debug",
+        action="store_true",
+        help="one that looks for its own mistakes (lockdep, KASAN, DEBUG_VM), at a fraction of the speed; the host "
+        "kernel patched:7.3+debug is the same",
+    )
     build.set_defaults(run=run_kernel_build)
     names = kernels.add_parser("list", help="the patched kernels, their patches, and whether they have been built")
     names.set_defaults(run=run_kernel_list)
@@ -113,7 +119,10 @@ def run_kernel_build(args: argparse.Namespace) -> int:
     from offmap.lab.build import patched_kernel
     from offmap.lab.series import all_series
 
-    spec = args.kernel or max(all_series(), key=lambda series: [int(part) for part in series.name.split(".")]).spec
+    newest = max(all_series(), key=lambda series: [int(part) for part in series.name.split(".")])
+    spec = args.kernel or newest.spec
+    if args.debug and not spec.endswith("+debug"):
+        spec += "+debug"
     print(patched_kernel(spec, _log.info).vmlinuz)
     return 0
 

@@ -164,10 +164,12 @@ def compile_kernel(tree: Path, series: PatchSeries, key: str, new: Path, log: Pa
     ]
     log.write_bytes(b"")
     say("configuring")
-    _make([*make, "allnoconfig", f"KCONFIG_ALLCONFIG={series.config}"], log)
-    if dropped := missing_options(series.config.read_text(), (objects / ".config").read_text()):
+    wanted = new.with_name("wanted.config")
+    wanted.write_text("".join(path.read_text() for path in series.configs()))
+    _make([*make, "allnoconfig", f"KCONFIG_ALLCONFIG={wanted}"], log)
+    if dropped := missing_options(wanted.read_text(), (objects / ".config").read_text()):
         raise LabError(
-            f"this kernel does not have what {series.config.name} asks for: {' '.join(dropped)}",
+            f"this kernel does not have what {series.configs()[-1].name} asks for: {' '.join(dropped)}",
             "name the options that these depend on, or leave them out",
         )
     say(f"compiling with {os.cpu_count() or 1} processors; this takes minutes, once (log: {log})")

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import offmap
@@ -21,21 +21,27 @@ class PatchSeries:
         name: the kernel series, ``7.3``.
         patches: in the order in which they apply.
         config: a Kconfig fragment: what is not named in it is off.
+        debug: another, of a kernel that looks for its own mistakes; None: of one that does not.
     """
 
     name: str
     patches: tuple[Path, ...]
     config: Path
+    debug: Path | None = None
 
     @property
     def spec(self) -> str:
-        """How a user asks for the kernel: ``patched:7.3``."""
-        return f"patched:{self.name}"
+        """How a user asks for the kernel: ``patched:7.3``, ``patched:7.3+debug``."""
+        return f"patched:{self.name}{'+debug' if self.debug else ''}"
+
+    def configs(self) -> list[Path]:
+        """The Kconfig fragments, which add up."""
+        return [self.config, *([self.debug] if self.debug else [])]
 
     def key(self, source_version: str) -> str:
         """Sixteen hexadecimal digits that change with the source, the configuration and each patch."""
         digest = hashlib.sha256(f"{source_version}\n".encode())
-        for path in (self.config, *self.patches):
+        for path in (*self.configs(), *self.patches):
             data = path.read_bytes()
             digest.update(f"{path.name} {len(data)}\n".encode() + data)
         return digest.hexdigest()[:16]
@@ -67,7 +73,9 @@ def all_series() -> Iterator[PatchSeries]:
     folder = _kernel_folder()
     for patches in sorted((folder / "patches").iterdir()):
         if patches.is_dir():
-            yield PatchSeries(patches.name, tuple(sorted(patches.glob("*.patch"))), folder / "lab.config")
+            series = PatchSeries(patches.name, tuple(sorted(patches.glob("*.patch"))), folder / "lab.config")
+            yield series
+            yield replace(series, debug=folder / "debug.config")
 
 
 def patch_series(spec: str) -> PatchSeries:

@@ -2,7 +2,7 @@
 
 Each flag that KVM_CAP_GUEST_MEMFD_FLAGS advertises beyond those of Linux 6.18 is tried out with a guest of one
 instruction. That does not prove what the flag does, so the RAM is audited before the guest gets it. offmap's own patch
-(kernel/patches/) makes it bit 2, and takes 2 MiB at a time off the direct map for fallocate.
+(kernel/patches/) makes it bit 2, and takes 2 MiB at a time off the direct map.
 """
 
 from collections.abc import Iterator

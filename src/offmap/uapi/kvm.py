@@ -38,6 +38,7 @@ KVM_CAP_BINARY_STATS_FD = 203
 KVM_CAP_USER_MEMORY2 = 231
 KVM_CAP_GUEST_MEMFD = 234
 KVM_CAP_GUEST_MEMFD_FLAGS = 244
+KVM_CAP_X86_KVMCLOCK_HVA = 252  # kernel/patches
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 KVM_MEM_READONLY = 1 << 1

@@ -1,5 +1,6 @@
 """The project's own patches and configuration, and what identifies a kernel built from them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def series(folder: Path, *patches: str, config: str = "CONFIG_KVM=y\n") -> Patch
 
 def test_every_series_of_the_project_is_numbered_signed_and_has_a_message() -> None:
     found = list(all_series())
-    assert [s.name for s in found] == ["7.3"]
+    assert [s.spec for s in found] == ["patched:7.3", "patched:7.3+debug"]
     for s in found:
         assert s.patches, s.name
         assert patch_series(s.spec) == s
@@ -41,14 +42,18 @@ def test_every_series_of_the_project_is_numbered_signed_and_has_a_message() -> N
 
 
 def test_the_configuration_names_each_option_once_and_nothing_of_a_machine() -> None:
-    text = next(iter(all_series())).config.read_text()
+    plain, debug = all_series()
+    text = "".join(path.read_text() for path in debug.configs())
+    assert text.startswith(plain.config.read_text())
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert all(line.startswith("CONFIG_") and line.endswith(("=y", "=16")) for line in lines)
+    assert all(re.fullmatch(r"CONFIG_\w+=(y|\d+)", line) for line in lines)
     assert len(config_options(text)) == len(lines)
 
 
 def test_an_unknown_series_is_refused() -> None:
-    with pytest.raises(LabError, match=r"offmap has no patches for patched:6\.1; choose patched:7\.3"):
+    with pytest.raises(
+        LabError, match=r"offmap has no patches for patched:6\.1; choose patched:7\.3 or patched:7\.3\+debug"
+    ):
         patch_series("patched:6.1")
 
 

@@ -8,20 +8,46 @@ from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
 from offmap.hide import Vet
 from offmap.memory.reserved import Reserved
-from offmap.vmm import config
+from offmap.vmm import config, pvclock
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.pvclock import is_safe_on_hidden_memory
 
 
-@pytest.mark.parametrize(("text", "safe"), [("Y\n", True), ("N\n", False), ("", False), ("1\n", False), ("Y", False)])
-def test_nothing_but_a_clear_yes_counts(tmp_path: Path, text: str, safe: bool) -> None:
-    (tmp_path / "parameter").write_text(text)
-    assert is_safe_on_hidden_memory(tmp_path / "parameter") is safe
+class Answering:
+    """A KVM with one answer."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __enter__(self) -> "Answering":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def check_extension(self, capability: int) -> int:
+        assert capability == 252
+        return self.value
 
 
-def test_a_kernel_that_does_not_say_is_not_safe(tmp_path: Path) -> None:
-    assert not is_safe_on_hidden_memory(tmp_path / "none")
-    assert not is_safe_on_hidden_memory(tmp_path)
+@pytest.mark.parametrize(("value", "safe"), [(1, True), (0, False), (2, False)])
+def test_nothing_but_a_clear_yes_counts(monkeypatch: pytest.MonkeyPatch, value: int, safe: bool) -> None:
+    monkeypatch.setattr(pvclock, "Kvm", lambda: Answering(value))
+    assert is_safe_on_hidden_memory("7.3.4-offmap-0123abcd") is safe
+
+
+def test_another_kernels_capability_of_that_number_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pvclock, "Kvm", lambda: Answering(1))
+    for release in ("7.5.1", "6.12.117+deb12-amd64", "7.3.4-myoffmap"):
+        assert not is_safe_on_hidden_memory(release)
+
+
+def test_a_host_without_kvm_is_not_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise OffmapError("there is no /dev/kvm")
+
+    monkeypatch.setattr(pvclock, "Kvm", missing)
+    assert not is_safe_on_hidden_memory("7.3.4-offmap-0123abcd")
 
 
 @pytest.mark.parametrize("safe", [False, True])
