@@ -51,6 +51,7 @@ NEWER = {
     ),  # 6.8
     *("KVM_CAP_GUEST_MEMFD", "KVM_MEM_GUEST_MEMFD", "KVM_CREATE_GUEST_MEMFD"),  # 6.8
     *("KVM_CAP_GUEST_MEMFD_FLAGS", "GUEST_MEMFD_FLAG_MMAP", "GUEST_MEMFD_FLAG_INIT_SHARED"),  # 6.18
+    "KVM_CAP_X86_KVMCLOCK_HVA",  # of the series in kernel/patches
 }
 
 NOT_IN_UAPI = {
