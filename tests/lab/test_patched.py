@@ -223,19 +223,26 @@ def test_a_guest_keeps_time_by_kvm_clock_and_stays_hidden(
         guest.expect(READY)
         clock = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
         assert guest.shell(f"cat {clock}") == "kvm-clock"
-        guest.expect_error("^HIDDEN: ")
+        # This kernel has no BTF, so that KVM's own list cannot be read. Of what is named the verdict is as it was.
+        guest.expect_error("^UNKNOWN: ")
         # What reclaims and moves memory leaves a guest's alone.
         guest.shell("dd if=/dev/urandom of=/kept bs=1M count=32 2>/dev/null; sync")
         before = guest.shell("sha256sum /kept")
         churn = "echo 3 >/proc/sys/vm/drop_caches; echo 1 >/proc/sys/vm/compact_memory"
         assert patched_host.output(["sh", "-c", churn]).status == 0
         assert guest.shell("sha256sum /kept") == before
-        again = patched_host.output([sys.executable, "-m", "offmap", "audit", str(guest.pid)], timeout=PATIENCE)
-        assert again.status == 0, again.stdout.decode()
+        audit = [sys.executable, "-m", "offmap", "audit", str(guest.pid), "--json"]
+        told = patched_host.output(audit, timeout=PATIENCE)
+        assert told.status == 3, told.stdout.decode()
+        result = json.loads(told.stdout)
+        assert any("list of VMs could not be read" in note for note in result["notes"]), result
+        named = [word for part in result["ranges"] for word in ("--range", f"{part['va']}:{part['bytes']}")]
+        again = patched_host.output([*audit, *named], timeout=PATIENCE)
+        assert (again.status, json.loads(again.stdout)["verdict"]) == (0, "hidden"), again.stdout.decode()
         now = int(patched_host.output(["date", "+%s"]).stdout)
         assert abs(int(guest.shell("date +%s")) - now) <= 3
         guest.keys("poweroff -f\n")
-        assert guest.end() == 0, guest.errors
+        assert guest.end() == 3, guest.errors
 
 
 def test_a_device_write_straight_after_an_exception_reaches_the_device(patched_host: LabHost) -> None:

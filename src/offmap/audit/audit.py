@@ -10,16 +10,17 @@ from typing import TypedDict, Unpack
 import msgspec
 
 import offmap
+from offmap.audit.btf import Unknown
 from offmap.audit.classify import Classified, classify, excluded_ranges, mapped_guest_ranges
 from offmap.audit.drgn_kernel import require_drgn
-from offmap.audit.frames import resolve
+from offmap.audit.frames import GuestMemfdPages, resolve
 from offmap.audit.guest_pages import GuestPages
-from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, find_guest_ram
+from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, ask_kvm_list, find_guest_ram
 from offmap.audit.host import host_facts, utc_now
 from offmap.audit.join import join, physical_map
 from offmap.audit.kcore import Kcore
 from offmap.audit.kinds import kinds_of, read_vmallocinfo
-from offmap.audit.kvm_slots import KvmSlot, KvmSlots
+from offmap.audit.kvm_list import KvmList, Vm
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.oracle import Sample, ask_drgn
 from offmap.audit.own_memory import OwnPage, check_control
@@ -40,6 +41,7 @@ from offmap.units import format_size
 
 _log = Logger("offmap.audit")
 
+_ROM = 16  # a guest has this many times as much RAM as ROM, at least
 _ATTEMPTS = 3  # memory hot-plugged in mid-audit changes kcore's segments
 
 
@@ -87,6 +89,8 @@ class Options(TypedDict, total=False):
         sharers: also name the other processes that map the guest's pages.
         threads: how many threads read in a scan; None for ``scan.default_threads``.
         oracle: also compare a sample of this size with what drgn says.
+        since: no slot may have been replaced since this moment (CLOCK_MONOTONIC, nanoseconds); None for this call's
+            begin.
     """
 
     scan: Wanted | None
@@ -95,6 +99,7 @@ class Options(TypedDict, total=False):
     sharers: bool
     threads: int | None
     oracle: Sample | None
+    since: int | None
 
 
 def audit_process(pid: int, **options: Unpack[Options]) -> AuditResult:
@@ -118,6 +123,8 @@ def snapshot_process(pid: int, **options: Unpack[Options]) -> Snapshot:
     """
     if options.get("oracle") is not None:
         require_drgn()
+    if options.get("since") is None:
+        options["since"] = time.monotonic_ns()
     with Process(pid) as process:
         for _ in range(_ATTEMPTS):
             with Kcore() as kcore:
@@ -133,24 +140,30 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
     started = time.monotonic()
     layout = Layout.of(kcore.vmcoreinfo, kcore.page_offset_base, kcore.segments)
 
-    def ask_kvm(pid: int, descriptors: Mapping[int, str]) -> Sequence[KvmSlot]:
-        return KvmSlots(kcore, layout).of(pid, descriptors)
+    kvm, unlisted = _kvm_list(kcore, layout)
 
+    def ask_kvm(process: Process, links: Mapping[int, str]) -> Sequence[Vm]:
+        if kvm is None:
+            raise Unknown(unlisted)
+        return ask_kvm_list(kvm, process, links)
+
+    guest_memfd = None if kvm is None else kvm.guest_memfd_pages
     with OwnPage() as control:
         tell(Stage.FRAMES, 0.0)
         control.pfn()  # fails here, and loudly, where pagemap hides frames
         process.check_alive()
         ram = GuestRam(tuple(ranges)) if ranges else find_guest_ram(process, ask_kvm)
-        name, facts = process.name(), vmm_facts(process)
-        before = resolve(process, ram.ranges, kcore.page_flags)
+        name, facts = process.name(), vmm_facts(process, vms=None if ranges or ram.unlisted else ram.vms)
+        before = resolve(process, ram.ranges, kcore.page_flags, guest_memfd)
         tell(Stage.WALK, 0.0)
         mappings = walk_kcore(kcore)
         kinds = kinds_of(mappings, layout, read_vmallocinfo())
         check_control(control, kcore, mappings)
-        after = resolve(process, ram.ranges, kcore.page_flags)
+        after = resolve(process, ram.ranges, kcore.page_flags, guest_memfd)
     excluded = excluded_ranges(ram)
     judged = classify(before, after, excluded, mappings, kinds)
-    moved, partial = _slots_moved(process, ram, None if ranges else ask_kvm)
+    read_only = _mapped_read_only(process, ram, kcore, mappings, guest_memfd)
+    moved, partial = _slots_moved(process, ram, kvm, None if ranges else ask_kvm)
     partial = before.ended or after.ended or partial
     sharing, unshared = _sharing(process, ram, judged, options.get("sharers", False), partial)
     tell(Stage.WALK, 1.0)
@@ -167,7 +180,8 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
     pages = judged.counts()
     joined = join(judged, mappings, kinds, layout, ram)
     _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
-    verdict, notes = _judge(pages, ram, scan, moved, partial, judged.plain)
+    replaced = ram.replaced_since(options.get("since") or 0)
+    verdict, notes = _judge(pages, ram, scan, moved, partial, judged.plain, replaced, read_only)
     notes += unshared
     if partial:
         seen = classify(before, before, excluded, mappings, kinds).counts()
@@ -212,17 +226,39 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
     return Snapshot(audit, ram, mappings, judged)
 
 
-def _slots_moved(process: Process, ram: GuestRam, ask_kvm: AskKvm | None) -> tuple[bool, str]:
-    """Whether the memory slots differ from those at the start, and how the process ended.
+def _kvm_list(kcore: Kcore, layout: Layout) -> tuple[KvmList | None, str]:
+    """KVM's list of VMs, or why it cannot be read here."""
+    try:
+        return KvmList(kcore, layout), ""
+    except Unknown as error:
+        return None, str(error)
+
+
+def _slots_moved(process: Process, ram: GuestRam, kvm: KvmList | None, ask_kvm: AskKvm | None) -> tuple[bool, str]:
+    """Whether the memory slots, or the memory under them, changed since the start, and how the process ended.
 
     Args:
         ask_kvm: None where the ranges were asked for, and slots do not matter.
     """
     try:
         process.check_alive()
-        return ask_kvm is not None and not ram.guessed and find_guest_ram(process, ask_kvm) != ram, ""
+        if ask_kvm is None or ram.guessed:
+            return False, ""
+        moved = kvm is not None and any(kvm.changed(vm) for vm in ram.vms)
+        return moved or find_guest_ram(process, ask_kvm) != ram, ""
     except ProcessEnded as ended:
         return False, ended.reason
+
+
+def _mapped_read_only(
+    process: Process, ram: GuestRam, kcore: Kcore, mappings: KernelMappings, guest_memfd: GuestMemfdPages | None
+) -> int:
+    """How many pages that the guest can only read are mapped, or may be."""
+    if not ram.read_only:
+        return 0
+    frames = resolve(process, ram.read_only, kcore.page_flags, guest_memfd)
+    pages = classify(frames, frames, excluded_ranges(GuestRam(())), mappings).counts()
+    return pages.ram_pages - pages.pages_populated + pages.mapped_pages
 
 
 def _sharing(
@@ -244,12 +280,18 @@ def _judge(
     moved: bool = False,
     partial: str = "",
     plain: Mapping[str, int] = MappingProxyType({}),
+    replaced: bool = False,
+    mapped_read_only: int = 0,
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict, and what must be said beside it."""
     verdict = pages.verdict(ram.guessed)
-    if verdict is Verdict.HIDDEN and (partial or ram.unseen_guest_memfd or moved):
+    # Where no slot was ever changed, the guest could never write to what it can only read now. And ROM is small.
+    once_writable = mapped_read_only if not ram.intact or mapped_read_only * _ROM > pages.pages_populated else 0
+    if verdict is Verdict.HIDDEN and (partial or moved or replaced or ram.unlisted or ram.doubts or once_writable):
         verdict = Verdict.UNKNOWN
-    why = f": {ram.why_guessed}" if ram.why_guessed else ""
+    why = f": {ram.unlisted}" if ram.unlisted else ""
+    unchecked = f": {ram.why_unchecked}" if ram.why_unchecked else ""
+    read_only = format_size(sum(part.bytes for part in ram.read_only))
     candidates = {
         **{
             f"{count} pages are not populated, and the kernel maps them when they are: {memory}": (
@@ -259,20 +301,26 @@ def _judge(
         },
         "the ranges are guesses (large mappings of a process with a KVM VM)"
         f"{why}; --range names them for sure": ram.guessed,
-        f"that the VMM's list leaves no memory out was not checked with KVM's{why}": why and not ram.guessed,
+        f"KVM's own list of VMs could not be read, so that memory may be missing{why}": why and not ram.guessed,
+        f"that the VMM's list leaves no memory out was not checked with KVM's{unchecked}": unchecked,
+        **dict.fromkeys(ram.doubts, True),
         "only what --range names was judged; whether the guest has more RAM was not looked at": any(
             part.source is Source.REQUESTED for part in ram.ranges
         ),
         f"{format_size(ram.omitted_bytes)} that the VMM's list leaves out, and KVM has, are judged too": (
             ram.omitted_bytes
         ),
-        f"{format_size(ram.read_only_bytes)} that the guest cannot write to (firmware) is not judged": (
-            ram.read_only_bytes
+        f"{read_only} that the guest cannot write to (firmware, registers) is not judged: it never could, as no memory "
+        "slot of its VM was ever changed": ram.read_only and ram.intact,
+        f"{read_only} that the guest cannot write to (firmware, registers) is not judged": (
+            ram.read_only and not ram.intact and not once_writable
         ),
-        "the process holds guest_memfd memory that is not mapped, so its pages cannot be found": (
-            ram.unseen_guest_memfd
+        f"{once_writable} pages that the guest cannot write to are mapped or cannot be found, and they may be its RAM: "
+        "memory slots of its VM were changed, or they are too many for firmware; --range names RAM for sure": (
+            once_writable
         ),
-        "the process changed its memory slots during the audit; run it again": moved,
+        "the process changed its memory slots, or the memory under them, during the audit; run it again": moved,
+        "memory slots were changed, or devices added, since the audit was started; run it again": replaced,
         "no page of the guest's RAM was found populated": (
             verdict is Verdict.UNKNOWN and not pages.pages_populated and not partial
         ),

@@ -10,15 +10,17 @@ thousand numbers.
 
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit import pagemap
+from offmap.audit.btf import Unknown
 from offmap.audit.guest_ram import RamRange
 from offmap.audit.intervals import Intervals, Ints, cut, run_starts
+from offmap.audit.kvm_list import GuestMemfd
 from offmap.audit.pageflags import KPF_ZERO_PAGE, PageFlags
 from offmap.audit.process import Mapping, Process, ProcessEnded
 from offmap.audit.residency import (
@@ -134,11 +136,20 @@ def runs_of_pages(pfn: Ints, state: NDArray[np.uint8], why: NDArray[np.uint8]) -
     return Frames(first.astype(np.int64), pfn[first], state[first], why[first], total=len(state))
 
 
-def resolve(process: Process, ranges: Iterable[RamRange], flags: PageFlags) -> Frames:
+# The pages that some bytes of a guest_memfd have, as runs of (page, frame, pages); raises Unknown.
+GuestMemfdPages = Callable[[GuestMemfd, int], tuple[Ints, Ints, Ints]]
+
+
+def resolve(
+    process: Process, ranges: Iterable[RamRange], flags: PageFlags, guest_memfd: GuestMemfdPages | None = None
+) -> Frames:
     """Find the frames of all pages of the ranges.
 
     If the process ends meanwhile, what was not looked at by then is UNKNOWN, and ``ended`` says so. ``flags`` tell the
     shared page of zeroes, which holds nothing of the guest's.
+
+    Args:
+        guest_memfd: finds the pages of ranges that are in one, which need be in no process's page tables.
 
     Raises:
         Undetermined: the process may not be looked at, or the ranges are larger than any guest here can be.
@@ -161,7 +172,10 @@ def resolve(process: Process, ranges: Iterable[RamRange], flags: PageFlags) -> F
         mappings = process.maps()
         for part in wanted:
             building.begin_range()
-            _resolve_range(process, part, mappings, building, zero)
+            if part.guest_memfd is not None:
+                _resolve_guest_memfd(part, building, guest_memfd)
+            else:
+                _resolve_range(process, part, mappings, building, zero)
         process.check_alive()  # maps and links are of the program that runs now, pagemap of the one that ran first
     except ProcessEnded as end:
         ended = end.reason
@@ -180,6 +194,29 @@ def _resolve_range(
             _resolve_piece(process, mapping, start, (end - start) // PAGE_SIZE, building, zero)
             position = end
     building.add_unknown((last - position) // PAGE_SIZE, "not mapped by the process")
+
+
+def _resolve_guest_memfd(part: RamRange, building: _Building, find: GuestMemfdPages | None) -> None:
+    """The pages of a guest_memfd, as its file has them."""
+    try:
+        if find is None or part.guest_memfd is None:
+            raise Unknown("KVM was not asked")
+        first, pfn, count = find(part.guest_memfd, part.bytes)
+    except Unknown as error:
+        building.add_unknown(part.pages, f"in a guest_memfd that cannot be looked into: {error}")
+        return
+    bare = building.number(Backing.GUEST_MEMFD.memory)
+    for low in range(0, part.pages, _CHUNK):
+        pages = min(_CHUNK, part.pages - low)
+        start, end = np.maximum(first, low), np.minimum(first + count, low + pages)
+        here = np.flatnonzero(start < end)
+        length = (end - start)[here]
+        # Each run's pages one by one: their places in the chunk, and their frames.
+        nth = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
+        at = np.repeat((start - low)[here], length) + nth
+        frames, state = np.zeros(pages, dtype=np.int64), np.full(pages, EMPTY, dtype=np.uint8)
+        frames[at], state[at] = np.repeat((pfn + start - first)[here], length) + nth, POPULATED
+        building.add(runs_of_pages(frames, state, np.where(state == EMPTY, bare, 0).astype(np.uint8)))
 
 
 def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, building: _Building, zero: int) -> None:

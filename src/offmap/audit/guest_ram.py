@@ -8,23 +8,22 @@ Our convention, which any VMM may adopt: the VMM holds open a memfd named ``offm
 
 Auditors find it by its link in /proc/PID/fd; it vanishes with the process. ``excluded`` ranges are kept from the guest
 (reserved in its E820 map). The claim says *where* to look and nothing else: ``backend`` is only repeated to the reader.
-What KVM has in a memory slot and the claim leaves out is audited too.
 
-Of a VMM that makes no claim, what KVM has in memory slots is taken. Where KVM's list cannot be had, the large writable
-mappings are, and called guesses: a guess can show that RAM is exposed, never that it is hidden.
+What counts is what KVM has in the memory slots of the VMs that this address space made. What the claim leaves out is
+audited too, and without KVM's list no claim is called hidden. Of a VMM without a claim the large writable mappings are
+taken then, and called guesses: a guess can show that RAM is exposed, never that it is hidden.
 """
 
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from offmap.audit.btf import Unknown
-from offmap.audit.kvm_slots import KVM_VM_LINK, KvmSlot, OthersVm
+from offmap.audit.kvm_list import GuestMemfd, KvmList, KvmSlot, Vm
 from offmap.audit.process import Mapping as Vma
 from offmap.audit.process import Process, find_mapping
-from offmap.audit.residency import link as link_of
 from offmap.audit.result import Source
 from offmap.errors import Undetermined
 from offmap.report.typed import Count, Document, Malformed, decode, parse_json
@@ -32,10 +31,12 @@ from offmap.uapi.page import PAGE_SIZE
 
 MEMSLOTS_LINK = "/memfd:offmap-memslots (deleted)"
 _MEMSLOTS_LIMIT = 1 << 20  # far more than KVM_USER_MEM_SLOTS of them take
+_ATTEMPTS = 4
 _USER_BITS = 56  # 5-level page tables: the user half (Documentation/arch/x86/x86_64/mm.rst)
 _PHYSICAL_BITS = 52  # the widest MAXPHYADDR that there is (Intel SDM volume 3, section 4.1.4)
 _GUESS_MINIMUM = 16 << 20  # smaller mappings are heaps, stacks and libraries more often than RAM
 _GUEST_MEMFD = "[kvm-gmem]"  # virt/kvm/guest_memfd.c, __kvm_gmem_create
+KVM_VM_LINK = "anon_inode:kvm-vm"
 KVM_VCPU_LINK = re.compile(r"anon_inode:kvm-vcpu:\d+")
 
 
@@ -45,6 +46,8 @@ class RamRange:
 
     ``excluded``: guest-physical (address, size) of what the guest does not get, by the claim that named the range.
     Another VM of the process may give its own guest what is at these addresses.
+
+    ``guest_memfd``: the pages are in that file, and ``va`` is only where the slot says that they are for the VMM.
     """
 
     va: int
@@ -53,6 +56,7 @@ class RamRange:
     guest_phys_addr: int | None = None
     backend: str = ""
     excluded: tuple[tuple[int, int], ...] = ()
+    guest_memfd: GuestMemfd | None = None
 
     @property
     def pages(self) -> int:
@@ -64,18 +68,33 @@ class GuestRam:
     """All ranges of a process that are to be audited.
 
     Attributes:
-        unseen_guest_memfd: the process holds guest_memfd memory that none of the ranges shows. Its pages may be in no
-            process's page tables, so nobody can tell where they are.
-        read_only_bytes: in slots that the guest cannot write to (ROM), which are not judged.
-        why_guessed: why KVM's own list could not be had.
+        vms: the VMs that the process made, as KVM has them.
+        read_only: in slots that the guest cannot write to (ROM, registers), and in no other.
+        unlisted: why KVM's own list could not be had: then nothing is called hidden.
+        why_unchecked: why the claim was not compared with KVM's slots, though that list could be had.
         omitted_bytes: in KVM's slots, and not in the VMM's list.
     """
 
     ranges: tuple[RamRange, ...]
-    unseen_guest_memfd: bool = False
-    read_only_bytes: int = 0
-    why_guessed: str = field(default="", compare=False)
+    vms: tuple[Vm, ...] = field(default=(), compare=False)
+    read_only: tuple[RamRange, ...] = ()
+    unlisted: str = field(default="", compare=False)
+    why_unchecked: str = field(default="", compare=False)
     omitted_bytes: int = 0
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What KVM's own structures say against its being hidden."""
+        return tuple(dict.fromkeys(doubt for vm in self.vms for doubt in vm.doubts))
+
+    @property
+    def intact(self) -> bool:
+        """Whether no slot of its VMs was ever taken away or changed."""
+        return all(vm.intact for vm in self.vms)
+
+    def replaced_since(self, moment: int) -> bool:
+        """Whether a slot may have been replaced by another one since this moment (CLOCK_MONOTONIC, nanoseconds)."""
+        return any(not vm.intact and vm.changed >= moment for vm in self.vms)
 
     @property
     def guessed(self) -> bool:
@@ -140,44 +159,76 @@ def guess_ranges(mappings: Sequence[Vma]) -> tuple[RamRange, ...]:
     )
 
 
-# The memory slots of the VMs that a process holds by these descriptors, given with what their links say; raises Unknown
-# where they cannot be had.
-AskKvm = Callable[[int, Mapping[int, str]], Sequence[KvmSlot]]
+class OthersVm(Unknown):
+    """The VM is of another process's memory: its userspace addresses say nothing in this one."""
+
+
+# The VMs that a process made, given with what its descriptors' links say; raises Unknown where they cannot be had.
+AskKvm = Callable[[Process, Mapping[int, str]], Sequence[Vm]]
+
+
+def vm_links(links: Mapping[int, str]) -> dict[int, str]:
+    """Those of a process's descriptors that keep a VM: its own, and those of its vCPUs."""
+    return {n: link for n, link in sorted(links.items()) if link == KVM_VM_LINK or KVM_VCPU_LINK.fullmatch(link)}
+
+
+def ask_kvm_list(kvm: KvmList, process: Process, links: Mapping[int, str]) -> Sequence[Vm]:
+    """The VMs that a process made, by KVM's own list; its descriptors can only show that the list is wrong.
+
+    Raises:
+        Unknown: the list cannot be read or lacks a VM that the process holds; OthersVm: it holds another's only.
+    """
+    vms = kvm.of_memory(kvm.memory_of(process.pid))
+    held = vm_links(links)
+    if not held:
+        return vms
+    for attempt in range(_ATTEMPTS):
+        try:
+            if kvm.held(process.pid, held) <= {vm.address for vm in vms} | set(kvm.addresses()):
+                break
+        except Unknown:
+            if attempt == _ATTEMPTS - 1:
+                raise
+        held = vm_links(process.descriptors())  # one was closed meanwhile
+    else:
+        raise Unknown("the process holds a VM that KVM does not list")
+    if not vms:
+        raise OthersVm(f"the VM of process {process.pid} was made by another")
+    return vms
 
 
 def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
-    """Find the guest RAM of a process: what its VMM or KVM says, else guesses for one that holds a VM.
+    """Find the guest RAM of a process: what KVM or its VMM says, else guesses for one that holds a VM.
 
     Args:
         ask_kvm: reads KVM's own list.
 
     Raises:
-        Undetermined: the process holds no VM, or another's beside a claim, has no mapping that could be RAM, or its
+        Undetermined: the process has no VM, or another's beside a claim, has no mapping that could be RAM, or its
             claim is malformed.
     """
     links = process.descriptors()
-    claimed = _claimed_ranges(process, links)
-    # A VM lives as long as one of its vCPUs is held.
-    vms = {n: link for n, link in sorted(links.items()) if link == KVM_VM_LINK or KVM_VCPU_LINK.fullmatch(link)}
-    if not vms and not claimed:
+    claimed = claimed_ranges(process, links)
+    vms: Sequence[Vm] = ()
+    unlisted, others = "KVM was not asked", ""
+    if ask_kvm is not None:
+        try:
+            vms, unlisted = ask_kvm(process, links), ""
+        except OthersVm as error:
+            unlisted, others = "", str(error)
+            if claimed:
+                # A forked child has the claim too, and may have other pages at the addresses that it names.
+                raise Undetermined(f"{others}, so that its claim says nothing of it", "audit that process") from None
+        except Unknown as error:
+            unlisted = str(error)
+    if not vms and not claimed and not vm_links(links):
         raise Undetermined(
             f"process {process.pid} holds no KVM VM and no offmap-memslots list",
             "say which addresses to audit with --range VA:LENGTH",
         )
-    slots: Sequence[KvmSlot] = ()
-    why = "KVM was not asked" if vms and not claimed else "the process holds no KVM VM"
-    if ask_kvm is not None and vms:
-        try:
-            slots, why = ask_kvm(process.pid, vms), ""
-        except OthersVm as error:
-            why = str(error)
-            if claimed:
-                # A forked child has the claim too, and may have other pages at the addresses that it names.
-                raise Undetermined(f"{why}, so that its claim says nothing of it", "audit that process") from None
-        except Unknown as error:
-            why = str(error)
     mappings = process.maps()  # after the slots, whose memory was there before them
-    found = slot_ranges(slots, mappings, claimed)
+    slots = tuple(dict.fromkeys(slot for vm in vms for slot in vm.slots))
+    claimed, found = slot_ranges(slots, mappings, claimed)
     guesses = () if found or claimed else guess_ranges(mappings)
     ranges = claimed + found + guesses
     if not ranges:
@@ -186,23 +237,24 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
             " its RAM",
             "say which addresses to audit with --range VA:LENGTH",
         )
-    files = _guest_memfds(process, links, mappings)
     return GuestRam(
         ranges,
-        _unseen_guest_memfd(files, ranges, mappings, () if guesses else slots),
-        read_only_bytes=0 if claimed or guesses else sum(slot.bytes for slot in slots if slot.read_only),
-        why_guessed=why or ("its VM has no memory yet" if guesses else ""),
+        tuple(vms),
+        read_only=() if guesses else read_only_ranges(slots, mappings, ranges),
+        unlisted=unlisted or others or ("its VM has no memory yet" if guesses else ""),
+        why_unchecked="" if vms or unlisted else "the process has no KVM VM",
         omitted_bytes=sum(part.bytes for part in found) if claimed else 0,
     )
 
 
-def _claimed_ranges(process: Process, links: Mapping[int, str]) -> tuple[RamRange, ...]:
+def claimed_ranges(process: Process, links: Mapping[int, str] | None = None) -> tuple[RamRange, ...]:
     """What the VMM's own lists name; nothing if it has none.
 
     Raises:
         Undetermined: a list is malformed.
     """
     claims: dict[int, GuestRam] = {}  # by inode: a duplicated fd is one claim
+    links = process.descriptors() if links is None else links
     for number in sorted(number for number, link in links.items() if link == MEMSLOTS_LINK):
         # Anything may have that name: a FIFO must not keep us waiting.
         fd = process.open(f"fd/{number}", os.O_RDONLY | os.O_NONBLOCK)
@@ -219,68 +271,76 @@ def _claimed_ranges(process: Process, links: Mapping[int, str]) -> tuple[RamRang
     return tuple(dict.fromkeys(part for claim in claims.values() for part in claim.ranges))
 
 
+def named_ranges(pid: int) -> list[RamRange]:
+    """What the VMM's own lists name, for somebody who takes its word for it, as if it had been given by ``--range``."""
+    with Process(pid) as process:
+        return [replace(part, source=Source.REQUESTED) for part in claimed_ranges(process)]
+
+
 def slot_ranges(
     slots: Sequence[KvmSlot], mappings: Sequence[Vma], known: Sequence[RamRange] = ()
-) -> tuple[RamRange, ...]:
-    """The memory that the guest can write to, without slots that lie in a larger one or in one of the ``known`` ranges.
+) -> tuple[tuple[RamRange, ...], tuple[RamRange, ...]]:
+    """The known ranges, and the memory beside them that the guest can write to.
 
-    A known range that keeps pages from its guest only covers a slot at the same guest-physical place: through any other
-    slot the guest gets them.
+    A slot that lies in a larger one or in one of the ``known`` ranges is left out. A known range that keeps pages from
+    its guest only covers a slot at the same guest-physical place: through any other slot the guest gets them. Pages of
+    a guest_memfd are a range of their own, unless just these pages are what the VMM has mapped there.
     """
     found = list(known)
     for slot in sorted(slots, key=lambda slot: (-slot.bytes, slot.guest_phys_addr)):
-        va, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
-        if slot.read_only or any(
-            part.va <= va
-            and end <= part.va + part.bytes
-            and (not part.excluded or slot.guest_phys_addr - va == (part.guest_phys_addr or 0) - part.va)
-            for part in found
-        ):
+        file = slot.guest_memfd
+        if file is not None and file.file:
+            inside = _maps_guest_memfd(mappings, slot, file)
+            part = RamRange(slot.userspace_addr, slot.bytes, Source.KVM, slot.guest_phys_addr, "guest_memfd", (), file)
+            same = [each for each in found if (each.va, each.bytes) == (part.va, part.bytes)]
+            if inside and same:
+                # The claim names just this memory.
+                found[found.index(same[0])] = replace(same[0], guest_memfd=file)
+                continue
+            found.append(part)
+            if inside:
+                continue
+        if slot.read_only or _covered(slot, found):
             continue
-        backing = find_mapping(mappings, va)
-        name = "" if backing is None else backing.path or "anonymous"
-        found.append(RamRange(va, slot.bytes, Source.KVM, slot.guest_phys_addr, name))
-    return tuple(sorted(found[len(known) :], key=lambda part: part.guest_phys_addr or 0))
+        found.append(_range_of(slot, mappings))
+    added = sorted(found[len(known) :], key=lambda part: part.guest_phys_addr or 0)
+    return tuple(found[: len(known)]), tuple(added)
 
 
-def _guest_memfds(process: Process, links: Mapping[int, str], mappings: Sequence[Vma]) -> dict[tuple[str, int], int]:
-    """Bytes of every guest_memfd that is open or mapped (0 if it cannot be asked), by device and inode as in maps."""
-    files = {}
-    for vma in (vma for vma in mappings if _GUEST_MEMFD in vma.path):
-        status = process.stat(link_of(vma))
-        files[vma.device, vma.inode] = 0 if status is None else status.st_size
-    for number in (number for number, link in links.items() if _GUEST_MEMFD in link):
-        status = process.stat(f"fd/{number}")
-        if status is None:
-            files["", 0] = 0
-        else:
-            device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-            files[device, status.st_ino] = status.st_size
-    return files
+def read_only_ranges(
+    slots: Sequence[KvmSlot], mappings: Sequence[Vma], ranges: Sequence[RamRange]
+) -> tuple[RamRange, ...]:
+    """The memory that the guest can only read, and that is in none of the ranges."""
+    found = [_range_of(slot, mappings) for slot in slots if slot.read_only and not _covered(slot, ranges)]
+    return tuple(dict.fromkeys(found))
 
 
-def _unseen_guest_memfd(
-    files: Mapping[tuple[str, int], int],
-    ranges: Iterable[RamRange],
-    mappings: Sequence[Vma],
-    slots: Iterable[KvmSlot] = (),
-) -> bool:
-    """Whether a part of a guest_memfd is in none of the ranges. A slot may have one that another process holds."""
-    if not files and any(slot.guest_memfd for slot in slots):
-        return True
-    shown: dict[tuple[str, int], list[tuple[int, int]]] = {file: [] for file in files}
-    for part in ranges:
-        for vma in mappings:
-            start, end = max(vma.start, part.va), min(vma.end, part.va + part.bytes)
-            if start < end and (vma.device, vma.inode) in shown:
-                offset = vma.offset + start - vma.start
-                shown[vma.device, vma.inode].append((offset, offset + end - start))
-    for file, size in files.items():
-        seen = 0
-        for start, end in sorted(shown[file]):
-            if start > seen:
-                break
-            seen = max(seen, end)
-        if seen < size or not seen:
-            return True
+def _range_of(slot: KvmSlot, mappings: Sequence[Vma]) -> RamRange:
+    backing = find_mapping(mappings, slot.userspace_addr)
+    name = "" if backing is None else backing.path or "anonymous"
+    return RamRange(slot.userspace_addr, slot.bytes, Source.KVM, slot.guest_phys_addr, name)
+
+
+def _covered(slot: KvmSlot, ranges: Sequence[RamRange]) -> bool:
+    va, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
+    return any(
+        part.va <= va
+        and end <= part.va + part.bytes
+        and part.guest_memfd is None
+        and (not part.excluded or slot.guest_phys_addr - va == (part.guest_phys_addr or 0) - part.va)
+        for part in ranges
+    )
+
+
+def _maps_guest_memfd(mappings: Sequence[Vma], slot: KvmSlot, file: GuestMemfd) -> bool:
+    """Whether the VMM has mapped, at the slot's address, just the slot's part of its guest_memfd."""
+    at, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
+    for vma in mappings:
+        if vma.start <= at < vma.end:
+            same = _GUEST_MEMFD in vma.path and vma.inode == file.inode
+            if not same or vma.offset + at - vma.start != file.offset + at - slot.userspace_addr:
+                return False
+            at = vma.end
+            if at >= end:
+                return True
     return False

@@ -9,7 +9,7 @@ which is never an empty list.
 
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,14 +191,32 @@ class KvmList(Tasks):
         except Unknown:
             return True
 
-    def guest_memfd_pages(self, slot: KvmSlot) -> tuple[Ints, Ints, Ints]:
-        """The pages that a slot's guest_memfd holds: runs of (page of the slot, frame, pages), in order.
+    def held(self, tid: int, descriptors: Mapping[int, str]) -> set[int]:
+        """Addresses of the VMs that these descriptors of a thread lead to, of VMs or of their vCPUs.
+
+        Args:
+            descriptors: what the link of each says.
+
+        Raises:
+            Unknown: they cannot be followed.
+        """
+        table = self._field(self._field(self.task_of(tid), "task_struct", "files"), "files_struct", "fdt")
+        files, size = self._field(table, "fdtable", "fd"), self._field(table, "fdtable", "max_fds", size=4)
+        found = set()
+        for number, link in descriptors.items():
+            if number >= size:
+                raise Unknown(f"process {tid} has no descriptor {number}")
+            kvm = self._field(self._pointer(files + 8 * number), "file", "private_data")
+            found.add(self._field(kvm, "kvm_vcpu", "kvm") if "vcpu" in link else kvm)
+        return found
+
+    def guest_memfd_pages(self, part: GuestMemfd, size: int) -> tuple[Ints, Ints, Ints]:
+        """The pages that ``size`` bytes of a guest_memfd have: runs of (page of the part, frame, pages), in order.
 
         Raises:
             Unknown: they cannot be read.
         """
-        part = slot.guest_memfd
-        if part is None or not part.file:
+        if not part.file:
             raise Unknown("its guest_memfd is closed")
         inode = self._field(part.file, "file", "f_inode")
         mapping = self._field(inode, "inode", "i_mapping")
@@ -211,7 +229,7 @@ class KvmList(Tasks):
             raise Unknown("its guest_memfd has entries that are no pages")
         pfn = (away // np.uint64(self._page_size)).astype(np.int64)
         first = part.offset // PAGE_SIZE
-        start, end = np.maximum(index, first), np.minimum(index + count, first + slot.bytes // PAGE_SIZE)
+        start, end = np.maximum(index, first), np.minimum(index + count, first + size // PAGE_SIZE)
         some = start < end
         return (start - first)[some], (pfn + start - index)[some], (end - start)[some]
 

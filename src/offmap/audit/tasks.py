@@ -7,6 +7,7 @@ an address space (``kthread_use_mm``) is none of its processes.
 
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 
 from offmap.audit import xarray
@@ -51,35 +52,51 @@ class Tasks(KernelObjects):
         Raises:
             Unknown: the kernel's list cannot be read.
         """
-        table = symbol("init_pid_ns") + self._btf.offset("pid_namespace", "idr", "idr_rt")
-        for attempt in range(_ATTEMPTS):
-            try:
-                numbers, _, entries = xarray.entries(self._read, self._btf, table)
-                break
-            except Unknown:
-                if attempt == _ATTEMPTS - 1:
-                    raise
         found = []
-        for tid, entry in zip(numbers.tolist(), entries.tolist(), strict=True):
+        for tid, entry in self._pids():
             try:
-                thread = self._thread(tid, entry)
+                memory, number, pid = self._members(task := self._task_at(entry))
+                if number == tid and memory and not self._field(task, "task_struct", "flags", size=4) & _PF_KTHREAD:
+                    found.append(Thread(tid, pid, memory))
             except Unknown:  # it ended, and something else is there
                 continue
-            if thread is not None:
-                found.append(thread)
         return found
 
-    def _thread(self, tid: int, entry: int) -> Thread | None:
-        node = self._field(entry, "pid", "tasks")  # of PIDTYPE_PID, the first
+    def task_of(self, tid: int) -> int:
+        """Address of a thread's ``struct task_struct``.
+
+        Raises:
+            Unknown: there is no such thread, or the kernel's list cannot be read.
+        """
+        for number, entry in self._pids():
+            if number == tid and self._members(task := self._task_at(entry))[1] == tid:
+                return task
+        raise Unknown(f"the kernel has no process {tid}")
+
+    def memory_of(self, tid: int) -> int:
+        """Kernel address of the address space of a thread; raises as ``task_of``, or if it has none."""
+        memory = self._members(self.task_of(tid))[0]
+        if not memory:
+            raise Unknown(f"process {tid} has no address space")
+        return memory
+
+    def _pids(self) -> list[tuple[int, int]]:
+        """(thread ID, address of its ``struct pid``) of each thread."""
+        table = symbol("init_pid_ns") + self._btf.offset("pid_namespace", "idr", "idr_rt")
+        for _ in range(_ATTEMPTS - 1):
+            with suppress(Unknown):
+                return self._look(table)
+        return self._look(table)
+
+    def _look(self, table: int) -> list[tuple[int, int]]:
+        numbers, _, entries = xarray.entries(self._read, self._btf, table)
+        return list(zip(numbers.tolist(), entries.tolist(), strict=True))
+
+    def _task_at(self, pid: int) -> int:
+        node = self._field(pid, "pid", "tasks")  # of PIDTYPE_PID, the first
         if not node:
-            return None
-        task = node - self._btf.offset("task_struct", "pid_links")
-        memory, number, pid = self._members(task)
-        if number != tid or not memory:
-            return None
-        if self._field(task, "task_struct", "flags", size=4) & _PF_KTHREAD:
-            return None
-        return Thread(tid, pid, memory)
+            raise Unknown("it has ended")
+        return node - self._btf.offset("task_struct", "pid_links")
 
     def _members(self, task: int) -> tuple[int, int, int]:
         """Address space, thread ID and process of a task, in one read."""
@@ -91,14 +108,3 @@ class Tasks(KernelObjects):
             struct.unpack_from("<i", data, pid - first)[0],
             struct.unpack_from("<i", data, tgid - first)[0],
         )
-
-    def memory_of(self, tid: int) -> int:
-        """Kernel address of the address space of a thread or process.
-
-        Raises:
-            Unknown: there is no such thread with one, or the kernel's list cannot be read.
-        """
-        for thread in self.threads():
-            if thread.tid == tid:
-                return thread.memory
-        raise Unknown(f"the kernel has no process {tid} with an address space")

@@ -1,30 +1,35 @@
-"""All VMs of a host: which processes hold them, and an audit of each.
+"""All VMs of a host: which processes they are of, and an audit of each.
 
-They are found by the descriptors in /proc/PID/fd, and counted by KVM's own list in debugfs.
-
-KVM names its descriptors ``anon_inode:kvm-vm`` and ``anon_inode:kvm-vcpu:N`` (``virt/kvm/kvm_main.c``), and makes a
-folder ``kvm/PID-FD`` in debugfs for each VM. What the VMM calls itself is a label for people.
+KVM's own list has them all (``kvm_list``), each with the address space that made it, and the kernel's tasks tell which
+processes have that. Descriptors (``anon_inode:kvm-vm`` and ``anon_inode:kvm-vcpu:N`` in /proc/PID/fd) and the folders
+``kvm/PID-FD`` in debugfs, one for each VM, are compared with it. They can only show that the list is wrong. What the
+VMM calls itself is a label for people.
 """
 
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import offmap
-from offmap.audit.guest_ram import KVM_VCPU_LINK, MEMSLOTS_LINK
+from offmap.audit.btf import Unknown
+from offmap.audit.guest_ram import KVM_VCPU_LINK, KVM_VM_LINK, MEMSLOTS_LINK, OthersVm, ask_kvm_list, vm_links
 from offmap.audit.host import host_facts, utc_now
-from offmap.audit.kvm_slots import KVM_VM_LINK
+from offmap.audit.kcore import Kcore
+from offmap.audit.kvm_list import KvmList, Vm
 from offmap.audit.oracle import OracleDisagrees
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded, process_ids
 from offmap.audit.reach import VmmFacts
+from offmap.audit.regions import Layout
 from offmap.audit.result import AuditResult
 from offmap.audit.result_sets import EveryVm, NotAudited
 from offmap.errors import ExitStatus, OffmapError, Undetermined
 
 _DEBUGFS = Path("/sys/kernel/debug/kvm")
 _DEBUGFS_VM = re.compile(r"\d+-\d+")
+_ATTEMPTS = 4  # VMs begin and end while they are looked for
 
 _GRAVITY = (ExitStatus.DONE, ExitStatus.FAILED, ExitStatus.UNDETERMINED, ExitStatus.EXPOSED)
 
@@ -40,7 +45,7 @@ _NAMES = (
 
 
 class VmProcess(NamedTuple):
-    """A process that holds at least one KVM VM."""
+    """A process that has at least one KVM VM; ``pid`` is that of a thread where the main one has ended."""
 
     pid: int
     name: str
@@ -59,8 +64,11 @@ def recognise(comm: str, executable: str, arguments: str, has_memslots: bool) ->
     return ""
 
 
-def vmm_facts(process: Process, links: Mapping[int, str] | None = None) -> VmmFacts:
-    """What a process says of itself, and what it holds.
+def vmm_facts(process: Process, links: Mapping[int, str] | None = None, vms: Sequence[Vm] | None = None) -> VmmFacts:
+    """What a process says of itself, and which VMs it has.
+
+    Args:
+        vms: what KVM lists; without it, the process's descriptors are counted.
 
     Raises:
         Undetermined: its descriptors may not be read, or it has ended.
@@ -71,54 +79,97 @@ def vmm_facts(process: Process, links: Mapping[int, str] | None = None) -> VmmFa
     return VmmFacts(
         vmm=recognise(process.name(), executable, arguments, MEMSLOTS_LINK in links.values()),
         executable=executable,
-        vms=sum(link == KVM_VM_LINK for link in links.values()),
-        vcpus=len({link for link in links.values() if KVM_VCPU_LINK.fullmatch(link)}),
+        vms=sum(link == KVM_VM_LINK for link in links.values()) if vms is None else len(vms),
+        vcpus=(
+            len({link for link in links.values() if KVM_VCPU_LINK.fullmatch(link)})
+            if vms is None
+            else sum(len(vm.vcpus) for vm in vms)
+        ),
     )
 
 
 def find_vms() -> tuple[list[VmProcess], list[str]]:
-    """All processes that hold a VM, in order of their PIDs, and why there may be more of them."""
+    """All processes that have a VM, in order of their PIDs, and why there may be more of them."""
+    try:
+        with Kcore() as kcore:
+            kvm = KvmList(kcore, Layout.of(kcore.vmcoreinfo, kcore.page_offset_base, kcore.segments))
+            found, notes = find_listed(kvm)
+            return found, notes + _unlisted(kvm)
+    except (Unknown, Undetermined) as error:
+        found, notes = find_held()
+        return found, [*notes, f"KVM's own list of VMs cannot be read: {error}"]
+
+
+def find_listed(kvm: KvmList) -> tuple[list[VmProcess], list[str]]:
+    """The processes of all VMs that KVM lists, and how many VMs have none.
+
+    Raises:
+        Unknown: the list cannot be read.
+    """
+    for _ in range(_ATTEMPTS):
+        vms: dict[int, list[Vm]] = {}
+        for vm in kvm.vms():
+            vms.setdefault(vm.memory, []).append(vm)
+        # The main thread of the process that has had it longest, or any that lives.
+        threads = sorted(kvm.threads(), key=lambda thread: (thread.tid != thread.pid, thread.tid))
+        owners = {thread.memory: thread.tid for thread in reversed(threads) if thread.memory in vms}
+        found = []
+        for memory, tid in owners.items():
+            with suppress(NoSuchProcess, ProcessEnded), Process(tid) as process:
+                found.append(VmProcess(tid, process.name(), vmm_facts(process, vms=vms.pop(memory))))
+        if not vms:
+            break
+    labels = ", ".join(sorted(vm.label for alone in vms.values() for vm in alone))
+    notes = [f"KVM lists VMs that no process is found for: {labels}"] if vms else []
+    return sorted(found), notes
+
+
+def _unlisted(kvm: KvmList) -> list[str]:
+    """What descriptors and debugfs have, and KVM's list has not."""
+    notes = []
+    for pid in process_ids():
+        with suppress(NoSuchProcess, Undetermined, OthersVm), Process(pid) as process:
+            links = process.descriptors()
+            if vm_links(links):
+                try:
+                    ask_kvm_list(kvm, process, links)
+                except OthersVm:
+                    continue
+                except Unknown as error:
+                    process.check_alive()
+                    notes.append(f"process {pid}: {error}")
+    more = 0
+    for _ in range(_ATTEMPTS):
+        before = set(kvm.addresses())
+        more = _listed_by_debugfs()
+        more -= len(before | set(kvm.addresses()))
+        if more <= 0:
+            break
+    if more > 0:
+        notes.append(f"debugfs has {more} VMs more than KVM's own list")
+    return notes
+
+
+def find_held() -> tuple[list[VmProcess], list[str]]:
+    """The processes that hold a VM by a descriptor of their main thread, and why there may be more."""
     found: list[VmProcess] = []
-    unreadable = headless = 0
+    unreadable = 0
     for pid in process_ids():
         try:
             with Process(pid) as process:
                 links = process.descriptors()
-                if not links and not process.running():
-                    headless += _held_by_threads(process)
-                if _holds_vm(links):
+                if vm_links(links):
                     found.append(VmProcess(pid, process.name(), vmm_facts(process, links)))
         except (NoSuchProcess, ProcessEnded):
             continue
         except Undetermined:
             unreadable += 1
-    notes = []
     if unreadable:
-        notes.append(f"the descriptors of {unreadable} processes cannot be read; run the audit as root")
-    if headless:
-        notes.append(f"{headless} processes hold VMs, and cannot be looked at since their main threads have ended")
-    more = _listed_by_kvm() - sum(vm.facts.vms for vm in found)
-    if more > 0:
-        notes.append(f"KVM lists {more} VMs more than processes hold descriptors of")
-    return found, notes
+        return found, [f"the descriptors of {unreadable} processes cannot be read; run the audit as root"]
+    return found, []
 
 
-def _holds_vm(links: Mapping[int, str]) -> bool:
-    return any(link == KVM_VM_LINK or KVM_VCPU_LINK.fullmatch(link) for link in links.values())
-
-
-def _held_by_threads(process: Process) -> bool:
-    """Whether a thread that outlives the main one holds a VM; /proc/PID itself shows nothing of such a process."""
-    for thread in process.threads():
-        try:
-            if _holds_vm(process.descriptors(thread)):
-                return True
-        except Undetermined:  # that one has ended too
-            continue
-    return False
-
-
-def _listed_by_kvm() -> int:
+def _listed_by_debugfs() -> int:
     """How many VMs there are, by debugfs; 0 where it is not mounted."""
     try:
         names = os.listdir(_DEBUGFS)  # noqa: PTH208
@@ -141,9 +192,10 @@ def worst_status(statuses: Sequence[ExitStatus], notes: Sequence[str]) -> ExitSt
 def audit_every_vm(audit: Callable[[VmProcess], AuditResult]) -> EveryVm:
     """Find all processes that hold a KVM VM, and audit each with ``audit``.
 
-    One that ends before anything was seen of it is left out: its VM is gone. One that cannot be audited is not.
+    One that ends before anything was seen of it is left out if its VM is gone too. One that cannot be audited is not.
     """
     vms, notes = find_vms()
+    ended: list[VmProcess] = []
     results: list[AuditResult] = []
     failures: list[NotAudited] = []
     statuses = []
@@ -151,12 +203,19 @@ def audit_every_vm(audit: Callable[[VmProcess], AuditResult]) -> EveryVm:
         try:
             results.append(audit(vm))
         except (NoSuchProcess, ProcessEnded):
-            continue
+            ended.append(vm)
         except OracleDisagrees:
             raise  # then nothing that is said of the other VMs is to be relied on either
         except OffmapError as error:
             failures.append(NotAudited(vm.pid, vm.name, vm.facts, str(error)))
             statuses.append(error.exit_status)
+    if ended:
+        still = {vm.pid for vm in find_vms()[0]}
+        for vm in (vm for vm in ended if vm.pid in still):
+            failures.append(
+                NotAudited(vm.pid, vm.name, vm.facts, "it could not be looked at, and its VM is still there")
+            )
+            statuses.append(ExitStatus.UNDETERMINED)
     statuses += [result.verdict.exit_status for result in results]
     return EveryVm(
         offmap=offmap.__version__,

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         return merge(args.merge, output)
 
     from offmap.audit.audit import snapshot_process
+    from offmap.audit.process import own_start
     from offmap.audit.vms import audit_every_vm
     from offmap.cli.audit_watch import watch
 
@@ -112,10 +114,15 @@ def run(args: argparse.Namespace) -> int:
     sample = parse_sample(args.oracle_sample) if args.oracle else None
     shows = draws() and not args.no_progress
 
+    since = own_start()
+
     def audit(pid: int) -> "Snapshot":
+        nonlocal since
+        began, after = time.monotonic_ns(), since
         try:
             return snapshot_process(
                 pid,
+                since=after,
                 scan=wanted,
                 ranges=ranges,
                 progress=_show_progress if shows else None,
@@ -124,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
                 sharers=args.sharers,
             )
         finally:
+            if args.watch is not None:
+                since = began  # what changed before was told then
             if shows:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

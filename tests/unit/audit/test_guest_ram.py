@@ -2,20 +2,27 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offmap.audit.btf import Unknown
 from offmap.audit.guest_ram import (
+    GuestRam,
+    OthersVm,
     RamRange,
-    _unseen_guest_memfd,
+    ask_kvm_list,
     find_guest_ram,
     guess_ranges,
     parse_memslots,
     slot_ranges,
 )
-from offmap.audit.kvm_slots import KvmSlot
+from offmap.audit.kvm_list import GuestMemfd, KvmSlot, Vm
+from offmap.audit.kvm_vcpu import VCpu
 from offmap.audit.process import NoSuchProcess, Process, find_mapping, parse_maps
 from offmap.audit.result import Source
 from offmap.errors import OffmapError, Undetermined
@@ -138,26 +145,156 @@ def test_what_one_vm_keeps_from_its_guest_another_may_give_to_its_own() -> None:
 def test_page_kept_from_the_guest_at_one_address_counts_at_another() -> None:
     part = RamRange(0x7F00_0000_0000, 1 << 20, Source.MEMSLOT, 0, excluded=((0x1000, 4096),))
     same, other = (KvmSlot(gpa, part.va, part.bytes, False) for gpa in (0, 1 << 30))
-    assert slot_ranges([same], [], [part]) == ()
-    assert [(found.guest_phys_addr, found.excluded) for found in slot_ranges([same, other], [], [part])] == [
+    assert slot_ranges([same], [], [part]) == ((part,), ())
+    assert [(found.guest_phys_addr, found.excluded) for found in slot_ranges([same, other], [], [part])[1]] == [
         (1 << 30, ())
     ]
 
 
-def test_guest_memfd_that_no_range_shows_is_noticed() -> None:
-    mappings = parse_maps(MAPS + "7f0040000000-7f0044000000 rw-s 00000000 00:0f 1  /[kvm-gmem] (deleted)\n")
-    shown, half, other = (
-        RamRange(va, size, Source.MEMSLOT)
-        for va, size in ((0x7F00_4000_0000, 64 << 20), (0x7F00_4000_0000, 32 << 20), (0x7F00_1000_0000, 4096))
-    )
-    file = {("00:0f", 1): 64 << 20}
-    assert _unseen_guest_memfd(file, [other], mappings)
-    assert not _unseen_guest_memfd(file, [other, shown], mappings)
-    assert not _unseen_guest_memfd({}, [other], mappings)
-    # Part of it, another one beside it, and one that cannot be asked about.
-    assert _unseen_guest_memfd(file, [half], mappings)
-    assert _unseen_guest_memfd(file | {("00:0f", 2): 4096}, [shown], mappings)
-    assert _unseen_guest_memfd({("", 0): 0}, [shown], mappings)
+def test_pages_of_a_guest_memfd_are_judged_by_its_file_whatever_the_vmm_maps() -> None:
+    file = GuestMemfd(0xFFFF_8880_0000_0000, 7, 1 << 20)
+    slot = KvmSlot(0, 0x7F00_4000_0000, 2 << 20, False, file)
+    line = "7f0040000000-7f0040200000 rw-s {offset:08x} 00:0f {inode} {path}\n"
+    inside = parse_maps(line.format(offset=1 << 20, inode=7, path="/[kvm-gmem] (deleted)"))
+    # Mapped as it is: one range, found by the file.
+    known, (part,) = slot_ranges([slot], inside)
+    assert (known, part.guest_memfd, part.bytes) == ((), file, 2 << 20)
+    claim = RamRange(slot.userspace_addr, slot.bytes, Source.MEMSLOT, 0, "guest_memfd")
+    assert slot_ranges([slot], inside, [claim]) == ((replace(claim, guest_memfd=file),), ())
+    # Another file, another part of it, or nothing at all is mapped: both count.
+    decoys = [
+        parse_maps(line.format(offset=offset, inode=inode, path=path))
+        for offset, inode, path in (
+            (1 << 20, 8, "/[kvm-gmem] (deleted)"),
+            (0, 7, "/[kvm-gmem] (deleted)"),
+            (1 << 20, 7, "/memfd:ram (deleted)"),
+        )
+    ]
+    for mappings in (*decoys, []):
+        _, both = slot_ranges([slot], mappings)
+        assert sorted(each.guest_memfd is None for each in both) == [False, True]
+        kept, (more,) = slot_ranges([slot], mappings, [claim])
+        assert (kept, more.guest_memfd) == ((claim,), file)
+    # A slot whose file was closed has its other pages all the same.
+    assert [each.guest_memfd for each in slot_ranges([replace(slot, guest_memfd=GuestMemfd(0, 0, 0))], [])[1]] == [None]
+
+
+def made(*slots: KvmSlot, intact: bool = True, changed: int = 0) -> Vm:
+    """A VM with these slots."""
+    return Vm(0x1000, 0x2000, "kvm-1", ((0x3000, 2),), slots, intact, changed, 0, (VCpu(0, False, 0),), ())
+
+
+class HoldsVm(Process):
+    """This process, with a VM among its descriptors."""
+
+    def descriptors(self, thread: int | None = None) -> dict[int, str]:
+        return super().descriptors(thread) | {5: "anon_inode:kvm-vm"}
+
+
+def refuse(process: Process, links: Mapping[int, str]) -> Sequence[Vm]:
+    raise Unknown("no BTF")
+
+
+def test_kvms_list_comes_before_guesses_and_without_it_they_are_guesses() -> None:
+    slots = [
+        KvmSlot(0, 0x7F00_0000_0000, 160 * 4096, False),
+        KvmSlot(1 << 30, 0x7F10_0000_0000, 4096, True),
+        KvmSlot(1 << 31, 0x7F00_0000_0000 + 4096, 16 * 4096, False),  # a part of the first, at another address
+        KvmSlot(1 << 32, 0x7F00_0000_0000, 4096, True),  # the same
+    ]
+    held = bytearray(64 << 20)  # at least one mapping large enough to be a guess
+    # Whatever its descriptors show.
+    for kind in (HoldsVm, Process):
+        with kind(os.getpid()) as process:
+            ram = find_guest_ram(process, lambda process, links: [made(*slots)])
+            assert [(part.source, part.va, part.guest_phys_addr) for part in ram.ranges] == [
+                (Source.KVM, 0x7F00_0000_0000, 0)
+            ]
+            assert [part.va for part in ram.read_only] == [0x7F10_0000_0000]
+            assert not ram.guessed and not ram.unlisted and not ram.doubts
+    with HoldsVm(os.getpid()) as process:
+        guessed = find_guest_ram(process, refuse)
+        assert guessed.guessed and guessed.unlisted == "no BTF"
+        assert find_guest_ram(process, lambda process, links: [made()]).guessed  # no memory yet
+    assert held
+
+
+def test_what_a_claim_leaves_out_is_judged_too() -> None:
+    claimed, left_out = (KvmSlot(n << 20, 0x7F00_0000_0000 + (n << 20), 1 << 20, False) for n in range(2))
+    rom = KvmSlot(1 << 31, 0x7F20_0000_0000, 1 << 20, True)
+    fd = os.memfd_create("offmap-memslots")
+    try:
+        os.write(fd, claim(memory_size=claimed.bytes, userspace_addr=claimed.userspace_addr))
+        with Process(os.getpid()) as process:
+            whole = find_guest_ram(process, lambda process, links: [made(claimed)])
+            assert [part.source for part in whole.ranges] == [Source.MEMSLOT]
+            assert (whole.omitted_bytes, whole.unlisted, whole.why_unchecked) == (0, "", "")
+            part = find_guest_ram(process, lambda process, links: [made(left_out, claimed, rom)])
+            assert [(each.source, each.va) for each in part.ranges] == [
+                (Source.MEMSLOT, claimed.userspace_addr),
+                (Source.KVM, left_out.userspace_addr),
+            ]
+            assert part.omitted_bytes == left_out.bytes and not part.guessed
+            # Memory that the guest can only read is not left out without a word either.
+            assert [each.va for each in part.read_only] == [rom.userspace_addr]
+            assert find_guest_ram(process, refuse).unlisted == "no BTF"
+            assert find_guest_ram(process, lambda process, links: []).why_unchecked
+    finally:
+        os.close(fd)
+
+
+def test_a_claim_that_a_child_has_of_its_parent_is_not_believed() -> None:
+    def others(process: Process, links: Mapping[int, str]) -> Sequence[Vm]:
+        raise OthersVm("the VM of process 7 was made by another")
+
+    fd = os.memfd_create("offmap-memslots")
+    try:
+        os.write(fd, claim())
+        with HoldsVm(os.getpid()) as process, pytest.raises(Undetermined, match="its claim says nothing"):
+            find_guest_ram(process, others)
+    finally:
+        os.close(fd)
+
+
+def test_slots_that_may_have_been_replaced_since_the_audit_began() -> None:
+    ranges = (RamRange(0x7F00_0000_0000, 4096, Source.KVM),)
+    for intact, changed, replaced in ((True, 200, False), (False, 99, False), (False, 100, True)):
+        assert GuestRam(ranges, (made(intact=intact, changed=changed),)).replaced_since(100) is replaced
+
+
+class List:
+    """KVM's list of one process, as far as it is asked."""
+
+    def __init__(self, vms: Sequence[Vm], listed: Sequence[int], held: Sequence[int]) -> None:
+        self._vms, self._listed, self._held = vms, listed, held
+
+    def memory_of(self, tid: int) -> int:
+        return 0x2000
+
+    def of_memory(self, memory: int) -> Sequence[Vm]:
+        return self._vms
+
+    def addresses(self) -> Sequence[int]:
+        return self._listed
+
+    def held(self, tid: int, descriptors: Mapping[int, str]) -> set[int]:
+        return set(self._held)
+
+
+def test_descriptors_can_only_show_that_the_list_is_wrong() -> None:
+    def ask(process: Process, vms: Sequence[Vm], listed: Sequence[int], held: Sequence[int]) -> Sequence[Vm]:
+        kvm: Any = List(vms, listed, held)
+        return ask_kvm_list(kvm, process, process.descriptors())
+
+    with Process(os.getpid()) as process:
+        assert ask(process, [made()], [0x1000], []) == [made()]
+    with HoldsVm(os.getpid()) as process:
+        # Its own, and another's beside it.
+        assert ask(process, [made()], [0x1000], [0x1000]) == ask(process, [made()], [0x1000, 0x9000], [0x9000])
+        with pytest.raises(Unknown, match="does not list"):
+            ask(process, [made()], [0x1000], [0x9000])
+        with pytest.raises(OthersVm, match="made by another"):
+            ask(process, [], [0x9000], [0x9000])
 
 
 def test_a_name_cannot_make_up_a_mapping() -> None:

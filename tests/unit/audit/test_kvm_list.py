@@ -239,9 +239,9 @@ def test_pages_of_a_guest_memfd_come_from_its_file_whoever_holds_it(kernel: Kern
     assert slot.guest_memfd == GuestMemfd(file, 1234, 4 * PAGE)
     pages = {index: VMEMMAP + 64 * (0x500 + index) for index in (0, 4, 6, 19, 20)}
     memory.xarray(mapping + OFFSETS["address_space", "i_pages"], pages)
-    first, pfn, count = kernel.guest_memfd_pages(slot)
+    first, pfn, count = kernel.guest_memfd_pages(slot.guest_memfd, slot.bytes)
     assert (first.tolist(), pfn.tolist()) == ([0, 2, 15], [0x504, 0x506, 0x513])
     assert np.array_equal(count, [1, 1, 1])
     memory.put(inode, "inode", "i_ino", value=99)
     with pytest.raises(Unknown, match="not where"):
-        kernel.guest_memfd_pages(slot)
+        kernel.guest_memfd_pages(slot.guest_memfd, slot.bytes)

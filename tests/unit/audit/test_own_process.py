@@ -3,10 +3,13 @@
 import ctypes
 import mmap
 import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 
-from offmap.audit.process import Mapping, Process, find_mapping
+from offmap.audit.process import Mapping, Process, find_mapping, own_start
 from offmap.audit.residency import Backing, allocated_bytes, backing_of, resident_frames
 
 PAGE = 4096
@@ -68,3 +71,12 @@ def test_process_shows_its_name_and_descriptors() -> None:
             assert process.descriptors()[fd] == "/memfd:offmap-test (deleted)"
     finally:
         os.close(fd)
+
+
+def test_own_start_is_past_and_after_the_parents() -> None:
+    assert 0 < own_start() <= time.monotonic_ns()
+    program = "from offmap.audit.process import own_start; print(own_start())"
+    before = time.monotonic_ns()
+    child = int(subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout)
+    tick = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    assert before - tick <= child <= time.monotonic_ns()

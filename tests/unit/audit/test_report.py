@@ -8,6 +8,8 @@ import pytest
 
 from offmap.audit.audit import _judge
 from offmap.audit.guest_ram import GuestRam, RamRange
+from offmap.audit.kvm_list import Vm
+from offmap.audit.kvm_vcpu import VCpu
 from offmap.audit.result import Source
 from offmap.audit.scan_result import FoundCanary, Place, Scan
 from offmap.audit.verdict import Verdict
@@ -43,8 +45,29 @@ def test_clean_scan_says_what_it_could_not_read() -> None:
     assert any("1 mapped pages of RAM were not scanned" in note for note in notes)
 
 
-def test_unseen_guest_memfd_is_never_hidden() -> None:
-    assert _judge(HIDDEN, GuestRam(RAM.ranges, unseen_guest_memfd=True), None)[0] is Verdict.UNKNOWN
+def kvm_says(*, intact: bool = True, runs: int = 0) -> Vm:
+    return Vm(0x1000, 0x2000, "kvm-1", ((0x3000, 2),), (), intact, 0, 0, (VCpu(0, False, runs),), ())
+
+
+def test_without_kvms_list_nothing_is_hidden_but_what_was_named() -> None:
+    verdict, (note,) = _judge(HIDDEN, GuestRam(RAM.ranges, unlisted="this kernel has no BTF"), None)
+    assert verdict is Verdict.UNKNOWN and note.endswith("this kernel has no BTF")
+    assert _judge(EXPOSED, GuestRam(RAM.ranges, unlisted="no BTF"), None)[0] is Verdict.EXPOSED
+
+
+def test_what_kvm_shows_speaks_against_hidden_whatever_the_walk_saw() -> None:
+    verdict, (note,) = _judge(HIDDEN, GuestRam(RAM.ranges, (kvm_says(runs=3),)), None)
+    assert verdict is Verdict.UNKNOWN and "guests of its own (3 times)" in note
+    verdict, (note,) = _judge(HIDDEN, RAM, None, replaced=True)
+    assert verdict is Verdict.UNKNOWN and "since the audit was started" in note
+
+
+def test_memory_that_the_guest_can_only_read_counts_if_it_could_write_to_it_before() -> None:
+    part = RamRange(0x7F10_0000_0000, 4096, Source.KVM, 1 << 31)
+    for intact, mapped, verdict in ((True, 1, Verdict.HIDDEN), (False, 0, Verdict.HIDDEN), (False, 1, Verdict.UNKNOWN)):
+        ram = GuestRam(RAM.ranges, (kvm_says(intact=intact),), (part,))
+        found, (note,) = _judge(HIDDEN, ram, None, mapped_read_only=mapped)
+        assert found is verdict and "cannot write to" in note
 
 
 def test_pages_to_come_are_not_promised() -> None:
@@ -62,10 +85,8 @@ def test_part_of_an_audit_is_never_hidden() -> None:
     assert _judge(EXPOSED, RAM, None, partial="process 7 ended during the audit")[0] is Verdict.EXPOSED
 
 
-def test_firmware_and_why_it_was_guessed_are_said() -> None:
-    known = GuestRam((RamRange(0, 4096, Source.KVM, 0, "anonymous"),), read_only_bytes=131072)
-    assert _judge(HIDDEN, known, None)[1] == ("128 KiB that the guest cannot write to (firmware) is not judged",)
-    guess = GuestRam((RamRange(0, 4096, Source.GUESS),), why_guessed="this kernel has no BTF")
+def test_why_it_was_guessed_is_said() -> None:
+    guess = GuestRam((RamRange(0, 4096, Source.GUESS),), unlisted="this kernel has no BTF")
     (note,) = _judge(HIDDEN, guess, None)[1]
     assert "guesses" in note
     assert "this kernel has no BTF" in note

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
+from offmap.audit.kvm_list import Vm
+from offmap.audit.kvm_vcpu import VCpu
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
 from offmap.audit.reach import VmmFacts
-from offmap.audit.vms import VmProcess, audit_every_vm, find_vms, recognise, vmm_facts, worst_status
+from offmap.audit.tasks import Thread
+from offmap.audit.vms import VmProcess, audit_every_vm, find_listed, find_vms, recognise, vmm_facts, worst_status
 from offmap.errors import ExitStatus, Undetermined
 
 
@@ -54,39 +58,69 @@ def test_worst_of_all_decides(statuses: list[ExitStatus], notes: tuple[str, ...]
 
 
 def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    vms = [VmProcess(pid, f"vmm{pid}", VmmFacts("", "", 1, 0)) for pid in (1, 2, 3)]
-    monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: (vms, []))
-    errors = {1: Undetermined("no kcore"), 2: NoSuchProcess("gone"), 3: ProcessEnded("ended")}
+    vms = [VmProcess(pid, f"vmm{pid}", VmmFacts("", "", 1, 0)) for pid in (1, 2, 3, 4)]
+    lists = [vms, vms[:1] + vms[3:]]
+    monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: (lists.pop(0), []))
+    errors = {
+        1: Undetermined("no kcore"),
+        2: NoSuchProcess("gone"),
+        3: ProcessEnded("ended"),
+        4: ProcessEnded("its main thread has ended"),
+    }
 
     def audit(vm: VmProcess) -> None:
         raise errors[vm.pid]
 
     every = audit_every_vm(audit)  # type: ignore[arg-type]
-    assert [(each.pid, each.reason) for each in every.not_audited] == [(1, "no kcore")]
+    assert [(each.pid, each.reason) for each in every.not_audited] == [
+        (1, "no kcore"),
+        (4, "it could not be looked at, and its VM is still there"),
+    ]
     assert every.exit_status == ExitStatus.UNDETERMINED
 
 
-def test_a_vm_of_a_process_whose_main_thread_has_ended_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offmap.audit.vms.KVM_VM_LINK", "/memfd:headless-vm (deleted)")
-    program = """if True:
-        import ctypes, os, sys, threading, time
-        fd = os.memfd_create("headless-vm")
-        threading.Thread(target=sys.stdin.read, daemon=True).start()
-        print(flush=True)
-        ctypes.CDLL(None).syscall(60, 0)  # exit, of this thread alone
-    """
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        assert child.stdin is not None and child.stdout is not None
-        child.stdout.readline()
-        with Process(child.pid) as process:
-            while process.running():
-                os.sched_yield()
-        try:
-            found, notes = find_vms()
-        finally:
-            child.kill()
-    assert child.pid not in [vm.pid for vm in found]
-    assert any("1 processes hold VMs" in note for note in notes)
+class List:
+    """KVM's list and the kernel's tasks, as far as they are asked."""
+
+    def __init__(self, vms: list[Vm], threads: list[Thread]) -> None:
+        self._vms, self._threads = vms, threads
+
+    def vms(self) -> list[Vm]:
+        return self._vms
+
+    def threads(self) -> list[Thread]:
+        return self._threads
+
+
+def listed(vms: list[Vm], threads: list[Thread]) -> tuple[list[VmProcess], list[str]]:
+    kvm: Any = List(vms, threads)
+    return find_listed(kvm)
+
+
+def test_vms_are_attributed_by_address_space_whoever_holds_their_descriptors() -> None:
+    one, other, lost = (
+        Vm(address, memory, f"kvm-{address}", (), (), True, 0, 0, (VCpu(0, False, 0),), ())
+        for address, memory in ((1, 0xA000), (2, 0xA000), (3, 0xB000))
+    )
+    pid = os.getpid()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        # Of the main thread's table nothing is asked; a child that shares the memory (CLONE_VM) is no other VMM.
+        found, notes = listed([one, other], [Thread(child.pid, child.pid, 0xA000), Thread(pid, pid, 0xA000)])
+        assert ([(vm.pid, vm.facts.vms, vm.facts.vcpus) for vm in found], notes) == ([(min(pid, child.pid), 2, 2)], [])
+        # The main thread has ended: one that lives stands for the process.
+        found, _ = listed([one], [Thread(child.pid, 1, 0xA000)])
+        assert [vm.pid for vm in found] == [child.pid]
+    found, notes = listed([one, lost], [Thread(pid, pid, 0xA000)])
+    assert [vm.pid for vm in found] == [pid]
+    assert notes == ["KVM lists VMs that no process is found for: kvm-3"]
+
+
+def test_without_kvms_list_there_may_be_more_vms(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable() -> None:
+        raise Undetermined("cannot open /proc/kcore")
+
+    monkeypatch.setattr("offmap.audit.vms.Kcore", unreadable)
+    assert any("list of VMs cannot be read: cannot open" in note for note in find_vms()[1])
 
 
 def test_process_that_ended_is_said_to_have() -> None:

@@ -1,0 +1,419 @@
+"""VMMs that want to be called hidden and are not, run in a disposable host.
+
+``kvm_attack_target.py`` prints one JSON object: by attack, the verdict on the process and what an audit of all says.
+Each attacker has a VM on hidden memory, with a claim, as a decoy. Its other VM, slot or page is in ordinary memory, and
+it does what it can to keep that from being seen.
+"""
+
+import array
+import ctypes
+import fcntl
+import json
+import mmap
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from offmap.audit.audit import audit_process
+from offmap.audit.vms import audit_every_vm
+from offmap.errors import OffmapError
+from offmap.patience import scaled
+
+PAGE, MIB = 4096, 1 << 20
+RESERVED = 0x6000_0000  # the host is booted with memmap=256M$0x60000000
+KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_CREATE_IRQCHIP = 0xAE01, 0xAE41, 0xAE60
+KVM_SET_USER_MEMORY_REGION, KVM_RUN, KVM_GET_VCPU_MMAP_SIZE = 0x4020AE46, 0xAE80, 0xAE04
+KVM_GET_SREGS, KVM_SET_SREGS, KVM_SET_REGS = 0x8138AE83, 0x4138AE84, 0x4090AE82
+KVM_GET_SUPPORTED_CPUID, KVM_SET_CPUID2, KVM_SET_MSRS = 0xC008AE05, 0x4008AE90, 0x4008AE89
+KVM_CREATE_GUEST_MEMFD, KVM_SET_USER_MEMORY_REGION2 = 0xC040AED4, 0x40A0AE49
+READ_ONLY, GUEST_MEMFD = 1 << 1, 1 << 2
+SREGS_SIZE, EFER_SVME = 312, 1 << 12
+CLONE_FILES, CLONE_VM = 0x400, 0x100
+
+libc = ctypes.CDLL(None, use_errno=True)
+kept: list[Any] = []  # what lives as long as the attacker
+
+
+def address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def plain(size: int = 4 * MIB) -> mmap.mmap:
+    """Ordinary memory, all of it there."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for at in range(0, size, PAGE):
+        memory[at] = 0xF4  # hlt
+    kept.append(memory)
+    return memory
+
+
+def hidden(size: int = 4 * MIB, offset: int = 0) -> mmap.mmap:
+    """Memory that the kernel does not map."""
+    fd = os.open("/dev/mem", os.O_RDWR)
+    memory = mmap.mmap(fd, size, offset=RESERVED + offset)
+    memory[:PAGE] = bytes(PAGE)
+    kept.append(memory)
+    return memory
+
+
+class Vm:
+    """A VM by its bare calls."""
+
+    def __init__(self) -> None:
+        self.kvm = os.open("/dev/kvm", os.O_RDWR)
+        self.fd = fcntl.ioctl(self.kvm, KVM_CREATE_VM, 0)
+        fcntl.ioctl(self.fd, KVM_CREATE_IRQCHIP, 0)
+
+    def slot(self, number: int, memory: mmap.mmap, gpa: int = 0, flags: int = 0, size: int | None = None) -> None:
+        size = len(memory) if size is None else size
+        fcntl.ioctl(
+            self.fd, KVM_SET_USER_MEMORY_REGION, struct.pack("<IIQQQ", number, flags, gpa, size, address(memory))
+        )
+
+    def vcpu(self) -> int:
+        return int(fcntl.ioctl(self.fd, KVM_CREATE_VCPU, 0))
+
+    def run_for_ever(self) -> int:
+        """A thread that stays in KVM_RUN, as its guest halts; the vCPU's descriptor."""
+        vcpu = self.vcpu()
+        sregs = bytearray(SREGS_SIZE)
+        fcntl.ioctl(vcpu, KVM_GET_SREGS, sregs)
+        struct.pack_into("<QIH", sregs, 0, 0, 0xFFFF, 0)  # cs
+        fcntl.ioctl(vcpu, KVM_SET_SREGS, bytes(sregs))
+        fcntl.ioctl(vcpu, KVM_SET_REGS, struct.pack("<18Q", *[0] * 17, 2))
+        thread = threading.Thread(target=lambda: libc.ioctl(vcpu, KVM_RUN, 0), daemon=True)
+        thread.start()
+        kept.append(thread)
+        state = Path(f"/proc/self/task/{thread.native_id}/stat")
+        while thread.is_alive() and state.read_text(encoding="ascii").rpartition(")")[2].split()[0] != "S":
+            os.sched_yield()
+        return vcpu
+
+
+def decoy() -> Vm:
+    """A VM on hidden memory, with a claim."""
+    memory = hidden()
+    vm = Vm()
+    vm.slot(0, memory)
+    vm.vcpu()
+    slot = {"guest_phys_addr": 0, "memory_size": len(memory), "userspace_addr": address(memory), "backend": "x"}
+    claim = os.memfd_create("offmap-memslots")
+    os.write(claim, json.dumps({"schema": "offmap-memslots/1", "slots": [slot]}).encode())
+    kept.extend((vm, claim))
+    return vm
+
+
+def exposed() -> Vm:
+    vm = Vm()
+    vm.slot(0, plain())
+    return vm
+
+
+def nothing() -> None:
+    """The control: the decoy alone is hidden."""
+
+
+def thread_with_descriptors_of_its_own() -> None:
+    def work() -> None:
+        try:
+            libc.unshare(CLONE_FILES)
+            kept.append(exposed().run_for_ever())
+        finally:
+            ready.set()
+        threading.Event().wait()
+
+    ready = threading.Event()
+    threading.Thread(target=work, daemon=True).start()
+    ready.wait()
+
+
+def duplicate_of_the_decoy() -> None:
+    thread_with_descriptors_of_its_own()
+    os.dup(next(each.fd for each in kept if isinstance(each, Vm)))
+
+
+def descriptors_closed_while_it_runs() -> None:
+    vm = exposed()
+    vcpu = vm.run_for_ever()
+    for fd in (vcpu, vm.fd):
+        os.close(fd)
+
+
+def child_with_the_same_memory() -> None:
+    vm = exposed()
+    vm.vcpu()
+    stack = plain(MIB)
+    pause = ctypes.cast(libc.pause, ctypes.c_void_p)
+    child = libc.clone(pause, ctypes.c_void_p(address(stack) + MIB - 64), CLONE_VM | signal.SIGCHLD, None)
+    kept.append(child)
+    os.close(vm.fd)
+
+
+def descriptor_on_its_way_in_a_socket() -> None:
+    vm = exposed()
+    ours, theirs = socket.socketpair()
+    ours.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [vm.fd]))])
+    os.close(vm.fd)
+    kept.extend((ours, theirs))
+
+
+def vcpu_mapped_and_closed() -> None:
+    vm = exposed()
+    vcpu = vm.vcpu()
+    kept.append(mmap.mmap(vcpu, fcntl.ioctl(vm.kvm, KVM_GET_VCPU_MMAP_SIZE, 0)))
+    duplicate = kept[-1]
+    assert len(duplicate)
+    os.close(vcpu)
+    os.close(vm.fd)
+
+
+def slot_of_system_management_mode_only() -> None:
+    vm = next(each for each in kept if isinstance(each, Vm))
+    vm.slot(1 << 16 | 3, plain(), 1 << 30)
+
+
+def read_only_since_the_auditor_may_come() -> None:
+    vm = next(each for each in kept if isinstance(each, Vm))
+    memory = plain(64 * 1024)
+    vm.slot(1, memory, 1 << 30)
+    vm.slot(1, memory, 1 << 30, size=0)
+    vm.slot(1, memory, 1 << 30, READ_ONLY)
+
+
+def read_only_and_as_large_as_ram() -> None:
+    vm = next(each for each in kept if isinstance(each, Vm))
+    vm.slot(1, plain(), 1 << 30, READ_ONLY)
+
+
+def small_and_always_read_only() -> None:
+    """No attack: the registers or the firmware of an honest VMM."""
+    vm = next(each for each in kept if isinstance(each, Vm))
+    vm.slot(1, plain(PAGE), 1 << 30, READ_ONLY)
+
+
+def nested_guest_allowed() -> None:
+    vm = next(each for each in kept if isinstance(each, Vm))
+    vcpu = fcntl.ioctl(vm.fd, KVM_CREATE_VCPU, 1)
+    cpuid = bytearray(8 + 40 * 100)
+    struct.pack_into("<I", cpuid, 0, 100)
+    fcntl.ioctl(vm.kvm, KVM_GET_SUPPORTED_CPUID, cpuid)
+    fcntl.ioctl(vcpu, KVM_SET_CPUID2, bytes(cpuid))
+    sregs = bytearray(SREGS_SIZE)
+    fcntl.ioctl(vcpu, KVM_GET_SREGS, sregs)
+    at = 8 * 24 + 2 * 16 + 5 * 8  # segments, gdt and idt, cr0 cr2 cr3 cr4 cr8
+    struct.pack_into("<Q", sregs, at, struct.unpack_from("<Q", sregs, at)[0] | EFER_SVME)
+    fcntl.ioctl(vcpu, KVM_SET_SREGS, bytes(sregs))
+
+
+def clock_page_in_hidden_memory() -> None:
+    vm = next(each for each in kept if isinstance(each, Vm))
+    vcpu = fcntl.ioctl(vm.fd, KVM_CREATE_VCPU, 1)
+    msrs = struct.pack("<IIIIQ", 1, 0, 0x4B56_4D01, 0, 0x2000 | 1)  # MSR_KVM_SYSTEM_TIME_NEW
+    fcntl.ioctl(vcpu, KVM_SET_MSRS, msrs)
+
+
+def guest_memfd_held_by_another() -> None:
+    vm = Vm.__new__(Vm)
+    vm.kvm = os.open("/dev/kvm", os.O_RDWR)
+    vm.fd = fcntl.ioctl(vm.kvm, KVM_CREATE_VM, 0)
+
+    def guest_memfd(size: int) -> int:
+        asked = bytearray(struct.pack("<QQ6Q", size, 3, *[0] * 6))  # MMAP | INIT_SHARED
+        return int(fcntl.ioctl(vm.fd, KVM_CREATE_GUEST_MEMFD, asked))
+
+    file = guest_memfd(4 * MIB)
+    with mmap.mmap(file, 4 * MIB) as view:
+        for at in range(0, 4 * MIB, PAGE):
+            view[at] = 1
+    memory = hidden(4 * MIB, 8 * MIB)
+    fcntl.ioctl(
+        vm.fd,
+        KVM_SET_USER_MEMORY_REGION2,
+        struct.pack("<IIQQQQII14Q", 0, GUEST_MEMFD, 0, 4 * MIB, address(memory), 0, file, 0, *[0] * 14),
+    )
+    held, told = os.pipe()
+    if os.fork() == 0:
+        for each in kept:
+            if isinstance(each, Vm):
+                os.close(each.fd)
+        os.close(vm.fd)
+        os.write(told, b"x")
+        signal.pause()
+    os.read(held, 1)
+    os.close(file)
+    guest_memfd(PAGE)
+    kept.append(vm)
+
+
+LISTED: tuple[Callable[[], None], ...] = (
+    nothing,
+    small_and_always_read_only,
+    thread_with_descriptors_of_its_own,
+    duplicate_of_the_decoy,
+    descriptors_closed_while_it_runs,
+    child_with_the_same_memory,
+    descriptor_on_its_way_in_a_socket,
+    vcpu_mapped_and_closed,
+    slot_of_system_management_mode_only,
+    read_only_since_the_auditor_may_come,
+    read_only_and_as_large_as_ram,
+    nested_guest_allowed,
+)
+NEWER: tuple[Callable[[], None], ...] = (clock_page_in_hidden_memory, guest_memfd_held_by_another)
+
+
+class Attacker:
+    """A process that does this beside its decoy; a context manager that leaves none behind."""
+
+    def __init__(self, deed: Callable[[], None]) -> None:
+        ours, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setpgid(0, 0)
+            try:
+                ours.close()
+                decoy()
+                deed()
+                theirs.send(b"!")
+                theirs.recv(1)
+            except OSError as error:
+                theirs.send(str(error).encode())
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._ours = ours
+        ours.settimeout(scaled(60.0))
+        self.said = ours.recv(100)
+
+    def __enter__(self) -> "Attacker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self._ours.close()
+
+
+def verdict(pid: int) -> dict[str, Any]:
+    try:
+        result = audit_process(pid)
+    except OffmapError as error:
+        return {"verdict": f"status {int(error.exit_status)}", "notes": [str(error)]}
+    return {"verdict": result.verdict.value, "notes": list(result.notes)}
+
+
+def tried(deed: Callable[[], None]) -> dict[str, Any]:
+    with Attacker(deed) as attacker:
+        if attacker.said != b"!":
+            return {"failed": attacker.said.decode()}
+        found = verdict(attacker.pid)
+        every = audit_every_vm(lambda vm: audit_process(vm.pid))
+        found["all"] = int(every.exit_status)
+        found["all notes"] = list(every.notes)
+    return found
+
+
+class Swapper(Attacker):
+    """Waits for somebody whose command line has ``audit``, and has hidden memory under its slot as long as it sees him.
+
+    It gives its guest's RAM back a slot of its own, or moves memory under the slot (``mremap``).
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._swap)
+
+    @staticmethod
+    def _swap() -> None:
+        vm, memory, other = exposed(), kept[-1], hidden(4 * MIB, 16 * MIB)
+        kept.append(vm)
+
+        def watched() -> bool:
+            for folder in Path("/proc").iterdir():
+                if folder.name.isdigit():
+                    try:
+                        words = (folder / "cmdline").read_bytes().split(b"\0")
+                    except OSError:
+                        continue
+                    if b"audit" in words:
+                        return True
+            return False
+
+        def work() -> None:
+            before = False
+            while True:
+                if (now := watched()) != before:
+                    vm.slot(0, memory, size=0)
+                    vm.slot(0, other if now else memory)
+                    before = now
+                time.sleep(0)
+
+        threading.Thread(target=work, daemon=True).start()
+
+
+def swapped() -> dict[str, Any]:
+    command = [sys.executable, "-m", "offmap"]
+    with Swapper() as attacker:
+        done = subprocess.run(
+            [*command, "audit", "--no-progress", "--json", str(attacker.pid)], capture_output=True, check=False
+        )
+        return {"status": done.returncode, "said": done.stdout.decode(), "errors": done.stderr.decode()}
+
+
+def churn(times: int) -> dict[str, Any]:
+    """Audits of honest VMs while others begin and end beside them."""
+    with Attacker(nothing) as one, Attacker(small_and_always_read_only) as other:
+        busy = os.fork()
+        if busy == 0:
+            while True:
+                vm = Vm()
+                vm.slot(0, kept[0] if kept else plain(MIB))
+                vcpu = vm.vcpu()
+                for fd in (vcpu, vm.fd, vm.kvm):
+                    os.close(fd)
+        try:
+            verdicts = [verdict(vm.pid) for vm in (one, other) for _ in range(times)]
+            every = [audit_every_vm(lambda vm: audit_process(vm.pid)) for _ in range(2)]
+        finally:
+            os.kill(busy, signal.SIGKILL)
+            os.waitpid(busy, 0)
+        return {
+            "verdicts": [each["verdict"] for each in verdicts],
+            "notes": sorted({note for each in verdicts for note in each["notes"]}),
+            "every": [
+                [
+                    int(each.exit_status),
+                    list(each.notes),
+                    [str(no.reason) for no in each.not_audited],
+                    [vm.verdict.value for vm in each.vms if vm.pid in (one.pid, other.pid)],
+                ]
+                for each in every
+            ],
+        }
+
+
+def main() -> int:
+    names = sys.argv[1:]
+    found: dict[str, Any] = {}
+    for deed in (*LISTED, *NEWER):
+        if not names or deed.__name__ in names:
+            began = time.monotonic()
+            found[deed.__name__] = tried(deed)
+            print(f"{deed.__name__}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+    if not names or "swapped" in names:
+        found["swapped"] = swapped()
+    if not names or "churn" in names:
+        found["churn"] = churn(4)
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
