@@ -10,12 +10,11 @@
  *
  * The walk takes no lock, and a page table may be freed while it is read. It
  * copies each one, so it never faults. What it reads of a freed table may name
- * a block that is not mapped, and never hides one: nobody can make a new mapping
+ * a range that is not mapped, and never hides one: nobody can make a new mapping
  * of memory that nothing maps.
  */
-#include <linux/bitmap.h>
 #include <linux/io.h>
-#include <linux/memory.h>
+#include <linux/list_sort.h>
 #include <linux/mm.h>
 #include <linux/sched.h>
 #include <linux/slab.h>
@@ -28,9 +27,8 @@
 #define LEVELS	5
 
 struct walk {
-	const unsigned long *wanted;
-	unsigned long *mapped;
-	unsigned long nr;	/* bits in both */
+	struct offmap_range *ranges;
+	unsigned int nr;
 	u64 *tables[LEVELS];	/* a copy of the table at each level, 0 the lowest */
 	bool unknown;
 };
@@ -40,14 +38,27 @@ static unsigned int level_shift(int level)
 	return PAGE_SHIFT + 9 * level;
 }
 
+/* The first range that ends above @start. */
+static unsigned int find_range(const struct walk *walk, phys_addr_t start)
+{
+	unsigned int low = 0, high = walk->nr, middle;
+
+	while (low < high) {
+		middle = low + (high - low) / 2;
+		if (walk->ranges[middle].start + walk->ranges[middle].size > start)
+			high = middle;
+		else
+			low = middle + 1;
+	}
+	return low;
+}
+
 static void note(struct walk *walk, phys_addr_t start, u64 size)
 {
-	u64 block = memory_block_size_bytes();
-	u64 i = div64_u64(start, block), last = div64_u64(start + size - 1, block);
+	unsigned int i = find_range(walk, start);
 
-	for (; i <= last && i < walk->nr; i++)
-		if (test_bit(i, walk->wanted))
-			__set_bit(i, walk->mapped);
+	for (; i < walk->nr && walk->ranges[i].start < start + size; i++)
+		walk->ranges[i].mapped = true;
 }
 
 /* The direct map, which is looked up, and 65536 images of the same few pages. */
@@ -79,35 +90,33 @@ static void walk_table(struct walk *walk, int level, unsigned long addr, unsigne
 	cond_resched();
 }
 
-static void look_up_direct_map(struct walk *walk)
+static void look_up_direct_map(struct offmap_range *range)
 {
-	u64 block = memory_block_size_bytes(), offset;
-	unsigned long i, addr;
+	unsigned long addr = ALIGN_DOWN((unsigned long)__va(range->start), PMD_SIZE);
 	unsigned int level;
 	pte_t *pte;
 
-	for_each_set_bit(i, walk->wanted, walk->nr) {
-		for (offset = 0; offset < block; offset += PMD_SIZE) {
-			addr = (unsigned long)__va(i * block + offset);
-			pte = lookup_address(addr, &level);
-			/* Whether a table of small pages is empty is not looked at. */
-			if (pte && (level == PG_LEVEL_4K || pte_val(*pte) & _PAGE_PRESENT))
-				__set_bit(i, walk->mapped);
-		}
+	for (; addr < (unsigned long)__va(range->start + range->size); addr += PMD_SIZE) {
+		pte = lookup_address(addr, &level);
+		/* Whether a table of small pages is empty is not looked at. */
+		if (pte && (level == PG_LEVEL_4K || pte_val(*pte) & _PAGE_PRESENT))
+			range->mapped = true;
 	}
 }
 
-int offmap_find_mapped(const unsigned long *wanted, unsigned long *mapped, unsigned long nr)
+int offmap_find_mapped(struct offmap_range *ranges, unsigned int nr)
 {
-	struct walk walk = { .wanted = wanted, .mapped = mapped, .nr = nr };
+	struct walk walk = { .ranges = ranges, .nr = nr };
 	int top = pgtable_l5_enabled() ? 4 : 3, level, ret = -ENOMEM;
+	unsigned int i;
 
 	for (level = 0; level < LEVELS; level++) {
 		walk.tables[level] = (u64 *)__get_free_page(GFP_KERNEL);
 		if (!walk.tables[level])
 			goto out;
 	}
-	bitmap_zero(mapped, nr);
+	for (i = 0; i < nr; i++)
+		ranges[i].mapped = false;
 	/* Unmapped, but maybe not from every TLB. */
 	vm_unmap_aliases();
 	/* The kernel half is the same for all. */
@@ -115,10 +124,49 @@ int offmap_find_mapped(const unsigned long *wanted, unsigned long *mapped, unsig
 	memcpy(walk.tables[top], current->active_mm->pgd, PAGE_SIZE);
 	preempt_enable();
 	walk_table(&walk, top, -1UL << (level_shift(top) + 8), PTRS_PER_PGD / 2);
-	look_up_direct_map(&walk);
+	for (i = 0; i < nr; i++)
+		look_up_direct_map(&ranges[i]);
 	ret = walk.unknown ? -EAGAIN : 0;
 out:
 	for (level = 0; level < LEVELS; level++)
 		free_page((unsigned long)walk.tables[level]);
+	return ret;
+}
+
+static int by_start(void *unused, const struct list_head *a, const struct list_head *b)
+{
+	const struct piece *p = list_entry(a, struct piece, node);
+	const struct piece *q = list_entry(b, struct piece, node);
+
+	return p->start < q->start ? -1 : p->start > q->start;
+}
+
+void offmap_sort_pieces(struct list_head *pieces)
+{
+	list_sort(NULL, pieces, by_start);
+}
+
+int offmap_find_mapped_pieces(struct list_head *pieces)
+{
+	struct offmap_range *ranges;
+	unsigned int nr = 0, i = 0;
+	struct piece *piece;
+	int ret;
+
+	offmap_sort_pieces(pieces);
+	list_for_each_entry(piece, pieces, node)
+		nr++;
+	if (!nr)
+		return 0;
+	ranges = kvmalloc_array(nr, sizeof(*ranges), GFP_KERNEL);
+	if (!ranges)
+		return -ENOMEM;
+	list_for_each_entry(piece, pieces, node)
+		ranges[i++] = (struct offmap_range){ .start = piece->start, .size = piece->size };
+	ret = offmap_find_mapped(ranges, nr);
+	i = 0;
+	list_for_each_entry(piece, pieces, node)
+		piece->mapped = ranges[i++].mapped;
+	kvfree(ranges);
 	return ret;
 }

@@ -6,6 +6,7 @@
 #ifndef _OFFMAP_COMPAT_H
 #define _OFFMAP_COMPAT_H
 
+#include <linux/fs.h>
 #include <linux/mm.h>
 
 /* pfn_t went in 6.17. */
@@ -50,6 +51,62 @@ static inline void offmap_vm_flags_clear(struct vm_area_struct *vma, unsigned lo
 /* register_pfn_address_space() came in 7.0. */
 #ifdef OFFMAP_HAVE_PFN_ADDRESS_SPACE
 #include <linux/memory-failure.h>
+#endif
+
+/* mseal() came in 6.10. */
+#ifdef VM_SEALED
+#define OFFMAP_VM_SEALED	VM_SEALED
+#else
+#define OFFMAP_VM_SEALED	0
+#endif
+
+/* struct mnt_idmap came in 6.3. */
+#ifndef OFFMAP_HAVE_MNT_IDMAP
+#define mnt_idmap		user_namespace
+#define nop_mnt_idmap		init_user_ns
+#endif
+
+/* simple_inode_init_ts() came in 6.7. */
+#ifdef OFFMAP_HAVE_INODE_TIMES
+#define offmap_init_times	simple_inode_init_ts
+
+static inline void offmap_touch(struct inode *inode)
+{
+	inode_set_mtime_to_ts(inode, inode_set_ctime_current(inode));
+}
+#else
+static inline void offmap_touch(struct inode *inode)
+{
+	inode->i_ctime = current_time(inode);
+	inode->i_mtime = inode->i_ctime;
+}
+
+static inline void offmap_init_times(struct inode *inode)
+{
+	offmap_touch(inode);
+	inode->i_atime = inode->i_ctime;
+}
+#endif
+
+/* ->create() lost its flag in 7.x. */
+#ifdef OFFMAP_HAVE_CREATE_EXCL
+#define OFFMAP_CREATE_MODE	umode_t mode, bool excl
+#else
+#define OFFMAP_CREATE_MODE	umode_t mode
+#endif
+
+/* Dentries that stay without a user are marked so from 6.19 on. */
+#ifdef OFFMAP_HAVE_PERSISTENT_DENTRIES
+#define offmap_make_persistent	d_make_persistent
+#define offmap_kill_super	kill_anon_super
+#else
+#define offmap_kill_super	kill_litter_super
+
+static inline void offmap_make_persistent(struct dentry *dentry, struct inode *inode)
+{
+	d_instantiate(dentry, inode);
+	dget(dentry);
+}
 #endif
 
 #endif /* _OFFMAP_COMPAT_H */

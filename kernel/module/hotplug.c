@@ -283,6 +283,27 @@ static int set_block_state(struct vfsmount *sysfs, u64 block, const char *state)
 	return ret < 0 ? ret : 0;
 }
 
+ssize_t offmap_read_sysfs(const char *name, char *buf, size_t size)
+{
+	struct vfsmount *sysfs = mount_sysfs();
+	struct file *file;
+	struct path root;
+	loff_t pos = 0;
+	ssize_t ret;
+
+	if (IS_ERR(sysfs))
+		return PTR_ERR(sysfs);
+	root = (struct path){ .mnt = sysfs, .dentry = sysfs->mnt_root };
+	file = file_open_root(&root, name, O_RDONLY, 0);
+	ret = PTR_ERR_OR_ZERO(file);
+	if (!ret) {
+		ret = kernel_read(file, buf, size, &pos);
+		filp_close(file, NULL);
+	}
+	kern_unmount(sysfs);
+	return ret;
+}
+
 static int online(const struct piece *piece)
 {
 	u64 block = memory_block_size_bytes();

@@ -20,9 +20,11 @@ struct offmap_source {
 	bool large;
 	/*
 	 * Return the physical address of @offset, and in @length how many bytes
-	 * are contiguous from there: 0 beyond the end.
+	 * are contiguous from there: 0 beyond the end, and in a hole.
 	 */
 	phys_addr_t (*phys)(const struct offmap_memory *mem, u64 offset, u64 *length);
+	/* Try to have a page at @offset, where there is none. May be NULL. */
+	int (*fill)(struct offmap_memory *mem, u64 offset);
 	/* Whether a page of these has failed. May be NULL. */
 	bool (*poisoned)(const struct offmap_memory *mem, u64 offset, u64 length);
 	/* Give the memory back, now or later. No process may map it any more. */
@@ -54,6 +56,7 @@ struct piece {
 	bool gigabyte;			/* we have all of the gigabyte that it is in */
 	bool claimed;			/* in the resource tree */
 	bool zeroed;
+	bool mapped;			/* when it was last looked at */
 	bool reported;			/* as one that cannot go back yet */
 	unsigned long since;		/* jiffies: on its way back */
 	unsigned long *bad;		/* a bit a page: it has failed */
@@ -71,7 +74,18 @@ struct unplugged {
 
 /* main.c: something changed that sysfs shows, or that kdump must know. */
 void offmap_changed(bool memory);
-/* The memory of unplugged blocks that a mapping is of, or NULL. */
+
+/*
+ * map.c. What is mapped changes under the invalidate lock of the file, and the
+ * memory is there for as long as the file.
+ */
+int offmap_may_map(struct vm_area_struct *vma);
+int offmap_map(struct offmap_memory *mem, struct vm_area_struct *vma, bool guarded);
+unsigned long offmap_get_unmapped_area(struct file *file, unsigned long addr, unsigned long len,
+				       unsigned long pgoff, unsigned long flags);
+/* -ENXIO: it is no mapping of ours. -ENODATA: it has nothing at @addr. */
+int offmap_translate(struct vm_area_struct *vma, unsigned long addr, u64 *phys, u64 *length);
+/* The memory without struct page that a mapping is of, or NULL. */
 struct offmap_memory *offmap_vma_memory(struct vm_area_struct *vma);
 
 /* unplug.c: what the parameters say. */
@@ -130,6 +144,8 @@ int offmap_remove_memory(struct offmap_operation *op);
 int offmap_add_memory(const struct piece *piece);
 /* What keeps a block that is in an operation, as far as can be told; or NULL. */
 const char *offmap_obstacle(phys_addr_t start, u64 size);
+/* Read from a file of sysfs. How many bytes, or an error. */
+ssize_t offmap_read_sysfs(const char *name, char *buf, size_t size);
 int offmap_hotplug_init(void);
 void offmap_hotplug_exit(void);
 
@@ -160,14 +176,24 @@ void offmap_poison_init(void);
 void offmap_poison_exit(void);
 
 /*
- * alias.c: set in @mapped the memory blocks of @wanted that a kernel page table
- * maps. An error if that cannot be told.
+ * alias.c: find what a kernel page table maps. An error if that cannot be told.
+ * Ranges are in ascending order, and do not overlap.
  */
-int offmap_find_mapped(const unsigned long *wanted, unsigned long *mapped, unsigned long nr);
+struct offmap_range {
+	phys_addr_t start;
+	u64 size;
+	bool mapped;
+};
+
+int offmap_find_mapped(struct offmap_range *ranges, unsigned int nr);
+void offmap_sort_pieces(struct list_head *pieces);
+/* Sorts them, and sets piece->mapped. */
+int offmap_find_mapped_pieces(struct list_head *pieces);
 
 /* zero.c */
 extern struct workqueue_struct *offmap_workqueue;
 int offmap_zero(phys_addr_t start, u64 size, bool keep);
+int offmap_zero_again(phys_addr_t start, u64 size);
 int offmap_zero_init(void);
 void offmap_zero_exit(void);
 

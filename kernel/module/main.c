@@ -32,11 +32,13 @@
 #include "compat.h"
 #include "internal.h"
 #include "offmap.h"
+#include "pool.h"
 
 struct offmap_file {
 	struct kref ref;
 	struct mutex lock;		/* guards what follows, and is held for no work */
 	bool taking;			/* somebody gets memory for this file */
+	bool guarded;			/* mappings of it stay as they are */
 	struct offmap_memory *mem;	/* set once */
 	struct file *keeper;		/* its release gives mem back */
 	struct completion returned;	/* mem is back, or takes its time */
@@ -176,147 +178,17 @@ static int file_bind(struct file *file, int fd)
 
 /* --- mapping it ---------------------------------------------------------- */
 
-static u64 vma_offset(struct vm_area_struct *vma, unsigned long addr)
-{
-	return ((u64)vma->vm_pgoff << PAGE_SHIFT) + (addr - vma->vm_start);
-}
-
-static bool vma_poisoned(struct vm_area_struct *vma, unsigned long addr, u64 length)
-{
-	struct offmap_file *of = vma->vm_file->private_data;
-
-	return of->mem->source->poisoned &&
-	       of->mem->source->poisoned(of->mem, vma_offset(vma, addr), length);
-}
-
-static phys_addr_t vma_phys(struct vm_area_struct *vma, unsigned long addr, u64 *length)
-{
-	struct offmap_file *of = vma->vm_file->private_data;
-	phys_addr_t phys = of->mem->source->phys(of->mem, vma_offset(vma, addr), length);
-
-	*length = min_t(u64, *length, vma->vm_end - addr);
-	return phys;
-}
-
-/* Map the aligned 2^@order pages around the fault, if they are that in physical memory too. */
-static vm_fault_t insert_pages(struct vm_fault *vmf, unsigned int order)
-{
-	unsigned long size = PAGE_SIZE << order;
-	unsigned long addr = ALIGN_DOWN(vmf->address, size);
-	struct vm_area_struct *vma = vmf->vma;
-	phys_addr_t phys;
-	u64 length;
-
-	if (addr < vma->vm_start)
-		return VM_FAULT_FALLBACK;
-	phys = vma_phys(vma, addr, &length);
-	if (length < size || !IS_ALIGNED(phys, size))
-		return VM_FAULT_FALLBACK;
-	if (vma_poisoned(vma, addr, size))
-		return order ? VM_FAULT_FALLBACK : VM_FAULT_HWPOISON;
-	switch (order) {
-	case 0:
-		return vmf_insert_pfn(vma, addr, PHYS_PFN(phys));
-#ifdef OFFMAP_HUGE_PFNMAP
-	case PMD_ORDER:
-		return vmf_insert_pfn_pmd(vmf, offmap_pfn(phys), vmf->flags & FAULT_FLAG_WRITE);
-#ifdef CONFIG_ARCH_SUPPORTS_PUD_PFNMAP
-	case PUD_ORDER:
-		return vmf_insert_pfn_pud(vmf, offmap_pfn(phys), vmf->flags & FAULT_FLAG_WRITE);
-#endif
-#endif
-	default:
-		return VM_FAULT_FALLBACK;
-	}
-}
-
-/*
- * A large page could not be had, so a fault would come for each small one: map
- * the others of its page table as well.
- */
-static vm_fault_t offmap_fault(struct vm_fault *vmf)
-{
-	struct vm_area_struct *vma = vmf->vma;
-	vm_fault_t ret = insert_pages(vmf, 0);
-	unsigned long addr, end;
-	phys_addr_t phys;
-	bool poisoned;
-	u64 length;
-
-	if (ret != VM_FAULT_NOPAGE)
-		return ret == VM_FAULT_FALLBACK ? VM_FAULT_SIGBUS : ret;
-	addr = max(ALIGN_DOWN(vmf->address, PMD_SIZE), vma->vm_start);
-	end = min(ALIGN_DOWN(vmf->address, PMD_SIZE) + PMD_SIZE, vma->vm_end);
-	poisoned = vma_poisoned(vma, addr, end - addr);
-	while (addr < end) {
-		phys = vma_phys(vma, addr, &length);
-		if (!length)
-			break;
-		for (length = min_t(u64, length, end - addr); length; length -= PAGE_SIZE) {
-			if (!(poisoned && vma_poisoned(vma, addr, PAGE_SIZE)) &&
-			    vmf_insert_pfn(vma, addr, PHYS_PFN(phys)) != VM_FAULT_NOPAGE)
-				return ret;
-			addr += PAGE_SIZE;
-			phys += PAGE_SIZE;
-		}
-	}
-	return ret;
-}
-
-#ifdef OFFMAP_HUGE_PFNMAP
-static vm_fault_t offmap_huge_fault(struct vm_fault *vmf, unsigned int order)
-{
-	struct offmap_file *of = vmf->vma->vm_file->private_data;
-
-	return of->mem->source->large ? insert_pages(vmf, order) : VM_FAULT_FALLBACK;
-}
-#endif
-
-/* No ->access: ptrace and process_vm_readv() are to stay out. */
-static const struct vm_operations_struct offmap_vm_ops = {
-	.fault = offmap_fault,
-#ifdef OFFMAP_HUGE_PFNMAP
-	.huge_fault = offmap_huge_fault,
-#endif
-};
-
-/*
- * Where one page can map a gigabyte, the address must be that of one too.
- * thp_get_unmapped_area() aligns to 2M. Memory may be chosen by the mapping
- * itself, so whether it will have whole gigabytes is not known yet.
- */
-static unsigned long offmap_get_unmapped_area(struct file *file, unsigned long addr,
-					      unsigned long len, unsigned long pgoff,
-					      unsigned long flags)
-{
-#ifdef CONFIG_ARCH_SUPPORTS_PUD_PFNMAP
-	unsigned long phase = (pgoff << PAGE_SHIFT) & ~PUD_MASK;
-	unsigned long room;
-
-	if (len >= PUD_SIZE && len + PUD_SIZE > len && !addr && !(flags & MAP_FIXED)) {
-		room = thp_get_unmapped_area(file, 0, len + PUD_SIZE, pgoff, flags);
-		if (!IS_ERR_VALUE(room))
-			return ALIGN(room - phase, PUD_SIZE) + phase;
-	}
-#endif
-	return thp_get_unmapped_area(file, addr, len, pgoff, flags);
-}
-
 static int offmap_mmap(struct file *file, struct vm_area_struct *vma)
 {
 	struct offmap_file *of = file->private_data;
-	u64 offset = (u64)vma->vm_pgoff << PAGE_SHIFT;
-	u64 size = vma->vm_end - vma->vm_start, taken;
-	int ret;
+	u64 taken;
+	int ret = offmap_may_map(vma);
 
-	/* A private copy of a page would be ordinary memory. */
-	if (!(vma->vm_flags & VM_SHARED))
-		return -EINVAL;
-	if (vma->vm_flags & VM_EXEC)
-		return -EPERM;
+	if (ret)
+		return ret;
 	/* Pairs with file_set(). */
 	if (!smp_load_acquire(&of->mem)) {
-		if (offset)
+		if (vma->vm_pgoff)
 			return -EINVAL;
 		/* Who was handed the file may map what it has, and take no more. */
 		if (!capable(CAP_SYS_ADMIN))
@@ -326,30 +198,13 @@ static int offmap_mmap(struct file *file, struct vm_area_struct *vma)
 		 * somebody who wants it (ksmd does, under the mutex that KSM's
 		 * notifier takes). So this gives up after a while.
 		 */
-		taken = size;
+		taken = vma->vm_end - vma->vm_start;
 		ret = file_unplug(file, &taken, OFFMAP_ANY_NODE, true);
 		/* -EBUSY: another mapping was faster; is it large enough? */
 		if (ret && !(ret == -EBUSY && smp_load_acquire(&of->mem)))
 			return ret;
 	}
-	if (size > of->mem->size || offset > of->mem->size - size)
-		return -EINVAL;
-	offmap_vm_flags_clear(vma, VM_MAYEXEC);
-	/* VM_HUGEPAGE: for hosts whose THP setting is "madvise". */
-	offmap_vm_flags_set(vma, VM_PFNMAP | VM_IO | VM_DONTEXPAND | VM_DONTDUMP | VM_DONTCOPY |
-			    (of->mem->source->large ? VM_HUGEPAGE : 0));
-	vma->vm_ops = &offmap_vm_ops;
-	return 0;
-}
-
-struct offmap_memory *offmap_vma_memory(struct vm_area_struct *vma)
-{
-	struct offmap_file *of;
-
-	if (vma->vm_ops != &offmap_vm_ops)
-		return NULL;
-	of = vma->vm_file->private_data;
-	return of->mem->source->large ? of->mem : NULL;
+	return offmap_map(of->mem, vma, READ_ONCE(of->guarded));
 }
 
 /* --- the device ---------------------------------------------------------- */
@@ -439,8 +294,8 @@ static long ioctl_translate(struct offmap_translate __user *argp)
 	ret = mmap_read_lock_killable(mm);
 	if (!ret) {
 		vma = find_vma(mm, arg.addr);
-		if (vma && vma->vm_start <= arg.addr && vma->vm_ops == &offmap_vm_ops)
-			arg.phys = vma_phys(vma, arg.addr, &arg.length);
+		if (vma && vma->vm_start <= arg.addr)
+			ret = offmap_translate(vma, arg.addr, &arg.phys, &arg.length);
 		else
 			ret = -ENXIO;
 		mmap_read_unlock(mm);
@@ -469,6 +324,8 @@ static long ioctl_bind_secretmem(struct file *file, struct offmap_secretmem __us
 
 static long offmap_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
+	struct offmap_file *of = file->private_data;
+
 	/* A file that was handed to somebody else can be mapped, not commanded. */
 	if (!capable(CAP_SYS_ADMIN))
 		return -EPERM;
@@ -479,6 +336,9 @@ static long offmap_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return ioctl_translate((void __user *)arg);
 	case OFFMAP_BIND_SECRETMEM:
 		return ioctl_bind_secretmem(file, (void __user *)arg);
+	case OFFMAP_GUARD:
+		WRITE_ONCE(of->guarded, true);
+		return 0;
 	default:
 		return -ENOTTY;
 	}
@@ -532,7 +392,18 @@ static ssize_t kept_show(struct device *dev, struct device_attribute *attr, char
 }
 static DEVICE_ATTR_ADMIN_RO(kept);
 
+/*
+ * "DEVICE SIZE FREE CLEANING HELD FAILED FILES NODE" of each pool: bytes, but for
+ * the number of the mount's device, of files, and of the NUMA node (-1: any).
+ */
+static ssize_t pools_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	return offmap_show_pools(buf);
+}
+static DEVICE_ATTR_RO(pools);
+
 static struct attribute *offmap_attrs[] = {
+	&dev_attr_pools.attr,
 	&dev_attr_holders.attr,
 	&dev_attr_requests.attr,
 	&dev_attr_returning.attr,
@@ -602,7 +473,12 @@ static int __init offmap_init(void)
 	ret = misc_register(&offmap_device);
 	if (ret)
 		goto unregister_notifier;
+	ret = offmap_poolfs_init();
+	if (ret)
+		goto deregister_device;
 	return 0;
+deregister_device:
+	misc_deregister(&offmap_device);
 unregister_notifier:
 	unregister_pm_notifier(&offmap_pm_notifier);
 poison_exit:
@@ -618,6 +494,7 @@ module_init(offmap_init);
 
 static void __exit offmap_exit(void)
 {
+	offmap_poolfs_exit();
 	/* First: its thread may still tell the device that the last piece is back. */
 	offmap_return_exit();
 	misc_deregister(&offmap_device);

@@ -34,7 +34,7 @@ struct offmap_unplug {
 };
 
 /*
- * Where a mapping of /dev/offmap is in physical memory, for auditors: no page
+ * Where a mapping of /dev/offmap, or of a pool's file, is in physical memory, for auditors: no page
  * table dump of the process shows it.
  *
  * @pid:    process, in the caller's PID namespace.
@@ -42,7 +42,8 @@ struct offmap_unplug {
  * @phys:   out: its physical address.
  * @length: out: how many bytes from there are contiguous in both.
  *
- * -ESRCH: no such process. -ENXIO: @addr is not in a mapping of /dev/offmap.
+ * -ESRCH: no such process. -ENXIO: @addr is in no mapping of /dev/offmap or of
+ * a pool's file. -ENODATA: that file has a hole there.
  */
 struct offmap_translate {
 	__s32 pid;
@@ -68,6 +69,17 @@ struct offmap_secretmem {
 	__u32 flags;	/* must be 0 */
 	__u64 size;
 };
+
+/*
+ * Mappings that are made of this open file from now on stay as they are, for as
+ * long as their process lives: they cannot be moved, split, unmapped in part,
+ * made inaccessible, or mapped over in part. From Linux 6.10 on they cannot be
+ * unmapped or mapped over at all, as by mseal(). Before, a process that does so
+ * is killed before its system call returns.
+ *
+ * For /dev/offmap, and, without any capability, for a file of a pool.
+ */
+#define OFFMAP_GUARD		_IO(0xb7, 0x83)
 
 #define OFFMAP_UNPLUG		_IOWR(0xb7, 0x80, struct offmap_unplug)
 #define OFFMAP_TRANSLATE	_IOWR(0xb7, 0x81, struct offmap_translate)

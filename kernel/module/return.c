@@ -20,7 +20,6 @@
 #include <linux/io.h>
 #include <linux/ioport.h>
 #include <linux/kthread.h>
-#include <linux/memory.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/mutex.h>
@@ -219,41 +218,18 @@ static void postpone(struct piece *piece)
 		owner->slow = true;
 }
 
-/* One bit for each memory block that may be out. */
-static unsigned long nr_blocks(struct list_head *pieces)
-{
-	struct piece *piece;
-	phys_addr_t end = 0;
-
-	list_for_each_entry(piece, pieces, node)
-		end = max(end, piece->start + piece->size);
-	return div64_u64(end, memory_block_size_bytes());
-}
-
 /* Give back what can go, and say whether any did. What is left stays in @pieces. */
 static bool return_pieces(struct list_head *pieces)
 {
-	u64 block = memory_block_size_bytes();
-	unsigned long nr = nr_blocks(pieces), *wanted, *mapped, first, end;
+	bool unknown = offmap_find_mapped_pieces(pieces), any = false;
 	struct piece *piece, *next;
 	LIST_HEAD(later);
-	bool any = false;
 	u64 size;
 
-	wanted = bitmap_zalloc(nr, GFP_KERNEL);
-	mapped = bitmap_zalloc(nr, GFP_KERNEL);
-	if (!wanted || !mapped)
-		goto out;
-	list_for_each_entry(piece, pieces, node)
-		bitmap_set(wanted, div64_u64(piece->start, block), div64_u64(piece->size, block));
-	if (offmap_find_mapped(wanted, mapped, nr))
-		bitmap_copy(mapped, wanted, nr);
 	list_for_each_entry_safe(piece, next, pieces, node) {
-		first = div64_u64(piece->start, block);
-		end = first + div64_u64(piece->size, block);
 		size = piece->size;
 		list_del(&piece->node);
-		if (find_next_bit(mapped, end, first) < end || !try_return(piece)) {
+		if (unknown || piece->mapped || !try_return(piece)) {
 			list_add_tail(&piece->node, &later);
 			postpone(piece);
 			continue;
@@ -263,9 +239,6 @@ static bool return_pieces(struct list_head *pieces)
 		module_put(THIS_MODULE);
 	}
 	list_splice(&later, pieces);
-out:
-	bitmap_free(wanted);
-	bitmap_free(mapped);
 	return any;
 }
 

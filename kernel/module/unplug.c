@@ -348,14 +348,6 @@ static int take_units(struct request *req, u64 want, u64 unit, bool leaves)
 	return ret;
 }
 
-static int by_start(void *unused, const struct list_head *a, const struct list_head *b)
-{
-	const struct piece *p = list_entry(a, struct piece, node);
-	const struct piece *q = list_entry(b, struct piece, node);
-
-	return p->start < q->start ? -1 : p->start > q->start;
-}
-
 /*
  * Whole gigabytes first: there, what is aligned in the file is aligned in
  * memory, and one page can map each of them. Behind them, neighbours next to
@@ -366,7 +358,7 @@ static int by_place(void *unused, const struct list_head *a, const struct list_h
 	const struct piece *p = list_entry(a, struct piece, node);
 	const struct piece *q = list_entry(b, struct piece, node);
 
-	return p->gigabyte == q->gigabyte ? by_start(NULL, a, b) : q->gigabyte - p->gigabyte;
+	return (int)q->gigabyte - p->gigabyte;
 }
 
 static void arrange(struct unplugged *unplugged)
@@ -374,7 +366,7 @@ static void arrange(struct unplugged *unplugged)
 	struct piece *piece, *first = NULL;
 	u64 size = 0;
 
-	list_sort(NULL, &unplugged->pieces, by_start);
+	offmap_sort_pieces(&unplugged->pieces);
 	list_for_each_entry(piece, &unplugged->pieces, node) {
 		if (!first || first->start >> PUD_SHIFT != piece->start >> PUD_SHIFT) {
 			first = piece;
@@ -389,6 +381,7 @@ static void arrange(struct unplugged *unplugged)
 				break;
 		}
 	}
+	/* It keeps the order of equals. */
 	list_sort(NULL, &unplugged->pieces, by_place);
 }
 
@@ -409,26 +402,13 @@ static void trim(struct unplugged *unplugged, u64 want)
 /* Give back what somebody mapped for good before it was ours. */
 static int check_mapped(struct unplugged *unplugged)
 {
-	u64 block = memory_block_size_bytes();
-	unsigned long nr = 0, first, *wanted, *mapped;
 	struct piece *piece, *next;
-	int ret = -ENOMEM;
+	int ret = offmap_find_mapped_pieces(&unplugged->pieces);
 
-	list_for_each_entry(piece, &unplugged->pieces, node)
-		nr = max_t(unsigned long, nr, div64_u64(piece->start + piece->size, block));
-	wanted = bitmap_zalloc(nr, GFP_KERNEL);
-	mapped = bitmap_zalloc(nr, GFP_KERNEL);
-	if (!wanted || !mapped)
-		goto out;
-	list_for_each_entry(piece, &unplugged->pieces, node)
-		bitmap_set(wanted, div64_u64(piece->start, block), div64_u64(piece->size, block));
-	ret = offmap_find_mapped(wanted, mapped, nr);
 	if (ret)
-		goto out;
+		return ret;
 	list_for_each_entry_safe(piece, next, &unplugged->pieces, node) {
-		first = div64_u64(piece->start, block);
-		nr = first + div64_u64(piece->size, block);
-		if (find_next_bit(mapped, nr, first) >= nr)
+		if (!piece->mapped)
 			continue;
 		pr_warn("the kernel maps some of the memory at %pa: it is no guest's\n",
 			&piece->start);
@@ -437,9 +417,6 @@ static int check_mapped(struct unplugged *unplugged)
 		offmap_return(piece);
 		ret = -ENOMEM;
 	}
-out:
-	bitmap_free(wanted);
-	bitmap_free(mapped);
 	return ret;
 }
 

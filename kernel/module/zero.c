@@ -106,6 +106,19 @@ int offmap_zero(phys_addr_t start, u64 size, bool keep)
 	return 0;
 }
 
+/* Zero a part of memory whose type is reserved, and stays so. */
+int offmap_zero_again(phys_addr_t start, u64 size)
+{
+	void *va = (void __force *)ioremap_cache(start, size);
+
+	if (!va)
+		return -ENOMEM;
+	zero_mapping(va, size);
+	/* It takes away the one reservation that ioremap_cache() has just added. */
+	iounmap((void __iomem __force *)va);
+	return 0;
+}
+
 int offmap_zero_init(void)
 {
 	offmap_workqueue = alloc_workqueue("offmap", WQ_UNBOUND, 0);

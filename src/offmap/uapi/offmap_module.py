@@ -2,7 +2,7 @@
 
 from ctypes import Structure, c_int32, c_uint32, c_uint64
 
-from offmap.uapi.ioctl import iowr
+from offmap.uapi.ioctl import io, iowr
 from offmap.uapi.members import u32, u64
 
 DEVICE = "/dev/offmap"
@@ -25,3 +25,4 @@ class offmap_secretmem(Structure):
 OFFMAP_UNPLUG = iowr(_OFFMAP, 0x80, offmap_unplug)
 OFFMAP_TRANSLATE = iowr(_OFFMAP, 0x81, offmap_translate)
 OFFMAP_BIND_SECRETMEM = iowr(_OFFMAP, 0x82, offmap_secretmem)
+OFFMAP_GUARD = io(_OFFMAP, 0x83)

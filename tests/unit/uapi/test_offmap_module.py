@@ -11,7 +11,7 @@ from offmap.kmod.source import source_folder
 from offmap.uapi import offmap_module as uapi
 
 STRUCTS = (uapi.offmap_unplug, uapi.offmap_translate, uapi.offmap_secretmem)
-NUMBERS = ("OFFMAP_UNPLUG", "OFFMAP_TRANSLATE", "OFFMAP_BIND_SECRETMEM", "OFFMAP_ANY_NODE")
+NUMBERS = ("OFFMAP_UNPLUG", "OFFMAP_TRANSLATE", "OFFMAP_BIND_SECRETMEM", "OFFMAP_GUARD", "OFFMAP_ANY_NODE")
 
 
 def test_abi_is_the_headers(tmp_path: Path) -> None:

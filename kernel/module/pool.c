@@ -1,0 +1,535 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * A pool of memory that the kernel does not own.
+ *
+ * Pages are free, or a file's, or dirty: they were a file's, and nobody may see
+ * what is in them. A worker cleans those: it looks whether the kernel still maps
+ * them, as KVM may for as long as a VM lives that ran on them, zeroes what is not
+ * mapped, and only then counts it as free. The rest is held back, and looked at
+ * again.
+ *
+ * A file has all its pages from the moment it gets its size, so that a guest
+ * never finds that there are none. Only where pages were given back
+ * (FALLOC_FL_PUNCH_HOLE), a page is found when it is touched, or not.
+ *
+ * Locks: the inode's, its invalidate lock, pool->lock. Nothing sleeps long under
+ * pool->lock.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/err.h>
+#include <linux/fs.h>
+#include <linux/kdev_t.h>
+#include <linux/list_sort.h>
+#include <linux/mm.h>
+#include <linux/pci.h>
+#include <linux/sched/signal.h>
+#include <linux/slab.h>
+#include <linux/sysfs.h>
+
+#include "pool.h"
+
+#define SOONEST	(HZ / 50)
+#define LATEST	(5 * HZ)
+
+static LIST_HEAD(pools);
+static DEFINE_MUTEX(pools_lock);
+
+/* --- cleaning ------------------------------------------------------------ */
+
+/*
+ * Whether a device that user space drives may write to memory that we do not
+ * know of: VFIO maps such memory in an IOMMU by its address, and tells nobody.
+ */
+static int is_vfio(struct device *dev, void *unused)
+{
+	int ret;
+
+	device_lock(dev);
+	ret = dev->driver && strstarts(dev->driver->name, "vfio") &&
+	      pci_is_enabled(to_pci_dev(dev));
+	device_unlock(dev);
+	return ret;
+}
+
+static bool any_vfio(void)
+{
+	return bus_for_each_dev(&pci_bus_type, NULL, NULL, is_vfio);
+}
+
+static int by_pfn(void *unused, const struct list_head *a, const struct list_head *b)
+{
+	const struct run *p = list_entry(a, struct run, list);
+	const struct run *q = list_entry(b, struct run, list);
+
+	return p->pfn < q->pfn ? -1 : p->pfn > q->pfn;
+}
+
+/* Which of @runs, in ascending order, the kernel maps. NULL: cannot be told. */
+static struct offmap_range *find_mapped(struct list_head *runs)
+{
+	struct offmap_range *ranges;
+	unsigned int nr = 0, i = 0;
+	struct run *run;
+
+	list_for_each_entry(run, runs, list)
+		nr++;
+	ranges = kvmalloc_array(nr, sizeof(*ranges), GFP_KERNEL);
+	if (!ranges)
+		return NULL;
+	list_for_each_entry(run, runs, list)
+		ranges[i++] = (struct offmap_range){
+			.start = PFN_PHYS(run->pfn),
+			.size = (u64)run_pages(run) << PAGE_SHIFT,
+		};
+	if (!offmap_find_mapped(ranges, nr))
+		return ranges;
+	kvfree(ranges);
+	return NULL;
+}
+
+/* With pool->lock held. A run that was dirty is free, or held back. */
+static void settle(struct pool *pool, struct run *run, bool clean)
+{
+	unsigned long nr = run_pages(run);
+
+	if (run->held)
+		pool->nr_held -= nr;
+	else
+		pool->nr_dirty -= nr;
+	if (clean) {
+		pool->nr_free += nr;
+		run_insert_free(&pool->free, run);
+	} else {
+		pool->nr_held += nr;
+		run->held = true;
+		list_add_tail(&run->list, &pool->dirty);
+	}
+}
+
+static void clean(struct work_struct *work)
+{
+	struct pool *pool = container_of(to_delayed_work(work), struct pool, cleaner);
+	struct offmap_range *ranges = NULL;
+	bool blocked, any = false, again;
+	struct run *run, *next;
+	unsigned int i = 0;
+	LIST_HEAD(runs);
+	bool ok;
+
+	mutex_lock(&pool->lock);
+	list_splice_init(&pool->dirty, &runs);
+	mutex_unlock(&pool->lock);
+	list_sort(NULL, &runs, by_pfn);
+	blocked = !pool->allow_vfio && any_vfio();
+	if (!blocked && !list_empty(&runs))
+		ranges = find_mapped(&runs);
+	list_for_each_entry_safe(run, next, &runs, list) {
+		list_del(&run->list);
+		ok = ranges && !ranges[i++].mapped &&
+		     !offmap_zero_again(PFN_PHYS(run->pfn), (u64)run_pages(run) << PAGE_SHIFT);
+		any |= ok;
+		mutex_lock(&pool->lock);
+		settle(pool, run, ok);
+		mutex_unlock(&pool->lock);
+		wake_up_all(&pool->cleaned);
+	}
+	kvfree(ranges);
+	mutex_lock(&pool->lock);
+	pool->passes++;
+	pool->pause = any ? SOONEST : min(2 * pool->pause, LATEST);
+	again = !list_empty(&pool->dirty);
+	mutex_unlock(&pool->lock);
+	wake_up_all(&pool->cleaned);
+	if (again)
+		queue_delayed_work(offmap_workqueue, &pool->cleaner, pool->pause);
+}
+
+/* A file's runs become dirty. With pool->lock held; kick the cleaner afterwards. */
+static void make_dirty(struct pool *pool, struct run *run)
+{
+	run->held = false;
+	pool->nr_dirty += run_pages(run);
+	list_add_tail(&run->list, &pool->dirty);
+}
+
+static void kick_cleaner(struct pool *pool)
+{
+	WRITE_ONCE(pool->pause, SOONEST);
+	mod_delayed_work(offmap_workqueue, &pool->cleaner, 0);
+}
+
+/* --- files --------------------------------------------------------------- */
+
+/* Whether there is room for @nr pages, or will not be soon. */
+static bool decided(struct pool *pool, unsigned long nr)
+{
+	bool ret;
+
+	mutex_lock(&pool->lock);
+	ret = pool->nr_free >= nr || pool->nr_free + pool->nr_dirty < nr;
+	mutex_unlock(&pool->lock);
+	return ret;
+}
+
+static unsigned long count_holes(struct pool_file *file, unsigned long first, unsigned long last)
+{
+	unsigned long nr = last - first + 1;
+	struct run *run;
+
+	for (run = run_first(&file->runs, first, last); run; run = run_next(run, first, last))
+		nr -= min(run->node.last, last) - max(run->node.start, first) + 1;
+	return nr;
+}
+
+/* Take pages for the hole from @first to @last of a file, with pool->lock held. */
+static int take_hole(struct pool *pool, struct list_head *taken, unsigned long first,
+		     unsigned long last)
+{
+	struct run *run;
+
+	while (first <= last) {
+		run = run_take(&pool->free, first, last - first + 1);
+		if (IS_ERR(run))
+			return PTR_ERR(run);
+		pool->nr_free -= run_pages(run);
+		list_add_tail(&run->list, taken);
+		first = run->node.last + 1;
+	}
+	return 0;
+}
+
+/* With the invalidate lock held. */
+static int take_holes(struct pool_file *file, struct list_head *taken, unsigned long first,
+		      unsigned long last)
+{
+	struct pool *pool = file->pool;
+	struct run *run, *next;
+	unsigned long start = first;
+	int ret = 0;
+
+	mutex_lock(&pool->lock);
+	if (pool->nr_free < count_holes(file, first, last))
+		ret = -ENOSPC;
+	for (run = run_first(&file->runs, first, last); run && !ret;
+	     run = run_next(run, first, last)) {
+		if (run->node.start > start)
+			ret = take_hole(pool, taken, start, run->node.start - 1);
+		start = run->node.last + 1;
+	}
+	if (!ret && start <= last)
+		ret = take_hole(pool, taken, start, last);
+	if (ret) {
+		/* Nobody has seen these: they are as clean as they were. */
+		list_for_each_entry_safe(run, next, taken, list) {
+			list_del(&run->list);
+			pool->nr_free += run_pages(run);
+			run_insert_free(&pool->free, run);
+		}
+	}
+	mutex_unlock(&pool->lock);
+	return ret;
+}
+
+int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long last, bool killable)
+{
+	struct address_space *mapping = file->inode->i_mapping;
+	struct pool *pool = file->pool;
+	struct run *run, *next;
+	unsigned long nr;
+	LIST_HEAD(taken);
+	int ret;
+
+	do {
+		filemap_invalidate_lock(mapping);
+		nr = count_holes(file, first, last);
+		ret = nr ? take_holes(file, &taken, first, last) : 0;
+		list_for_each_entry_safe(run, next, &taken, list) {
+			list_del(&run->list);
+			file->nr_pages += run_pages(run);
+			interval_tree_insert(&run->node, &file->runs);
+		}
+		filemap_invalidate_unlock(mapping);
+		if (ret != -ENOSPC || decided(pool, nr))
+			break;
+		if (killable)
+			ret = wait_event_killable(pool->cleaned, decided(pool, nr));
+		else
+			ret = wait_event_interruptible(pool->cleaned, decided(pool, nr));
+		if (ret)
+			return -EINTR;
+	} while (true);
+	file->inode->i_blocks = (u64)file->nr_pages << (PAGE_SHIFT - 9);
+	return ret;
+}
+
+/* The part of a file's run from @first on becomes one of its own. */
+static void split_run(struct pool_file *file, struct run *run, unsigned long first)
+{
+	struct run *rest = kzalloc(sizeof(*rest), GFP_KERNEL | __GFP_NOFAIL);
+
+	interval_tree_remove(&run->node, &file->runs);
+	rest->node.start = first;
+	rest->node.last = run->node.last;
+	rest->pfn = run->pfn + (first - run->node.start);
+	run->node.last = first - 1;
+	interval_tree_insert(&run->node, &file->runs);
+	interval_tree_insert(&rest->node, &file->runs);
+}
+
+void pool_file_punch(struct pool_file *file, unsigned long first, unsigned long last)
+{
+	struct address_space *mapping = file->inode->i_mapping;
+	struct pool *pool = file->pool;
+	struct run *run;
+	bool any = false;
+
+	filemap_invalidate_lock(mapping);
+	unmap_mapping_range(mapping, (loff_t)first << PAGE_SHIFT,
+			    last == ULONG_MAX ? 0 : (loff_t)(last - first + 1) << PAGE_SHIFT, 0);
+	while ((run = run_first(&file->runs, first, last))) {
+		if (run->node.start < first) {
+			split_run(file, run, first);
+			continue;
+		}
+		if (run->node.last > last)
+			split_run(file, run, last + 1);
+		interval_tree_remove(&run->node, &file->runs);
+		file->nr_pages -= run_pages(run);
+		mutex_lock(&pool->lock);
+		make_dirty(pool, run);
+		mutex_unlock(&pool->lock);
+		any = true;
+	}
+	file->inode->i_blocks = (u64)file->nr_pages << (PAGE_SHIFT - 9);
+	filemap_invalidate_unlock(mapping);
+	if (any)
+		kick_cleaner(pool);
+}
+
+static phys_addr_t pool_phys(const struct offmap_memory *mem, u64 offset, u64 *length)
+{
+	struct pool_file *file = container_of(mem, struct pool_file, mem);
+	unsigned long pgoff = offset >> PAGE_SHIFT, pfn, end;
+	struct run *run = run_first(&file->runs, pgoff, pgoff);
+
+	*length = 0;
+	if (!run)
+		return 0;
+	pfn = run->pfn + (pgoff - run->node.start);
+	/* Neighbours in the file may be neighbours in memory. */
+	do {
+		end = run->pfn + run_pages(run);
+		*length = PFN_PHYS(end - pfn) - offset_in_page(offset);
+		pgoff = run->node.last + 1;
+		run = run_first(&file->runs, pgoff, pgoff);
+	} while (run && run->pfn == end);
+	return PFN_PHYS(pfn) + offset_in_page(offset);
+}
+
+/* A page where one was given back: with it, all that one large page can map. */
+static int pool_fill(struct offmap_memory *mem, u64 offset)
+{
+	struct pool_file *file = container_of(mem, struct pool_file, mem);
+	unsigned long pgoff = offset >> PAGE_SHIFT;
+	unsigned long first = round_down(pgoff, PMD_SIZE >> PAGE_SHIFT);
+	unsigned long last = first + (PMD_SIZE >> PAGE_SHIFT) - 1;
+	unsigned long pages = DIV_ROUND_UP_ULL(i_size_read(file->inode), PAGE_SIZE);
+
+	if (pgoff >= pages)
+		return -EFAULT;
+	if (!pool_file_fill(file, first, min(last, pages - 1), true))
+		return 0;
+	return pool_file_fill(file, pgoff, pgoff, true);
+}
+
+static const struct offmap_source pool_source = {
+	.name = "pool",
+	.large = true,
+	.phys = pool_phys,
+	.fill = pool_fill,
+};
+
+#define MAX_FILES 65536
+
+int pool_file_init(struct pool *pool, struct inode *inode)
+{
+	struct pool_file *file = kzalloc(sizeof(*file), GFP_KERNEL_ACCOUNT);
+	int ret = 0;
+
+	if (!file)
+		return -ENOMEM;
+	file->mem.source = &pool_source;
+	file->pool = pool;
+	file->inode = inode;
+	file->runs = RB_ROOT_CACHED;
+	mutex_lock(&pool->files_lock);
+	if (pool->nr_files < MAX_FILES) {
+		pool->nr_files++;
+		list_add(&file->node, &pool->files);
+		inode->i_private = file;
+	} else {
+		ret = -ENOSPC;
+	}
+	mutex_unlock(&pool->files_lock);
+	if (ret)
+		kfree(file);
+	return ret;
+}
+
+void pool_file_free(struct pool_file *file)
+{
+	struct pool *pool = file->pool;
+
+	pool_file_punch(file, 0, ULONG_MAX);
+	mutex_lock(&pool->files_lock);
+	pool->nr_files--;
+	list_del(&file->node);
+	mutex_unlock(&pool->files_lock);
+	kfree(file);
+}
+
+/* --- the pool ------------------------------------------------------------ */
+
+/* The memory of @unplugged becomes the pool's, or goes back. */
+static int add_pieces(struct pool *pool, struct unplugged *unplugged)
+{
+	struct piece *piece, *next;
+	struct run *run;
+	int ret = 0;
+
+	list_for_each_entry_safe(piece, next, &unplugged->pieces, node) {
+		list_del(&piece->node);
+		run = ret ? NULL : kzalloc(sizeof(*run), GFP_KERNEL);
+		if (!run) {
+			offmap_return(piece);
+			ret = -ENOMEM;
+			continue;
+		}
+		mutex_lock(&offmap_pieces_lock);
+		piece->owner = NULL;
+		mutex_unlock(&offmap_pieces_lock);
+		run->pfn = PHYS_PFN(piece->start);
+		run->node.start = run->pfn;
+		run->node.last = run->pfn + PHYS_PFN(piece->size) - 1;
+		mutex_lock(&pool->lock);
+		list_add(&piece->node, &pool->pieces);
+		offmap_sort_pieces(&pool->pieces);
+		pool->nr_pages += run_pages(run);
+		pool->nr_free += run_pages(run);
+		run_insert_free(&pool->free, run);
+		mutex_unlock(&pool->lock);
+	}
+	kfree(unplugged);
+	return ret;
+}
+
+int pool_grow(struct pool *pool, u64 size)
+{
+	struct offmap_memory *mem = offmap_unplug(&size, pool->nid, false);
+
+	if (IS_ERR(mem))
+		return PTR_ERR(mem);
+	return add_pieces(pool, container_of(mem, struct unplugged, mem));
+}
+
+/* Take a piece out of the pool, if all of it is free. With pool->lock held. */
+static bool remove_piece(struct pool *pool, struct piece *piece)
+{
+	unsigned long first = PHYS_PFN(piece->start), nr = PHYS_PFN(piece->size);
+	struct run *run = run_first(&pool->free, first, first);
+
+	if (!run || run->node.last < first + nr - 1)
+		return false;
+	run = run_carve(&pool->free, run, first, nr);
+	if (!run)
+		return false;
+	kfree(run);
+	pool->nr_free -= nr;
+	pool->nr_pages -= nr;
+	return true;
+}
+
+u64 pool_shrink(struct pool *pool, u64 size)
+{
+	struct piece *piece, *next;
+	LIST_HEAD(out);
+	u64 left;
+
+	mutex_lock(&pool->lock);
+	list_for_each_entry_safe_reverse(piece, next, &pool->pieces, node) {
+		if (((u64)pool->nr_pages << PAGE_SHIFT) < size + piece->size)
+			continue;
+		if (remove_piece(pool, piece))
+			list_move(&piece->node, &out);
+	}
+	left = (u64)pool->nr_pages << PAGE_SHIFT;
+	mutex_unlock(&pool->lock);
+	list_for_each_entry_safe(piece, next, &out, node) {
+		list_del(&piece->node);
+		offmap_return(piece);
+	}
+	return left;
+}
+
+void pool_init(struct pool *pool)
+{
+	mutex_init(&pool->lock);
+	mutex_init(&pool->files_lock);
+	INIT_LIST_HEAD(&pool->pieces);
+	INIT_LIST_HEAD(&pool->dirty);
+	INIT_LIST_HEAD(&pool->files);
+	pool->free = RB_ROOT_CACHED;
+	init_waitqueue_head(&pool->cleaned);
+	INIT_DELAYED_WORK(&pool->cleaner, clean);
+	pool->pause = SOONEST;
+	mutex_lock(&pools_lock);
+	list_add_tail(&pool->node, &pools);
+	mutex_unlock(&pools_lock);
+}
+
+/* Give all back: what the kernel still maps, as soon as it does not any more. */
+void pool_destroy(struct pool *pool)
+{
+	struct piece *piece, *next;
+	struct run *run, *next_run;
+
+	mutex_lock(&pools_lock);
+	list_del(&pool->node);
+	mutex_unlock(&pools_lock);
+	cancel_delayed_work_sync(&pool->cleaner);
+	list_for_each_entry_safe(run, next_run, &pool->dirty, list)
+		kfree(run);
+	while ((run = run_first(&pool->free, 0, ULONG_MAX))) {
+		interval_tree_remove(&run->node, &pool->free);
+		kfree(run);
+	}
+	list_for_each_entry_safe(piece, next, &pool->pieces, node) {
+		list_del(&piece->node);
+		offmap_return(piece);
+	}
+	kfree(pool);
+	if (!(current->flags & PF_KTHREAD))
+		offmap_await_due(jiffies + offmap_block_timeout(), true);
+}
+
+ssize_t offmap_show_pools(char *buf)
+{
+	struct pool *pool;
+	ssize_t len = 0;
+
+	mutex_lock(&pools_lock);
+	list_for_each_entry(pool, &pools, node) {
+		mutex_lock(&pool->lock);
+		len += sysfs_emit_at(buf, len, "%u:%u %llu %llu %llu %llu %llu %lu %d\n",
+				     MAJOR(pool->dev), MINOR(pool->dev),
+				     (u64)pool->nr_pages << PAGE_SHIFT,
+				     (u64)pool->nr_free << PAGE_SHIFT,
+				     (u64)pool->nr_dirty << PAGE_SHIFT,
+				     (u64)pool->nr_held << PAGE_SHIFT,
+				     (u64)pool->nr_bad << PAGE_SHIFT, pool->nr_files, pool->nid);
+		mutex_unlock(&pool->lock);
+	}
+	mutex_unlock(&pools_lock);
+	return len;
+}

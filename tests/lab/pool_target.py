@@ -1,0 +1,287 @@
+"""What test_pool.py does with pools in a disposable host: ``python -m tests.lab.pool_target WHAT`` prints JSON."""
+
+import ctypes
+import errno
+import fcntl
+import json
+import mmap
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from offmap.audit.residency import physical_ranges
+from offmap.uapi import offmap_module as uapi
+
+from .module_target import BLOCK, MIB, MREMAP_MAYMOVE, PAGE, address, await_returned, call, failure, libc, state, words
+
+POOL = "/run/hidden"
+SIZE = 256 * MIB
+USER, GROUP = 4711, 4712
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+RENAME_NOREPLACE = 1
+MAP_FIXED = 0x10
+MAP_FAILED = ctypes.c_void_p(-1).value
+ACCESS = f"mode=1770,gid={GROUP}"
+
+libc.mmap.restype = ctypes.c_void_p
+
+
+def mount(options: str) -> None:
+    os.makedirs(POOL, exist_ok=True)  # noqa: PTH103
+    call(libc.mount, b"offmap", POOL.encode(), b"offmapfs", ctypes.c_ulong(0), options.encode())
+
+
+def remount(options: str) -> None:
+    call(libc.mount, b"offmap", POOL.encode(), b"offmapfs", ctypes.c_ulong(32), options.encode())
+
+
+def unmount() -> None:
+    call(libc.umount2, POOL.encode(), 0)
+
+
+@contextmanager
+def pool(size: int = SIZE, options: str = ACCESS) -> Iterator[None]:
+    mount(f"size={size},{options},allow_nested")
+    try:
+        yield
+    finally:
+        unmount()
+
+
+def figures() -> list[int]:
+    """Bytes of the pool: all, free, being cleaned, held, failed; the number of its files; its node."""
+    with open("/sys/class/misc/offmap/pools") as file:  # noqa: PTH123
+        return [int(word) for word in file.read().split()[1:]]
+
+
+def make(name: str, size: int = 0, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    fd = os.open(f"{POOL}/{name}", flags | os.O_CLOEXEC, 0o660)
+    try:
+        os.ftruncate(fd, size)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def ranges_of(memory: mmap.mmap, size: int) -> list[tuple[int, int]]:
+    return physical_ranges(os.getpid(), address(memory), size)
+
+
+def in_child(action: Callable[[], object], user: int = 0, group: int = 0) -> str:
+    """How an action fails in another process and as another user: its errno or signal by name; empty if it does not."""
+    child = os.fork()
+    if child == 0:
+        try:
+            if user:
+                os.setgroups([])
+                os.setgid(group)
+                os.setuid(user)
+            os._exit(getattr(errno, failure(action), 0))
+        except BaseException as error:  # the parent is told, and goes on
+            print(error, file=sys.stderr)
+            os._exit(255)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return signal.Signals(-status).name if status < 0 else errno.errorcode.get(status, str(status) if status else "")
+
+
+def use(size: int = 64 * MIB) -> None:
+    """What a VMM does with its guest's RAM."""
+    fd = make("ram", size)
+    memory = mmap.mmap(fd, size)
+    assert not words(memory).any()
+    words(memory)[:: PAGE // 8] = 0xA5A5
+    os.unlink(f"{POOL}/ram")  # noqa: PTH108
+
+
+def basics() -> Any:
+    """From mount to unmount: who may use a pool, for what, and what the host has afterwards."""
+    before = state()
+    result: dict[str, Any] = {"no size": failure(lambda: mount(ACCESS + ",allow_nested"))}
+    result["too much"] = failure(lambda: mount("size=1T,allow_nested"))
+    result["unprivileged mount"] = in_child(lambda: mount("size=128M,allow_nested"), USER, GROUP)
+    with pool():
+        all_of_it = os.statvfs(POOL)
+        result["size"] = [all_of_it.f_blocks * PAGE, all_of_it.f_bavail * PAGE]
+        result["the group"] = in_child(use, USER, GROUP)
+        result["others"] = in_child(use, USER, USER)
+        result["more than there is"] = failure(lambda: make("large", SIZE + PAGE))
+        fd = make("ram", SIZE)  # all: so what the other had is clean again by now
+        memory = mmap.mmap(fd, SIZE)
+        result["zero"] = not words(memory).any()
+        ranges = ranges_of(memory, SIZE)
+        result["mapped"] = sum(length for _, length in ranges)
+        result["aligned"] = address(memory) % (2 * MIB) == 0 and all(start % (2 * MIB) == 0 for start, _ in ranges)
+        with open("/proc/iomem") as file:  # noqa: PTH123
+            claimed = [line.split()[0].split("-") for line in file if line.rstrip().endswith(": offmap")]
+        result["claimed"] = all(
+            any(int(low, 16) <= start and start + length - 1 <= int(high, 16) for low, high in merged(claimed))
+            for start, length in ranges
+        )
+        result["none left"] = failure(lambda: make("one more", PAGE))
+        result["read"] = failure(lambda: os.read(fd, 8))
+        result["write"] = failure(lambda: os.write(fd, b"x"))
+        result["O_DIRECT"] = failure(lambda: os.open(f"{POOL}/ram", os.O_RDWR | os.O_DIRECT))
+        result["sendfile"] = failure(lambda: os.sendfile(os.open("/dev/null", os.O_WRONLY), fd, 0, PAGE))
+        result["private"] = failure(lambda: mmap.mmap(fd, PAGE, flags=mmap.MAP_PRIVATE))
+        result["exec"] = failure(lambda: mmap.mmap(fd, PAGE, prot=mmap.PROT_READ | mmap.PROT_EXEC))
+        result["beyond"] = failure(lambda: map_at(None, SIZE + PAGE, mmap.MAP_SHARED, fd))
+        result["link"] = failure(lambda: os.link(f"{POOL}/ram", f"{POOL}/name"))
+        result["symlink"] = failure(lambda: os.symlink("ram", f"{POOL}/name"))  # noqa: PTH211
+        result["busy"] = failure(unmount)
+        os.mkdir(f"{POOL}/folder")  # noqa: PTH102
+        os.rename(f"{POOL}/ram", f"{POOL}/folder/ram")  # noqa: PTH104
+        os.unlink(f"{POOL}/folder/ram")  # noqa: PTH108
+        words(memory)[:: PAGE // 8] = 0x5A5A
+        del memory
+        os.close(fd)
+        os.unlink(f"{POOL}/one more")  # noqa: PTH108
+        os.unlink(f"{POOL}/large")  # noqa: PTH108
+        nameless = os.open(POOL, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+        os.ftruncate(nameless, SIZE)
+        memory = mmap.mmap(nameless, SIZE)
+        result["zero again"] = not words(memory).any()
+        del memory
+        os.close(nameless)
+    after = state()
+    result["back"] = {name: after[name] == before[name] for name in after if name != "total_kib"}
+    result["missing kib"] = before["total_kib"] - after["total_kib"]
+    return result
+
+
+def merged(claimed: list[list[str]]) -> list[tuple[str, str]]:
+    """Neighbours as one."""
+    found: list[tuple[int, int]] = []
+    for low, high in sorted((int(low, 16), int(high, 16)) for low, high in claimed):
+        if found and found[-1][1] + 1 == low:
+            found[-1] = (found[-1][0], high)
+        else:
+            found.append((low, high))
+    return [(f"{low:x}", f"{high:x}") for low, high in found]
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    call(libc.fallocate, fd, mode, ctypes.c_long(offset), ctypes.c_long(length))
+
+
+def holes() -> Any:
+    """Give pieces of a file back, and have them again."""
+    result: dict[str, Any] = {}
+    punch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    with pool():
+        fd = make("ram", SIZE)
+        memory = mmap.mmap(fd, SIZE)
+        words(memory)[:: PAGE // 8] = np.arange(SIZE // PAGE, dtype=np.uint64) + 1
+        result["part of a page"] = failure(lambda: fallocate(fd, punch, 100, PAGE))
+        hole = (100 * MIB + PAGE, 20 * MIB)
+        fallocate(fd, punch, *hole)
+        result["blocks"] = os.fstat(fd).st_blocks * 512
+        other = make("other", hole[1])  # there is room now
+        result["other is zero"] = not words(mmap.mmap(other, hole[1])).any()
+        result["touch"] = in_child(lambda: memory_at(fd, hole[0]))  # nothing left
+        os.ftruncate(other, 0)
+        result["zero"] = not words(memory)[hole[0] // 8 : (hole[0] + hole[1]) // 8].any()  # found by touching them
+        result["blocks after"] = os.fstat(fd).st_blocks * 512
+        expected = np.arange(SIZE // PAGE, dtype=np.uint64) + 1
+        expected[hole[0] // PAGE : (hole[0] + hole[1]) // PAGE] = 0
+        result["rest"] = bool((words(memory)[:: PAGE // 8] == expected).all())
+        result["beyond"] = in_child(lambda: shorten(fd, 64 * MIB))
+        result["shorter"] = os.fstat(fd).st_blocks * 512
+        fallocate(fd, 0, 64 * MIB, 64 * MIB)
+        result["longer"] = [os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512]
+        result["longer is zero"] = not words(memory)[64 * MIB // 8 : 128 * MIB // 8].any()
+        del memory
+        os.close(fd)
+        os.close(other)
+    await_returned()
+    return result
+
+
+def shorten(fd: int, size: int) -> int:
+    """Cut off what this process has mapped, and read it."""
+    memory = mmap.mmap(fd, SIZE)
+    os.ftruncate(fd, size)
+    return int(memory[size])
+
+
+def memory_at(fd: int, offset: int) -> int:
+    """Map a page of a file in a process that has no mapping of it, and read it."""
+    return int(mmap.mmap(fd, PAGE, offset=offset)[0])
+
+
+def sizes() -> Any:
+    """Grow and shrink a pool, with a file in it."""
+    result: dict[str, Any] = {}
+    with pool(BLOCK):
+        fd = make("ram", 64 * MIB)
+        result["at first"] = figures()[0]
+        remount(f"size={3 * BLOCK}")
+        result["grown"] = figures()[:2]
+        remount(f"size={BLOCK}")
+        result["shrunk"] = figures()[:2]
+        remount(f"size={2 * BLOCK}")
+        os.close(fd)
+        fd = make("more", 150 * MIB)
+        result["too small"] = failure(lambda: remount(f"size={BLOCK}"))
+        result["left"] = figures()[0]
+        result["another option"] = failure(lambda: remount("mode=777"))
+        os.close(fd)
+    await_returned()
+    return result
+
+
+def guards() -> Any:
+    """What a process can do to a mapping that is to stay."""
+    result: dict[str, Any] = {}
+    size = 8 * MIB
+    with pool(BLOCK):
+        for name, action in {
+            "control": lambda at: call(libc.munmap, at, size),
+            "unmap": lambda at: call(libc.munmap, at, size),
+            "unmap a part": lambda at: call(libc.munmap, at, PAGE),
+            "move": lambda at: call(libc.mremap, at, size, size, MREMAP_MAYMOVE | 2, ctypes.c_void_p(0x7000_0000_0000)),
+            "protect": lambda at: call(libc.mprotect, at, size, 0),
+            "protect a part": lambda at: call(libc.mprotect, at, PAGE, 0),
+            "map over": lambda at: over(at, size),
+            "map over a part": lambda at: over(at, PAGE),
+            "end": lambda at: None,
+        }.items():
+            result[name] = in_child(lambda name=name, action=action: guarded(name, action, size))  # type: ignore[misc]
+    await_returned()
+    return result
+
+
+def guarded(name: str, action: Callable[[ctypes.c_void_p], object], size: int) -> None:
+    fd = make("guarded", size)
+    if name != "control":
+        fcntl.ioctl(fd, uapi.OFFMAP_GUARD)
+    at = map_at(None, size, mmap.MAP_SHARED, fd)
+    ctypes.memset(at, 1, size)
+    action(ctypes.c_void_p(at))
+
+
+def over(at: ctypes.c_void_p, size: int) -> None:
+    map_at(at, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED, -1)
+
+
+def map_at(at: ctypes.c_void_p | None, size: int, flags: int, fd: int) -> int:
+    """mmap(2): where it is, in the end."""
+    address = libc.mmap(at, ctypes.c_size_t(size), 3, flags, fd, ctypes.c_long(0))
+    if address == MAP_FAILED:
+        raise OSError(ctypes.get_errno(), "")
+    return int(address)
+
+
+def nested() -> Any:
+    """Whether a pool is refused while a guest of it could be a host."""
+    return {"refused": failure(lambda: mount("size=128M"))}
+
+
+if __name__ == "__main__":
+    actions = (basics, holes, sizes, guards, nested)
+    print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]]()))

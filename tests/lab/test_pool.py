@@ -1,0 +1,144 @@
+"""A pool of the offmap module on real kernels: memory set aside once, and given out as files."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offmap.kmod.lab_build import lab_module
+from offmap.lab.host import LabHost
+from offmap.lab.kernel import HostKernel
+from offmap.lab.provision import host_kernel
+from offmap.patience import scaled
+
+pytestmark = pytest.mark.lab
+
+TARGET = "tests.lab.pool_target"
+ROOT = Path(__file__).parents[2]
+PATIENCE = scaled(120.0)
+MIB = 1 << 20
+SIZE = 256 * MIB
+BLOCK = 128 * MIB
+TROUBLE = re.compile(r"WARNING:|BUG:|lost until|cannot give|counts as RAM")
+
+
+def start(kernel: HostKernel, out: Path) -> LabHost:
+    host = LabHost.start(kernel, memory="2G", accel="tcg", out=out)
+    shutil.copy(lab_module(host.kernel), out / "offmap.ko")
+    done = host.output(["insmod", str(out / "offmap.ko")])
+    assert done.status == 0, done.stderr
+    host.output(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"])
+    return host
+
+
+def ask(host: LabHost, *what: str) -> Any:
+    done = host.output([sys.executable, "-m", TARGET, *what], timeout=PATIENCE, cwd=ROOT)
+    assert done.status == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+def check_end(host: LabHost) -> None:
+    """Nothing is out, and the kernel had nothing to complain of."""
+    assert host.output(["rmmod", "offmap"]).status == 0
+    log = host.output(["dmesg"]).stdout.decode()
+    assert not TROUBLE.search(log), log
+
+
+@pytest.fixture(scope="module")
+def host(lab_kernel: HostKernel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
+    with start(lab_kernel, tmp_path_factory.mktemp("out")) as host:
+        yield host
+        check_end(host)
+
+
+def test_no_pool_while_a_guest_of_it_could_be_a_host(host: LabHost) -> None:
+    """VMRUN on memory without struct page panics a kernel before 6.13, and kvm_amd is loaded with nested=1 here."""
+    assert ask(host, "nested") == {"refused": "ENOTSUP"}
+
+
+def test_a_pool_from_mount_to_unmount(host: LabHost) -> None:
+    found = ask(host, "basics")
+    kib = found.pop("missing kib")
+    assert abs(kib) <= 8192  # page tables and the like of other blocks than before
+    assert found == {
+        "no size": "EINVAL",
+        "too much": "ENOMEM",
+        "unprivileged mount": "EPERM",
+        "size": [SIZE, SIZE],
+        "the group": "",
+        "others": "EACCES",
+        "more than there is": "ENOSPC",
+        "zero": True,
+        "mapped": SIZE,
+        "aligned": True,
+        "claimed": True,
+        "none left": "ENOSPC",
+        "read": "EINVAL",
+        "write": "EINVAL",
+        "O_DIRECT": "EINVAL",
+        "sendfile": "EINVAL",
+        "private": "EINVAL",
+        "exec": "EPERM",
+        "beyond": "EINVAL",
+        "link": "EPERM",
+        "symlink": "EPERM",
+        "busy": "EBUSY",
+        "zero again": True,
+        "back": dict.fromkeys(("direct_map", "blocks", "offline", "claimed", "memtypes"), True),
+    }
+
+
+def test_pieces_of_a_file_go_back_and_can_be_had_again(host: LabHost) -> None:
+    assert ask(host, "holes") == {
+        "part of a page": "EINVAL",
+        "blocks": SIZE - 20 * MIB,
+        "other is zero": True,
+        "touch": "SIGBUS",  # the control: another file has what was given back
+        "zero": True,
+        "blocks after": SIZE,
+        "rest": True,
+        "beyond": "SIGBUS",
+        "shorter": 64 * MIB,
+        "longer": [128 * MIB, 128 * MIB],
+        "longer is zero": True,
+    }
+
+
+def test_a_pool_grows_and_shrinks(host: LabHost) -> None:
+    assert ask(host, "sizes") == {
+        "at first": BLOCK,
+        "grown": [3 * BLOCK, 3 * BLOCK - 64 * MIB],
+        "shrunk": [BLOCK, BLOCK - 64 * MIB],
+        "too small": "EBUSY",
+        "left": 2 * BLOCK,
+        "another option": "EINVAL",
+    }
+
+
+def test_a_guarded_mapping_stays_as_it_is(host: LabHost) -> None:
+    attempts = ("unmap", "unmap a part", "move", "protect", "protect a part", "map over", "map over a part")
+    assert ask(host, "guards") == {"control": "", "end": "", **dict.fromkeys(attempts, "EPERM")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("series", ["6.1", "7.3"])
+def test_other_kernels(series: str, tmp_path: Path) -> None:
+    with start(host_kernel(f"debian:{series}"), tmp_path) as host:
+        if series == "6.1":
+            test_no_pool_while_a_guest_of_it_could_be_a_host(host)
+        test_a_pool_from_mount_to_unmount(host)
+        test_pieces_of_a_file_go_back_and_can_be_had_again(host)
+        test_a_pool_grows_and_shrinks(host)
+        if series == "7.3":
+            test_a_guarded_mapping_stays_as_it_is(host)
+        else:
+            # Without mseal(), who unmaps all of it is killed.
+            found = ask(host, "guards")
+            assert {name: error for name, error in found.items() if not error} == {"control": "", "end": ""}
+            assert (found["unmap"], found["map over"], found["map over a part"]) == ("SIGKILL", "SIGKILL", "ENOMEM")
+        check_end(host)
