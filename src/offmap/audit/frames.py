@@ -28,6 +28,7 @@ from offmap.audit.residency import (
     allocated_bytes,
     backing_of,
     is_offmap_device,
+    is_pool,
     link,
     open_backing,
     physical_ranges,
@@ -232,6 +233,9 @@ def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, buil
         if is_offmap_device(status.st_rdev):
             _resolve_unplugged(process, va, pages, building)
             return
+    if status is not None and is_pool(status.st_dev):
+        _resolve_unplugged(process, va, pages, building)
+        return
     away, bare = building.number(_AWAY), building.number(_ANONYMOUS)
     try:
         chunks = [

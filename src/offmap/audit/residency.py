@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from offmap.audit import pagemap
 from offmap.audit.process import Mapping, Process
 from offmap.errors import Undetermined
-from offmap.uapi.offmap_module import DEVICE, OFFMAP_TRANSLATE, offmap_translate
+from offmap.uapi.offmap_module import DEVICE, OFFMAP_TRANSLATE, POOLS, offmap_translate
 from offmap.uapi.page import PAGE_SIZE
 
 _SYS_PIDFD_GETFD = 438  # arch/x86/entry/syscalls/syscall_64.tbl
@@ -243,11 +243,21 @@ def is_offmap_device(rdev: int) -> bool:
         return False
 
 
+def is_pool(dev: int) -> bool:
+    """Whether `dev` is the device number of a pool: a mounted offmapfs."""
+    try:
+        lines = POOLS.read_text().splitlines()
+    except OSError:
+        return False
+    return f"{os.major(dev)}:{os.minor(dev)}" in {line.partition(" ")[0] for line in lines}
+
+
 def physical_ranges(pid: int, va: int, size: int) -> list[tuple[int, int]]:
     """What `size` bytes at `va` of process `pid` are, as (physical address, bytes), in order.
 
     Raises:
-        OSError: there is no such mapping of /dev/offmap (ENXIO), or the module may not be asked.
+        OSError: there is no such mapping of /dev/offmap or of a pool's file (ENXIO), that file has a hole there
+            (ENODATA), or the module may not be asked.
     """
     ranges = []
     with os.fdopen(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC), "rb", buffering=0) as device:
