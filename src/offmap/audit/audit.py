@@ -311,7 +311,7 @@ def _judge(
             ram.omitted_bytes
         ),
         f"{read_only} that the guest cannot write to (firmware, registers) is not judged: it never could, as no memory "
-        "slot of its VM was ever changed": ram.read_only and ram.intact,
+        "slot of its VM was ever changed": ram.read_only and ram.intact and not once_writable,
         f"{read_only} that the guest cannot write to (firmware, registers) is not judged": (
             ram.read_only and not ram.intact and not once_writable
         ),

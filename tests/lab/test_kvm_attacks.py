@@ -1,0 +1,97 @@
+"""VMMs that try to be called hidden: each ends in exposed or undetermined, and honest ones beside them stay hidden."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offmap.lab.host import LabHost
+from offmap.lab.provision import host_kernel
+from offmap.patience import scaled
+
+from .conftest import RESERVED
+
+pytestmark = pytest.mark.lab
+
+TARGET = str(Path(__file__).with_name("kvm_attack_target.py"))
+PATIENCE = scaled(240.0)
+
+Found = dict[str, Any]
+
+HONEST = ("nothing", "small_and_always_read_only")
+EXPOSED = (
+    "thread_with_descriptors_of_its_own",
+    "duplicate_of_the_decoy",
+    "descriptors_closed_while_it_runs",
+    "child_with_the_same_memory",
+    "descriptor_on_its_way_in_a_socket",
+    "vcpu_mapped_and_closed",
+    "slot_of_system_management_mode_only",
+)
+UNDETERMINED = ("read_only_since_the_auditor_may_come", "read_only_and_as_large_as_ram", "nested_guest_allowed")
+
+
+def ask(host: LabHost, *names: str) -> Found:
+    done = host.output([sys.executable, TARGET, *names], timeout=PATIENCE)
+    assert done.status == 0, done.stderr.decode()
+    found: Found = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(lab_host: LabHost) -> Iterator[Found]:
+    """Give what all of them found: one process runs them, as each start of Python takes seconds there."""
+    yield ask(lab_host, *HONEST, *EXPOSED, *UNDETERMINED, "clock_page_in_hidden_memory", "swapped", "churn")
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_vms_are_hidden(found: Found, name: str) -> None:
+    assert (found[name]["verdict"], found[name]["all"], found[name]["all notes"]) == ("hidden", 0, []), found[name]
+
+
+@pytest.mark.parametrize("name", EXPOSED)
+def test_a_vm_that_descriptors_do_not_show_is_found(found: Found, name: str) -> None:
+    assert (found[name]["verdict"], found[name]["all"]) == ("exposed", 1), found[name]
+
+
+@pytest.mark.parametrize("name", UNDETERMINED)
+def test_what_may_be_or_may_become_exposed_is_not_hidden(found: Found, name: str) -> None:
+    assert (found[name]["verdict"], found[name]["all"]) == ("unknown", 3), found[name]
+    assert any("cannot write to" in note or "guests of its own" in note for note in found[name]["notes"])
+
+
+def test_a_page_that_kvm_maps_for_its_clock_is_told_by_kvm_too(found: Found) -> None:
+    result = found["clock_page_in_hidden_memory"]
+    assert result["verdict"] == "exposed"
+    assert any("kernel mapping of the guest's page at 0x2000" in note for note in result["notes"]), result
+
+
+def test_a_slot_that_was_replaced_when_the_auditor_came_is_not_hidden(found: Found) -> None:
+    assert found["swapped"]["status"] == 3, found["swapped"]
+    assert "since the audit was started" in found["swapped"]["said"]
+
+
+def test_honest_vms_stay_hidden_while_others_begin_and_end(found: Found) -> None:
+    assert set(found["churn"]["verdicts"]) == {"hidden"}, found["churn"]
+    for status, notes, reasons, verdicts in found["churn"]["every"]:
+        # The VMs that come and go are of ordinary memory: one may have been there to be seen.
+        assert (status in {0, 1}, notes, reasons, verdicts) == (True, [], [], ["hidden", "hidden"]), found["churn"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("series", ["6.1", "7.3"])
+def test_other_kernels(series: str, tmp_path: Path) -> None:
+    with LabHost.start(host_kernel(f"debian:{series}"), memory="2G", cmdline=RESERVED, out=tmp_path) as host:
+        newer = ("guest_memfd_held_by_another",) if series == "7.3" else ()
+        found = ask(host, *HONEST, *EXPOSED, *UNDETERMINED, *newer, "swapped", "churn")
+    for name in HONEST:
+        test_honest_vms_are_hidden(found, name)
+    for name in (*EXPOSED, *newer):
+        test_a_vm_that_descriptors_do_not_show_is_found(found, name)
+    for name in UNDETERMINED:
+        test_what_may_be_or_may_become_exposed_is_not_hidden(found, name)
+    test_a_slot_that_was_replaced_when_the_auditor_came_is_not_hidden(found)
+    test_honest_vms_stay_hidden_while_others_begin_and_end(found)
