@@ -1,19 +1,19 @@
 """The virtio-mmio transport, version 2: virtio 1.2, section 4.2.2.
 
-Reading a register has no side effects in this transport. So the registers are a page of memory that the guest reads as
-such, without an exit, and may not write to: a KVM memory slot with KVM_MEM_READONLY (bus.py). What it writes leaves the
-guest and comes here, less the two registers that count: KVM itself answers QueueNotify (ioeventfd) and InterruptACK
-(interrupts.py). An interrupt and its request cost no exit to user space at all.
+Reading a register has no side effects in this transport. So the registers are a page that the guest reads as memory,
+without an exit: a KVM memory slot with KVM_MEM_READONLY (bus.py). A write exits, and `write` takes it. KVM itself takes
+the two registers that are written often: QueueNotify (ioeventfd) and InterruptACK (interrupts.py). So an interrupt and
+its request cost no exit to user space.
 
-What a driver reads must be in the page at all times, hence `_show` wherever something changes. As no exit lies between
-the loads of a driver, it may see half of a changing configuration; the generation changes before and after, and the
-interrupt that says so comes when all of it is there, so that the driver reads it again.
+The page must be up to date at all times: `_show` is called wherever a register changes. A driver may read the
+configuration while it changes, and see half of it. So the generation changes before and after, and the interrupt comes
+last: the driver then reads it again.
 """
 
 import os
 import select
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 
 from offmap.devices.virtio.device import Activation, Bypass, VirtioDevice
@@ -21,6 +21,7 @@ from offmap.devices.virtio.dma import Dma, DriverError
 from offmap.devices.virtio.interrupts import InterruptStatus
 from offmap.devices.virtio.limit import Limiter
 from offmap.devices.virtio.queue import Queue
+from offmap.devices.virtio.queue_setup import LOW, QUEUE_REGISTERS, QueueSetup
 from offmap.devices.virtio.worker import Worker
 from offmap.uapi.virtio import config
 from offmap.uapi.virtio import mmio as reg
@@ -33,32 +34,11 @@ VENDOR_ID = int.from_bytes(b"OFFM", "little")
 
 TRANSPORT_FEATURES = 1 << config.VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
 
-_LOW, _HIGH = 0xFFFFFFFF, 0xFFFFFFFF << 32
-_MOST_COMPLAINTS = 3  # a driver that breaks its device again and again shall not fill somebody's log
+_MOST_COMPLAINTS = 3  # per device: a driver that breaks it again and again must not fill the log
 
 _DRIVER_BITS = (
     config.VIRTIO_CONFIG_S_ACKNOWLEDGE | config.VIRTIO_CONFIG_S_DRIVER | config.VIRTIO_CONFIG_S_FAILED
-)  # which need nothing of the device
-
-
-class _QueueSetup:
-    """What a driver has written about one queue."""
-
-    def __init__(self, size_max: int) -> None:
-        self.size_max = size_max
-        self.size = size_max
-        self.ready = False
-        self.desc = self.avail = self.used = 0
-
-
-_ADDRESS_REGISTERS: Mapping[int, tuple[str, int]] = {
-    reg.VIRTIO_MMIO_QUEUE_DESC_LOW: ("desc", 0),
-    reg.VIRTIO_MMIO_QUEUE_DESC_HIGH: ("desc", 32),
-    reg.VIRTIO_MMIO_QUEUE_AVAIL_LOW: ("avail", 0),
-    reg.VIRTIO_MMIO_QUEUE_AVAIL_HIGH: ("avail", 32),
-    reg.VIRTIO_MMIO_QUEUE_USED_LOW: ("used", 0),
-    reg.VIRTIO_MMIO_QUEUE_USED_HIGH: ("used", 32),
-}
+)  # the device does nothing for them
 
 
 class MmioTransport:
@@ -66,10 +46,10 @@ class MmioTransport:
 
     Args:
         name: of the device, for people.
-        page: 4 KiB that the guest reads; this is the only one that writes to it.
-        make_status: makes InterruptStatus, given what shows its value to the guest.
+        page: 4 KiB that the guest reads; only the transport writes to it.
+        make_status: makes InterruptStatus; its argument shows a value to the guest.
         say: takes a line for the user.
-        start: start the device's thread now, and not by `worker.start`.
+        start: whether to start the device's thread now; otherwise `worker.start` does.
     """
 
     def __init__(
@@ -84,9 +64,9 @@ class MmioTransport:
         start: bool = True,
     ) -> None:
         self.name = name
-        # It may fail, hence before anything holds on to the page.
+        # First, as it may fail: nothing holds the page yet.
         self.worker = Worker(f"virtio {name}", self._failed, start=start)
-        self._limiters: dict[int, Limiter] = {}  # by queue; they outlive a reset, or that would refill them
+        self._limiters: dict[int, Limiter] = {}  # by queue; a reset keeps them, or it would refill them
         self._device = device
         self._page = page
         self._registers = page.cast("I")
@@ -94,14 +74,14 @@ class MmioTransport:
         self._say = say
         self._complaints = 0
         self._features = device.features | TRANSPORT_FEATURES
-        self._lock = threading.Lock()  # of vCPU threads against each other, for what the driver sets up
-        self._status_lock = threading.Lock()  # of them against the worker, for the status register
+        self._lock = threading.Lock()  # between vCPU threads: what the driver sets up
+        self._status_lock = threading.Lock()  # between vCPU threads and the worker: the status register
         self._config = b""
         self._generation = 0
-        self._queues: list[Queue | None] = []  # while the driver is ready; of the worker thread
+        self._queues: list[Queue | None] = []  # while the driver is ready; the worker thread's
         self._was_ready = False
         self._kicks: list[int] = []  # eventfds, by queue
-        self._bypassed: Collection[int] = ()  # queues that somebody else serves
+        self._bypassed: Collection[int] = ()  # queues that the host kernel serves
         self.interrupt_status = make_status(lambda value: self._show(reg.VIRTIO_MMIO_INTERRUPT_STATUS, value))
         for register, value in (
             (reg.VIRTIO_MMIO_MAGIC_VALUE, MAGIC_VALUE),
@@ -112,7 +92,7 @@ class MmioTransport:
             self._show(register, value)
         self._forget_driver()
         for register in range(reg.VIRTIO_MMIO_SHM_LEN_LOW, reg.VIRTIO_MMIO_SHM_BASE_HIGH + 4, 4):
-            self._show(register, _LOW)  # there is no shared memory region, whichever is selected (4.2.2.1)
+            self._show(register, LOW)  # there is no shared memory region, whichever is selected (4.2.2.1)
         self.worker.call(self._refresh_config)
 
     # --- registers, on vCPU threads ---
@@ -121,18 +101,18 @@ class MmioTransport:
         self._registers[register >> 2] = value
 
     def _forget_driver(self) -> None:
-        """As after a reset (4.2.2.1, 2.1.2)."""
+        """Set the registers to their state after a reset (4.2.2.1, 2.1.2)."""
         self._status = 0
         self._driver_features = 0
         self._driver_features_sel = 0
-        self._setups = [_QueueSetup(size) for size in self._device.queue_sizes]
+        self._setups = [QueueSetup(size) for size in self._device.queue_sizes]
         self._queue_sel = 0
         self._show(reg.VIRTIO_MMIO_STATUS, 0)
-        self._show(reg.VIRTIO_MMIO_DEVICE_FEATURES, self._features & _LOW)
+        self._show(reg.VIRTIO_MMIO_DEVICE_FEATURES, self._features & LOW)
         self._select_queue(0)
 
     def read(self, offset: int, size: int) -> int:
-        """Return what a load reads, where the guest cannot read the page itself."""
+        """Return what a load reads, if the guest cannot read the page itself."""
         return int.from_bytes(self._page[offset : offset + size], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -151,7 +131,7 @@ class MmioTransport:
     def _write_register(self, offset: int, value: int) -> None:
         match offset:
             case reg.VIRTIO_MMIO_DEVICE_FEATURES_SEL:
-                word = self._features >> 32 * value & _LOW if value < 2 else 0
+                word = self._features >> 32 * value & LOW if value < 2 else 0
                 self._show(reg.VIRTIO_MMIO_DEVICE_FEATURES, word)
             case reg.VIRTIO_MMIO_DRIVER_FEATURES_SEL:
                 self._driver_features_sel = value
@@ -160,11 +140,9 @@ class MmioTransport:
                     self._set_driver_features(value)
             case reg.VIRTIO_MMIO_QUEUE_SEL:
                 self._select_queue(value)
-            case reg.VIRTIO_MMIO_QUEUE_NUM | reg.VIRTIO_MMIO_QUEUE_READY:
-                self._set_up_queue(offset, value)
             case reg.VIRTIO_MMIO_STATUS:
                 self._set_status(value)
-            case _ if offset in _ADDRESS_REGISTERS:
+            case _ if offset in QUEUE_REGISTERS:
                 self._set_up_queue(offset, value)
             case _:
                 pass
@@ -172,9 +150,9 @@ class MmioTransport:
     def _set_driver_features(self, value: int) -> None:
         shift = 32 * self._driver_features_sel
         if shift < 64:
-            self._driver_features = self._driver_features & ~(_LOW << shift) | value << shift
+            self._driver_features = self._driver_features & ~(LOW << shift) | value << shift
         elif value:
-            self._driver_features |= 1 << 64  # a feature that nobody has offered: FEATURES_OK will not be granted
+            self._driver_features |= 1 << 64  # a feature that was not offered, so FEATURES_OK is refused
 
     def _select_queue(self, number: int) -> None:
         self._queue_sel = number
@@ -185,21 +163,15 @@ class MmioTransport:
     def _set_up_queue(self, register: int, value: int) -> None:
         if self._queue_sel >= len(self._setups):
             return
-        setup = self._setups[self._queue_sel]
-        if register == reg.VIRTIO_MMIO_QUEUE_READY:
-            if setup.ready and not value and self._status & config.VIRTIO_CONFIG_S_DRIVER_OK:
-                number = self._queue_sel
-                self._on_worker(lambda: self._stop_queue(number))
-            # One that is made ready behind DRIVER_OK stays unused until the next reset: no driver may do that (3.1.1).
-            setup.ready = bool(value & 1)
-            self._show(reg.VIRTIO_MMIO_QUEUE_READY, int(setup.ready))
-        elif not setup.ready:  # 4.2.2.2: the driver must not touch them while it is
-            if register == reg.VIRTIO_MMIO_QUEUE_NUM:
-                setup.size = value
-            else:
-                name, shift = _ADDRESS_REGISTERS[register]
-                kept = getattr(setup, name) & (_LOW if shift else _HIGH)
-                setattr(setup, name, kept | value << shift)
+        number, setup = self._queue_sel, self._setups[self._queue_sel]
+        if register != reg.VIRTIO_MMIO_QUEUE_READY:
+            setup.write(register, value)
+            return
+        if setup.ready and not value and self._status & config.VIRTIO_CONFIG_S_DRIVER_OK:
+            self._on_worker(lambda: self._stop_queue(number))
+        # A queue made ready after DRIVER_OK stays unused until the next reset: no driver may do that (3.1.1).
+        setup.ready = bool(value & 1)
+        self._show(reg.VIRTIO_MMIO_QUEUE_READY, int(setup.ready))
 
     # --- the status register ---
 
@@ -209,14 +181,14 @@ class MmioTransport:
             self._show(reg.VIRTIO_MMIO_STATUS, self._status)
 
     def _set_status(self, value: int) -> None:
-        """Section 3.1.1. A driver adds bits in order; it takes none away but by a reset, which is a write of 0."""
+        """Add status bits in order (3.1.1). Only a reset, a write of 0, takes bits away."""
         if value == 0:
             self._on_worker(self._reset)
             return
         new = value & ~self._status
         self._add_status(new & _DRIVER_BITS)
         if new & config.VIRTIO_CONFIG_S_FEATURES_OK and self._status & config.VIRTIO_CONFIG_S_DRIVER:
-            # The driver reads the bit back, and finds it only if we can live with what it chose.
+            # The driver reads the bit back; it is set only if its choice of features works.
             wanted = self._driver_features
             if wanted >> config.VIRTIO_F_VERSION_1 & 1 and not wanted & ~self._features:
                 self._add_status(config.VIRTIO_CONFIG_S_FEATURES_OK)
@@ -227,7 +199,7 @@ class MmioTransport:
     # --- on the worker thread ---
 
     def _on_worker(self, function: Callable[[], None]) -> None:
-        """Run `function` on the worker and wait for it. What it raises fails the device, not the vCPU."""
+        """Run `function` on the worker and wait for it. An exception fails the device, not the vCPU."""
 
         def run() -> None:
             try:
@@ -265,7 +237,7 @@ class MmioTransport:
             self._limiters[number] = Limiter(limit, self.worker.later, partial(self._again, number))
         return self._limiters[number]
 
-    def _queue(self, number: int, setup: _QueueSetup) -> Queue:
+    def _queue(self, number: int, setup: QueueSetup) -> Queue:
         if setup.size > setup.size_max:
             raise DriverError(f"sets up a queue of size {setup.size}, where {setup.size_max} is the most")
         return Queue(
@@ -301,16 +273,16 @@ class MmioTransport:
         if number < len(self._queues) and self._queues[number] is not None:
             self._device.handle(number)
         elif number < len(self._setups) and self._setups[number].ready:
-            pass  # Linux's balloon driver is too early with one; at DRIVER_OK every queue is looked at
+            pass  # Linux's balloon driver kicks too early; DRIVER_OK looks at every queue
         elif not self._was_ready:
-            self._was_ready = True  # said once; a driver that resets its device may well be late with a kick
+            self._was_ready = True  # said once: a driver that resets its device may kick late
             self._complain("kicks a queue before it has set the device up")
 
     def _stop_queue(self, number: int) -> None:
         if number < len(self._queues) and (queue := self._queues[number]) is not None:
             queue.stop()
             if number in self._bypassed:
-                self._device.reset()  # which is how whoever serves the queue is stopped
+                self._device.reset()  # this stops the host kernel's side of the queue
 
     def _reset(self) -> None:
         for queue in self._queues:
@@ -338,7 +310,7 @@ class MmioTransport:
                 queue.stop()
         self._device.failed()
         if self._bypassed:
-            self._device.reset()  # or whoever serves them would go on
+            self._device.reset()  # or the host kernel would go on serving them
         self._add_status(config.VIRTIO_CONFIG_S_NEEDS_RESET)
         if self._status & config.VIRTIO_CONFIG_S_DRIVER_OK:
             self.interrupt_status.raise_(reg.VIRTIO_MMIO_INT_CONFIG)  # 2.1.2
@@ -352,7 +324,7 @@ class MmioTransport:
     # --- the configuration space ---
 
     def _refresh_config(self) -> bool:
-        """Put the device's configuration into the page; whether it has changed."""
+        """Put the device's configuration into the page; return whether it has changed."""
         new = self._device.config()
         if new == self._config:
             return False
@@ -363,11 +335,11 @@ class MmioTransport:
         return True
 
     def _bump_generation(self) -> None:
-        self._generation = self._generation + 1 & _LOW
+        self._generation = self._generation + 1 & LOW
         self._show(reg.VIRTIO_MMIO_CONFIG_GENERATION, self._generation)
 
     def _config_changed(self) -> None:
-        """The device says so, on the worker thread."""
+        """The device's configuration has changed. Called on the worker thread."""
         if self._refresh_config() and self._status & config.VIRTIO_CONFIG_S_DRIVER_OK:
             self.interrupt_status.raise_(reg.VIRTIO_MMIO_INT_CONFIG)
 
@@ -380,12 +352,12 @@ class MmioTransport:
         self._on_worker(write)
 
     def pause(self) -> None:
-        """Leave guest memory alone until `resume`; when this returns, that is so. No vCPU may be running."""
+        """Leave guest memory alone from the return of this call until `resume`. No vCPU may be running."""
         self._on_worker(self._device.pause)
         self.worker.pause()
 
     def resume(self) -> None:
-        """Go on."""
+        """End the pause."""
         self.worker.resume()
         self._on_worker(self._device.resume)
 
@@ -397,7 +369,7 @@ class MmioTransport:
 
 
 def _where(error: Exception) -> str:
-    """Name the innermost frame of a bug, for its one line."""
+    """One line about a bug: the exception, and its innermost frame."""
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
