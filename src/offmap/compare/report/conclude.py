@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from offmap.compare.cell_result import CellResult
 from offmap.compare.kinds import BASELINE, kind_names
@@ -22,25 +23,28 @@ NOISE = "\N{ALMOST EQUAL TO} "
 COSTS: tuple[Question, ...] = tuple(asked for asked in CATALOGUE.values() if asked.group is Group.COSTS)
 
 
-@dataclass(frozen=True, slots=True)
-class Conclusion:
-    """What is concluded of one host kernel.
+class ConclusionText(Struct, frozen=True):
+    """What is concluded of one host kernel, by rules, in words.
 
     Attributes:
-        name: of the kernel, as the matrix has it; a path by its last part.
-        release: what uname says there; all of them, where the cells had several.
-        answer: one sentence: what hides there.
-        findings: of every kind that was run or could have been, in the order of the matrix.
-        choice: one or two sentences: what speaks for which, or why that is not settled.
+        host_kernel: its name in the matrix; a path by its last part.
+        release: what uname says, all of it if its cells had several kernels (see notes); empty if no host came up.
+        answer: what hides on this kernel, in one sentence.
+        choice: what those that hide lose, in one or two sentences; empty if none hides.
         unsettled: what could not be determined, one line each.
     """
 
-    name: str
+    host_kernel: str
     release: str
     answer: str
-    findings: tuple[KindFinding, ...]
     choice: str
     unsettled: tuple[str, ...]
+
+
+class Conclusion(ConclusionText, frozen=True):
+    """A conclusion, and a finding for every kind that was or could have been run, in the order of the matrix."""
+
+    findings: tuple[KindFinding, ...]
 
 
 def conclude(results: Sequence[CellResult]) -> list[Conclusion]:
@@ -65,9 +69,9 @@ def _conclusion(kernel: str, cells: Sequence[CellResult]) -> Conclusion:
         short_kernel(kernel),
         list_words([*releases]),
         _answer(findings),
-        findings,
         _choice(findings),
         tuple(_unsettled(findings)),
+        findings,
     )
 
 

@@ -16,7 +16,7 @@ from offmap.compare.cell_result import SCHEMA as CELL_SCHEMA
 from offmap.compare.cell_result import CellResult
 from offmap.compare.kinds import BASELINE
 from offmap.compare.questions import CATALOGUE, Answer, Question, Ratio
-from offmap.compare.report.conclude import Conclusion, conclude
+from offmap.compare.report.conclude import Conclusion, ConclusionText, conclude
 from offmap.compare.report.notes import notes_of
 from offmap.compare.report.repeat import commands_of, missing_of
 from offmap.compare.report.status import Status, status_of
@@ -56,21 +56,9 @@ class PublishedFinding(Struct, frozen=True):
     undetermined: dict[str, str]
 
 
-class PublishedConclusion(Struct, frozen=True):
-    """What is concluded of one host kernel, by rules.
+class PublishedConclusion(ConclusionText, frozen=True):
+    """A conclusion, and each kind of RAM that it is about."""
 
-    Attributes:
-        release: what uname says, all of it if its cells had several kernels (see notes); empty if no host came up.
-        answer: what hides on this kernel, in one sentence.
-        choice: what those that hide lose; empty where none does.
-        unsettled: what could not be determined.
-    """
-
-    host_kernel: str
-    release: str
-    answer: str
-    choice: str
-    unsettled: tuple[str, ...]
     kinds: tuple[PublishedFinding, ...]
 
 
@@ -139,7 +127,7 @@ def _conclusion(one: Conclusion) -> PublishedConclusion:
         )
         for finding in one.findings
     )
-    return PublishedConclusion(one.name, one.release, one.answer, one.choice, one.unsettled, kinds)
+    return PublishedConclusion(one.host_kernel, one.release, one.answer, one.choice, one.unsettled, kinds)
 
 
 def _cell(result: CellResult) -> PublishedCell:

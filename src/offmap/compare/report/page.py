@@ -281,7 +281,7 @@ def _overview(conclusions: Sequence[Conclusion]) -> Overview | None:
     rows = []
     for one in conclusions:
         statuses = {finding.backend: finding.status for finding in one.findings}
-        rows.append((one.name, one.release, [statuses[kind] for kind in kinds if kind in statuses]))
+        rows.append((one.host_kernel, one.release, [statuses[kind] for kind in kinds if kind in statuses]))
     return Overview(kinds, rows)
 
 

@@ -52,7 +52,7 @@ def row(kernel: str, finding: KindFinding) -> str:
 
 
 def rows() -> list[str]:
-    return [row(one.name, finding) for one in conclude(results()) for finding in one.findings if finding.cells]
+    return [row(one.host_kernel, finding) for one in conclude(results()) for finding in one.findings if finding.cells]
 
 
 def test_the_table_is_that_of_the_results() -> None:
@@ -78,7 +78,7 @@ def test_every_figure_of_the_page_is_in_the_results() -> None:
 
 def test_what_it_calls_hiding_hides() -> None:
     hides = {
-        (one.name, finding.backend)
+        (one.host_kernel, finding.backend)
         for one in conclude(results())
         for finding in one.findings
         if finding.status is Status.HIDES
