@@ -82,6 +82,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="SECONDS",
         help="audit again every SECONDS until the process ends, and report what changes; the exit status is the worst",
     )
+    parser.add_argument(
+        "--trace",
+        action="store_true",
+        help="with --watch: also trace what maps memory, so that a mapping is reported that lives between two audits",
+    )
     add_output_options(parser)
     add_evidence_options(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress, even on a terminal")
@@ -106,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.watch is not None and not 0 < args.watch <= _LONGEST_WATCH:
         raise OffmapError(f"--watch takes seconds above 0, at most {_LONGEST_WATCH}", "give seconds, like --watch 10")
+    if args.trace and args.watch is None:
+        raise OffmapError("--trace is for the time between two audits", "add --watch SECONDS")
     if args.all and (args.range or args.watch is not None):
         raise OffmapError("--range and --watch are for one process", "give its PID instead of --all")
     ranges = [parse_range(text) for text in args.range] if args.range else None
@@ -138,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
 
     with what_to_scan(args) as wanted:
         if args.watch is not None:
-            return watch(args.pid, args.watch, lambda: audit(args.pid), output)
+            return watch(args.pid, args.watch, lambda: audit(args.pid), output, args.trace)
         with output.recording_failure():
             if args.all:
                 every = audit_every_vm(lambda vm: audit(vm.pid).audit)

@@ -160,8 +160,9 @@ def print_schema() -> int:
     """What ``--json-schema`` asks for."""
     from offmap.audit.evidence.verify import DOCUMENTS
     from offmap.audit.result_sets import audit_schema
+    from offmap.audit.trace.result import Traced
 
-    print(json.dumps(audit_schema(DOCUMENTS), indent=2), flush=True)
+    print(json.dumps(audit_schema((*DOCUMENTS, Traced)), indent=2), flush=True)
     return ExitStatus.DONE
 
 

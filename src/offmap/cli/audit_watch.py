@@ -1,9 +1,10 @@
 """``offmap audit --watch``: audit again and again until the process ends, and say what changes."""
 
+import contextlib
 import json
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from offmap.cli.audit_output import Output
@@ -12,13 +13,32 @@ from offmap.errors import Undetermined
 if TYPE_CHECKING:
     from offmap.audit.audit import Snapshot
     from offmap.audit.process import Process
+    from offmap.audit.trace.result import Traced
+    from offmap.audit.trace.trace import Trace as _Trace
+
+_LOOK_SECONDS = 0.25  # how soon a traced mapping is reported
 
 
 class _Stopped(Exception):
     """SIGTERM."""
 
 
-def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Output) -> int:
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """A signal that comes meanwhile ends the watch afterwards: else what was just read of the trace would be lost."""
+    came: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, _: came.append(number)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+    if came:
+        raise _Stopped
+
+
+def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Output, traced: bool = False) -> int:
     """Audit until the process ends; the exit status is that of the worst verdict.
 
     SIGTERM ends it too: with the worst that was seen, as its parent asked. As JSON, the first line is the whole result,
@@ -26,11 +46,20 @@ def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Outp
 
     Args:
         once: audits it.
+        traced: also trace what maps memory, from before the first audit on; what is found is printed as it is found
+            (``offmap-audit-trace/1``), and once more at the end for the time since.
     """
     from offmap.audit.process import NoSuchProcess
     from offmap.audit.verdict import Verdict
 
     worst, seen = Verdict.HIDDEN, None
+    trace: _Trace | None = None
+
+    def note(found: "Traced", always: bool = False) -> None:
+        nonlocal worst
+        worst = max(worst, found.verdict, key=lambda verdict: verdict.gravity)
+        if always or found.verdict is not Verdict.HIDDEN:
+            _tell_trace(found, output)
 
     def stop(_number: int, _frame: object) -> None:
         raise _Stopped
@@ -38,6 +67,11 @@ def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Outp
     signal.signal(signal.SIGTERM, stop)
     watched = _held(pid)
     try:
+        if traced and watched is not None:
+            from offmap.audit.trace.trace import Trace
+
+            with output.recording_failure():
+                trace = Trace(pid)
         try:
             while seen is None or watched is None or watched.running():  # its PID may be another's afterwards
                 with output.recording_failure():
@@ -46,9 +80,18 @@ def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Outp
                 if result.partial and seen is not None and not _runs(pid):
                     break  # the end of what is watched, and not a finding
                 worst = max(worst, result.verdict, key=lambda verdict: verdict.gravity)
-                _tell(snapshot, seen, output)
-                seen = snapshot
-                time.sleep(seconds)
+                before, seen = seen, snapshot  # first of all: who reads the result may end the watch at once
+                _tell(snapshot, before, output)
+                if trace is None:
+                    time.sleep(seconds)
+                    continue
+                with _whole():
+                    note(trace.walked(snapshot))
+                ends = time.monotonic() + seconds
+                while (left := ends - time.monotonic()) > 0 and not trace.ended:
+                    time.sleep(min(left, _LOOK_SECONDS))
+                    with _whole():
+                        note(trace.look())
         except (NoSuchProcess, Undetermined):
             if seen is None or _runs(pid):
                 raise
@@ -56,6 +99,10 @@ def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Outp
         pass
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway, and what it still says is said whole
+        if trace is not None:
+            with trace:
+                if seen is not None:
+                    note(trace.finish(seen), always=True)
         if watched is not None:
             watched.close()
     if seen is None:
@@ -84,6 +131,16 @@ def _tell(snapshot: "Snapshot", before: "Snapshot | None", output: Output) -> No
     else:
         lines = [f"{time.strftime('%H:%M:%S')} changed: {verdict_line(report.vms[0])}", *render_changes(changes)]
         print("\n".join(lines), flush=True)
+
+
+def _tell_trace(traced: "Traced", output: Output) -> None:
+    """Print what a trace has found since the last time."""
+    from offmap.audit.trace.text import render_trace, trace_line
+
+    if output.json:
+        print(json.dumps(traced.to_json()), flush=True)
+    else:
+        print("\n".join([f"{time.strftime('%H:%M:%S')} {trace_line(traced)}", *render_trace(traced)]), flush=True)
 
 
 def _held(pid: int) -> "Process | None":
