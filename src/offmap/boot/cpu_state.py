@@ -54,7 +54,7 @@ def _page_tables() -> bytes:
 
 
 def enter_64bit(vcpu: Vcpu, memory: GuestMemory, entry: int) -> None:
-    """Set `vcpu` up to start at guest-physical `entry`, and write what that needs into `memory`."""
+    """Set `vcpu` up to start at guest-physical `entry`. Writes its GDT and page tables into `memory`."""
     code = kvm_segment(limit=0xFFFFFFFF, selector=_CS, type=0xB, present=1, s=1, l=1, g=1)
     data = kvm_segment(limit=0xFFFFFFFF, selector=_DS, type=0x3, present=1, db=1, s=1, g=1)
     tss = kvm_segment(limit=0x67, selector=_TSS, type=0xB, present=1)

@@ -1,6 +1,6 @@
 """Guest kernels: bzImage (by its 64-bit entry) and ELF vmlinux.
 
-Parsing works on the first bytes of the file; loading lets the kernel move the rest from the file into guest memory.
+Parsing needs the first bytes of the file only. The host kernel moves the rest from the file into guest memory.
 Sources: Documentation/arch/x86/boot.rst; the ELF specification.
 """
 
@@ -47,8 +47,8 @@ def read_into(file: int, what: str, offset: int, view: memoryview) -> None:
     """Fill `view` from `file`; the kernel does the copying.
 
     Raises:
-        OffmapError: the file ends before.
-        KernelError: it cannot be read.
+        OffmapError: the file is too short.
+        KernelError: the file cannot be read.
     """
     done = 0
     if offset + len(view) > _OFF_T_MAX:
@@ -80,16 +80,16 @@ def _read_bounced(file: int, what: str, offset: int, view: memoryview) -> int:
 
 
 def open_file(what: str, path: FileName, remedy: str = "") -> int:
-    """Open `path` for reading; its fd, which the caller owns. Raises KernelError: it cannot be."""
+    """Open `path` for reading. Return its fd, which the caller owns. Raises KernelError if it cannot be opened."""
     try:
-        # O_NONBLOCK: a FIFO must not keep us waiting for somebody to write to it.
+        # O_NONBLOCK: do not wait for the writer of a FIFO.
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise KernelError(f"open of {what}", error, remedy) from None
 
 
 def check_kernel(path: FileName) -> None:
-    """Check the file's first bytes, before anything expensive is done for the guest.
+    """Check the file's first bytes. Call it before anything expensive is done for the guest.
 
     Raises:
         OffmapError: it is missing, empty, or of another format.
@@ -99,7 +99,7 @@ def check_kernel(path: FileName) -> None:
 
 
 def load_kernel(path: FileName, memory: GuestMemory, memory_map: MemoryMap) -> LoadedKernel:
-    """Load the kernel at `path`, and take its place in `memory_map`.
+    """Load the kernel at `path`. It takes its memory from `memory_map`.
 
     Raises:
         OffmapError: it is missing, empty, truncated, no x86-64 kernel, or does not fit.
@@ -149,7 +149,7 @@ def _load_bzimage(file: int, what: str, head: bytes, memory: GuestMemory, memory
         )
     code_offset = ((field("<B", bp.SETUP_SECTS) or 4) + 1) * 512
     code_size = field("<I", bp.SYSSIZE) * 16
-    # The decompressor needs init_size bytes from where it runs; it was built for pref_address.
+    # The decompressor runs at pref_address if it can, and needs init_size bytes there.
     init_size = max(field("<I", bp.INIT_SIZE), code_size)
     preferred = field("<Q", bp.PREF_ADDRESS)
     try:
@@ -190,14 +190,14 @@ def _load_elf(file: int, what: str, head: bytes, memory: GuestMemory, memory_map
         raise OffmapError(f"{what} has a segment that is larger in the file than in memory", _REMEDY)
     loads.sort(key=lambda phdr: phdr.p_paddr)
     if any(low.p_paddr + low.p_memsz > high.p_paddr for low, high in pairwise(loads)):
-        # Also keeps a small file from making us copy all of RAM a thousand times over.
+        # Without this check, a small file could make us copy all of RAM a thousand times.
         raise OffmapError(f"{what} has segments that overlap in memory", _REMEDY)
     start = min(phdr.p_paddr for phdr in loads) & PAGE_MASK
     end = max(phdr.p_paddr + phdr.p_memsz for phdr in loads)
     memory_map.take("the guest kernel", end - start, at=start)
     for phdr in loads:
         read_into(file, what, phdr.p_offset, memory.view(phdr.p_paddr, phdr.p_filesz))
-    # What a boot loader would have copied from a bzImage (boot.rst, "The real-mode kernel header").
+    # The header that a boot loader copies from a bzImage (boot.rst, "The real-mode kernel header").
     header = bytearray(bp.INIT_SIZE + 4 - bp.SETUP_HEADER)
     struct.pack_into("<H", header, bp.BOOT_FLAG - bp.SETUP_HEADER, bp.BOOT_FLAG_MAGIC)
     struct.pack_into("<4sH", header, bp.HEADER - bp.SETUP_HEADER, bp.HEADER_MAGIC, 0x20F)

@@ -18,7 +18,7 @@ from offmap.uapi import bootparam as bp
 from offmap.units import format_size
 
 BOOT_PARAMS = 0x7000
-"""Guest-physical address of the zero page; below it and above it (cpu_state) are the boot CPU's GDT and page tables."""
+"""Guest-physical address of the zero page. The boot CPU's GDT is below it, its page tables are above (cpu_state)."""
 
 _CMDLINE = 0x20000
 
@@ -31,7 +31,7 @@ class BootSource(NamedTuple):
     command_line: str
 
     def check(self, memory_size: int) -> None:
-        """Look at the files before anything expensive is done for the guest.
+        """Check the files. Call it before anything expensive is done for the guest.
 
         Raises:
             OffmapError: one is missing, empty, of another format, or larger than `memory_size` bytes of RAM.
@@ -62,7 +62,7 @@ def load_linux(source: BootSource, memory: GuestMemory, acpi: AcpiImage, exclude
     memory_map.take("the boot data", _CMDLINE + bp.COMMAND_LINE_SIZE - 0x1000, at=0x1000)
     kernel = load_kernel(source.kernel, memory, memory_map)
 
-    command_line = os.fsencode(source.command_line)  # what is no text in our locale goes to the guest as it came
+    command_line = os.fsencode(source.command_line)  # bytes that are no text in our locale reach the guest unchanged
     room = min(kernel.cmdline_size, bp.COMMAND_LINE_SIZE - 1)
     if len(command_line) > room:
         raise OffmapError(
@@ -91,7 +91,7 @@ def load_linux(source: BootSource, memory: GuestMemory, acpi: AcpiImage, exclude
 
 
 def _open_initrd(path: FileName) -> tuple[int, int]:
-    """Its fd, which the caller owns, and its size in bytes."""
+    """Open the initrd. Return its fd, which the caller owns, and its size in bytes."""
     file = open_file(f"the initrd {path}", path)
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode) or status.st_size == 0:

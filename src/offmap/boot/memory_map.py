@@ -1,4 +1,4 @@
-"""Where things go in guest-physical memory: free ranges, placements, and the E820 map that the guest is given."""
+"""Guest-physical memory: what is RAM, what of it is free, and the guest's E820 map."""
 
 from collections.abc import Iterable
 
@@ -18,14 +18,14 @@ ACPI_AREA = PhysicalRange(0xE0000, 0x100000)
 
 
 class MemoryMap:
-    """What is RAM, what of it is taken, and what is kept from the guest.
+    """RAM, the free part of it, and the pages that are kept from the guest.
 
     Args:
         ram: guest-physical ranges of RAM.
-        excluded: pages kept from the guest; nothing is placed in them and E820 reserves them.
+        excluded: pages kept from the guest. Nothing is placed in them, and E820 reserves them.
 
     Raises:
-        OffmapError: pages below 1 MiB are excluded, or more of them than E820 can say.
+        OffmapError: pages below 1 MiB are excluded.
     """
 
     def __init__(self, ram: Iterable[PhysicalRange], excluded: Iterable[PhysicalRange] = ()) -> None:
@@ -42,13 +42,13 @@ class MemoryMap:
     def take(
         self, what: str, size: int, *, at: int | None = None, alignment: int = PAGE_SIZE, below: int = 1 << 32
     ) -> int:
-        """Take `size` bytes: exactly `at` that address, or else as high as possible under `below`.
+        """Take `size` bytes: at address `at`, or else as high as possible below `below`.
 
         Returns:
             The guest-physical address.
 
         Raises:
-            OffmapError: there is no such room.
+            OffmapError: there is no room.
         """
         size = max(-(-size // PAGE_SIZE) * PAGE_SIZE, PAGE_SIZE)
         if at is not None:

@@ -1,8 +1,8 @@
-"""The only firmware of our machine: what runs when a guest jumps to a PC's BIOS entry point to reboot.
+"""The machine's only firmware: the code at a PC's BIOS entry point, where a guest jumps to reboot.
 
-Linux does that (``machine_real_restart`` in arch/x86/kernel/reboot.c) whenever ACPI is hardware-reduced and there is no
-EFI: ``reboot_init`` then chooses the EFI reset, which comes to nothing, and falls back to the BIOS, not to ACPI. It
-switches to real mode and jumps to f000:fff0. The code there writes to the reset register that the FADT also names.
+Linux jumps there if ACPI is hardware-reduced and there is no EFI (``machine_real_restart`` in
+arch/x86/kernel/reboot.c). ``reboot_init`` chooses the EFI reset, which fails; the next choice is the BIOS, not ACPI.
+Linux switches to real mode and jumps to f000:fff0. The code there writes to the reset register that the FADT names.
 """
 
 from offmap.uapi.pc import ACPI_RESET_PORT, ACPI_RESET_VALUE

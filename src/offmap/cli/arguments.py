@@ -1,4 +1,4 @@
-"""Values of options that several commands take, as argparse wants them: a value, or one line why it is none."""
+"""Types of option values that several commands share. Each gives the value, or one line why it is wrong."""
 
 import argparse
 
@@ -7,7 +7,7 @@ def count(text: str) -> int:
     """A whole number, 1 or more.
 
     Raises:
-        ArgumentTypeError: it is none.
+        ArgumentTypeError: the text is no such number.
     """
     value = int(text) if text.isdecimal() else 0
     if value < 1:
@@ -16,10 +16,10 @@ def count(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A time above 0, and not for ever.
+    """A finite time in seconds, more than 0.
 
     Raises:
-        ArgumentTypeError: it is none.
+        ArgumentTypeError: the text is no such time.
     """
     try:
         value = float(text)

@@ -14,7 +14,7 @@ _CMDLINE = "console=ttyS0 quiet"
 
 
 def add_boot_options(parser: argparse.ArgumentParser) -> None:
-    """Add them."""
+    """Add the options."""
     parser.add_argument("--kernel", type=file_name, help="bzImage (/boot/vmlinuz-…) or ELF vmlinux")
     parser.add_argument("--initrd", type=file_name, help="initial RAM disk")
     parser.add_argument(
@@ -43,18 +43,18 @@ def add_boot_options(parser: argparse.ArgumentParser) -> None:
 
 
 def file_name(text: str) -> str:
-    """`text`.
+    """The file name, as it was given.
 
     Raises:
         ArgumentTypeError: it is empty.
     """
-    if not text:  # an unset variable, which is no file
+    if not text:  # of an unset shell variable
         raise argparse.ArgumentTypeError("is an empty name")
     return text
 
 
 def boot_of(args: argparse.Namespace) -> "tuple[BootSource, list[tuple[str, DeviceSpec]]]":
-    """What to boot, and the devices that it needs before all others.
+    """What to boot, and the devices that must come before all others.
 
     Raises:
         OffmapError: there is no such image, or options contradict each other.

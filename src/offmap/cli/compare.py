@@ -27,9 +27,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "compare",
         help="compare the ways of hiding guest RAM: what works, hides, breaks and costs",
-        description="Run a matrix of cells, each a guest on one kind of RAM in a disposable host of its own, and write "
-        "one report of all that the output folder has by then. What is done is kept: run again, it goes on where it "
-        "was. Options that name an axis may be given several times and stand for that axis of the matrix.",
+        description="Run a matrix of cells, each a guest on one kind of RAM in a disposable host of its own. Then "
+        "write one report of all cells in the output folder. Results are kept: a second run goes on where the first "
+        "one ended. An option that names an axis of the matrix may be given several times.",
         epilog="Without an axis: every kind of RAM on debian:6.12, with one guest. Exit status: 0 if every cell came "
         "to a result, be it a refusal or an oops; 2 if one failed or was not done in time.",
     )
@@ -134,7 +134,7 @@ def axes_of(args: argparse.Namespace) -> "Axes":
 
 
 def _kernel(name: str) -> str:
-    """A path made absolute: cells keep their names wherever they are run from."""
+    """The kernel's name; a path is made absolute, as it names cells wherever they are run from."""
     if name.startswith(_NAMED_KERNELS) or name in _KEYWORDS:
         return name
     return str(Path(name).absolute())
@@ -186,7 +186,7 @@ def _found(out: Path) -> "dict[CellSpec, CellResult]":
 
 
 def _beside_others(results: "Sequence[CellResult]", out: Path) -> "list[CellResult]":
-    """These, and what the folder has of earlier runs: the row of one kernel stands beside those of the others.
+    """These results, and those of earlier runs in the folder, so that a report shows all kernels side by side.
 
     Earlier cells may be of other code, kernels or machines: the report's notes (offmap.compare.report.notes) say so.
     """
@@ -196,7 +196,7 @@ def _beside_others(results: "Sequence[CellResult]", out: Path) -> "list[CellResu
 
 
 def _kept(specs: "Sequence[CellSpec]", args: argparse.Namespace) -> "list[CellResult]":
-    """What there is: of the cells that were named, or of all if none were."""
+    """The results in the folder: of the cells that were named, or of all if none were."""
     from offmap.compare.report.repeat import in_order
 
     found = _found(args.out)

@@ -1,4 +1,4 @@
-"""How a running comparison shows itself: live on a terminal, line by line elsewhere."""
+"""Progress of a comparison: live on a terminal, elsewhere a line for each event."""
 
 import threading
 import time
@@ -38,7 +38,7 @@ class CompareProgress:
     """Takes the scheduler's events; a context manager that leaves the terminal clean.
 
     Args:
-        total: cells of the comparison, those included that are done.
+        total: number of cells, with those that earlier runs have done.
     """
 
     def __init__(self, console: Console, total: int) -> None:
@@ -73,7 +73,7 @@ class CompareProgress:
             self._console.print(stamp + text, markup=False, highlight=False, soft_wrap=True)
 
     def _take(self, spec: CellSpec, event: CellEvent) -> str:
-        """Take an event; gives the line to show, or nothing."""
+        """Take an event. Return the line to show, or nothing."""
         if event.stage:
             return self._at(spec, event.stage, event.share)
         if event.begun:
@@ -112,7 +112,7 @@ class CompareProgress:
         return stage
 
     def began(self, skipped: int, at_a_time: int) -> None:
-        """Say how much is done already; `at_a_time` is for the estimate."""
+        """Say how many cells are done from before. The estimate of the time left needs `at_a_time`."""
         self._at_a_time = max(at_a_time, 1)
         if skipped:
             self._say(f"{skipped} of {self._total} cells are done from before")

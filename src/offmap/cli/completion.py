@@ -1,4 +1,4 @@
-"""``offmap completion``: completion for a shell, made by shtab from the parsers of all commands."""
+"""``offmap completion``: the completion of a shell, which shtab makes from the parsers of all commands."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from offmap.errors import ExitStatus
 
 _FILES = {"FILE", "DIR", "FOLDER"}
-"""How a parser calls a file name that it does not take as a Path."""
+"""The metavars of file names that a parser takes as text."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _name_values(parser: argparse.ArgumentParser) -> None:
-    """Give actions the values that a parser need not know, as it takes more than them: backends, file names."""
+    """Give options the values to complete: backends and file names. The parser takes other values too."""
     import shtab
 
     from offmap.cli.boot_options import file_name

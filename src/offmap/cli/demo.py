@@ -1,4 +1,4 @@
-"""``offmap demo``: see for yourself, in disposable hosts."""
+"""``offmap demo``: guests on plain and on hidden RAM, in disposable hosts."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""How a running demonstration shows itself: its table as it fills on a terminal, line by line elsewhere."""
+"""Progress of a demonstration: on a terminal its table as it fills, elsewhere a line for each event."""
 
 from rich.console import Console, Group
 

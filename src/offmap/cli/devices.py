@@ -1,4 +1,4 @@
-"""The options of ``offmap run`` that give the guest devices: one row each, the parsing beside each device."""
+"""The options of ``offmap run`` that give the guest devices: one row each. Each device parses its own option."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ class _Option(NamedTuple):
 
     Attributes:
         name: of the option, without its dashes, and of the devices in messages.
-        parser: ``module:function``, which makes a DeviceSpec of the option's text. Imported when it is used, which
-            keeps `offmap run` quick to start.
-        metavar: what it takes; in brackets where it need not be there.
+        parser: ``module:function``, which makes a DeviceSpec of the option's text. Imported when it is used, so that
+            `offmap run` starts quickly.
+        metavar: the option's value, for the help; in brackets if it may be left out.
     """
 
     name: str
@@ -59,7 +59,7 @@ _OPTIONS = (
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Add them all. The order in which they are given is that in which the guest finds the devices."""
+    """Add them all. The guest finds the devices in the order of the options."""
     group = parser.add_argument_group("devices", "virtio devices, in the order in which the guest finds them")
     for option in _OPTIONS:
         group.add_argument(
@@ -79,7 +79,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _Append(argparse.Action):
-    """Collects (option, text) of all of them in one list."""
+    """Collects all device options in one list of (option, text)."""
 
     def __call__(
         self,
@@ -97,7 +97,7 @@ def device_specs(args: argparse.Namespace) -> "list[tuple[str, DeviceSpec]]":
     """The devices that were asked for, each with a name for messages: ``drive0``, ``drive1``, ``rng0``.
 
     Raises:
-        OffmapError: one that cannot be.
+        OffmapError: the text of an option is wrong.
     """
     specs: list[tuple[str, DeviceSpec]] = []
     numbers: dict[str, int] = {}

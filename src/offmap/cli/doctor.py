@@ -17,7 +17,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine this host; the exit status says whether something hides."""
+    """Examine this host. The exit status says whether any kind of RAM hides."""
     from offmap import __version__
     from offmap.audit.host import host_facts
     from offmap.doctor import Diagnosis, examine, exit_status

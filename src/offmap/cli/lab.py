@@ -60,8 +60,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--access-log",
         type=Path,
         metavar="FILE",
-        help="log the accesses of the host's kernel to the RAM of guests, from its boot on, and write what there were "
-        "to FILE (JSON); the host is emulated, and a quarter as fast",
+        help="log the accesses of the host's kernel to the RAM of guests, from its boot on, and write a report to FILE "
+        "(JSON); the host is emulated then, and a quarter as fast",
     )
     run.add_argument(
         "--load-module", action="store_true", help="build the offmap module for the host's kernel, and load it there"
@@ -98,8 +98,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     build.add_argument(
         "--debug",
         action="store_true",
-        help="one that looks for its own mistakes (lockdep, KASAN, DEBUG_VM), at a fraction of the speed; the host "
-        "kernel patched:7.3+debug is the same",
+        help="a kernel that checks itself (lockdep, KASAN, DEBUG_VM), at a fraction of the speed; the same as the host "
+        "kernel patched:7.3+debug",
     )
     build.set_defaults(run=run_kernel_build)
     names = kernels.add_parser("list", help="the patched kernels, their patches, and whether they have been built")
@@ -216,7 +216,7 @@ def run_exec(args: argparse.Namespace) -> int:
 
 
 def _access_log(wanted: Path | None, stack: ExitStack) -> Path | None:
-    """Return where the plugin is to write, if a log is `wanted`."""
+    """Where the plugin writes its log; None if no log is `wanted`."""
     if wanted is None:
         return None
     if not wanted.parent.is_dir():
@@ -282,7 +282,7 @@ def _run(host: "LabHost", argv: list[str], deadline: float | None) -> int:
 
 
 def _interrupted(command: "LabCommand", timeout: float | None) -> int:
-    """First Ctrl-C: the command's to handle. A second one ends it, and with it the host."""
+    """Pass the first Ctrl-C to the command. A second one ends the command and the host."""
     command.send_signal(SIGINT)
     try:
         return command.wait(timeout)

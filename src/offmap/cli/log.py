@@ -16,28 +16,28 @@ class LogOptions(argparse.Namespace):
 
 
 _options = LogOptions()
-"""Of the command that runs in this process."""
+"""The options of the command that this process runs."""
 
 
 def draws() -> bool:
-    """Whether progress may be drawn on standard error: a line that is rewritten, which no log file wants."""
+    """Whether standard error may show progress as one line that is rewritten. A log file wants no such line."""
     return not as_json() and sys.stderr.isatty()
 
 
 def as_json() -> bool:
-    """Whether standard error is for records alone."""
+    """Whether standard error takes log records in JSON, and nothing else."""
     return _options.log_format == "json"
 
 
 def quiet_in_a_file(logger: log.Logger) -> Callable[[str], None]:
-    """What logs progress: for people at a terminal and for services; into any other file only with ``-v``."""
+    """A function that logs progress: on a terminal and as JSON always, into other files only with ``-v``."""
     return logger.info if sys.stderr.isatty() or as_json() else logger.debug
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:
     """Add both options to `parser` and to the parsers of all its subcommands."""
     group = parser.add_argument_group("messages", "on standard error")
-    # No defaults: a subcommand's would replace what was given before the subcommand.
+    # No defaults: the subcommand's default would replace an option that stands before the subcommand.
     none = argparse.SUPPRESS
     group.add_argument("-v", "--verbose", action="store_true", default=none, help="say what is done, step by step")
     formats = "text (the default), or json: one object a line, for services"
@@ -49,16 +49,16 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
 
 
 def split(arguments: Sequence[str]) -> tuple[str | None, LogOptions]:
-    """Find the command, and the options as far as they can be told before the command line is parsed."""
+    """The command and the two options, as far as they can be told before the command line is parsed."""
     options = LogOptions()
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if not any(word.startswith("-") and ("v" in word or "--l" in word) for word in own):
-        return next((word for word in own if not word.startswith("-")), None), options  # without a parser's cost
+        return next((word for word in own if not word.startswith("-")), None), options  # no parser needed
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     add_log_options(parser)
     try:
         _, rest = parser.parse_known_args(own, options)
-    except argparse.ArgumentError:  # no such format: the whole parser says so
+    except argparse.ArgumentError:  # there is no such format; the real parser reports it
         rest = list(own)
     return next((word for word in rest if not word.startswith("-")), None), options
 
@@ -68,8 +68,8 @@ def logging_to_stderr(program: str, options: LogOptions) -> Iterator[None]:
     """Send log records to standard error.
 
     Args:
-        program: what the lines begin with that another part than the command logs, like ``offmap run``.
-        options: looked at when the first record comes, and its format again for each.
+        program: the beginning of lines that the library logs and not the command, like ``offmap run``.
+        options: read when the first record comes; the format is read again for each record.
     """
     global _options  # noqa: PLW0603 - the process's, as standard error is
     before, _options = _options, options
@@ -81,7 +81,7 @@ def logging_to_stderr(program: str, options: LogOptions) -> Iterator[None]:
         undo.append(handle(program, options.verbose, as_json))
 
     if options.log_format == "json":
-        set_up()  # records of other libraries are to be JSON too
+        set_up()  # so that the records of other libraries are JSON too
     else:
         log.set_up_with(set_up, log.DEBUG if options.verbose else log.INFO)
     try:

@@ -1,4 +1,4 @@
-"""Log records as lines on standard error. Imported with the first record, as importing ``logging`` takes its time."""
+"""Log records as lines on standard error. Imported with the first record, as importing ``logging`` takes long."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ def handle(program: str, verbose: bool, as_json: Callable[[], bool]) -> Callable
         as_json: asked for each record.
 
     Returns:
-        What ends it.
+        A function that stops handling them.
     """
     handler = _Stderr(program, as_json)
     root, ours = logging.getLogger(), logging.getLogger("offmap")
@@ -36,7 +36,7 @@ def handle(program: str, verbose: bool, as_json: Callable[[], bool]) -> Callable
 
 
 class _Stderr(logging.Handler):
-    """Writes to whatever ``sys.stderr`` is when a record comes."""
+    """Writes to the ``sys.stderr`` of the moment, which may change."""
 
     def __init__(self, program: str, as_json: Callable[[], bool]) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class _Stderr(logging.Handler):
             sys.stderr.write(f"{line}\n")
             sys.stderr.flush()
         except OSError:
-            pass  # nobody reads standard error, or its disk is full: the work goes on
+            pass  # its reader has gone, or its disk is full; the work goes on
 
 
 def _text(record: logging.LogRecord, program: str) -> str:
@@ -57,7 +57,7 @@ def _text(record: logging.LogRecord, program: str) -> str:
     message = record.getMessage()
     start, command, words = record.name.partition("offmap.cli")
     if command and not start:
-        # Its name is that of the command: offmap.cli.image.build logs for "offmap image build".
+        # The logger is named after the command: offmap.cli.image.build is "offmap image build".
         line = f"offmap{words.replace('.', ' ')}: {message}"
     elif record.levelno <= logging.DEBUG:
         line = f"{program}: {record.name}: {message}"
@@ -67,7 +67,7 @@ def _text(record: logging.LogRecord, program: str) -> str:
 
 
 def _json(record: logging.LogRecord) -> str:
-    """One object: time (UTC), level, logger, message; of an error what, why, remedy and exit_status too."""
+    """One object: time (UTC), level, logger, message. An error adds what, why, remedy and exit_status."""
     fields: dict[str, object] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
         "level": record.levelname.lower(),
@@ -84,7 +84,7 @@ def _json(record: logging.LogRecord) -> str:
 
 
 def _traceback(record: logging.LogRecord) -> list[str]:
-    """The lines of a bug's traceback; none for a failure that a user can meet."""
+    """The lines of a bug's traceback. A failure that a user can meet has none."""
     error = getattr(record, "error", None) or (record.exc_info and record.exc_info[1])
     if not isinstance(error, BaseException) or isinstance(error, OffmapError):
         return []

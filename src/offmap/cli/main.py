@@ -1,4 +1,4 @@
-"""``offmap``: the command line. One module per command; this one only finds it and turns errors into one line."""
+"""``offmap``: the command line. One module per command; this one finds it, and turns errors into one line."""
 
 import argparse
 import errno
@@ -25,7 +25,7 @@ _COMMANDS = {
     "compare": "compare the ways of hiding: what works, hides, breaks and costs",
     "completion": "print the completion of a shell",
 }
-"""Each is a module of offmap.cli with `add_parser`; only the one that was asked for is imported."""
+"""Each command is a module of offmap.cli with an `add_parser`. Only the one that is run is imported."""
 
 
 class _WrongUse(OffmapError):
@@ -40,12 +40,12 @@ class _WrongUse(OffmapError):
         super().__init__(message, f"see {program} --help")
 
 
-# Python ships no translations of argparse's words, and ours are English: looking for some takes a millisecond.
+# argparse looks for translations of its words, which takes a millisecond. Python ships none.
 argparse._ = str  # type: ignore[attr-defined]
 
 
 class _Help(argparse.HelpFormatter):
-    """As wide as the terminal. argparse's own asks `shutil`, which takes as long to import as the rest of argparse."""
+    """Help as wide as the terminal. argparse's own asks `shutil`, which takes as long to import as argparse."""
 
     def __init__(self, prog: str) -> None:
         try:
@@ -64,12 +64,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """The parser of every command, for what is made from it: the man page, the completion of shells."""
+    """The parser of all commands. The man page and the completion of shells are made from it."""
     return _parser(_COMMANDS)
 
 
 class _Alone:
-    """Stands where argparse has its subparsers, and makes the parser of one command without those above it."""
+    """In the place of argparse's subparsers: makes the parser of one command, without the parsers above it."""
 
     parser: argparse.ArgumentParser
 
@@ -79,7 +79,7 @@ class _Alone:
 
 
 def _parse(command: str | None, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; imports the command."""
+    """Parse the command line. Imports the command."""
     if command not in _COMMANDS or arguments[0] != command:
         return _parser((command or "",)).parse_args(arguments)
     alone = _Alone()
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _of_another(command: str, options: LogOptions, arguments: list[str]) -> int:
-    """Run a command whose exit status is another's, and tell our own failures apart from it."""
+    """Run a command that ends with the status of a program. If offmap itself fails, the status is NOT_RUN."""
     status: list[int] = []
     try:
         own = _main(command, options, arguments, status.append)
@@ -137,15 +137,15 @@ def _main(
     program = f"offmap {command}" if command else "offmap"
     with logging_to_stderr(program, options):
         if any(stream is None for stream in (sys.stdin, sys.stdout, sys.stderr)):
-            # The next file opened would become the missing stream, and the guest's console would write into it.
+            # The next file that is opened would become the missing stream. The guest's console would go into it.
             if sys.stderr is not None:
                 error = OffmapError("a standard stream is closed", "redirect it from or to /dev/null instead")
                 _log_error("offmap", str(error), error)
             return ExitStatus.FAILED
         try:
-            gc.disable()  # what a start makes stays; looking for garbage in it takes a twentieth of the start
+            gc.disable()  # there is no garbage yet, and looking for some takes a twentieth of the start
             try:
-                args = _parse(command, arguments)  # time enough for a Ctrl-C
+                args = _parse(command, arguments)  # takes long enough for a Ctrl-C
             finally:
                 gc.freeze()
                 gc.enable()
@@ -155,16 +155,16 @@ def _main(
             on_status(status)
             return status
         except BrokenPipeError:
-            # Nobody reads our output any more. Python would complain again when it flushes at exit.
+            # The reader of our output has gone. Python would complain again when it flushes at exit.
             _forget_output()
             return ExitStatus.FAILED
         except (Exception, KeyboardInterrupt) as caught:
             failure = _failure(caught)
             if failure is None:
-                # Python's own status for it is 1, which would say "exposed".
+                # Python would end with 1, which means "exposed".
                 _log_error(program, "this is a bug in offmap", caught)
                 return ExitStatus.FAILED
-            # Scripts tell "this host cannot" from "it failed" by this word.
+            # By this word scripts tell "this host cannot" from "it failed".
             refused = "refused: " if isinstance(failure, BackendRefused) else ""
             name = failure.program if isinstance(failure, _WrongUse) else program
             _log_error(name, f"{refused}{failure}", failure)
@@ -172,7 +172,7 @@ def _main(
 
 
 def _failure(error: BaseException) -> OffmapError | None:
-    """What an exception is to a user; None: a bug."""
+    """The failure that a user is told of; None if the exception is a bug."""
     if isinstance(error, OffmapError):
         return error
     if isinstance(error, KeyboardInterrupt):
@@ -190,12 +190,12 @@ def _log_error(program: str, message: str, error: BaseException) -> None:
     logger = Logger(program.replace("offmap", "offmap.cli", 1).replace(" ", "."))
     try:
         logger.log(ERROR, "%s", message, error=error)
-    except OSError:  # `logging` cannot be imported: no more files can be opened
+    except OSError:  # `logging` cannot be imported, as no more files can be opened
         print(f"{program}: {message}", file=sys.stderr)
 
 
 def _forget_output() -> None:
-    """Let nothing more be written to standard output, not even when Python flushes it at exit."""
+    """Send standard output to /dev/null, so that Python's flush at exit cannot fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

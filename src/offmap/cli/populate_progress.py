@@ -1,4 +1,4 @@
-"""How far the guest's RAM is, where getting it takes long: on standard error, and gone before the guest speaks."""
+"""Progress of getting the guest's RAM, on standard error. Shown only if it takes long; wiped before the guest runs."""
 
 import sys
 import time
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from offmap.cli.log import draws
 from offmap.log import Logger
 
-_PATIENCE = 1.0  # seconds until anything is said
+_PATIENCE = 1.0  # seconds before anything is shown
 _REDRAW = 0.1  # seconds between two updates of the line on a terminal
 _REPEAT = 5.0  # seconds between two lines elsewhere
 
@@ -15,11 +15,11 @@ _REPEAT = 5.0  # seconds between two lines elsewhere
 class PopulateProgress:
     """Takes the share that is ready, from 0 to 1.
 
-    On a terminal it is one line, rewritten, and wiped at 1 or by `clear`: the terminal is the guest's then. Elsewhere
-    it is a log record every few seconds.
+    On a terminal it rewrites one line. At 1, or by `clear`, the line is wiped: the guest gets the terminal. Elsewhere
+    it logs a record every few seconds.
 
     Args:
-        what: is being got, with its size.
+        what: the RAM, and its size, for people.
         clock: seconds.
     """
 

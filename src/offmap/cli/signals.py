@@ -1,4 +1,4 @@
-"""How a command that runs hosts is ended from outside."""
+"""Signals that end a command which runs disposable hosts."""
 
 import signal
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end it as Ctrl-C does: nothing runs on."""
+    """Make SIGTERM and SIGHUP end the command as Ctrl-C does, so that it leaves nothing running."""
 
     def interrupt(number: int, _frame: object) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)

@@ -1,4 +1,4 @@
-"""ACPI tables for a guest, written from scratch: ``build_tables`` is all that a VMM needs."""
+"""ACPI tables for a guest. A VMM needs only ``build_tables``."""
 
 from offmap.boot.acpi.devices import AcpiDevice, virtio_mmio
 from offmap.boot.acpi.tables import ACPI_BASE, AcpiImage, build_tables

@@ -1,4 +1,4 @@
-"""What the DSDT says about each device: an identity and its resources (the ports, addresses, interrupts of ``_CRS``).
+"""The devices of the DSDT: each has an identity, and resources in its ``_CRS`` (ports, addresses, interrupts).
 
 A resource is a descriptor of ACPI 6.4, section 6.4 (Resource Data Types for ACPI), as bytes.
 """
@@ -66,7 +66,7 @@ class AcpiDevice(NamedTuple):
     Args:
         name: four characters, unique in the machine.
         hid: Plug and Play ID (``PNP0501``, three letters: stored compressed) or ACPI ID (``LNRO0005``: stored as text).
-        uid: tells devices of one ``hid`` apart.
+        uid: number that differs between devices of one ``hid``.
         resources: descriptors of ``_CRS``.
         terms: further AML inside the device.
     """
@@ -87,7 +87,7 @@ class AcpiDevice(NamedTuple):
 
 
 def processor(number: int) -> AcpiDevice:
-    """vCPU ``number``; ``_UID`` is what the MADT's entry calls it."""
+    """vCPU ``number``. Its ``_UID`` is the processor UID of its MADT entry."""
     return AcpiDevice(f"C{number:03X}", "ACPI0007", number)
 
 

@@ -1,10 +1,10 @@
 """The ACPI tables of a guest: RSDP, XSDT, FADT, MADT, DSDT.
 
-The machine is described as hardware-reduced (ACPI 6.4, section 4.1): no SCI, no PM1 or GPE blocks, no PM timer, no
-FACS. To Linux on x86 that also means no 8259 and no PIT (``acpi_generic_reduced_hw_init``), so the guest needs its TSC
-frequency and a TSC-deadline timer from the VMM. And it reboots such a machine through EFI or else through the BIOS, not
-by the reset register: boot/reset_vector.py must be in place. Flags say what else is absent, so that it is not probed
-for: VGA, keyboard controller, PCI's MSI are not there; the CMOS clock is. Layouts: ACPI 6.4, chapter 5.2.
+The machine is hardware-reduced (ACPI 6.4, section 4.1): no SCI, no PM1 or GPE blocks, no PM timer, no FACS. Linux on
+x86 then uses no 8259 and no PIT either (``acpi_generic_reduced_hw_init``). So the guest needs its TSC frequency and a
+TSC-deadline timer from the VMM. Linux reboots such a machine through EFI or the BIOS, not by the reset register, and so
+needs boot/reset_vector.py. Flags keep Linux from probing for what is absent: VGA, the keyboard controller, PCI's MSI.
+The CMOS clock is there. Layouts: ACPI 6.4, chapter 5.2.
 """
 
 import struct
@@ -16,7 +16,7 @@ from offmap.boot.acpi.devices import AcpiDevice, com1, processor, rtc
 from offmap.errors import OffmapError
 from offmap.uapi import pc
 
-ACPI_BASE = 0xE0000  # start of the BIOS read-only area in which an RSDP is also searched for (5.2.5.1)
+ACPI_BASE = 0xE0000  # in the BIOS read-only area, which is searched for an RSDP (5.2.5.1)
 MAX_VCPUS = 254  # local APIC entries hold 8-bit ids, 255 is broadcast
 
 OEM_ID, OEM_TABLE_ID, CREATOR_ID = b"OFFMAP", b"OFFMAPVM", b"OFFM"
@@ -50,8 +50,8 @@ class AcpiImage(NamedTuple):
     """Tables ready to be copied into guest memory.
 
     Attributes:
-        rsdp_address: guest-physical address that they were built for; goes into ``boot_params.acpi_rsdp_addr``.
-        blob: bytes to put there. They start with the RSDP, the root pointer.
+        rsdp_address: guest-physical address of the blob, for ``boot_params.acpi_rsdp_addr``.
+        blob: the tables. They start with the RSDP, the root pointer.
     """
 
     rsdp_address: int
@@ -99,7 +99,7 @@ def _table(signature: bytes, revision: int, body: bytes) -> bytes:
 
 
 def _rsdp(xsdt: int) -> bytes:
-    # The 32-bit RSDT is left out (address 0): revision 2 readers take the XSDT.
+    # No 32-bit RSDT (address 0): readers of revision 2 take the XSDT.
     rsdp = bytearray(RSDP.pack(b"RSD PTR ", 0, OEM_ID, 2, 0, RSDP.size, xsdt, 0))
     rsdp[8] = _checksum(rsdp[:RSDP_V1_SIZE])
     rsdp[32] = _checksum(rsdp)

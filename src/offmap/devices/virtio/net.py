@@ -29,13 +29,13 @@ _HEADER_SIZE = sizeof(uapi.virtio_net_hdr_v1)
 _NUM_BUFFERS_AT = uapi.virtio_net_hdr_v1.num_buffers.offset
 _NUM_BUFFERS = struct.Struct("<H")
 _IOV_MAX = 1024  # UIO_MAXIOV, linux/uio.h
-_BUDGET = 64  # packets in one go and direction: some milliseconds
+_BUDGET = 64  # packets of one direction before the other one's turn: some milliseconds
 
 _ETHERNET = 14 + 4  # header and VLAN tag
 _MAX_PACKET = _HEADER_SIZE + _ETHERNET + 65535  # the largest IP packet; what GSO makes is no larger
-_CONTROL_BYTES = 2 + 6  # as much of a command as is ever looked at: class, cmd, a MAC address
+_CONTROL_BYTES = 2 + 6  # the part of a command that is read: class, cmd, a MAC address
 
-# What the host may leave undone in packets for the guest, by what the guest said it can do.
+# What the host may leave undone in packets for the guest, by the feature that the guest accepted.
 _GUEST_OFFLOADS = {
     uapi.VIRTIO_NET_F_GUEST_CSUM: if_tun.TUN_F_CSUM,
     uapi.VIRTIO_NET_F_GUEST_TSO4: if_tun.TUN_F_TSO4,
@@ -87,11 +87,11 @@ class Net(VirtioDevice):
     """A network card.
 
     Args:
-        backend: the host's side, which the device then owns.
+        backend: the host's side. The device owns it from here.
         mac: 6 bytes.
         mtu: to tell the guest, or None.
         say: takes a line for the user.
-        vhost: moves the packets instead of us. The device then owns it. The backend must be a tap.
+        vhost: moves the packets in the host kernel. The device owns it from here. The backend must be a tap.
     """
 
     device_id = VIRTIO_ID_NET
@@ -118,7 +118,7 @@ class Net(VirtioDevice):
         self._activation: Activation | None = None
         self._posted: deque[Chain] = deque()  # receive buffers, taken from the queue and not yet used
         self._room = 0  # bytes in them
-        # Their pieces, and behind them a byte of ours: a packet that gets as far did not fit.
+        # Their pieces, and a byte of ours at the end: a packet that reaches it did not fit.
         self._pieces = [memoryview(bytearray(1))]
         self._unsent: Chain | None = None  # a packet that the host would not take yet
         self._watched = 0
@@ -184,7 +184,7 @@ class Net(VirtioDevice):
             self._vhost.close()
         self._backend.close()
 
-    # The host kernel in our stead
+    # The host kernel moves the packets
 
     def _start_vhost(self, activation: Activation, queues: Mapping[int, Queue]) -> None:
         bypass = activation.bypass
@@ -194,7 +194,7 @@ class Net(VirtioDevice):
             self._vhost.start(self._backend.fd, list(queues.items()), activation.features, activation.dma, bypass)
         except KernelError as error:
             self._vhost.stop()
-            if not self._refused:  # said once, however often the driver resets its card
+            if not self._refused:  # said once: the driver may reset its card often
                 self._refused = True
                 instead = "its packets go through this process instead"
                 self._say(f"net: vhost-net does not take this guest: {error}; {instead}")
@@ -235,7 +235,7 @@ class Net(VirtioDevice):
     def _ready(self, events: int) -> None:
         if events & (select.EPOLLIN | select.EPOLLERR | select.EPOLLHUP):
             self._receive()
-        # An interface that has gone is an error for ever, and never writable: the next write says so.
+        # An interface that has gone polls as an error, never as writable. The next write reports it.
         if events & (select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP) and self._backend.flush():
             self._watch(self._watched & ~select.EPOLLOUT)
             self._transmit()
@@ -250,7 +250,7 @@ class Net(VirtioDevice):
         self._activation.config_changed()
 
     def _failed(self, error: OSError) -> None:
-        """A read or write has failed, and not because there is nothing to do."""
+        """A read or write has failed with another error than EAGAIN."""
         if error.errno in {errno.EBADFD, errno.ECONNRESET, errno.EPIPE}:
             self._gone = True
             self._watch(0)
@@ -266,13 +266,13 @@ class Net(VirtioDevice):
                 if self._gone:
                     return
                 if self._room < _MAX_PACKET and not self._gather():
-                    # Without buffers there is no sense in being woken by packets: the driver's kick will be seen.
+                    # Packets need not wake us while there are no buffers: the driver kicks when there are.
                     self._watch(self._watched & ~select.EPOLLIN)
                     return
                 received = receive(pieces)
                 if received <= self._room:
                     self._use(received)
-                # else it did not fit: the driver set up too little, and the packet is lost as on a real wire
+                # else the packet did not fit into the driver's buffers, and is lost as on a real wire
         except BlockingIOError:
             pass
         except OSError as error:
@@ -290,7 +290,7 @@ class Net(VirtioDevice):
         while True:
             chain = queue.take()
             if chain is None:
-                # A driver whose whole queue holds less than the largest packet still gets smaller ones.
+                # If the whole queue holds less than the largest packet, smaller ones still arrive.
                 return self._mergeable and len(posted) >= queue.size
             if chain.readable or chain.writable_bytes < _HEADER_SIZE:
                 raise DriverError(f"gives a receive buffer of {chain.writable_bytes} bytes")
@@ -337,13 +337,13 @@ class Net(VirtioDevice):
                     self._watch(self._watched | select.EPOLLOUT)
                     return
                 except OSError as error:
-                    # EINVAL: it is no packet, or its header makes no sense. Lost, as on a real wire.
+                    # EINVAL: it is no packet, or its header is wrong. It is lost, as on a real wire.
                     if error.errno != errno.EINVAL:
                         self._failed(error)
                 queue.push(chain, 0)
-            # More than one's share: receive first.
+            # The budget is used up: receive first.
             if self._activation is not None and not self._goes_on:
-                self._goes_on = True  # once: kicks come too, and each would leave one more of them
+                self._goes_on = True  # once: each kick would post another one
                 self._activation.worker.post(self._go_on)
         finally:
             queue.notify()

@@ -1,7 +1,7 @@
 """User-mode networking: frames between a guest and passt(1), which turns them into sockets of an ordinary user.
 
-Over a stream socket, each frame after its length as 32 bits in network order (QEMU's "-netdev stream" too). passt ends
-when the other end of the socket is closed, hence with this process, however that ends.
+The frames go over a stream socket. Each follows its length, 32 bits in network order, as in QEMU's "-netdev stream".
+passt ends when the other end of the socket is closed: it never outlives this process.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ _LENGTH = struct.Struct("!I")
 _HEADER = bytes(sizeof(virtio_net_hdr_v1))
 _NO_HEADER = (1).to_bytes(2, "little").rjust(sizeof(virtio_net_hdr_v1), b"\0")  # all 0 but num_buffers, which is 1
 MAX_FRAME = 65535 + 18  # an IP packet, and its Ethernet header with a VLAN tag
-_MOST_SAID = 256 << 10  # bytes that it may say; what comes later is lost
-_LONGEST_LINE = 300  # characters of it that a user is told
-_END_SECONDS = 2.0  # that passt may take to end: it takes milliseconds
+_MOST_SAID = 256 << 10  # bytes of passt's messages that are kept
+_LONGEST_LINE = 300  # characters of a message that a user is shown
+_END_SECONDS = 2.0  # passt takes milliseconds to end
 
 
 class FrameStream(Owned):
     """Frames over a stream socket, read and written without a copy.
 
     Attributes:
-        fd: readable when something of a frame is there.
+        fd: readable when at least part of a frame is there.
     """
 
     has_vnet_hdr = False
@@ -53,19 +53,19 @@ class FrameStream(Owned):
         self._unsent: list[memoryview] = []
 
     def set_offload(self, flags: int) -> None:
-        """Do nothing: without headers, no work can be left undone."""
+        """Do nothing: frames without a header have all their work done."""
 
     def receive(self, buffers: Sequence[memoryview]) -> int:
-        """Read one frame, after an empty header; one that does not fit is dropped.
+        """Read one frame, and put an empty header before it. A frame that does not fit is dropped.
 
-        After a BlockingIOError the beginning of a frame may be in `buffers`: call again with the same, or `forget`.
+        After a BlockingIOError, `buffers` may have the start of a frame: call again with the same, or `forget`.
 
         Returns:
-            Bytes, the header's included.
+            Its length in bytes, with the header.
 
         Raises:
-            BlockingIOError: there is none, or not all of it yet.
-            OSError: ECONNRESET where the other end has gone.
+            BlockingIOError: there is no frame, or not all of it yet.
+            OSError: ECONNRESET if the other end has gone.
         """
         while True:
             size = self._next_size()
@@ -76,7 +76,7 @@ class FrameStream(Owned):
                     room = [memoryview(bytearray(left))]
                 else:
                     room = part(buffers, len(_HEADER) + self._done, left)
-                # By the same call, the size of the frame behind it.
+                # The same call reads the size of the next frame.
                 got = self._read([*room, memoryview(self._prefix)])
                 self._done += min(got, left)
                 self._prefix_done = max(got - left, 0)
@@ -87,7 +87,7 @@ class FrameStream(Owned):
             self._dropping = False
 
     def _next_size(self) -> int:
-        """The size of the next frame, or of the one of which a part was read."""
+        """The size in bytes of the next frame, or of the one that was read in part."""
         if not self._size:
             while self._prefix_done < _LENGTH.size:
                 self._prefix_done += self._read([memoryview(self._prefix)[self._prefix_done :]])
@@ -104,11 +104,11 @@ class FrameStream(Owned):
         return got
 
     def send(self, buffers: Sequence[memoryview]) -> None:
-        """Write one frame, less its header. Of a frame that cannot be written whole the rest is kept: see `flush`.
+        """Write one frame without its header. If only part of it can be written, `flush` writes the rest.
 
         Raises:
             BlockingIOError: nothing of it could be written; `fd` becomes writable.
-            OSError: EPIPE where the other end has gone, EINVAL where it is no frame.
+            OSError: EPIPE if the other end has gone, EINVAL if it is no frame.
         """
         if not self.flush():
             raise BlockingIOError
@@ -123,14 +123,14 @@ class FrameStream(Owned):
             self._unsent = [memoryview(rest)]
 
     def flush(self) -> bool:
-        """Write the rest of a frame. Return whether all of it is on its way; if not, `fd` becomes writable."""
+        """Write the rest of a frame. Return whether all of it is written; if not, `fd` becomes writable."""
         while self._unsent:
             try:
                 self._unsent = part(self._unsent, self._stream.send(self._unsent[0]))
             except BlockingIOError:
                 return False
             except OSError:
-                self._unsent = []  # the other end has gone, as whoever reads will see
+                self._unsent = []  # the other end has gone; the next read reports it
         return True
 
     def forget(self) -> None:

@@ -1,7 +1,7 @@
 """A tap device: Ethernet frames between a guest and a network interface of the host.
 
-Each read and write is one frame after a virtio_net_hdr_v1, so that checksums and segmentation may be left to whoever is
-at the other end, as the two agreed (IFF_VNET_HDR, TUNSETOFFLOAD).
+Each read and write is a virtio_net_hdr_v1 and one frame (IFF_VNET_HDR). The header lets one side leave checksums and
+segmentation to the other. TUNSETOFFLOAD says which of them the reader accepts.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ _SOCKADDR_IN = struct.Struct("<HH4s8x")  # family, port (0), address: linux/in.h
 
 
 class Tap(Handle):
-    """Owns the fd of a tap device; one that no other program made goes with it.
+    """Owns the fd of a tap device. An interface that `open_tap` made is deleted with it.
 
     Attributes:
-        fd: readable when a frame is there; one frame a read and write.
-        name: the interface's, when it was opened.
-        changes: an fd that becomes readable when some interface of the host has changed: look at `is_up` then.
+        fd: readable when a frame is there. Each read or write is one frame.
+        name: the interface's name when it was opened.
+        changes: an fd that becomes readable when any interface of the host changes; `is_up` may differ then.
     """
 
     has_vnet_hdr = True
@@ -49,22 +49,22 @@ class Tap(Handle):
         self._in_sight = _is_in_our_namespace(fd)
 
     def set_offload(self, flags: int) -> None:
-        """What the frames read from it may leave undone (TUN_F_*).
+        """Say what frames that are read may leave undone (TUN_F_*).
 
         Raises:
-            KernelError: EINVAL where this kernel's tap does not know one of them, EBADFD where the interface is gone.
+            KernelError: EINVAL if this kernel's tap does not know one of the flags, EBADFD if the interface is gone.
         """
         self.call("TUNSETOFFLOAD", uapi.TUNSETOFFLOAD, flags)
 
     def receive(self, buffers: Sequence[memoryview]) -> int:
-        """Read one frame, its header first; what does not fit is lost.
+        """Read one frame, its header first. The part that does not fit is lost.
 
         Returns:
-            Bytes, the header's included.
+            Its length in bytes, with the header.
 
         Raises:
-            BlockingIOError: there is none.
-            OSError: EBADFD and others where the interface is gone.
+            BlockingIOError: there is no frame.
+            OSError: the interface is gone (EBADFD and others).
         """
         return os.readv(self.fd, buffers)
 
@@ -73,32 +73,32 @@ class Tap(Handle):
 
         Raises:
             BlockingIOError: the interface's queue is full; `fd` becomes writable.
-            OSError: EINVAL where it is no frame, EIO where the interface is down, EBADFD where it is gone.
+            OSError: EINVAL if it is no frame, EIO if the interface is down, EBADFD if it is gone.
         """
         os.writev(self.fd, buffers)
 
     def flush(self) -> bool:
-        """Whether all sent frames are on their way. A tap never keeps one."""
+        """Whether all sent frames have left. Always true: a tap keeps none."""
         return True
 
     def forget(self) -> None:
-        """Drop a frame that was begun in old buffers. A tap never begins one."""
+        """Drop a frame that was read in part. A tap has none: it reads whole frames."""
 
     def is_up(self) -> bool:
-        """Whether the interface is there and up; eats what `changes` has to say.
+        """Whether the interface is there and up. Drains `changes`.
 
-        An interface of another network namespace, handed over as an fd, cannot be looked at. It counts as up.
+        The state of an interface in another network namespace cannot be read. It counts as up.
         """
         with contextlib.suppress(BlockingIOError):
             while True:
                 try:
                     self._netlink.recv(1 << 16)
                 except OSError as error:
-                    if error.errno != errno.ENOBUFS:  # more changes than the socket could hold: look all the same
+                    if error.errno != errno.ENOBUFS:  # more changes than the socket could hold
                         raise
         request = uapi.ifreq()
         try:
-            self.call("TUNGETIFF", uapi.TUNGETIFF, request)  # it may have got another name
+            self.call("TUNGETIFF", uapi.TUNGETIFF, request)  # it may have been renamed
         except KernelError:
             return False  # EBADFD: it was deleted
         if not self._in_sight:
@@ -110,7 +110,7 @@ class Tap(Handle):
         return bool(request.ifru_flags & uapi.IFF_UP)
 
     def last_words(self) -> str:
-        """Why it is not up."""
+        """Why the interface is not up, for people."""
         request = uapi.ifreq()
         try:
             self.call("TUNGETIFF", uapi.TUNGETIFF, request)
@@ -124,24 +124,24 @@ class Tap(Handle):
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that no network interface can have.
+    """Check the name of a network interface.
 
     Raises:
-        OffmapError: it cannot.
+        OffmapError: no interface can have this name.
     """
     if not _NAME.fullmatch(name) or name in {".", ".."}:
         raise OffmapError(f"{name!r} is not the name of a network interface", "use up to 15 letters, digits, . _ -")
 
 
 def open_tap(name: str, *, address: IPv4Interface | None = None, mtu: int | None = None) -> Tap:
-    """Attach to the tap interface `name`, or make it where there is none; one that we make goes with its Tap.
+    """Attach to the tap interface `name`, or make it. An interface that this makes is deleted with its Tap.
 
     Args:
-        address: for the host's side of one that we make.
-        mtu: of one that we make.
+        address: the host's address on a new interface.
+        mtu: of a new interface.
 
     Raises:
-        OffmapError: it may not be had, and why.
+        OffmapError: the interface cannot be had; the message says why.
     """
     existed = Path("/sys/class/net", name).exists()
     try:
@@ -169,7 +169,7 @@ def tap_of_fd(fd: int) -> Tap:
     """Take over an open tap (from a parent process, or systemd).
 
     Raises:
-        OffmapError: it is not one, or was not opened as virtio-net needs it.
+        OffmapError: it is no tap, or was not opened as virtio-net needs it.
     """
     request = uapi.ifreq()
     try:
@@ -190,7 +190,7 @@ def tap_of_fd(fd: int) -> Tap:
 
 def _attach(fd: int, name: str) -> None:
     flags = _FLAGS
-    for attempt in (flags, flags | uapi.IFF_MULTI_QUEUE):  # a persistent one may have been made with several queues
+    for attempt in (flags, flags | uapi.IFF_MULTI_QUEUE):  # a persistent tap may have several queues
         try:
             Handle(fd).call("TUNSETIFF", uapi.TUNSETIFF, uapi.ifreq(name.encode(), ifru_flags=attempt))
         except KernelError as failed:
@@ -218,7 +218,7 @@ def _configure(name: str, interface: IPv4Interface | None, mtu: int | None) -> N
     """Bring a new interface up, with an address (netdevice(7)).
 
     Raises:
-        KernelError: the kernel does not want them.
+        KernelError: the kernel refuses them.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fd = any_socket.fileno()
@@ -242,7 +242,7 @@ def _is_in_our_namespace(fd: int) -> bool:
     try:
         namespace = fcntl.ioctl(fd, uapi.TUNGETDEVNETNS)
     except OSError:
-        return True  # this user may not ask; it is the usual case
+        return True  # this user may not ask; it usually is
     try:
         return os.path.samestat(os.fstat(namespace), Path("/proc/self/ns/net").stat())
     finally:
