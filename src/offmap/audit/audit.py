@@ -165,7 +165,7 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
     read_only = _mapped_read_only(process, ram, kcore, mappings, guest_memfd)
     moved, partial = _slots_moved(process, ram, kvm, None if ranges else ask_kvm)
     partial = before.ended or after.ended or partial
-    sharing, unshared = _sharing(process, ram, judged, options.get("sharers", False), partial)
+    sharing, unshared = _sharing(process, ram, judged, kcore, options.get("sharers", False), partial)
     tell(Stage.WALK, 1.0)
     known = judged.known
     guest = GuestPages.of(judged.page[known], judged.pfn[known], judged.pages[known], ram.ranges)
@@ -262,13 +262,13 @@ def _mapped_read_only(
 
 
 def _sharing(
-    process: Process, ram: GuestRam, judged: Classified, named: bool, partial: str
+    process: Process, ram: GuestRam, judged: Classified, kcore: Kcore, named: bool, partial: str
 ) -> tuple[Sharing | None, tuple[str, ...]]:
     """Who else maps the pages, and a note if that cannot be told."""
     if partial:
         return None, ()
     try:
-        return sharing_of(process, ram, judged, named=named), ()
+        return sharing_of(process, ram, judged, kcore.ram, named=named), ()
     except Undetermined as error:
         return None, (f"whether other processes map these pages too cannot be told: {error}",)
 

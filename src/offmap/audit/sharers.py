@@ -11,13 +11,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from offmap.audit import pagemap
 from offmap.audit.classify import Classified
 from offmap.audit.frames import POPULATED
 from offmap.audit.guest_ram import GuestRam
-from offmap.audit.intervals import Intervals, Ints, run_starts
+from offmap.audit.intervals import Intervals, Ints, cut, run_starts
 from offmap.audit.process import Mapping, NoSuchProcess, Process, process_ids
 from offmap.audit.procfs import open_path
 from offmap.audit.reach import Sharer, Sharing
@@ -25,13 +26,19 @@ from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
 _WINDOW = 1 << 17  # frames counted, and pages looked at, at once
+_GAP = 64  # frames that take no longer to read than a system call
 
 File = tuple[str, int]
 Runs = tuple[Ints, Ints]
 
 
-def sharing_of(process: Process, ram: GuestRam, judged: Classified, *, named: bool = False) -> Sharing:
+def sharing_of(
+    process: Process, ram: GuestRam, judged: Classified, online: Sequence[tuple[int, int]], *, named: bool = False
+) -> Sharing:
     """Count the guest's pages that other processes map too, and name these processes if asked.
+
+    Args:
+        online: physical ranges [start, end) of the kernel's own RAM; no other page has a count.
 
     Raises:
         Undetermined: /proc/kpagecount cannot be read, or the process has ended.
@@ -50,7 +57,9 @@ def sharing_of(process: Process, ram: GuestRam, judged: Classified, *, named: bo
             own += [_runs(frames) for part in _outside(mapping, ram) for _, frames in _present(process, *part)]
     first, pages = (np.concatenate(column) for column in zip(*own, strict=True))
     known = judged.known
-    sharing, extra = count_sharing((judged.pfn[known], judged.pages[known]), (first, pages))
+    guest, uncounted = _online((judged.pfn[known], judged.pages[known]), online)
+    sharing, extra = count_sharing(guest, (first, pages))
+    sharing = msgspec.structs.replace(sharing, uncounted_pages=sharing.uncounted_pages + uncounted)
     if not named:
         return sharing
     sharers, unreadable = name_sharers(judged.frames, {process.pid, os.getpid()}, files, extra)
@@ -79,18 +88,27 @@ def count_sharing(guest: Runs, mapped: Runs, path: str = "/proc/kpagecount") -> 
         ) from None
     in_guest, in_process = _Times(guest), _Times(mapped)
     with file:
-        for low, high in _windows(Intervals.union(guest[0], guest[0] + guest[1])):
-            times = in_guest.of(low, high)
-            counted = np.zeros(high - low, dtype=np.int64)
+        for stretches in _windows(Intervals.union(guest[0], guest[0] + guest[1])):
             try:
-                os.preadv(file.fileno(), [counted.view(np.uint8).data], low * 8)
+                frames, counted = _count(file.fileno(), stretches)
             except OSError as error:
                 raise Undetermined(f"reading {path} failed: {error.strerror}") from None
-            more = np.where(times > 0, np.maximum(counted - in_process.of(low, high), 0), 0)
+            times = in_guest.of(frames)
+            more = np.where(times > 0, np.maximum(counted - in_process.of(frames), 0), 0)
             shared += int(times[more > 0].sum())
             extra += int(more.sum())
             uncounted += int(times[counted == 0].sum())
     return Sharing(shared, uncounted, None, 0), extra
+
+
+def _online(runs: Runs, online: Sequence[tuple[int, int]]) -> tuple[Runs, int]:
+    """The parts of some runs that are in these physical ranges, and how many pages are not."""
+    start, end = (np.array([each[side] for each in online], dtype=np.int64) // PAGE_SIZE for side in (0, 1))
+    ram = Intervals.union(start, end)
+    source, offset, length = cut(*runs, ram.edges)
+    first = runs[0][source] + offset
+    inside = ram.contains(first)
+    return (first[inside], length[inside]), int(length[~inside].sum())
 
 
 class _Times:
@@ -99,26 +117,38 @@ class _Times:
     def __init__(self, runs: Runs) -> None:
         self._begins, self._ends = np.sort(runs[0]), np.sort(runs[0] + runs[1])
 
-    def of(self, low: int, high: int) -> Ints:
-        frames = np.arange(low, high, dtype=np.int64)
+    def of(self, frames: Ints) -> Ints:
         begun, ended = (np.searchsorted(edges, frames, side="right") for edges in (self._begins, self._ends))
         return np.asarray(begun - ended, dtype=np.int64)
 
 
-def _windows(frames: Intervals) -> Iterator[tuple[int, int]]:
-    """Stretches of at most _WINDOW frames that hold all of the set; gaps within are read with the rest."""
-    low = high = 0
-    for start, end in zip(frames.start.tolist(), frames.end.tolist(), strict=True):
-        if end - low > _WINDOW or high == 0:
-            if high > low:
-                yield low, high
-            low = start
-            while end - low > _WINDOW:
-                yield low, low + _WINDOW
-                low += _WINDOW
-        high = end
-    if high > low:
-        yield low, high
+def _windows(frames: Intervals) -> Iterator[Runs]:
+    """The set as stretches, some at a time: at most twice _WINDOW frames in all.
+
+    What lies between the pages of a VM is not looked at, but for gaps that cost less to read than to pass over.
+    """
+    if not len(frames.start):
+        return
+    first = run_starts(frames.start[1:] - frames.end[:-1] > _GAP, len(frames.start))
+    start, length = frames.start[first], np.append(frames.end[first[1:] - 1], frames.end[-1:]) - frames.start[first]
+    edges = np.arange(start[0] // _WINDOW, frames.end[-1] // _WINDOW + 1, dtype=np.int64) * _WINDOW
+    source, offset, length = cut(start, length, edges)
+    start = start[source] + offset
+    window = np.cumsum(length) // _WINDOW
+    for rows in np.split(np.arange(len(start)), np.flatnonzero(np.diff(window)) + 1):
+        yield start[rows], length[rows]
+
+
+def _count(fd: int, stretches: Runs) -> tuple[Ints, Ints]:
+    """The frames of these stretches, and how often each is mapped (raises OSError)."""
+    start, length = stretches
+    ends = np.cumsum(length)
+    frames = np.repeat(start - ends + length, length) + np.arange(int(ends[-1]), dtype=np.int64)
+    counted = np.zeros(len(frames), dtype=np.int64)
+    view = counted.view(np.uint8).data
+    for low, pages, end in zip(start.tolist(), length.tolist(), ends.tolist(), strict=True):
+        os.preadv(fd, [view[8 * (end - pages) : 8 * end]], low * 8)
+    return frames, counted
 
 
 def name_sharers(

@@ -34,16 +34,27 @@ def test_what_is_counted_beyond_the_processs_own_is_shared(tmp_path: Path) -> No
     assert counted(tmp_path, counts, [(1, 5), (2, 2)]) == (2, 1, 1)
 
 
-@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 8)), min_size=1, max_size=8), st.integers(1, 20))
-def test_windows_cover_the_set_once(runs: list[tuple[int, int]], window: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 90), st.integers(1, 8)), min_size=1, max_size=8),
+    st.integers(1, 20),
+    st.integers(0, 5),
+)
+def test_windows_cover_the_set_once_and_little_else(runs: list[tuple[int, int]], window: int, gap: int) -> None:
     first, pages = (np.array(column, dtype=np.int64) for column in zip(*runs, strict=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharers, "_WINDOW", window)
+        patch.setattr(sharers, "_GAP", gap)
         windows = list(sharers._windows(Intervals.union(first, first + pages)))
-    assert all(0 < high - low <= window for low, high in windows)
-    assert all(one[1] <= two[0] for one, two in itertools.pairwise(windows))
-    covered = {frame for low, high in windows for frame in range(low, high)}
-    assert covered >= {frame for start, count in runs for frame in range(start, start + count)}
+    assert all(0 < length.sum() < 2 * window for _, length in windows)
+    stretches = [each for start, length in windows for each in zip(start.tolist(), length.tolist(), strict=True)]
+    assert all(one[0] + one[1] <= two[0] for one, two in itertools.pairwise(stretches))
+    covered = {frame for low, count in stretches for frame in range(low, low + count)}
+    wanted = {frame for start, count in runs for frame in range(start, start + count)}
+    assert covered >= wanted
+    # What else is read lies between two of its pages, no further apart than that.
+    for frame in covered - wanted:
+        below, above = max(each for each in wanted if each < frame), min(each for each in wanted if each > frame)
+        assert above - below - 1 <= gap
 
 
 def test_no_kpagecount_is_undetermined(tmp_path: Path) -> None:
@@ -103,3 +114,10 @@ def test_process_that_shares_a_file_is_named() -> None:
             os.waitpid(pid, 0)
             for each in (fd, ready, tell):
                 os.close(each)
+
+
+def test_memory_that_is_not_the_kernels_has_no_count_and_is_not_asked_for() -> None:
+    runs = (np.array([0, 10, 90], dtype=np.int64), np.array([4, 20, 5], dtype=np.int64))
+    (first, pages), uncounted = sharers._online(runs, [(2 * 4096, 15 * 4096), (20 * 4096, 25 * 4096)])
+    assert (first.tolist(), pages.tolist(), uncounted) == ([2, 10, 20], [2, 5, 5], 2 + 5 + 5 + 5)
+    assert sharers._online(runs, [])[1] == 29
