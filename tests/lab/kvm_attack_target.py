@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from offmap.audit.audit import audit_process
+from offmap.audit.audit import Stage, audit_process, snapshot_process
 from offmap.audit.vms import audit_every_vm
 from offmap.errors import OffmapError
 from offmap.patience import scaled
@@ -175,6 +175,16 @@ def vcpu_mapped_and_closed() -> None:
     os.close(vm.fd)
 
 
+def program_replaced_and_descriptor_kept() -> None:
+    """Its VM's memory is gone with the old program; whose it was nobody can tell."""
+    if (child := os.fork()) == 0:
+        vm = exposed()
+        os.set_inheritable(vm.fd, True)
+        os.execv("/bin/sleep", ["sleep", "600"])
+    while Path(f"/proc/{child}/comm").read_text(encoding="ascii") != "sleep\n":
+        os.sched_yield()
+
+
 def slot_of_system_management_mode_only() -> None:
     vm = next(each for each in kept if isinstance(each, Vm))
     vm.slot(1 << 16 | 3, plain(), 1 << 30)
@@ -262,6 +272,7 @@ LISTED: tuple[Callable[[], None], ...] = (
     child_with_the_same_memory,
     descriptor_on_its_way_in_a_socket,
     vcpu_mapped_and_closed,
+    program_replaced_and_descriptor_kept,
     slot_of_system_management_mode_only,
     read_only_since_the_auditor_may_come,
     read_only_and_as_large_as_ram,
@@ -367,6 +378,33 @@ def swapped() -> dict[str, Any]:
         return {"status": done.returncode, "said": done.stdout.decode(), "errors": done.stderr.decode()}
 
 
+def moved_under_the_slot() -> dict[str, Any]:
+    """The decoy's memory is moved away and back, under the same slot, in the middle of an audit."""
+    ours, theirs = socket.socketpair()
+
+    def deed() -> None:
+        ours.close()
+        memory = next(each for each in kept if isinstance(each, mmap.mmap))
+
+        def work() -> None:
+            while theirs.recv(1):
+                size, at = ctypes.c_size_t(len(memory)), ctypes.c_void_p(address(memory))
+                libc.mprotect(at, size, mmap.PROT_READ)
+                libc.mprotect(at, size, mmap.PROT_READ | mmap.PROT_WRITE)
+                theirs.send(b"!")
+
+        threading.Thread(target=work, daemon=True).start()
+
+    def progress(stage: Stage, share: float) -> None:
+        if stage is Stage.WALK and not share:
+            ours.send(b"x")
+            ours.recv(1)
+
+    with Attacker(deed) as attacker:
+        result = snapshot_process(attacker.pid, progress=progress).audit
+    return {"verdict": result.verdict.value, "notes": list(result.notes)}
+
+
 def churn(times: int) -> dict[str, Any]:
     """Audits of honest VMs while others begin and end beside them."""
     with Attacker(nothing) as one, Attacker(small_and_always_read_only) as other:
@@ -409,6 +447,8 @@ def main() -> int:
             print(f"{deed.__name__}: {time.monotonic() - began:.1f} s", file=sys.stderr)
     if not names or "swapped" in names:
         found["swapped"] = swapped()
+    if not names or "moved_under_the_slot" in names:
+        found["moved_under_the_slot"] = moved_under_the_slot()
     if not names or "churn" in names:
         found["churn"] = churn(2)
     print(json.dumps(found))

@@ -44,7 +44,8 @@ def ask(host: LabHost, *names: str) -> Found:
 @pytest.fixture(scope="module")
 def found(lab_host: LabHost) -> Iterator[Found]:
     """Give what all of them found: one process runs them, as each start of Python takes seconds there."""
-    yield ask(lab_host, *HONEST, *EXPOSED, *UNDETERMINED, "clock_page_in_hidden_memory", "swapped", "churn")
+    more = ("program_replaced_and_descriptor_kept", "clock_page_in_hidden_memory", "moved_under_the_slot", "swapped")
+    yield ask(lab_host, *HONEST, *EXPOSED, *UNDETERMINED, *more, "churn")
 
 
 @pytest.mark.parametrize("name", HONEST)
@@ -72,6 +73,18 @@ def test_a_page_that_kvm_maps_for_its_clock_is_told_by_kvm_too(found: Found) -> 
 def test_a_slot_that_was_replaced_when_the_auditor_came_is_not_hidden(found: Found) -> None:
     assert found["swapped"]["status"] == 3, found["swapped"]
     assert "since the audit was started" in found["swapped"]["said"]
+
+
+def test_memory_that_was_changed_under_a_slot_meanwhile_is_not_hidden(found: Found) -> None:
+    result = found["moved_under_the_slot"]
+    assert result["verdict"] == "unknown", result
+    assert any("or the memory under them" in note for note in result["notes"])
+
+
+def test_a_vm_without_a_process_is_told_and_others_are_judged(found: Found) -> None:
+    result = found["program_replaced_and_descriptor_kept"]
+    assert (result["verdict"], result["all"]) == ("hidden", 3), result
+    assert any("no process is found for" in note for note in result["all notes"])
 
 
 def test_honest_vms_stay_hidden_while_others_begin_and_end(found: Found) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import TypedDict, Unpack
@@ -163,7 +163,7 @@ def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
     excluded = excluded_ranges(ram)
     judged = classify(before, after, excluded, mappings, kinds)
     read_only = _mapped_read_only(process, ram, kcore, mappings, guest_memfd)
-    moved, partial = _slots_moved(process, ram, kvm, None if ranges else ask_kvm)
+    ram, moved, partial = _look_again(process, ram, kvm, None if ranges else ask_kvm)
     partial = before.ended or after.ended or partial
     sharing, unshared = _sharing(process, ram, judged, kcore, options.get("sharers", False), partial)
     tell(Stage.WALK, 1.0)
@@ -234,8 +234,10 @@ def _kvm_list(kcore: Kcore, layout: Layout) -> tuple[KvmList | None, str]:
         return None, str(error)
 
 
-def _slots_moved(process: Process, ram: GuestRam, kvm: KvmList | None, ask_kvm: AskKvm | None) -> tuple[bool, str]:
-    """Whether the memory slots, or the memory under them, changed since the start, and how the process ended.
+def _look_again(
+    process: Process, ram: GuestRam, kvm: KvmList | None, ask_kvm: AskKvm | None
+) -> tuple[GuestRam, bool, str]:
+    """What KVM says at the end too, whether the slots or the memory under them changed, and how the process ended.
 
     Args:
         ask_kvm: None where the ranges were asked for, and slots do not matter.
@@ -243,11 +245,12 @@ def _slots_moved(process: Process, ram: GuestRam, kvm: KvmList | None, ask_kvm: 
     try:
         process.check_alive()
         if ask_kvm is None or ram.guessed:
-            return False, ""
+            return ram, False, ""
         moved = kvm is not None and any(kvm.changed(vm) for vm in ram.vms)
-        return moved or find_guest_ram(process, ask_kvm) != ram, ""
+        again = find_guest_ram(process, ask_kvm)
+        return replace(ram, vms=(*ram.vms, *again.vms)), moved or again != ram, ""
     except ProcessEnded as ended:
-        return False, ended.reason
+        return ram, False, ended.reason
 
 
 def _mapped_read_only(
