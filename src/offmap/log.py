@@ -13,6 +13,7 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 _lock = threading.RLock()  # a signal's handler may log inside `log`
 _level = WARNING
 _set_up: Callable[[], None] | None = None
+_sink: Callable[[int, str, str], None] | None = None
 
 
 class Logger:
@@ -40,6 +41,9 @@ class Logger:
         global _set_up  # noqa: PLW0603 - the process's, as all of `logging` is
         if level < _level and "logging" not in sys.modules:
             return
+        if _sink is not None:
+            _sink(level, self.name, message % args + ("" if error is None else described(error)))
+            return
         import logging
 
         with _lock:
@@ -49,7 +53,25 @@ class Logger:
         logging.getLogger(self.name).log(level, message, *args, stacklevel=3, extra={"error": error})
 
 
+def described(error: BaseException) -> str:
+    """Where a bug is, without opening the source files that Python's own traceback shows lines of; else nothing."""
+    if hasattr(error, "exit_status"):  # an OffmapError, which says all in its line
+        return ""
+    lines = [f": {type(error).__name__}: {error}"]
+    frame = error.__traceback__
+    while frame is not None:
+        lines.append(f"  {frame.tb_frame.f_code.co_filename}:{frame.tb_lineno} in {frame.tb_frame.f_code.co_name}")
+        frame = frame.tb_next
+    return "\n".join(lines)
+
+
 def set_up_with(set_up: Callable[[], None] | None, level: int = WARNING) -> None:
     """Have `logging` set up by `set_up`, once, before the first record of `level` or more. None: by nobody."""
     global _level, _set_up
     _level, _set_up = level, set_up
+
+
+def forward_to(sink: Callable[[int, str, str], None] | None) -> None:
+    """Have records taken by `sink` (level, logger's name, message), which logs them elsewhere. None: log them here."""
+    global _sink  # noqa: PLW0603 - as above
+    _sink = sink

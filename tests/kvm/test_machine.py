@@ -368,7 +368,8 @@ def test_audit_that_can_see_nothing_here_is_undetermined(command: Callable[..., 
     line = one.process.stderr.readline().decode()
     assert line.startswith("offmap audit: ")
     assert "/proc/kcore" in line
-    (child,) = Path(f"/proc/{one.process.pid}/task/{one.process.pid}/children").read_text().split()
+    (broker,) = Path(f"/proc/{one.process.pid}/task/{one.process.pid}/children").read_text().split()
+    (child,) = Path(f"/proc/{broker}/task/{broker}/children").read_text().split()
     pidfd = os.pidfd_open(int(child))
     try:
         assert select.select([pidfd], [], [], PATIENCE)[0]

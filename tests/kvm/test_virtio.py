@@ -103,6 +103,7 @@ def test_what_leaves_the_guest(kvm: Kvm, vm: Vm) -> None:
         mmio = MmioBus()
         bus = VirtioBus([("rng0", Spec())], Surroundings(memory, Anon, vm, said.append), (), mmio, vcpu.area)
         stack.enter_context(bus)
+        bus.start()
         sregs = vcpu.get_sregs()
         sregs.ds.base = VIRTIO_MMIO_BASE
         vcpu.set_sregs(sregs)

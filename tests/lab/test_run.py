@@ -70,6 +70,17 @@ def peek(host: LabHost, start: int, size: int) -> str:
     return done.stdout.decode().strip()
 
 
+def children(host: LabHost, pid: int) -> list[int]:
+    """The processes that a process has started: of a VMM its broker, of a broker its audit."""
+    return [int(word) for word in host.output(["cat", f"/proc/{pid}/task/{pid}/children"]).stdout.split()]
+
+
+def await_end(host: LabHost, pid: int) -> None:
+    """Wait until a process has ended, whether or not somebody has asked for its status."""
+    script = f"while [ -e /proc/{pid} ] && ! grep -q '^State:.Z' /proc/{pid}/status; do sleep 0.1; done 2>/dev/null"
+    assert host.output(["sh", "-c", script], timeout=PATIENCE).status == 0
+
+
 def physical(host: LabHost, guest: Guest) -> list[tuple[int, int]]:
     """The ranges of /dev/mem that a VMM has mapped."""
     found = []
@@ -249,15 +260,18 @@ def test_two_guests_share_the_reserved_memory_and_a_third_is_refused(lab_host: L
         assert text.startswith("offmap run: refused: no 128 MiB of reserved physical memory are free")
         assert "256 MiB of it in use, largest free run 0 B" in text
 
-        # A VMM that is killed leaves its guest's secrets behind; the next guest there must not see them.
+        # A VMM that is killed cannot zero its guest's memory. Its broker does.
         ((base, end),) = physical(lab_host, first)
         first.keys("fz")
         first.expect("FD")
+        broker = children(lab_host, first.pid)[0]
+        assert peek(lab_host, base + PATTERN_START, 4096) != "zero"
         lab_host.output(
             ["sh", "-c", "kill -9 $0", str(first.pid)]
         )  # the shell's own: minimal systems have no kill command
         assert first.end() == 128 + 9
-        assert peek(lab_host, base + PATTERN_START, 4096) != "zero"
+        await_end(lab_host, broker)
+        assert peek(lab_host, base + PATTERN_START, 4096) == "zero"
         with Guest(lab_host, monitor, "--memory", f"reserved,base={base:#x}", "--memory-size", "128M") as third:
             third.expect("U")
             assert physical(lab_host, third) == [(base, end)]
@@ -276,6 +290,49 @@ def test_two_guests_share_the_reserved_memory_and_a_third_is_refused(lab_host: L
         assert second.end() == 0
 
 
+SANDBOX = """
+import os, stat, sys
+pid = sys.argv[1]
+status = dict(line.rstrip("\\n").split(":\\t", 1) for line in open(f"/proc/{pid}/status"))
+tasks = [open(f"/proc/{pid}/task/{task}/status").read() for task in os.listdir(f"/proc/{pid}/task")]
+print(status["Uid"].split()[0], status["CapEff"], status["CapPrm"], status["NoNewPrivs"])
+print(len(tasks), sum("Seccomp:\\t2" in task for task in tasks))
+print(os.listdir(f"/proc/{pid}/root/"))
+for kind in ("mnt", "net", "ipc", "uts", "cgroup"):
+    print(kind, os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"))
+for fd in os.listdir(f"/proc/{pid}/fd"):
+    opened, name = os.stat(f"/proc/{pid}/fd/{fd}"), os.readlink(f"/proc/{pid}/fd/{fd}")
+    if stat.S_ISDIR(opened.st_mode) or name in ("/dev/mem", "/dev/kvm", "/dev/offmap"):
+        print("bad", fd, name)
+"""
+
+
+def test_a_vmm_has_no_rights_and_no_descriptor_that_reaches_further(lab_host: LabHost, monitor: Path) -> None:
+    options = ("--memory", "reserved", "--memory-size", "64M", "--rng", "--vcpus", "2")
+    with Guest(lab_host, monitor, *options) as guest:
+        guest.expect("U")
+        done = lab_host.output([sys.executable, "-I", "-S", "-c", SANDBOX, str(guest.pid)])
+        who, threads, root, *rest = done.stdout.decode().splitlines()
+        uid, *rights = who.split()
+        assert int(uid) > 1 << 30
+        assert rights == ["0000000000000000", "0000000000000000", "1"]
+        count, filtered = threads.split()
+        assert count == filtered and int(count) >= 4, "each thread has a filter; KVM may have one of its own"
+        assert root == "[]"
+        assert rest == [f"{kind} True" for kind in ("mnt", "net", "ipc", "uts", "cgroup")]
+        guest.keys("q")
+        assert guest.end() == 0
+    # The control: without it, all of that is root's.
+    with Guest(lab_host, monitor, *options, "--no-sandbox") as guest:
+        guest.expect("U")
+        done = lab_host.output([sys.executable, "-I", "-S", "-c", SANDBOX, str(guest.pid)])
+        assert done.stdout.startswith(b"0 ")
+        assert b" /dev/mem\n" in done.stdout
+        guest.keys("q")
+        assert guest.end() == 0
+        assert "no sandbox: a guest that breaks into this process" in guest.errors
+
+
 def test_secretmem_is_refused_with_the_reason(lab_host: LabHost, monitor: Path) -> None:
     text = refused(lab_host, 2, "--kernel", str(monitor), "--memory", "secretmem", "--memory-size", "32M")
     assert "refused: this kernel's GUP refuses memfd_secret pages to KVM" in text
@@ -289,9 +346,9 @@ def test_without_kcore_the_audit_cannot_say(lab_host: LabHost, monitor: Path) ->
         guest.expect("U")
         guest.expect_error("offmap audit: .*/proc/kcore.*\n")
         # Its status can be had once it has ended.
-        children = f"/proc/{guest.pid}/task/{guest.pid}/children"
-        script = f"read -r child _ <{children}; until grep -q '^State:.Z' /proc/$child/status; do sleep 0.1; done"
-        assert lab_host.output(["sh", "-c", script], timeout=PATIENCE).status == 0
+        (broker,) = children(lab_host, guest.pid)
+        (audit,) = children(lab_host, broker)
+        await_end(lab_host, audit)
         guest.keys("q")
         assert guest.end() == 3
         assert guest.errors.count("\n") == 1

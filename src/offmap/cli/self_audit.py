@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _GRACE = 2.0  # seconds
 
 
-def _command(*options: str) -> list[str]:
-    return [sys.executable, "-m", "offmap", "audit", "--no-progress", str(os.getpid()), *options]
+def _command(pid: int, *options: str) -> list[str]:
+    return [sys.executable, "-m", "offmap", "audit", "--no-progress", str(pid), *options]
 
 
 class SelfAudit:
@@ -34,15 +34,18 @@ class SelfAudit:
         self._status: int | None = None
         self._relay: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Begin, without waiting for it."""
+    def start(self, pid: int | None = None) -> None:
+        """Begin, without waiting for it. It looks at process `pid`, by default this one."""
         import subprocess
 
+        pid = os.getpid() if pid is None else pid
         options = ("--watch", "10") if self._watch else ()
         if not as_json():
-            self._process = subprocess.Popen(_command(*options), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno())
+            self._process = subprocess.Popen(
+                _command(pid, *options), stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno()
+            )
             return
-        command = _command("--log-format", "json", *options)
+        command = _command(pid, "--log-format", "json", *options)
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         self._relay = threading.Thread(target=_relay, args=(self._process.stdout,), name="audit-lines")
         self._relay.start()

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offmap.devices.virtio.console import ConsoleSpec
 from offmap.devices.virtio.console_port import Port
@@ -20,6 +21,9 @@ from offmap.vmm.headless import Headless
 from offmap.vmm.machine import Machine
 from offmap.vmm.outcome import Outcome
 from offmap.vmm.output import reopened
+
+if TYPE_CHECKING:
+    from offmap.vmm.confinement import Confinement
 
 MAX_COMMAND = (1 << 17) - 1  # MAX_ARG_STRLEN, linux/binfmts.h, less its end
 _STATUS = re.compile(rb"exit (\d{1,3})\n")
@@ -65,6 +69,7 @@ class Job(Owned):
         say: Callable[[str], None],
         on_up: Callable[[Machine], None] = lambda _: None,
         on_end: Callable[[Machine], None] = lambda _: None,
+        confinement: "Confinement | None" = None,
     ) -> int:
         """Run it in a guest of `config`, which is an image's.
 
@@ -88,7 +93,7 @@ class Job(Owned):
             os.ftruncate(self._initrd, 0)  # the guest has it
             on_up(machine)
 
-        self._headless = Headless(config, self._status, say=say, on_up=is_up, on_end=on_end)
+        self._headless = Headless(config, self._status, say=say, on_up=is_up, on_end=on_end, confinement=confinement)
         stop = self._headless.run()
         if stop.error is not None:
             raise stop.error

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.kvm import Vm
@@ -20,6 +20,16 @@ from offmap.units import format_size
 
 ASK_FOR_LESS = "ask for less, or free memory"
 SEE_LOG = "see the kernel's log: dmesg"
+
+
+class Keeper(Protocol):
+    """A process that outlives this one, whatever ends it."""
+
+    def keep_range(self, lock: int, start: int, size: int) -> None:
+        """Take the locked file of a range of physical memory. It zeroes the range and unlocks it in the end."""
+
+    def released(self) -> None:
+        """The range is zeroed, and may be unlocked."""
 
 
 class Backend(ABC):
@@ -38,6 +48,7 @@ class Backend(ABC):
         linux_owned: the memory is the host kernel's before the guest, and again after it. Else it is never Linux's.
         page_by_page: the host prepares each 4 KiB page by itself, which takes several times as long as a memfd.
         file: a file that another VMM can map as its guest's RAM; empty where there is none.
+        keeper: another process that keeps what must outlive this one, or what it must not have; None: nobody.
         progress: called with the share of the RAM that is ready, from 0 to 1, by kinds that take long to get.
     """
 
@@ -52,6 +63,7 @@ class Backend(ABC):
     page_by_page: ClassVar[bool] = False
     file: ClassVar[str] = ""
     progress: Callable[[float], None] = staticmethod(lambda _share: None)
+    keeper: "Keeper | None" = None
 
     @classmethod
     def from_options(cls, options: Options) -> Self:

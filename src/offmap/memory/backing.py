@@ -13,7 +13,10 @@ from offmap.errors import KernelError
 from offmap.files import fallocate
 from offmap.owned import Owned
 from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from offmap.uapi.mman import MAP_NORESERVE
 from offmap.uapi.page import PAGE_SIZE
+
+_MAP_FIXED = 0x10  # asm-generic/mman-common.h
 
 
 class Backing(Owned):
@@ -50,12 +53,12 @@ class Backing(Owned):
         on_close: "Callable[[Backing], None] | None" = None,
     ) -> None:
         try:
-            self._mapping = mmap.mmap(fd, size, flags, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+            self._mapping, self._start = _map(fd, size, flags, offset, page_size)
         except OSError as error:
             raise KernelError(f"mmap of {size >> 20} MiB of {what}", error, remedy) from None
         self.size = size
-        self.view = memoryview(self._mapping)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping))
+        self.view = memoryview(self._mapping)[self._start : self._start + size]
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._mapping)) + self._start
         self.guest_memfd = guest_memfd
         self.page_size = page_size
         self._discard = discard
@@ -64,7 +67,7 @@ class Backing(Owned):
     def madvise(self, advice: int) -> bool:
         """Advise the kernel on all of it; False where it does not know or want the advice."""
         try:
-            self._mapping.madvise(advice)
+            self._mapping.madvise(advice, self._start, self.size)
         except OSError:
             return False
         return True
@@ -83,7 +86,7 @@ class Backing(Owned):
             if self.guest_memfd is not None:
                 fallocate(self.guest_memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
             elif self._discard is not None:
-                self._mapping.madvise(self._discard, offset, size)
+                self._mapping.madvise(self._discard, self._start + offset, size)
             else:
                 raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
         except OSError as error:
@@ -127,3 +130,30 @@ class Backing(Owned):
             if self.guest_memfd is not None:
                 os.close(self.guest_memfd)
                 self.guest_memfd = None
+
+
+def _map(fd: int, size: int, flags: int, offset: int, page_size: int) -> tuple[mmap.mmap, int]:
+    """Map a file without keeping a descriptor of it. Return the mapping, and where in it the file is.
+
+    Python's own mmap keeps a duplicate (until 3.13: trackfd). One of /dev/mem could map all that there is. So the file
+    is mapped over anonymous memory, which Python knows of.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+    both = mmap.PROT_READ | mmap.PROT_WRITE
+    if fd < 0:
+        return mmap.mmap(fd, size, flags, both), 0
+    # Where huge pages could map it, the address must not be in the way.
+    alignment = max(page_size, 1 << 30 if size >= 1 << 30 else 2 << 20 if size >= 2 << 20 else PAGE_SIZE)
+    room = mmap.mmap(-1, size + alignment, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE, both)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    start = -address % alignment
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+    if libc.mmap(address + start, size, both, flags | _MAP_FIXED, fd, offset) != address + start:
+        error = ctypes.get_errno()
+        room.close()
+        raise OSError(error, os.strerror(error))
+    return room, start

@@ -70,6 +70,11 @@ class RangeLock(Owned):
             raise KernelError("F_OFD_SETLK", error) from None
         return True
 
+    @property
+    def fd(self) -> int:
+        """The locked file."""
+        return self._fd
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)

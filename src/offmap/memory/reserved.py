@@ -6,13 +6,14 @@ of one host take disjoint, locked sub-ranges. Each is zeroed before its guest se
 
 import errno
 import os
+from ctypes import memset
 from typing import Self
 
 from offmap.errors import BackendRefused, OffmapError
 from offmap.files import read_text
 from offmap.kvm import Vm
 from offmap.kvm.handle import open_device
-from offmap.memory.backend import Backend, refused
+from offmap.memory.backend import Backend, Keeper, refused
 from offmap.memory.backing import Backing
 from offmap.memory.iomem import (
     PhysicalRange,
@@ -75,7 +76,7 @@ class Reserved(Backend):
                 taken = lock.take(free, size, PAGE_SIZE)
             if taken is None:
                 raise self._refusal(ranges, lock, size)
-            return [_map(taken, lock)]
+            return [_map(taken, lock, self.keeper)]
         except BaseException:
             lock.close()
             raise
@@ -142,12 +143,15 @@ def _firmware_ram() -> list[PhysicalRange]:
     return merged(found)
 
 
-def _map(taken: PhysicalRange, lock: RangeLock) -> Backing:
+def _map(taken: PhysicalRange, lock: RangeLock, keeper: Keeper | None) -> Backing:
     def give_back(backing: Backing) -> None:
         try:
-            backing.zero()  # the next user of the range must not read this guest
+            # The next user of the range must not read this guest. No file is opened for it, as a sandbox allows none.
+            memset(backing.address, 0, backing.size)
         finally:
             lock.close()
+            if keeper is not None:
+                keeper.released()
 
     with refused(_DEV_MEM_REMEDY):
         fd = open_device(_DEV_MEM)
@@ -158,4 +162,7 @@ def _map(taken: PhysicalRange, lock: RangeLock) -> Backing:
             os.close(fd)
     with backing.closed_on_error():
         backing.zero()  # a VMM that was killed could not
+        if keeper is not None:
+            keeper.keep_range(lock.fd, taken.start, taken.size)
+            lock.close()  # here only: the lock is the open file's
     return backing

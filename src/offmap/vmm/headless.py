@@ -5,13 +5,17 @@ import re
 import selectors
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from offmap.errors import OffmapError
 from offmap.units import printable
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.machine import Machine
-from offmap.vmm.outcome import Outcome, Stop
+from offmap.vmm.outcome import Outcome, Stop, broker_gone
 from offmap.vmm.stop_signals import stopped_by_signals
+
+if TYPE_CHECKING:
+    from offmap.vmm.confinement import Confinement
 
 _KEPT = 1024  # pieces of console output, each a line or less: an oops has a hundred lines
 _LONGEST_LINE = 300  # characters of what the guest has said that a user is told
@@ -28,7 +32,7 @@ class Headless:
     Args:
         finished: an fd that becomes readable when the job is done: the machine is then ended.
         say: takes a line for the user, on any thread.
-        on_up, on_end: as of `Session`.
+        on_up, on_end, confinement: as of `Session`.
     """
 
     def __init__(
@@ -39,7 +43,9 @@ class Headless:
         say: Callable[[str], None],
         on_up: Callable[[Machine], None] = lambda _: None,
         on_end: Callable[[Machine], None] = lambda _: None,
+        confinement: "Confinement | None" = None,
     ) -> None:
+        self._confinement = confinement
         self._config = config
         self._finished = finished
         self._say = say
@@ -67,7 +73,7 @@ class Headless:
                 ) as machine,
             ):
                 self._machine = machine
-                machine.start()
+                machine.start(self._confinement)
                 self._loop(machine)
                 self._on_end(machine)
             return machine.stopped or Stop(Outcome.QUIT)
@@ -103,13 +109,16 @@ class Headless:
     def _loop(self, machine: Machine) -> None:
         announced = False
         with selectors.PollSelector() as selector:
-            for fd in (machine.stopped_fd, self._events, self._finished):
+            broker = -1 if self._confinement is None else self._confinement.broker.fd
+            for fd in (machine.stopped_fd, self._events, self._finished, *([broker] if broker >= 0 else ())):
                 selector.register(fd, selectors.EVENT_READ)
             while machine.stopped is None:
                 ready = {key.fd for key, _ in selector.select(machine.seconds_to_tick())}
                 if self._events in ready:
                     os.eventfd_read(self._events)
                     machine.console.flush(wait=False)
+                if broker in ready:
+                    machine.stop(Outcome.FAILED, broker_gone())
                 if self._finished in ready:
                     machine.stop(Outcome.POWERED_OFF)
                 machine.tick()

@@ -3,9 +3,9 @@
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Protocol
 
 from offmap.boot.acpi import build_tables
 from offmap.boot.acpi.devices import virtio_mmio
@@ -31,9 +31,27 @@ from offmap.vmm.vcpu_loop import ExitCounts, VcpuLoop
 
 if TYPE_CHECKING:
     from offmap.devices.virtio.bus import VirtioBus
+    from offmap.devices.virtio.device import VirtioDevice
     from offmap.kvm.stats import MappedPages
 
 _DAY = 86400.0
+
+
+class Gate(Protocol):
+    """What each thread of a machine goes through before it does anything for the guest."""
+
+    def device(self, device: "VirtioDevice") -> None:
+        """Pass, on the thread of a device."""
+
+    def vcpu(self) -> None:
+        """Pass, on the thread of a vCPU."""
+
+
+class Confines(Protocol):
+    """What confines the process of a machine (confinement.py)."""
+
+    def entered(self, machine: "Machine") -> AbstractContextManager[Gate]:
+        """Confine the calling thread, and those that are started meanwhile. Raises OffmapError: it cannot be."""
 
 
 class _VmIrqLine:
@@ -102,6 +120,7 @@ class Machine(Owned):
             memory = self.ram.memory
             vcpus = [building.enter_context(self._vm.create_vcpu(n)) for n in range(config.vcpus)]
             self._set_cpuid(kvm, vcpus)
+            kvm.close()  # who has it can make VMs
             self.stopped_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             building.callback(os.close, self.stopped_fd)
 
@@ -175,8 +194,16 @@ class Machine(Owned):
             if (xcr0 := enabled_xstate(cpuid)) is not None:
                 vcpu.set_xcr0(xcr0)
 
-    def start(self) -> None:
+    @property
+    def devices(self) -> "Sequence[VirtioDevice]":
+        """Its virtio devices."""
+        return () if self._virtio is None else self._virtio.devices
+
+    def start(self, confinement: "Confines | None" = None) -> None:
         """Let the vCPUs run. To be called once; a machine that has been stopped before never runs.
+
+        Args:
+            confinement: is entered before the first of them runs. It is for the whole process, and for good.
 
         Raises:
             OffmapError: it has been started before, this is a thread of its own, or this process may start no more
@@ -189,26 +216,35 @@ class Machine(Owned):
                     return
                 if self._threads:
                     raise OffmapError("this machine has been started before", "make another one")
-            if self._virtio is not None:
-                self._virtio.start()
-            for loop in self._loops:
-                thread = threading.Thread(target=self._run, args=(loop,), name=f"vcpu{loop.vcpu.number}")
-                self._threads.append(thread)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    self._threads.remove(thread)
-                    error = OffmapError(
-                        f"this process may start no thread for vCPU {loop.vcpu.number}",
-                        "raise RLIMIT_NPROC (ulimit -u)",
-                    )
-                    self.stop(Outcome.FAILED, error)
-                    raise error from None
+            try:
+                if confinement is None:
+                    self._start_threads(lambda _: None, lambda: None)
+                else:
+                    with confinement.entered(self) as gate:
+                        self._start_threads(gate.device, gate.vcpu)
+            except OffmapError as error:
+                self.stop(Outcome.FAILED, error)
+                raise
 
-    def _run(self, loop: VcpuLoop) -> None:
+    def _start_threads(self, on_device: "Callable[[VirtioDevice], None]", on_vcpu: Callable[[], None]) -> None:
+        if self._virtio is not None:
+            self._virtio.start(on_device)
+        for loop in self._loops:
+            thread = threading.Thread(target=self._run, args=(loop, on_vcpu), name=f"vcpu{loop.vcpu.number}")
+            self._threads.append(thread)
+            try:
+                thread.start()
+            except RuntimeError:
+                self._threads.remove(thread)
+                raise OffmapError(
+                    f"this process may start no thread for vCPU {loop.vcpu.number}", "raise RLIMIT_NPROC (ulimit -u)"
+                ) from None
+
+    def _run(self, loop: VcpuLoop, first: Callable[[], None]) -> None:
         """The thread of one vCPU."""
         try:
             accept_kicks()  # before this a kick would end the process
+            first()
             with self._changed:
                 self._living.add(threading.current_thread())
             while self._may_enter(loop):

@@ -11,12 +11,13 @@ from offmap.errors import KernelError, OffmapError
 from offmap.vmm.command_line import with_hvc0
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.machine import Machine
-from offmap.vmm.outcome import Outcome, Stop
+from offmap.vmm.outcome import Outcome, Stop, broker_gone
 from offmap.vmm.output import ConsoleOutput
 from offmap.vmm.stop_signals import stopped_by_signals
 from offmap.vmm.terminal import EscapeKey, RawTerminal, Typed
 
 if TYPE_CHECKING:
+    from offmap.vmm.confinement import Confinement
     from offmap.vmm.hvc import Hvc
 
 _LINE_DELAY = 3  # milliseconds that a character may wait for the rest of its line, so that the line costs one write
@@ -35,6 +36,7 @@ class Session:
         on_up: called on this thread once the guest has opened its console, as Linux does just before init (hvc0: when
             its driver has found it).
         on_end: called when the guest has stopped, before the machine is taken apart.
+        confinement: is entered before the guest runs; None: nothing confines this process.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class Session:
         say: Callable[[str], None],
         on_up: Callable[[Machine], None] = lambda _: None,
         on_end: Callable[[Machine], None] = lambda _: None,
+        confinement: "Confinement | None" = None,
     ) -> None:
+        self._confinement = confinement
         self._config = config
         self._stdin = stdin
         self._stdout = stdout
@@ -82,7 +86,7 @@ class Session:
             ):
                 self._machine = machine
                 with RawTerminal(self._stdin), self._hvc.following_the_size() if self._hvc else _NOTHING:
-                    machine.start()
+                    machine.start(self._confinement)
                     self._loop(machine, self._output)
                 self._on_end(machine)
             return machine.stopped or Stop(Outcome.QUIT)
@@ -160,6 +164,9 @@ class Session:
         poll, stopped = select.poll(), select.poll()
         poll.register(machine.stopped_fd, select.POLLIN)
         poll.register(self._events, select.POLLIN)
+        broker = -1 if self._confinement is None else self._confinement.broker.fd
+        if broker >= 0:
+            poll.register(broker, 0)  # for its hang-up
         stopped.register(machine.stopped_fd, select.POLLIN)
         watched: set[tuple[int, int]] = set()
 
@@ -179,6 +186,8 @@ class Session:
                 watch(self._hvc.input_fd, select.POLLOUT, self._at_hvc and bool(pending))
             seconds = machine.seconds_to_tick()
             ready = {fd for fd, _ in poll.poll(None if seconds is None else math.ceil(seconds * 1000))}
+            if broker in ready:
+                machine.stop(Outcome.FAILED, broker_gone())
             if self._events in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._events)

@@ -62,7 +62,7 @@ class FakeMachine(Owned):
         assert isinstance(device, Console)
         self.hvc = Guest(device=device)
 
-    def start(self) -> None:
+    def start(self, confinement: object = None) -> None:
         type(self).made = self
 
     def stop(self, outcome: Outcome, error: OffmapError | None = None) -> None:

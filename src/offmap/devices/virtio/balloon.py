@@ -76,6 +76,7 @@ class Balloon(VirtioDevice):
         actual: pages in the balloon, as the driver says.
     """
 
+    kinds = ("balloon",)
     device_id = VIRTIO_ID_BALLOON
     queue_sizes = (128,) * 5
     features = 1 << uapi.VIRTIO_BALLOON_F_DEFLATE_ON_OOM | 1 << uapi.VIRTIO_BALLOON_F_REPORTING

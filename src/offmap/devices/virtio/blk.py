@@ -39,6 +39,7 @@ class Blk(VirtioDevice):
         say: takes a line for the user.
     """
 
+    kinds = ("drive",)
     device_id: ClassVar[int] = VIRTIO_ID_BLOCK
     queue_sizes = (QUEUE_SIZE,)
 

@@ -46,6 +46,7 @@ class Console(VirtioDevice):
         ports: the first is the console of a driver without multiple ports.
     """
 
+    kinds = ("console",)
     device_id = VIRTIO_ID_CONSOLE
     features = 1 << uapi.VIRTIO_CONSOLE_F_SIZE | 1 << uapi.VIRTIO_CONSOLE_F_MULTIPORT
 

@@ -64,12 +64,16 @@ class VirtioDevice(Owned, ABC):
         device_id: VIRTIO_ID_*.
         queue_sizes: the largest size of each queue, powers of two.
         features: bit mask of the device's own features; the transport adds those of queues and of virtio 1.
+        kinds: what it does on the host, as rows of the table of system calls (offmap.sandbox.policy).
+        child: a process of its own that it ends, or None.
         limit: what the guest may have of each queue in a second; None: as much as there is.
     """
 
     device_id: ClassVar[int]
     queue_sizes: Sequence[int] = (256,)
     features: int = 0
+    kinds: Sequence[str] = ()
+    child: int | None = None
     limit: Limit | None = None
 
     def config(self) -> bytes:

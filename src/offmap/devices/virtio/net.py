@@ -66,10 +66,12 @@ class Backend(Protocol):
         fd: readable and writable as `receive` and `send` say.
         changes: another fd, readable when `is_up` may have changed; or None.
         has_vnet_hdr: whether packets carry a virtio-net header, which offloads need.
+        kind: "tap" or "passt".
     """
 
     fd: int
     has_vnet_hdr: bool
+    kind: str
 
     @property
     def changes(self) -> int | None: ...
@@ -101,6 +103,7 @@ class Net(VirtioDevice):
         self, backend: Backend, mac: bytes, mtu: int | None, say: Callable[[str], None], vhost: VhostNet | None = None
     ) -> None:
         self._vhost = vhost
+        self.kinds = (backend.kind,) if vhost is None else (backend.kind, "vhost")
         self._refused = False  # by vhost
         self._bypassed = False  # the packets are moved by the host kernel
         self._backend = backend

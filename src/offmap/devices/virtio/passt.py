@@ -19,7 +19,6 @@ from ctypes import sizeof
 from offmap.devices.virtio.iov import length, part, scatter
 from offmap.errors import OffmapError
 from offmap.owned import Owned
-from offmap.patience import ends_within
 from offmap.uapi.virtio.net import virtio_net_hdr_v1
 from offmap.units import printable
 
@@ -40,6 +39,7 @@ class FrameStream(Owned):
     """
 
     has_vnet_hdr = False
+    kind = "passt"
 
     def __init__(self, stream: socket.socket) -> None:
         stream.setblocking(False)
@@ -185,6 +185,11 @@ class Passt(FrameStream):
             super().__init__(ours)
             undo.pop_all()
 
+    @property
+    def pid(self) -> int:
+        """Of its process."""
+        return self._process.pid
+
     def is_up(self) -> bool:
         """Whether it runs."""
         return self._process.poll() is None
@@ -200,7 +205,9 @@ class Passt(FrameStream):
         if self.fd < 0:
             return
         super().close()
-        if not ends_within(self._process, _END_SECONDS):
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._log.close()

@@ -44,6 +44,7 @@ class Rng(VirtioDevice):
         fd: of /dev/urandom, which the device then owns.
     """
 
+    kinds = ("rng",)
     device_id: ClassVar[int] = VIRTIO_ID_RNG
     queue_sizes = (64,)
 

@@ -39,6 +39,7 @@ class Tap(Handle):
     """
 
     has_vnet_hdr = True
+    kind = "tap"
 
     def __init__(self, fd: int, name: str) -> None:
         super().__init__(fd)

@@ -38,14 +38,18 @@ class Vsock(VirtioDevice):
         cid: the guest's context id, 3 or more.
         listener: where the host's programs connect; the device then owns it.
         say: takes a line for the user.
+
+    Attributes:
+        listener: as given.
     """
 
+    kinds = ("vsock",)
     device_id = VIRTIO_ID_VSOCK
     queue_sizes = (256, 256, 64)
 
     def __init__(self, cid: int, listener: Listener, say: Callable[[str], None]) -> None:
         self._cid = cid
-        self._listener = listener
+        self.listener = self._listener = listener
         self._say = say
         self._active = False
         self._connections: dict[tuple[int, int], Connection] = {}  # by (host port, guest port)

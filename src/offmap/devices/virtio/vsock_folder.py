@@ -37,22 +37,23 @@ class SocketFolder(Owned):
         """A short path to it, which no renaming changes, for calls that take a path only."""
         return f"/proc/self/fd/{self.fd}"
 
-    def open_socket(self, name: str) -> int:
-        """Open the socket file `name` (O_PATH): its fd, which the caller owns.
-
-        Raises:
-            OSError: there is none, or (ECONNREFUSED) it is a symbolic link or anything else.
-        """
-        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
-        return fd
-
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def open_socket(folder: int, name: str) -> int:
+    """Open the socket file `name` in an open folder (O_PATH): its fd, which the caller owns.
+
+    Raises:
+        OSError: there is none, or (ECONNREFUSED) it is a symbolic link or anything else.
+    """
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+    return fd
 
 
 def _open(path: Path) -> int:

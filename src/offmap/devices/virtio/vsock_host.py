@@ -9,9 +9,10 @@ import errno
 import os
 import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
-from offmap.devices.virtio.vsock_folder import SocketFolder
+from offmap.devices.virtio.vsock_folder import SocketFolder, open_socket
 from offmap.errors import OffmapError
 from offmap.owned import Owned
 
@@ -57,7 +58,7 @@ class Listener(Owned):
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             self._socket.bind(f"{self.folder.path}/{self.name}")
-            self._file = os.stat(self.name, dir_fd=self.folder.fd, follow_symlinks=False)
+            self._file: os.stat_result | None = os.stat(self.name, dir_fd=self.folder.fd, follow_symlinks=False)
             self._socket.listen(_BACKLOG)
         except OSError as error:
             self._socket.close()
@@ -69,6 +70,7 @@ class Listener(Owned):
                 ) from None
             raise OffmapError(f"cannot listen at {path}: {error.strerror}", "give another path") from None
         self.fd = self._socket.fileno()
+        self._connect: Callable[[int], socket.socket] = lambda port: connect_in(self.folder.fd, f"{self.name}_{port}")
 
     def accept(self) -> socket.socket:
         """The next connection, which does not block.
@@ -85,6 +87,8 @@ class Listener(Owned):
         if self._socket.fileno() < 0:
             return
         self._socket.close()
+        if self._file is None:
+            return
         with contextlib.suppress(OSError):
             now = os.stat(self.name, dir_fd=self.folder.fd, follow_symlinks=False)
             if (now.st_dev, now.st_ino) == (self._file.st_dev, self._file.st_ino):
@@ -97,7 +101,13 @@ class Listener(Owned):
         Raises:
             OSError: nobody does, or too many are waiting.
         """
-        return connect_in(self.folder, f"{self.name}_{port}")
+        return self._connect(port)
+
+    def hand_over(self, connect: Callable[[int], socket.socket]) -> None:
+        """Let `connect` do what `connect` did: its process has the folder now, and removes the socket file."""
+        self._connect = connect
+        self._file = None
+        self.folder.close()
 
 
 class Greeting:
@@ -130,13 +140,13 @@ class Greeting:
         return int(match[1])
 
 
-def connect_in(folder: SocketFolder, name: str) -> socket.socket:
-    """Connect to the socket file `name` in `folder`, without waiting.
+def connect_in(folder: int, name: str) -> socket.socket:
+    """Connect to the socket file `name` in the open folder `folder`, without waiting.
 
     Raises:
         OSError: nobody listens there, or too many are waiting.
     """
-    file = folder.open_socket(name)
+    file = open_socket(folder, name)
     try:
         client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:

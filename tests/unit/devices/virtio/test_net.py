@@ -29,6 +29,7 @@ MERGEABLE = 1 << uapi.VIRTIO_NET_F_MRG_RXBUF
 class Wire:
     """A backend: `arrive` is what the guest receives, `sent` what it has sent."""
 
+    kind = "tap"
     has_vnet_hdr = True
 
     def __init__(self) -> None:

@@ -1,0 +1,211 @@
+"""A guest's process confined: the steps in their order, and the broker beside it.
+
+Before the machine is built: the broker. When all is open and loaded, and no thread runs: this process hands over what
+it must not keep, and gives up its rights. Then its threads start, each puts on the filter of its kind, this thread too,
+and none goes on before all have. Only then may the guest run.
+"""
+
+import contextlib
+import ctypes
+import os
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from offmap import log
+from offmap.errors import OffmapError
+from offmap.owned import Owned
+from offmap.sandbox import policy, seccomp
+from offmap.sandbox.broker import Broker, Services
+from offmap.sandbox.confine import Confined, confine
+
+if TYPE_CHECKING:
+    import socket
+
+    from offmap.devices.virtio.device import VirtioDevice
+    from offmap.sandbox.rules import Rule
+    from offmap.vmm.machine import Machine
+
+_MOST_FDS = 1024
+_M_ARENA_MAX = -8  # malloc.h
+_MEMORY = (1, 2, 4)  # minors of /dev/mem, kmem, port: drivers/char/mem.c
+_KVM_MINOR = 232  # linux/miscdevice.h
+# What an end may need, and would open a file for.
+_NEEDED = ("select", "termios", "tty", "signal", "errno", "contextlib", "offmap.kvm.stats")
+
+
+class Confinement(Owned):
+    """Of this process, whose one guest it is for.
+
+    Args:
+        audit, verdict: see `Services`.
+        before: called when all is built, before the process gives up its rights: opens what is written in the end.
+
+    Attributes:
+        broker: the process beside this one.
+        confined: what is in force, once it was entered.
+    """
+
+    def __init__(
+        self,
+        audit: Callable[[int], None],
+        verdict: Callable[[bool], int | None],
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        if not seccomp.supported():
+            raise OffmapError(
+                "this kernel has no seccomp filters, which the sandbox of the VMM is made of",
+                "use one with CONFIG_SECCOMP_FILTER, or --no-sandbox",
+            )
+        self._before = before
+        self.confined: Confined | None = None
+        self.broker = Broker(Services(_connect, audit, verdict))
+        self._page: object = None
+
+    @contextmanager
+    def entered(self, machine: "Machine") -> Iterator["Gate"]:
+        """Confine this thread, and those that are started meanwhile; at the end all of them are.
+
+        Raises:
+            OffmapError: the least is not to be had.
+        """
+        for name in _NEEDED:
+            import_module(name)
+        self._before()
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # with more, the C library counts processors, by a file
+        self._hand_over(machine)
+        _close_what_reaches_further()
+        self.broker.seal()
+        self._page = seccomp.report_violations_to(self.broker.fd)
+        self.confined = confine(_MOST_FDS)
+        log.forward_to(self.broker.log)
+        sys.excepthook = _tell
+        threading.excepthook = lambda thrown: _tell(thrown.exc_type, thrown.exc_value, thrown.exc_traceback)
+        gate = Gate(len(machine.devices) + machine.config.vcpus)
+        try:
+            yield gate
+            gate.wait_for_all()
+            children = [device.child for device in machine.devices if device.child is not None]
+            kinds = [kind for device in machine.devices for kind in device.kinds]
+            seccomp.install(seccomp.compiled(policy.rules_of_main(kinds, children)))
+        finally:
+            gate.open()
+
+    def _hand_over(self, machine: "Machine") -> None:
+        """Let the broker have the folders of vsocks."""
+        number = 0
+        for device in machine.devices:
+            if "vsock" in device.kinds:
+                from offmap.devices.virtio.vsock import Vsock
+
+                if isinstance(device, Vsock):
+                    self.broker.keep_folder(device.listener.folder.fd, device.listener.name)
+                    device.listener.hand_over(partial(self.broker.connect, number))
+                    number += 1
+
+    def to_json(self) -> dict[str, object]:
+        """What is in force, for reports."""
+        if self.confined is None:
+            return {"sandbox": None}
+        return {
+            "sandbox": {
+                "uid": self.confined.uid,
+                "capabilities": 0,
+                "no_new_privs": True,
+                "seccomp": "a filter for each kind of thread",
+                "namespaces": list(self.confined.namespaces),
+                "root": self.confined.root,
+                "landlock": self.confined.landlock,
+                "missing": list(self.confined.missing),
+            }
+        }
+
+    def __str__(self) -> str:
+        if self.confined is None:
+            return "no sandbox"
+        held = self.confined
+        landlock = f", Landlock {held.landlock}" if held.landlock else ""
+        missing = f"; this host does not allow: {', '.join(held.missing)}" if held.missing else ""
+        namespaces = " ".join(held.namespaces) or "none"
+        user = f"uid {held.uid}, no capabilities, no_new_privs, seccomp"
+        return f"{user}, namespaces {namespaces}, root {held.root}{landlock}{missing}"
+
+    def close(self) -> None:
+        """Let the broker end, and wait for it."""
+        self.broker.close()
+
+
+class Gate:
+    """Where threads put on their filters, and wait for each other.
+
+    Args:
+        count: threads that are to come.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._changed = threading.Condition()
+        self._open = False
+        self._error: OffmapError | None = None
+
+    def device(self, device: "VirtioDevice") -> None:
+        """Pass, on the thread of a device."""
+        self._pass(policy.rules_of_device(device.kinds))
+
+    def vcpu(self) -> None:
+        """Pass, on the thread of a vCPU."""
+        self._pass(policy.rules_of_vcpu())
+
+    def _pass(self, rules: "list[Rule]") -> None:
+        error: OffmapError | None = None
+        try:
+            seccomp.install(seccomp.compiled(rules))
+        except OffmapError as failed:
+            error = failed
+        with self._changed:
+            self._left -= 1
+            self._error = self._error or error
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._open)
+
+    def wait_for_all(self) -> None:
+        """Wait until each thread has its filter. Raises OffmapError: one could not."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left <= 0)
+            if self._error is not None:
+                raise self._error
+
+    def open(self) -> None:
+        """Let them go on."""
+        with self._changed:
+            self._open = True
+            self._changed.notify_all()
+
+
+def _close_what_reaches_further() -> None:
+    """Close descriptors of directories, physical memory and /dev/kvm that whoever started this process left open."""
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        with contextlib.suppress(OSError):
+            opened = os.fstat(int(name))
+            memory = (
+                stat.S_ISCHR(opened.st_mode) and os.major(opened.st_rdev) == 1 and os.minor(opened.st_rdev) in _MEMORY
+            )
+            kvm = stat.S_ISCHR(opened.st_mode) and opened.st_rdev == os.makedev(10, _KVM_MINOR)
+            if stat.S_ISDIR(opened.st_mode) or memory or kvm:
+                os.close(int(name))
+
+
+def _connect(folder: int, name: str) -> "socket.socket":
+    from offmap.devices.virtio.vsock_host import connect_in
+
+    return connect_in(folder, name)
+
+
+def _tell(_type: object, error: BaseException | None, _traceback: object) -> None:
+    """Tell of a bug without Python's own traceback, which opens source files."""
+    log.Logger("offmap.vmm").log(log.ERROR, "this is a bug in offmap", error=error)
