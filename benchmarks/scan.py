@@ -28,10 +28,10 @@ from offmap.audit.kcore import Kcore
 from offmap.audit.own_memory import LockedBuffer
 from offmap.audit.readable import Piece, ioremap_areas, read_plan, union, zero_filled_intervals
 from offmap.audit.regions import Layout
+from offmap.audit.roots import walk_kcore
 from offmap.audit.scan import canary_pattern, secret_pattern
 from offmap.audit.search import Lane, Pattern, Read, buffer_size, search
 from offmap.audit.secret import Secret
-from offmap.audit.walk import walk_kcore
 from offmap.errors import OffmapError
 
 PAGE = 4096

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import covered
 from offmap.audit.pagemap import pfn, present, read_pagemap
-from offmap.audit.walk import walk_kcore
+from offmap.audit.roots import walk_kcore
 from offmap.kvm import Kvm, Vm
 from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory

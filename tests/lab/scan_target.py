@@ -23,7 +23,7 @@ from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.oracle import translate
 from offmap.audit.placed import Placer
 from offmap.audit.regions import Layout
-from offmap.audit.walk import walk_kcore
+from offmap.audit.roots import walk_kcore
 
 PAGE = 4096
 GUEST_PAGES = 64

@@ -28,12 +28,12 @@ from offmap.audit.process import Process, ProcessEnded
 from offmap.audit.reach import Kind, Reach, Sharing
 from offmap.audit.regions import Layout
 from offmap.audit.result import AuditedRange, AuditResult, Pages, Source
+from offmap.audit.roots import walk_kcore
 from offmap.audit.scan import Wanted, scan_memory
 from offmap.audit.scan_result import Scan
 from offmap.audit.sharers import sharing_of
 from offmap.audit.verdict import Verdict
 from offmap.audit.vms import vmm_facts
-from offmap.audit.walk import walk_kcore
 from offmap.errors import Undetermined
 from offmap.log import Logger
 from offmap.report.typed import Address

@@ -194,6 +194,11 @@ class KernelObjects:
         return bytes(buffer)
 
 
+# What is asked for sooner or later: looked for at once, as the file is long and the kernel writes it anew each time.
+_OFTEN = ("init_task", "pgd_list", "poking_mm", "text_poke_mm", "efi_mm", "real_mode_header")
+_known: dict[str, int] = {}
+
+
 def module_symbol(name: str, module: str) -> int:
     """Address of a symbol of a module, or of the kernel if that is built in; raises as ``symbol``."""
     try:
@@ -209,14 +214,13 @@ def _module_symbol(name: str, module: str, _where: str) -> int:
     return _find_symbol(name, f"\t[{module}]") or symbol(name)
 
 
-@lru_cache
 def symbol(name: str) -> int:
     """Address of a symbol of the kernel's own, no module's: it stays while this process lives, so it is read once.
 
     Raises:
         Unknown: /proc/kallsyms does not tell. That is not remembered: it may tell later (``kernel.kptr_restrict``).
     """
-    address = _find_symbol(name, "")
+    address = _known.get(name) or _find_symbol(name, "")
     if address:
         return address
     raise Unknown(f"{_KALLSYMS} does not tell where {name} is")
@@ -228,9 +232,15 @@ def _find_symbol(name: str, module: str) -> int:
         text = b"\n" + read_path(_KALLSYMS)
     except OSError as error:
         raise Unknown(f"cannot read {_KALLSYMS}: {error.strerror}") from None
-    # A module's, which may move, has a tab and the module's name behind it (kernel/kallsyms.c, s_show).
-    at = text.find(f" {name}{module}\n".encode())
-    return int(text[text.rindex(b"\n", 0, at) :].split(maxsplit=1)[0], 16) if at >= 0 else 0
+    found = {name + module: 0}
+    for each in (name + module, *_OFTEN):
+        # A module's, which may move, has a tab and the module's name behind it (kernel/kallsyms.c, s_show).
+        at = text.find(f" {each}\n".encode())
+        if at >= 0:
+            start = text.rindex(b"\n", 0, at)
+            found[each] = int(text[start:at].split(maxsplit=1)[0], 16)
+    _known.update((each, address) for each, address in found.items() if address and "\t" not in each)
+    return found[name + module]
 
 
 def _mounted(path: str, device: tuple[int, int]) -> str:

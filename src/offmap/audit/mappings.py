@@ -1,6 +1,6 @@
 """What a walk found: runs of kernel mappings, and whether a physical page lies in one of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +23,28 @@ RUN = np.dtype(
 
 
 def merge_runs(runs: NDArray[np.void]) -> NDArray[np.void]:
-    """Sort runs by address and merge neighbours that continue each other."""
+    """Sort runs by address, and merge those that continue each other or say the same twice."""
     if len(runs) < 2:
         return runs
-    runs = runs[np.argsort(runs["va"], kind="stable")]
-    before, after = runs[:-1], runs[1:]
-    breaks = (before["va"] + before["bytes"] != after["va"]) | (before["pa"] + before["bytes"] != after["pa"])
-    for name in ("level", "writable", "nx"):
-        breaks |= before[name] != after[name]
+    offset = runs["va"] - runs["pa"]
+    rights = runs["level"] * np.uint8(4) + runs["writable"] * np.uint8(2) + runs["nx"]
+    order = np.lexsort((runs["va"], rights, offset))
+    runs, offset, rights = runs[order], offset[order], rights[order]
+    other = (offset[1:] != offset[:-1]) | (rights[1:] != rights[:-1])
+    group = np.concatenate(([0], np.cumsum(other)))
+    # The last byte, as the end of the highest page is beyond 64 bits.
+    last = runs["va"] + (runs["bytes"] - np.uint64(1))
+    # The highest address so far within each group: in order of group and address, its rank only grows.
+    by_last = np.lexsort((last, group))
+    rank = np.empty(len(runs), dtype=np.int64)
+    rank[by_last] = np.arange(len(runs))
+    reach = last[by_last[np.maximum.accumulate(rank)]]
+    breaks = other | (runs["va"][1:] > reach[:-1] + np.uint64(1))
     first = run_starts(breaks, len(runs))
     merged = runs[first].copy()
-    merged["bytes"] = np.add.reduceat(runs["bytes"], first)
-    return merged
+    ends = reach[np.append(first[1:] - 1, len(runs) - 1)]
+    merged["bytes"] = ends - merged["va"] + np.uint64(1)
+    return merged[np.argsort(merged["va"], kind="stable")]
 
 
 def covered(runs: NDArray[np.void], pfns: NDArray[np.uint64]) -> NDArray[np.bool_]:
@@ -53,7 +63,10 @@ class KernelMappings:
         tables: page tables read, by level (5 the top).
         direct_map_base: ``page_offset_base``; a run is of the direct map when ``va - pa`` equals it.
         surplus_references: references to shared tables that were not expanded (the first sixteen of each were).
-        seconds: time the walk took.
+        seconds: time that reading them took.
+        passes: whole walks that were made.
+        roots: how many page-table roots of each kind were looked at.
+        of_init: the runs of init_top_pgt alone; None if there are no others.
     """
 
     runs: NDArray[np.void]
@@ -62,11 +75,19 @@ class KernelMappings:
     direct_map_base: int
     surplus_references: int = 0
     seconds: float = 0.0
+    passes: int = 1
+    roots: dict[str, int] = field(default_factory=dict)
+    of_init: NDArray[np.void] | None = None
 
     @property
     def is_direct(self) -> NDArray[np.bool_]:
         """Of each run: is it of the direct map; everything else is an alias."""
         return np.asarray(self.runs["va"] - self.runs["pa"] == np.uint64(self.direct_map_base), dtype=np.bool_)
+
+    @property
+    def main(self) -> NDArray[np.void]:
+        """The runs of init_top_pgt."""
+        return self.runs if self.of_init is None else self.of_init
 
     @property
     def direct(self) -> NDArray[np.void]:

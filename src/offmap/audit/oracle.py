@@ -38,8 +38,9 @@ from offmap.audit.mappings import KernelMappings
 from offmap.audit.process import Process
 from offmap.audit.regions import Layout
 from offmap.audit.result import OracleResult, Source
+from offmap.audit.roots import walk_kcore
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
-from offmap.audit.walk import REFERENCES, walk_kcore
+from offmap.audit.walk import REFERENCES
 from offmap.errors import OffmapError
 from offmap.uapi.page import PAGE_SIZE
 
@@ -100,7 +101,7 @@ class Lookups:
 
 def translate(mappings: KernelMappings, va: int) -> int | None:
     """Physical address behind a kernel address as the walk has it; None for none."""
-    runs = mappings.runs
+    runs = mappings.main
     index = int(np.searchsorted(runs["va"], np.uint64(va), side="right")) - 1
     if index < 0:
         return None
@@ -122,7 +123,7 @@ def draw_pages(guest: GuestPages, count: int, draw: random.Random) -> list[tuple
 
 def draw_addresses(mappings: KernelMappings, count: int, draw: random.Random) -> Iterator[_Question]:
     """Kernel addresses: of ``count`` runs one within and both next to it, and of as many gaps one within."""
-    runs = mappings.runs
+    runs = mappings.main
     for _ in range(count if len(runs) else 0):
         index = draw.randrange(len(runs))
         va, pages = int(runs["va"][index]), int(runs["bytes"][index]) // PAGE_SIZE

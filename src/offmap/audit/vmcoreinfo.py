@@ -34,7 +34,7 @@ class VmcoreInfo:
     """The few facts of VMCOREINFO that a walk of the page tables needs.
 
     Addresses are virtual unless they are called ``pa``. ``vmalloc_start`` and ``vmemmap`` are None on kernels that do
-    not export them.
+    not export them. ``page_bytes`` is the size of ``struct page``, ``page_lru`` and ``page_mapping`` are offsets in it.
     """
 
     release: str
@@ -45,6 +45,9 @@ class VmcoreInfo:
     kernel_image_size: int
     vmalloc_start: int | None
     vmemmap: int | None
+    page_bytes: int | None = None
+    page_lru: int | None = None
+    page_mapping: int | None = None
 
     @property
     def root_pa(self) -> int:
@@ -87,4 +90,7 @@ class VmcoreInfo:
             kernel_image_size=number("NUMBER(KERNEL_IMAGE_SIZE)", 10) or _KERNEL_IMAGE_SIZE,
             vmalloc_start=number("NUMBER(VMALLOC_START)", 16),
             vmemmap=number("SYMBOL(vmemmap)", 16),
+            page_bytes=number("SIZE(page)", 10),
+            page_lru=number("OFFSET(page.lru)", 10),
+            page_mapping=number("OFFSET(page.mapping)", 10),
         )

@@ -16,9 +16,9 @@ TEXT = "ffffffff81000000 T _stext\nffffffff82a0f940 D init_task\nffffffffc0a0100
 def kallsyms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = tmp_path / "kallsyms"
     monkeypatch.setattr(kernel_objects, "_KALLSYMS", str(path))
-    symbol.cache_clear()
+    kernel_objects._known.clear()
     yield path
-    symbol.cache_clear()
+    kernel_objects._known.clear()
 
 
 def test_a_symbol_is_read_once(kallsyms: Path) -> None:
