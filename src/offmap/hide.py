@@ -217,7 +217,8 @@ def _answer() -> int:
 
     pid, ranges = json.load(sys.stdin)
     try:
-        result = audit_process(pid, ranges=[RamRange(va, size, Source.REQUESTED, gpa) for va, size, gpa in ranges])
+        wanted = [RamRange(va, size, Source.REQUESTED, gpa) for va, size, gpa in ranges]
+        result = audit_process(pid, ranges=wanted, seconds=0)
     except OffmapError as error:
         print(error, file=sys.stderr)
         return 1

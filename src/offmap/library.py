@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from offmap.audit.audit import audit_process
+from offmap.audit.audit import Snapshot, audit_process, snapshot_processes
 from offmap.audit.result import AuditResult
 from offmap.audit.result_sets import EveryVm
-from offmap.audit.vms import audit_every_vm
+from offmap.audit.vms import VmProcess, audit_every_vm
 from offmap.compare.cell_result import CellResult
 from offmap.compare.events import CellEvent
 from offmap.compare.matrix import DEFAULT_AXES
@@ -32,7 +32,15 @@ def list_backends() -> list[Diagnosis]:
 
 def audit_host() -> EveryVm:
     """Audit each process of this host that holds a KVM VM. Its `exit_status` is that of the worst verdict."""
-    return audit_every_vm(lambda vm: audit_process(vm.pid))
+    found: dict[int, Snapshot | OffmapError] = {}
+
+    def audit(vm: VmProcess) -> AuditResult:
+        one = found[vm.pid]
+        if isinstance(one, OffmapError):
+            raise one
+        return one.audit
+
+    return audit_every_vm(audit, lambda vms: found.update(snapshot_processes([vm.pid for vm in vms])))
 
 
 @dataclass(frozen=True, slots=True)

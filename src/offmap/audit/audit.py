@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from types import MappingProxyType
 from typing import TypedDict, Unpack
 
 import msgspec
@@ -18,31 +18,29 @@ from offmap.audit.guest_pages import GuestPages
 from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, ask_kvm_list, find_guest_ram
 from offmap.audit.host import host_facts, utc_now
 from offmap.audit.join import join, physical_map
+from offmap.audit.judge import judge
 from offmap.audit.kcore import Kcore
-from offmap.audit.kinds import kinds_of, read_vmallocinfo
+from offmap.audit.kinds import Kinds, kinds_of, read_vmallocinfo
 from offmap.audit.kvm_list import KvmList, Vm
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.oracle import Sample, ask_drgn
+from offmap.audit.oracle import OracleDisagrees, Sample, ask_drgn
 from offmap.audit.own_memory import OwnPage, check_control
-from offmap.audit.process import Process, ProcessEnded
+from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
 from offmap.audit.reach import Kind, Reach, Sharing
 from offmap.audit.regions import Layout
-from offmap.audit.result import AuditedRange, AuditResult, Pages, Source
-from offmap.audit.roots import walk_kcore
+from offmap.audit.result import AuditedRange, AuditResult
+from offmap.audit.roots import walker_of
 from offmap.audit.scan import Wanted, scan_memory
-from offmap.audit.scan_result import Scan
 from offmap.audit.sharers import sharing_of
-from offmap.audit.verdict import Verdict
 from offmap.audit.vms import vmm_facts
-from offmap.errors import Undetermined
+from offmap.audit.walks import SECONDS, Walked, walk_for
+from offmap.errors import OffmapError, Undetermined
 from offmap.log import Logger
 from offmap.report.typed import Address
-from offmap.units import format_size
 
 _log = Logger("offmap.audit")
 
-_ROM = 16  # a guest has this many times as much RAM as ROM, at least
-_ATTEMPTS = 3  # memory hot-plugged in mid-audit changes kcore's segments
+_ATTEMPTS = 5  # memory hot-plugged in mid-audit changes kcore's segments
 
 
 class Stage(Enum):
@@ -89,6 +87,8 @@ class Options(TypedDict, total=False):
         sharers: also name the other processes that map the guest's pages.
         threads: how many threads read in a scan; None for ``scan.default_threads``.
         oracle: also compare a sample of this size with what drgn says.
+        seconds: over how long the page tables are walked again and again, ``walks.SECONDS`` unless given; 0 for one
+            walk, which says nothing of a mapping that moves.
         since: no slot may have been replaced since this moment (CLOCK_MONOTONIC, nanoseconds); None for this call's
             begin.
     """
@@ -100,6 +100,7 @@ class Options(TypedDict, total=False):
     threads: int | None
     oracle: Sample | None
     since: int | None
+    seconds: float
 
 
 def audit_process(pid: int, **options: Unpack[Options]) -> AuditResult:
@@ -121,109 +122,188 @@ def snapshot_process(pid: int, **options: Unpack[Options]) -> Snapshot:
         Undetermined: this host does not let the question be answered, or the process ended before anything was seen.
         OracleDisagrees: drgn was asked, and says something else.
     """
+    found = snapshot_processes([pid], **options)[pid]
+    if isinstance(found, OffmapError):
+        raise found
+    return found
+
+
+def snapshot_processes(pids: Sequence[int], **options: Unpack[Options]) -> dict[int, Snapshot | OffmapError]:
+    """The same of many processes, with the same walks for all; for each the snapshot, or why there is none.
+
+    Raises:
+        Undetermined: this host does not let the question be answered.
+        OracleDisagrees: drgn was asked, and says something else.
+    """
     if options.get("oracle") is not None:
         require_drgn()
     if options.get("since") is None:
         options["since"] = time.monotonic_ns()
-    with Process(pid) as process:
+    found: dict[int, Snapshot | OffmapError] = {}
+    with ExitStack() as stack:
+        processes = []
+        for pid in pids:
+            try:
+                processes.append(stack.enter_context(Process(pid)))
+            except (NoSuchProcess, Undetermined) as error:
+                found[pid] = error
         for _ in range(_ATTEMPTS):
             with Kcore() as kcore:
-                snapshot = _snapshot(process, kcore, options)
+                found |= _snapshots(processes, kcore, options)
                 if not kcore.changed():
-                    return snapshot
-    raise Undetermined("memory was hot-plugged or removed during each attempt", "run the audit again")
+                    return found
+        why = Undetermined("memory was hot-plugged or removed during each attempt", "run the audit again")
+    return found | {process.pid: why for process in processes}
 
 
-def _snapshot(process: Process, kcore: Kcore, options: Options) -> Snapshot:
-    ranges, sample = options.get("ranges"), options.get("oracle")
+def _snapshots(processes: Sequence[Process], kcore: Kcore, options: Options) -> dict[int, Snapshot | OffmapError]:
+    """One attempt: where the pages of each are, then the walks, then the same again."""
     tell: Progress = options.get("progress") or (lambda stage, share: None)
-    started = time.monotonic()
     layout = Layout.of(kcore.vmcoreinfo, kcore.page_offset_base, kcore.segments)
-
     kvm, unlisted = _kvm_list(kcore, layout)
+    found: dict[int, Snapshot | OffmapError] = {}
+    subjects = [_Subject(process, kcore, layout, kvm, unlisted, options) for process in processes]
 
-    def ask_kvm(process: Process, links: Mapping[int, str]) -> Sequence[Vm]:
-        if kvm is None:
-            raise Unknown(unlisted)
-        return ask_kvm_list(kvm, process, links)
+    def each(step: Callable[[_Subject], None]) -> None:
+        for subject in list(subjects):
+            try:
+                step(subject)
+            except OracleDisagrees:
+                raise
+            except OffmapError as error:
+                found[subject.process.pid] = error
+                subjects.remove(subject)
 
-    guest_memfd = None if kvm is None else kvm.guest_memfd_pages
     with OwnPage() as control:
         tell(Stage.FRAMES, 0.0)
         control.pfn()  # fails here, and loudly, where pagemap hides frames
-        process.check_alive()
-        ram = GuestRam(tuple(ranges)) if ranges else find_guest_ram(process, ask_kvm)
-        name, facts = process.name(), vmm_facts(process, vms=None if ranges or ram.unlisted else ram.vms)
-        before = resolve(process, ram.ranges, kcore.page_flags, guest_memfd)
+        each(_Subject.begin)
         tell(Stage.WALK, 0.0)
-        mappings = walk_kcore(kcore)
-        kinds = kinds_of(mappings, layout, read_vmallocinfo())
-        check_control(control, kcore, mappings)
-        after = resolve(process, ram.ranges, kcore.page_flags, guest_memfd)
-    excluded = excluded_ranges(ram)
-    judged = classify(before, after, excluded, mappings, kinds)
-    read_only = _mapped_read_only(process, ram, kcore, mappings, guest_memfd)
-    ram, moved, partial = _look_again(process, ram, kvm, None if ranges else ask_kvm)
-    partial = before.ended or after.ended or partial
-    sharing, unshared = _sharing(process, ram, judged, kcore, options.get("sharers", False), partial)
-    tell(Stage.WALK, 1.0)
-    known = judged.known
-    guest = GuestPages.of(judged.page[known], judged.pfn[known], judged.pages[known], ram.ranges)
-    scan = opinion = None
-    if (wanted := options.get("scan")) is not None:
-        devices = sorted({*before.device_ranges, *after.device_ranges})
-        threads = options.get("threads")
-        scan = scan_memory(kcore, mappings, layout, wanted, guest, devices, lambda s: tell(Stage.SCAN, s), threads)
-    if sample is not None and not partial:
-        tell(Stage.ORACLE, 0.0)
-        opinion = ask_drgn(process, kcore, mappings, layout, guest, sample)
-    pages = judged.counts()
-    joined = join(judged, mappings, kinds, layout, ram)
-    _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
-    replaced = ram.replaced_since(options.get("since") or 0)
-    verdict, notes = _judge(pages, ram, scan, moved, partial, judged.plain, replaced, read_only)
-    notes += unshared
-    if partial:
-        seen = classify(before, before, excluded, mappings, kinds).counts()
-        if seen.pages_populated and not pages.pages_populated:
-            notes += (
-                f"before that, {seen.pages_populated} pages of it were seen; the walk found mappings of "
-                f"{seen.mapped_pages} of these frames, which may have been somebody else's by then",
-            )
-    if any(total.kind is Kind.VMALLOC_SPACE and not total.caller for total in joined.reach) and not kinds.named:
-        notes += (
-            "what maps pages in the vmalloc space is not told: /proc/vmallocinfo shows addresses while "
-            "sysctl kernel.kptr_restrict is 1",
+        walked = walk_for(
+            walker_of(kcore, layout),
+            options.get("seconds", SECONDS),
+            lambda mappings: all(subject.seen_by(mappings) for subject in subjects),
+            lambda share: tell(Stage.WALK, share),
         )
-    audit = AuditResult(
-        offmap=offmap.__version__,
-        time=utc_now(),
-        host=host_facts(),
-        pid=process.pid,
-        process=name,
-        vmm=facts,
-        verdict=verdict,
-        notes=notes,
-        partial=partial or None,
-        pages=msgspec.structs.replace(pages, canaries_found=None if scan is None else scan.canaries_found),
-        ranges=tuple(
-            AuditedRange(Address(part.va), part.bytes, part.source, part.guest_phys_addr, part.backend)
-            for part in ram.ranges
-        ),
-        reach=joined.reach,
-        aliases=joined.aliases,
-        aliases_omitted=joined.omitted[0],
-        direct_map_ranges=joined.direct_map_ranges,
-        direct_map_ranges_omitted=joined.omitted[1],
-        physical=physical_map(judged, kcore.ram),
-        sharing=sharing,
-        mapped_guest_ranges=tuple(mapped_guest_ranges(judged, ram)),
-        walk=mappings.facts(kcore.vmcoreinfo.levels),
-        scan=scan,
-        oracle=opinion,
-        seconds=round(time.monotonic() - started, 4),
-    )
-    return Snapshot(audit, ram, mappings, judged)
+        kinds = kinds_of(walked.mappings, layout, read_vmallocinfo())
+        check_control(control, kcore, walked.mappings)
+        each(lambda subject: subject.end(walked, kinds))
+    tell(Stage.WALK, 1.0)
+    each(lambda subject: found.update({subject.process.pid: subject.result(walked, kinds, tell)}))
+    return found
+
+
+class _Subject:
+    """One process of an attempt."""
+
+    def __init__(
+        self,
+        process: Process,
+        kcore: Kcore,
+        layout: Layout,
+        kvm: KvmList | None,
+        unlisted: str,
+        options: Options,
+    ) -> None:
+        self.process, self._kcore, self._layout, self._kvm, self._unlisted = process, kcore, layout, kvm, unlisted
+        self._options, self._started = options, time.monotonic()
+        self._guest_memfd = None if kvm is None else kvm.guest_memfd_pages
+
+    def _ask_kvm(self, process: Process, links: Mapping[int, str]) -> Sequence[Vm]:
+        if self._kvm is None:
+            raise Unknown(self._unlisted)
+        return ask_kvm_list(self._kvm, process, links)
+
+    def begin(self) -> None:
+        """Find the guest's RAM and its frames, before the walks."""
+        process, ranges = self.process, self._options.get("ranges")
+        process.check_alive()
+        self._ram = GuestRam(tuple(ranges)) if ranges else find_guest_ram(process, self._ask_kvm)
+        self._name = process.name()
+        self._facts = vmm_facts(process, vms=None if ranges or self._ram.unlisted else self._ram.vms)
+        self._excluded = excluded_ranges(self._ram)
+        self._before = resolve(process, self._ram.ranges, self._kcore.page_flags, self._guest_memfd)
+
+    def seen_by(self, mappings: KernelMappings) -> bool:
+        """Whether these map a page of it: then more walks have nothing to add."""
+        return bool(classify(self._before, self._before, self._excluded, mappings).counts().mapped_pages)
+
+    def end(self, walked: Walked, kinds: Kinds) -> None:
+        """Look at the frames again, after the walks, and judge each page."""
+        process, ram, asked = self.process, self._ram, bool(self._options.get("ranges"))
+        self._after = resolve(process, ram.ranges, self._kcore.page_flags, self._guest_memfd)
+        self._judged = classify(self._before, self._after, self._excluded, walked.mappings, kinds)
+        self._read_only = _mapped_read_only(process, ram, self._kcore, walked.mappings, self._guest_memfd)
+        self._ram, self._moved, partial = _look_again(process, ram, self._kvm, None if asked else self._ask_kvm)
+        self._partial = self._before.ended or self._after.ended or partial
+
+    def result(self, walked: Walked, kinds: Kinds, tell: Progress) -> Snapshot:
+        """The published result.
+
+        Raises:
+            Undetermined: it cannot be told.
+        """
+        ram, judged, mappings, kcore, layout = self._ram, self._judged, walked.mappings, self._kcore, self._layout
+        partial, options = self._partial, self._options
+        sharing, unshared = _sharing(self.process, ram, judged, kcore, options.get("sharers", False), partial)
+        known = judged.known
+        guest = GuestPages.of(judged.page[known], judged.pfn[known], judged.pages[known], ram.ranges)
+        scan = opinion = None
+        if (wanted := options.get("scan")) is not None:
+            devices = sorted({*self._before.device_ranges, *self._after.device_ranges})
+            threads = options.get("threads")
+            scan = scan_memory(kcore, mappings, layout, wanted, guest, devices, lambda s: tell(Stage.SCAN, s), threads)
+        if (sample := options.get("oracle")) is not None and not partial:
+            tell(Stage.ORACLE, 0.0)
+            opinion = ask_drgn(self.process, kcore, mappings, layout, guest, sample)
+        pages = judged.counts()
+        joined = join(judged, mappings, kinds, layout, ram)
+        _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
+        replaced = ram.replaced_since(options.get("since") or 0)
+        verdict, notes = judge(pages, ram, scan, self._moved, partial, judged.plain, replaced, self._read_only)
+        notes += unshared
+        if partial:
+            seen = classify(self._before, self._before, self._excluded, mappings, kinds).counts()
+            if seen.pages_populated and not pages.pages_populated:
+                notes += (
+                    f"before that, {seen.pages_populated} pages of it were seen; the walk found mappings of "
+                    f"{seen.mapped_pages} of these frames, which may have been somebody else's by then",
+                )
+        if any(total.kind is Kind.VMALLOC_SPACE and not total.caller for total in joined.reach) and not kinds.named:
+            notes += (
+                "what maps pages in the vmalloc space is not told: /proc/vmallocinfo shows addresses while "
+                "sysctl kernel.kptr_restrict is 1",
+            )
+        audit = AuditResult(
+            offmap=offmap.__version__,
+            time=utc_now(),
+            host=host_facts(),
+            pid=self.process.pid,
+            process=self._name,
+            vmm=self._facts,
+            verdict=verdict,
+            notes=notes,
+            partial=partial or None,
+            pages=msgspec.structs.replace(pages, canaries_found=None if scan is None else scan.canaries_found),
+            ranges=tuple(
+                AuditedRange(Address(part.va), part.bytes, part.source, part.guest_phys_addr, part.backend)
+                for part in ram.ranges
+            ),
+            reach=joined.reach,
+            aliases=joined.aliases,
+            aliases_omitted=joined.omitted[0],
+            direct_map_ranges=joined.direct_map_ranges,
+            direct_map_ranges_omitted=joined.omitted[1],
+            physical=physical_map(judged, kcore.ram),
+            sharing=sharing,
+            mapped_guest_ranges=tuple(mapped_guest_ranges(judged, ram)),
+            walk=mappings.facts(kcore.vmcoreinfo.levels),
+            coverage=walked.coverage(),
+            scan=scan,
+            oracle=opinion,
+            seconds=round(time.monotonic() - self._started, 4),
+        )
+        return Snapshot(audit, ram, mappings, judged)
 
 
 def _kvm_list(kcore: Kcore, layout: Layout) -> tuple[KvmList | None, str]:
@@ -274,85 +354,3 @@ def _sharing(
         return sharing_of(process, ram, judged, kcore.ram, named=named), ()
     except Undetermined as error:
         return None, (f"whether other processes map these pages too cannot be told: {error}",)
-
-
-def _judge(
-    pages: Pages,
-    ram: GuestRam,
-    scan: Scan | None,
-    moved: bool = False,
-    partial: str = "",
-    plain: Mapping[str, int] = MappingProxyType({}),
-    replaced: bool = False,
-    mapped_read_only: int = 0,
-) -> tuple[Verdict, tuple[str, ...]]:
-    """The verdict, and what must be said beside it."""
-    verdict = pages.verdict(ram.guessed)
-    # Where no slot was ever changed, the guest could never write to what it can only read now. And ROM is small.
-    once_writable = mapped_read_only if not ram.intact or mapped_read_only * _ROM > pages.pages_populated else 0
-    if verdict is Verdict.HIDDEN and (partial or moved or replaced or ram.unlisted or ram.doubts or once_writable):
-        verdict = Verdict.UNKNOWN
-    why = f": {ram.unlisted}" if ram.unlisted else ""
-    unchecked = f": {ram.why_unchecked}" if ram.why_unchecked else ""
-    read_only = format_size(sum(part.bytes for part in ram.read_only))
-    candidates = {
-        **{
-            f"{count} pages are not populated, and the kernel maps them when they are: {memory}": (
-                verdict is not Verdict.EXPOSED
-            )
-            for memory, count in plain.items()
-        },
-        "the ranges are guesses (large mappings of a process with a KVM VM)"
-        f"{why}; --range names them for sure": ram.guessed,
-        f"KVM's own list of VMs could not be read, so that memory may be missing{why}": why and not ram.guessed,
-        f"that the VMM's list leaves no memory out was not checked with KVM's{unchecked}": unchecked,
-        **dict.fromkeys(ram.doubts, True),
-        "only what --range names was judged; whether the guest has more RAM was not looked at": any(
-            part.source is Source.REQUESTED for part in ram.ranges
-        ),
-        f"{format_size(ram.omitted_bytes)} that the VMM's list leaves out, and KVM has, are judged too": (
-            ram.omitted_bytes
-        ),
-        f"{read_only} that the guest cannot write to (firmware, registers) is not judged: it never could, as no memory "
-        "slot of its VM was ever changed": ram.read_only and ram.intact and not once_writable,
-        f"{read_only} that the guest cannot write to (firmware, registers) is not judged": (
-            ram.read_only and not ram.intact and not once_writable
-        ),
-        f"{once_writable} pages that the guest cannot write to are mapped or cannot be found, and they may be its RAM: "
-        "memory slots of its VM were changed, or they are too many for firmware; --range names RAM for sure": (
-            once_writable
-        ),
-        "the process changed its memory slots, or the memory under them, during the audit; run it again": moved,
-        "memory slots were changed, or devices added, since the audit was started; run it again": replaced,
-        "no page of the guest's RAM was found populated": (
-            verdict is Verdict.UNKNOWN and not pages.pages_populated and not partial
-        ),
-        f"{pages.not_populated_pages} pages are not populated: whether they will be hidden is known once they are": (
-            verdict is Verdict.HIDDEN and pages.not_populated_pages
-        ),
-        f"{pages.excluded_direct_pages} pages that are said to be kept from the guest are in the direct map": (
-            pages.excluded_direct_pages
-        ),
-        f"{pages.excluded_mapped_pages} mapped pages are kept from the guest and do not count": (
-            pages.excluded_mapped_pages
-        ),
-    }
-    notes = tuple(note for note, applies in candidates.items() if applies)
-    if scan is None:
-        return verdict, notes
-    # A planted secret was read: whatever the page tables say, it is not hidden.
-    return Verdict.EXPOSED if scan.found or scan.findings else verdict, notes + _scan_notes(scan)
-
-
-def _scan_notes(scan: Scan) -> tuple[str, ...]:
-    elsewhere = sum(not any(place.in_guest for place in hit.places) for hit in scan.found)
-    copies = sum(not place.in_guest for place in scan.findings)
-    candidates = {
-        f"{elsewhere} canaries were read outside the guest's own pages only: copies": elsewhere,
-        f"the secret was read in {copies} places outside the guest's own pages: copies": copies,
-        "the file that the secret was read from stands in the page cache, which is not counted": any(
-            place.source for place in scan.places
-        ),
-        f"{scan.frames_unread} mapped pages of RAM were not scanned: /proc/kcore cannot read them": scan.frames_unread,
-    }
-    return tuple(note for note, applies in candidates.items() if applies)

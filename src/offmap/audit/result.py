@@ -127,6 +127,40 @@ class Walk(Document, frozen=True):
     unreadable: tuple[Span, ...]
 
 
+class Look(Document, frozen=True):
+    """One walk of the page tables.
+
+    Attributes:
+        at: When it began, after the first one.
+        seconds: How long it took.
+        whole: Whether the tables held still while they were read. If not, it does not count as a walk.
+        new: Whether it found a mapping of anything, guest RAM or not, that none before it had seen.
+    """
+
+    at: Seconds
+    seconds: Seconds
+    whole: bool
+    new: bool
+
+
+class Coverage(Document, frozen=True):
+    """The stretch of time that the verdict is true for, as far as walks at random moments of it can tell.
+
+    Attributes:
+        seconds: Its length.
+        walks: Whole walks in it. Each misses a page that is mapped all the time, be it at moving addresses, with a
+            probability of at most 1/e; one that is mapped for a share f of the time, of at most e^-f.
+        roots: Roots of page tables that were looked at, by kind: init_top_pgt; mm, one for each address space; user,
+            its second one under page-table isolation; efi_mm; poking_mm; trampoline.
+        looks: Each walk.
+    """
+
+    seconds: Seconds
+    walks: Count
+    roots: dict[str, Count]
+    looks: tuple[Look, ...]
+
+
 class OracleResult(Document, frozen=True):
     """What an independent walker said of a random sample. It agreed: one disagreement fails the audit.
 
@@ -190,6 +224,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
         sharing: Other processes that map guest pages; null if it could not be counted.
         mapped_guest_ranges: Guest-physical address and bytes of all that is mapped, where the VMM has told its slots.
         walk: The walk of the kernel's page tables.
+        coverage: The stretch of time that was looked at; null in results of older versions.
         scan: Null if nothing was scanned for.
         oracle: Null if no independent walker was asked.
         seconds: How long the audit took.
@@ -215,6 +250,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
     sharing: Sharing | None
     mapped_guest_ranges: tuple[tuple[Count, Count], ...]
     walk: Walk
+    coverage: Coverage | None = None
     scan: Scan | None
     oracle: OracleResult | None = None
     seconds: Seconds

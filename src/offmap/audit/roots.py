@@ -25,7 +25,8 @@ from offmap.audit.kernel_objects import symbol
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.procfs import read_path
 from offmap.audit.regions import Layout
-from offmap.audit.walk import ENTRIES, TOP_ENTRY, Tops, Walker
+from offmap.audit.tops import TOP_ENTRY, Tops
+from offmap.audit.walk import ENTRIES, Walker
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 

@@ -189,12 +189,19 @@ def worst_status(statuses: Sequence[ExitStatus], notes: Sequence[str]) -> ExitSt
     return max(found, key=_GRAVITY.index, default=ExitStatus.DONE)
 
 
-def audit_every_vm(audit: Callable[[VmProcess], AuditResult]) -> EveryVm:
+def audit_every_vm(
+    audit: Callable[[VmProcess], AuditResult], prepare: Callable[[Sequence[VmProcess]], None] = lambda vms: None
+) -> EveryVm:
     """Find all processes that hold a KVM VM, and audit each with ``audit``.
 
     One that ends before anything was seen of it is left out if its VM is gone too. One that cannot be audited is not.
+
+    Args:
+        audit: raises as ``audit_process`` does.
+        prepare: told all of them before the first is audited.
     """
     vms, notes = find_vms()
+    prepare(vms)
     ended: list[VmProcess] = []
     results: list[AuditResult] = []
     failures: list[NotAudited] = []

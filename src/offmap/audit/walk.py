@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from offmap.audit.intervals import run_starts
 from offmap.audit.mappings import RUN, KernelMappings, covered, merge_runs
 from offmap.audit.result import Span
+from offmap.audit.tops import Tops
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
@@ -43,9 +44,6 @@ _CHUNK = 256  # tables decoded at once: 1 MiB, which stays in the processor's ca
 REFERENCES = 16  # how often one table is expanded when many entries share it (espfix, KASAN's zero shadow)
 _ATTEMPTS = 3  # of one pass
 
-# One entry of a top table that is not init_top_pgt's: its place in the table, and what it says.
-TOP_ENTRY = np.dtype([("index", np.uint16), ("entry", np.uint64)])
-
 
 class PhysicalReader(Protocol):
     """Where page tables are read from. Page-aligned physical addresses, as arrays of uint64."""
@@ -61,25 +59,6 @@ class PhysicalReader(Protocol):
     def zero_filled(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Whether the reader gives zeroes for each page whatever it holds."""
         ...
-
-
-@dataclass(frozen=True)
-class Tops:
-    """What the top tables of other roots than init_top_pgt have.
-
-    Attributes:
-        entries: array of TOP_ENTRY, each once.
-        roots: how many roots of each kind were looked at.
-        problems: why there may be more.
-    """
-
-    entries: NDArray[np.void]
-    roots: dict[str, int]
-    problems: tuple[str, ...] = ()
-
-    @classmethod
-    def none(cls) -> "Tops":
-        return cls(np.empty(0, dtype=TOP_ENTRY), {})
 
 
 @dataclass

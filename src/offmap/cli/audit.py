@@ -14,7 +14,7 @@ from offmap.uapi.page import PAGE_SIZE
 from offmap.units import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from offmap.audit.audit import Snapshot, Stage
     from offmap.audit.guest_ram import RamRange
@@ -77,6 +77,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="name the other processes that map the guest's pages too",
     )
     parser.add_argument(
+        "--for",
+        dest="seconds",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="walk the page tables again and again at random moments of so many seconds, at least 20 times (default: "
+        "1); a mapping that was seen once is enough",
+    )
+    parser.add_argument(
         "--watch",
         type=float,
         metavar="SECONDS",
@@ -104,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     if args.merge:
         return merge(args.merge, output)
 
-    from offmap.audit.audit import snapshot_process
+    from offmap.audit.audit import snapshot_processes
     from offmap.audit.process import own_start
     from offmap.audit.vms import audit_every_vm
     from offmap.cli.audit_watch import watch
@@ -113,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
         raise OffmapError(f"--watch takes seconds above 0, at most {_LONGEST_WATCH}", "give seconds, like --watch 10")
     if args.trace and args.watch is None:
         raise OffmapError("--trace is for the time between two audits", "add --watch SECONDS")
+    if not 0 < args.seconds <= _LONGEST_WATCH:
+        raise OffmapError(f"--for takes seconds above 0, at most {_LONGEST_WATCH}", "give seconds, like --for 10")
     if args.all and (args.range or args.watch is not None):
         raise OffmapError("--range and --watch are for one process", "give its PID instead of --all")
     ranges = [parse_range(text) for text in args.range] if args.range else None
@@ -123,13 +134,14 @@ def run(args: argparse.Namespace) -> int:
 
     since = own_start()
 
-    def audit(pid: int) -> "Snapshot":
+    def audit_all(pids: "Sequence[int]") -> "dict[int, Snapshot | OffmapError]":
         nonlocal since
         began, after = time.monotonic_ns(), since
         try:
-            return snapshot_process(
-                pid,
+            return snapshot_processes(
+                pids,
                 since=after,
+                seconds=args.seconds,
                 scan=wanted,
                 ranges=ranges,
                 progress=_show_progress if shows else None,
@@ -143,12 +155,23 @@ def run(args: argparse.Namespace) -> int:
             if shows:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
+    def audit(pid: int) -> "Snapshot":
+        if pid not in found:
+            found.update(audit_all([pid]))
+        one = found.pop(pid)
+        if isinstance(one, OffmapError):
+            raise one
+        return one
+
+    found: dict[int, Snapshot | OffmapError] = {}
     with what_to_scan(args) as wanted:
         if args.watch is not None:
             return watch(args.pid, args.watch, lambda: audit(args.pid), output, args.trace)
         with output.recording_failure():
             if args.all:
-                every = audit_every_vm(lambda vm: audit(vm.pid).audit)
+                every = audit_every_vm(
+                    lambda vm: audit(vm.pid).audit, lambda vms: found.update(audit_all([vm.pid for vm in vms]))
+                )
                 document, status = every.to_json(), every.exit_status
             else:
                 result = audit(args.pid).audit

@@ -120,23 +120,26 @@ class Output:
             yield
             return
         with _sigterm_raises():
+            # First of all: one that is killed leaves this, and not what an earlier audit said. If it cannot be written,
+            # the result cannot either, and that is an error then.
+            with contextlib.suppress(OffmapError):
+                self._write_no_result("an audit is in progress: there is no verdict yet")
             try:
                 yield
             except BaseException as error:
-                self._write_failure(error)
+                try:
+                    self._write_no_result(f"the audit failed: {str(error) or type(error).__name__}")
+                except OffmapError as another:  # the first error is the one to end with
+                    _log.warning("%s", another)
                 raise
 
-    def _write_failure(self, error: BaseException) -> None:
+    def _write_no_result(self, reason: str) -> None:
         from offmap.audit.host import HostFacts, host_facts, utc_now
         from offmap.audit.report.hosts import failed_report
         from offmap.report.typed import decode, plain
 
         host = decode(HostFacts, host_facts().to_json())
-        reason = plain(f"the audit failed: {str(error) or type(error).__name__}")
-        try:
-            self.write_files([failed_report(__version__, utc_now(), host, reason)])
-        except OffmapError as another:  # the first error is the one to end with
-            _log.warning("%s", another)
+        self.write_files([failed_report(__version__, utc_now(), host, plain(reason))])
 
 
 @contextlib.contextmanager

@@ -6,8 +6,8 @@ import json
 import msgspec
 import pytest
 
-from offmap.audit.audit import _judge
 from offmap.audit.guest_ram import GuestRam, RamRange
+from offmap.audit.judge import judge
 from offmap.audit.kvm_list import Vm
 from offmap.audit.kvm_vcpu import VCpu
 from offmap.audit.result import Source
@@ -34,13 +34,13 @@ CLEAN = Scan(canaries_found=0, bytes_scanned=1 << 30, bytes_unread=4096, frames_
 
 
 def test_canary_that_was_read_is_never_hidden() -> None:
-    verdict, notes = _judge(HIDDEN, RAM, scanned(in_guest=False))
+    verdict, notes = judge(HIDDEN, RAM, scanned(in_guest=False))
     assert verdict is Verdict.EXPOSED
     assert any("copies" in note for note in notes)
 
 
 def test_clean_scan_says_what_it_could_not_read() -> None:
-    verdict, notes = _judge(HIDDEN, RAM, CLEAN)
+    verdict, notes = judge(HIDDEN, RAM, CLEAN)
     assert verdict is Verdict.HIDDEN
     assert any("1 mapped pages of RAM were not scanned" in note for note in notes)
 
@@ -50,15 +50,15 @@ def kvm_says(*, intact: bool = True, runs: int = 0) -> Vm:
 
 
 def test_without_kvms_list_nothing_is_hidden_but_what_was_named() -> None:
-    verdict, (note,) = _judge(HIDDEN, GuestRam(RAM.ranges, unlisted="this kernel has no BTF"), None)
+    verdict, (note,) = judge(HIDDEN, GuestRam(RAM.ranges, unlisted="this kernel has no BTF"), None)
     assert verdict is Verdict.UNKNOWN and note.endswith("this kernel has no BTF")
-    assert _judge(EXPOSED, GuestRam(RAM.ranges, unlisted="no BTF"), None)[0] is Verdict.EXPOSED
+    assert judge(EXPOSED, GuestRam(RAM.ranges, unlisted="no BTF"), None)[0] is Verdict.EXPOSED
 
 
 def test_what_kvm_shows_speaks_against_hidden_whatever_the_walk_saw() -> None:
-    verdict, (note,) = _judge(HIDDEN, GuestRam(RAM.ranges, (kvm_says(runs=3),)), None)
+    verdict, (note,) = judge(HIDDEN, GuestRam(RAM.ranges, (kvm_says(runs=3),)), None)
     assert verdict is Verdict.UNKNOWN and "guests of its own (3 times)" in note
-    verdict, (note,) = _judge(HIDDEN, RAM, None, replaced=True)
+    verdict, (note,) = judge(HIDDEN, RAM, None, replaced=True)
     assert verdict is Verdict.UNKNOWN and "since the audit was started" in note
 
 
@@ -66,40 +66,40 @@ def test_memory_that_the_guest_can_only_read_counts_if_it_could_write_to_it_befo
     part = RamRange(0x7F10_0000_0000, 4096, Source.KVM, 1 << 31)
     for intact, mapped, verdict in ((True, 1, Verdict.HIDDEN), (False, 0, Verdict.HIDDEN), (False, 1, Verdict.UNKNOWN)):
         ram = GuestRam(RAM.ranges, (kvm_says(intact=intact),), (part,))
-        found, (note,) = _judge(HIDDEN, ram, None, mapped_read_only=mapped)
+        found, (note,) = judge(HIDDEN, ram, None, mapped_read_only=mapped)
         assert found is verdict and "cannot write to" in note
 
 
 def test_pages_to_come_are_not_promised() -> None:
     some = page_counts(ram_pages=100, pages_populated=60, not_populated_pages=40)
-    verdict, notes = _judge(some, RAM, None)
+    verdict, notes = judge(some, RAM, None)
     assert verdict is Verdict.HIDDEN and notes == (
         "40 pages are not populated: whether they will be hidden is known once they are",
     )
-    assert _judge(HIDDEN, RAM, None)[1] == ()
+    assert judge(HIDDEN, RAM, None)[1] == ()
 
 
 def test_part_of_an_audit_is_never_hidden() -> None:
-    verdict, notes = _judge(HIDDEN, RAM, None, partial="process 7 ended during the audit")
+    verdict, notes = judge(HIDDEN, RAM, None, partial="process 7 ended during the audit")
     assert (verdict, notes) == (Verdict.UNKNOWN, ())
-    assert _judge(EXPOSED, RAM, None, partial="process 7 ended during the audit")[0] is Verdict.EXPOSED
+    assert judge(EXPOSED, RAM, None, partial="process 7 ended during the audit")[0] is Verdict.EXPOSED
 
 
 def test_why_it_was_guessed_is_said() -> None:
     guess = GuestRam((RamRange(0, 4096, Source.GUESS),), unlisted="this kernel has no BTF")
-    (note,) = _judge(HIDDEN, guess, None)[1]
+    (note,) = judge(HIDDEN, guess, None)[1]
     assert "guesses" in note
     assert "this kernel has no BTF" in note
 
 
 def test_a_verdict_on_ranges_that_were_asked_for_says_so() -> None:
-    (note,) = _judge(HIDDEN, GuestRam((RamRange(0, 4096, Source.REQUESTED),)), None)[1]
+    (note,) = judge(HIDDEN, GuestRam((RamRange(0, 4096, Source.REQUESTED),)), None)[1]
     assert "only what --range names" in note
 
 
 def test_slots_that_changed_are_never_hidden() -> None:
-    assert _judge(HIDDEN, RAM, None, moved=True)[0] is Verdict.UNKNOWN
-    assert _judge(EXPOSED, RAM, None, moved=True)[0] is Verdict.EXPOSED
+    assert judge(HIDDEN, RAM, None, moved=True)[0] is Verdict.UNKNOWN
+    assert judge(EXPOSED, RAM, None, moved=True)[0] is Verdict.EXPOSED
 
 
 def test_json_has_the_words_of_the_design() -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from offmap.audit.mappings import KernelMappings, covered
-from offmap.audit.walk import walk_kernel_half
+from offmap.audit.tops import TOP_ENTRY, Tops
+from offmap.audit.walk import Walker, walk_kernel_half
 
 PAGE = 4096
 GIB = 1 << 30
@@ -320,3 +321,91 @@ def test_covered_agrees_with_asking_run_by_run(runs: list[tuple[int, int]], fram
         table[index]["pa"], table[index]["bytes"] = first * PAGE, pages * PAGE
     naive = [any(first <= frame < first + pages for first, pages in runs) for frame in frames]
     assert covered(table, np.array(frames, dtype=np.uint64)).tolist() == naive
+
+
+def test_a_page_that_moves_so_that_it_is_always_mapped_is_seen_by_many_passes() -> None:
+    # At each read of a table of the last level it is at the other address, so that no single pass sees it.
+    image = Image()
+    here, there = VMALLOC[4], VMALLOC[4] + (4 << 30)
+    image.map(here, 8 * GIB)
+    image.map(there, 9 * GIB)
+    tables = [image.slot(va, 1) for va in (here, there)]
+    page = int(image.pages[tables[0][0]][tables[0][1]])
+    for pa, index in tables:
+        image.pages[pa][index] = 0
+    read, moments = image.read_pages, iter([0, 0] + [0] * 8 + [1] + [0] * 20)
+
+    def moving(pas: NDArray[np.uint64], out: NDArray[np.uint64]) -> None:
+        read(pas, out)
+        for row, pa in enumerate(pas.tolist()):
+            if pa == tables[0][0]:
+                out[row][tables[0][1]] = page if next(moments) else 0
+
+    image.read_pages = moving  # type: ignore[assignment,method-assign]
+    assert not mapped(walk_kernel_half(image, image.root, 4, image.base), [8 * GIB >> 12])[0]
+    found = walk_kernel_half(image, image.root, 4, image.base, passes=20)
+    assert mapped(found, [8 * GIB >> 12])[0]
+    assert found.passes == 20
+
+
+def test_what_any_pass_saw_is_kept_once() -> None:
+    image = Image()
+    image.map(VMALLOC[4], 8 * GIB)
+    walker = Walker(image, image.root, 4, image.base)
+    assert walker.walk() and not walker.walk()
+    image.map(VMALLOC[4] + PAGE, 9 * GIB)
+    assert walker.walk()
+    image.put(VMALLOC[4], 1, 0)
+    walker.walk()
+    result = walker.mappings()
+    assert [(row[0], row[1], row[2]) for row in rows(result)] == [
+        (VMALLOC[4], 8 * GIB, PAGE),
+        (VMALLOC[4] + PAGE, 9 * GIB, PAGE),
+    ]
+    assert (result.passes, result.unreadable) == (4, ())
+
+
+@pytest.mark.parametrize("levels", [4, 5])
+def test_what_other_roots_have_is_found_and_what_they_share_is_not_counted_twice(levels: int) -> None:
+    image, other = Image(levels), Image(levels)
+    other.pages = image.pages
+    other.root = other.table()
+    low, high = 0x1000_0000, VMALLOC[levels] + (1 << 44)
+    image.map(VMALLOC[levels], 7 * GIB)
+    other.map(low, 8 * GIB)
+    other.map(high + PAGE, 9 * GIB)
+    page = image.pages[other.root]
+    shift = 12 + 9 * (levels - 1)
+    shared = VMALLOC[levels] >> shift & 511
+    page[shared] = page[shared] or image.pages[image.root][shared]
+    page[3] = image.pages[image.root][shared]  # in its lower half, as the trampoline has the direct map
+    index = np.flatnonzero(page).astype(np.uint16)
+    entries = np.array([(number, page[number]) for number in index.tolist()], dtype=TOP_ENTRY)
+    walker = Walker(image, image.root, levels, image.base, tops=lambda: Tops(entries, {"mm": 1}))
+    walker.walk()
+    result = walker.mappings()
+    assert {8 * GIB, 9 * GIB} <= {row[1] for row in rows(result)}
+    assert len([row for row in rows(result) if row[1] == 7 * GIB]) == 1
+    assert [row[0] for row in rows(result) if row[1] == 8 * GIB] == [low]
+    assert result.unreadable == () and result.roots == {"init_top_pgt": 1, "mm": 1}
+    assert 8 * GIB not in result.main["pa"].tolist()
+
+
+def test_a_root_that_cannot_be_found_leaves_nothing_hidden() -> None:
+    image = Image()
+    walker = Walker(image, image.root, 4, image.base, tops=lambda: Tops(np.empty(0, TOP_ENTRY), {}, ("why",)))
+    walker.walk()
+    assert [span.reason for span in walker.mappings().unreadable] == ["why"]
+
+
+def test_a_top_entry_that_goes_meanwhile_spoils_the_pass() -> None:
+    image = Image()
+    table = image.table()
+    answers = iter(range(100))
+
+    def tops() -> Tops:
+        return Tops(np.array([(300, table | TABLE)] if next(answers) % 2 == 0 else [], dtype=TOP_ENTRY), {})
+
+    walker = Walker(image, image.root, 4, image.base, tops=tops)
+    walker.walk()
+    assert (walker.passes, walker.failed) == (1, 0)

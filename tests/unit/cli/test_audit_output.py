@@ -47,14 +47,18 @@ def audit(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Give a function that says what the audit of each VM finds; those of ``--all`` have the PIDs 1, 2, …"""
 
     def found(*answers: Answer) -> None:
-        def snapshot_process(pid: int, **_: Any) -> Any:
-            answer = answers[pid - 1]
-            if isinstance(answer, BaseException):
-                raise answer
-            return SimpleNamespace(audit=answer)
+        def snapshot_processes(pids: list[int], **_: Any) -> Any:
+            every = {pid: answers[pid - 1] for pid in pids}
+            for answer in every.values():
+                if isinstance(answer, BaseException) and not isinstance(answer, OffmapError):
+                    raise answer
+            return {
+                pid: answer if isinstance(answer, OffmapError) else SimpleNamespace(audit=answer)
+                for pid, answer in every.items()
+            }
 
         vms = [VmProcess(pid + 1, "vmm", VmmFacts("QEMU", "", 1, 0)) for pid in range(len(answers))]
-        monkeypatch.setattr("offmap.audit.audit.snapshot_process", snapshot_process)
+        monkeypatch.setattr("offmap.audit.audit.snapshot_processes", snapshot_processes)
         monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: (vms, []))
 
     return found
@@ -128,19 +132,41 @@ def test_a_failed_audit_overwrites_what_was_called_hidden(
 def test_sigterm_overwrites_what_was_called_hidden(audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prom = tmp_path / "offmap.prom"
 
-    def killed(pid: int, **_: Any) -> Any:
+    def killed(pid: list[int], **_: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()  # the handler raises before this
         raise AssertionError(pid)
 
     audit(result(Verdict.HIDDEN))
     assert main(["audit", "1", "--prometheus", str(prom)]) == ExitStatus.DONE
-    monkeypatch.setattr("offmap.audit.audit.snapshot_process", killed)
+    monkeypatch.setattr("offmap.audit.audit.snapshot_processes", killed)
     with pytest.raises(SystemExit) as caught:
         main(["audit", "1", "--prometheus", str(prom)])
     assert caught.value.code == ExitStatus.FAILED
     assert metrics(prom)["offmap_audit_success", ""] == 0 == metrics(prom)["offmap_audit_verdict", "hidden"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_while_an_audit_runs_no_file_has_a_verdict(audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prom, page = tmp_path / "offmap.prom", tmp_path / "offmap.html"
+    command = ["audit", "1", "--prometheus", str(prom), "--html", str(page)]
+    audit(result(Verdict.HIDDEN))
+    assert main(command) == ExitStatus.DONE
+    assert metrics(prom)["offmap_audit_verdict", "hidden"] == 1
+    seen = []
+
+    def looks(pids: list[int], **_: Any) -> Any:
+        # As a SIGKILL just now would leave it.
+        seen.append((metrics(prom), page.read_text()))
+        return {pid: SimpleNamespace(audit=result(Verdict.HIDDEN)) for pid in pids}
+
+    monkeypatch.setattr("offmap.audit.audit.snapshot_processes", looks)
+    assert main(command) == ExitStatus.DONE
+    ((figures, text),) = seen
+    assert figures["offmap_audit_success", ""] == 0 == figures["offmap_audit_verdict", "hidden"]
+    assert figures["offmap_audit_verdict", "unknown"] == 1
+    assert "an audit is in progress: there is no verdict yet" in text
+    assert metrics(prom)["offmap_audit_verdict", "hidden"] == 1
 
 
 def test_a_result_that_contradicts_itself_is_never_shown(
