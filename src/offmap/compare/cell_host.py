@@ -1,4 +1,4 @@
-"""A disposable host in which cells are measured: one cell, or one after the other where the questions allow it.
+"""A disposable host in which cells are measured: one cell, or several in turn if their questions allow it.
 
 The first cell of a host pays for its start, for Python's and for reading the kernel's types; the next ones do not.
 """

@@ -1,7 +1,6 @@
-"""Running one cell: a disposable host, its own unless the cell allows another, and the measuring program in it.
+"""Run one cell: start a disposable host, or take one that the cell may share, and run the measuring program in it.
 
-An oops, a panic or a hang of the host ends the cell, which keeps the answers that it had by then. None of them is an
-exception here.
+An oops, a panic or a hang of the host ends the cell. It is a result, not an exception, and earlier answers are kept.
 """
 
 import os
@@ -38,11 +37,11 @@ from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
 DEADLINE = 900.0
-"""Seconds for a cell, from the boot of its host, on an idle and fast machine; emulated, it takes 100 to 250."""
+"""Seconds for a cell, from the boot of its host, on an idle, fast machine. An emulated cell takes 100 to 250."""
 
 
 def usual_deadline() -> float:
-    """Whole seconds for a cell where the user names none: DEADLINE, more on a slower or busy machine."""
+    """The default deadline in whole seconds: DEADLINE, and more on a slower or busy machine."""
     return float(round(scaled(DEADLINE)))
 
 
@@ -61,7 +60,7 @@ class Settings:
         accel: of the disposable hosts: auto, tcg or kvm.
         boots: pairs of guests whose boots are timed (Job.boots).
         preset: how much is asked.
-        initrd: the guests' initramfs, if there is one already.
+        initrd: the guests' initramfs; None to make one for each cell.
         modules: the host kernel's ``lib/modules/RELEASE`` folder, where it is a bzImage whose folder is elsewhere.
         program: Python's arguments for the measuring program (offmap.compare.job).
     """
@@ -77,10 +76,10 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class CellTask:
-    """What is asked of whoever runs a cell, perhaps on another machine.
+    """One cell to run, here or on another machine.
 
     Attributes:
-        run: which comparison wants it, for `stop_cells`.
+        run: the name of its comparison, for `stop_cells`.
     """
 
     spec: CellSpec
@@ -90,7 +89,7 @@ class CellTask:
 
 @dataclass(slots=True)
 class _End:
-    """How the cell ended, as far as the host tells. What the program says is in the transcript."""
+    """How the cell ended, seen from the host. The program's own report is in the transcript."""
 
     outcome: CellOutcome | None = None
     reason: str = ""
@@ -120,11 +119,11 @@ def kernels_of(spec: CellSpec, report: Report, modules: Path | None = None) -> t
 
 
 def run_cell(task: CellTask, report: Report = lambda _: None, hosts: CellHosts | None = None) -> CellResult:
-    """Run one cell to its end, and return its result, whatever the end was.
+    """Run one cell, and return its result, however it ended.
 
     Args:
-        report: takes its stages, from any thread.
-        hosts: those of the same comparison, for a cell that needs none of its own.
+        report: takes the cell's events, from any thread.
+        hosts: those of the comparison, for a cell that may share one.
 
     Raises:
         CellStopped: `stop_cells` was called for its comparison.
@@ -138,7 +137,7 @@ def run_cell(task: CellTask, report: Report = lambda _: None, hosts: CellHosts |
             host, guest = kernels_of(task.spec, report, task.how.modules)
             inputs = {**inputs_of(host, guest), **module_input(task.spec, host)}
             module = _module(task.spec, host, report)
-            began = time.monotonic()  # downloads and builds are not the cell's time
+            began = time.monotonic()  # the cell's time has no downloads and builds in it
             if task.spec.host_kernel == NATIVE:
                 _run_native(task, guest, transcript, cell, end)
             else:
@@ -147,13 +146,13 @@ def run_cell(task: CellTask, report: Report = lambda _: None, hosts: CellHosts |
         except CellStopped:
             raise
         except OffmapError as error:
-            cell.check()  # a host that was ended for it is no failure
+            cell.check()  # if the comparison was stopped, a host that ended is no failure
             end.outcome, end.reason = _outcome_of(error, end, time.monotonic() - began >= task.how.deadline)
             end.oops = error.oops if isinstance(error, LabPanic) else ""
             if not end.console and isinstance(error, LabEnded):
                 end.console = error.console
     if inputs and inputs["code"] != (now := code_digest()):
-        inputs["code"] += f"-{now}"  # neither state was measured: the disposable host reads the code as it goes
+        inputs["code"] += f"-{now}"  # the code changed meanwhile: the host may have read both states
     return _result(task, transcript.said(), end, inputs, time.monotonic() - began)
 
 
@@ -168,7 +167,7 @@ def _outcome_of(error: OffmapError, end: _End, late: bool) -> tuple[CellOutcome,
 
 
 def _job(task: CellTask, guest: HostKernel, folder: str) -> Job:
-    """The job of a cell that may write to `folder`, where its guest's initramfs is put."""
+    """The job of a cell. Its files go to `folder`, the guest's initramfs too."""
     initrd = task.how.initrd
     if initrd is None:
         initrd = Path(folder) / "guest.initramfs"
@@ -236,7 +235,7 @@ def _run_in_host(
                     ) from None
             _judge(status, complaint, transcript.said(), end)
             if end.outcome is CellOutcome.FAILED:
-                running.close()  # what it left behind is no other cell's
+                running.close()  # no other cell may find what this one left behind
     finally:
         if console is not None:
             booted = end.outcome in {CellOutcome.BOOTED, CellOutcome.REFUSED}
@@ -254,7 +253,7 @@ def _module(spec: CellSpec, kernel: HostKernel, report: Report) -> Path | None:
 
 
 def _judge(status: int, complaint: str, said: Said, end: _End) -> None:
-    """Judge the outcome from what the program said and how it ended."""
+    """Set the outcome from what the program printed and how it ended."""
     if said.complaint:
         end.outcome, end.reason = CellOutcome.FAILED, said.complaint
     elif said.outcome is None or status != ExitStatus.DONE:

@@ -1,4 +1,4 @@
-"""What the demonstration claims of each kind of RAM, what it measured, and how the one is held against the other."""
+"""The demonstration: what it claims of each kind of RAM, what it measured, and where the two differ."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
@@ -16,12 +16,12 @@ CANARIES = 64
 
 
 def row_name(spec: CellSpec) -> str:
-    """What tells a guest from the others of a demonstration: its RAM and, where that was chosen, its clock."""
+    """The name of a guest in the demonstration: its RAM, and its clock if that was chosen."""
     return spec.backend if spec.kvm_clock == "auto" else f"{spec.backend}:kvm-clock={spec.kvm_clock}"
 
 
 class Claimed(Enum):
-    """What is to come out."""
+    """The result that is claimed."""
 
     EXPOSED = "exposed"  # the positive control: all canaries found
     HIDDEN = "hidden"
@@ -29,11 +29,11 @@ class Claimed(Enum):
 
 
 class Claim(Struct, frozen=True):
-    """A guest of the demonstration, and what is claimed of it.
+    """A guest of the demonstration, and the result that is claimed of it.
 
     Attributes:
-        kvm_clock: on, off, or auto, as ``offmap run`` takes it. If not auto, the guest must really run by kvm-clock, or
-            really not.
+        kvm_clock: on, off, or auto, as ``offmap run`` takes it. With on, the guest's clocksource must be kvm-clock;
+            with off, it must not be.
     """
 
     backend: str
@@ -55,7 +55,7 @@ STOCK = (
     Claim("qemu-unplugged", Claimed.HIDDEN),
     Claim("secretmem", Claimed.REFUSED),
 )
-"""On any kernel."""
+"""The claims on any kernel."""
 
 PATCHED = (
     Claim("anon", Claimed.EXPOSED),
@@ -66,23 +66,23 @@ PATCHED = (
     Claim("guest_memfd-unmapped", Claimed.HIDDEN, "off"),
     Claim("guest_memfd-unmapped", Claimed.HIDDEN, "on"),
 )
-"""On a kernel with the patches of kernel/patches/."""
+"""The claims on a kernel with the patches of kernel/patches/."""
 
 
 class DemoRow(Struct, frozen=True, kw_only=True):
-    """One row of the demonstration: what was measured of one guest. None means "was not measured", never 0.
+    """One row of the demonstration: what was measured of one guest. None means "not measured", never 0.
 
     Attributes:
-        host_kernel, guest_kernel: what ``uname -r`` says; empty if it did not come up.
+        host_kernel, guest_kernel: what ``uname -r`` says; empty if the kernel did not boot.
         kvm_clock: whether the guest was offered kvm-clock, as ``offmap run`` takes it: on, off, or auto.
-        clocksource: what the guest keeps time by, in its own words.
-        reason: why it was refused or failed, what the audit could not tell, or the host's oops.
+        clocksource: the guest's, as it names it.
+        reason: why it was refused or failed, why the verdict is unknown, or the host's oops.
         verdict: the audit's, while the guest ran.
-        canaries_planted: what the guest says it planted in its RAM.
-        canaries_found: distinct ones that were read through the host kernel's mappings.
-        scanned_bytes: how much was read to look for them.
-        populate_seconds: to get the guest's RAM, zeroed where it must be.
-        boot_seconds: from the VMM's process start until the guest's init had done its work.
+        canaries_planted: how many the guest says that it planted in its RAM.
+        canaries_found: how many of them were read through the host kernel's mappings.
+        scanned_bytes: how much was scanned for them.
+        populate_seconds: time to get the guest's RAM, zeroed if it must be.
+        boot_seconds: from the start of the VMM's process until the guest's init was ready.
     """
 
     backend: str
@@ -107,12 +107,12 @@ class DemoRow(Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """As its claim has it."""
+        """The name of the row, which is that of its claim."""
         return row_name(CellSpec(self.backend, kvm_clock=self.kvm_clock))
 
 
 class Mismatch(Struct, frozen=True):
-    """Something that did not come out as claimed; `row` is the name of the row."""
+    """A result that contradicts a claim; `row` is the name of the row."""
 
     row: str
     what: str
@@ -120,9 +120,9 @@ class Mismatch(Struct, frozen=True):
 
 
 def check(cells: Iterable[DemoRow], claims: Sequence[Claim]) -> Iterator[Mismatch]:
-    """Hold what was measured against what is claimed.
+    """Check what was measured against the claims.
 
-    The plain kinds are the positive control: where their canaries are not found, nothing that was not found counts.
+    The plain kinds are the positive control: if their canaries are not found, "not found" proves nothing.
     """
     measured = {cell.name: cell for cell in cells}
     for claim in claims:

@@ -1,4 +1,4 @@
-"""The demonstration: a small preset of the comparison, a guest on each kind of RAM, held against what is claimed."""
+"""The demonstration, a small preset of the comparison: a guest on each kind of RAM, checked against the claims."""
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +36,7 @@ PRESET = Preset(
     cmdline="memmap=256M$0x40000000 secretmem.enable=1",  # 256 MiB at 1 GiB, for `reserved`
     fresh=False,
 )
-"""All its hosts are of one kind, whatever RAM their guest gets."""
+"""All cells need the same kind of host, so that they can share one."""
 
 _NUMBERS = {
     "ram_pages": "hidden.ram_pages",
@@ -55,13 +55,13 @@ _VERDICTS = {True: Verdict.HIDDEN, False: Verdict.EXPOSED, None: Verdict.UNKNOWN
 
 
 class DemoResult(Struct, frozen=True, tag_field="schema", tag=SCHEMA):
-    """What came out, as report.json has it.
+    """The result of a demonstration. Its JSON is report.json.
 
     Attributes:
         time: when it ended (UTC, ISO 8601).
         host: the disposable hosts, which are alike.
         left_out: what could not be tried here and why, or empty.
-        surprises: what did not come out as claimed.
+        surprises: the results that contradict a claim.
     """
 
     offmap: str
@@ -73,19 +73,19 @@ class DemoResult(Struct, frozen=True, tag_field="schema", tag=SCHEMA):
 
     @property
     def exit_status(self) -> ExitStatus:
-        """0 only if all came out as claimed; else that of the gravest mismatch: exposed, then failed, then unknown."""
+        """0 if every claim held; else the status of the gravest mismatch: exposed, then failed, then unknown."""
         found = {mismatch.exit_status for mismatch in self.surprises}
         order = (ExitStatus.EXPOSED, ExitStatus.FAILED, ExitStatus.UNDETERMINED)
         return next((status for status in order if status in found), ExitStatus.DONE)
 
 
 def claims_of(kernel_spec: str) -> tuple[Claim, ...]:
-    """Which guests to try on a host kernel (offmap.lab.provision.host_kernel), and what is claimed of each."""
+    """The guests for a host kernel (offmap.lab.provision.host_kernel), each with its claim."""
     return PATCHED if kernel_spec.startswith("patched:") else STOCK
 
 
 def specs_of(kernel_spec: str, claims: Iterable[Claim]) -> list[CellSpec]:
-    """A cell for each claim, in their order. Guests run the host's kernel, but a stock one where that is patched."""
+    """A cell for each claim, in their order. Guests run the host's kernel; on a patched host, a stock one."""
     guest = default_spec() if kernel_spec.startswith("patched:") else kernel_spec
     return [CellSpec(claim.backend, kernel_spec, guest, kvm_clock=claim.kvm_clock) for claim in claims]
 
@@ -121,10 +121,10 @@ def run_demo(
         modules: its ``lib/modules/RELEASE`` folder, where it is a bzImage.
         accel: of the disposable hosts: auto, tcg or kvm.
         events: takes the events of the cells, from any thread.
-        say: takes what is waited for before there are any.
+        say: takes a line about what is done before the first event.
 
     Raises:
-        OffmapError: a kernel cannot be had, a result is not to be written, or a host could not be made.
+        OffmapError: a kernel cannot be had, the report cannot be written, or a host cannot be started.
     """
     claims = claims_of(kernel_spec)
     specs = specs_of(kernel_spec, claims)
@@ -139,7 +139,7 @@ def run_demo(
     path = out.resolve() / "report.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # an earlier run's, which would outlive an interrupted one
+        path.unlink(missing_ok=True)  # of an earlier run: an interrupted run must not leave it
         initrd = path.with_name("guest.initramfs")
         initrd.write_bytes(guest_initramfs())
     except OSError as error:
@@ -159,14 +159,14 @@ def run_demo(
 
 
 def _order(specs: Sequence[CellSpec]) -> list[CellSpec]:
-    """The longest first, but one that needs no module before all, so that the first boot need not wait for a build."""
+    """The longest first. But the very first cell needs no module, as a build would delay the first boot."""
     first = next(spec for spec in specs if not kind_of(spec.backend).backend.needs_module)
     return [first, *(spec for spec in longest_first(specs) if spec != first)]
 
 
 def judge(results: Sequence[CellResult], claims: Sequence[Claim]) -> DemoResult:
-    """Hold the cells of a demonstration against what is claimed."""
-    # Without a module for this kernel no host was started, which says nothing of the kind of RAM.
+    """Check the cells of a demonstration against the claims."""
+    # There is no module for this kernel, and so no host was started: the kind of RAM was not tried.
     untried = [
         result
         for result in results

@@ -1,4 +1,4 @@
-"""The events of a running comparison, for whoever shows them."""
+"""Events of a running comparison, for progress displays."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from offmap.compare.spec import CellSpec
 
 @dataclass(frozen=True, slots=True)
 class CellEvent:
-    """One thing that happened to a cell; all but one kind of it is left out.
+    """One event of a cell. Only the fields of one kind of event are set.
 
     Attributes:
-        begun: it runs now.
+        begun: the cell starts.
         stage: what is being done.
-        share: of the stage, from 0 to 1; None if unknown.
-        skipped: it is done from before.
+        share: done of the stage, from 0 to 1; None if unknown.
+        skipped: an earlier run has its result.
         again: why it is run again.
-        note: something to be told.
+        note: a message for the user.
         ended: its result.
     """
 

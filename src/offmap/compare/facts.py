@@ -1,6 +1,6 @@
-"""Facts that a result is stamped with: of the host that a cell ran on, of its guest, and of the machine under the host.
+"""Facts that each result carries: about the cell's host, its guest, and the machine under the host.
 
-A fact that is not known is left out.
+Unknown facts are left out.
 """
 
 import os
@@ -15,7 +15,7 @@ from offmap.lab.qemu import find_qemu
 
 
 class Host(Struct, frozen=True, omit_defaults=True):
-    """The host of a cell; without any fact if it never came up.
+    """The host of a cell; empty if it never booted.
 
     Attributes:
         kernel: what ``uname -r`` says.
@@ -34,11 +34,11 @@ class Host(Struct, frozen=True, omit_defaults=True):
 
 
 class Guest(Struct, frozen=True, omit_defaults=True):
-    """The guest that a cell is about, as its console says.
+    """The guest that a cell is about, by its console.
 
     Attributes:
         kernel: what ``uname -r`` says.
-        clocksource: what it keeps time by.
+        clocksource: as the guest names it.
     """
 
     kernel: str = ""
@@ -46,13 +46,13 @@ class Guest(Struct, frozen=True, omit_defaults=True):
 
 
 class Machine(Struct, frozen=True, omit_defaults=True):
-    """The machine that a disposable host ran on, or that is the host. Nothing here names it.
+    """The machine under a disposable host, or the machine that is the host. It is not named.
 
     Attributes:
         accel: what ran the host: ``tcg``, ``kvm`` or ``native``; empty if there was no host.
         processors: how many the hosts could use.
-        qemu: what it says of its version.
-        kernel: what ``uname -r`` says; left out where the host was emulated, as it does not matter there.
+        qemu: its version line.
+        kernel: what ``uname -r`` says; left out if the host was emulated, as it does not matter then.
     """
 
     accel: str = ""
@@ -71,7 +71,7 @@ def this_host() -> Host:
 
 
 def this_machine(accel: str) -> Machine:
-    """The machine that this process runs on, which ran a host by `accel`."""
+    """The machine that this process runs on. It ran the host by `accel`."""
     facts = host_facts()
     return Machine(
         accel=accel,
@@ -85,7 +85,7 @@ def this_machine(accel: str) -> Machine:
 
 @cache
 def _qemu_version() -> str:
-    """``QEMU emulator version 7.2.22 …``; empty if there is none."""
+    """``QEMU emulator version 7.2.22 …``; empty if there is no QEMU."""
     try:
         done = subprocess.run([find_qemu(), "--version"], capture_output=True, text=True, check=False)
     except (LabError, OSError):

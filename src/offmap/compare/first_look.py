@@ -1,4 +1,4 @@
-"""One look at a guest that is alone on its host: does it boot on such RAM, and what can the host kernel reach of it?"""
+"""The short cell: one guest, alone on its host. Does it boot, and what of its RAM can the host kernel reach?"""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def first_look(job: Job, folder: Path, survey: Survey) -> None:
         kind_of(job.spec.backend),
         Path(job.guest_vmlinuz),
         Path(job.initrd),
-        # A guest that has both clocks may prefer the TSC: what it uses shall tell what it has.
+        # So that the clock it uses tells whether it has kvm-clock: a guest with both may prefer the TSC.
         words=f"clocksource=kvm-clock {secrets.of_candidate}",
         vcpus=job.spec.vcpus,
         kvm_clock=job.spec.kvm_clock,

@@ -1,4 +1,4 @@
-"""What the result of a cell depends on, as digests. Where one differs, an earlier result is not used again."""
+"""What the result of a cell depends on, as digests. If one differs, an earlier result is not used again."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +17,7 @@ _NO_PART = (
     *("report/", "compare/report/", "cli/compare"),
     *("compare/run.py", "compare/scheduler.py", "compare/store.py", "compare/cluster.py"),
 )
-"""Parts of the package that show or schedule, and measure nothing."""
+"""Parts of the package that measure nothing: they show or schedule."""
 
 _NAMES = {
     "code": "the code",
@@ -32,7 +32,7 @@ _RUNNING = ("version", "cmdline")
 
 
 def code_digest() -> str:
-    """The digest of all that measures: offmap's code and its kernel module's, as they are on the disk now.
+    """The digest of the code that measures: offmap's and its kernel module's, as it is on the disk now.
 
     Raises:
         OffmapError: this installation has no sources of the module.
@@ -49,11 +49,11 @@ def code_digest() -> str:
 
 
 def kernel_digest(kernel: HostKernel) -> str:
-    """The digest of a kernel's image; for one that somebody built, also of its modules (by size and time)."""
-    if kernel.name == NATIVE:  # its image may lie anywhere; what it refuses depends on how it was booted
+    """The digest of a kernel's image. For a kernel that somebody built, also of its modules, by size and time."""
+    if kernel.name == NATIVE:  # its image may be anywhere; what it refuses depends on its command line too
         return hashlib.sha256(b"".join(Path(f"/proc/{name}").read_bytes() for name in _RUNNING)).hexdigest()[:_DIGITS]
     if kernel.name.startswith("patched:"):
-        return kernel.release  # which has the digest of all that it is made from, whoever's compiler made it
+        return kernel.release  # it contains a digest of its sources and configuration
     digest = hashlib.sha256(sha256_of(kernel.vmlinuz).encode())
     if not kernel.name.startswith("debian:"):
         for path in sorted(kernel.modules.rglob("*.ko*")):
@@ -63,7 +63,7 @@ def kernel_digest(kernel: HostKernel) -> str:
 
 
 def module_state(kernel: HostKernel) -> str:
-    """Whether a host with that kernel can have the offmap module. A refusal for want of it holds until that changes."""
+    """Whether a host with that kernel can have the offmap module. If this changes, a refusal is measured again."""
     if kernel.name == NATIVE:
         loaded = loaded_module()
         return loaded.srcversion if loaded else "not loaded"
@@ -75,7 +75,7 @@ def module_state(kernel: HostKernel) -> str:
 
 
 def module_input(spec: CellSpec, host: HostKernel) -> dict[str, str]:
-    """What the cell depends on beside `inputs_of`."""
+    """What this cell depends on in addition to `inputs_of`."""
     return {"module": module_state(host)} if kind_of(spec.backend).backend.needs_module else {}
 
 
@@ -91,6 +91,6 @@ def inputs_of(host: HostKernel, guest: HostKernel) -> dict[str, str]:
 
 
 def difference(then: dict[str, str], now: dict[str, str]) -> str:
-    """What has changed, in words (``the code and the host kernel``); empty if nothing has."""
+    """What has changed, in words (``the code and the host kernel``); empty if nothing."""
     changed = dict.fromkeys(_NAMES[name] for name in _NAMES if then.get(name) != now.get(name))
     return " and ".join(changed)

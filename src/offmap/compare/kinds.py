@@ -1,6 +1,6 @@
-"""The kinds of guest RAM that are compared: each backend under offmap's VMM, and under QEMU what QEMU can map.
+"""The kinds of guest RAM that are compared: each backend under offmap's VMM, and under QEMU those that QEMU can map.
 
-What a backend is stands on its class. What it is called here with a VMM stands here.
+The facts about a backend are in its class. This module pairs backends with VMMs and names the pairs.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from offmap.errors import OffmapError
 from offmap.memory.backend import BACKENDS, Backend
 
 BASELINE = "memfd"
-"""The plain RAM that everything is compared with, under the same VMM in the same host."""
+"""Plain RAM. Each kind is compared with it under the same VMM in the same host."""
 
 _QEMU = "qemu-"
 
@@ -36,7 +36,7 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """As an axis of the matrix spells it: ``unplugged``, ``qemu-unplugged``."""
+        """The name on the axis of the matrix: ``unplugged``, ``qemu-unplugged``."""
         return f"{_QEMU if self.vmm is Vmm.QEMU else ''}{self.ram}"
 
     @property
@@ -45,7 +45,7 @@ class Kind:
 
     @property
     def baseline(self) -> "Kind":
-        """Plain RAM under the same VMM, so that VMMs are not what is compared."""
+        """Plain RAM under the same VMM: the comparison is between kinds of RAM, not VMMs."""
         return Kind(BASELINE, self.vmm)
 
 
@@ -63,5 +63,5 @@ def kind_of(name: str) -> Kind:
 
 @cache
 def kind_names() -> tuple[str, ...]:
-    """All that are compared, in the order of the report: the plain ones first, QEMU's last."""
+    """All kinds, in the order of the report: plain ones first, QEMU's last."""
     return (*BACKENDS, *(f"{_QEMU}{name}" for name, backend in BACKENDS.items() if backend.file))

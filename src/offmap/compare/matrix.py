@@ -1,6 +1,6 @@
-"""The matrix of the comparison: which cells there are, and in which order they are run.
+"""The matrix of the comparison: its cells, and the order in which they are run.
 
-Combinations that a host kernel is known to refuse, whatever the guest, are kept once: the refusal is the result.
+A host kernel refuses some combinations whatever the guest. Those are kept once: the refusal is the result.
 """
 
 import re
@@ -13,7 +13,7 @@ from offmap.compare.kinds import Vmm, kind_names, kind_of
 from offmap.compare.spec import KVM_CLOCKS, CellSpec
 from offmap.errors import OffmapError
 
-MAX_VCPUS = 64  # more would not be a comparison of memory any more, and no lab host has the time
+MAX_VCPUS = 64  # more would take a lab host too long, and would compare processors, not memory
 _RELEASED = re.compile(r"debian:(\d+)\.(\d+)")
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """What to combine with what."""
+    """The values of each axis; cells are their combinations."""
 
     backends: tuple[str, ...] = kind_names()
     host_kernels: tuple[str, ...] = ("debian:6.12",)
@@ -48,7 +48,7 @@ class Axes:
         vcpus: Sequence[int] | None = None,
         kvm_clocks: Sequence[str] | None = None,
     ) -> "Axes":
-        """These axes, with each that is given instead of its own; duplicates count once.
+        """These axes, with the given ones replaced. Duplicate values count once.
 
         Raises:
             OffmapError: a value that the axis cannot have.
@@ -76,9 +76,9 @@ FULL_AXES = Axes(
 
 
 def cells_of(axes: Axes) -> tuple[CellSpec, ...]:
-    """All combinations that make sense, those that say most first, so that a run that is stopped has been of use.
+    """All combinations that make sense. Those that tell most come first, for runs that are stopped.
 
-    What varies slowest is the guest kernel, then vCPUs and kvm-clock, then the host kernel, then the backend.
+    The guest kernel varies slowest, then vCPUs, kvm-clock, the host kernel and the backend.
     """
     return tuple(_sensible(axes))
 
@@ -96,23 +96,23 @@ def _sensible(axes: Axes) -> Iterator[CellSpec]:
 
 
 def _refusal(name: str, host_kernel: str, kvm_clock: str) -> str:
-    """Why that is known to be refused; empty if it is not. What is really said is measured, once."""
+    """What is known to be refused: memory or kvm-clock; empty if nothing. The refusal itself is measured once."""
     released = _RELEASED.fullmatch(host_kernel)
     if released is None:
         return ""
     kind = kind_of(name)
     if not kind.backend.in_release((int(released[1]), int(released[2]))):
         return "memory"
-    # offmap refuses what would oops a kernel as released. With no struct page KVM memremaps the page instead, which
-    # QEMU lets happen.
+    # offmap refuses kvm-clock where it would oops a released kernel. QEMU does not: if the page has no struct page,
+    # KVM memremaps it.
     return "kvm-clock" if kvm_clock == "on" and kind.backend.hides and kind.vmm is Vmm.OFFMAP else ""
 
 
 def longest_first(specs: Iterable[CellSpec]) -> list[CellSpec]:
-    """The order to run cells in, several at a time: within a setting, so that no long one is left for the end.
+    """The order to run cells in, several at a time: within a setting the longest first, so that none is left for last.
 
-    Which kinds take longest was measured: those whose memory is taken page by page, then QEMU, whose guests boot
-    slowest. What is known to be refused takes a host's boot and no more, and fills the gaps.
+    Measured: cells whose memory is taken page by page take longest, then QEMU's, whose guests boot slowest. A cell that
+    is refused takes only the boot of a host.
     """
     settings: dict[tuple[str, str, int, str], list[CellSpec]] = {}
     for spec in specs:
@@ -121,7 +121,7 @@ def longest_first(specs: Iterable[CellSpec]) -> list[CellSpec]:
 
 
 def _weight(spec: CellSpec) -> int:
-    """The less, the longer it takes."""
+    """The sort key: smaller for cells that take longer."""
     kind = kind_of(spec.backend)
     if _refusal(spec.backend, spec.host_kernel, spec.kvm_clock):
         return 4

@@ -11,7 +11,7 @@ from statistics import median, quantiles
 from msgspec import Struct
 
 MIN_PAIRS = 5
-"""Fewer pairs of samples give no ratio: a median of so few says nothing of its spread."""
+"""Fewer pairs of samples give no ratio, as they do not show the spread."""
 
 
 class Group(Enum):
@@ -34,14 +34,14 @@ class Group(Enum):
 
 
 class Kind(Enum):
-    """What an answer can be, beside "not determined"."""
+    """The types of an answer. Each answer can also be "not determined"."""
 
     TRI_STATE = "tri-state"  # yes, no
     NUMBER = "number"
 
 
 class Better(Enum):
-    """Which answers are the better ones. For yes and no: HIGHER is yes."""
+    """Which answers are better. HIGHER means yes, where the answer is yes or no."""
 
     LOWER = "lower"
     HIGHER = "higher"
@@ -54,9 +54,9 @@ class Question(Struct, frozen=True):
     Attributes:
         id: stable, ``group.name``.
         title: a statement (tri-state) or a quantity (number), for the table.
-        unit: of the number as a reader writes it; empty for a count and for yes and no.
-        explanation: what was done to get the answer, and what it means.
-        emulation: what emulation (a disposable host under TCG) cannot show of it; empty if nothing is lost.
+        unit: of the number, for people; empty for a count and for yes or no.
+        explanation: how the answer is measured, and what it means.
+        emulation: why an emulated host (TCG) cannot show all of it; empty if it can.
     """
 
     id: str
@@ -70,7 +70,7 @@ class Question(Struct, frozen=True):
 
 
 class Ratio(Struct, frozen=True):
-    """Candidate against baseline: median and quartiles of the ratios of alternating pairs."""
+    """Candidate ÷ baseline: median and quartiles of the ratios of pairs that were measured by turns."""
 
     median: float
     low: float
@@ -83,11 +83,11 @@ class Answer(Struct, frozen=True):
 
     Attributes:
         question: its id.
-        value: the yes or no, or the number (of several samples, their median); None was not determined or measured.
-        reason: why there is no value, or what a value needs for being understood; may be empty only with a value.
-        samples: single measurements of the candidate, in the question's unit, in the order they were taken.
-        baseline: the same of plain RAM in the same host, alternating with `samples`: the n-th belongs to the n-th.
-        detail: more for whoever asks: text of any length, shown on a click.
+        value: yes, no, or a number (the median of the samples); None if it was not determined.
+        reason: why there is no value, or a remark on the value. Only an answer with a value may leave it empty.
+        samples: each measurement of the candidate, in the question's unit and in order.
+        baseline: each measurement of plain RAM in the same host. The n-th makes a pair with the n-th sample.
+        detail: more text, of any length; the page shows it on a click.
 
     Raises:
         ValueError: no such question, a value of the wrong kind, or no value and no reason.
@@ -114,7 +114,7 @@ class Answer(Struct, frozen=True):
 
     @property
     def ratio(self) -> Ratio | None:
-        """Candidate ÷ baseline, pair by pair; None where fewer than MIN_PAIRS whole pairs were measured."""
+        """Candidate ÷ baseline; None if fewer than MIN_PAIRS whole pairs were measured."""
         pairs = [(mine, plain) for mine, plain in zip(self.samples, self.baseline, strict=False) if plain > 0]
         if len(pairs) < MIN_PAIRS:
             return None

@@ -1,4 +1,4 @@
-"""The cells that this process runs, so that they can be ended: none outlives its comparison."""
+"""The cells that run in this process. They can be ended, so that none outlives its comparison."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ class RunningCell:
             end()
 
     def check(self) -> None:
-        """Return if the comparison still runs.
+        """Check that the comparison still runs.
 
         Raises:
             CellStopped: it was stopped.
@@ -71,7 +71,7 @@ def running_cell(run: str) -> Iterator[RunningCell]:
 
 
 def stop_cells(run: str) -> int:
-    """End all cells of comparison `run` in this process, and let no other start; returns how many there were."""
+    """End all cells of comparison `run` in this process, and let no other start. Return how many were ended."""
     with _lock:
         _stopped.add(run)
         cells = list(_cells.get(run, ()))

@@ -1,4 +1,4 @@
-"""What a cell of the comparison is: one kind of guest RAM, on one host kernel, with one guest."""
+"""A cell of the comparison: one kind of guest RAM, on one host kernel, with one guest."""
 
 import hashlib
 import re
@@ -8,7 +8,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 NATIVE = "native"
-"""As a host kernel: the one that this machine runs, without a disposable host."""
+"""The name of the running kernel as a host kernel: there is no disposable host."""
 
 KVM_CLOCKS = ("auto", "off", "on")
 
@@ -18,10 +18,10 @@ class CellSpec(Struct, frozen=True, order=True):
 
     Attributes:
         backend: the kind of guest RAM (offmap.compare.kinds).
-        host_kernel: as ``offmap lab exec --host-kernel`` takes it; NATIVE for the running one, without a lab host.
-        guest_kernel: the same.
+        host_kernel: as ``offmap lab exec --host-kernel`` takes it; or NATIVE.
+        guest_kernel: as ``--guest-kernel`` takes it.
         vcpus: of the guest.
-        kvm_clock: on, off, or auto: on wherever the host kernel can keep it on such RAM, off elsewhere.
+        kvm_clock: on, off, or auto: on if the host kernel can keep kvm-clock on such RAM.
     """
 
     backend: str
@@ -38,7 +38,7 @@ class CellSpec(Struct, frozen=True, order=True):
 
     @property
     def setting(self) -> tuple[str, str, int, str]:
-        """All but the kind of RAM: cells of one setting stand side by side."""
+        """All but the kind of RAM. The report shows cells of one setting side by side."""
         return self.host_kernel, self.guest_kernel, self.vcpus, self.kvm_clock
 
     @property
@@ -50,7 +50,7 @@ class CellSpec(Struct, frozen=True, order=True):
 
 
 def _file_name(kernel: str) -> str:
-    """``debian:6.12`` as debian-6.12; a path as its last part and a digest of all of it."""
+    """``debian:6.12`` becomes debian-6.12; a path becomes its last part and a digest of the whole."""
     if re.fullmatch(r"(debian|patched):[0-9.]+", kernel):
         return kernel.replace(":", "-")
     if "/" not in kernel:

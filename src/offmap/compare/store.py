@@ -1,4 +1,4 @@
-"""The output folder of a comparison: one file per cell, written whole or not at all, and one comparison at a time."""
+"""The output folder of a comparison: one file per cell, written whole or not at all. Only one comparison may use it."""
 
 import fcntl
 import os
@@ -32,10 +32,10 @@ class Store(Owned):
     """An output folder that no other comparison writes to; a context manager that releases it.
 
     Args:
-        out: made if it does not exist.
+        out: the folder, made if it does not exist.
 
     Raises:
-        OffmapError: it cannot be written to, or another comparison has it.
+        OffmapError: it cannot be written to, or another comparison uses it.
     """
 
     def __init__(self, out: Path) -> None:
@@ -57,7 +57,7 @@ class Store(Owned):
                 f"an offmap compare is running in {out} (process {who})", "wait for it, or give another --out"
             ) from None
         try:
-            for leftover in self.cells.glob(".*.json.*"):  # of one that was killed while it wrote
+            for leftover in self.cells.glob(".*.json.*"):  # of a comparison that was killed while it wrote
                 leftover.unlink()
             self._lock.truncate(0)
             self._lock.write(f"{os.getpid()}\n")
@@ -73,10 +73,10 @@ class Store(Owned):
     def done(
         self, spec: CellSpec, inputs: dict[str, str], deadline: float, boots: int = 1
     ) -> tuple[CellResult | None, str]:
-        """The result of a cell from an earlier run, or None and why it is run again (empty if there is none).
+        """The usable result of an earlier run; or None, and why the cell is run again (empty if it never ran).
 
-        A result counts if it is whole and made from the same code and kernels. A cell that failed, had less time than
-        now, or timed fewer boots, is run again.
+        A result is usable if it is whole and of the same code and kernels. A cell is run again if it failed, ran out of
+        a shorter time than it has now, or timed fewer boots.
         """
         try:
             found = read_cell(self.path(spec))
@@ -97,11 +97,11 @@ class Store(Owned):
         return found, ""
 
     def put(self, result: CellResult) -> None:
-        """Keep the result of a cell.
+        """Write the result of a cell.
 
         Raises:
             OffmapError: it cannot be written.
-            ValueError: it has ended before in this comparison.
+            ValueError: this comparison has already written it.
         """
         key = result.spec.key
         if key in self._ended:

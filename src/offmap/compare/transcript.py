@@ -1,4 +1,4 @@
-"""What the measuring program of a cell has said so far, kept as it comes: the host may not live to the end."""
+"""What the measuring program of a cell has printed so far. Each line is kept as it comes, as the host may die."""
 
 import threading
 from dataclasses import dataclass, field, replace
@@ -12,20 +12,20 @@ from offmap.compare.job import Line
 from offmap.compare.questions import CATALOGUE, Answer
 
 _ITS_OUTCOMES = (CellOutcome.BOOTED, CellOutcome.REFUSED, CellOutcome.FAILED)
-"""The outcomes that the program can tell itself."""
+"""The outcomes that the program itself can report."""
 
 _decoder = msgspec.json.Decoder(Line)
 
 
 @dataclass(slots=True)
 class Said:
-    """All of it.
+    """What the program has printed.
 
     Attributes:
         stage: the last one.
         question: the one that was asked and not answered.
-        outcome: None until it was said.
-        complaint: what was wrong with the first line that is not as offmap.compare.job describes it.
+        outcome: None until the program reports it.
+        complaint: what is wrong with the first malformed line (offmap.compare.job describes the form).
     """
 
     host: Host = field(default_factory=Host)
@@ -39,7 +39,7 @@ class Said:
 
 
 class Transcript:
-    """Takes the program's output. A line that is not as described is no answer: it is remembered, and the cell fails.
+    """Takes the program's output. A malformed line is kept as the complaint, and the cell fails.
 
     Args:
         report: gets each stage, for the display.
@@ -47,7 +47,7 @@ class Transcript:
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._lock = threading.Lock()  # a host that hangs leaves the reader of its output behind
+        self._lock = threading.Lock()  # if the host hangs, the thread that reads its output lives on
         self._said = Said()
         self._rest = b""
 
@@ -67,7 +67,7 @@ class Transcript:
                 self._report(CellEvent(stage=line.stage, share=line.share if line.share else None))
 
     def _take(self, line: Line) -> None:
-        """Raises ValueError, with nothing taken, where the line cannot be so."""
+        """Take a line. Raises ValueError, and changes nothing, if its contents are impossible."""
         said = self._said
         if line.question and line.question not in CATALOGUE:
             raise ValueError("no such question")
@@ -85,6 +85,6 @@ class Transcript:
             said.outcome, said.reason = line.outcome, line.reason or ""
 
     def said(self) -> Said:
-        """A copy of what there is by now."""
+        """A copy of the present state."""
         with self._lock:
             return replace(self._said, answers=dict(self._said.answers))

@@ -1,8 +1,8 @@
-"""A whole cell: every question, on the host that it is about.
+"""A whole cell: all questions, asked on the cell's host.
 
-Three guests: a plain one that stays all the time, baseline of every ratio and control of every scan; the one that the
-cell is about, beside it; and, once that has ended, one of two vCPUs on the same RAM. What could end the host comes
-last, as an oops costs only what follows.
+There are three guests. A plain one runs all the time: the baseline of every ratio and the control of every scan. The
+cell's own guest runs beside it. Once that has ended, a guest of two vCPUs runs on the same RAM. Questions that could
+oops the host come last: an oops costs only the questions after it.
 """
 
 import contextlib
@@ -61,7 +61,7 @@ class WholeCell:
             survey.stage("booting the plain guest")
             with LiveGuest(self.host.plain(), self.host.folder / "plain") as plain:
                 plain.boot()
-                # Before anything else is done with it: it idles, and exits for that, while the other one boots.
+                # First, as idling exits too, and it idles while the other guest boots.
                 self.plain_exits = costs.exit_counts(plain.pid)
                 plain.begin()
                 self._beside(plain)
@@ -81,7 +81,7 @@ class WholeCell:
             self._look(guest, plain, hidden.AFTER_BOOT)
             self._tell_split("costs.direct_map_split", "while the guest runs")
             for each in (guest, plain):
-                with contextlib.suppress(ProbeError):  # whoever needs what is missing will say so
+                with contextlib.suppress(ProbeError):  # a probe that needs a missing module says so
                     each.command("load virtio_mmio virtio_blk failover virtio_net vsock msr")
             survey.stage("trying its devices")
             self._devices(guest, plain)
@@ -113,7 +113,7 @@ class WholeCell:
 
         Raises:
             BackendRefused: the VMM refused the RAM.
-            OffmapError: it did not get so far, which is an answer too.
+            OffmapError: it did not boot. The answer is then "no".
         """
         survey = self.survey
         survey.say(Line(question="works.boot"))
@@ -151,7 +151,7 @@ class WholeCell:
         for number, id in enumerate(("works.virtio_net", "works.vhost_net")):
             survey.ask(id, lambda n=number, id=id: devices.virtio_net(guest, n, host.subnets()[n], id))  # type: ignore[misc]
         survey.ask("works.vsock", lambda: devices.vsock(guest))
-        with contextlib.suppress(OffmapError, OSError):  # so that both have done the same when they are compared
+        with contextlib.suppress(OffmapError, OSError):  # both guests must have done the same before they are compared
             devices.virtio_blk(plain, host.disks[1])
             devices.vsock(plain)
             for number, subnet in enumerate(host.subnets()[2:]):
@@ -217,7 +217,7 @@ class WholeCell:
         survey.ask("breaks.kexec", lambda: host_events.kexec(Path(self.job.guest_vmlinuz)))
 
     def _still_hidden(self, guest: LiveGuest, events: Sequence[str]) -> None:
-        """One walk after all of them: what was hidden before must be so still."""
+        """Audit once after all events: a guest that was hidden must still be hidden."""
         if self.first is None or self.first.audit.verdict is not Verdict.HIDDEN:
             return
         try:

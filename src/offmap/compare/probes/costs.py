@@ -1,4 +1,4 @@
-"""What it costs, in pairs: the kind in question and plain RAM by turns, in the same host."""
+"""Costs, measured in pairs: the kind of RAM and plain RAM by turns, in the same host."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from offmap.uapi.mman import MADV_POPULATE_WRITE
 from offmap.uapi.page import PAGE_SIZE
 
 PAIRS = 5
-"""Of each: fewer would say nothing of the spread."""
+"""How many of each cost: fewer would not show the spread."""
 
-_SECRET_SIZE = 32 << 20  # where the direct map is changed page by page, which takes its time
+_SECRET_SIZE = 32 << 20  # for kinds that change the direct map page by page, which is slow
 _SIZE = 128 << 20  # a memory block of a small host, which is what `unplugged` takes at least
 _DEBUGFS = Path("/sys/kernel/debug/kvm")
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 def by_turns(
     pairs: int, candidate: Callable[[], T], baseline: Callable[[], T], *, warm_up: bool = True
 ) -> tuple[list[T], list[T]]:
-    """`pairs` of each, if so after one of each that warms up; who goes first alternates."""
+    """Measure `pairs` of each, after one of each to warm up. Who goes first alternates."""
     mine: list[T] = []
     plain: list[T] = []
     for number in range(0 if warm_up else 1, pairs + 1):
@@ -45,7 +45,7 @@ def by_turns(
 
 
 def populate(backend: Backend) -> Answer:
-    """RAM from nothing to usable: what the VMM does before the guest's first instruction, and then every page touched.
+    """The time to get usable RAM: what the VMM does before the guest's first instruction, and a write to every page.
 
     Raises:
         OffmapError: the host does not give it.
@@ -60,7 +60,7 @@ def populate(backend: Backend) -> Answer:
 
 
 def _populate_once(vm: Vm, backend: Backend, size: int) -> float:
-    """Microseconds a page."""
+    """The time of one run, in microseconds a page."""
     started = monotonic()
     backings = backend.allocate(vm, size)
     try:
@@ -78,7 +78,7 @@ _COUNTS = ("exits", "io_exits", "mmio_exits", "irq_exits", "halt_exits", "pf_tak
 
 
 def exit_counts(pid: int) -> dict[str, int]:
-    """VM exits of a guest since its start by KVM's own count, by kind; empty where this kernel does not tell."""
+    """VM exits of a guest since its start, by kind, as KVM counts them; empty if this kernel does not tell."""
     folders = list(_DEBUGFS.glob(f"{pid}-*")) if _DEBUGFS.is_dir() else []
     if not folders:
         return {}
@@ -104,11 +104,11 @@ def exits(mine: Sequence[Mapping[str, int]], plain: Sequence[Mapping[str, int]],
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """Something that a guest measures of itself.
+    """A rate that a guest measures itself.
 
     Attributes:
         command: for its program.
-        convert: what the number it answers is, in the question's unit.
+        convert: makes the question's unit of the number that it answers.
     """
 
     command: str
@@ -132,7 +132,7 @@ RATES = {
 
 
 def rates(id: str, guest: LiveGuest, plain: LiveGuest) -> Answer:
-    """One of RATES, by both guests in turn; the other one is idle meanwhile."""
+    """One of RATES, by both guests in turn. The other guest is idle meanwhile."""
     rate = RATES[id]
     mine, theirs = by_turns(
         PAIRS, lambda: rate.convert(guest.value(rate.command)), lambda: rate.convert(plain.value(rate.command))
@@ -170,13 +170,13 @@ def boots(mine: Sequence[float], plain: Sequence[float], of_what: str) -> Answer
 
 
 def vmm_memory(mine: int, plain: int) -> Answer:
-    """KiB of both VMMs without their guest's RAM."""
+    """The answer from the KiB of both VMMs, without their guest's RAM."""
     detail = f"resident pages of all its mappings but the guest's RAM (smaps); {plain} KiB on plain RAM"
     return Answer("costs.vmm_memory", mine, "", (float(mine),), (float(plain),), detail)
 
 
 def split(id: str, before: Mapping[str, int], now: Mapping[str, int], when: str) -> Answer:
-    """KiB of the direct map that are in 4 KiB pages and were not.
+    """How many KiB of the direct map have been split into 4 KiB pages.
 
     Args:
         before, now: KiB by page size.

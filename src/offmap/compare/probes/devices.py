@@ -1,4 +1,4 @@
-"""Do the guest's devices work? Each moves data, and the data are compared."""
+"""Do the guest's devices work? Each probe moves data and compares them."""
 
 import contextlib
 import os
@@ -29,9 +29,9 @@ from offmap.patience import scaled
 MIB = 1 << 20
 DISK_SIZE = 16 * MIB
 BALLOON = 16 * MIB
-"""What the guest is to give up."""
+"""Bytes that the guest must give back."""
 
-_TOUCHED = 32 * MIB  # what it has used, and freed, before: a page that was never touched is nobody's to give back
+_TOUCHED = 32 * MIB  # the guest touches and frees these bytes first: an untouched page has no memory to give back
 _ENOUGH = 0.75  # of a balloon: some of its pages may never have been touched
 _INFLATED_BY = 10.0  # seconds
 
@@ -45,7 +45,7 @@ class Disk:
 
 
 def make_disk(path: Path) -> Disk:
-    """Make it."""
+    """Make the image, and fill its first MiB."""
     first = os.urandom(MIB)
     path.write_bytes(first)
     os.truncate(path, DISK_SIZE)
@@ -53,7 +53,7 @@ def make_disk(path: Path) -> Disk:
 
 
 def virtio_blk(guest: LiveGuest, disk: Disk) -> Answer:
-    """Let the guest copy the first MiB of its disk to the second, past its page cache, and compare in the host."""
+    """Let the guest copy the first MiB of its disk to the second by O_DIRECT. Compare them on the host."""
     id = "works.virtio_blk"
     guest.command(f"disk /dev/vda {MIB}")
     with disk.path.open("rb") as file:

@@ -15,7 +15,7 @@ WANTED = (
     "virtio_balloon",
     "msr",
 )
-"""What a guest kernel may have as modules. One that has it neither so nor built in goes without: the probe says so."""
+"""Drivers that a guest kernel may have as modules. If a kernel lacks one, the probe that needs it says so."""
 
 
 def probe_initramfs(modules: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""The program that answers in the guest: compiled once, kept in the cache, its console protocol spoken here."""
+"""The program that runs in the guest: it is compiled once and cached. This module speaks its console protocol."""
 
 import hashlib
 import subprocess
@@ -10,18 +10,18 @@ from offmap.errors import OffmapError
 from offmap.lab.cache import cache_folder, write_atomically
 
 MARK = "offmap-probe:"
-"""What each line begins with that is not the kernel's or the shell's."""
+"""The start of each line that the program prints. Other lines are the kernel's or the shell's."""
 
 
 class ProbeError(OffmapError):
-    """The guest did not do what it was asked to."""
+    """The guest did not do what was asked."""
 
 
 def guest_program() -> bytes:
     """guest_program.c as a static program.
 
-    Compiled by whoever asks first, so ask on the machine itself before a disposable host does: it finds it in the
-    cache, and would take ten times as long.
+    The first call compiles it. Make that call on the machine itself: a disposable host would take ten times as long,
+    and finds the program in the cache.
 
     Raises:
         OffmapError: there is no compiler, or it refuses.
@@ -51,13 +51,13 @@ def guest_program() -> bytes:
 
 
 def parse_answer(text: str) -> tuple[list[list[str]], int, str] | None:
-    """What the program has said to one command.
+    """The program's answer to one command.
 
     Args:
-        text: of the console, since the command.
+        text: what the console has shown since the command.
 
     Returns:
-        The words of each result, the errno (0: it did it) and its text; None where the answer is not at its end yet.
+        The words of each result, the errno (0 for success) and its text; None if the answer is not complete yet.
     """
     results = []
     for line in text.splitlines(keepends=True):

@@ -1,8 +1,8 @@
-"""What the host kernel can reach of the guest: while it runs, after it has worked, and once it is gone.
+"""What the host kernel can reach of the guest: after its boot, after I/O, and once it is gone.
 
-The positive control is a guest on plain RAM beside it. It plants secrets with the same key, so each scan looks for
-those of both, and a scan that misses the plain guest's proves nothing. Where the guest is alone, the control is what
-the scan plants in its own memory (offmap.audit.scan), without which there is no result.
+The positive control is a guest on plain RAM beside it. Both plant secrets with the same key, and each scan looks for
+the secrets of both. A scan that misses the plain guest's secrets proves nothing. If the guest is alone, the control is
+a secret that the scan plants in its own memory (offmap.audit.scan); without it there is no result.
 """
 
 import mmap
@@ -26,7 +26,7 @@ from offmap.compare.probes.survey import measured, no, undetermined, yes
 from offmap.compare.questions import Answer
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
-_CONTROL_FIRST = 0x1000  # the number of the control's first
+_CONTROL_FIRST = 0x1000  # the number of the control's first secret
 
 AFTER_BOOT = (
     "hidden.before_io",
@@ -51,10 +51,10 @@ GONE = ("hidden.zeroed", "hidden.restored")
 
 @dataclass(frozen=True, slots=True)
 class Secrets:
-    """What the guests plant.
+    """The secrets that the guests plant.
 
     Attributes:
-        count: how many each.
+        count: how many each guest plants.
     """
 
     count: int
@@ -62,12 +62,12 @@ class Secrets:
 
     @property
     def of_candidate(self) -> str:
-        """For the kernel's command line of the guest that the cell is about."""
+        """Words for the kernel command line of the cell's guest."""
         return canary_parameters(self.key, self.count)
 
     @property
     def of_control(self) -> str:
-        """For that of the plain guest."""
+        """Words for the kernel command line of the plain guest."""
         return canary_parameters(self.key, self.count, _CONTROL_FIRST)
 
 
@@ -78,7 +78,7 @@ class Look:
     Attributes:
         found: how many of the guest's secrets were read.
         scanned: bytes that were read to look for them.
-        controlled: whether the scan found all of the control.
+        controlled: whether the scan found all secrets of the control.
         control: what the scan found of the control, in words.
     """
 
@@ -94,10 +94,10 @@ class Look:
 
 
 def look_beside(guest: LiveGuest, control: LiveGuest, secrets: Secrets) -> Look:
-    """Audit a guest, and scan all that the kernel has mapped for its secrets and for those of the plain guest.
+    """Audit a guest. Scan all that the kernel maps for its secrets and for those of the plain guest.
 
-    The scan belongs to the control's audit: an audit that reads a secret calls its guest exposed, and some of these
-    are the control's.
+    The scan is part of the control's audit, not the guest's: an audit that reads a secret calls its VM exposed, and the
+    scan finds the control's secrets.
 
     Raises:
         Undetermined: this host does not let itself be looked at.
@@ -135,7 +135,7 @@ def look_alone(guest: LiveGuest, secrets: Secrets, progress: Progress) -> Look:
 
 
 def verdict_answer(id: str, look: Look) -> Answer:
-    """The audit's verdict as yes, no, or not determined."""
+    """The audit's verdict as an answer: hidden is yes, exposed is no, unknown is not determined."""
     audit, pages = look.audit, look.audit.pages
     detail = (
         f"of {pages.pages_populated} pages, {pages.direct_map_pages} are in the direct map, {pages.alias_pages} "
@@ -191,7 +191,7 @@ def answers_after_boot(look: Look) -> list[Answer]:
 
 
 def _excluded_text(snapshot: Snapshot) -> str:
-    """What maps the pages that are kept from the guest."""
+    """What maps the pages that are kept from the guest, in words."""
     if not snapshot.audit.pages.excluded_pages:
         return ""
     judged = snapshot.judged
@@ -203,7 +203,7 @@ def _excluded_text(snapshot: Snapshot) -> str:
 
 
 def secrets_in_frames(frames: Intervals, secrets: Secrets) -> int:
-    """How many of the guest's secrets stand in these frames, read through /dev/mem: for what Linux never owned.
+    """How many of the guest's secrets are in these frames, which Linux never owned. Reads /dev/mem.
 
     Raises:
         OSError: the kernel does not let them be read.
@@ -228,7 +228,7 @@ def zeroed_frames(frames: Intervals, secrets: Secrets, seen_before: int | None) 
     """Whether the secrets are gone from frames that the host kernel does not map.
 
     Args:
-        seen_before: how many of them were read in the same way while the guest ran.
+        seen_before: how many were read in the same way while the guest ran.
     """
     id = "hidden.zeroed"
     if seen_before != secrets.count:
@@ -244,13 +244,13 @@ def zeroed_frames(frames: Intervals, secrets: Secrets, seen_before: int | None) 
 def after_the_end(
     control: LiveGuest, secrets: Secrets, frames: Intervals, memory_kib: int, owned_by_linux: bool
 ) -> list[Answer]:
-    """Once the guest is gone: are its secrets still there, and has the host its memory back?
+    """Ask once the guest is gone: are its secrets still in memory, and does the host have its memory back?
 
     Args:
         control: the plain guest, which still runs.
-        frames: of the guest's RAM, as they were.
-        memory_kib: what memory the host had before it.
-        owned_by_linux: whether the memory was the host kernel's before, so that it must be so again.
+        frames: of the guest's RAM, while it ran.
+        memory_kib: the host's memory before the guest, in KiB.
+        owned_by_linux: whether the host kernel owned the memory before, and must own it again.
     """
     look = _look_at_control(control, secrets)
     if look.found:
@@ -303,7 +303,7 @@ def frames_in(frames: Intervals, others: Intervals) -> int:
 
 
 def guest_frames(look: Look | None) -> Intervals:
-    """The frames of the guest's RAM; none where it was not looked at."""
+    """The frames of the guest's RAM; none if there was no look."""
     if look is None:
         empty = np.zeros(0, dtype=np.int64)
         return Intervals.union(empty, empty)

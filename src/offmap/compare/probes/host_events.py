@@ -1,4 +1,4 @@
-"""What the host does to itself while the guest runs: reclaim, compaction, pressure, hibernation, kexec."""
+"""Events of the host while the guest runs: reclaim, compaction, memory pressure, hibernation, kexec."""
 
 import ctypes
 import errno
@@ -18,9 +18,9 @@ from offmap.errors import KernelError, OffmapError
 from offmap.uapi.mman import MADV_POPULATE_WRITE
 
 PATTERN = 8 << 20
-"""Bytes of guest memory that are compared with what they were."""
+"""Bytes of guest memory that are checked for changes."""
 
-_RECLAIMED = 2048  # pages: so many the host must have taken from its own caches
+_RECLAIMED = 2048  # pages that the host must reclaim
 _STEP = 4 << 20
 _SYS_kexec_file_load = 320  # arch/x86/entry/syscalls/syscall_64.tbl
 _KEXEC_FILE_UNLOAD, _KEXEC_FILE_NO_INITRAMFS = 1, 4  # linux/kexec.h
@@ -29,10 +29,10 @@ _STATE = Path("/sys/power/state")
 
 
 def outlives(guest: LiveGuest, id: str, act: Callable[[], str]) -> Answer:
-    """Whether the guest goes on after something happened to the host, its memory as it was.
+    """Whether the guest goes on after an event of the host, with its memory unchanged.
 
     Args:
-        act: does it, and says what it was.
+        act: causes the event, and returns what it did, in words.
     """
     guest.check_alive()
     detail = act()
@@ -57,9 +57,9 @@ def compaction() -> str:
 
 
 def memory_pressure() -> str:
-    """Let a process, which is the first that the kernel would kill, take memory until the host reclaims some.
+    """Let a process take memory until the host reclaims some. Return what happened, in words.
 
-    Where there is nothing left to reclaim, the kernel kills that process.
+    If nothing is left to reclaim, the kernel kills that process: it is the OOM killer's first choice.
     """
     started, before = meminfo()["MemAvailable"], _reclaimed()
     receive, send = os.pipe()
@@ -87,7 +87,7 @@ def _reclaimed() -> int:
 
 
 def _take_memory(send: int, reclaimed_before: int) -> None:
-    """Never returns."""
+    """Take memory until the host has reclaimed some, then wait to be killed. Never returns."""
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
         taken = []
@@ -107,7 +107,7 @@ def _vmstat(name: str) -> int:
 
 
 def hibernation_offered() -> tuple[bool | None, str]:
-    """Whether the kernel says it can hibernate now, and in which words; None where it could not in any case."""
+    """Whether the kernel says that it can hibernate now (None if it never can), and its words."""
     try:
         state, disk = _STATE.read_text().split(), _DISK.read_text().strip()
     except OSError as error:
@@ -117,10 +117,10 @@ def hibernation_offered() -> tuple[bool | None, str]:
 
 
 def hibernation(without_guest: tuple[bool | None, str]) -> Answer:
-    """Whether it can while the guest runs.
+    """Whether the host can hibernate while the guest runs.
 
     Args:
-        without_guest: what `hibernation_offered` said before there was a guest.
+        without_guest: what `hibernation_offered` returned before the guest started.
     """
     id = "breaks.hibernation"
     before, said_before = without_guest
@@ -142,7 +142,7 @@ def kexec(kernel: Path) -> Answer:
     fd = os.open(kernel, os.O_RDONLY | os.O_CLOEXEC)
     try:
         command_line = b"console=ttyS0\0"
-        # As longs, as ctypes would pass ints of 32 bits.
+        # As longs: ctypes would pass ints of 32 bits.
         arguments = [ctypes.c_long(value) for value in (fd, -1, len(command_line))]
         flags = ctypes.c_long(_KEXEC_FILE_NO_INITRAMFS)
         if libc.syscall(_SYS_kexec_file_load, *arguments, ctypes.c_char_p(command_line), flags) != 0:

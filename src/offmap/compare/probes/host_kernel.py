@@ -1,4 +1,4 @@
-"""What the host's kernel is made to do for a probe: modules, its knobs, the amounts of memory that it tells."""
+"""The host's kernel: load modules, write its knobs, read the amounts of memory that it reports."""
 
 import os
 import re
@@ -12,10 +12,10 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def load_modules(*names: str) -> None:
-    """Load modules of the running kernel; one that is built in is there already.
+    """Load modules of the running kernel. Modules that are built in count as loaded.
 
     Raises:
-        OffmapError: it has none of that name.
+        OffmapError: a module cannot be loaded.
     """
     modprobe = shutil.which("modprobe", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if modprobe is None:
@@ -27,10 +27,10 @@ def load_modules(*names: str) -> None:
 
 
 def write_knob(path: str, value: str) -> None:
-    """Write to a file of the kernel's.
+    """Write to a file in /proc or /sys.
 
     Raises:
-        OffmapError: it does not take that.
+        OffmapError: the kernel refuses the value.
     """
     try:
         Path(path).write_text(value)
@@ -39,15 +39,15 @@ def write_knob(path: str, value: str) -> None:
 
 
 def meminfo() -> dict[str, int]:
-    """/proc/meminfo, in KiB (and counts, where a line has no unit)."""
+    """/proc/meminfo: KiB by name. A line without a unit is a count."""
     return {name: int(value) for name, value in re.findall(r"^(\S+):\s+(\d+)", _MEMINFO.read_text(), re.MULTILINE)}
 
 
 def direct_map() -> dict[str, int]:
-    """KiB of the direct map by page size, as /proc/meminfo names them; empty where this kernel does not tell."""
+    """KiB of the direct map by page size, as /proc/meminfo names them; empty if this kernel does not tell."""
     return {name: kib for name, kib in meminfo().items() if name.startswith("DirectMap")}
 
 
 def host_memory_kib() -> int:
-    """All memory that the host kernel has."""
+    """The host kernel's memory in KiB (MemTotal)."""
     return meminfo().get("MemTotal", 0)

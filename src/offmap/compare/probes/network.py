@@ -1,4 +1,4 @@
-"""The host's half of the probes of network and vsock: interfaces, and one connection at a time."""
+"""The host's half of the network and vsock probes: interfaces, and one connection at a time."""
 
 import contextlib
 import fcntl
@@ -28,7 +28,7 @@ class Subnet:
 
 @contextlib.contextmanager
 def tap(name: str, subnet: Subnet) -> Iterator[None]:
-    """A tap interface that stays while VMMs come and go; removed at the end.
+    """A tap interface that outlives its VMMs. It is removed at the end.
 
     Raises:
         OffmapError: it cannot be made.
@@ -49,7 +49,7 @@ def listen_tcp(subnet: Subnet) -> tuple[socket.socket, int]:
 
 
 def listen_unix(path: Path) -> socket.socket:
-    """Where ``offmap run --vsock`` passes on what the guest sends to VSOCK_PORT."""
+    """A socket that ``offmap run --vsock`` connects to when the guest connects to VSOCK_PORT."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{path}_{VSOCK_PORT}")
     listener.listen()
@@ -57,7 +57,7 @@ def listen_unix(path: Path) -> socket.socket:
 
 
 def listen_vsock() -> socket.socket:
-    """The same, where the host's kernel does vsock (QEMU)."""
+    """A vsock socket at VSOCK_PORT, for VMMs that use the host kernel's vsock (QEMU)."""
     listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
     listener.bind((socket.VMADDR_CID_ANY, VSOCK_PORT))
     listener.listen()
@@ -72,7 +72,7 @@ def _accept(listener: socket.socket) -> socket.socket:
 
 
 def echo_peer(listener: socket.socket, size: int) -> bool:
-    """Send random bytes to whoever calls, and say whether the same came back."""
+    """Send random bytes to the first caller. Return whether the same bytes came back."""
     data = os.urandom(size)
     with _accept(listener) as peer, ThreadPoolExecutor(1) as pool:
 
@@ -89,7 +89,7 @@ def echo_peer(listener: socket.socket, size: int) -> bool:
 
 
 def sink_peer(listener: socket.socket, size: int) -> bool:
-    """Take so many bytes, and send one for them."""
+    """Read `size` bytes from the first caller, and send one byte back. Return whether all came."""
     left = size
     buffer = bytearray(1 << 18)
     with _accept(listener) as peer:
@@ -101,12 +101,12 @@ def sink_peer(listener: socket.socket, size: int) -> bool:
 
 @contextlib.contextmanager
 def attempt(peer: Callable[[socket.socket, int], bool], listener: socket.socket, size: int) -> Iterator[Future[bool]]:
-    """Let the host's half run on a thread of its own while the guest is told to do its half."""
+    """Run the host's half on its own thread, while the caller tells the guest to do the other half."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(peer, listener, size)
         try:
             yield future
         except BaseException:
             with contextlib.suppress(OSError):
-                listener.shutdown(socket.SHUT_RDWR)  # nobody will call any more, and close(2) would not tell
+                listener.shutdown(socket.SHUT_RDWR)  # nobody will call any more, and close(2) does not end accept(2)
             raise

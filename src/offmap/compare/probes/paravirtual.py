@@ -1,4 +1,4 @@
-"""KVM's paravirtual features: offered to the guest, taken by its kernel, and what the host does then.
+"""KVM's paravirtual features: whether the guest is offered them and uses them, and what the host does then.
 
 Sources: Documentation/virt/kvm/x86/cpuid.rst and msr.rst.
 """
@@ -27,7 +27,7 @@ _BURN_MS = 400
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One feature: its bit in the guest's CPUID, and the MSR by which the guest's kernel takes it."""
+    """One feature: its bit in the guest's CPUID, and the MSR by which the guest's kernel enables it."""
 
     bit: int
     msr: int
@@ -36,14 +36,14 @@ class Feature:
 
 FEATURES = {
     "works.steal_time": Feature(uapi.KVM_FEATURE_STEAL_TIME, MSR_KVM_STEAL_TIME, "KVM_FEATURE_STEAL_TIME"),
-    # Linux takes it by interrupt only, since 5.10.
+    # Since 5.10, Linux uses async page faults by interrupt only.
     "works.async_pf": Feature(uapi.KVM_FEATURE_ASYNC_PF_INT, MSR_KVM_ASYNC_PF_EN, "KVM_FEATURE_ASYNC_PF_INT"),
     "works.pv_eoi": Feature(uapi.KVM_FEATURE_PV_EOI, MSR_KVM_PV_EOI_EN, "KVM_FEATURE_PV_EOI"),
 }
 
 
 def feature(guest: LiveGuest, id: str) -> Answer:
-    """Whether the guest's kernel has told KVM where its page of this feature is, which KVM writes to since."""
+    """Whether the guest's kernel has enabled this feature: it gave KVM a page to write to."""
     wanted = FEATURES[id]
     offered = int(guest.command(f"cpuid {KVM_CPUID_FEATURES:#x}")[0][0])
     if not offered >> wanted.bit & 1:
@@ -56,7 +56,7 @@ def feature(guest: LiveGuest, id: str) -> Answer:
 
 
 def steal_time(guest: LiveGuest) -> Answer:
-    """Whether the guest has enabled steal time and sees it count, while processes of the host want its CPU too."""
+    """Whether the guest has enabled steal time, and it counts while busy processes of the host share the CPU."""
     answer = feature(guest, "works.steal_time")
     if answer.value is not True:
         return answer
@@ -86,10 +86,10 @@ def _burner() -> int:
 
 
 def kvm_clock(guest: LiveGuest, why_not: str) -> Answer:
-    """Whether the guest, which was told to prefer it, keeps time by kvm-clock, and the time goes on.
+    """Whether the guest's clocksource is kvm-clock, and goes on. The guest was told to prefer it.
 
     Args:
-        why_not: why it is not offered, where it is not.
+        why_not: why it is not offered; empty if it is.
     """
     id = "works.kvm_clock"
     source = guest.facts.clocksource
@@ -103,13 +103,12 @@ def kvm_clock(guest: LiveGuest, why_not: str) -> Answer:
 
 
 def forbidden_clock(guest: LiveGuest, known: Answer) -> Answer:
-    """Let a guest to which kvm-clock is not offered register a page for it all the same.
+    """Let a guest register a page for kvm-clock, though kvm-clock is not offered to it.
 
-    The last thing that is asked of a guest: where KVM takes the page and the host kernel has no mapping of it, the
-    host oopses.
+    Ask this of a guest last. If KVM accepts a page that the host kernel does not map, the host oopses.
 
     Args:
-        known: the answer so far, to which this adds.
+        known: the answer so far; this adds to its detail.
     """
     address = 0x1000 | _ENABLED  # a page of low memory, which Linux leaves alone
     try:
@@ -123,10 +122,10 @@ def forbidden_clock(guest: LiveGuest, known: Answer) -> Answer:
 
 
 def register_pvclock(backend: Backend, size: int) -> str:
-    """Register a pvclock page on this kind of RAM, with nothing of offmap's that would prevent it, and run.
+    """Register a pvclock page on this kind of RAM without offmap's safeguards, and run a vCPU.
 
-    KVM fills the page before it enters the guest; where it does that by a kernel mapping that is not there, this call
-    does not return, as the host oopses.
+    KVM fills the page before it enters the guest. If it does that through a kernel mapping, and there is none, the host
+    oopses and this call does not return.
 
     Returns:
         What KVM did, in words.

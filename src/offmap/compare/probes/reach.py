@@ -1,4 +1,4 @@
-"""Can root on the host read guest RAM by way of the VMM's process: what tools do, and attackers too."""
+"""Can root on the host read guest RAM through the VMM's process, as tools and attackers do?"""
 
 import ctypes
 import os
@@ -26,7 +26,7 @@ _libc.ptrace.restype = ctypes.c_long
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 Read = Callable[[int, int], bytes]
-"""(address in the VMM, bytes) -> what stands there, maybe less of it."""
+"""(address in the VMM, number of bytes) -> the bytes there, or fewer."""
 
 
 class _iovec(ctypes.Structure):
@@ -36,10 +36,10 @@ class _iovec(ctypes.Structure):
 def _secrets(
     read: Read, ranges: Sequence[RamRange], key: CanaryKey, *, one: bool = False
 ) -> tuple[list[int], int, OSError | None]:
-    """Where in the VMM valid canaries are read, how much was read, and the first error.
+    """Addresses of valid canaries in the VMM, bytes that were read, and the first error.
 
     Args:
-        one: look no further once there is one (/dev/mem is mapped anew for each page that is read so).
+        one: stop at the first canary (each page that is read this way maps /dev/mem anew).
     """
     places: set[int] = set()
     numbers: set[int] = set()
@@ -90,7 +90,7 @@ def process_vm_readv(guest: LiveGuest, ranges: Sequence[RamRange], key: CanaryKe
 
 
 def ptrace(guest: LiveGuest, ranges: Sequence[RamRange], key: CanaryKey) -> Answer:
-    """Attach to the VMM, look for a secret in it, and fetch a word of that by PTRACE_PEEKDATA."""
+    """Attach to the VMM, find a secret in it, and read one word of the secret by PTRACE_PEEKDATA."""
     id, pid = "breaks.ptrace", guest.pid
     guest.check_alive()
     _ptrace(_PTRACE_ATTACH, pid, 0)
@@ -98,7 +98,7 @@ def ptrace(guest: LiveGuest, ranges: Sequence[RamRange], key: CanaryKey) -> Answ
         os.waitpid(pid, _WALL)
         fd = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            # It goes through the same code as PEEKDATA (access_remote_vm), and not word by word.
+            # /proc/PID/mem runs the same code as PEEKDATA (access_remote_vm), but reads more than a word.
             found, total, error = _secrets(lambda at, size: os.pread(fd, size, at), ranges, key, one=True)
         finally:
             os.close(fd)
@@ -133,7 +133,7 @@ def gdb_attach(guest: LiveGuest, ranges: Sequence[RamRange]) -> Answer:
     if gdb is None:
         return undetermined(id, "not measured: there is no gdb")
     guest.check_alive()
-    # Without symbols: they are the VMM's, which is not what is asked, and take longest to load.
+    # Without the VMM's symbols: they are not needed, and take longest to load.
     argv = [gdb, "-nx", "-nh", "-batch", "-iex", "set auto-load no", "-iex", "set auto-solib-add off"]
     argv += ["-p", str(guest.pid), "-ex", f"x/1gx {ranges[0].va:#x}", "-ex", "detach"]
     environment = {**os.environ, "DEBUGINFOD_URLS": ""}

@@ -1,4 +1,4 @@
-"""Asking the questions of one cell: each is announced first, and answered as soon as the answer is known."""
+"""Ask the questions of one cell. Each is announced first, and answered as soon as the answer is known."""
 
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -12,7 +12,7 @@ from offmap.errors import OffmapError
 
 
 def print_line(line: Line) -> None:
-    """To standard output, at once: the host may not live to write a second line."""
+    """Print it to standard output at once, as the host may die before the next line."""
     print(msgspec.json.encode(line).decode(), flush=True)
 
 
@@ -33,7 +33,7 @@ def measured(id: str, value: float, reason: str = "", detail: str = "") -> Answe
 
 
 def paired(id: str, samples: Sequence[float], baseline: Sequence[float], reason: str = "", detail: str = "") -> Answer:
-    """Of pairs of samples; the value is the candidate's median."""
+    """An answer from pairs of samples. Its value is the candidate's median."""
     return Answer(id, round(median(samples), 4), reason, tuple(samples), tuple(baseline), detail)
 
 
@@ -52,21 +52,21 @@ class Survey:
         self.answers: dict[str, Answer] = {}
 
     def say(self, line: Line) -> None:
-        """Say something else than an answer."""
+        """Print a line that is no answer."""
         self._emit(line)
 
     def stage(self, text: str) -> None:
-        """Say what is being done now."""
+        """Print what is being done now."""
         self._emit(Line(stage=text))
 
     def tell(self, *answers: Answer) -> None:
-        """Say answers that are known."""
+        """Keep and print answers."""
         for answer in answers:
             self.answers[answer.question] = answer
             self._emit(Line(answer=answer))
 
     def ask(self, id: str, probe: Callable[[], Answer]) -> None:
-        """Ask one question. A probe that fails has determined nothing, and the next question is asked all the same."""
+        """Ask one question. If the probe fails, the answer is "not determined", and the survey goes on."""
         self.ask_many([id], lambda: [probe()])
 
     def ask_many(self, ids: Sequence[str], probe: Callable[[], Sequence[Answer]], *, or_as_known: bool = False) -> None:

@@ -36,7 +36,7 @@ def _is_in(start: int, end: int, ranges: Iterable[RamRange]) -> bool:
 
 
 def resident_kib(pid: int, ranges: Sequence[RamRange]) -> int:
-    """KiB of these ranges that the process has resident; pages without a struct page never count.
+    """Resident KiB of the process in these ranges. Pages without a struct page never count.
 
     Raises:
         OffmapError: it has ended.
@@ -45,7 +45,7 @@ def resident_kib(pid: int, ranges: Sequence[RamRange]) -> int:
 
 
 def own_kib(pid: int, ranges: Sequence[RamRange]) -> int:
-    """KiB of everything else that the process has resident.
+    """Resident KiB of the process outside these ranges.
 
     Raises:
         OffmapError: it has ended.
