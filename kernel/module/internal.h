@@ -12,6 +12,7 @@
 
 struct address_space;
 struct offmap_memory;
+struct pool;
 
 /* A source of pages. */
 struct offmap_source {
@@ -48,7 +49,8 @@ struct offmap_memory {
 struct piece {
 	struct list_head node;		/* of its owner, or of those on their way back */
 	struct list_head all;		/* every piece */
-	struct unplugged *owner;	/* NULL: no file had it */
+	struct unplugged *owner;	/* NULL: no open file had it */
+	struct pool *pool;		/* NULL: it is in no pool */
 	phys_addr_t start;
 	u64 size;
 	int nid;
@@ -174,6 +176,9 @@ void offmap_unwatch_all(struct offmap_memory *mem);
 bool offmap_poisoned(const struct piece *piece);
 void offmap_poison_init(void);
 void offmap_poison_exit(void);
+
+/* pool.c: pages of a piece have failed. With offmap_pieces_lock held. */
+void offmap_pool_failed(struct piece *piece);
 
 /*
  * alias.c: find what a kernel page table maps. An error if that cannot be told.

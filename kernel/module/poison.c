@@ -42,6 +42,8 @@ static void unmap_bad(struct work_struct *unused)
 
 	mutex_lock(&offmap_pieces_lock);
 	list_for_each_entry(piece, &offmap_pieces, all) {
+		if (piece->pool && offmap_poisoned(piece))
+			offmap_pool_failed(piece);
 		mem = piece->owner ? &piece->owner->mem : NULL;
 		if (!mem || !mem->mapping)
 			continue;

@@ -35,6 +35,133 @@
 static LIST_HEAD(pools);
 static DEFINE_MUTEX(pools_lock);
 
+/* --- memory that has failed ----------------------------------------------- */
+
+/*
+ * The first page of [@pfn, @pfn + @nr) that has failed, or @pfn + @nr. With
+ * pool->lock held.
+ */
+static unsigned long first_failed(struct pool *pool, unsigned long pfn, unsigned long nr)
+{
+	unsigned long found = pfn + nr, start, first, end;
+	struct piece *piece;
+
+	if (!READ_ONCE(pool->any_failed))
+		return found;
+	list_for_each_entry(piece, &pool->pieces, node) {
+		start = PHYS_PFN(piece->start);
+		first = max(pfn, start);
+		end = min(found, start + PHYS_PFN(piece->size));
+		if (first >= end)
+			continue;
+		first = start + find_next_bit(piece->bad, end - start, first - start);
+		if (first < end)
+			found = first;
+	}
+	return found;
+}
+
+/* Where a file has a page, if it has: unmap it. */
+static void unmap_page(struct pool_file *file, unsigned long pfn)
+{
+	struct address_space *mapping = file->inode->i_mapping;
+	unsigned long pgoff;
+	struct run *run;
+
+	filemap_invalidate_lock_shared(mapping);
+	for (run = run_first(&file->runs, 0, ULONG_MAX); run; run = run_next(run, 0, ULONG_MAX)) {
+		if (pfn - run->pfn >= run_pages(run))
+			continue;
+		pgoff = run->node.start + (pfn - run->pfn);
+		unmap_mapping_range(mapping, (loff_t)pgoff << PAGE_SHIFT, PAGE_SIZE, 1);
+	}
+	filemap_invalidate_unlock_shared(mapping);
+}
+
+static void page_failed(struct pool *pool, unsigned long pfn)
+{
+	struct pool_file *file;
+	struct run *run;
+
+	mutex_lock(&pool->lock);
+	run = run_first(&pool->free, pfn, pfn);
+	if (run)
+		run = run_carve(&pool->free, run, pfn, 1);
+	if (run) {
+		pool->nr_free--;
+		pool->nr_bad++;
+		kfree(run);
+	}
+	mutex_unlock(&pool->lock);
+	mutex_lock(&pool->files_lock);
+	list_for_each_entry(file, &pool->files, node)
+		unmap_page(file, pfn);
+	mutex_unlock(&pool->files_lock);
+}
+
+void offmap_pool_failed(struct piece *piece)
+{
+	unsigned long bit;
+
+	/* First: who faults from now on looks. */
+	WRITE_ONCE(piece->pool->any_failed, true);
+	for_each_set_bit(bit, piece->bad, PHYS_PFN(piece->size))
+		page_failed(piece->pool, PHYS_PFN(piece->start) + bit);
+}
+
+static bool pool_poisoned(const struct offmap_memory *mem, u64 offset, u64 length)
+{
+	struct pool_file *file = container_of(mem, struct pool_file, mem);
+	unsigned long first = offset >> PAGE_SHIFT, last = (offset + length - 1) >> PAGE_SHIFT;
+	unsigned long from, nr;
+	struct run *run;
+	bool ret = false;
+
+	if (!READ_ONCE(file->pool->any_failed))
+		return false;
+	mutex_lock(&file->pool->lock);
+	for (run = run_first(&file->runs, first, last); run && !ret;
+	     run = run_next(run, first, last)) {
+		from = max(first, run->node.start);
+		nr = min(last, run->node.last) - from + 1;
+		from = run->pfn + (from - run->node.start);
+		ret = first_failed(file->pool, from, nr) < from + nr;
+	}
+	mutex_unlock(&file->pool->lock);
+	return ret;
+}
+
+/*
+ * A run that is about to be cleaned, in no tree, ends before its first page that
+ * has failed. What is behind that becomes a dirty run of its own. False: nothing
+ * is left. With pool->lock held.
+ */
+static bool cut_failed(struct pool *pool, struct run *run)
+{
+	unsigned long nr = run_pages(run), good = first_failed(pool, run->pfn, nr) - run->pfn;
+	unsigned long *counter = run->held ? &pool->nr_held : &pool->nr_dirty;
+	struct run *rest;
+
+	if (good == nr)
+		return true;
+	--*counter;
+	pool->nr_bad++;
+	if (good + 1 < nr) {
+		rest = kzalloc(sizeof(*rest), GFP_KERNEL | __GFP_NOFAIL);
+		rest->pfn = run->pfn + good + 1;
+		rest->node.start = rest->pfn;
+		rest->node.last = run->pfn + nr - 1;
+		rest->held = run->held;
+		list_add_tail(&rest->list, &pool->dirty);
+	}
+	run->node.start = run->pfn;
+	run->node.last = run->pfn + good - 1;
+	if (good)
+		return true;
+	kfree(run);
+	return false;
+}
+
 /* --- cleaning ------------------------------------------------------------ */
 
 /*
@@ -126,6 +253,13 @@ static void clean(struct work_struct *work)
 		ranges = find_mapped(&runs);
 	list_for_each_entry_safe(run, next, &runs, list) {
 		list_del(&run->list);
+		mutex_lock(&pool->lock);
+		ok = cut_failed(pool, run);
+		mutex_unlock(&pool->lock);
+		if (!ok) {
+			i++;
+			continue;
+		}
 		ok = ranges && !ranges[i++].mapped &&
 		     !offmap_zero_again(PFN_PHYS(run->pfn), (u64)run_pages(run) << PAGE_SHIFT);
 		any |= ok;
@@ -348,6 +482,7 @@ static const struct offmap_source pool_source = {
 	.large = true,
 	.phys = pool_phys,
 	.fill = pool_fill,
+	.poisoned = pool_poisoned,
 };
 
 #define MAX_FILES 65536
@@ -408,6 +543,7 @@ static int add_pieces(struct pool *pool, struct unplugged *unplugged)
 		}
 		mutex_lock(&offmap_pieces_lock);
 		piece->owner = NULL;
+		piece->pool = pool;
 		mutex_unlock(&offmap_pieces_lock);
 		run->pfn = PHYS_PFN(piece->start);
 		run->node.start = run->pfn;

@@ -41,6 +41,7 @@ struct pool {
 	umode_t mode;
 	bool allow_nested;
 	bool allow_vfio;
+	bool any_failed;		/* a page has */
 
 	struct mutex lock;		/* guards what follows */
 	struct list_head pieces;

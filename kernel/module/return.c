@@ -118,6 +118,7 @@ void offmap_return(struct piece *piece)
 {
 	mutex_lock(&offmap_pieces_lock);
 	piece->owner = NULL;
+	piece->pool = NULL;
 	queue_piece(piece);
 	mutex_unlock(&offmap_pieces_lock);
 	wake_returner();

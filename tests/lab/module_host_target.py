@@ -333,6 +333,17 @@ def is_mapped(pid: int, at: int) -> bool:
         return False
 
 
+def inject(page: int) -> None:
+    """Have the kernel told of a machine check at a physical address: an uncorrected error of memory."""
+    subprocess.run(["modprobe", "mce-inject"], check=True)
+    (INJECT / "flags").write_text("sw\n")
+    # VAL, UC, EN, ADDRV, and POISON; extended error code 8 of bank 4 is DRAM, on AMD.
+    bits = 1 << 63 | 1 << 61 | 1 << 60 | 1 << 58 | 1 << 43 | 8 << 16
+    (INJECT / "status").write_text(hex(bits))
+    (INJECT / "addr").write_text(hex(page))
+    (INJECT / "bank").write_text("4")
+
+
 def fail_while_out(how: str) -> Any:
     """A page of memory that is out fails: its user's signal, and what becomes of the block."""
     report, done = os.pipe()
@@ -358,13 +369,7 @@ def fail_while_out(how: str) -> Any:
         Path("/proc/sys/vm/memory_failure_early_kill").write_text("1")
         HARD_OFFLINE.write_text(hex(page))
     else:
-        subprocess.run(["modprobe", "mce-inject"], check=True)
-        (INJECT / "flags").write_text("sw\n")
-        # VAL, UC, EN, ADDRV, and POISON; extended error code 8 of bank 4 is DRAM, on AMD.
-        bits = 1 << 63 | 1 << 61 | 1 << 60 | 1 << 58 | 1 << 43 | 8 << 16
-        (INJECT / "status").write_text(hex(bits))
-        (INJECT / "addr").write_text(hex(page))
-        (INJECT / "bank").write_text("4")
+        inject(page)
     with open("/dev/kmsg", "rb", buffering=0) as log:  # noqa: PTH123
         while b"memory failed at" not in os.read(log.fileno(), 8192):
             pass

@@ -6,8 +6,10 @@ import fcntl
 import json
 import mmap
 import os
+import random
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +17,28 @@ from typing import Any
 import numpy as np
 
 from offmap.audit.residency import physical_ranges
+from offmap.errors import BackendRefused
+from offmap.kvm import Kvm
+from offmap.memory.pool import Pool
+from offmap.memory.probe import try_out
 from offmap.uapi import offmap_module as uapi
 
-from .module_target import BLOCK, MIB, MREMAP_MAYMOVE, PAGE, address, await_returned, call, failure, libc, state, words
+from .module_host_target import inject, is_mapped
+from .module_target import (
+    BLOCK,
+    MIB,
+    MREMAP_MAYMOVE,
+    PAGE,
+    address,
+    await_returned,
+    call,
+    failure,
+    libc,
+    open_device,
+    state,
+    take,
+    words,
+)
 
 POOL = "/run/hidden"
 SIZE = 256 * MIB
@@ -277,11 +298,142 @@ def map_at(at: ctypes.c_void_p | None, size: int, flags: int, fd: int) -> int:
     return int(address)
 
 
+class Guest:
+    """A process with a VM on the pool: one instruction of it runs, then its RAM is full of a canary."""
+
+    def __init__(self, size: int, canary: int) -> None:
+        self.size, self.canary = size, canary
+        told, tell = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(told)
+            os._exit(self._run(tell))
+        os.close(tell)
+        with open(told, "rb") as heard:  # noqa: PTH123
+            self.said = heard.read(4).decode()  # nothing if it died
+        if self.said != "runs":
+            os.waitpid(self.pid, 0)
+
+    def _run(self, tell: int) -> int:
+        try:
+            with Kvm() as kvm, kvm.create_vm() as vm, Pool(POOL).guest_memory(vm, self.size) as memory:
+                (backing,) = memory.backings
+                seen = np.frombuffer(backing.view, dtype=np.uint64)
+                if seen.any():
+                    os.write(tell, b"leak")
+                    return 1
+                try_out(vm, memory)
+                seen[:: PAGE // 8] = self.canary
+                os.write(tell, b"runs")
+                signal.pause()
+        except BackendRefused as error:
+            os.write(tell, b"full" if "are free" in str(error) else b"fail")
+        return 0
+
+    def end(self, kill: bool) -> None:
+        os.kill(self.pid, signal.SIGKILL if kill else signal.SIGTERM)
+        os.waitpid(self.pid, 0)
+
+
+def stress(starts: str, pool_mib: str, least_mib: str, most_mib: str) -> Any:
+    """Guests come and go on one pool, in an order that chance gives and that is always the same."""
+    size, chance = int(pool_mib) * MIB, random.Random(14)
+    before = state()
+    said: dict[str, int] = {}
+    alive: list[Guest] = []
+    most = 0
+    with pool(size):
+        size = figures()[0]
+        for number in range(int(starts)):
+            while alive and (len(alive) == 8 or chance.random() < 0.4):
+                alive.pop(chance.randrange(len(alive))).end(kill=chance.random() < 0.5)
+            guest = Guest(chance.randrange(int(least_mib), int(most_mib) + 1) * MIB, 0x0FF5_ED00_0000_0000 + number)
+            said[guest.said] = said.get(guest.said, 0) + 1
+            alive += [guest] if guest.said == "runs" else []
+            most = max(most, len(alive))
+        for guest in alive:
+            guest.end(kill=True)
+        os.close(make("all", size))  # waits until all is clean
+        os.unlink(f"{POOL}/all")  # noqa: PTH108
+        while (now := figures())[1] < size:
+            os.sched_yield()
+    after = state()
+    same = {name: after[name] == before[name] for name in after if name != "total_kib"}
+    return {"said": said, "most": most, "pool": now[:5], "size": size, "same": same}
+
+
+def first_touch(get: Callable[[], int], size: int) -> float:
+    """Seconds from opening a file of `size` bytes to having it mapped, all of it; the file is closed after that."""
+    began = time.monotonic()
+    fd = get()
+    memory = mmap.mmap(fd, size)
+    words(memory)[:: 2 * MIB // 8].any()
+    seconds = time.monotonic() - began
+    del memory
+    os.close(fd)
+    return seconds
+
+
+def unplugged_file() -> int:
+    fd = open_device()
+    take(fd, SIZE)
+    return fd
+
+
+def speed(times: str = "5") -> Any:
+    """Seconds to have 256 MiB: taken off the kernel, and out of a clean pool."""
+    found: dict[str, list[float]] = {"unplugged": [], "pool": []}
+    for _ in range(int(times)):
+        found["unplugged"].append(first_touch(unplugged_file, SIZE))
+        await_returned()
+    with pool():
+        for _ in range(int(times)):
+            found["pool"].append(first_touch(lambda: make("ram", SIZE), SIZE))
+            os.unlink(f"{POOL}/ram")  # noqa: PTH108
+            while figures()[1] < SIZE:
+                os.sched_yield()
+    await_returned()
+    return found
+
+
+def failed() -> Any:
+    """A page of a file fails: its user's signal, and whether the page is ever given out again."""
+    result: dict[str, Any] = {}
+    with pool():
+        fd = make("ram", SIZE)
+        memory = mmap.mmap(fd, SIZE)
+        words(memory)[:: PAGE // 8] = 1
+        where, _ = ranges_of(memory, SIZE)[0]
+        page = where + 7 * PAGE
+        inject(page)
+        while figures()[4] == 0 and is_mapped(os.getpid(), address(memory) + 7 * PAGE):
+            os.sched_yield()
+        result["signal"] = in_child(lambda: memory_at(fd, 7 * PAGE))
+        result["other page"] = in_child(lambda: memory_at(fd, 8 * PAGE))
+        del memory
+        os.close(fd)
+        os.unlink(f"{POOL}/ram")  # noqa: PTH108
+        while (now := figures())[1] < SIZE - PAGE:
+            os.sched_yield()
+        result["failed"] = now[4]
+        result["all of it"] = failure(lambda: make("all", SIZE))
+        fd = make("all", SIZE - PAGE)
+        memory = mmap.mmap(fd, SIZE - PAGE)
+        result["zero"] = not words(memory).any()
+        result["given again"] = any(start <= page < start + length for start, length in ranges_of(memory, SIZE - PAGE))
+        del memory
+        os.close(fd)
+    result["returning"] = await_returned()
+    with open("/sys/class/misc/offmap/kept") as file:  # noqa: PTH123
+        result["kept"] = int(file.read())
+    return result
+
+
 def nested() -> Any:
     """Whether a pool is refused while a guest of it could be a host."""
     return {"refused": failure(lambda: mount("size=128M"))}
 
 
 if __name__ == "__main__":
-    actions = (basics, holes, sizes, guards, nested)
-    print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]]()))
+    actions = (basics, holes, sizes, guards, nested, stress, speed, failed)
+    print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]](*sys.argv[2:])))

@@ -27,11 +27,15 @@ BLOCK = 128 * MIB
 TROUBLE = re.compile(r"WARNING:|BUG:|lost until|cannot give|counts as RAM")
 
 
+def insert(host: LabHost, out: Path) -> None:
+    done = host.output(["insmod", str(out / "offmap.ko")])
+    assert done.status == 0, done.stderr
+
+
 def start(kernel: HostKernel, out: Path) -> LabHost:
     host = LabHost.start(kernel, memory="2G", accel="tcg", out=out)
     shutil.copy(lab_module(host.kernel), out / "offmap.ko")
-    done = host.output(["insmod", str(out / "offmap.ko")])
-    assert done.status == 0, done.stderr
+    insert(host, out)
     host.output(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"])
     return host
 
@@ -53,7 +57,6 @@ def check_end(host: LabHost) -> None:
 def host(lab_kernel: HostKernel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
     with start(lab_kernel, tmp_path_factory.mktemp("out")) as host:
         yield host
-        check_end(host)
 
 
 def test_no_pool_while_a_guest_of_it_could_be_a_host(host: LabHost) -> None:
@@ -123,6 +126,28 @@ def test_a_pool_grows_and_shrinks(host: LabHost) -> None:
 def test_a_guarded_mapping_stays_as_it_is(host: LabHost) -> None:
     attempts = ("unmap", "unmap a part", "move", "protect", "protect a part", "map over", "map over a part")
     assert ask(host, "guards") == {"control": "", "end": "", **dict.fromkeys(attempts, "EPERM")}
+
+
+def test_guests_come_and_go_and_see_nothing_of_each_other(host: LabHost) -> None:
+    found = ask(host, "stress", "12", "512", "32", "160")
+    assert found["said"].keys() <= {"runs", "full"}
+    assert found["said"]["runs"] > 6
+    assert found["most"] > 1
+    assert found["pool"] == [found["size"], found["size"], 0, 0, 0]
+    assert all(found["same"].values())
+
+
+def test_a_page_that_fails_is_never_given_out_again(host: LabHost) -> None:
+    """The last that can be done with a host: the module cannot be unloaded after that."""
+    check_end(host)
+    assert host.options.out is not None
+    insert(host, host.options.out)
+    found = ask(host, "failed")
+    assert (found["signal"], found["other page"]) == ("SIGBUS", "")
+    assert (found["failed"], found["all of it"], found["zero"], found["given again"]) == (4096, "ENOSPC", True, False)
+    assert (found["returning"], found["kept"]) == (0, BLOCK)
+    log = host.output(["dmesg"]).stdout.decode()
+    assert not TROUBLE.search(log), log
 
 
 @pytest.mark.slow

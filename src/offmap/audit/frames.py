@@ -28,13 +28,13 @@ from offmap.audit.residency import (
     allocated_bytes,
     backing_of,
     is_offmap_device,
-    is_pool,
     link,
     open_backing,
     physical_ranges,
     resident_frames,
 )
 from offmap.errors import Undetermined
+from offmap.pools import is_of_a_pool
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
@@ -233,7 +233,7 @@ def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, buil
         if is_offmap_device(status.st_rdev):
             _resolve_unplugged(process, va, pages, building)
             return
-    if status is not None and is_pool(status.st_dev):
+    if status is not None and is_of_a_pool(status.st_dev):
         _resolve_unplugged(process, va, pages, building)
         return
     away, bare = building.number(_AWAY), building.number(_ANONYMOUS)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from offmap.audit import pagemap
 from offmap.audit.process import Mapping, Process
 from offmap.errors import Undetermined
-from offmap.uapi.offmap_module import DEVICE, OFFMAP_TRANSLATE, POOLS, offmap_translate
+from offmap.uapi.offmap_module import DEVICE, OFFMAP_TRANSLATE, offmap_translate
 from offmap.uapi.page import PAGE_SIZE
 
 _SYS_PIDFD_GETFD = 438  # arch/x86/entry/syscalls/syscall_64.tbl
@@ -241,15 +241,6 @@ def is_offmap_device(rdev: int) -> bool:
         return os.stat(DEVICE).st_rdev == rdev  # noqa: PTH116 - a device, not a document
     except OSError:
         return False
-
-
-def is_pool(dev: int) -> bool:
-    """Whether `dev` is the device number of a pool: a mounted offmapfs."""
-    try:
-        lines = POOLS.read_text().splitlines()
-    except OSError:
-        return False
-    return f"{os.major(dev)}:{os.minor(dev)}" in {line.partition(" ")[0] for line in lines}
 
 
 def physical_ranges(pid: int, va: int, size: int) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ _COMMANDS = {
     "doctor": "say which kinds of RAM this host can give, and which of them hide",
     "image": "make a file system for a guest",
     "module": "build and load the kernel module behind some kinds of RAM",
+    "pool": "set hidden memory aside for VMMs that open it as files",
     "lab": "run a command in a disposable host",
     "demo": "boot guests on plain and on hidden RAM, and prove which is which",
     "compare": "compare the ways of hiding: what works, hides, breaks and costs",

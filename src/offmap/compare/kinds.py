@@ -63,5 +63,6 @@ def kind_of(name: str) -> Kind:
 
 @cache
 def kind_names() -> tuple[str, ...]:
-    """All kinds, in the order of the report: plain ones first, QEMU's last."""
-    return (*BACKENDS, *(f"{_QEMU}{name}" for name, backend in BACKENDS.items() if backend.file))
+    """All that are compared, in the order of the report: the plain ones first, QEMU's last."""
+    compared = {name: backend for name, backend in BACKENDS.items() if backend.compared}
+    return (*compared, *(f"{_QEMU}{name}" for name, backend in compared.items() if backend.file))

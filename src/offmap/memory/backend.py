@@ -49,6 +49,7 @@ class Backend(ABC):
         page_by_page: the host prepares each 4 KiB page by itself, which takes several times as long as a memfd.
         file: a file that another VMM can map as its guest's RAM; empty where there is none.
         keeper: another process that keeps what must outlive this one, or what it must not have; None: nobody.
+        compared: `offmap compare` can set it up by itself.
         progress: called with the share of the RAM that is ready, from 0 to 1, by kinds that take long to get.
     """
 
@@ -62,6 +63,7 @@ class Backend(ABC):
     linux_owned: ClassVar[bool] = True
     page_by_page: ClassVar[bool] = False
     file: ClassVar[str] = ""
+    compared: ClassVar[bool] = True
     progress: Callable[[float], None] = staticmethod(lambda _share: None)
     keeper: "Keeper | None" = None
 
@@ -120,6 +122,7 @@ BACKENDS: Mapping[str, type[Backend]] = _Registry(
         "hugetlb": "offmap.memory.hugetlb:Hugetlb",
         "reserved": "offmap.memory.reserved:Reserved",
         "unplugged": "offmap.memory.unplugged:Unplugged",
+        "pool": "offmap.memory.pool:Pool",
         "secretmem": "offmap.memory.secretmem:Secretmem",
         "secretmem-bridge": "offmap.memory.secretmem_bridge:SecretmemBridge",
         "guest_memfd": "offmap.memory.guest_memfd:GuestMemfd",

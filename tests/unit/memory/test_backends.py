@@ -63,11 +63,11 @@ def having(fact: Callable[[type[backend_module.Backend]], object]) -> set[str]:
 def test_what_each_backend_is() -> None:
     plain = {"anon", "memfd", "hugetlb", "guest_memfd"}
     assert having(lambda b: not b.hides) == plain
-    assert having(lambda b: not b.may_be_aliased) == {"reserved", "unplugged"}
+    assert having(lambda b: not b.may_be_aliased) == {"reserved", "unplugged", "pool"}
     assert having(lambda b: b.discards) == {*plain, "guest_memfd-unmapped"}
-    assert having(lambda b: b.needs_module) == {"unplugged", "secretmem-bridge"}
+    assert having(lambda b: b.needs_module) == {"unplugged", "pool", "secretmem-bridge"}
     assert having(lambda b: b.since is None) == {"secretmem", "guest_memfd-unmapped"}
-    assert having(lambda b: not b.linux_owned) == {"reserved"}
+    assert having(lambda b: not b.linux_owned) == {"reserved", "pool"}
     assert having(lambda b: b.page_by_page) == {"secretmem", "secretmem-bridge", "guest_memfd-unmapped"}
     assert having(lambda b: b.file) == {"unplugged"}
     assert BACKENDS["guest_memfd"].in_release((7, 3))
