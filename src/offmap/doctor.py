@@ -1,4 +1,4 @@
-"""Which kinds of guest RAM this host can give: each backend is tried out, and its memory audited."""
+"""The kinds of guest RAM that this host can give: try each backend, and audit its memory."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ _SIZE = 4 << 20  # bytes of RAM to try with: whole huge pages, and little enough
 
 
 class Health(Enum):
-    """How a backend is here. Only what the audit saw counts as hiding."""
+    """The state of a backend on this host. It hides only if the audit says so."""
 
     HIDING = "usable, and hides"
     MOSTLY = "usable, and hides what is left when aliased pages are kept from the guest"
@@ -73,7 +73,7 @@ def _health(result: AuditResult) -> Health:
         return Health.HIDING
     if result.pages.direct_map_pages:
         return Health.PLAIN
-    # One alias makes the verdict "exposed" whatever else could not be seen: what was not seen is not hidden.
+    # One alias makes the verdict "exposed", even if other pages could not be judged. Those are not hidden.
     unseen = result.pages.unknown_pages or not result.pages.alias_pages or not result.pages.pages_populated
     return Health.UNVERIFIED if unseen else Health.MOSTLY
 
@@ -87,7 +87,7 @@ def _what_was_seen(result: AuditResult) -> str:
 
 
 def exit_status(diagnoses: Iterable[Diagnosis]) -> ExitStatus:
-    """0 if something hides here, 3 if that could not be verified, 1 if nothing does."""
+    """0 if any kind hides here, 3 if that could not be verified, 1 if none does."""
     seen = {d.health for d in diagnoses if d.promises}
     if seen & {Health.HIDING, Health.MOSTLY}:
         return ExitStatus.DONE

@@ -92,7 +92,7 @@ class PioBus:
             yield port, reader, self._writers[port]
 
     def read(self, port: int, size: int) -> int:
-        """What the guest's ``in`` of ``size`` bytes at ``port`` sees."""
+        """Return what the guest's ``in`` of ``size`` bytes at ``port`` reads."""
         reader = self._readers.get(port)
         if reader is None:
             return (1 << 8 * size) - 1
@@ -103,8 +103,8 @@ class PioBus:
     def write(self, port: int, size: int, value: int) -> None:
         """Do the guest's ``out`` of ``size`` bytes at ``port``."""
         writer = self._writers.get(port)
-        # A wide access that starts where nobody is belongs to whoever sits there on real hardware, not to the
-        # neighbours: PCI's configuration address (0xcf8, 4 bytes) spans the reset register at 0xcf9.
+        # A wide access at a port without a device goes to no device, not even to one at the next port. PCI's
+        # configuration address (0xcf8, 4 bytes) would otherwise hit the reset register at 0xcf9.
         if writer is None:
             return
         if size == 1 or port in self._wide:
@@ -142,14 +142,14 @@ class MmioBus:
         self._devices.insert(at, device)
 
     def read(self, address: int, size: int) -> int:
-        """What the guest's load of ``size`` bytes at ``address`` sees; all-ones where no device (fully) answers."""
+        """Return what the guest's load of ``size`` bytes at ``address`` reads; all-ones unless one device has them."""
         at = bisect_right(self._starts, address) - 1
         if at < 0 or address + size > self._ends[at]:
             return (1 << 8 * size) - 1
         return self._devices[at].read(address - self._starts[at], size)
 
     def write(self, address: int, size: int, value: int) -> None:
-        """Do the guest's store of ``size`` bytes at ``address``; lost where no device (fully) answers."""
+        """Do the guest's store of ``size`` bytes at ``address``. It is lost unless one device has them all."""
         at = bisect_right(self._starts, address) - 1
         if at >= 0 and address + size <= self._ends[at]:
             self._devices[at].write(address - self._starts[at], size, value)

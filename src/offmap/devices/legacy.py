@@ -1,4 +1,4 @@
-"""Two things that every kernel pokes on a PC: system control port B, and the place of the i8254 timer.
+"""Two devices that every PC kernel probes: system control port B, and the i8254 timer.
 
 Other ports need no device. Unclaimed ports read all-ones and swallow writes at the price of one look-up: the POST port
 0x80 (Linux's I/O delay), COM2-4 (the UART probe stops at the first read), the PCI configuration ports 0xcf8-0xcff
@@ -30,7 +30,7 @@ class SystemControlPortB:
         return (range(PORT_B, PORT_B + 1),)
 
     def read(self, port: int, size: int) -> int:
-        """The bits written; the refresh bit toggles; timer 2 has always expired, so that nobody waits for it."""
+        """The written bits. The refresh bit toggles. Timer 2 has always expired, so that nobody waits for it."""
         self._value ^= REFRESH
         return self._value | TIMER_2_OUT
 

@@ -1,1 +1,1 @@
-"""Guests to do real work in: a Debian root file system, a kernel and an initrd that suit each other; one command."""
+"""Debian guests for real work: a root file system, a kernel and an initrd that fit together; a command in a guest."""

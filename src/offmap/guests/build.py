@@ -1,4 +1,4 @@
-"""Making an image: its parts put together in one folder."""
+"""Make an image: put its parts into one folder."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from offmap.lab.kernel import HostKernel
 
 
 def build_image(recipe: RootRecipe, kernel: HostKernel, folder: Path) -> Image:
-    """Make the image in `folder`, which is replaced at once if it is an image.
+    """Make the image in `folder`. If the folder is an image already, it is replaced in one step.
 
     Raises:
         LabError: a part of it cannot be made, or the folder holds something else.
@@ -52,7 +52,7 @@ def build_image(recipe: RootRecipe, kernel: HostKernel, folder: Path) -> Image:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Sharing the blocks where the file system can, and without those that are holes in `source`."""
+    """Copy a file. Share its blocks if the file system can, and keep its holes."""
     command = ["cp", "--reflink=auto", "--sparse=always", "--", str(source), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

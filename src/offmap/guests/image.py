@@ -1,4 +1,4 @@
-"""An image: a folder with what a guest boots from (kernel, initrd, root file system), and what is in it.
+"""An image: a folder with a guest's kernel, initrd and root file system, and a list of its contents.
 
 A guest changes nothing in its image: its root is the image, read-only, below a layer in the guest's own RAM. So several
 guests can run from one image at once, and what a guest writes is as hidden as the rest of its RAM.
@@ -23,7 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 class Image(NamedTuple):
-    """What a guest boots from.
+    """The files that a guest boots from.
 
     Attributes:
         folder: where it is.
@@ -49,7 +49,7 @@ class Image(NamedTuple):
     def boot(
         self, command_line: str, *, writable: bool = False, attended: bool = True
     ) -> tuple[BootSource, tuple[str, DeviceSpec]]:
-        """What a guest of it boots, and the drive that must be its first.
+        """What a guest of this image boots, and the drive that must be its first.
 
         Args:
             command_line: of its kernel, to which the image adds where its root is.
@@ -64,7 +64,7 @@ class Image(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Look at the image in `folder`. Raises OffmapError: there is none, or one that a different offmap made."""
+        """Read the image in `folder`. Raises OffmapError if there is none, or if another version of offmap made it."""
         try:
             facts = json.loads((folder / DESCRIPTION).read_text())
         except FileNotFoundError:
@@ -83,7 +83,7 @@ class Image(NamedTuple):
 
 
 def named_image(name: str) -> Path:
-    """Where the cache keeps the image of this name. Raises OffmapError: it is no name."""
+    """The folder of the cache for an image of this name. Raises OffmapError if the name is invalid."""
     if not _NAME.fullmatch(name):
         raise OffmapError(f"{name!r} is no name for an image", "use letters, digits, and -._, or give a folder")
     from offmap.lab.cache import cache_folder  # not at each start of a guest, as its own imports take long
@@ -92,7 +92,7 @@ def named_image(name: str) -> Path:
 
 
 def find_image(text: str) -> Image:
-    """Find an image: `text` is a folder if it has a slash or is an image's; else the name of one in the cache.
+    """Find an image. `text` is a folder if it has a slash or is an image; else it is a name in the cache.
 
     Raises:
         OffmapError: there is none.

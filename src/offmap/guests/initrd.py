@@ -28,7 +28,7 @@ DEVICES = {
 
 
 def guest_initrd(kernel: HostKernel) -> bytes:
-    """An uncompressed cpio archive for `kernel`: loading it costs less than unpacking one would.
+    """A cpio archive for `kernel`. It is not compressed: to load more bytes takes less time than to unpack them.
 
     Raises:
         LabError: busybox, or a module that every guest needs, is missing.

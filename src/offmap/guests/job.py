@@ -1,4 +1,4 @@
-"""One command in a guest: its input and output are ours, byte for byte, and so is its exit status.
+"""One command in a guest. It has our input and output, byte for byte, and we get its exit status.
 
 The guest's init (init.sh) finds the command in a second cpio archive behind its own, /exec, and its standard streams
 and a place for the status at four ports of a virtio console. It runs the command by itself, without systemd.
@@ -71,7 +71,7 @@ class Job(Owned):
         on_end: Callable[[Machine], None] = lambda _: None,
         confinement: "Confinement | None" = None,
     ) -> int:
-        """Run it in a guest of `config`, which is an image's.
+        """Run it in a guest of `config`, which boots an image.
 
         Returns:
             The command's exit status, 0 to 255; 128 and more where a signal ended it, as the shell has it.
@@ -90,7 +90,7 @@ class Job(Owned):
         )
 
         def is_up(machine: Machine) -> None:
-            os.ftruncate(self._initrd, 0)  # the guest has it
+            os.ftruncate(self._initrd, 0)  # the guest has read it
             on_up(machine)
 
         self._headless = Headless(config, self._status, say=say, on_up=is_up, on_end=on_end, confinement=confinement)
@@ -137,7 +137,7 @@ class Job(Owned):
         return int(match[1]) if match and int(match[1]) <= 255 else None
 
     def close(self) -> None:
-        """Close what is ours."""
+        """Close the job's own files."""
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()

@@ -1,4 +1,4 @@
-"""What an image is made of. Two images of one recipe do the same; only when they were made differs."""
+"""What an image is made of. Two images of one recipe differ only in the time they were made."""
 
 import hashlib
 import json
@@ -10,10 +10,10 @@ from offmap.errors import OffmapError
 from offmap.units import format_size
 
 FORMAT = 2
-"""Counts up with each change to how a root file system is made, so that none of before is taken for one of now."""
+"""Goes up with each change to how a root file system is made, so that older ones in the cache are not used."""
 
 PACKAGES = ("systemd-sysv", "udev", "iproute2", "busybox")
-"""Beside Debian's minimal set: init, device nodes, the network's tools, and (busybox) wget, nc, vi and others."""
+"""Packages beside Debian's minimal set: init, device nodes, network tools, and busybox (wget, nc, vi and others)."""
 
 MIN_SIZE = 512 << 20  # what the packages above need, with room to breathe
 

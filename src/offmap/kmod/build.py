@@ -20,7 +20,7 @@ _TOOL = re.compile(r"\b(\w+): (?:not found|No such file|command not found)")
 
 
 def built_module(release: str) -> Path:
-    """Where the module for kernel `release`, made from these sources, is or would be."""
+    """The path of the module for kernel `release`, built from these sources; it may not exist yet."""
     return cache_folder("modules") / f"{release}-{source_hash(source_folder())}" / f"{MODULE}.ko"
 
 
@@ -51,7 +51,7 @@ def build(release: str | None = None, *, again: bool = False, modules: Path | No
 
 
 def _is_older(module: Path, headers: Path) -> bool:
-    """Whether the kernel was made again since, by its configuration and the symbols that it exports."""
+    """Whether the kernel was rebuilt since: its configuration or its exported symbols differ."""
     made = module.stat().st_mtime
     files = (headers / "include/config/auto.conf", headers / "Module.symvers")
     return any(file.is_file() and file.stat().st_mtime > made for file in files)
@@ -84,7 +84,7 @@ def _make(release: str, headers: Path, module: Path) -> None:
 
 
 def why_make_failed(release: str, output: str) -> OffmapError:
-    """The error that make's output tells of: a missing compiler or tool, or the first complaint."""
+    """The error in make's output: a missing compiler or tool, or else the first error line."""
     if missing := _COMPILER.search(output):
         compiler = missing[1].removeprefix("x86_64-linux-gnu-")
         return OffmapError(

@@ -21,7 +21,7 @@ from offmap.lab.errors import LabError
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 
-# What the kernel's makefiles run, beside what its headers depend on.
+# Packages of tools that the kernel's makefiles run. The headers' packages do not depend on them.
 TOOLS = ("make", "binutils", "dash", "bash", "coreutils", "sed", "grep", "mawk", "findutils", "diffutils", "perl-base")
 # Large, and of no use to a kernel module.
 UNUSED = ("./usr/share/doc*", "./usr/share/man*", "./usr/share/locale*", "*/lib?san.*", "*/libhwasan.*", "*/lto1")
@@ -35,7 +35,7 @@ exec chroot "$1" /usr/bin/env -i PATH=/usr/bin:/usr/sbin LC_ALL=C sh -c '
 
 
 def lab_module(kernel: HostKernel) -> Path:
-    """Build offmap.ko for a kernel that a lab host runs, unless that has been done; give its path.
+    """Build offmap.ko for the kernel of a lab host, unless that has been done. Return its path.
 
     For a Debian kernel the headers are downloaded, with the compiler that they need; for any other, they must be here:
     what ``build`` in its modules' folder leads to (``make modules_install`` puts it there).
@@ -59,7 +59,7 @@ def lab_module(kernel: HostKernel) -> Path:
 
 
 def load(host: LabHost, module: Path, timeout: float | None = None) -> str:
-    """Load a module in a lab host. Return why its kernel does not take it, in one line; empty if it does.
+    """Load a module in a lab host. Return why its kernel refuses it, in one line; empty if it is loaded.
 
     Args:
         timeout: seconds that this may take.
@@ -77,7 +77,7 @@ def load(host: LabHost, module: Path, timeout: float | None = None) -> str:
 def _of_ones_own(kernel: HostKernel, module: Path) -> Path:
     has_headers = (kernel.modules / "build/Makefile").is_file()
     if not has_headers and module.is_file() and release_of(module) == kernel.release:
-        return module  # of a Debian kernel, which was given as a file
+        return module  # it is a Debian kernel that was given as a file
     return build(kernel.release, modules=kernel.modules if has_headers else None)
 
 
@@ -158,7 +158,7 @@ def _unpack(debs: list[Path], root: Path) -> None:
         if done.returncode != 0 or source.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["dpkg-deb failed"])[-1]
             raise LabError(f"cannot unpack {deb.name}: {reason}", "check that the cache folder's disk is not full")
-    # What the packages' scripts would have made.
+    # These files are otherwise made by the packages' scripts.
     for link, target in (("awk", "mawk"), ("sh", "dash")):
         if not (root / "usr/bin" / link).exists():
             (root / "usr/bin" / link).symlink_to(target)

@@ -1,4 +1,4 @@
-"""The module in the running kernel: loading it, what it says of itself, unloading it."""
+"""The module in the running kernel: load it, read its state, unload it."""
 
 import ctypes
 import errno
@@ -32,7 +32,7 @@ _LOAD_REMEDY = {
 
 @dataclass(frozen=True)
 class LoadedModule:
-    """The module that is in the kernel, from /sys/module."""
+    """The loaded module, as /sys/module describes it."""
 
     version: str
     srcversion: str
@@ -40,7 +40,7 @@ class LoadedModule:
 
 @dataclass(frozen=True)
 class Holder:
-    """Who opened a file of /dev/offmap, and how many bytes that file has of what."""
+    """A process that opened /dev/offmap, and the bytes that its file holds of one source."""
 
     pid: int
     source: str
@@ -56,7 +56,7 @@ def loaded_module() -> LoadedModule | None:
 
 
 def holders() -> list[Holder]:
-    """Who has memory out. Raises OffmapError: we may not know."""
+    """The processes that hold memory. Raises OffmapError if this user may not know."""
     try:
         lines = HOLDERS.read_text().splitlines()
     except OSError as error:
@@ -92,7 +92,7 @@ def load(module: Path) -> None:
 
 
 def _signature_needed() -> str:
-    """Why this kernel takes signed modules only; empty if it does not say that it does."""
+    """Why this kernel takes signed modules only; empty if it takes others too, or does not say."""
     lockdown = _read(LOCKDOWN)
     if "[integrity]" in lockdown or "[confidentiality]" in lockdown:
         return "the kernel is locked down (Secure Boot, or lockdown= on its command line)"
@@ -102,7 +102,7 @@ def _signature_needed() -> str:
 
 
 def unload() -> None:
-    """Unload the module. Raises OffmapError: it is not loaded, or memory is out."""
+    """Unload the module. Raises OffmapError if it is not loaded, or if its memory is in use."""
     if loaded_module() is None:
         raise OffmapError("the module is not loaded")
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-"""What a built module says of itself: the strings of its .modinfo section (include/linux/moduleinfo.h)."""
+"""Facts about a built module: the strings of its .modinfo section (include/linux/moduleinfo.h)."""
 
 import struct
 from pathlib import Path
@@ -11,7 +11,7 @@ _SIGNATURE = b"~Module signature appended~\n"  # MODULE_SIG_STRING, include/linu
 
 
 def modinfo(module: Path) -> dict[str, str]:
-    """The ``tag=value`` strings of a module; of a tag that occurs several times, the first.
+    """The ``tag=value`` strings of a module. If a tag occurs several times, the first counts.
 
     Raises:
         OffmapError: it cannot be read, or is no kernel module.
@@ -42,7 +42,7 @@ def is_signed(module: Path) -> bool:
 
 
 def _section(data: bytes, name: bytes) -> bytes | None:
-    """Contents of an ELF64 section by name; None where there is no such section."""
+    """Contents of an ELF64 section by name; None if there is no such section."""
     if len(data) < elf.ELF64_EHDR.size or data[: len(elf.ELFMAG)] != elf.ELFMAG:
         return None
     header = elf.Elf64_Ehdr._make(elf.ELF64_EHDR.unpack_from(data))

@@ -1,4 +1,4 @@
-"""Where the module's sources are, in a checkout or in an installed package, and what identifies them."""
+"""The module's sources, in a checkout or in an installed package, and their digest."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ _BUILD_FILES = ("Kbuild", "Makefile")
 
 
 def source_folder() -> Path:
-    """The folder that holds the module's sources. Raises OffmapError: this installation has none."""
+    """The folder of the module's sources. Raises OffmapError if this installation has none."""
     package = Path(offmap.__file__).parent
     for folder in (package / _PACKAGED, package.parents[1] / "kernel/module"):
         if (folder / "Kbuild").is_file():
@@ -26,7 +26,7 @@ def _sources(folder: Path) -> list[Path]:
 
 
 def source_hash(folder: Path) -> str:
-    """Sixteen hexadecimal digits that change with any of the sources."""
+    """A digest of all the sources: sixteen hexadecimal digits."""
     digest = hashlib.sha256()
     for path in _sources(folder):
         data = path.read_bytes()
@@ -35,7 +35,7 @@ def source_hash(folder: Path) -> str:
 
 
 def copy_sources(folder: Path, to: Path) -> None:
-    """Copy the sources, and nothing that a build may have left among them."""
+    """Copy the sources, without the files that a build may have left there."""
     to.mkdir(parents=True, exist_ok=True)
     for path in _sources(folder):
         (to / path.name).write_bytes(path.read_bytes())

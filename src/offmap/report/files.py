@@ -1,4 +1,4 @@
-"""Reports as files: there whole or not at all, so that who reads one while it is renewed sees the old or the new."""
+"""Write reports as files: whole or not at all. A reader sees the old report or the new one, never a mixture."""
 
 import contextlib
 import os
@@ -9,20 +9,20 @@ from pathlib import Path
 from offmap.errors import KernelError, OffmapError
 
 PUBLIC = 0o644
-"""node_exporter runs as a user of its own."""
+"""The mode for files that others read: node_exporter runs as a user of its own."""
 
 PRIVATE = 0o600
-"""Kernel addresses undo KASLR: only for the owner."""
+"""The mode for files with kernel addresses, which undo KASLR: only the owner may read them."""
 
 
 def replace_file(path: Path, text: str, mode: int) -> None:
-    """Put `text` where `path` is: written beside it, then renamed over it.
+    """Replace the file at `path` with `text`: write a file beside it, then rename it.
 
     Raises:
         OffmapError: there is something else than a file.
         KernelError: it cannot be written; what was there before is untouched.
     """
-    target = Path(os.path.realpath(path))  # a link stays one: what it leads to is replaced
+    target = Path(os.path.realpath(path))  # a symbolic link is kept, and its target is replaced
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(target.stat().st_mode):
             raise OffmapError(f"{path} is not a file", "name one to write or to replace")

@@ -20,18 +20,18 @@ _SHARED = "offmap.report"
 
 @cache
 def _templates(package: str) -> tuple[Environment, ChoiceLoader]:
-    """What finds templates, style sheets and scripts: the package's own files come before the shared ones."""
+    """Finds templates, style sheets and scripts. The package's own files come before the shared ones."""
     loader = ChoiceLoader([PackageLoader(package), PackageLoader(_SHARED)])
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True), loader
 
 
 def _policy_hash(text: str) -> str:
-    """As Content-Security-Policy wants it (W3C CSP3, section 2.3.1, hash-source)."""
+    """A hash in the form of Content-Security-Policy (W3C CSP3, section 2.3.1, hash-source)."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def render_page(template: str, page: object, styles: Sequence[str], script: str, package: str = _SHARED) -> str:
-    """A whole page: its style sheets as one and its script in it, each allowed by its hash.
+    """A page with its style sheets (as one) and its script inside. The policy allows each by its hash.
 
     Args:
         template, styles, script: by their names in ``templates/`` of the package, or in the one that all reports share.

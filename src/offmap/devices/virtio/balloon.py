@@ -126,13 +126,13 @@ class Balloon(VirtioDevice):
         for chain in queue.chains():
             queue.charge(chain.readable_bytes // _PFN.size * PAGE_SIZE)
             pages = iter(self._pages_of(chain))
-            # A driver may name as many as fit into its memory, several times over: so many at a time.
+            # A driver may name very many pages, and one page often: take so many at a time.
             while some := list(islice(pages, _BATCH)):
                 self._discard(some)
             queue.push(chain, 0)
 
     def _deflate(self, queue: Queue) -> None:
-        """Answer a guest that takes pages back. It gets each one when it touches it."""
+        """Answer a guest that takes pages back. It gets each page when it touches it."""
         for chain in queue.chains():
             queue.push(chain, 0)
 
@@ -160,7 +160,7 @@ class Balloon(VirtioDevice):
             try:
                 self.discarded += self._memory.discard(address, size)
             except KernelError as error:
-                # The guest does without the page all the same; that the host does not get it must be known.
+                # The guest gave up the page, but the host did not get it. The user must know.
                 if not self._refused:
                     self._refused = True
                     self._say(f"balloon: {error}; what the guest gives up may stay in the host's RAM")

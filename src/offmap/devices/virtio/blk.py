@@ -92,7 +92,7 @@ class Blk(VirtioDevice):
 
     def activate(self, activation: Activation) -> None:
         self._queue = activation.queues[0]
-        # A driver that does not know of flushes must find its data on the disk when a write is done (5.2.5).
+        # If the driver does not use flushes, data must be on the disk when a write is done (5.2.5).
         self._sync = not activation.has(uapi.VIRTIO_BLK_F_FLUSH)
 
     def reset(self) -> None:
@@ -192,7 +192,7 @@ class Blk(VirtioDevice):
 
     def _flush(self, readable: list[memoryview], writable: list[memoryview]) -> int:
         if self._queue is not None:
-            self._queue.notify()  # this may take its time, and others are done
+            self._queue.notify()  # this request may take long, and others are done
         self._disk.flush()
         return uapi.VIRTIO_BLK_S_OK
 
@@ -213,7 +213,7 @@ class Blk(VirtioDevice):
         return uapi.VIRTIO_BLK_S_OK
 
     def _go_on(self, requests: Queue) -> bool:
-        """Do a part of an unfinished request. Return whether the next request may be looked at.
+        """Do a part of an unfinished request. Return whether the next request may be started.
 
         The host may have to write the zeroes. So others have their turn after each such piece: whoever stops or resets
         the device need not wait for the whole request.

@@ -29,7 +29,7 @@ SECTOR = 512
 _BOUNCE_SIZE = 1 << 20
 _MOST_WRITTEN = 4 << 20  # bytes of zeroes at once
 _MOST_QUICK = 256 << 20  # bytes that the file system forgets at once
-_DEFAULT_PHYSICAL_BLOCK = 4096  # what file systems allocate in; a guest that aligns to it spares the host a read
+_DEFAULT_PHYSICAL_BLOCK = 4096  # the usual block of file systems; an aligned guest spares the host a read
 _PUNCH_HOLE = fs.FALLOC_FL_PUNCH_HOLE | fs.FALLOC_FL_KEEP_SIZE
 _ZERO_RANGE = fs.FALLOC_FL_ZERO_RANGE | fs.FALLOC_FL_KEEP_SIZE
 _RANGE = struct.Struct("=QQ")  # of BLKDISCARD and BLKZEROOUT
@@ -77,7 +77,7 @@ class Disk(Owned):
             raise KernelError(f"open of the drive {path}", error, _open_remedy(error, readonly, direct)) from None
         with contextlib.ExitStack() as opening:
             opening.callback(self.close)
-            # Of what was opened, and not of what is at the path by now.
+            # Of the open file: the path may lead elsewhere by now.
             self._is_block_device = _check_kind(path, os.fstat(self.fd).st_mode)
             os.set_blocking(self.fd, True)
             self._lock(readonly)
@@ -85,7 +85,7 @@ class Disk(Owned):
             opening.pop_all()
 
     def _lock(self, readonly: bool) -> None:
-        """Lock the file, as two guests that write one image destroy it. QEMU sees this lock, and we see QEMU's."""
+        """Lock the file: two guests that write one image destroy it. QEMU and offmap respect each other's locks."""
         kind = fcntl.F_RDLCK if readonly else fcntl.F_WRLCK
         try:
             fcntl.fcntl(self.fd, F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
@@ -125,7 +125,7 @@ class Disk(Owned):
             )
 
     def _direct_alignment(self) -> int:
-        """The least alignment that direct I/O on this file takes; it differs by file system and disk, hence tried."""
+        """The smallest alignment for direct I/O on this file. It is tried, as it depends on file system and disk."""
         with mmap.mmap(-1, PAGE_SIZE) as page, memoryview(page) as view:
             for size in (SECTOR, 1024, 2048):
                 try:
@@ -186,7 +186,7 @@ class Disk(Owned):
     def _without_gup(
         self, bounced: Callable[[list[memoryview], int], int], views: list[memoryview], offset: int
     ) -> int:
-        """Go by the bounce buffer after an EFAULT: this file system pins pages, and hidden ones cannot be pinned."""
+        """Use the bounce buffer after an EFAULT: this file system pins pages, and hidden pages cannot be pinned."""
         done = bounced(views, offset)
         if not self._always_bounce:
             self._always_bounce = True

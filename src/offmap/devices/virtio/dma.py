@@ -49,7 +49,7 @@ class Dma:
         return view[address - start : address - start + size]
 
     def piece(self, address: int, size: int) -> Piece:
-        """The piece of RAM that `size` bytes at guest-physical `address` are in.
+        """The piece of RAM that contains `size` bytes at guest-physical `address`.
 
         Raises:
             DriverError: not all of it is RAM of the guest, in one region.

@@ -1,4 +1,4 @@
-"""InterruptStatus of every device of a VM, most of it without an exit.
+"""InterruptStatus of all devices of a VM. Most acknowledgements cost no exit.
 
 A Linux driver reads InterruptStatus and writes InterruptACK at every interrupt. The read finds the register in a page
 that the guest may read (mmio.py); the write is noted down by KVM in a ring (kvm.coalesced). We look at the ring before
@@ -63,7 +63,7 @@ class InterruptStatus:
 
     def _set(self, value: int) -> None:
         self._value = value = value | self._held
-        # Mostly an acknowledged bit is the one that is set again, and then there is nothing to show.
+        # Usually the acknowledged bit is set again at once. Then the page need not change.
         if value != self._shown:
             self._shown = value
             self._show(value)

@@ -28,7 +28,7 @@ class Limit(NamedTuple):
 
     @classmethod
     def from_options(cls, options: Options) -> "Limit | None":
-        """Take both options; None where neither is there. Raises OffmapError: one cannot have that value."""
+        """Take both options; None if neither is given. Raises OffmapError if a value is wrong."""
         rate = options.text("rate", None, parse_size)
         if rate is not None and not 0 < rate <= _MOST:
             options.refuse("rate= is a number of bytes a second, like 10M")

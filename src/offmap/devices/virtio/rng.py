@@ -14,7 +14,7 @@ from offmap.options import Options
 from offmap.uapi.virtio.config import VIRTIO_ID_RNG
 
 _SOURCE = "/dev/urandom"
-_MOST = 1 << 16  # bytes in one answer: a driver that asks for a gigabyte shall not keep a processor busy for seconds
+_MOST = 1 << 16  # bytes in one answer: a driver that asks for a gigabyte must not keep a processor busy for seconds
 
 
 class RngSpec(NamedTuple):
@@ -68,7 +68,7 @@ class Rng(VirtioDevice):
     def _fill(self, views: list[memoryview]) -> int:
         """Bytes written, at least 1 (5.4.6.2)."""
         try:
-            # It may answer less than it was asked for, and so may we.
+            # The source may give fewer bytes, and so may the device.
             return os.readv(self._fd, part(views, 0, _MOST))
         except OSError as error:
             if error.errno != errno.EFAULT:

@@ -23,7 +23,7 @@ from offmap.uapi.virtio.vsock import VIRTIO_VSOCK_HDR, virtio_vsock_hdr
 RX, TX, EVENT = range(3)
 
 MAX_CONNECTIONS = 1023  # as Firecracker has
-_OTHER_FDS = 160  # what all else may have open: 16 devices with 5 queues, their threads, files and the terminal
+_OTHER_FDS = 160  # fds of everything else: 16 devices with 5 queues, their threads, files and the terminal
 _MAX_RESETS = 256  # answers to packets of no connection that may wait for buffers
 _BUDGET = 64  # packets in one go and direction
 _FIRST_HOST_PORT = 1 << 30  # of those that connect from the host; below are those that listen there
@@ -63,7 +63,7 @@ class Vsock(VirtioDevice):
         self._next_port = 0
         self._refused = False  # a connection from the host
         self._backlog = Backlog()
-        # Each takes a descriptor, of which the rest of this process must never run short.
+        # Each takes an fd, and the rest of this process must never run out of fds.
         self._most = min(MAX_CONNECTIONS, max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_FDS, 1))
 
     def config(self) -> bytes:
@@ -84,7 +84,7 @@ class Vsock(VirtioDevice):
             self._deliver()
         elif self._active and queue == TX:
             self._take()
-        # The event queue is for migration, which there is none of.
+        # The event queue is for migration, which offmap does not have.
 
     def reset(self) -> None:
         if not self._active:
@@ -144,7 +144,7 @@ class Vsock(VirtioDevice):
             self._reset_unknown(hdr)
 
     def _reset_unknown(self, hdr: virtio_vsock_hdr) -> None:
-        if hdr.op != uapi.VIRTIO_VSOCK_OP_RST:  # two that know of nothing would go on for ever
+        if hdr.op != uapi.VIRTIO_VSOCK_OP_RST:  # or both sides would send resets for ever
             self._answer_reset(hdr.dst_port, hdr.src_port)
 
     def _answer_reset(self, host_port: int, guest_port: int) -> None:
@@ -233,7 +233,7 @@ class Vsock(VirtioDevice):
                 function()
 
         if function not in self._posted:
-            self._posted.add(function)  # once: kicks come too, and each would leave one more of them
+            self._posted.add(function)  # once: each kick would post another one
             self._worker.post(go_on)
 
     # The host's side
@@ -258,7 +258,7 @@ class Vsock(VirtioDevice):
             return
         except OSError as error:
             # EMFILE: it would be offered again at once. Who connects now has to wait for another to end.
-            if not self._refused:  # said once: guest and host can make it so as often as they like
+            if not self._refused:  # said once: guest and host can cause it again and again
                 self._refused = True
                 self._say(f"vsock: cannot accept a connection: {error.strerror}; no more until one ends")
             self._worker.unwatch(self._listener.fd)

@@ -16,7 +16,7 @@ from offmap.uapi.virtio import vsock as uapi
 from offmap.uapi.virtio.vsock import virtio_vsock_hdr
 
 BUF_ALLOC = 256 << 10  # what Linux's own vsock sockets have (VIRTIO_VSOCK_DEFAULT_BUF_SIZE)
-MOST_BACKLOG = 32 << 20  # bytes of all connections of a device; whoever sends more then is cut off
+MOST_BACKLOG = 32 << 20  # bytes of all connections of a device; a sender of more is disconnected
 _UPDATE_AFTER = BUF_ALLOC // 4  # bytes passed on that the guest is told of by a packet of their own
 _U32 = (1 << 32) - 1
 _BOTH = uapi.VIRTIO_VSOCK_SHUTDOWN_RCV | uapi.VIRTIO_VSOCK_SHUTDOWN_SEND
@@ -25,7 +25,7 @@ _BOTH = uapi.VIRTIO_VSOCK_SHUTDOWN_RCV | uapi.VIRTIO_VSOCK_SHUTDOWN_SEND
 class State(Enum):
     ASKED = auto()  # the host wants it, and the guest has not answered
     UP = auto()
-    OVER = auto()  # the guest knows no more of it; what it has sent may still be on its way to the host
+    OVER = auto()  # closed for the guest; its data may still be on the way to the host
 
 
 class Backlog:
@@ -73,7 +73,9 @@ class Connection:
         # From the guest.
         self._guest_down = 0
         self._host_told = False  # that nothing more will come
-        self._backlog = bytearray()  # in one piece: a guest that sends single bytes shall cost us no more than them
+        self._backlog = (
+            bytearray()
+        )  # in one piece, so that a guest that sends single bytes costs no more memory than these
         self._fwd_cnt = self._fwd_told = 0
 
     # From the guest
@@ -91,7 +93,7 @@ class Connection:
         """Bytes from the guest, for the socket."""
         size = length(payload)
         if self._guest_down & uapi.VIRTIO_VSOCK_SHUTDOWN_SEND or len(self._backlog) + size > BUF_ALLOC:
-            self.failed = True  # it said that it was done, or sends beyond its credit
+            self.failed = True  # it sends after it ended the stream, or beyond its credit
             return
         done = 0 if self._backlog else self._send(payload)
         if self._kept.size + size - done > MOST_BACKLOG:
