@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from offmap.audit.trace.result import Traced
     from offmap.audit.trace.trace import Trace as _Trace
 
-_LOOK_SECONDS = 0.25  # how soon a traced mapping is reported
+_LOOK_SECONDS = 1.0  # how soon a traced mapping is reported; each look costs the host some time
 
 
 class _Stopped(Exception):

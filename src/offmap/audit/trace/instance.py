@@ -17,7 +17,7 @@ _PREFIX = "offmap_"
 _BUFFER_KIB = 2048  # for each processor; an event with its stack takes some hundred bytes, one of vmap 2.5 KiB
 _MOST_BYTES = 64 << 20  # that wait here to be looked at
 _PIECE = 1 << 16
-_PERIOD_MS = 50
+_PERIOD_MS = 200
 
 
 class Instance(Owned):

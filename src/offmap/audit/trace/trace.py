@@ -79,18 +79,27 @@ class Trace(Owned):
                 f"mappings were made after the last audit ({made}), and pages may have been populated since"
             )
         found = self._judge.walked(_guest_of(snapshot))
-        return self._result([*found, *self._judge.hits(final=True)])
+        return self._result([*found, *self._judge.hits(final=True)], last=True)
 
     def look(self) -> Traced:
         """What was traced since, without what has not ended yet."""
-        self._drain()
+        self._drain(whole=False)
         return self._result(self._judge.hits(final=False))
 
-    def _drain(self, last: bool = False) -> None:
-        events = self._reader.feed(self._instance.take())
+    def _drain(self, last: bool = False, whole: bool = True) -> None:
+        """Take what was recorded.
+
+        Args:
+            last: nothing follows.
+            whole: also see whether something was lost where nothing was recorded; that takes most of the time.
+        """
+        text = self._instance.take()
+        events = self._reader.feed(text)
         if last:
             events += self._reader.flush()
         self._judge.feed(events)
+        if not text and not whole:
+            return
         missed = self._instance.missed() + self._reader.lost
         if missed > self._missed:
             self._judge.doubt(f"{missed - self._missed} events were lost")
@@ -101,7 +110,8 @@ class Trace(Owned):
             self._judge.doubt("more was recorded than could be looked at")
         self._missed, self._strange = missed, self._reader.strange
 
-    def _result(self, found: list[TracedMapping]) -> Traced:
+    def _result(self, found: list[TracedMapping], last: bool = False) -> Traced:
+        """The stretch of time since something was found last. It goes on if nothing was."""
         now = time.monotonic()
         doubts = self._judge.take_doubts()
         result = Traced(
@@ -114,7 +124,8 @@ class Trace(Owned):
             undetermined=doubts,
             not_traced=self.not_traced,
         )
-        self._since, self._counted = now, self._judge.count
+        if found or doubts or last:
+            self._since, self._counted = now, self._judge.count
         return result
 
     def _try_out(self) -> tuple[str, ...]:
