@@ -73,9 +73,8 @@ class Connection:
         # From the guest.
         self._guest_down = 0
         self._host_told = False  # that nothing more will come
-        self._backlog = (
-            bytearray()
-        )  # in one piece, so that a guest that sends single bytes costs no more memory than these
+        # In one piece, so that a guest that sends single bytes costs no more memory than these.
+        self._backlog = bytearray()
         self._fwd_cnt = self._fwd_told = 0
 
     # From the guest
