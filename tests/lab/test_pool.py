@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from offmap.compare.guest import READY, guest_initramfs
 from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
@@ -135,6 +137,54 @@ def test_guests_come_and_go_and_see_nothing_of_each_other(host: LabHost) -> None
     assert found["most"] > 1
     assert found["pool"] == [found["size"], found["size"], 0, 0, 0]
     assert all(found["same"].values())
+
+
+QEMU = """
+exec setpriv --reuid 4711 --regid 4712 --clear-groups --bounding-set=-all --no-new-privs \\
+    qemu-system-x86_64 -nodefaults -no-user-config -display none -accel kvm -m 256M -sandbox on \\
+    -object memory-backend-file,id=ram,size=256M,mem-path=/run/hidden,share=on,align=2M \\
+    -M microvm,acpi=on,memory-backend=ram -cpu host -kernel {kernel} -initrd {initrd} \\
+    -append 'console=ttyS0 quiet reboot=t' -serial stdio
+"""
+
+
+@pytest.mark.slow
+def test_an_unmodified_qemu_without_any_right_is_hidden(host: LabHost) -> None:
+    out = host.options.out
+    assert out is not None
+    (out / "guest.initramfs").write_bytes(guest_initramfs())
+    heard, ready = bytearray(), threading.Event()
+
+    def listen(data: bytes) -> None:
+        heard.extend(data)
+        if READY.encode() in heard:
+            ready.set()
+
+    # Not every user may look into the folders that these are in.
+    prepare = f"cp {host.kernel.vmlinuz} /run/vmlinuz; cp {out}/guest.initramfs /run; chmod a+r /run/vmlinuz;"
+    prepare += "chgrp 4712 /dev/kvm; chmod 660 /dev/kvm; echo pid $$ >&2;"
+    create = [sys.executable, "-m", "offmap", "pool", "create", "256M", "--group", "4712"]
+    assert host.output([*create, "--allow-nested"]).stdout == b"256 MiB at /run/hidden\n"
+    script = QEMU.format(kernel="/run/vmlinuz", initrd="/run/guest.initramfs")
+    vmm = host.popen(["sh", "-c", prepare + script], stdout=listen, stderr=listen, keep_stdin=True)
+    try:
+        assert ready.wait(PATIENCE), heard
+        found = re.search(rb"pid (\d+)", heard)
+        assert found
+        pid = int(found[1])
+        (line,) = host.output(["grep", "/run/hidden", f"/proc/{pid}/maps"]).stdout.decode().splitlines()
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        assert (end - start, start % (2 * MIB)) == (SIZE, 0)
+        audit = [sys.executable, "-m", "offmap", "audit", str(pid), "--json", "--range", f"{start:#x}:{SIZE:#x}"]
+        result = json.loads(host.output(audit).stdout)
+        pages = result["pages"]
+        assert (pages["pages_populated"], pages["unknown_pages"], pages["direct_map_pages"]) == (SIZE // 4096, 0, 0)
+        # kvm-clock is on: KVM maps the page that the guest registered for it.
+        assert {alias["region"] for alias in result["aliases"]} <= {"vmalloc/ioremap space"}
+    finally:
+        vmm.kill()
+        vmm.wait(PATIENCE)
+    assert host.output([sys.executable, "-m", "offmap", "pool", "destroy"]).status == 0
 
 
 def test_a_page_that_fails_is_never_given_out_again(host: LabHost) -> None:
