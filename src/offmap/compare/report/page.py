@@ -121,60 +121,31 @@ class CellView:
         return len(CATALOGUE) - len(self.answers)
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """All that a template needs.
-
-    Attributes:
-        apart: status, title, reason and place of each cell that did not get to its end.
-        emulation: what emulation cannot show, with the titles of the questions that it touches.
-        statuses: symbol, word and meaning of each.
-    """
-
-    title: str
-    when: str
-    versions: str
-    count: int
-    outcomes: str
-    emulated: bool
-    baseline: str
-    conclusions: list[ConclusionView]
-    overview: Overview | None
-    settings: list[SettingView]
-    apart: list[tuple[Status, str, str, str]]
-    cells: list[CellView]
-    missing: list[str]
-    notes: list[str]
-    facts: list[tuple[str, list[tuple[str, str]]]]
-    commands: list[str]
-    emulation: list[tuple[str, str]]
-    statuses: list[tuple[str, str, str]]
-
-
-def page_of(results: Sequence[CellResult]) -> Page:
-    """The page of a comparison."""
+def page_of(results: Sequence[CellResult]) -> dict[str, object]:
+    """All that the templates of a comparison show, by name."""
     conclusions = conclude(results)
     emulated = any(result.emulated for result in results)
-    return Page(
-        title="Ways of hiding guest RAM, compared",
-        when=_when(sorted(result.time for result in results if result.time)),
-        versions=", ".join(dict.fromkeys(result.offmap for result in results)),
-        count=len(results),
-        outcomes=_outcomes(results),
-        emulated=emulated,
-        baseline=BASELINE,
-        conclusions=[_conclusion(each) for each in conclusions],
-        overview=_overview(conclusions),
-        settings=[_setting(cells, results, at == 0) for at, cells in enumerate(_settings(results))],
-        apart=[_apart(result) for result in results if result.outcome is not CellOutcome.BOOTED],
-        cells=[_cell(result) for result in results],
-        missing=missing_of(results),
-        notes=notes_of(results),
-        facts=facts_of(results),
-        commands=commands_of(results),
-        emulation=_emulation() if emulated else [],
-        statuses=[(each.symbol, each.word, _MEANING[each]) for each in Status],
-    )
+    return {
+        "title": "Ways of hiding guest RAM, compared",
+        "when": _when(sorted(result.time for result in results if result.time)),
+        "versions": ", ".join(dict.fromkeys(result.offmap for result in results)),
+        "count": len(results),
+        "outcomes": _outcomes(results),
+        "emulated": emulated,
+        "baseline": BASELINE,
+        "conclusions": [_conclusion(each) for each in conclusions],
+        "overview": _overview(conclusions),
+        "settings": [_setting(cells, results, at == 0) for at, cells in enumerate(_settings(results))],
+        # status, title, reason and place of each cell that did not get to its end
+        "apart": [_apart(result) for result in results if result.outcome is not CellOutcome.BOOTED],
+        "cells": [_cell(result) for result in results],
+        "missing": missing_of(results),
+        "notes": notes_of(results),
+        "facts": facts_of(results),
+        "commands": commands_of(results),
+        "emulation": _emulation() if emulated else [],
+        "statuses": [(each.symbol, each.word, _MEANING[each]) for each in Status],
+    }
 
 
 _MEANING = {
