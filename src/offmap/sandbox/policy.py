@@ -66,7 +66,7 @@ _VHOST = [
 
 _OF_DEVICES: Mapping[str, list[Rule]] = {
     "drive": [
-        *allow("preadv", "pwritev", "pread64", "pwrite64", "fallocate", "fdatasync"),
+        *allow("preadv", "pwritev", "preadv2", "pwritev2", "pread64", "pwrite64", "fallocate", "fdatasync"),
         one_of("ioctl", 1, [fs.BLKDISCARD, fs.BLKZEROOUT]),
     ],
     "rng": allow("readv"),
