@@ -11,7 +11,7 @@ from offmap.audit.evidence.statement import (
     PREDICATE,
     REPORT_NAME,
     STATEMENT,
-    Coverage,
+    Extent,
     Moment,
     Predicate,
     Statement,
@@ -23,7 +23,7 @@ from offmap.audit.report.hosts import AUDIT_ALL, HostReport
 from offmap.audit.result import AuditResult
 
 LIMITS = (
-    "between two looks, and before and after the audit, nothing was looked at",
+    "between two walks, and before and after the audit, nothing was looked at",
     "bytes of the guest that were copied elsewhere are not looked for, unless it was scanned for a canary or secret",
     "that memory is not mapped says nothing of processor buffers, devices, or the VMM's own mapping",
 )
@@ -63,8 +63,8 @@ def make_statement(report: HostReport, nonce: str | None, began: Moment) -> Stat
 
 def _vm(audit: AuditResult) -> Vm:
     counts = msgspec.structs.asdict(audit.pages)
-    walk = audit.walk
-    coverage = Coverage(
+    walk, over = audit.walk, audit.coverage
+    coverage = Extent(
         sources=tuple(sorted({str(part.source) for part in audit.ranges})),
         ram_bytes=sum(part.bytes for part in audit.ranges),
         levels=walk.levels,
@@ -72,6 +72,9 @@ def _vm(audit: AuditResult) -> Vm:
         runs=walk.runs,
         unreadable_bytes=sum(span.bytes for span in walk.unreadable),
         duration_ms=round(audit.seconds * 1000),
+        stretch_ms=0 if over is None else round(over.seconds * 1000),
+        walks=1 if over is None else over.walks,
+        roots={} if over is None else over.roots,
         scanned=audit.scan is not None,
     )
     return Vm(

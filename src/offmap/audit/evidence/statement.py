@@ -42,7 +42,7 @@ class Moment(Document, frozen=True):
     uptime_ms: Count
 
 
-class Coverage(Document, frozen=True):
+class Extent(Document, frozen=True):
     """What an audit looked at.
 
     Attributes:
@@ -53,6 +53,9 @@ class Coverage(Document, frozen=True):
         runs: Stretches of kernel mappings that were found.
         unreadable_bytes: Kernel addresses whose page tables could not be read.
         duration_ms: How long the audit took. Outside of this time nothing was looked at.
+        stretch_ms: The stretch of time that the verdict is true for, as far as walks at random moments of it can tell.
+        walks: Whole walks of the page tables in it.
+        roots: Roots of page tables that were looked at, by kind.
         scanned: Whether all that the kernel has mapped was also read and searched.
     """
 
@@ -63,6 +66,9 @@ class Coverage(Document, frozen=True):
     runs: Count
     unreadable_bytes: Count
     duration_ms: Count
+    stretch_ms: Count
+    walks: Count
+    roots: dict[str, Count]
     scanned: bool
 
 
@@ -87,7 +93,7 @@ class Vm(Document, frozen=True):
     notes: tuple[str, ...]
     partial: str | None
     pages: dict[str, Count]
-    coverage: Coverage
+    coverage: Extent
 
 
 class Unjudged(Document, frozen=True):

@@ -35,7 +35,7 @@ def _stated(found: Predicate) -> list[str]:
     lines = [
         f"  stated   VM {vm.pid} ({vm.process}): {vm.verdict.value}, {vm.pages.get('mapped_pages', 0):,} of "
         f"{vm.pages.get('pages_populated', 0):,} pages mapped, {vm.pages.get('unknown_pages', 0):,} unknown; "
-        f"{vm.coverage.tables:,} page tables read in {vm.coverage.duration_ms / 1000:.1f} s"
+        f"{vm.coverage.walks} walks in {vm.coverage.stretch_ms / 1000:.1f} s"
         for vm in found.vms
     ]
     lines += [f"  stated   VM {vm.pid} ({vm.process}): not audited: {vm.reason}" for vm in found.not_audited]
