@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from offmap.audit.audit import Snapshot, Stage, audit_process, snapshot_process
+from offmap.audit import audit
+from offmap.audit.audit import Snapshot, Stage
 from offmap.audit.changes import compare
 from offmap.audit.frames import POPULATED
 from offmap.audit.result import AuditResult
@@ -46,6 +47,16 @@ libc.mremap.restype = ctypes.c_void_p
 
 def address(memory: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def snapshot_process(pid: int, **options: Any) -> Snapshot:
+    """With one walk: what is planted here does not move, and a host in a host is slow."""
+    return audit.snapshot_process(pid, seconds=0, **options)
+
+
+def audit_process(pid: int, **options: Any) -> AuditResult:
+    """The published part of it."""
+    return snapshot_process(pid, **options).audit
 
 
 class Memory:
