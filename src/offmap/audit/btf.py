@@ -7,6 +7,7 @@ name too (the unions that ``struct page`` is made of).
 import struct
 from array import array
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
@@ -197,3 +198,9 @@ class Btf:
         while type_id and self._kind(self._at[type_id]) in _MODIFIERS:
             type_id = self._words[self._at[type_id] + 2]
         return type_id
+
+
+@lru_cache(maxsize=1)
+def host_types() -> Btf:
+    """`Btf.of_host`, read once: there are some 130,000 types, and they stay while the kernel runs. Raises as that."""
+    return Btf.of_host()

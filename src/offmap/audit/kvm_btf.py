@@ -4,15 +4,10 @@ end. Where KVM is built in, the kernel's own have them."""
 from functools import lru_cache
 from pathlib import Path
 
-from offmap.audit.btf import Btf, Unknown
+from offmap.audit.btf import Btf, Unknown, host_types
 
 _BTF = Path("/sys/kernel/btf")
 _CPUINFO = Path("/proc/cpuinfo")
-
-
-@lru_cache(maxsize=1)
-def _kernel_types() -> Btf:
-    return Btf(_read("vmlinux"))
 
 
 @lru_cache(maxsize=1)
@@ -44,11 +39,10 @@ def vendor_types() -> tuple[Btf, str]:
 
 
 def _with_module(name: str) -> Btf:
-    return _kernel_types().with_module(_read(name)) if (_BTF / name).exists() else _kernel_types()
-
-
-def _read(name: str) -> bytes:
     try:
-        return (_BTF / name).read_bytes()
+        types, path = host_types(), _BTF / name
+        return types.with_module(path.read_bytes()) if path.exists() else types
     except OSError as error:
         raise Unknown(f"this kernel does not describe its structures: {error.strerror}") from None
+    except Unknown as error:
+        raise Unknown(f"this kernel does not describe its structures: {error}") from None

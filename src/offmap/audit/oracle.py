@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from offmap.audit.btf import Btf, Unknown
+from offmap.audit.btf import Unknown, host_types
 from offmap.audit.drgn_kernel import DrgnKernel
 from offmap.audit.frames import POPULATED, resolve
 from offmap.audit.guest_pages import GuestPages
@@ -154,7 +154,7 @@ def ask_drgn(
 
     top, info = 0, kcore.vmcoreinfo
     with suppress(Unknown):
-        top = KernelObjects(kcore, layout, Btf.of_host()).page_table_of(process.pid)
+        top = KernelObjects(kcore, layout, host_types()).page_table_of(process.pid)
     lookups = Lookups(frame, lambda: walk_kcore(kcore), top, info.phys_base, info.kernel_image_size)
     return ask_oracle(DrgnKernel(), mappings, guest, lookups, sample)
 

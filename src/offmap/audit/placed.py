@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from offmap.audit.btf import Btf, Unknown
+from offmap.audit.btf import Btf, Unknown, host_types
 from offmap.audit.guest_pages import GuestPages
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects
@@ -81,7 +81,7 @@ class Placer:
     mappings: KernelMappings
     guest: GuestPages
     leave_out: Collection[int] = ()
-    btf: Callable[[], Btf] = Btf.of_host
+    btf: Callable[[], Btf] = host_types
     _prepared: bool = field(default=False, init=False)
     _objects: KernelObjects | None = field(default=None, init=False)
     _stacks: list[tuple[int, str]] | None = field(default=None, init=False)

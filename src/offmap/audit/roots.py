@@ -13,13 +13,13 @@ VM is hidden.
 
 import struct
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offmap.audit.btf import Btf, Unknown
+from offmap.audit.btf import Unknown, host_types
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import symbol
 from offmap.audit.mappings import KernelMappings
@@ -130,7 +130,7 @@ class Roots:
 
     def _efi(self) -> Sequence[int]:
         """The top table of efi_mm; none where the kernel does not call the firmware (``noefi``)."""
-        table = self._pointer(symbol("efi_mm") + _btf().offset("mm_struct", "pgd"))
+        table = self._pointer(symbol("efi_mm") + host_types().offset("mm_struct", "pgd"))
         return [table - self._kcore.page_offset_base] if table else []
 
     def _trampoline(self) -> Sequence[int]:
@@ -169,11 +169,6 @@ def _entries(page: NDArray[np.uint64], first: int) -> NDArray[np.void]:
     found = np.empty(len(index), dtype=TOP_ENTRY)
     found["index"], found["entry"] = index, page[index] & ~_ACCESSED_DIRTY
     return found
-
-
-@lru_cache(maxsize=1)
-def _btf() -> Btf:
-    return Btf.of_host()
 
 
 def page_table_isolation(cpuinfo: str = "/proc/cpuinfo") -> bool:
