@@ -98,8 +98,7 @@ def _leave_files(libc: ctypes.CDLL) -> None:
 
     flags = uapi.MS_NOSUID | uapi.MS_NODEV | uapi.MS_NOEXEC
     check("mount", libc.mount(None, b"/", None, ctypes.c_ulong(uapi.MS_REC | uapi.MS_PRIVATE), None))
-    where = b"/proc/self/task" if os.path.isdir("/proc/self/task") else b"/tmp"  # noqa: PTH112
-    where = b"/tmp" if os.path.isdir("/tmp") else where  # noqa: PTH112
+    where = b"/tmp" if os.path.isdir("/tmp") else b"/proc/self/task"  # noqa: PTH112
     check(
         "mount of tmpfs", libc.mount(b"none", where, b"tmpfs", ctypes.c_ulong(flags), b"size=4k,nr_inodes=2,mode=555")
     )

@@ -31,7 +31,7 @@ def _main() -> list[Rule]:
     terminal = [termios.TCGETS, 0x5402, 0x5403, 0x5404, termios.TIOCGWINSZ]  # TCSETS, TCSETSW, TCSETSF
     return [
         one_of("ioctl", 1, [kvm.KVM_IRQ_LINE, kvm.KVM_GET_STATS_FD, _FIONBIO, *terminal]),
-        *((one_of("rt_sigaction", 0, [n for n in range(1, 65) if n != signal.SIGSYS])),),
+        one_of("rt_sigaction", 0, [n for n in range(1, 65) if n != signal.SIGSYS]),
         *allow("wait4", "waitid", "ftruncate", "lseek", "pread64", "shutdown", "clock_nanosleep", "select", "dup"),
         with_bit("newfstatat", 3, _AT_EMPTY_PATH),
         *allow("fstat", "epoll_ctl", "pwrite64"),
