@@ -248,7 +248,7 @@ static void clean(struct work_struct *work)
 	list_splice_init(&pool->dirty, &runs);
 	mutex_unlock(&pool->lock);
 	list_sort(NULL, &runs, by_pfn);
-	blocked = !pool->allow_vfio && any_vfio();
+	blocked = !pool->set.allow_vfio && any_vfio();
 	if (!blocked && !list_empty(&runs))
 		ranges = find_mapped(&runs);
 	list_for_each_entry_safe(run, next, &runs, list) {
@@ -562,7 +562,7 @@ static int add_pieces(struct pool *pool, struct unplugged *unplugged)
 
 int pool_grow(struct pool *pool, u64 size)
 {
-	struct offmap_memory *mem = offmap_unplug(&size, pool->nid, false);
+	struct offmap_memory *mem = offmap_unplug(&size, pool->set.nid, false);
 
 	if (IS_ERR(mem))
 		return PTR_ERR(mem);
@@ -663,7 +663,7 @@ ssize_t offmap_show_pools(char *buf)
 				     (u64)pool->nr_free << PAGE_SHIFT,
 				     (u64)pool->nr_dirty << PAGE_SHIFT,
 				     (u64)pool->nr_held << PAGE_SHIFT,
-				     (u64)pool->nr_bad << PAGE_SHIFT, pool->nr_files, pool->nid);
+				     (u64)pool->nr_bad << PAGE_SHIFT, pool->nr_files, pool->set.nid);
 		mutex_unlock(&pool->lock);
 	}
 	mutex_unlock(&pools_lock);

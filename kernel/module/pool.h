@@ -32,15 +32,20 @@ static inline unsigned long run_pages(const struct run *run)
 	return run->node.last - run->node.start + 1;
 }
 
-struct pool {
-	struct list_head node;		/* of all pools */
-	dev_t dev;
+/* What a pool is mounted with, beside its size. */
+struct pool_settings {
 	int nid;
 	kuid_t uid;
 	kgid_t gid;
 	umode_t mode;
 	bool allow_nested;
 	bool allow_vfio;
+};
+
+struct pool {
+	struct list_head node;		/* of all pools */
+	dev_t dev;
+	struct pool_settings set;
 	bool any_failed;		/* a page has */
 
 	struct mutex lock;		/* guards what follows */

@@ -257,14 +257,14 @@ static int poolfs_show_options(struct seq_file *seq, struct dentry *root)
 	struct pool *pool = root->d_sb->s_fs_info;
 
 	seq_printf(seq, ",size=%lluk", (u64)pool->nr_pages << (PAGE_SHIFT - 10));
-	if (pool->nid != OFFMAP_ANY_NODE)
-		seq_printf(seq, ",node=%d", pool->nid);
-	seq_printf(seq, ",mode=%o,uid=%u,gid=%u", pool->mode,
-		   from_kuid_munged(&init_user_ns, pool->uid),
-		   from_kgid_munged(&init_user_ns, pool->gid));
-	if (pool->allow_nested)
+	if (pool->set.nid != OFFMAP_ANY_NODE)
+		seq_printf(seq, ",node=%d", pool->set.nid);
+	seq_printf(seq, ",mode=%o,uid=%u,gid=%u", pool->set.mode,
+		   from_kuid_munged(&init_user_ns, pool->set.uid),
+		   from_kgid_munged(&init_user_ns, pool->set.gid));
+	if (pool->set.allow_nested)
 		seq_puts(seq, ",allow_nested");
-	if (pool->allow_vfio)
+	if (pool->set.allow_vfio)
 		seq_puts(seq, ",allow_vfio");
 	return 0;
 }
@@ -277,12 +277,7 @@ static const struct super_operations poolfs_super_operations = {
 
 struct poolfs_options {
 	u64 size;
-	int nid;
-	kuid_t uid;
-	kgid_t gid;
-	umode_t mode;
-	bool allow_nested;
-	bool allow_vfio;
+	struct pool_settings set;
 	bool others;			/* something but the size was given */
 };
 
@@ -318,26 +313,26 @@ static int poolfs_parse_param(struct fs_context *fc, struct fs_parameter *param)
 	case OPT_NODE:
 		if (result.uint_32 >= MAX_NUMNODES || !node_online(result.uint_32))
 			return invalfc(fc, "there is no NUMA node %u", result.uint_32);
-		opts->nid = result.uint_32;
+		opts->set.nid = result.uint_32;
 		break;
 	case OPT_MODE:
-		opts->mode = result.uint_32 & 07777;
+		opts->set.mode = result.uint_32 & 07777;
 		break;
 	case OPT_UID:
-		opts->uid = make_kuid(current_user_ns(), result.uint_32);
-		if (!uid_valid(opts->uid))
+		opts->set.uid = make_kuid(current_user_ns(), result.uint_32);
+		if (!uid_valid(opts->set.uid))
 			return invalfc(fc, "there is no user %u", result.uint_32);
 		break;
 	case OPT_GID:
-		opts->gid = make_kgid(current_user_ns(), result.uint_32);
-		if (!gid_valid(opts->gid))
+		opts->set.gid = make_kgid(current_user_ns(), result.uint_32);
+		if (!gid_valid(opts->set.gid))
 			return invalfc(fc, "there is no group %u", result.uint_32);
 		break;
 	case OPT_ALLOW_NESTED:
-		opts->allow_nested = true;
+		opts->set.allow_nested = true;
 		break;
 	case OPT_ALLOW_VFIO:
-		opts->allow_vfio = true;
+		opts->set.allow_vfio = true;
 		break;
 	}
 	return 0;
@@ -383,7 +378,7 @@ static int poolfs_fill_super(struct super_block *sb, struct fs_context *fc)
 
 	if (!opts->size)
 		return invalfc(fc, "the pool needs a size=");
-	if (!opts->allow_nested && !nested_is_safe()) {
+	if (!opts->set.allow_nested && !nested_is_safe()) {
 		errorfc(fc, "nested guests could crash this kernel: load KVM with nested=0");
 		return -EOPNOTSUPP;
 	}
@@ -391,12 +386,7 @@ static int poolfs_fill_super(struct super_block *sb, struct fs_context *fc)
 	if (!pool)
 		return -ENOMEM;
 	pool->dev = sb->s_dev;
-	pool->nid = opts->nid;
-	pool->uid = opts->uid;
-	pool->gid = opts->gid;
-	pool->mode = opts->mode;
-	pool->allow_nested = opts->allow_nested;
-	pool->allow_vfio = opts->allow_vfio;
+	pool->set = opts->set;
 	pool_init(pool);
 	sb->s_fs_info = pool;
 	sb->s_maxbytes = MAX_LFS_FILESIZE;
@@ -411,11 +401,11 @@ static int poolfs_fill_super(struct super_block *sb, struct fs_context *fc)
 		errorfc(fc, "the kernel could not spare %llu MiB: %d", opts->size >> 20, ret);
 		return ret;
 	}
-	inode = new_file(sb, NULL, S_IFDIR | opts->mode);
+	inode = new_file(sb, NULL, S_IFDIR | opts->set.mode);
 	if (IS_ERR(inode))
 		return PTR_ERR(inode);
-	inode->i_uid = opts->uid;
-	inode->i_gid = opts->gid;
+	inode->i_uid = opts->set.uid;
+	inode->i_gid = opts->set.gid;
 	sb->s_root = d_make_root(inode);
 	return sb->s_root ? 0 : -ENOMEM;
 }
@@ -469,10 +459,10 @@ static int poolfs_init_fs_context(struct fs_context *fc)
 
 	if (!opts)
 		return -ENOMEM;
-	opts->nid = OFFMAP_ANY_NODE;
-	opts->uid = current_fsuid();
-	opts->gid = current_fsgid();
-	opts->mode = 0700;
+	opts->set.nid = OFFMAP_ANY_NODE;
+	opts->set.uid = current_fsuid();
+	opts->set.gid = current_fsgid();
+	opts->set.mode = 0700;
 	fc->fs_private = opts;
 	fc->ops = &poolfs_context_operations;
 	return 0;
