@@ -5,6 +5,7 @@ import errno
 import grp
 import os
 import pwd
+from contextlib import suppress
 from pathlib import Path
 
 from offmap.errors import KernelError, OffmapError
@@ -62,10 +63,20 @@ def create(
     options += [f"gid={_id(group, 'group')}"] if group else []
     options += ["allow_nested"] if allow_nested else []
     options += ["allow_vfio"] if allow_vfio else []
-    Path(path).mkdir(parents=True, exist_ok=True)
     if any(os.path.realpath(path) in pool.paths for pool in pools()):
         raise OffmapError(f"there is a pool at {path}", "resize it (offmap pool resize), or choose another --path")
-    _mount(f"creating a pool of {format_size(size)} at {path}", path, _FLAGS, ",".join(options))
+    there = os.path.exists(path)  # noqa: PTH110
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelError(f"making the folder {path}", error, "choose another --path") from None
+    try:
+        _mount(f"creating a pool of {format_size(size)} at {path}", path, _FLAGS, ",".join(options))
+    except KernelError:
+        if not there:
+            with suppress(OSError):
+                Path(path).rmdir()
+        raise
     return pool_at(path)
 
 
