@@ -33,7 +33,8 @@ pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("secretmem", "unmapped")
 BACKENDS = ("secretmem", "guest_memfd-unmapped")
-TARGET = str(Path(__file__).with_name("patched_target.py"))
+TARGET = "tests.lab.patched_target"
+BLOCKS = "tests.lab.patched_blocks_target"
 BY_GUP = (
     *("O_DIRECT write", "O_DIRECT read", "process_vm_readv", "process_vm_writev", "vmsplice"),
     *("io_uring fixed buffer", "/proc/self/mem read", "/proc/self/mem write"),
@@ -74,8 +75,8 @@ def nothing_went_wrong(request: pytest.FixtureRequest) -> Iterator[None]:
         assert not re.search(r"\b(WARNING|BUG|Oops|rcu: INFO|soft lockup)\b", log), log
 
 
-def target(host: LabHost, what: str, kind: str = "") -> Any:
-    done = host.output([sys.executable, TARGET, what, kind], timeout=PATIENCE)
+def target(host: LabHost, what: str, kind: str = "", program: str = TARGET) -> Any:
+    done = host.output([sys.executable, "-m", program, what, kind], timeout=PATIENCE, cwd=ROOT)
     assert done.status == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -124,25 +125,25 @@ def test_plain_memory_is_mapped_all_along(patched_host: LabHost) -> None:
 
 
 def test_pages_are_zeroed_before_the_next_file_has_them(patched_host: LabHost) -> None:
-    result = target(patched_host, "reused")
+    result = target(patched_host, "reused", program=BLOCKS)
     assert result["again"] > 0  # pages that two files have had, one after the other
     assert result == {"again": result["again"], "not zero": 0, "flushes": 1}
 
 
 def test_the_direct_map_is_not_split(patched_host: LabHost) -> None:
     """A hundred files of changing size, by fault and by fallocate: what leaves as 2 MiB comes back as 2 MiB."""
-    result = target(patched_host, "split")
+    result = target(patched_host, "split", program=BLOCKS)
     assert result["meanwhile"] >= 2 << 10  # KiB: the control, a block was off
     assert result["more in 4K pages"] == 0
 
 
 def test_faults_holes_guests_and_failures_at_once_lose_nothing(patched_host: LabHost) -> None:
-    assert target(patched_host, "races", "3") == {"said": "", "lost": 0}
+    assert target(patched_host, "races", "3", BLOCKS) == {"said": "", "lost": 0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mappings_can_be_populated(patched_host: LabHost, kind: str) -> None:
-    assert target(patched_host, "populated", kind) == {
+    assert target(patched_host, "populated", kind, BLOCKS) == {
         "MADV_POPULATE_READ": "",
         "MADV_POPULATE_WRITE": "",
         "there": 512,
@@ -162,7 +163,7 @@ def test_a_poisoned_page_comes_back_only_when_it_is_good_again(patched_host: Lab
 
 
 def test_populating_flushes_once_in_2_mib(patched_host: LabHost) -> None:
-    result = target(patched_host, "populating")
+    result = target(patched_host, "populating", program=BLOCKS)
     flushes = {name: statistics.median(each[1] for each in runs) for name, runs in result.items()}
     for way in ("flagged", "flagged, by faults"):
         assert 0.9 / 512 < flushes[way] - flushes["plain"] < 1.1 / 512, flushes
