@@ -215,9 +215,9 @@ def _run_in_host(
         report(CellEvent(stage=f"booting a host, Linux {kind.kernel.release}"))
         return CellHost.start(kind, task.how.deadline, launched, fresh=task.how.preset.fresh)
 
-    alone = hosts is None or task.how.preset.fresh
+    shared = None if task.how.preset.fresh else hosts
     try:
-        with CellHosts() if alone or hosts is None else nullcontext(hosts) as own, own.one(kind, start) as running:
+        with nullcontext(shared) if shared is not None else CellHosts() as own, own.one(kind, start) as running:
             if console is None:
                 launched(running.host)
                 shown = len(running.host.console.text)
@@ -228,7 +228,7 @@ def _run_in_host(
                 job = _job(task, guest, folder)
                 left = max(last - time.monotonic(), 1.0)
                 try:
-                    status, complaint = running.measure(job, transcript, left, last=alone)
+                    status, complaint = running.measure(job, transcript, left, last=shared is None)
                 except LabTimeout:
                     raise LabTimeout(
                         f"it was not done after {task.how.deadline:g} s", "allow more with --deadline"
