@@ -120,10 +120,11 @@ class Output:
             yield
             return
         with _sigterm_raises():
-            # First of all: one that is killed leaves this, and not what an earlier audit said. If it cannot be written,
-            # the result cannot either, and that is an error then.
-            with contextlib.suppress(OffmapError):
+            # First of all: one that is killed leaves this, and not what an earlier audit said.
+            try:
                 self._write_no_result("an audit is in progress: there is no verdict yet")
+            except OffmapError:
+                self._remove_files()  # that the result cannot be written either is an error then
             try:
                 yield
             except BaseException as error:
@@ -132,6 +133,13 @@ class Output:
                 except OffmapError as another:  # the first error is the one to end with
                     _log.warning("%s", another)
                 raise
+
+    def _remove_files(self) -> None:
+        """Remove what cannot be replaced, on a full disk for one: no file is better than an old verdict."""
+        for path in (self._prometheus, self._html):
+            if path is not None and path.is_file():
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _write_no_result(self, reason: str) -> None:
         from offmap.audit.host import HostFacts, host_facts, utc_now

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,6 +168,24 @@ def test_while_an_audit_runs_no_file_has_a_verdict(audit: Any, tmp_path: Path, m
     assert figures["offmap_audit_verdict", "unknown"] == 1
     assert "an audit is in progress: there is no verdict yet" in text
     assert metrics(prom)["offmap_audit_verdict", "hidden"] == 1
+
+
+def test_an_old_verdict_that_cannot_be_replaced_goes(
+    audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prom, page = tmp_path / "offmap.prom", tmp_path / "offmap.html"
+    command = ["audit", "1", "--prometheus", str(prom), "--html", str(page)]
+    audit(result(Verdict.HIDDEN))
+    assert main(command) == ExitStatus.DONE
+    assert metrics(prom)["offmap_audit_verdict", "hidden"] == 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))  # as a full disk has it
+    try:
+        assert main(command) == ExitStatus.FAILED
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "writing" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_result_that_contradicts_itself_is_never_shown(
