@@ -39,6 +39,7 @@ SYS_MEMFD_SECRET = 447
 KVM_CREATE_VM, KVM_CREATE_VCPU = 0xAE01, 0xAE41  # _IO(KVMIO, …), linux/kvm.h
 MADV_HUGEPAGE, MADV_MERGEABLE = 14, 12  # asm-generic/mman-common.h
 MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2  # linux/mman.h
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 KPTR = "/proc/sys/kernel/kptr_restrict"
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -154,7 +155,10 @@ def _live(commands: socket.socket, memory: Memory, vm: bool) -> None:
             memory.remap()
         elif word == "fork":
             if os.fork() == 0:
-                signal.pause()  # until the host ends
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+                commands.send(b"!")
+                signal.pause()  # until its parent ends
+            continue  # the new process answers, once nothing of it can be left behind
         elif word == "punch":
             libc.fallocate(memory.fd, 3, ctypes.c_long(int(rest) * PAGE), ctypes.c_long(PAGE))  # PUNCH_HOLE | KEEP_SIZE
         commands.send(b"!")
