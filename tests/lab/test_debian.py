@@ -269,7 +269,7 @@ def test_every_device_of_a_hidden_guest_at_once(host: LabHost, images: dict[str,
     prepare += " && head -c 8388608 /dev/urandom >big && cp big /tmp/read && sha256sum <big"
     checksum = host.output(["sh", "-c", f"PATH=$PATH:/usr/sbin:/sbin; {prepare}"]).stdout.decode().split()[0]
     heard: list[bytes] = []
-    socket_path = f"/tmp/{backend}.sock"
+    socket_path = f"/run/{backend}.sock"
     sink = host.popen([sys.executable, "-I", "-S", "-c", VSOCK_SINK, socket_path], stdout=heard.append)
     server = host.popen(["/run/offmap-lab/busybox", "httpd", "-f", "-p", "8000", "-h", "/tmp/www"])
     try:
