@@ -156,6 +156,15 @@ class KvmList(Tasks):
         head, node = module_symbol("vm_list", "kvm"), self._btf.offset("kvm", "vm_list")
         return self._again(lambda: [at - node for at in self._links(head, _MOST_VMS)])
 
+    def makers(self) -> list[int]:
+        """The thread that made each VM, by its PID; raises as ``addresses``. One that ends meanwhile may be missing."""
+        found = []
+        for address in self.addresses():
+            with suppress(Unknown, ValueError):
+                label = self._string(address + self._btf.offset("kvm", "stats_id"))
+                found.append(int(label.removeprefix("kvm-")))
+        return found
+
     def read(self, address: int) -> Vm | None:
         """The VM whose ``struct kvm`` is there; None if it has ended.
 

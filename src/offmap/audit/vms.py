@@ -8,6 +8,8 @@ VMM calls itself is a label for people.
 
 import os
 import re
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +32,7 @@ from offmap.errors import ExitStatus, OffmapError, Undetermined
 _DEBUGFS = Path("/sys/kernel/debug/kvm")
 _DEBUGFS_VM = re.compile(r"\d+-\d+")
 _ATTEMPTS = 4  # VMs begin and end while they are looked for
+_ATTEMPTS_TO_MATCH = 12  # four seconds in all, for a VM that is being made
 
 _GRAVITY = (ExitStatus.DONE, ExitStatus.FAILED, ExitStatus.UNDETERMINED, ExitStatus.EXPOSED)
 
@@ -138,14 +141,8 @@ def _unlisted(kvm: KvmList) -> list[str]:
                 except Unknown as error:
                     process.check_alive()
                     notes.append(f"process {pid}: {error}")
-    more = 0
-    for _ in range(_ATTEMPTS):
-        before = set(kvm.addresses())
-        more = _listed_by_debugfs()
-        more -= len(before | set(kvm.addresses()))
-        if more <= 0:
-            break
-    if more > 0:
+    more = _only_in_debugfs(kvm)
+    if more:
         notes.append(f"debugfs has {more} VMs more than KVM's own list")
     return notes
 
@@ -169,14 +166,33 @@ def find_held() -> tuple[list[VmProcess], list[str]]:
     return found, []
 
 
-def _listed_by_debugfs() -> int:
-    """How many VMs there are, by debugfs; 0 where it is not mounted."""
+def _only_in_debugfs(kvm: KvmList) -> int:
+    """How many VMs have a folder in debugfs for as long as is looked, and are not on KVM's list.
+
+    KVM makes a VM's folder before it lists the VM, and waits for a thread in between (``kvm_create_vm``). So a VM
+    counts only if it stays unlisted.
+    """
+    stay = _debugfs_folders()
+    for attempt in range(_ATTEMPTS_TO_MATCH):
+        listed = Counter(kvm.makers()) if stay else Counter()
+        stay &= _debugfs_folders()
+        more = Counter(int(name.partition("-")[0]) for name, _ in stay) - listed
+        if not more:
+            return 0
+        time.sleep(0.001 * 2**attempt)
+    return more.total()
+
+
+def _debugfs_folders() -> set[tuple[str, int]]:
+    """(name, inode) of each VM's folder, which are of that VM alone; empty where debugfs is not mounted.
+
+    The name is PID-FD: the thread that made the VM, which may have ended since (``kvm_create_vm_debugfs``).
+    """
     try:
-        names = os.listdir(_DEBUGFS)  # noqa: PTH208
+        with os.scandir(_DEBUGFS) as entries:
+            return {(entry.name, entry.inode()) for entry in entries if _DEBUGFS_VM.fullmatch(entry.name)}
     except OSError:
-        return 0
-    # The folder is named for the thread that made the VM, which may have ended since (kvm_create_vm_debugfs).
-    return sum(_DEBUGFS_VM.fullmatch(name) is not None for name in names)
+        return set()
 
 
 def worst_status(statuses: Sequence[ExitStatus], notes: Sequence[str]) -> ExitStatus:
