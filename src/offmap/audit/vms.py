@@ -9,7 +9,6 @@ VMM calls itself is a label for people.
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -32,7 +31,8 @@ from offmap.errors import ExitStatus, OffmapError, Undetermined
 _DEBUGFS = Path("/sys/kernel/debug/kvm")
 _DEBUGFS_VM = re.compile(r"\d+-\d+")
 _ATTEMPTS = 4  # VMs begin and end while they are looked for
-_ATTEMPTS_TO_MATCH = 12  # four seconds in all, for a VM that is being made
+_LOOKS = 12  # at a VM that has a folder in debugfs and is not on KVM's list, before that is believed
+_FIRST_WAIT = 0.001  # seconds; each is twice the one before: four seconds in all
 
 _GRAVITY = (ExitStatus.DONE, ExitStatus.FAILED, ExitStatus.UNDETERMINED, ExitStatus.EXPOSED)
 
@@ -141,10 +141,31 @@ def _unlisted(kvm: KvmList) -> list[str]:
                 except Unknown as error:
                     process.check_alive()
                     notes.append(f"process {pid}: {error}")
-    more = _only_in_debugfs(kvm)
+    more = len(left_out(_debugfs_folders, kvm.debugfs_folders))
     if more:
         notes.append(f"debugfs has {more} VMs more than KVM's own list")
     return notes
+
+
+def left_out(folders: Callable[[], set[int]], listed: Callable[[], set[int]]) -> set[int]:
+    """Inode numbers of the debugfs folders whose VMs KVM's list does not have, though they stay.
+
+    KVM makes the folder before it lists a VM, and waits for a thread in between (``kvm_create_vm``). So a VM that
+    begins has a folder alone, but soon both or none. The name (``PID-FD``) may be used again at once, by a VM that is
+    being made too. Its inode number is not.
+
+    Args:
+        folders: those that debugfs has.
+        listed: those of the VMs on KVM's list.
+    """
+    left = folders()
+    for attempt in range(_LOOKS):
+        left -= listed()
+        if not left:
+            break
+        time.sleep(_FIRST_WAIT * 2**attempt)
+        left &= folders()
+    return left
 
 
 def find_held() -> tuple[list[VmProcess], list[str]]:
@@ -166,31 +187,12 @@ def find_held() -> tuple[list[VmProcess], list[str]]:
     return found, []
 
 
-def _only_in_debugfs(kvm: KvmList) -> int:
-    """How many VMs have a folder in debugfs for as long as is looked, and are not on KVM's list.
-
-    KVM makes a VM's folder before it lists the VM, and waits for a thread in between (``kvm_create_vm``). So a VM
-    counts only if it stays unlisted.
-    """
-    stay = _debugfs_folders()
-    for attempt in range(_ATTEMPTS_TO_MATCH):
-        listed = Counter(kvm.makers()) if stay else Counter()
-        stay &= _debugfs_folders()
-        more = Counter(int(name.partition("-")[0]) for name, _ in stay) - listed
-        if not more:
-            return 0
-        time.sleep(0.001 * 2**attempt)
-    return more.total()
-
-
-def _debugfs_folders() -> set[tuple[str, int]]:
-    """(name, inode) of each VM's folder, which are of that VM alone; empty where debugfs is not mounted.
-
-    The name is PID-FD: the thread that made the VM, which may have ended since (``kvm_create_vm_debugfs``).
-    """
+def _debugfs_folders() -> set[int]:
+    """Inode numbers of the folders that KVM has made, one for each VM; none where debugfs is not mounted."""
     try:
-        with os.scandir(_DEBUGFS) as entries:
-            return {(entry.name, entry.inode()) for entry in entries if _DEBUGFS_VM.fullmatch(entry.name)}
+        with os.scandir(_DEBUGFS) as found:
+            # The folder is named for the thread that made the VM, which may have ended since (kvm_create_vm_debugfs).
+            return {each.inode() for each in found if _DEBUGFS_VM.fullmatch(each.name)}
     except OSError:
         return set()
 
