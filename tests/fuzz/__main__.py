@@ -28,7 +28,14 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1.0, help="for all targets together, each processor at work")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4)))
     parser.add_argument("--store", action="store_true", help="make the corpus in the tree of what is in out/fuzz")
+    parser.add_argument("--coverage", action="store_true", help="run the corpus, and say which branches it reaches")
     options = parser.parse_args()
+    if options.coverage:
+        from .covered import cover
+
+        covered = cover()
+        print(covered, *covered.unexcused(), sep="\n")
+        return 0
     targets = options.targets or list(TARGETS)
     jobs = len(os.sched_getaffinity(0))
     seconds = options.minutes * 60 * min(jobs, len(targets)) / len(targets)

@@ -7,6 +7,7 @@ import random
 import signal
 
 from offmap.devices.virtio.dma import DriverError
+from offmap.devices.virtio.limit import Limit, Limiter
 from offmap.devices.virtio.queue import Chain, Queue
 
 from .choices import Choices
@@ -14,6 +15,7 @@ from .rings import HALF, SPAN, GuestRam, Ring
 from .target import MOST_STEPS, Target
 
 _SIZES = (16, 8, 64, 1, 2, 512)
+_LIMIT = Limit(rate=1 << 16, ops=300)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What the other writer writes, and where: descriptors, the available ring and indirect tables.
 _WORDS = (b"\0", b"\1\0", b"\2\0", b"\4\0", b"\xff\xff", b"\x10\0\0\0", HALF.to_bytes(8, "little"), bytes(8))
@@ -28,6 +30,7 @@ class QueueTarget(Target):
     def __init__(self) -> None:
         self.ram = GuestRam()
         self._again = 0
+        self._now = 0.0
 
     def case(self, choices: Choices) -> bool:
         c = choices
@@ -36,7 +39,7 @@ class QueueTarget(Target):
         queue = None
         served = 0
         try:
-            queue = self._queue(c, ring, event_idx=bool(event_idx), indirect=indirect, limited=many > 250)
+            queue = self._queue(c, ring, event_idx=bool(event_idx), indirect=indirect, limited=many > 200)
             for _ in range(MOST_STEPS):
                 if not c.left:
                     break
@@ -91,7 +94,12 @@ class QueueTarget(Target):
             event_idx=event_idx,
             indirect=indirect,
             again=again if limited else None,
+            limiter=Limiter(_LIMIT, lambda *_: None, again, self._clock) if limited else None,
         )
+
+    def _clock(self) -> float:
+        self._now += 0.01
+        return self._now
 
     @staticmethod
     def _add(c: Choices, ring: Ring, *, indirect: bool) -> None:

@@ -66,6 +66,15 @@ class ConsoleTarget(DeviceTarget):
         os.lseek(self._file, 0, os.SEEK_SET)
         return super().case(choices)
 
+    def begin(self) -> None:
+        for _ in range(min(self.rings[2].size, 12)):
+            self.add(2, room=[64])
+        control, none = uapi_console.VIRTIO_CONSOLE_CONTROL, 0xFFFFFFFF
+        self.add(3, control.pack(none, uapi_console.VIRTIO_CONSOLE_DEVICE_READY, 1))
+        for port in range(4):
+            self.add(3, control.pack(port, uapi_console.VIRTIO_CONSOLE_PORT_READY, 1))
+            self.add(3, control.pack(port, uapi_console.VIRTIO_CONSOLE_PORT_OPEN, 1))
+
     def _catch_up(self) -> None:
         with contextlib.suppress(OSError):
             os.read(self._reads, 1 << 16)
@@ -74,6 +83,10 @@ class ConsoleTarget(DeviceTarget):
         os.set_blocking(self._slow, False)
         with contextlib.suppress(OSError):
             os.read(self._slow, 1 << 16)
+
+    @property
+    def spent(self) -> bool:
+        return any(stream.output_failed or stream.input_ended for stream in self._console._streams[:2])
 
     def host(self, choices: Choices) -> None:
         what = choices.byte() % 5
@@ -172,11 +185,20 @@ class NetTarget(DeviceTarget):
 
     def build(self) -> VirtioDevice:
         self._wire = _Wire()
-        return Net(self._wire, b"\2\0\0\0\0\1", 1500, lambda _: None)
+        self._net = Net(self._wire, b"\2\0\0\0\0\1", 1500, lambda _: None)
+        return self._net
+
+    @property
+    def spent(self) -> bool:
+        return self._net._gone
 
     def case(self, choices: Choices) -> bool:
         self._wire.error, self._wire.up = 0, True
         return super().case(choices)
+
+    def begin(self) -> None:
+        for _ in range(min(self.rings[RX].size, 3)):
+            self.add(RX, room=[2048])
 
     def host(self, choices: Choices) -> None:
         c, wire = choices, self._wire
@@ -225,7 +247,8 @@ class StreamTarget(NetTarget):
         for end in (self._peer, ours):
             end.setblocking(False)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALL)
-        return Net(_Stream(ours), b"\2\0\0\0\0\1", None, lambda _: None)
+        self._net = Net(_Stream(ours), b"\2\0\0\0\0\1", None, lambda _: None)
+        return self._net
 
     def case(self, choices: Choices) -> bool:
         with contextlib.suppress(OSError):
@@ -253,6 +276,7 @@ class StreamTarget(NetTarget):
 
 _CID = 3
 _PORTS = (1000, 1001, 1002, 70)
+_REQUEST, _RESPONSE = 1, 2  # VIRTIO_VSOCK_OP_*
 _OPS = (1, 5, 5, 5, 2, 3, 4, 6, 7, 0, 9)  # request, data, response, reset, shutdown, credit
 
 
@@ -276,10 +300,10 @@ class VsockTarget(DeviceTarget):
             listener.bind(f"{self._path}_{port}")
             listener.listen(4)
             self._listeners.append(listener)
-        return Vsock(_CID, Listener(Path(self._path)), lambda _: None)
+        self._vsock = Vsock(_CID, Listener(Path(self._path)), lambda _: None)
+        return self._vsock
 
     def case(self, choices: Choices) -> bool:
-        self._known: list[tuple[int, int]] = []
         try:
             return super().case(choices)
         finally:
@@ -288,6 +312,27 @@ class VsockTarget(DeviceTarget):
             self._clients.clear()
             for listener in self._listeners:
                 self._accept(listener)
+
+    def begin(self) -> None:
+        """Make a connection from the guest, and one from the host."""
+        for _ in range(min(self.rings[0].size, 8) - 1):
+            self.add(0, room=[4096])
+        self.add(1, self._packet(_REQUEST, _PORTS[0], 1))
+        self._accept(self._listeners[0])
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._clients.append(client)
+        with contextlib.suppress(OSError):
+            client.connect(self._path)
+            client.send(b"CONNECT 52\n")
+            self._turn_over()
+            for host_port, guest_port in list(self._vsock._connections):
+                if guest_port == 52:
+                    self.add(1, self._packet(_RESPONSE, host_port, guest_port))
+
+    @staticmethod
+    def _packet(op: int, host_port: int, guest_port: int) -> bytes:
+        hdr = virtio_vsock_hdr(_CID, 2, guest_port, host_port, 0, 1, op, 0, 1 << 18, 0)
+        return VIRTIO_VSOCK_HDR.pack(*hdr)
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -308,7 +353,6 @@ class VsockTarget(DeviceTarget):
                 self._clients.append(client)
                 client.connect(self._path)
                 client.send(c.of((b"CONNECT 52\n", b"CONNECT 52\n", b"CONN", b"CONNECT 4294967295\n", b"nonsense\n")))
-                self._known.append(((1 << 30) + len(self._known), 52))
             elif what < 140:
                 self._accept(c.of(self._listeners))
             elif self._clients:
@@ -331,11 +375,14 @@ class VsockTarget(DeviceTarget):
         if queue == 2:
             return [], [8]
         op = c.of(_OPS)
-        if op == 1:
-            port = _PORTS[c.byte() & 3]
-            self._known.append((port, c.byte() & 7))
-        host_port, guest_port = c.of(self._known) if self._known else (70, 1)
+        known = list(self._vsock._connections)  # what a driver would know of them
+        if op == 1 and not c.rarely(8):
+            host_port, guest_port = _PORTS[c.byte() & 3], c.byte() & 7
+        else:
+            host_port, guest_port = c.of(known) if known else (70, 1)
         payload = bytes(c.byte() * (1 + (c.byte() & 63))) if op == 5 else b""
+        if op == 5 and c.rarely(12):
+            payload = bytes((250 << 10, 100 << 10, 300 << 10)[c.below(3)])
         size = len(payload) if not c.rarely(24) else c.word(4)
         cid, kind = (_CID if not c.rarely(48) else c.byte()), (1 if not c.rarely(48) else c.byte())
         credit = (1 << 18 if c.byte() < 220 else c.word(4), c.word(1) if c.byte() < 220 else c.word(4))

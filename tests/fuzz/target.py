@@ -41,6 +41,11 @@ class Target(Owned, ABC):
             Exception: a bug.
         """
 
+    @property
+    def spent(self) -> bool:
+        """Whether its host has gone for good, so that nothing new comes of it."""
+        return False
+
     def close(self) -> None:
         """Free what it has."""
 
@@ -91,6 +96,15 @@ class DeviceTarget(Target):
     def buffer(self, choices: Choices, queue: int) -> tuple[Sequence[bytes], Sequence[int]]:
         """What a driver puts into a queue: the pieces that the device reads, and the sizes of those that it writes."""
 
+    def begin(self) -> None:
+        """Do what a driver and its host do first, so that a case need not make that up."""
+
+    def add(self, queue: int, *reads: bytes, room: Sequence[int] = ()) -> None:
+        """Put an ordinary buffer into a queue, and have it looked at."""
+        self.rings[queue].add(Choices(b""), reads, room, indirect=False)
+        os.eventfd_write(self._kicks[queue], 1)
+        self._turn_over()
+
     def host(self, choices: Choices) -> None:
         """Something happens on the host's side of the device."""
 
@@ -105,6 +119,8 @@ class DeviceTarget(Target):
     def case(self, choices: Choices) -> bool:
         c = choices
         indirect = self._set_up(c)
+        if c.byte() & 3:
+            self.begin()
         before = [ring.used_idx() for ring in self.rings]
         for _ in range(MOST_STEPS):
             if not c.left:
@@ -207,7 +223,7 @@ class Once(Owned):
         self._target: Target | None = None
 
     def __call__(self, data: bytes) -> bool:
-        if self._target is None or not self._left:
+        if self._target is None or not self._left or self._target.spent:
             self.close()
             self._target, self._left = self._make(), self._cases
         self._left -= 1
