@@ -40,6 +40,19 @@ class Pool(Backend):
         return cls(options.text("path", DEFAULT_PATH, str))
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
+        fd = self.open_file(size)
+        try:
+            # The mapping holds the file, and with the mapping's end the memory goes back to the pool.
+            return [Backing(f"a file in {self.path}", fd, size)]
+        finally:
+            os.close(fd)
+
+    def open_file(self, size: int) -> int:
+        """A new file without a name that has `size` bytes of the pool; its fd, which the caller owns.
+
+        Raises:
+            BackendRefused: there is no pool, or it cannot give so much.
+        """
         what = f"{self.path} cannot give hidden memory"
         try:
             # First: elsewhere, this would be a file on a disk.
@@ -52,14 +65,15 @@ class Pool(Backend):
         try:
             if not is_of_a_pool(os.fstat(fd).st_dev):
                 raise BackendRefused(what, "it has just been unmounted", "try again")
-            try:
-                os.ftruncate(fd, size)
-            except OSError as error:
-                raise self._refusal(error, fd, size) from None
-            # The mapping holds the file, and with the mapping's end the memory goes back to the pool.
-            return [Backing(f"a file in {self.path}", fd, size)]
-        finally:
+            os.ftruncate(fd, size)
+        except OSError as error:
+            refusal = self._refusal(error, fd, size)
             os.close(fd)
+            raise refusal from None
+        except BackendRefused:
+            os.close(fd)
+            raise
+        return fd
 
     def _refusal(self, error: OSError, fd: int, size: int) -> BackendRefused:
         what = f"{self.path} cannot give {format_size(size)}"

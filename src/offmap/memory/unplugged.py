@@ -9,6 +9,7 @@ from typing import Self
 
 from offmap.errors import BackendRefused, KernelError
 from offmap.kvm import Vm
+from offmap.kvm.handle import Handle
 from offmap.memory.backend import SEE_LOG, Backend
 from offmap.memory.backing import Backing
 from offmap.memory.module_device import open_module
@@ -35,14 +36,24 @@ class Unplugged(Backend):
         return cls(options.number("node", uapi.OFFMAP_ANY_NODE, 0, (1 << 31) - 1))
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
-        with open_module() as device:
-            request = uapi.offmap_unplug(size, self.node, 0)
-            try:
-                device.call("OFFMAP_UNPLUG", uapi.OFFMAP_UNPLUG, request)
-            except KernelError as error:
-                raise self._refusal(error, size, request.size) from None
-            # The mapping holds the file, and with the mapping's end the memory goes back.
+        # The mapping holds the file, and with the mapping's end the memory goes back.
+        with self.open_file(size)[0] as device:
             return [Backing(uapi.DEVICE, device.fd, size)]
+
+    def open_file(self, size: int) -> tuple[Handle, int]:
+        """An open file that has at least `size` bytes, and how many it has.
+
+        Raises:
+            BackendRefused: the host cannot give so much.
+        """
+        device = open_module()
+        request = uapi.offmap_unplug(size, self.node, 0)
+        try:
+            device.call("OFFMAP_UNPLUG", uapi.OFFMAP_UNPLUG, request)
+        except KernelError as error:
+            device.close()
+            raise self._refusal(error, size, request.size) from None
+        return device, int(request.size)
 
     def _refusal(self, error: KernelError, wanted: int, spare: int) -> BackendRefused:
         if error.errno == errno.EINVAL and self.node != uapi.OFFMAP_ANY_NODE:
