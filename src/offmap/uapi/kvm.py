@@ -158,6 +158,12 @@ class kvm_cpuid2(Structure):
     _fields_ = u32("nent padding")
 
 
+class kvm_cpuid(Structure):
+    """The header, without its flexible array ``entries[]``."""
+
+    _fields_ = u32("nent padding")
+
+
 class kvm_msr_entry(Structure):
     _fields_ = [*u32("index reserved"), *u64("data")]
 
@@ -270,6 +276,7 @@ KVM_SET_SREGS = iow(KVMIO, 0x84, kvm_sregs)
 KVM_SET_MSRS = iow(KVMIO, 0x89, kvm_msrs)
 KVM_GET_LAPIC = ior(KVMIO, 0x8E, kvm_lapic_state)
 KVM_SET_LAPIC = iow(KVMIO, 0x8F, kvm_lapic_state)
+KVM_SET_CPUID = iow(KVMIO, 0x8A, kvm_cpuid)
 KVM_SET_CPUID2 = iow(KVMIO, 0x90, kvm_cpuid2)
 KVM_GET_TSC_KHZ = io(KVMIO, 0xA3)
 KVM_ENABLE_CAP = iow(KVMIO, 0xA3, kvm_enable_cap)

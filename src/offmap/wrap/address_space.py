@@ -1,0 +1,115 @@
+"""The address space of a VMM that stands still: its mappings, and the bytes in them."""
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+from offmap.errors import KernelError
+from offmap.uapi.page import PAGE_SIZE
+
+_PRESENT_OR_SWAPPED = 3 << 62  # Documentation/admin-guide/mm/pagemap.rst
+_OF_FILE = 1 << 61
+_CHUNK = 16 << 20  # bytes
+_ZEROES = 1 << 20
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
+_libc.process_vm_readv.argtypes = (ctypes.c_int, *(ctypes.c_void_p, ctypes.c_ulong) * 2, ctypes.c_ulong)
+
+
+class _iovec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("len", ctypes.c_size_t)]
+
+
+@dataclass(frozen=True, slots=True)
+class Area:
+    """One mapping: addresses [start, end), permissions like ``rw-p``, its file, and the kernel's flags of it."""
+
+    start: int
+    end: int
+    perms: str
+    device: int
+    inode: int
+    path: str
+    flags: frozenset[str]
+
+    @property
+    def shared(self) -> bool:
+        return self.perms[3] == "s"
+
+
+def areas(pid: int, start: int, end: int) -> list[Area]:
+    """The mappings that have a byte in [start, end), in order (``/proc/PID/smaps``)."""
+    found = []
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="surrogateescape", newline="\n") as file:  # noqa: PTH123
+        head: list[str] = []
+        for line in file:
+            if line.startswith("VmFlags:"):
+                first, last = (int(text, 16) for text in head[0].split("-"))
+                if first >= end:
+                    break
+                if start < last:
+                    major, minor = (int(text, 16) for text in head[3].split(":"))
+                    path = head[5].strip() if len(head) > 5 else ""
+                    device = os.makedev(major, minor)
+                    found.append(Area(first, last, head[1], device, int(head[4]), path, frozenset(line.split()[1:])))
+            elif line[0] in "0123456789abcdef":
+                head = line.split(maxsplit=5)
+    return found
+
+
+def populated(pid: int, start: int, end: int, *, own: bool = False) -> list[tuple[int, int]]:
+    """The runs [start, end) of addresses there that have memory, present or swapped out.
+
+    Args:
+        own: leave out pages that are a file's, and not the process's own copy.
+    """
+    runs: list[tuple[int, int]] = []
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:  # noqa: PTH123
+        file.seek(start // PAGE_SIZE * 8)
+        entries = memoryview(file.read((end - start) // PAGE_SIZE * 8)).cast("Q")
+    for number, entry in enumerate(entries):
+        if entry & _PRESENT_OR_SWAPPED and not (own and entry & _OF_FILE):
+            address = start + number * PAGE_SIZE
+            if runs and runs[-1][1] == address:
+                runs[-1] = (runs[-1][0], address + PAGE_SIZE)
+            else:
+                runs.append((address, address + PAGE_SIZE))
+    return runs
+
+
+def read_into(pid: int, address: int, target: int, size: int) -> None:
+    """Copy `size` bytes of the process at `address` to our address `target`."""
+    while size:
+        part = min(size, _CHUNK)
+        here, there = _iovec(target, part), _iovec(address, part)
+        done = _libc.process_vm_readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
+        if done <= 0:
+            raise KernelError("process_vm_readv of the VMM", ctypes.get_errno())
+        target, address, size = target + done, address + done, size - done
+
+
+def write_from(pid: int, address: int, source: int, size: int) -> None:
+    """Copy `size` bytes at our address `source` to the process at `address`, which it need not be able to write to."""
+    with open(f"/proc/{pid}/mem", "wb", buffering=0) as memory:  # noqa: PTH123
+        ours = memoryview((ctypes.c_char * size).from_address(source)).cast("B")
+        _write(memory.fileno(), address, ours)
+
+
+def zero(pid: int, start: int, end: int) -> None:
+    """Overwrite these bytes of the process by zeroes."""
+    zeroes = memoryview(bytes(min(_ZEROES, end - start)))
+    with open(f"/proc/{pid}/mem", "wb", buffering=0) as memory:  # noqa: PTH123
+        while start < end:
+            size = min(len(zeroes), end - start)
+            _write(memory.fileno(), start, zeroes[:size])
+            start += size
+
+
+def _write(fd: int, address: int, source: memoryview) -> None:
+    done = 0
+    try:
+        while done < len(source):
+            done += os.pwrite(fd, source[done:], address + done)
+    except OSError as error:
+        raise KernelError("write to the VMM's memory", error) from None

@@ -1,0 +1,52 @@
+"""What CPUID must not offer to a guest on hidden memory: kvm-clock and nested virtualisation.
+
+KVM writes kvm-clock's page, and maps a nested guest's control pages, by the kernel's own addresses.
+"""
+
+import ctypes
+
+from offmap.uapi import kvm
+from offmap.uapi import ptrace as tracing
+from offmap.wrap import address_space
+from offmap.wrap.stopped import Stopped
+
+_CLOCK = 1 << kvm.KVM_FEATURE_CLOCKSOURCE | 1 << kvm.KVM_FEATURE_CLOCKSOURCE2
+_CLOCK |= 1 << kvm.KVM_FEATURE_CLOCKSOURCE_STABLE_BIT
+_FORBIDDEN = {
+    kvm.KVM_CPUID_FEATURES: ("eax", _CLOCK),
+    0x1: ("ecx", 1 << 5),  # VMX
+    0x80000001: ("ecx", 1 << 2),  # SVM
+}
+_MOST = 256  # entries: KVM_MAX_CPUID_ENTRIES of arch/x86/include/asm/kvm_host.h
+
+
+def edit(pid: int, address: int) -> None:
+    """Take what is forbidden out of the process's ``struct kvm_cpuid2`` at `address`."""
+    head = kvm.kvm_cpuid2()
+    address_space.read_into(pid, address, ctypes.addressof(head), ctypes.sizeof(head))
+    entries = (kvm.kvm_cpuid_entry2 * min(head.nent, _MOST))()
+    if not entries:
+        return
+    first, size = address + ctypes.sizeof(head), ctypes.sizeof(entries)
+    address_space.read_into(pid, first, ctypes.addressof(entries), size)
+    before = bytes(entries)
+    for entry in entries:
+        if entry.function in _FORBIDDEN:
+            register, bits = _FORBIDDEN[entry.function]
+            setattr(entry, register, getattr(entry, register) & ~bits)
+    if bytes(entries) != before:
+        address_space.write_from(pid, first, ctypes.addressof(entries), size)
+
+
+def enforce(stopped: Stopped, vcpu: int) -> int:
+    """Have KVM refuse what this vCPU's CPUID does not offer; returns 0 or a negative errno."""
+    request = kvm.kvm_enable_cap(kvm.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 0)
+    request.args[0] = 1
+    size = ctypes.sizeof(request)
+    at = stopped.room(size)
+    kept = ctypes.create_string_buffer(size)
+    address_space.read_into(stopped.pid, at, ctypes.addressof(kept), size)
+    address_space.write_from(stopped.pid, at, ctypes.addressof(request), size)
+    result = stopped.inject(tracing.SYS_ioctl, vcpu, kvm.KVM_ENABLE_CAP, at)
+    address_space.write_from(stopped.pid, at, ctypes.addressof(kept), size)
+    return result

@@ -1,0 +1,129 @@
+"""Hidden memory under one slot: what stands there is copied, and zeroed where it stood."""
+
+import ctypes
+import errno
+import mmap
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from offmap.errors import OffmapError
+from offmap.uapi import kvm
+from offmap.uapi import ptrace as tracing
+from offmap.uapi.page import PAGE_SIZE
+from offmap.wrap import address_space
+from offmap.wrap.address_space import Area
+from offmap.wrap.listener import Call, Listener
+from offmap.wrap.source import Piece, Source, is_hidden
+from offmap.wrap.stopped import Stopped
+
+_MAP_FIXED = 0x10  # asm-generic/mman-common.h; not in every Python's mmap
+
+
+class SlotRefused(OffmapError):
+    """Memory of this kind cannot be replaced by hidden memory: what, why, what to do."""
+
+    def __init__(self, area: Area | None, why: str, remedy: str) -> None:
+        where = (
+            "a memory slot" if area is None else f"the slot's memory at {area.start:#x} ({area.path or 'anonymous'})"
+        )
+        super().__init__(f"{where} cannot be hidden", remedy, why=why)
+
+
+def to_place(call: Call, pid: int, *, trust_shared: bool) -> list[Area]:
+    """The parts of the slot's memory that are not hidden yet; empty for a slot that needs nothing.
+
+    A slot that is deleted needs nothing, nor device memory. One that the guest can only read needs it as others do.
+
+    Args:
+        trust_shared: the user says that no other process uses the VMM's shared files.
+
+    Raises:
+        SlotRefused: memory of this kind cannot be replaced.
+    """
+    region = kvm.kvm_userspace_memory_region()
+    address_space.read_into(pid, call.argument, ctypes.addressof(region), ctypes.sizeof(region))
+    if region.flags & kvm.KVM_MEM_GUEST_MEMFD:
+        raise SlotRefused(None, "it is of guest_memfd, which has no address to replace", "turn guest_memfd off")
+    start, end = region.userspace_addr, region.userspace_addr + region.memory_size
+    if not region.memory_size or start % PAGE_SIZE or end % PAGE_SIZE:
+        return []  # KVM deletes the slot, or refuses what is not of pages
+    covered = _covered(address_space.areas(pid, start, end), start, end)
+    return [area for area in covered if _wanted(area, trust_shared)]
+
+
+def _covered(found: list[Area], start: int, end: int) -> Iterator[Area]:
+    at = start
+    for area in found:
+        if area.start > at:
+            break
+        at = min(area.end, end)
+        yield Area(max(area.start, start), at, area.perms, area.device, area.inode, area.path, area.flags)
+    if at < end:
+        raise SlotRefused(None, f"nothing is mapped at {at:#x}", "report which VMM sets a slot before it has memory")
+
+
+def _wanted(area: Area, trust_shared: bool) -> bool:
+    if area.shared and is_hidden(area.device, area.inode):
+        return False
+    if area.flags & {"um", "uw", "ui"}:
+        raise SlotRefused(
+            area,
+            "it is registered with userfaultfd, and would lose that",
+            "restore the snapshot from a file, not by a page-fault handler",
+        )
+    if area.perms[:3] not in {"rw-", "r--"}:
+        raise SlotRefused(area, f"its mapping is {area.perms[:3]}", "turn off what maps guest memory late")
+    if area.flags & {"io", "pf"}:
+        return False  # a device's registers: not RAM
+    if area.shared and not trust_shared:
+        raise SlotRefused(
+            area,
+            "it is a shared file, which another process may use too",
+            "use private memory, without vhost-user and virtiofs; or --trust-shared if no other process uses it",
+        )
+    if "ht" in area.flags:
+        raise SlotRefused(area, "it is of huge pages", "give the VMM ordinary memory")
+    return True
+
+
+def place(stopped: Stopped, listener: Listener, call: Call, areas: list[Area], source: Source) -> int:
+    """Replace these areas by hidden memory with the same contents; returns the bytes that were placed.
+
+    Nothing is changed before there is memory for all of them.
+
+    Raises:
+        OffmapError: it failed, and the VMM has the memory that it had; or has been ended.
+    """
+    with ExitStack() as owned:
+        pieces = [owned.enter_context(source.take(area.end - area.start, area.start)) for area in areas]
+        files = {fd: listener.give_file(call, fd) for fd in {piece.fd for piece in pieces}}
+        stopped.interrupt()
+        try:
+            for area, piece in zip(areas, pieces, strict=True):
+                _replace(stopped, area, piece, files[piece.fd])
+        finally:
+            for fd in files.values():
+                stopped.inject(tracing.SYS_close, fd)
+    return sum(piece.size for piece in pieces)
+
+
+def _replace(stopped: Stopped, area: Area, piece: Piece, fd: int) -> None:
+    pid, size, here = stopped.pid, piece.size, piece.address
+    # Of a file every byte counts, of other memory only what is there.
+    whole = [(area.start, area.end)]
+    for start, end in whole if area.inode else address_space.populated(pid, area.start, area.end):
+        address_space.read_into(pid, start, here + start - area.start, end - start)
+    # What is zeroed is guest memory that would otherwise be freed as it is. A private file's own pages stay its own.
+    zeroed = whole if area.shared else address_space.populated(pid, area.start, area.end, own=True)
+    for start, end in zeroed:
+        address_space.zero(pid, start, end)
+    if area.shared:
+        stopped.inject(tracing.SYS_madvise, area.start, size, mmap.MADV_REMOVE)  # else its file would keep the pages
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if area.perms[1] == "w" else 0)
+    at = stopped.inject(tracing.SYS_mmap, area.start, size, protection, flags, fd, piece.offset)
+    if at != area.start:
+        for start, end in zeroed:
+            address_space.write_from(pid, start, here + start - area.start, end - start)
+        name = errno.errorcode.get(-at, str(at))
+        raise OffmapError("the VMM could not map hidden memory", "see docs/wrap.md", why=f"mmap: {name}")

@@ -1,0 +1,88 @@
+"""The processes under a wrapper whose guests have hidden memory, and when each is to be audited."""
+
+import os
+import signal
+import time
+
+_SETTLED = 2.0  # seconds without a call, after which a VMM has settled
+_LATEST = 10.0  # seconds: it is audited though it has not settled
+
+
+class Vmm:
+    """One process.
+
+    Attributes:
+        pid: its number, which is its own while ``alive``.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._fd = os.pidfd_open(pid)
+        self._first: float | None = None  # when the first call came that no audit has seen
+        self._due = 0.0
+
+    def called(self) -> None:
+        """It has changed a memory slot or a vCPU's CPUID."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = now
+        self._due = min(now + _SETTLED, self._first + _LATEST)
+
+    def seconds_left(self) -> float | None:
+        """The time until its audit; 0 if it is due, None if it is not to be audited."""
+        return None if self._first is None else max(0.0, self._due - time.monotonic())
+
+    def audit_begins(self) -> None:
+        """An audit sees all that has happened until now."""
+        self._first = None
+
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self._signal(0)
+
+    def kill(self) -> None:
+        """End it, if it is there."""
+        self._signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        """Forget the process."""
+        os.close(self._fd)
+
+    def _signal(self, number: int) -> bool:
+        try:
+            signal.pidfd_send_signal(self._fd, number)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # it has changed its user
+            return True
+        return True
+
+
+class Vmms:
+    """All of them, by PID."""
+
+    def __init__(self) -> None:
+        self._all: dict[int, Vmm] = {}
+
+    def called(self, pid: int) -> None:
+        """A process whose memory was placed has called; it waits for an answer, so its PID is its own."""
+        known = self._all.get(pid)
+        if known is not None and not known.alive():
+            self._all.pop(pid).close()
+            known = None
+        if known is None:
+            known = self._all[pid] = Vmm(pid)
+        known.called()
+
+    def __contains__(self, pid: int) -> bool:
+        return pid in self._all and self._all[pid].alive()
+
+    def next(self) -> tuple[Vmm, float] | None:
+        """The one whose audit is due first, and in how many seconds; None: no audit is to be made."""
+        for pid in [pid for pid, vmm in self._all.items() if not vmm.alive()]:
+            self._all.pop(pid).close()
+        waiting = [(left, vmm) for vmm in self._all.values() if (left := vmm.seconds_left()) is not None]
+        if not waiting:
+            return None
+        left, vmm = min(waiting, key=lambda pair: pair[0])
+        return vmm, left

@@ -1,0 +1,28 @@
+"""What the end of an audit means for a wrapped VMM."""
+
+import pytest
+
+from offmap.wrap.audits import answer_of
+
+
+def test_only_an_audit_that_ended_well_says_hidden() -> None:
+    answer = answer_of(0, "HIDDEN: none of the 9 guest pages of vmm (7) is mapped\n\n  guest RAM  9\n", 7)
+    assert (answer.line, answer.exposed) == ("HIDDEN: none of the 9 guest pages of vmm (7) is mapped", False)
+    answer = answer_of(1, "EXPOSED: 1 of 9 guest pages of vmm (7) are mapped\n", 7)
+    assert (answer.line, answer.exposed) == ("EXPOSED: 1 of 9 guest pages of vmm (7) are mapped", True)
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "reason"),
+    [
+        (3, "UNKNOWN: it cannot be told\n\nguest RAM", "UNKNOWN: it cannot be told"),
+        (2, "offmap audit: reading /proc/kcore failed: EACCES; run as root\n", "reading /proc/kcore failed"),
+        (-9, "", "it said nothing"),
+        (-9, "HIDDEN: but it was killed", "HIDDEN: but it was killed"),
+    ],
+)
+def test_all_else_is_placed_and_not_audited(status: int, said: str, reason: str) -> None:
+    answer = answer_of(status, said, 7)
+    assert answer.line.startswith(f"placed, not audited: {reason}")
+    assert answer.line.endswith("(again: offmap audit 7)")
+    assert not answer.exposed
