@@ -18,10 +18,10 @@ _MAGIC = 0xEB9F
 _HEADER = struct.Struct("<HBBIIIII")  # struct btf_header
 _KIND_ARRAY, _KIND_STRUCT, _KIND_UNION = 3, 4, 5
 _KIND_FLAG = 1 << 31
-# include/uapi/linux/btf.h: 32-bit words that follow struct btf_type, by kind: fixed ones, and those for each of vlen.
-_FIXED = {1: 1, 3: 3, 14: 1, 17: 1}
-_EACH = {4: 3, 5: 3, 6: 2, 13: 2, 15: 3, 19: 3}
-_LAST_KIND = 19  # BTF_KIND_ENUM64
+# include/uapi/linux/btf.h: 32-bit words of a type by its kind, struct btf_type's three and what follows it: fixed ones,
+# and those for each of vlen. A kind that does not exist has none.
+_FIXED = np.array([0, 4, 3, 6, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 4, 3, 3, 4, 3, 3, *[0] * 12], dtype=np.uint32)
+_EACH = np.array([0, 0, 0, 0, 3, 3, 2, 0, 0, 0, 0, 0, 0, 2, 0, 3, 0, 0, 0, 3, *[0] * 12], dtype=np.uint32)
 _MODIFIERS = {8, 9, 10, 11, 18}  # typedef, volatile, const, restrict, type tag
 
 
@@ -83,16 +83,22 @@ class Btf:
         except OSError as error:
             raise Unknown(f"cannot read {path}: {error.strerror}") from None
 
-    def _index(self, at: int) -> None:
+    def _index(self, first: int) -> None:
         """Note where each type is, from this word on."""
-        words, found = self._words, self._at
-        while at < len(words):
-            found.append(at)
-            info = words[at + 1]
-            kind = info >> 24 & 31
-            if not 1 <= kind <= _LAST_KIND:
-                raise Unknown(f"BTF has a type of unknown kind {kind}")
-            at += 3 + _FIXED.get(kind, 0) + _EACH.get(kind, 0) * (info & 0xFFFF)
+        # How long a type would be that has its second word here, for every word at once: there are a million, and what
+        # is left to do for each type is an addition.
+        info = np.asarray(self._words[first:], dtype=np.uint32)
+        kind = info >> 24 & 31
+        lengths = (_FIXED[kind] + _EACH[kind] * (info & 0xFFFF)).data
+        found: list[int] = []
+        at, end = 0, len(lengths)
+        note = found.append
+        while at < end:
+            note(at + first)
+            if not (length := lengths[at + 1]):
+                raise Unknown(f"BTF has a type of unknown kind {int(kind[at + 1])}")
+            at += length
+        self._at.extend(found)
 
     def _struct(self, name: str) -> int:
         if name in self._structs:

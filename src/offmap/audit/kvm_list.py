@@ -104,6 +104,11 @@ class Vm:
         return tuple(found)
 
 
+def _loaded() -> bool:
+    """Whether KVM is."""
+    return (_MODULES / "kvm").exists() or not _MODULES.is_dir()
+
+
 class KvmList(Tasks):
     """Reads KVM's list through an open kcore.
 
@@ -116,6 +121,9 @@ class KvmList(Tasks):
 
     def __init__(self, kcore: Kcore, layout: Layout, btf: Btf | None = None) -> None:
         super().__init__(kcore, layout, kvm_types() if btf is None else btf)
+        if _loaded():
+            with suppress(Unknown):  # who needs it asks again; the kernel's own symbols are found by the same reading
+                module_symbol("vm_list", "kvm")
 
     def vms(self) -> list[Vm]:
         """All VMs there are. One that begins or ends meanwhile may be among them or not; no other is missing.
@@ -151,8 +159,8 @@ class KvmList(Tasks):
         Raises:
             Unknown: the list cannot be read.
         """
-        if not (_MODULES / "kvm").exists() and _MODULES.is_dir():
-            return []  # KVM is not loaded
+        if not _loaded():
+            return []
         head, node = module_symbol("vm_list", "kvm"), self._btf.offset("kvm", "vm_list")
         return self._again(lambda: [at - node for at in self._links(head, _MOST_VMS)])
 

@@ -136,13 +136,12 @@ class Roots:
     def _trampoline(self) -> Sequence[int]:
         """The top table of the trampoline: what its header refers to, and ends as init_top_pgt does."""
         header = self._pointer(symbol("real_mode_header"))
-        words = struct.iter_unpack("<I", self._bytes(header, _REAL_MODE_HEADER))
-        last = int(self._read([self._facts.root_pa])[0][-1])
-        for (word,) in words:
-            if word and word % PAGE_SIZE == 0 and word < _LOW_MEMORY:
-                page = self._read([word])[0]
-                if not (int(page[-1]) ^ last) & ~int(_ACCESSED_DIRTY):
-                    return [word]
+        words = [word for (word,) in struct.iter_unpack("<I", self._bytes(header, _REAL_MODE_HEADER))]
+        words = [word for word in words if word and word % PAGE_SIZE == 0 and word < _LOW_MEMORY]
+        root, *pages = self._read([self._facts.root_pa, *words])
+        for word, page in zip(words, pages, strict=True):
+            if not int(page[-1] ^ root[-1]) & ~int(_ACCESSED_DIRTY):
+                return [word]
         raise Unknown("the real-mode trampoline's page table is not where its header is")
 
     def _read(self, pas: Sequence[int]) -> NDArray[np.uint64]:
