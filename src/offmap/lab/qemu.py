@@ -135,7 +135,8 @@ def command_line(
     told = f" tsc_early_khz={khz}" if khz else ""
     argv += ["-kernel", vmlinuz, "-initrd", initrd, "-append", f"{CMDLINE}{told} {options.cmdline}".strip()]
     argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]
-    argv += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=agent,fd={agent_fd}"]
+    # Two ports, of which the first is kept for a console: QEMU's main loop polls two queues for each there might be.
+    argv += ["-device", "virtio-serial-pci,max_ports=2", "-chardev", f"socket,id=agent,fd={agent_fd}"]
     argv += ["-device", "virtserialport,chardev=agent,name=offmap.agent"]
     argv += _share("root", Path("/"), "readonly=on")
     # The device is there in any case: hosts with and without an output folder are of one kind. Without one it has
