@@ -2,9 +2,9 @@
 
 PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest
-SUITE = tests/unit tests/kvm tests/lab
+SUITE = tests/unit tests/fuzz tests/kvm tests/lab
 
-.PHONY: demo demo-patched compare test test-all slow setup setup-compare setup-tests setup-slow lint bench man unit
+.PHONY: demo demo-patched compare fuzz test test-all slow setup setup-compare setup-tests setup-slow lint bench man unit
 
 demo: setup
 	.venv/bin/offmap demo
@@ -48,6 +48,12 @@ test-all: test slow
 
 slow: setup-slow
 	@scripts/slow-tests $(SUITE)
+
+# Every fuzzer, for so many minutes together, each processor at work; coverage guides them. make fuzz MINUTES=60
+MINUTES = 5
+fuzz: setup-tests
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --require-hashes --requirement tests/fuzz/requirements.txt
+	@$(PYTHON) -m tests.fuzz --minutes $(MINUTES) $(FUZZ)
 
 # make bench BENCH=--quick
 bench: setup

@@ -39,11 +39,15 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 PAYLOADS = Path(__file__).with_name("payloads")
+FREESTANDING = [
+    *("-nostdlib", "-static", "-O2", "-ffreestanding", "-fno-stack-protector"),
+    *("-fno-pic", "-mno-red-zone", "-mgeneral-regs-only"),
+]
 
 
 @pytest.fixture(scope="session")
 def payload(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Give a function that builds a guest kernel (an ELF vmlinux at 16 MiB) from payloads/NAME.S."""
+    """Give a function that builds a guest kernel (an ELF vmlinux at 16 MiB) from payloads/NAME.S or NAME.c."""
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("no gcc: no test guest could be built (install gcc)")
@@ -54,7 +58,8 @@ def payload(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         if name not in built:
             program = folder / f"{name}.elf"
             link = "-Wl,-N,-Ttext=0x1000000,--build-id=none"
-            command = [compiler, "-nostdlib", "-static", link, "-o", str(program), str(PAYLOADS / f"{name}.S")]
+            source = next(PAYLOADS.glob(f"{name}.[Sc]"))
+            command = [compiler, *FREESTANDING, link, "-o", str(program), str(source)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             built[name] = program

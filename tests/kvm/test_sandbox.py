@@ -4,6 +4,7 @@ The attempts are made inside a real ``offmap run``, while its guest runs: on the
 the one that waits for the user. Each is one system call by its number, which the interpreter itself would never make.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from offmap.audit.process import Process
+from offmap.audit.sandbox_result import NOT_LOOKED_AT, VmmSandbox
+from offmap.audit.vmm_sandbox import vmm_sandbox
 from offmap.kvm import Kvm
 from offmap.uapi.syscall import NUMBERS
 
@@ -131,3 +135,32 @@ def test_without_the_sandbox_it_works(monitor: Path, call: str, arguments: str) 
     attempt = re.search(r"^attempt: (-?\d+) ", done.stderr, re.MULTILINE)
     assert attempt and int(attempt[1]) != -1, done.stderr
     assert done.returncode == 77
+
+
+def look(monitor: Path, *options: str) -> VmmSandbox:
+    """What the audit says of a VMM whose guest runs."""
+    argv = [sys.executable, "-m", "offmap", "run", "--kernel", str(monitor), "--memory-size", "32M", "--rng", *options]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as vmm:
+        assert vmm.stdout is not None
+        assert vmm.stdout.read(1) == b"U"
+        with Process(vmm.pid) as process:
+            found = vmm_sandbox(process)
+        vmm.communicate(b"q")
+        assert vmm.returncode == 0
+    assert found is not None
+    return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: the VMM has no user id of its own")
+def test_the_audit_shows_it(monitor: Path) -> None:
+    found = look(monitor)
+    assert found.uid > 0x7000_0000
+    assert (found.capabilities, found.no_new_privs, found.seccomp) == ((), True, "filter")
+    assert {"ipc", "mnt", "net", "uts"} <= set(found.namespaces)
+    assert (found.mounts, found.root, found.dumpable) == (1, "tmpfs, read-only", False)
+    assert [each for each in found.descriptors if each.kind != NOT_LOOKED_AT] == []
+
+
+def test_and_that_there_is_none(monitor: Path) -> None:
+    found = look(monitor, "--no-sandbox")
+    assert (found.uid, found.no_new_privs, found.seccomp, found.namespaces) == (os.geteuid(), False, "none", ())

@@ -32,6 +32,7 @@ from offmap.audit.result import AuditedRange, AuditResult
 from offmap.audit.roots import walker_of
 from offmap.audit.scan import Wanted, scan_memory
 from offmap.audit.sharers import sharing_of
+from offmap.audit.vmm_sandbox import vmm_sandbox
 from offmap.audit.vms import vmm_facts
 from offmap.audit.walks import SECONDS, Walked, walk_for
 from offmap.errors import OffmapError, Undetermined
@@ -301,6 +302,7 @@ class _Subject:
             coverage=walked.coverage(),
             scan=scan,
             oracle=opinion,
+            sandbox=vmm_sandbox(self.process),
             seconds=round(time.monotonic() - self._started, 4),
         )
         return Snapshot(audit, ram, mappings, judged)

@@ -164,6 +164,18 @@ class KvmList(Tasks):
         head, node = module_symbol("vm_list", "kvm"), self._btf.offset("kvm", "vm_list")
         return self._again(lambda: [at - node for at in self._links(head, _MOST_VMS)])
 
+    def debugfs_folders(self) -> set[int]:
+        """Inode numbers of the folders in debugfs of the VMs that are listed; raises as ``addresses``.
+
+        A VM has none where another has the name, and in a kernel without debugfs.
+        """
+        found = set()
+        for address in self.addresses():
+            with suppress(Unknown):  # it ended meanwhile, or has no folder: an error stands in its place
+                entry = self._field(address, "kvm", "debugfs_dentry")
+                found.add(self._field(self._field(entry, "dentry", "d_inode"), "inode", "i_ino"))
+        return found
+
     def read(self, address: int) -> Vm | None:
         """The VM whose ``struct kvm`` is there; None if it has ended.
 

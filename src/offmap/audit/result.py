@@ -8,6 +8,7 @@ from typing import Annotated
 
 from offmap.audit.host import HostFacts, Time
 from offmap.audit.reach import Kind, PhysicalMap, Reach, ReachTotal, Sharing, VmmFacts
+from offmap.audit.sandbox_result import VmmSandbox
 from offmap.audit.scan_result import Scan
 from offmap.audit.verdict import Verdict
 from offmap.report.typed import Address, Count, Document, Malformed, Seconds, one_of
@@ -210,6 +211,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
         pid: PID of the VMM.
         process: Its command name.
         vmm: What kind of VMM it is.
+        sandbox: What confines its process; null if that could not be read, and in results of older versions.
         verdict: hidden, exposed or unknown.
         notes: What must be known about the verdict.
         partial: Why the audit ended early, so that it counts a part; null if it did not.
@@ -253,6 +255,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
     coverage: Coverage | None = None
     scan: Scan | None
     oracle: OracleResult | None = None
+    sandbox: VmmSandbox | None = None
     seconds: Seconds
 
     @property

@@ -8,6 +8,7 @@ VMM calls itself is a label for people.
 
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,8 @@ from offmap.errors import ExitStatus, OffmapError, Undetermined
 _DEBUGFS = Path("/sys/kernel/debug/kvm")
 _DEBUGFS_VM = re.compile(r"\d+-\d+")
 _ATTEMPTS = 4  # VMs begin and end while they are looked for
+_LOOKS = 12  # at a VM that has a folder in debugfs and is not on KVM's list, before that is believed
+_FIRST_WAIT = 0.001  # seconds; each is twice the one before: four seconds in all
 
 _GRAVITY = (ExitStatus.DONE, ExitStatus.FAILED, ExitStatus.UNDETERMINED, ExitStatus.EXPOSED)
 
@@ -138,16 +141,31 @@ def _unlisted(kvm: KvmList) -> list[str]:
                 except Unknown as error:
                     process.check_alive()
                     notes.append(f"process {pid}: {error}")
-    more = 0
-    for _ in range(_ATTEMPTS):
-        before = set(kvm.addresses())
-        more = _listed_by_debugfs()
-        more -= len(before | set(kvm.addresses()))
-        if more <= 0:
-            break
-    if more > 0:
+    more = len(left_out(_debugfs_folders, kvm.debugfs_folders))
+    if more:
         notes.append(f"debugfs has {more} VMs more than KVM's own list")
     return notes
+
+
+def left_out(folders: Callable[[], set[int]], listed: Callable[[], set[int]]) -> set[int]:
+    """Inode numbers of the debugfs folders whose VMs KVM's list does not have, though they stay.
+
+    KVM makes the folder before it lists a VM, and waits for a thread in between (``kvm_create_vm``). So a VM that
+    begins has a folder alone, but soon both or none. The name (``PID-FD``) may be used again at once, by a VM that is
+    being made too. Its inode number is not.
+
+    Args:
+        folders: those that debugfs has.
+        listed: those of the VMs on KVM's list.
+    """
+    left = folders()
+    for attempt in range(_LOOKS):
+        left -= listed()
+        if not left:
+            break
+        time.sleep(_FIRST_WAIT * 2**attempt)
+        left &= folders()
+    return left
 
 
 def find_held() -> tuple[list[VmProcess], list[str]]:
@@ -169,14 +187,14 @@ def find_held() -> tuple[list[VmProcess], list[str]]:
     return found, []
 
 
-def _listed_by_debugfs() -> int:
-    """How many VMs there are, by debugfs; 0 where it is not mounted."""
+def _debugfs_folders() -> set[int]:
+    """Inode numbers of the folders that KVM has made, one for each VM; none where debugfs is not mounted."""
     try:
-        names = os.listdir(_DEBUGFS)  # noqa: PTH208
+        with os.scandir(_DEBUGFS) as found:
+            # The folder is named for the thread that made the VM, which may have ended since (kvm_create_vm_debugfs).
+            return {each.inode() for each in found if _DEBUGFS_VM.fullmatch(each.name)}
     except OSError:
-        return 0
-    # The folder is named for the thread that made the VM, which may have ended since (kvm_create_vm_debugfs).
-    return sum(_DEBUGFS_VM.fullmatch(name) is not None for name in names)
+        return set()
 
 
 def worst_status(statuses: Sequence[ExitStatus], notes: Sequence[str]) -> ExitStatus:

@@ -6,11 +6,12 @@ first slot, and the slots after it are its siblings.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offmap.audit.btf import Btf, Unknown
+from offmap.audit.btf import Unknown
 from offmap.audit.intervals import Ints
 
 _SLOTS = 64  # XA_CHUNK_SIZE without CONFIG_BASE_SMALL
@@ -22,7 +23,23 @@ Read = Callable[[int, int], bytes]
 """Reads kernel memory: address, bytes."""
 
 
-def entries(read: Read, btf: Btf, at: int) -> tuple[Ints, Ints, NDArray[np.uint64]]:
+class Types(Protocol):
+    """What a kernel's structures look like, as ``Btf`` tells."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a structure."""
+        ...
+
+    def offset(self, name: str, *members: str) -> int:
+        """Byte offset of a member."""
+        ...
+
+    def elements(self, name: str, *members: str) -> int:
+        """How many elements a member has that is an array."""
+        ...
+
+
+def entries(read: Read, btf: Types, at: int) -> tuple[Ints, Ints, NDArray[np.uint64]]:
     """All entries of the xarray at this address, in order: the index of each, how many indices it has, its value.
 
     What changes meanwhile may be missing; what is there all the time is not.

@@ -1,4 +1,4 @@
-"""The options of ``offmap run`` that say what to boot: a kernel, or an image, and maybe one command in it."""
+"""The options of ``offmap run`` that say what to boot: a kernel or an image, and perhaps one command to run in it."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -54,7 +54,7 @@ def file_name(text: str) -> str:
 
 
 def boot_of(args: argparse.Namespace) -> "tuple[BootSource, list[tuple[str, DeviceSpec]]]":
-    """What to boot, and the devices that must come before all others.
+    """Read the options: (what to boot, the devices that must come before all others).
 
     Raises:
         OffmapError: there is no such image, or options contradict each other.

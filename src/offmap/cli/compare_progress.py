@@ -1,4 +1,4 @@
-"""Progress of a comparison: live on a terminal, elsewhere a line for each event."""
+"""Shows the progress of a comparison: live on a terminal, elsewhere as a line for each event."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ _BAR_WIDTH = 40
 
 
 def summary(result: CellResult) -> str:
-    """One cell in one line."""
+    """The result of a cell in one line."""
     outcome = result.outcome
     known = sum(answer.value is not None for answer in result.answers)
     answers = f"{known} of {len(result.answers)} questions answered"
@@ -35,10 +35,10 @@ def summary(result: CellResult) -> str:
 
 
 class CompareProgress:
-    """Takes the scheduler's events; a context manager that leaves the terminal clean.
+    """Shows the scheduler's events. A context manager that leaves the terminal clean.
 
     Args:
-        total: number of cells, with those that earlier runs have done.
+        total: number of cells, including those that earlier runs have done.
     """
 
     def __init__(self, console: Console, total: int) -> None:
@@ -50,7 +50,7 @@ class CompareProgress:
         self._stage = ""
         self._ended = 0
         self._skipped = 0
-        self._seconds = 0.0  # of the cells that were run
+        self._seconds = 0.0  # the time that the cells took which were run
         self._began = time.monotonic()
         live = Live(get_renderable=self._picture, console=console, refresh_per_second=4, transient=True)
         self._records = console.stderr and as_json()  # standard error is for log records alone

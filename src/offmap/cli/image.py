@@ -10,7 +10,7 @@ from offmap.units import parse_size
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add ``image``."""
+    """Register ``offmap image`` and its subcommands."""
     image = subparsers.add_parser(
         "image", help="make a file system for a guest", description="Make guest file systems."
     )
@@ -29,23 +29,23 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "image.json, which says what is in it. Root has no password. It takes 20 seconds the first time.",
     )
     build.add_argument(
-        "folder", type=Path, nargs="?", metavar="FOLDER", help="where to put it (default: the cache, by its name)"
+        "folder", type=Path, nargs="?", metavar="FOLDER", help="where to put it (default: in the cache, by its name)"
     )
-    build.add_argument("--name", default="debian", help="in the cache, for offmap run --image (default: %(default)s)")
-    build.add_argument("--release", default="bookworm", help="of Debian (default: %(default)s)")
-    build.add_argument("--kernel", metavar="KERNEL", help="debian:6.1, debian:6.12, debian:7.3, … as lab exec takes it")
-    build.add_argument("--include", default="", metavar="PACKAGE,…", help="packages beside those of a minimal system")
-    build.add_argument("--size", default="2G", metavar="SIZE", help="of the root file system (default: %(default)s)")
-    build.add_argument("--hostname", default="debian", metavar="NAME", help="the guest's (default: %(default)s)")
-    build.add_argument("--autologin", action="store_true", help="a root shell on the console, without a login")
+    build.add_argument("--name", default="debian", help="its name in the cache, for run --image (default: %(default)s)")
+    build.add_argument("--release", default="bookworm", help="the Debian release (default: %(default)s)")
+    build.add_argument("--kernel", metavar="KERNEL", help="debian:6.1, debian:6.12, debian:7.3, … as for lab exec")
+    build.add_argument("--include", default="", metavar="PACKAGE,…", help="packages to add to a minimal system")
+    build.add_argument("--size", default="2G", metavar="SIZE", help="size of the root disk (default: %(default)s)")
+    build.add_argument("--hostname", default="debian", metavar="NAME", help="the host name (default: %(default)s)")
+    build.add_argument("--autologin", action="store_true", help="give a root shell on the console, without a login")
     build.set_defaults(run=run_build)
 
 
 def run_build(args: argparse.Namespace) -> int:
-    """Make an image.
+    """Run ``offmap image build``.
 
     Raises:
-        OffmapError: it cannot be made.
+        OffmapError: the image cannot be made.
     """
     from offmap.guests.build import build_image
     from offmap.guests.image import named_image
@@ -70,7 +70,7 @@ def run_build(args: argparse.Namespace) -> int:
 
 
 def run_initramfs(args: argparse.Namespace) -> int:
-    """Write it.
+    """Run ``offmap image initramfs``.
 
     Raises:
         OffmapError: no static busybox is installed, or the file cannot be written.

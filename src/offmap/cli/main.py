@@ -17,6 +17,7 @@ from offmap.log import ERROR, Logger
 _COMMANDS = {
     "run": "run a guest on RAM of the kind you choose",
     "audit": "say which pages of a VM the host kernel can reach",
+    "attack": "follow the way from the host kernel to a secret in a guest",
     "doctor": "say which kinds of RAM this host can give, and which of them hide",
     "image": "make a file system for a guest",
     "wrap": "run any VMM with its guest on hidden memory",

@@ -1,4 +1,4 @@
-"""``offmap module``: build, load and unload the kernel module, and say what it has out."""
+"""``offmap module``: build, load and unload the kernel module, and show the memory that it has taken."""
 
 import argparse
 import json
@@ -16,16 +16,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         description="The kernel module behind the memory backends unplugged and secretmem-bridge.",
     )
     commands = module.add_subparsers(metavar="COMMAND", required=True)
-    build = commands.add_parser("build", help="build it for the running kernel and print where it is")
-    build.add_argument("--release", metavar="RELEASE", help="for this kernel instead, as uname -r says it")
-    build.add_argument("--again", action="store_true", help="even if that has been done")
+    build = commands.add_parser("build", help="build it for the running kernel and print its path")
+    build.add_argument("--release", metavar="RELEASE", help="build for this kernel release, as uname -r prints it")
+    build.add_argument("--again", action="store_true", help="build it even if it is built")
     build.set_defaults(run=run_build)
-    load = commands.add_parser("load", help="build it if need be, and load it")
+    load = commands.add_parser("load", help="load it; build it first if need be")
     load.set_defaults(run=run_load)
-    unload = commands.add_parser("unload", help="unload it; refused while memory is out")
+    unload = commands.add_parser("unload", help="unload it; refused while it has memory")
     unload.set_defaults(run=run_unload)
-    status = commands.add_parser("status", help="whether it is loaded, and who has how much out")
-    status.add_argument("--json", action="store_true", help="as JSON")
+    status = commands.add_parser("status", help="show whether it is loaded, and who has how much of its memory")
+    status.add_argument("--json", action="store_true", help="print JSON")
     status.set_defaults(run=run_status)
 
 

@@ -1,4 +1,4 @@
-"""Progress of getting the guest's RAM, on standard error. Shown only if it takes long; wiped before the guest runs."""
+"""Shows on standard error how much of the guest's RAM is ready, if that takes long. Wiped before the guest runs."""
 
 import sys
 import time
@@ -13,14 +13,14 @@ _REPEAT = 5.0  # seconds between two lines elsewhere
 
 
 class PopulateProgress:
-    """Takes the share that is ready, from 0 to 1.
+    """Is called with the share that is ready, from 0 to 1.
 
-    On a terminal it rewrites one line. At 1, or by `clear`, the line is wiped: the guest gets the terminal. Elsewhere
+    On a terminal it rewrites one line. At 1, or by `clear`, it wipes the line: the guest gets the terminal. Elsewhere
     it logs a record every few seconds.
 
     Args:
-        what: the RAM, and its size, for people.
-        clock: seconds.
+        what: the kind of RAM and its size, as text for people.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,4 +1,4 @@
-"""A VMM's audit of itself: ``offmap audit`` as a process of its own, so that what is looked at is not what looks."""
+"""Runs ``offmap audit`` on the VMM, as a process of its own: the auditor must not be the process that it audits."""
 
 import os
 import sys
@@ -20,12 +20,12 @@ def _command(pid: int, *options: str) -> list[str]:
 
 
 class SelfAudit:
-    """The audit that ``--audit`` asks for; its report goes to standard error, with all else that is not the guest's.
+    """The audit that ``--audit`` asks for. Its report goes to standard error.
 
-    Where standard error is for log records, each line of the report is one.
+    If standard error takes log records, each line of the report is a record.
 
     Args:
-        watch: go on until the guest ends, and report what changes.
+        watch: go on until the guest ends, and report each change.
     """
 
     def __init__(self, watch: bool) -> None:
@@ -35,7 +35,7 @@ class SelfAudit:
         self._relay: threading.Thread | None = None
 
     def start(self, pid: int | None = None) -> None:
-        """Begin, without waiting for it. It looks at process `pid`, by default this one."""
+        """Start the audit of process `pid`, by default this one. Does not wait for it."""
         import subprocess
 
         pid = os.getpid() if pid is None else pid
@@ -51,10 +51,10 @@ class SelfAudit:
         self._relay.start()
 
     def finish(self, wait: bool = False) -> int | None:
-        """Its exit status, once the guest has ended; None if it had not come to a verdict by then.
+        """End the audit, once the guest has ended. Returns its exit status; None if it has no verdict yet.
 
         Args:
-            wait: for its verdict, as the guest's RAM is still there; one that watches has come to many.
+            wait: wait for the verdict, as the guest's RAM is still there. An audit that watches is not waited for.
         """
         if self._process is not None:
             from offmap.patience import ends_within  # when the guest has ended: its start does not wait for it
@@ -62,7 +62,7 @@ class SelfAudit:
             if wait and not self._watch:
                 self._process.wait()
             elif not self._watch:
-                ends_within(self._process, _GRACE)  # it may have spoken already, and only be on its way out
+                ends_within(self._process, _GRACE)  # it may have given its verdict, and only be ending
             if self._process.poll() is None:
                 self._process.terminate()
             status = self._process.wait()

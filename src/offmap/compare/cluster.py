@@ -1,8 +1,8 @@
-"""Cells on the workers of an existing dask.distributed cluster, through its executor interface.
+"""Runs cells on the workers of an existing dask.distributed cluster, through its executor interface.
 
-A worker needs what running cells here needs: offmap from the same checkout (``pip install 'offmap[dask]'``), QEMU and
-busybox, and a cache for kernels, which it fills by itself from its own mirror. Workers on this machine or on others are
-the same. Results come back through the cluster; nothing is shared but that.
+A worker needs what this machine needs to run cells: offmap from the same checkout (``pip install 'offmap[dask]'``),
+QEMU, busybox, and a cache for kernels. The worker fills that cache from its own mirror. It may be on this machine or on
+another. Results come back through the cluster; workers share no files.
 """
 
 import os
@@ -28,12 +28,12 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What a worker says of itself.
+    """What a worker reports about itself.
 
     Attributes:
         reason: why it cannot run cells, and what to do; empty if it can.
-        machine: its boot id.
-        cells: how many its machine can run at a time.
+        machine: the boot id of its machine.
+        cells: how many cells its machine can run at a time.
     """
 
     reason: str
@@ -42,11 +42,11 @@ class WorkerFacts:
 
 
 def worker_facts(code: str, kernels: tuple[str, ...]) -> WorkerFacts:
-    """The facts of the worker that this runs on.
+    """Report on the worker that runs this function.
 
     Args:
-        code: digest of the code that it must have.
-        kernels: that cells will want, as CellSpec names them.
+        code: the digest that its code must have.
+        kernels: the kernels that cells will need, as CellSpec names them.
     """
     from offmap.compare.capacity import cells_at_a_time
     from offmap.compare.inputs import code_digest
@@ -79,8 +79,8 @@ def unfit(facts: Mapping[str, object], threads: Mapping[str, int]) -> str:
     """Why these workers cannot run the cells, in one line; empty if they can.
 
     Args:
-        facts: of each worker (its address), what `worker_facts` gave, or what went wrong with that.
-        threads: of each worker, how many tasks it takes at a time.
+        facts: for the address of each worker, what `worker_facts` returned there, or the error that it ended in.
+        threads: for the address of each worker, how many tasks it takes at a time.
     """
     at_a_time: dict[str, int] = {}
     fit: dict[str, WorkerFacts] = {}
@@ -115,7 +115,7 @@ class _Cluster:
         return sum(self._client.nthreads().values())
 
     def call(self, _events: Events) -> Callable[[CellTask], CellResult]:
-        return run_cell  # by its name: the worker has its own; how far it is cannot be told from here
+        return run_cell  # sent by its name: each worker calls its own copy. A worker sends no events back
 
     def check(self) -> None:
         workers: object = None
@@ -134,14 +134,14 @@ class _Cluster:
 
 @contextmanager
 def cluster_pool(address: str, code: str, kernels: tuple[str, ...] = ()) -> Iterator[_Cluster]:
-    """The workers of the cluster whose scheduler is at `address`, all of which must be able to run cells.
+    """Connect to the cluster whose scheduler is at `address`. Each of its workers must be able to run cells.
 
     Args:
-        code: `code_digest` of here.
-        kernels: that cells will want, as CellSpec names them.
+        code: `code_digest` of this machine.
+        kernels: the kernels that cells will need, as CellSpec names them.
 
     Raises:
-        OffmapError: dask is not installed, there is no such cluster, or a worker is not fit.
+        OffmapError: dask is not installed, there is no such cluster, or a worker cannot run cells.
     """
     try:
         from distributed import Client

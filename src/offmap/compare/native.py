@@ -1,4 +1,4 @@
-"""Measuring on this machine's own kernel: the same program, without a disposable host."""
+"""Runs the measuring program on this machine's own kernel, without a disposable host."""
 
 import os
 import shutil
@@ -22,9 +22,9 @@ _KEPT_LINES = 20
 
 
 def refusal_here(spec: CellSpec) -> str:
-    """Why the running kernel cannot have this cell, as far as that can be told without a try; empty if it may.
+    """Why this cell cannot run on the running kernel; empty if nothing speaks against a try.
 
-    What needs a boot parameter (`reserved`) is refused by the backend itself, with the parameter.
+    `reserved` needs a boot parameter: its backend refuses by itself, and names the parameter.
     """
     if os.geteuid() != 0:
         return "measuring on the running kernel needs root; run it with sudo"
@@ -34,11 +34,11 @@ def refusal_here(spec: CellSpec) -> str:
 
 
 def run_here(argv: Sequence[str], feed: Callable[[bytes], None], cell: RunningCell, seconds: float) -> tuple[int, str]:
-    """Run `argv` to its end as a session of its own, of which nothing is left.
+    """Run `argv` to its end, in a session of its own. No process of that session is left.
 
     Args:
         feed: takes its standard output.
-        seconds: that it may take.
+        seconds: the longest time it may take.
 
     Returns:
         Its exit status (128 and the number for a signal), and its last lines on standard error.
@@ -83,11 +83,11 @@ def run_here(argv: Sequence[str], feed: Callable[[bytes], None], cell: RunningCe
             cell.ends_by(end)
             while process.stdout is not None and (data := os.read(process.stdout.fileno(), 65536)):
                 feed(data)
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # while it is not reaped its group is its own
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # not reaped, its number stays its own
         finally:
             timer.cancel()
             ended.set()
-            kill_all()  # also what it has left behind
+            kill_all()  # also the processes that it left behind
             process.wait()
             listener.join()
     cell.check()

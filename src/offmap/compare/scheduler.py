@@ -1,7 +1,7 @@
-"""Running the cells of a comparison on an executor: threads here, or the workers of a dask cluster.
+"""Runs the cells of a comparison on an executor: threads of this process, or the workers of a dask cluster.
 
-Every cell ends exactly once: it is done from before, or it is run and its result kept. One whose worker is lost is run
-again, elsewhere. However the comparison ends, no cell of it goes on.
+Every cell ends exactly once: an earlier run has its result, or it is run now and its result is kept. If a worker is
+lost, its cell is run again on another. However the comparison ends, none of its cells goes on running.
 """
 
 import uuid
@@ -23,30 +23,30 @@ from offmap.errors import OffmapError
 from offmap.lab.kernel import HostKernel
 
 LOSSES = 3
-"""After so many lost workers, the cell itself is taken to be what kills them."""
+"""After so many lost workers, the cell itself is blamed: it is not run again."""
 
 _LOOK_SECONDS = 30.0  # how often a cluster is asked whether it has any workers left
 
 
 class Pool(Protocol):
-    """Where cells run."""
+    """A place where cells run."""
 
     @property
     def executor(self) -> Executor:
-        """Runs them."""
+        """The executor that runs them."""
 
     @property
     def at_a_time(self) -> int:
-        """How many, at present."""
+        """How many cells run at the same time, at present."""
 
     def call(self, events: Events, /) -> Callable[[CellTask], CellResult]:
-        """The function for the executor. It passes the events of a running cell to `events`, where it can."""
+        """Make the function that the executor calls. If it can, it passes the events of a running cell to `events`."""
 
     def check(self) -> None:
-        """Return if there is a worker left.
+        """Check that a worker is left.
 
         Raises:
-            OffmapError: there is none.
+            OffmapError: none is left.
         """
 
     def stop(self, run: str) -> None:
@@ -77,18 +77,18 @@ class _Threads:
 
 @contextmanager
 def local_pool(jobs: int) -> Iterator[Pool]:
-    """This machine, `jobs` cells at a time."""
+    """Run cells on this machine, `jobs` at a time."""
     with CellHosts() as hosts, ThreadPoolExecutor(jobs, thread_name_prefix="cell") as executor:
         yield _Threads(executor, jobs, hosts)
 
 
 class Scheduler:
-    """One comparison.
+    """Runs one comparison.
 
     Args:
-        store: keeps the results, and has those of earlier runs; None: nothing is kept.
+        store: keeps results and has those of earlier runs; with None, nothing is kept.
         settings: how cells are run.
-        events: takes what happens.
+        events: is called for each event.
     """
 
     def __init__(self, store: Store | None, settings: Settings, events: Events) -> None:
@@ -98,10 +98,10 @@ class Scheduler:
         self.run_id = uuid.uuid4().hex
 
     def missing(self, specs: Sequence[CellSpec]) -> tuple[dict[CellSpec, CellResult], list[CellSpec]]:
-        """The results from before that count, and the cells that are left to run. Gets all their kernels first.
+        """Get all kernels, and sort the cells: (usable results of earlier runs, cells that are left to run).
 
         Raises:
-            OffmapError: a kernel cannot be had.
+            OffmapError: a kernel cannot be downloaded or built.
         """
         done: dict[CellSpec, CellResult] = {}
         to_run: list[CellSpec] = []
@@ -126,10 +126,10 @@ class Scheduler:
         return done, to_run
 
     def run(self, specs: Sequence[CellSpec], pool: Pool) -> dict[CellSpec, CellResult]:
-        """Run cells, begun in this order; each is kept as soon as it ends.
+        """Start the cells in this order, and keep each result as soon as it is there.
 
         Raises:
-            OffmapError: a result could not be kept, or there is nobody left to run cells.
+            OffmapError: a result could not be kept, or no worker is left.
         """
         code = code_digest()
         call = pool.call(self._events)
@@ -166,7 +166,7 @@ class Scheduler:
                     results[spec] = result
                     self._events(spec, CellEvent(ended=result))
                     if self._store is not None and result.inputs.get("code", code) != code:
-                        note = "the code was changed meanwhile; it will be run again next time"
+                        note = "the code was changed while it ran; the next comparison runs it again"
                         self._events(spec, CellEvent(note=note))
         except BaseException:
             for future in futures:
@@ -177,13 +177,13 @@ class Scheduler:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether the error says that a worker was lost, and is no fault of offmap's."""
+    """Whether the error means that a worker was lost. Any other error is a bug of offmap."""
     names = {cls.__name__ for cls in type(error).__mro__}
     return bool(names & {"CancelledError", "BrokenExecutor", "KilledWorker", "CommClosedError", "CellStopped"})
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether dask has tried it on several workers already (distributed.scheduler.allowed-failures)."""
+    """Whether dask has already tried the cell on several workers (distributed.scheduler.allowed-failures)."""
     return any(cls.__name__ == "KilledWorker" for cls in type(error).__mro__)
 
 
@@ -193,7 +193,7 @@ def _lost(spec: CellSpec, error: BaseException) -> CellResult:
 
 
 def first_failure(results: Sequence[CellResult]) -> OffmapError | None:
-    """The first cell that failed, as an error to end with; None if each came to a result."""
+    """An error that names the first cell that failed; None if every cell came to a result."""
     failed = [result for result in results if result.outcome in {CellOutcome.FAILED, CellOutcome.DEADLINE}]
     if not failed:
         return None

@@ -148,22 +148,18 @@ class Rtc:
 
     def _unlatch(self) -> None:
         """Take the time from the registers. If they hold no date, the clock stays as it was."""
-        from datetime import UTC, datetime  # few guests set their clock, and it takes a while
-
         ram = self._ram
-        try:
-            moment = datetime(
-                self._from_format(ram[CENTURY]) * 100 + self._from_format(ram[RTC_YEAR]),
-                self._from_format(ram[RTC_MONTH]),
-                self._from_format(ram[RTC_DAY_OF_MONTH]),
-                self._hour_from_format(ram[RTC_HOURS]),
-                self._from_format(ram[RTC_MINUTES]),
-                self._from_format(ram[RTC_SECONDS]),
-                tzinfo=UTC,
-            )
-        except ValueError:
+        seconds = _seconds(
+            self._from_format(ram[CENTURY]) * 100 + self._from_format(ram[RTC_YEAR]),
+            self._from_format(ram[RTC_MONTH]),
+            self._from_format(ram[RTC_DAY_OF_MONTH]),
+            self._hour_from_format(ram[RTC_HOURS]),
+            self._from_format(ram[RTC_MINUTES]),
+            self._from_format(ram[RTC_SECONDS]),
+        )
+        if seconds is None:
             return
-        self._offset = moment.timestamp() - self._clock()
+        self._offset = seconds - self._clock()
         self._checked = self._now()
 
     # ---- registers
@@ -278,3 +274,19 @@ class Rtc:
 def _moment(seconds: float) -> time.struct_time:
     """The date, limited to the years 1 to 9999: a guest may set its clock to the last second of 9999."""
     return time.gmtime(math.floor(min(max(seconds, FIRST), LAST)))
+
+
+def _seconds(year: int, month: int, day: int, hour: int, minute: int, second: int) -> int | None:
+    """Seconds since 1970 of a date and time in UTC; None if there is no such date in the years 1 to 9999.
+
+    The datetime module is not for this place: to import it would open files, which the VMM's sandbox forbids.
+    """
+    if not (1 <= year <= 9999 and 1 <= month <= 12 and day >= 1 and hour < 24 and minute < 60 and second < 60):
+        return None
+    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+    months = (31, 29 if leap else 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+    if day > months[month - 1]:
+        return None
+    before = year - 1
+    days = 365 * before + before // 4 - before // 100 + before // 400 + sum(months[: month - 1]) + day - 1
+    return FIRST + 86400 * days + 3600 * hour + 60 * minute + second

@@ -3,8 +3,6 @@
 import itertools
 import os
 import secrets
-import socket
-import struct
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +15,10 @@ from offmap.lab.bytecode import ensure_bytecode
 from offmap.lab.command import Completed, LabCommand, Sink, start_message
 from offmap.lab.console import Console
 from offmap.lab.errors import LabEnded, LabError, LabTimeout
-from offmap.lab.guest.frames import GO, HELLO, MAX_PAYLOAD, START, WAITING, Decoder, frame
+from offmap.lab.guest.frames import GO, HELLO, START, WAITING, Decoder, frame
 from offmap.lab.initramfs import initramfs
 from offmap.lab.kernel import HostKernel
+from offmap.lab.port import AgentPort
 from offmap.lab.process import PANIC_GRACE, QemuProcess, settings
 from offmap.lab.qemu import HostOptions, Ram, parse_size
 from offmap.lab.qmp import Qmp, QmpError
@@ -32,7 +31,6 @@ from offmap.patience import TICK, Deadline, Watch, calibration, processor_second
 QMP_SECONDS = 60.0  # that saving or restoring may take; a second is usual
 
 _log = Logger("offmap.lab")
-_TIMEVAL = struct.Struct("@ll")  # struct timeval
 
 
 class LabHost(Owned):
@@ -53,10 +51,8 @@ class LabHost(Owned):
         self.release = ""
         self.has_kvm = False
         self._qemu = QemuProcess(kernel, options, console, self._over, ram)
-        self._socket = self._qemu.socket
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(1, 0))
+        self._port = AgentPort(self._qemu.socket, self._watch)
         self._reader = threading.Thread(target=self._read, name="lab-agent", daemon=True)
-        self._send_lock = threading.Lock()
         self._commands: dict[int, LabCommand] = {}
         self._channels = itertools.count(1)
         self._frames = 0  # that have come so far
@@ -216,10 +212,7 @@ class LabHost(Owned):
     def _read(self) -> None:
         decoder = Decoder()
         while True:
-            try:
-                data = self._socket.recv(2 * MAX_PAYLOAD)
-            except OSError:
-                return
+            data = self._port.receive()
             if not data:
                 return
             for kind, channel, payload in decoder.feed(data):
@@ -243,7 +236,7 @@ class LabHost(Owned):
         with self._progress:
             self.release = facts.get("release", "")
             self.has_kvm = facts.get("kvm") == "1"
-            self._ready = facts.get("token") == self._token
+            self._ready = self._port.nudges = facts.get("token") == self._token
             self._progress.notify_all()
 
     def _watch(self) -> Watch:
@@ -275,21 +268,9 @@ class LabHost(Owned):
 
     def send(self, kind: int, channel: int, payload: bytes = b"") -> None:
         """Send one frame; a host that is gone says so by `failure`, not here."""
-        watch: Watch | None = None
-        view = memoryview(frame(kind, channel, payload))
-        with self._send_lock:
-            while view:
-                try:
-                    view = view[self._socket.send(view) :]
-                    watch = None
-                except BlockingIOError:  # SO_SNDTIMEO
-                    watch = watch or self._watch()
-                    if why := watch.stuck():
-                        self._over(LabEnded(f"the lab host hung and was ended: {why}", self.console.tail()))
-                        self.kill()
-                        return
-                except OSError:
-                    return
+        if why := self._port.send(frame(kind, channel, payload)):
+            self._over(LabEnded(f"the lab host hung and was ended: {why}", self.console.tail()))
+            self.kill()
 
     def failure(self) -> LabError:
         """Say why the host has ended; waits for the diagnosis if it is just ending."""
@@ -392,4 +373,4 @@ class LabHost(Owned):
         self._qemu.close()
         if self._reader.is_alive():
             self._reader.join()
-        self._socket.close()
+        self._qemu.socket.close()

@@ -22,6 +22,8 @@ OFFSETS: dict[tuple[str, ...], int] = {
     ("kvm", "srcu"): 0x60,
     ("kvm", "mmu_invalidate_seq"): 0x80,
     ("kvm", "stats_id"): 0x90,
+    ("kvm", "debugfs_dentry"): 0xC8,
+    ("dentry", "d_inode"): 0x8,
     ("srcu_struct", "srcu_sup"): 0x8,
     ("srcu_usage", "srcu_last_gp_end"): 0x10,
     ("kvm_memslots", "generation"): 0x0,

@@ -217,6 +217,21 @@ def test_a_cache_a_host_map_and_a_nested_guest_are_doubts(kernel: Kernel) -> Non
     assert kernel.vms()[0].caches == (0x5000,) and "0x5000" in kernel.vms()[0].doubts[0]
 
 
+def test_folders_in_debugfs_are_known_by_their_inodes(kernel: Kernel) -> None:
+    def folder(kvm: int, number: int) -> None:
+        entry, inode = kernel.memory.make(), kernel.memory.make()
+        kernel.memory.put(kvm, "kvm", "debugfs_dentry", value=entry)
+        kernel.memory.put(entry, "dentry", "d_inode", value=inode)
+        kernel.memory.put(inode, "inode", "i_ino", value=number)
+
+    folder(kernel.vm(), 7)
+    ended = kernel.vm()
+    folder(ended, 8)
+    assert kernel.debugfs_folders() == {7, 8}
+    kernel.memory.list_del(ended + OFFSETS["kvm", "vm_list"])
+    assert kernel.debugfs_folders() == {7}
+
+
 def test_a_vcpu_that_is_being_made_is_no_answer(kernel: Kernel) -> None:
     kvm = kernel.vm()
     kernel.memory.put(kvm, "kvm", "online_vcpus", value=1, size=4)

@@ -12,7 +12,16 @@ from offmap.audit.kvm_vcpu import VCpu
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
 from offmap.audit.reach import VmmFacts
 from offmap.audit.tasks import Thread
-from offmap.audit.vms import VmProcess, audit_every_vm, find_listed, find_vms, recognise, vmm_facts, worst_status
+from offmap.audit.vms import (
+    VmProcess,
+    audit_every_vm,
+    find_listed,
+    find_vms,
+    left_out,
+    recognise,
+    vmm_facts,
+    worst_status,
+)
 from offmap.errors import ExitStatus, Undetermined
 
 
@@ -121,6 +130,28 @@ def test_without_kvms_list_there_may_be_more_vms(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("offmap.audit.vms.Kcore", unreadable)
     assert any("list of VMs cannot be read: cannot open" in note for note in find_vms()[1])
+
+
+def stays(folders: list[set[int]], listed: list[set[int]]) -> set[int]:
+    """What is left when debugfs and KVM's list have this at each look, and the last for ever."""
+    return left_out(
+        lambda: set(folders.pop(0) if len(folders) > 1 else folders[0]),
+        lambda: listed.pop(0) if len(listed) > 1 else listed[0],
+    )
+
+
+def test_only_a_vm_whose_folder_stays_is_more_than_kvm_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offmap.audit.vms._FIRST_WAIT", 0.0)
+    assert stays([set()], [set()]) == set()
+    assert stays([{1, 2}], [{1, 2, 3}]) == set()
+    # One is being made: its folder is there first. One is being ended: it is on neither soon.
+    assert stays([{1, 2}], [{1}, {1}, {1, 2}]) == set()
+    assert stays([{1, 2}, {1, 2}, {1}], [{1}]) == set()
+    # At each look there is one that is not on the list, and never the same.
+    assert stays([{1, number} for number in range(2, 40)], [{1}]) == set()
+    # As many on the list as in debugfs are not the same ones.
+    assert stays([{1, 2}], [{1, 3}]) == {2}
+    assert stays([{1, 2}, {1, 2, 4}], [{1, 4}]) == {2}
 
 
 def test_process_that_ended_is_said_to_have() -> None:

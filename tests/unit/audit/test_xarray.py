@@ -11,7 +11,7 @@ ROOT = 0x1000
 
 
 def entries(memory: Memory) -> list[tuple[int, int, int]]:
-    index, count, value = xarray.entries(memory.read, Types(), ROOT)  # type: ignore[arg-type]
+    index, count, value = xarray.entries(memory.read, Types(), ROOT)
     return list(zip(index.tolist(), count.tolist(), value.tolist(), strict=True))
 
 

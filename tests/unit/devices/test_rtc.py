@@ -1,12 +1,12 @@
 """The CMOS clock: what the registers say of the time, how it is set, and its interrupts."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offmap.devices.rtc import Rtc
+from offmap.devices.rtc import Rtc, _seconds
 
 SET, PIE, AIE, UIE, BINARY, H24 = 0x80, 0x40, 0x20, 0x10, 0x04, 0x02
 IRQF, PF, AF, UF = 0x80, 0x40, 0x20, 0x10
@@ -254,3 +254,16 @@ def test_nothing_a_guest_writes_upsets_it(writes: list[tuple[int, int, float]]) 
         guest.rtc.tick()
         guest.rtc.next_event()
         assert all(0 <= guest[other] <= 0xFF for other in (0, 4, 9, CENTURY))
+
+
+@given(st.tuples(st.integers(0, 10000), *(st.integers(0, most) for most in (14, 33, 25, 61, 61))))
+def test_dates_that_there_are_and_dates_that_there_are_not(parts: tuple[int, int, int, int, int, int]) -> None:
+    year, month, day, hour, minute, second = parts
+    try:
+        expected = datetime(year, month, day, hour, minute, second, tzinfo=UTC)
+    except ValueError:
+        assert _seconds(*parts) is None
+    else:
+        seconds = _seconds(*parts)
+        assert seconds is not None
+        assert datetime.fromtimestamp(0, UTC) + timedelta(seconds=seconds) == expected

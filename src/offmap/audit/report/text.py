@@ -132,6 +132,8 @@ def render_vm(vm: AuditResult, color: bool = False) -> str:
         f"{sum(vm.walk.tables.values())} tables in {vm.walk.levels} levels, {vm.walk.runs} runs, "
         f"{vm.walk.seconds:.2f} s",
     )
+    if vm.sandbox is not None:
+        lines += _wrapped("sandbox", str(vm.sandbox))
     if vm.scan is not None:
         lines += _scan(vm.scan)
     if vm.oracle is not None:

@@ -111,6 +111,12 @@ def _vm_facts(vm: AuditResult) -> list[tuple[str, str]]:
         if vm.sharing.uncounted_pages:
             text += f"; of {vm.sharing.uncounted_pages:,} it cannot be counted"
         facts.append(("sharing", text))
+    if vm.sandbox is not None:
+        facts.append(("sandbox", str(vm.sandbox)))
+        facts += [
+            (f"descriptor {each.fd}", f"{each.kind}: {each.link} ({each.access or 'access unknown'})")
+            for each in vm.sandbox.descriptors[:8]
+        ]
     if vm.oracle is not None:
         facts.append(("second opinion", f"{vm.oracle}; the sample's seed is {vm.oracle.seed}"))
     if vm.scan is not None:

@@ -7,6 +7,7 @@ a secret that the scan plants in its own memory (offmap.audit.scan); without it 
 
 import mmap
 import os
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,9 +25,13 @@ from offmap.compare.probes.host_kernel import host_memory_kib
 from offmap.compare.probes.live_guest import LiveGuest
 from offmap.compare.probes.survey import measured, no, undetermined, yes
 from offmap.compare.questions import Answer
+from offmap.patience import scaled
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 _CONTROL_FIRST = 0x1000  # the number of the control's first secret
+
+_RETURNED_BY = 5.0  # seconds in which more of the guest's memory must come back
+_LOOK_EVERY = 0.2  # seconds
 
 AFTER_BOOT = (
     "hidden.before_io",
@@ -252,6 +257,7 @@ def after_the_end(
         memory_kib: the host's memory before the guest, in KiB.
         owned_by_linux: whether the host kernel owned the memory before, and must own it again.
     """
+    back = _wait_until_back(control, frames) if owned_by_linux else 0
     look = _look_at_control(control, secrets)
     if look.found:
         zeroed = no("hidden.zeroed", f"{look.found} of its {secrets.count} secrets are still in the host's memory")
@@ -263,9 +269,29 @@ def after_the_end(
             "the host kernel maps none of this memory, so a scan of what it maps says nothing of it",
             look.control,
         )
+    elif back < frames.size:
+        left = f"{frames.size - back} of its {frames.size} frames are not in the direct map again, and were not scanned"
+        zeroed = undetermined("hidden.zeroed", left, look.control)
     else:
         zeroed = yes("hidden.zeroed", look.control)
     return [zeroed, _restored(look.snapshot.mappings, frames, memory_kib, owned_by_linux)]
+
+
+def _wait_until_back(control: LiveGuest, frames: Intervals) -> int:
+    """Wait for frames that the kernel zeroes before it maps them again. Gives up when no more come.
+
+    Returns:
+        How many of them are in the direct map.
+    """
+    most, until = 0, time.monotonic() + scaled(_RETURNED_BY)
+    while True:
+        mappings = snapshot_process(control.pid, ranges=control.ranges()).mappings
+        back = frames_in(frames, direct_frames(mappings))
+        if back > most:
+            most, until = back, time.monotonic() + scaled(_RETURNED_BY)
+        if back == frames.size or time.monotonic() > until:
+            return back
+        time.sleep(_LOOK_EVERY)
 
 
 def _restored(mappings: KernelMappings, frames: Intervals, memory_kib: int, owned_by_linux: bool) -> Answer:

@@ -135,6 +135,11 @@ class Worker(Owned):
         return 0 if self._later else -1
 
     @property
+    def watched(self) -> int:
+        """How many fds are watched, its own included."""
+        return len(self._handlers)
+
+    @property
     def is_current(self) -> bool:
         """Whether the caller is on this thread."""
         return threading.current_thread() is self._thread
@@ -163,18 +168,25 @@ class Worker(Owned):
             except Exception as error:
                 self._on_error(error)  # the calls behind it are still to be made
 
-    def _run(self) -> None:
-        poll = self._epoll.poll
+    def turn(self, seconds: float = 0.0) -> bool:
+        """Handle what comes up within so many seconds (-1: as long as it takes). Return whether there was anything.
+
+        The thread does it again and again. Where none was started, somebody else may.
+        """
         handlers = self._handlers
+        events = self._epoll.poll(seconds, _MOST_EVENTS)
+        for fd, what, handler in [(fd, what, handlers.get(fd)) for fd, what in events]:
+            # An earlier handler of this round may have unwatched it, and another file may have its number now.
+            if handler is not None and handlers.get(fd) is handler:
+                try:
+                    handler(what)
+                except Exception as error:
+                    self._on_error(error)
+        return bool(events)
+
+    def _run(self) -> None:
         while not self._closing:
-            wait = self._seconds_to_wait() if self._later else -1
-            for fd, events, handler in [(fd, events, handlers.get(fd)) for fd, events in poll(wait, _MOST_EVENTS)]:
-                # An earlier handler of this round may have unwatched it, and another file may have its number now.
-                if handler is not None and handlers.get(fd) is handler:
-                    try:
-                        handler(events)
-                    except Exception as error:
-                        self._on_error(error)
+            self.turn(self._seconds_to_wait() if self._later else -1)
 
     def close(self) -> None:
         """End the thread when it has finished its current work."""

@@ -24,6 +24,7 @@ STDIN_EOF = 18
 SIGNAL = 19  # i32, to the command's process group
 RESIZE = 20  # two i32: rows, columns of its terminal
 GO = 21  # once: NUL-terminated NAME=VALUE strings (root.Settings)
+NUDGE = 22  # of no command: that it comes is an interrupt, and all there is to it
 # Both ways: u8 kind of the data, u32 bytes taken.
 ACK = 32
 

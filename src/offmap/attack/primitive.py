@@ -1,0 +1,151 @@
+"""The primitive: what a leak in the host kernel would give, and the only thing that the attack uses of the host.
+
+It reads bytes at a kernel address if and only if the host's page tables map that address at that moment. It is counted
+in words of eight bytes, as a leak of published speed would have to be asked for each of them.
+"""
+
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from offmap.owned import Owned
+from offmap.uapi.page import PAGE_SIZE
+
+WORD = 8
+KERNEL_HALF = 1 << 63
+_LAST = (1 << 64) - 1
+
+
+class NotMapped(Exception):
+    """The host kernel's page tables map no such address.
+
+    Attributes:
+        va: the first address that is not mapped.
+    """
+
+    def __init__(self, va: int) -> None:
+        self.va = va
+        super().__init__(f"{va:#x} is not mapped")
+
+
+class Unreadable(Exception):
+    """The address is mapped, and this primitive cannot read there: it is reached, and what it holds is not known here.
+
+    Attributes:
+        va: the address.
+    """
+
+    def __init__(self, va: int) -> None:
+        self.va = va
+        super().__init__(f"{va:#x} is mapped, but cannot be read by this primitive")
+
+
+@dataclass
+class Counts:
+    """What was asked of a primitive: words of eight bytes, and how many were not mapped."""
+
+    reads: int = 0
+    bytes: int = 0
+    failures: int = 0
+
+    def since(self, before: "Counts") -> "Counts":
+        return Counts(self.reads - before.reads, self.bytes - before.bytes, self.failures - before.failures)
+
+    def copy(self) -> "Counts":
+        return Counts(self.reads, self.bytes, self.failures)
+
+
+class Primitive(Owned):
+    """Reads the kernel's memory.
+
+    Attributes:
+        name: for results.
+        counts: of all reads so far.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+
+    @abstractmethod
+    def _fetch(self, va: int, size: int) -> bytes:
+        """The bytes there, within one page. Raises as ``read``."""
+
+    def read(self, va: int, size: int = WORD) -> bytes:
+        """The bytes at a kernel address.
+
+        Raises:
+            NotMapped: one of them is not mapped.
+            Unreadable: one of them is mapped, and cannot be read.
+        """
+        parts = []
+        while size > 0:
+            if not KERNEL_HALF <= va <= _LAST:
+                self.counts.failures += 1
+                raise NotMapped(va)
+            step = min(size, PAGE_SIZE - va % PAGE_SIZE)
+            words = (va % WORD + step + WORD - 1) // WORD
+            try:
+                parts.append(self._fetch(va, step))
+            except NotMapped:
+                self.counts.reads += 1
+                self.counts.failures += 1
+                raise
+            self.counts.reads += words
+            self.counts.bytes += step
+            va, size = va + step, size - step
+        return b"".join(parts)
+
+
+class Noisy(Primitive):
+    """A primitive as a real leak is: slow, and wrong now and then.
+
+    Args:
+        of: the primitive; it is closed with this one.
+        errors: the share of words that come wrong, 0 to 1.
+        latency: seconds for each word.
+        votes: how often each read is made; the answer is what comes most often.
+        seed: for the errors.
+    """
+
+    def __init__(
+        self,
+        of: Primitive,
+        errors: float = 0.0,
+        latency: float = 0.0,
+        votes: int = 1,
+        seed: int | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        super().__init__()
+        self._of, self._errors, self._latency, self._votes = of, errors, latency, votes
+        self._random, self._sleep = Random(seed), sleep
+        self.name, self.counts = of.name, of.counts
+
+    def _fetch(self, va: int, size: int) -> bytes:
+        words = (va % WORD + size + WORD - 1) // WORD
+        seen: dict[bytes, int] = {}
+        for vote in range(self._votes):
+            if self._latency:
+                self._sleep(self._latency * words)
+            if vote:
+                self.counts.reads += words
+                self.counts.bytes += size
+            data = self._wrong(self._of._fetch(va, size))
+            seen[data] = seen.get(data, 0) + 1
+        return max(seen, key=lambda each: seen[each])
+
+    def _wrong(self, data: bytes) -> bytes:
+        if not self._errors:
+            return data
+        found = bytearray(data)
+        for at in range(0, len(found), WORD):
+            if self._random.random() < self._errors:
+                found[at] ^= 1 << self._random.randrange(8)
+        return bytes(found)
+
+    def close(self) -> None:
+        self._of.close()

@@ -1,0 +1,183 @@
+"""The chain on a machine made of bytes: it gets through, ends where it should, and is lost rather than wrong."""
+
+import msgspec
+import pytest
+
+from offmap.attack.attack import Beforehand, Victim, attack
+from offmap.attack.chain import Chain
+from offmap.attack.knowledge import Kernel
+from offmap.attack.primitive import Noisy, Primitive, Unreadable
+from offmap.attack.result import AttackResult, Attempt, Outcome
+from offmap.attack.target import PlantedSecret
+from offmap.errors import ExitStatus
+
+from .machine import DIGEST, DIRECT_MAP, GUEST_AT, KNOWN, OFFSETS, PAGE, PID, TEXT, Machine
+
+ALIAS = 0xFFFF_C900_0000_0000  # in the vmalloc space
+
+
+def run(machine: Primitive, known: Kernel = KNOWN, guest: Kernel = KNOWN, base: int | None = None) -> Attempt:
+    return Chain(machine, known, guest, PID, PlantedSecret("sh", DIGEST), base).run()
+
+
+def judge(machine: Primitive, control: bool, known: Kernel = KNOWN) -> AttackResult:
+    victim = Victim(PID, PlantedSecret("sh", DIGEST))
+    if not control:
+        return attack(machine, Beforehand(known, KNOWN), victim, None)
+    # Its control is read from another machine: this one has a single VM.
+    beside = run(Machine(), known)
+    found = attack(machine, Beforehand(known, KNOWN), victim, None)
+    return msgspec.structs.replace(found, control=beside)
+
+
+def test_plain_ram_is_recovered_and_what_it_took_is_told() -> None:
+    machine = Machine()
+    found = run(machine)
+    assert (found.outcome, found.stage) == (Outcome.RECOVERED, "guest: secret")
+    assert "sh (7), heap, 0x10001131" in found.reason
+    assert [stage.passed for stage in found.stages] == [True] * len(found.stages)
+    assert sum(stage.reads for stage in found.stages) == found.reads < machine.counts.reads < 5000
+    assert {residue.name: residue.bytes for residue in found.residues} == {
+        "registers of the vCPUs, in struct kvm_vcpu": 128,
+        "kvm_run": 8192,
+    }
+
+
+def test_a_base_that_is_given_saves_the_search() -> None:
+    searched, given = run(Machine()), run(Machine(), base=TEXT + 0x400_0000)
+    assert given.outcome == searched.outcome == Outcome.RECOVERED
+    assert given.reads < searched.reads
+    assert run(Machine(), base=TEXT).outcome == Outcome.UNKNOWN
+
+
+def test_hidden_ram_is_where_it_ends() -> None:
+    found = run(Machine(hidden=True))
+    assert (found.outcome, found.stage) == (Outcome.ENDS, "guest: kernel")
+    assert "the host kernel maps none of the guest's pages" in found.reason
+    assert (found.guest_pages, found.mapped_pages, found.missing_pages) == (1024, 0, 0)
+
+
+def test_one_mapped_page_with_the_secret_is_enough() -> None:
+    machine = Machine(hidden=True)
+    machine.tables.map(ALIAS, machine.secret_page)
+    found = run(machine)
+    assert (found.outcome, found.mapped_pages) == (Outcome.RECOVERED, 1)
+    other = Machine(hidden=True)
+    other.tables.map(ALIAS, machine.secret_page + PAGE)
+    found = run(other)
+    assert (found.outcome, found.mapped_pages) == (Outcome.ENDS, 1)
+    assert "the 1 guest pages that are mapped do not have the secret" in found.reason
+
+
+def test_the_chain_goes_through_aliases() -> None:
+    machine = Machine(hidden=True)
+    for page in range(0, 4 << 20, PAGE):
+        machine.tables.map(ALIAS + page, GUEST_AT + page)
+    found = run(machine)
+    assert (found.outcome, found.stage) == (Outcome.RECOVERED, "guest: secret")
+    assert found.mapped_pages == 1024
+
+
+def test_a_page_table_that_cannot_be_read_is_no_end() -> None:
+    machine = Machine(hidden=True)
+    machine.tables.map(ALIAS, 0x1000)
+    table = machine.tables.top + (ALIAS >> 39 & 511) * 8
+    # It leads to a page that is not in the direct map: what it maps cannot be told.
+    machine.memory[table : table + 8] = (GUEST_AT | 3).to_bytes(8, "little")
+    found = run(machine)
+    assert (found.outcome, found.stage) == (Outcome.UNKNOWN, "other mappings of the guest's pages")
+
+
+def test_pages_that_the_vmm_does_not_have_are_no_end() -> None:
+    machine = Machine(hidden=True)
+    machine.user.unmap(0x7F00_0000_0000 + 5 * PAGE)
+    found = run(machine)
+    assert (found.outcome, found.missing_pages) == (Outcome.UNKNOWN, 1)
+
+
+def test_a_page_that_the_nested_tables_have_elsewhere_is_no_end() -> None:
+    machine = Machine(hidden=True)
+    for page in range(0, 4 << 20, PAGE):
+        machine.nested.map(page, 0x1000)
+    found = run(machine)
+    assert (found.outcome, found.stage) == (Outcome.UNKNOWN, "host: nested page tables")
+
+
+@pytest.mark.parametrize("name", sorted(OFFSETS))
+@pytest.mark.parametrize("by", [8, -8, 0x40])
+def test_a_wrong_offset_is_never_an_end(name: str, by: int) -> None:
+    """With a control that the same knowledge is used on."""
+    offsets = {**OFFSETS, name: max(OFFSETS[name] + by, 0)}
+    wrong = msgspec.structs.replace(KNOWN, offsets=offsets)
+    control = run(Machine(), wrong, wrong)
+    found = run(Machine(hidden=True), wrong, wrong)
+    if control.outcome == Outcome.RECOVERED:
+        return  # the member is not on the way, or there is the same at that place
+    assert control.outcome == Outcome.UNKNOWN, control
+    assert found.outcome in {Outcome.UNKNOWN, Outcome.ENDS}
+
+
+@pytest.mark.parametrize("name", sorted(OFFSETS))
+def test_what_is_not_known_is_never_an_end(name: str) -> None:
+    offsets = {each: at for each, at in OFFSETS.items() if each != name}
+    found = run(Machine(), msgspec.structs.replace(KNOWN, offsets=offsets))
+    assert found.outcome in {Outcome.UNKNOWN, Outcome.RECOVERED}
+
+
+def test_another_kernel_in_the_guest_is_lost() -> None:
+    other = msgspec.structs.replace(KNOWN, banner="Linux version 6.1.0 (somebody)")
+    found = run(Machine(), guest=other)
+    assert (found.outcome, found.stage) == (Outcome.UNKNOWN, "guest: kernel")
+    assert run(Machine(), known=other).stage == "host: kernel"
+
+
+def test_an_end_needs_a_control() -> None:
+    machine = Machine(hidden=True)
+    alone = judge(machine, control=False)
+    assert (alone.outcome, alone.exit_status) == (Outcome.UNKNOWN, ExitStatus.UNDETERMINED)
+    assert "without a control" in alone.reason
+    # A control that is hidden too does not get through.
+    victim = Victim(PID, PlantedSecret("sh", DIGEST))
+    both = attack(machine, Beforehand(KNOWN, KNOWN), victim, victim)
+    assert both.outcome == Outcome.UNKNOWN
+    assert both.reason.startswith("the control does not get through")
+
+
+def test_a_recovery_needs_none() -> None:
+    found = judge(Machine(), control=False)
+    assert (found.outcome, found.exit_status) == (Outcome.RECOVERED, ExitStatus.EXPOSED)
+    assert found.times and all(each.hours > 0 for each in found.times)
+
+
+class Blind(Machine):
+    """Maps the guest's RAM, and cannot read there."""
+
+    def _fetch(self, va: int, size: int) -> bytes:
+        if DIRECT_MAP + GUEST_AT <= va < DIRECT_MAP + GUEST_AT + (4 << 20):
+            raise Unreadable(va)
+        return super()._fetch(va, size)
+
+
+def test_what_is_mapped_and_cannot_be_read_is_reached() -> None:
+    found = judge(Blind(), control=False)
+    assert (found.outcome, found.exit_status) == (Outcome.REACHED, ExitStatus.EXPOSED)
+
+
+def test_errors_lose_the_trail_and_votes_find_it() -> None:
+    assert run(Noisy(Machine(), errors=0.2, seed=1)).outcome == Outcome.UNKNOWN
+    steady = Noisy(Machine(), errors=0.02, votes=7, seed=1)
+    assert run(steady).outcome == Outcome.RECOVERED
+    assert steady.counts.reads > 7 * 500
+
+
+def test_another_secret_is_not_taken_for_it() -> None:
+    machine = Machine()
+    found = Chain(machine, KNOWN, KNOWN, PID, PlantedSecret("sh", "0" * 64)).run()
+    assert (found.outcome, found.reason) == (Outcome.UNKNOWN, "the secret is not where it should be")
+
+
+def test_no_such_process() -> None:
+    found = Chain(Machine(), KNOWN, KNOWN, 4711, PlantedSecret("sh", DIGEST)).run()
+    assert found.reason == "the host has no process 4711"
+    found = Chain(Machine(), KNOWN, KNOWN, PID, PlantedSecret("nginx", DIGEST)).run()
+    assert found.reason == "the guest has no process nginx"
