@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest
 SUITE = tests/unit tests/fuzz tests/kvm tests/lab
 
-.PHONY: demo demo-patched compare fuzz test test-all slow setup setup-compare setup-tests setup-slow lint bench man unit
+.PHONY: attack demo demo-patched compare fuzz test test-all slow setup setup-compare setup-tests setup-slow lint bench man unit
 
 demo: setup
 	.venv/bin/offmap demo
@@ -54,6 +54,11 @@ MINUTES = 5
 fuzz: setup-tests
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --require-hashes --requirement tests/fuzz/requirements.txt
 	@$(PYTHON) -m tests.fuzz --minutes $(MINUTES) $(FUZZ)
+
+# A guest attacks its VMM for minutes; VMMs under attack are ended at random moments. make attack MINUTES=10 ENDS=1000
+ENDS = 100
+attack: setup-tests
+	@$(PYTHON) -m tests.kvm.attack --minutes $(MINUTES) --ends $(ENDS)
 
 # make bench BENCH=--quick
 bench: setup
