@@ -47,11 +47,11 @@ class Beforehand:
 def attack(primitive: Primitive, known: Beforehand, victim: Victim, control: Victim | None) -> AttackResult:
     """Attack a VM, and the control before it."""
 
-    def attempt(on: Victim) -> Attempt:
-        return Chain(primitive, known.host, known.guest, on.pid, on.target, known.base).run()
+    def attempt(on: Victim, plain: bool) -> Attempt:
+        return Chain(primitive, known.host, known.guest, on.pid, on.target, known.base, plain).run()
 
-    beside = None if control is None else attempt(control)
-    found = attempt(victim)
+    beside = None if control is None else attempt(control, plain=True)
+    found = attempt(victim, plain=False)
     outcome, reason = Outcome(found.outcome), f"{headline(found)}: {found.reason}"
     if outcome is Outcome.ENDS:
         # What stops here may only be what is wrong with the chain.

@@ -48,6 +48,8 @@ class Chain:
         pid: of the VMM.
         target: what it is after.
         base: where the host's kernel image is, if that is known; else it is searched for.
+        control: the guest's RAM is plain. After the secret, what says that a chain ends is tried on it: it must find
+            every page mapped here.
     """
 
     def __init__(
@@ -58,13 +60,15 @@ class Chain:
         pid: int,
         target: Target,
         base: int | None = None,
+        control: bool = False,
     ) -> None:
         self._primitive, self._pid, self._target, self._base = primitive, pid, target, base
-        self._host, self._guest_kernel = Host(primitive, host_kernel), guest_kernel
+        self._host, self._guest_kernel, self._control = Host(primitive, host_kernel), guest_kernel, control
         self._stages: list[Stage] = []
+        self._doubtful = 0
         self._pages: tuple[int | None, int | None, int | None] = None, None, None
         self._vmm: Process | None = None
-        self._kvm = 0
+        self._kvm = self._image = 0
         self._memory: GuestMemory | None = None
 
     def run(self) -> Attempt:
@@ -77,6 +81,11 @@ class Chain:
         except _Ended as error:
             ended = error
         used, seconds = self._primitive.counts.since(before), time.monotonic() - began
+        if self._control and ended.outcome is Outcome.RECOVERED:
+            try:
+                self._try_what_ends()
+            except _Ended as error:
+                ended = error
         guest, mapped, missing = self._pages
         return Attempt(
             pid=self._pid,
@@ -149,9 +158,8 @@ class Chain:
             slots = read_slots(host, self._kvm)
             stage.found = f"{len(slots)} slots, {sum(slot.bytes for slot in slots) >> 20} MiB"
         with self._stage("host: page tables of the VMM") as stage:
-            table = host.top_table(self._vmm.memory)
-            self._memory = GuestMemory(host, table, slots)
-            stage.found = f"at host page {table:#x}"
+            self._memory = GuestMemory(host, self._vmm, slots)
+            stage.found = f"at host page {self._memory.table:#x}"
 
     def _through_the_guest(self) -> _Ended:
         memory = self._memory
@@ -160,7 +168,7 @@ class Chain:
             return self._follow()
         except Hidden as error:
             hidden, at = error, self._stages[-1].name
-        self._check_place(hidden)
+        self._check_place(hidden.gpa, hidden.pa)
         mapped = self._find_aliases(memory)
         if mapped:
             # Whatever mapping there is, the same chain may get through by it.
@@ -168,8 +176,8 @@ class Chain:
                 return self._follow()
             if found := self._search_mapped(memory):
                 return _Ended(Outcome.RECOVERED, self._stages[-1].name, found)
-        if self._pages[2]:
-            reason = f"{self._pages[2]} pages of guest RAM are not in the VMM's page tables: who maps them is unknown"
+        if self._doubtful:
+            reason = f"{self._doubtful} pages of guest RAM are not in the VMM's page tables: who maps them is unknown"
             return _Ended(Outcome.UNKNOWN, _FALLBACK, reason)
         if mapped:
             what = f"the {mapped} guest pages that are mapped do not have the secret"
@@ -186,7 +194,8 @@ class Chain:
         assert self._memory is not None
         guest = Guest(self._memory, self._guest_kernel)
         with self._stage("guest: kernel") as stage:
-            stage.found = f"at guest page {guest.find_image():#x}, moved by {guest.slide:#x}"
+            self._image = guest.find_image()
+            stage.found = f"at guest page {self._image:#x}, moved by {guest.slide:#x}"
         with self._stage("guest: direct map") as stage:
             guest.find_direct_map()
             stage.found = f"from {guest.direct_map:#x}"
@@ -199,21 +208,33 @@ class Chain:
             stage.found = found.where
         return _Ended(Outcome.RECOVERED, "guest: secret", f"{found.bytes} bytes of {self._target.name}: {found.where}")
 
-    def _check_place(self, hidden: Hidden) -> None:
-        """The page that is not mapped must be the guest's for sure: KVM's own page tables must lead to the same one."""
+    def _try_what_ends(self) -> None:
+        """On plain RAM, every page must be found mapped, and what is missing must be called doubtful."""
+        memory = self._memory
+        assert memory is not None
+        self._check_place(self._image, memory.place(self._image))
+        mapped = self._find_aliases(memory)
+        pages, _, missing = self._pages
+        if mapped != pages or self._doubtful != missing:
+            reason = f"of the control's {pages} pages only {mapped} are found mapped, and its RAM is plain"
+            raise _Ended(Outcome.UNKNOWN, _FALLBACK, reason)
+
+    def _check_place(self, gpa: int, pa: int) -> None:
+        """The page must be the guest's for sure: KVM's own page tables must lead to the same one."""
         with self._stage("host: nested page tables") as stage:
-            place = nested_place(self._host, self._kvm, hidden.gpa)
+            place = nested_place(self._host, self._kvm, gpa)
             if place is None:
                 stage.found = "they do not have the page now"
-            elif place >> PAGE_SHIFT != hidden.pa >> PAGE_SHIFT:
-                raise Lost(f"they lead to host page {place:#x}, and the VMM's to {hidden.pa:#x}")
+            elif place >> PAGE_SHIFT != pa >> PAGE_SHIFT:
+                raise Lost(f"they lead to host page {place:#x}, and the VMM's to {pa:#x}")
             else:
                 stage.found = "they lead to the same host page"
 
     def _find_aliases(self, memory: GuestMemory) -> int:
         """How many of the guest's pages any kernel mapping has; they are read by these mappings from now on."""
         with self._stage(_FALLBACK) as stage:
-            guest, frames, missing = memory.frames()
+            guest, frames = memory.frames()
+            missing, self._doubtful = memory.missing(guest)
             mappings = self._host.mappings()
             if mappings.unreadable:
                 raise Lost(f"page tables of the host cannot be read: {mappings.unreadable[0].reason}")

@@ -29,6 +29,9 @@ mm_struct pgd; mm_struct start_brk; mm_struct brk; mm_struct start_stack; mm_str
 files_struct fdt; fdtable fd; fdtable max_fds; file f_path dentry; file private_data; file f_inode
 dentry d_name name; dentry d_parent; dentry d_inode; dentry d_children; dentry d_sib; dentry d_subdirs; dentry d_child
 fs_struct root dentry; inode i_mapping; inode i_size; inode i_ino
+mm_struct mm_mt ma_root; maple_range_64 pivot; maple_range_64 slot; maple_arange_64 pivot; maple_arange_64 slot
+vm_area_struct vm_start; vm_area_struct vm_end; vm_area_struct vm_flags; vm_area_struct vm_file
+inode i_sb; super_block s_magic
 address_space i_pages; address_space host; address_space nrpages
 xarray xa_head; xa_node shift; xa_node parent; xa_node array; xa_node slots
 kvm mm; kvm memslots; kvm nr_memslot_pages; kvm stats_id; kvm vcpu_array; kvm online_vcpus
@@ -38,7 +41,10 @@ kvm_memory_slot flags; kvm_memory_slot id; kvm_memory_slot gmem file; kvm_memory
 kvm_vcpu kvm; kvm_vcpu arch regs; kvm_vcpu arch cr3; kvm_vcpu run
 kvm_vcpu arch root_mmu root hpa; kvm_vcpu arch root_mmu root_role word
 """
-_ARRAYS = "kvm memslots; kvm_memslots id_hash; kvm_memory_slot id_node; xa_node slots; kvm_vcpu arch regs"
+_ARRAYS = """
+maple_range_64 pivot; maple_arange_64 pivot; kvm memslots; kvm_memslots id_hash; kvm_memory_slot id_node; xa_node slots
+kvm_vcpu arch regs
+"""
 _SIZES = ("page", "xa_node", "kvm", "kvm_vcpu")
 _LARGEST = 16 << 20
 

@@ -204,9 +204,19 @@ class Linux(ABC):
 
     def leaves(self, table: int, start: int, end: int) -> Iterator[Leaf]:
         """What maps the user addresses from ``start`` to ``end``, in order."""
+        for size, va, entry in self.leaf_entries(table, start, end):
+            for each, raw in zip(va.tolist(), entry.tolist(), strict=True):
+                yield Leaf(each, raw & self.mask & -size, size, bool(raw & _RW))
+
+    def leaf_entries(
+        self, table: int, start: int, end: int
+    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.uint64]]]:
+        """The same, a table at a time: the size that each of its leaves maps, their addresses, their entries."""
         yield from self._leaves(table, self.levels, 0, start, end)
 
-    def _leaves(self, table: int, level: int, base: int, start: int, end: int) -> Iterator[Leaf]:
+    def _leaves(
+        self, table: int, level: int, base: int, start: int, end: int
+    ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.uint64]]]:
         shift = PAGE_SHIFT + 9 * (level - 1)
         first = max(start - base, 0) >> shift
         last = min((max(end - base, 1) - 1 >> shift) + 1, 256 if level == self.levels else 512)
@@ -214,12 +224,16 @@ class Linux(ABC):
             return
         raw = self.physical(table + 8 * first, 8 * (last - first))
         entries: NDArray[np.uint64] = np.frombuffer(raw, dtype=np.uint64)
-        for index in np.flatnonzero(entries & np.uint64(_PRESENT)).tolist():
-            entry, va = int(entries[index]), base + (first + index << shift)
-            if level == 1 or (level <= 3 and entry & _PSE):
-                yield Leaf(va, entry & self.mask & -(1 << shift), 1 << shift, bool(entry & _RW))
+        index = np.flatnonzero(entries & np.uint64(_PRESENT))
+        va = base + (first + index.astype(np.int64) << shift)
+        if level == 1:
+            yield 1 << shift, va, entries[index]
+            return
+        for number, entry in zip(range(len(index)), entries[index].tolist(), strict=True):
+            if level <= 3 and entry & _PSE:
+                yield 1 << shift, va[number : number + 1], entries[index[number : number + 1]]
             else:
-                yield from self._leaves(entry & self.mask, level - 1, va, start, end)
+                yield from self._leaves(entry & self.mask, level - 1, int(va[number]), start, end)
 
     def in_image(self, va: int) -> bool:
         """Whether it is an address of the kernel's image."""

@@ -91,8 +91,8 @@ class Attempt(Document, frozen=True, kw_only=True):
             it. ends: no kernel mapping leads on. unknown: the trail was lost.
         stage: Where it came out so.
         reason: Why.
-        stages: All steps, in order.
-        reads: Words of eight bytes that were asked for, in all.
+        stages: All steps, in order. On a control that was recovered, what says that a chain ends is tried after it.
+        reads: Words of eight bytes that were asked for, until it came out; what is tried after that is not counted.
         bytes: Bytes that were read, in all.
         failures: Addresses that were not mapped, in all.
         seconds: How long it took here.

@@ -9,9 +9,10 @@ import numpy as np
 from offmap.attack.host import Host
 from offmap.attack.linux import Lost, Process
 from offmap.attack.primitive import NotMapped, Unreadable
+from offmap.attack.vma import vma_at
 from offmap.audit import xarray
 from offmap.audit.intervals import Ints
-from offmap.audit.mappings import KernelMappings
+from offmap.audit.mappings import KernelMappings, covered
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 _MOST_SLOTS = 32767  # KVM_MEM_SLOTS_NUM
@@ -127,15 +128,20 @@ class GuestMemory:
 
     Args:
         host: with its direct map found.
-        table: physical address of the VMM's top page table.
+        vmm: the VMM's process.
         slots: the VM's.
+
+    Raises:
+        Lost: the VMM has no page tables where they should be.
     """
 
-    def __init__(self, host: Host, table: int, slots: list[Slot]) -> None:
-        self._host, self._table, self.slots = host, table, slots
+    def __init__(self, host: Host, vmm: Process, slots: list[Slot]) -> None:
+        self._host, self._vmm, self.slots = host, vmm, slots
+        self.table = host.top_table(vmm.memory)
         self._known: dict[int, int] = {}  # page of the guest: page of the host
-        self._aliases: dict[int, int] = {}  # page of the host: kernel address
-        self._mapped: dict[int, int] = {}  # page of the guest that has one: page of the host
+        self._mappings: KernelMappings | None = None
+        none = np.zeros(0, dtype=np.int64)
+        self._mapped = none, none  # pages of the guest that are mapped, and the host's for each
 
     def place(self, gpa: int) -> int:
         """The host-physical address behind a guest-physical one.
@@ -149,7 +155,7 @@ class GuestMemory:
             if slot is None:
                 raise NotThere(f"guest address {gpa:#x} is in no memory slot")
             hva = slot.hva + gpa - slot.gpa
-            leaf = self._host.leaf(self._table, hva)
+            leaf = self._host.leaf(self.table, hva)
             if leaf is None:
                 raise NotThere(f"the VMM's page tables have no page for guest address {gpa:#x}")
             self._known[page] = leaf.pa + (hva - leaf.va) >> PAGE_SHIFT
@@ -171,9 +177,7 @@ class GuestMemory:
 
     def _within(self, gpa: int, size: int) -> bytes:
         pa = self.place(gpa)
-        alias = self._aliases.get(pa >> PAGE_SHIFT)
-        places = [self._host.direct_map + pa, *([] if alias is None else [alias + pa % PAGE_SIZE])]
-        for va in places:
+        for va in (self._host.direct_map + pa, *self._aliases_of(pa)):
             try:
                 return self._host.read(va, size)
             except NotMapped:
@@ -182,19 +186,52 @@ class GuestMemory:
                 raise Reached(gpa, va) from None
         raise Hidden(gpa, pa)
 
-    def frames(self) -> tuple[Ints, Ints, int]:
-        """All pages of the guest's that the VMM's page tables have (guest's, host's), and how many are missing."""
-        guest, host, pages = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)], 0
+    def _aliases_of(self, pa: int) -> list[int]:
+        return [] if self._mappings is None else self._mappings.addresses_of(pa)
+
+    def frames(self) -> tuple[Ints, Ints]:
+        """All pages of the guest's that the VMM's page tables have: guest pages, host pages."""
+        guest, host = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
         for slot in self.slots:
-            pages += slot.bytes >> PAGE_SHIFT
             end = slot.hva + slot.bytes
-            for leaf in self._host.leaves(self._table, slot.hva, end):
-                first, last = max(leaf.va, slot.hva), min(leaf.va + leaf.bytes, end)
-                count = np.arange((last - first) >> PAGE_SHIFT, dtype=np.int64)
-                guest.append(count + (slot.gpa + first - slot.hva >> PAGE_SHIFT))
-                host.append(count + (leaf.pa + first - leaf.va >> PAGE_SHIFT))
-        guests = np.concatenate(guest)
-        return guests, np.concatenate(host), pages - len(guests)
+            for size, va, entry in self._host.leaf_entries(self.table, slot.hva, end):
+                within = np.arange(size >> PAGE_SHIFT, dtype=np.int64)
+                pa = (entry & np.uint64(self._host.mask & -size)).astype(np.int64)
+                pages = ((va >> PAGE_SHIFT)[:, None] + within).reshape(-1)
+                frames = ((pa >> PAGE_SHIFT)[:, None] + within).reshape(-1)
+                ours = (pages >= slot.hva >> PAGE_SHIFT) & (pages < end >> PAGE_SHIFT)
+                guest.append(pages[ours] + (slot.gpa - slot.hva >> PAGE_SHIFT))
+                host.append(frames[ours])
+        return np.concatenate(guest), np.concatenate(host)
+
+    def missing(self, guest: Ints) -> tuple[int, int]:
+        """How many pages of guest RAM the VMM's page tables do not have; and how many of these may hold something.
+
+        Args:
+            guest: those that they have.
+
+        Raises:
+            Lost: what backs them cannot be told.
+        """
+        missing = doubtful = 0
+        for slot in self.slots:
+            first, count = slot.gpa >> PAGE_SHIFT, slot.bytes >> PAGE_SHIFT
+            there = np.zeros(count, dtype=np.bool_)
+            there[guest[(guest >= first) & (guest < first + count)] - first] = True
+            gone = np.flatnonzero(~there)
+            missing += len(gone)
+            if slot.guest_memfd:
+                doubtful += len(gone)
+                continue
+            while len(gone):
+                va = slot.hva + (int(gone[0]) << PAGE_SHIFT)
+                vma = vma_at(self._host, self._vmm.memory, va)
+                if vma is None:
+                    raise Lost(f"the VMM has nothing at {va:#x}, where a memory slot is")
+                within = int(np.searchsorted(gone, (vma.end - slot.hva) >> PAGE_SHIFT))
+                doubtful += 0 if vma.own else within
+                gone = gone[within:]
+        return missing, doubtful
 
     def use_aliases(self, mappings: KernelMappings, guest: Ints, host: Ints) -> int:
         """Read by any of these mappings from now on.
@@ -205,16 +242,10 @@ class GuestMemory:
         Returns:
             How many of them are mapped.
         """
-        order = np.argsort(host, kind="stable")
-        guest, host = guest[order], host[order]
-        self._aliases, self._mapped = {}, {}
-        for run in mappings.runs:
-            first = int(run["pa"]) >> PAGE_SHIFT
-            low, high = np.searchsorted(host, [first, first + (int(run["bytes"]) >> PAGE_SHIFT)])
-            for page, frame in zip(guest[low:high].tolist(), host[low:high].tolist(), strict=True):
-                self._aliases.setdefault(frame, int(run["va"]) + (frame - first << PAGE_SHIFT))
-                self._mapped[page] = frame
-        return len(self._mapped)
+        self._mappings = mappings
+        mapped = covered(mappings.runs, host.astype(np.uint64))
+        self._mapped = guest[mapped], host[mapped]
+        return int(mapped.sum())
 
     def mapped(self) -> Iterator[tuple[int, bytes]]:
         """The pages that ``use_aliases`` found mapped: guest-physical address, content.
@@ -223,14 +254,18 @@ class GuestMemory:
             Reached: one cannot be read.
             Hidden: one is mapped no more.
         """
-        for page, frame in self._mapped.items():
-            va, gpa = self._aliases[frame], page << PAGE_SHIFT
-            try:
-                yield gpa, self._host.read(va, PAGE_SIZE)
-            except Unreadable:
-                raise Reached(gpa, va) from None
-            except NotMapped:
-                raise Hidden(gpa, frame << PAGE_SHIFT) from None
+        for page, frame in zip(*(part.tolist() for part in self._mapped), strict=True):
+            gpa, pa = page << PAGE_SHIFT, frame << PAGE_SHIFT
+            for va in self._aliases_of(pa):
+                try:
+                    yield gpa, self._host.read(va, PAGE_SIZE)
+                    break
+                except Unreadable:
+                    raise Reached(gpa, va) from None
+                except NotMapped:
+                    continue
+            else:
+                raise Hidden(gpa, pa)
 
 
 def vcpus(host: Host, kvm: int) -> list[int]:

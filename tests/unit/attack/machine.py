@@ -35,6 +35,17 @@ OFFSETS = {
     "mm_struct.pgd": 0x8,
     "mm_struct.start_brk": 0x10,
     "mm_struct.brk": 0x18,
+    "mm_struct.mm_mt.ma_root": 0x20,
+    "maple_range_64.pivot": 0x8,
+    "maple_range_64.slot": 0x20,
+    "maple_arange_64.pivot": 0x8,
+    "maple_arange_64.slot": 0x18,
+    "vm_area_struct.vm_start": 0x0,
+    "vm_area_struct.vm_end": 0x8,
+    "vm_area_struct.vm_flags": 0x10,
+    "vm_area_struct.vm_file": 0x18,
+    "inode.i_sb": 0x10,
+    "super_block.s_magic": 0x8,
     "files_struct.fdt": 0x8,
     "fdtable.max_fds": 0x0,
     "fdtable.fd": 0x8,
@@ -68,6 +79,8 @@ OFFSETS = {
     "kvm_vcpu.arch.root_mmu.root_role.word": 0xA0,
 }
 ARRAYS = {
+    "maple_range_64.pivot": 3,
+    "maple_arange_64.pivot": 2,
     "kvm.memslots": 2,
     "kvm_memslots.id_hash": 4,
     "kvm_memory_slot.id_node": 2,
@@ -255,10 +268,23 @@ class Machine(Primitive):
         table = host.new("fdtable", max_fds=4, fd=host.new(""))
         host.put(int.from_bytes(self.memory[host.place(table) + 8 :][:8], "little") + 8, struct.pack("<Q", file))
         task, memory = host.process(PID, "qemu", user.top, files=host.new("files_struct", fdt=table))
+        self._make_tree(memory)
         host.set(kvm, "kvm", mm=memory, nr_memslot_pages=GUEST_SIZE // PAGE, memslots=slots)
         host.put(kvm + OFFSETS["kvm.vcpu_array"] + OFFSETS["xarray.xa_head"], struct.pack("<Q", vcpu))
         host.processes(task)
         self.kvm, self.slot, self.vcpu = kvm, slot, vcpu
+
+    def _make_tree(self, memory: int) -> None:
+        """The VMM's mappings: one of guest RAM, in a leaf below a node."""
+        host = self.host
+        self.vma = host.new("vm_area_struct", vm_start=HVA, vm_end=HVA + GUEST_SIZE)
+        host.at = -(-host.at // 0x100) * 0x100
+        leaf, top = host.new(""), host.new("")
+        host.put(leaf + OFFSETS["maple_range_64.pivot"], struct.pack("<3Q", HVA - 1, HVA + GUEST_SIZE - 1, 0))
+        host.put(leaf + OFFSETS["maple_range_64.slot"], struct.pack("<4Q", 0, self.vma, 0, 0))
+        host.put(top + OFFSETS["maple_arange_64.pivot"], struct.pack("<2Q", 0xFFFF, 0))
+        host.put(top + OFFSETS["maple_arange_64.slot"], struct.pack("<3Q", 0, leaf | 1 << 3 | 4, 0))
+        host.set(memory, "mm_struct", mm_mt__ma_root=top | 3 << 3 | 6)
 
     def _fetch(self, va: int, size: int) -> bytes:
         pa = self.tables.walk(va)
