@@ -1,8 +1,8 @@
 """Attacks on guests of several kinds of RAM, each beside a plain one, run in a disposable host.
 
-``attack_target.py KERNEL INITRD LEARNT PRIMITIVE KIND…`` prints one JSON object: the result of the attack on each kind,
-by its name. LEARNT: what ``offmap attack --learn`` wrote. A kind that ends in ``+alias`` is attacked once more with its
-RAM mapped by the test module.
+``attack_target.py KERNEL INITRD LEARNT KIND…`` prints one JSON object: the result of the attack on each kind, by its
+name. LEARNT: what ``offmap attack --learn`` wrote. A kind that ends in ``+`` is attacked by the command line too, through
+kcore, with knowledge that is wrong, and with its RAM mapped by the test module.
 """
 
 import json
@@ -15,6 +15,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from offmap.attack.attack import Beforehand, Victim, attack
+from offmap.attack.kcore_primitive import KcorePrimitive
+from offmap.attack.knowledge import Kernel, known
+from offmap.attack.module_primitive import ModulePrimitive
+from offmap.attack.target import PlantedSecret
 from offmap.audit.audit import snapshot_process
 from offmap.compare.kinds import kind_of
 from offmap.compare.vm_process import VmProcess
@@ -25,6 +32,7 @@ DEADLINE = scaled(120.0)
 SECRET = re.compile(r"offmap-guest: secret ([0-9a-f]{64})")
 READY = re.compile(r"(?s)(?=.*offmap-guest: secret [0-9a-f]{64}).*offmap-guest: ready")
 PAGE = 4096
+WRONG = "mm_struct.pgd"
 
 
 def start(stack: ExitStack, kind: str, kernel: str, initrd: str) -> tuple[int, str]:
@@ -39,12 +47,18 @@ def start(stack: ExitStack, kind: str, kernel: str, initrd: str) -> tuple[int, s
     return vmm.pid, match[1]
 
 
-def attack(pid: int, digest: str, *options: str) -> Any:
-    """What ``offmap attack`` says."""
-    command = [sys.executable, "-m", "offmap", "attack", str(pid), "--secret", digest, "--json", *options]
+def by_command(learnt: str, victim: tuple[int, str], control: tuple[int, str]) -> Any:
+    """What ``offmap attack`` says, with its exit status."""
+    command = [sys.executable, "-m", "offmap", "attack", str(victim[0]), "--secret", victim[1], "--json"]
+    command += ["--control", f"{control[0]}:{control[1]}", "--host-kernel", learnt, "--primitive", "module"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     print(done.stderr, file=sys.stderr, end="", flush=True)
-    return {**json.loads(done.stdout or "{}"), "status": done.returncode, "errors": done.stderr}
+    return {**json.loads(done.stdout or "{}"), "status": done.returncode}
+
+
+def wrong(kernel: Kernel) -> Kernel:
+    """The same with one member elsewhere."""
+    return msgspec.structs.replace(kernel, offsets={**kernel.offsets, WRONG: kernel.offsets[WRONG] + 8})
 
 
 def alias(pid: int) -> int:
@@ -57,20 +71,31 @@ def alias(pid: int) -> int:
 
 
 def main() -> int:
-    kernel, initrd, learnt, primitive, *kinds = sys.argv[1:]
-    options = ["--host-kernel", learnt, "--primitive", primitive]
+    image, initrd, learnt, *kinds = sys.argv[1:]
+    kernel = known(Path(learnt))
     found: dict[str, Any] = {}
+
+    def note(name: str, which: type[KcorePrimitive] | type[ModulePrimitive], build: Kernel = kernel) -> None:
+        victims = [Victim(pid, PlantedSecret("sh", digest)) for pid, digest in (victim, control)]
+        with which() as primitive:
+            found[name] = attack(primitive, Beforehand(build, build), *victims).to_json()
+
     with ExitStack() as whole:
-        control = "{}:{}".format(*start(whole, "anon", kernel, initrd))
+        control = start(whole, "anon", image, initrd)
         for each in kinds:
-            kind, _, extra = each.partition("+")
+            kind = each.rstrip("+")
             with ExitStack() as stack:
-                pid, digest = start(stack, kind, kernel, initrd)
-                found[kind] = attack(pid, digest, *options, "--control", control)
-                if extra == "alias":
-                    fd = alias(pid)
-                    found[f"{kind}, aliased"] = attack(pid, digest, *options, "--control", control)
-                    os.close(fd)
+                victim = start(stack, kind, image, initrd)
+                note(kind, ModulePrimitive)
+                if kind == each:
+                    continue
+                found[f"{kind}, by command"] = by_command(learnt, victim, control)
+                note(f"{kind}, kcore", KcorePrimitive)
+                note(f"{kind}, wrong", ModulePrimitive, wrong(kernel))
+                fd = alias(victim[0])
+                note(f"{kind}, aliased", ModulePrimitive)
+                note(f"{kind}, aliased, kcore", KcorePrimitive)
+                os.close(fd)
     print(json.dumps(found))
     return 0
 
