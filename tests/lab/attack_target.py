@@ -1,8 +1,8 @@
 """Attacks on guests of several kinds of RAM, each beside a plain one, run in a disposable host.
 
 ``attack_target.py KERNEL INITRD LEARNT KIND…`` prints one JSON object: the result of the attack on each kind, by its
-name. LEARNT: what ``offmap attack --learn`` wrote. A kind that ends in ``+`` is attacked by the command line too, through
-kcore, with knowledge that is wrong, and with its RAM mapped by the test module.
+name. LEARNT: what ``offmap attack --learn`` wrote. A kind that ends in ``+`` is attacked by the command line too,
+through kcore, with knowledge that is wrong, and with its RAM mapped by the test module.
 """
 
 import json

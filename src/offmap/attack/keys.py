@@ -1,0 +1,127 @@
+"""Private keys: recognised in what was read, and proven by signing what the public key then verifies."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from offmap.errors import KernelError, OffmapError
+
+_PEM = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----[A-Za-z0-9+/=\r\n]+-----END \1PRIVATE KEY-----\n?")
+_NEEDS = "install them: pip install 'offmap[attack]'"
+
+
+class PublicKey:
+    """What the private key must belong to: of an X.509 certificate, or as OpenSSH writes it.
+
+    Args:
+        path: the file.
+
+    Raises:
+        OffmapError: it is neither, or a package is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from cryptography.hazmat.primitives.serialization import load_pem_public_key, load_ssh_public_key
+            from cryptography.x509 import load_pem_x509_certificate
+        except ImportError:
+            raise OffmapError("keys cannot be checked without the package cryptography", _NEEDS) from None
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise KernelError(f"reading {path}", error, "name a certificate or a public key") from None
+        self._key: object  # one of a dozen kinds; only some can sign
+        try:
+            if b"BEGIN CERTIFICATE" in data:
+                self._key = load_pem_x509_certificate(data).public_key()
+            elif b"BEGIN PUBLIC KEY" in data:
+                self._key = load_pem_public_key(data)
+            else:
+                self._key = load_ssh_public_key(data)
+        except ValueError as error:
+            raise OffmapError(f"{path} is no certificate and no public key: {error}", "give one") from None
+
+    def signs(self, pem: bytes) -> bool:
+        """Whether this private key signs what the public one verifies."""
+        from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
+
+        load = load_ssh_private_key if b"OPENSSH" in pem else load_pem_private_key
+        try:
+            return self._verifies(load(pem, None))
+        except (ValueError, TypeError):
+            return False
+
+    def pem_in(self, data: bytes) -> int:
+        """Where its private key stands in PEM; -1 if it does not."""
+        return next((match.start() for match in _PEM.finditer(data) if self.signs(match[0])), -1)
+
+    @property
+    def modulus(self) -> int:
+        """Of an RSA key; 0 of another."""
+        from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+
+        return self._key.public_numbers().n if isinstance(self._key, RSAPublicKey) else 0
+
+    def prime_in(self, data: bytes) -> int:
+        """Where a prime of its RSA modulus stands, as OpenSSL keeps big numbers in memory; -1 if none does.
+
+        The two highest bits of such a prime are set, and so is the lowest: few places have to be tried.
+        """
+        modulus = self.modulus
+        size = (modulus.bit_length() + 127) // 128 * 8  # bytes of a prime, in whole words
+        words = np.frombuffer(data, dtype="<u8", count=len(data) // 8)
+        count = size // 8
+        if not modulus or len(words) < count:
+            return -1
+        first, last = words[: len(words) - count + 1], words[count - 1 :]
+        for at in np.flatnonzero((first & np.uint64(1) == 1) & (last >> np.uint64(62) == 3)).tolist():
+            prime = int.from_bytes(data[8 * at : 8 * at + size], "little")
+            if modulus % prime == 0 and self._from_prime(modulus, prime):
+                return 8 * at
+        return -1
+
+    def _from_prime(self, modulus: int, prime: int) -> bool:
+        """Whether a key with this prime signs what the public one verifies."""
+        from cryptography.hazmat.primitives.asymmetric import rsa
+
+        other = modulus // prime
+        if not isinstance(self._key, rsa.RSAPublicKey):
+            return False
+        exponent = self._key.public_numbers().e
+        try:
+            secret = pow(exponent, -1, (prime - 1) * (other - 1))
+            numbers = rsa.RSAPrivateNumbers(
+                prime,
+                other,
+                secret,
+                secret % (prime - 1),
+                secret % (other - 1),
+                rsa.rsa_crt_iqmp(prime, other),
+                rsa.RSAPublicNumbers(exponent, modulus),
+            )
+            return self._verifies(numbers.private_key())
+        except ValueError:
+            return False
+
+    def _verifies(self, private: object) -> bool:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+
+        challenge, public = os.urandom(32), self._key
+        try:
+            if isinstance(private, rsa.RSAPrivateKey) and isinstance(public, rsa.RSAPublicKey):
+                scheme = padding.PSS(padding.MGF1(hashes.SHA256()), 32)
+                public.verify(private.sign(challenge, scheme, hashes.SHA256()), challenge, scheme, hashes.SHA256())
+            elif isinstance(private, ed25519.Ed25519PrivateKey) and isinstance(public, ed25519.Ed25519PublicKey):
+                public.verify(private.sign(challenge), challenge)
+            elif isinstance(private, ec.EllipticCurvePrivateKey) and isinstance(public, ec.EllipticCurvePublicKey):
+                algorithm = ec.ECDSA(hashes.SHA256())
+                public.verify(private.sign(challenge, algorithm), challenge, algorithm)
+            else:
+                return False
+        except InvalidSignature:
+            return False
+        return True
