@@ -75,7 +75,7 @@ def test_hidden_ram_beside_plain_ram_and_with_an_alias(lab_kernel: HostKernel, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("series", ["6.12", "7.3"])
+@pytest.mark.parametrize("series", ["6.12"])
 def test_the_other_kinds_of_ram(series: str, tmp_path: Path) -> None:
     found = attacked(
         host_kernel(f"debian:{series}"),

@@ -13,13 +13,14 @@ from offmap.attack.guest import Guest
 from offmap.attack.host import Host
 from offmap.attack.knowledge import Kernel
 from offmap.attack.linux import Lost, Process
+from offmap.attack.page_cache import pages_of
 from offmap.attack.primitive import Counts, NotMapped, Primitive, Unreadable
 from offmap.attack.residue import residues_of
 from offmap.attack.result import Attempt, Outcome, Residue, Stage
 from offmap.attack.target import Target
 from offmap.attack.vm import GuestMemory, Hidden, NotThere, Reached, find_vm, nested_place, read_slots
 from offmap.audit.btf import Unknown
-from offmap.uapi.page import PAGE_SHIFT
+from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 _FALLBACK = "other mappings of the guest's pages"
 
@@ -176,6 +177,8 @@ class Chain:
                 return self._follow()
             if found := self._search_mapped(memory):
                 return _Ended(Outcome.RECOVERED, self._stages[-1].name, found)
+        if found := self._search_page_cache():
+            return _Ended(Outcome.RECOVERED, self._stages[-1].name, found)
         if self._doubtful:
             reason = f"{self._doubtful} pages of guest RAM are not in the VMM's page tables: who maps them is unknown"
             return _Ended(Outcome.UNKNOWN, _FALLBACK, reason)
@@ -253,6 +256,24 @@ class Chain:
                     stage.found = f"the secret, at guest address {gpa + at:#x}"
                     return stage.found
             stage.found = "the secret is in none of them"
+        return ""
+
+    def _search_page_cache(self) -> str:
+        """Where the secret stands in the host's page cache of the VMM's files (a drive); empty if it does not."""
+        assert self._vmm is not None
+        with self._stage("host: page cache of the VMM's files") as stage:
+            looked = 0
+            for name, mapping, _ in self._host.cached_files(self._vmm):
+                for number, pa in pages_of(self._host, mapping):
+                    try:
+                        at = self._target.within(self._host.physical(pa, PAGE_SIZE))
+                    except NotMapped:
+                        continue  # guest RAM that is hidden
+                    looked += 1
+                    if at >= 0:
+                        stage.found = f"the secret, in {name} at {number * PAGE_SIZE + at:#x}"
+                        return stage.found
+            stage.found = f"the secret is in none of their {looked} pages"
         return ""
 
     def _residues(self) -> tuple[Residue, ...]:

@@ -89,6 +89,17 @@ class Host(Linux):
             name = self.pointer_in(entry, "dentry", "d_name", "name")
             yield File(file, self.text(name, _NAME))
 
+    def cached_files(self, process: Process) -> Iterator[tuple[str, int, int]]:
+        """Files that a process has open and that the page cache has pages of: name, ``struct address_space``, pages."""
+        seen = set()
+        for file in self.files(process):
+            inode = self.pointer_in(file.file, "file", "f_inode")
+            mapping = self.pointer_in(inode, "inode", "i_mapping")
+            pages = self.field(mapping, "address_space", "nrpages")
+            if pages and mapping not in seen:
+                seen.add(mapping)
+                yield file.name, mapping, pages
+
     def mappings(self) -> KernelMappings:
         """All that the kernel half of the page tables maps, read through the primitive.
 

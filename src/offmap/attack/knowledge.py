@@ -20,7 +20,7 @@ from offmap.report.typed import Address, Count, Document, Malformed, decode, par
 
 SYMBOLS = frozenset(
     {"_text", "init_task", "linux_banner", "page_offset_base", "vmemmap_base", "init_top_pgt", "swapper_pg_dir"}
-    | {"phys_base", "sme_me_mask"}
+    | {"phys_base", "sme_me_mask", "super_blocks"}
 )
 _MEMBERS = """
 task_struct tasks; task_struct pid; task_struct comm; task_struct mm; task_struct files; task_struct fs
@@ -31,7 +31,7 @@ dentry d_name name; dentry d_parent; dentry d_inode; dentry d_children; dentry d
 fs_struct root dentry; inode i_mapping; inode i_size; inode i_ino
 mm_struct mm_mt ma_root; maple_range_64 pivot; maple_range_64 slot; maple_arange_64 pivot; maple_arange_64 slot
 vm_area_struct vm_start; vm_area_struct vm_end; vm_area_struct vm_flags; vm_area_struct vm_file
-inode i_sb; super_block s_magic
+inode i_sb; super_block s_magic; super_block s_type; super_block s_root; super_block s_list; file_system_type name
 address_space i_pages; address_space host; address_space nrpages
 xarray xa_head; xa_node shift; xa_node parent; xa_node array; xa_node slots
 kvm mm; kvm memslots; kvm nr_memslot_pages; kvm stats_id; kvm vcpu_array; kvm online_vcpus

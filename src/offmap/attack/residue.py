@@ -26,13 +26,9 @@ def residues_of(host: Host, vmm: Process, kvm: int) -> Iterator[Residue]:
     yield Residue(name="registers of the vCPUs, in struct kvm_vcpu", bytes=registers, note=", ".join(values))
     yield Residue(name="kvm_run", bytes=run, note="what the last exits of each vCPU said, and data of port I/O")
     cached, names = 0, []
-    for file in host.files(vmm):
-        inode = host.pointer_in(file.file, "file", "f_inode")
-        mapping = host.pointer_in(inode, "inode", "i_mapping")
-        pages = host.field(mapping, "address_space", "nrpages")
-        if pages:
-            cached += pages * PAGE_SIZE
-            names.append(file.name)
+    for name, _, pages in host.cached_files(vmm):
+        cached += pages * PAGE_SIZE
+        names.append(name)
     if cached:
         more = f" and {len(names) - _FILE_NAMES} more" if len(names) > _FILE_NAMES else ""
         note = "pages of files that the VMM has open: " + ", ".join(names[:_FILE_NAMES]) + more

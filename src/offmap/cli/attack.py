@@ -27,13 +27,25 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "used wrongly; 3 the trail was lost, or there was no control that got through.",
     )
     parser.add_argument("pid", type=int, metavar="PID", nargs="?", help="the VMM's process")
-    parser.add_argument("--secret", metavar="SHA256", help="of the planted secret, as the guest printed it")
     parser.add_argument(
-        "--process", default="sh", metavar="NAME", help="the guest's process that has the secret (default: sh)"
+        "--target",
+        default="planted",
+        metavar="TARGET",
+        help="planted: a secret that the guest was told to plant (default); tls: the RSA key of a server, in its "
+        "memory; file:PATH and key:PATH: a file of a page at most, or a private key, in the guest's page cache",
+    )
+    parser.add_argument(
+        "--secret",
+        metavar="SECRET",
+        help="what it is known by. planted: its SHA-256, as the guest printed it; file: SHA256:BYTES; tls and key: a "
+        "file with the certificate or the public key",
+    )
+    parser.add_argument(
+        "--process", metavar="NAME", help="the guest's process that has the secret (default: sh, of tls nginx)"
     )
     parser.add_argument(
         "--control",
-        metavar="PID:SHA256",
+        metavar="PID:SECRET",
         help="a guest on plain RAM beside it; only if the same chain gets through there, it can be said to end here",
     )
     parser.add_argument(
@@ -87,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
     if args.learn is not None:
         return _learn(args)
     if args.pid is None or args.secret is None:
-        raise OffmapError("no guest to attack", "give the PID of its VMM and --secret SHA256")
-    victim, control = _victim(args.pid, args.secret, args.process), _control(args)
+        raise OffmapError("no guest to attack", "give the PID of its VMM and --secret")
+    victim, control = _victim(args, args.pid, args.secret), _control(args)
     known = _beforehand(args)
     with _primitive(args) as primitive:
         result = attack(primitive, known, victim, control)
@@ -134,20 +146,20 @@ def _running_modules(image: Path | None) -> list[Path]:
     return sorted(folder.glob("kvm.ko*"))
 
 
-def _victim(pid: int, digest: str, process: str) -> "Victim":
+def _victim(args: argparse.Namespace, pid: int, secret: str) -> "Victim":
     from offmap.attack.attack import Victim
-    from offmap.attack.target import PlantedSecret
+    from offmap.attack.target import parse_target
 
-    return Victim(pid, PlantedSecret(process, digest))
+    return Victim(pid, parse_target(args.target, secret, args.process))
 
 
 def _control(args: argparse.Namespace) -> "Victim | None":
     if args.control is None:
         return None
-    pid, _, digest = args.control.partition(":")
+    pid, _, secret = args.control.partition(":")
     if not (pid.isascii() and pid.isdigit()):
-        raise OffmapError(f"{args.control[:80]!r} is no control", "write PID:SHA256")
-    return _victim(int(pid), digest, args.process)
+        raise OffmapError(f"{args.control[:80]!r} is no control", "write PID:SECRET")
+    return _victim(args, int(pid), secret)
 
 
 def _primitive(args: argparse.Namespace) -> "Primitive":

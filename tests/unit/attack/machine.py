@@ -55,6 +55,7 @@ OFFSETS = {
     "dentry.d_name.name": 0x8,
     "inode.i_mapping": 0x8,
     "address_space.nrpages": 0x8,
+    "address_space.i_pages": 0x10,
     "xarray.xa_head": 0x8,
     "xa_node.shift": 0x0,
     "xa_node.parent": 0x8,
@@ -92,6 +93,7 @@ SYMBOLS = {
     "linux_banner": 0x1000,
     "page_offset_base": 0x1100,
     "phys_base": 0x1108,
+    "vmemmap_base": 0x1110,
     "init_task": 0x2000,
     "init_top_pgt": 0x3000,
 }
