@@ -25,6 +25,7 @@ import numpy as np
 
 from offmap.audit import audit
 from offmap.audit.audit import Snapshot, Stage
+from offmap.audit.canary import new_key
 from offmap.audit.changes import compare
 from offmap.audit.frames import POPULATED
 from offmap.audit.result import AuditResult
@@ -179,7 +180,7 @@ def told(result: AuditResult) -> dict[str, Any]:
     """What a test wants to know of a result."""
     document = result.to_json()
     json.dumps(document)
-    wanted = ("verdict", "partial", "notes", "pages", "reach", "aliases", "sharing", "vmm")
+    wanted = ("verdict", "partial", "notes", "pages", "reach", "aliases", "sharing", "vmm", "scan")
     return {name: document[name] for name in wanted}
 
 
@@ -364,6 +365,16 @@ def watched() -> dict[str, Any]:
     return found
 
 
+def beside_ram() -> dict[str, Any]:
+    """Scans while the kernel maps memory that is neither its own nor the guest's, and after."""
+    found = {}
+    with Child("reserved") as child:
+        with planted(f"memremap {RESERVED + 128 * MIB:#x} {4 * PAGE}"):
+            found["mapped"] = told(audit_process(child.pid, scan=new_key()))
+        found["gone"] = told(audit_process(child.pid, scan=new_key()))
+    return found
+
+
 def mappings() -> dict[str, Any]:
     """Each sort of mapping: all its pages are seen and found in the direct map, or not there."""
     found = {}
@@ -379,7 +390,7 @@ def mappings() -> dict[str, Any]:
     return found
 
 
-SCENARIOS = {each.__name__: each for each in (aliases, middle, every, sharers, merged, watched, mappings)}
+SCENARIOS = {each.__name__: each for each in (aliases, middle, every, sharers, merged, watched, beside_ram, mappings)}
 
 
 def main() -> int:

@@ -144,6 +144,17 @@ def check_watched(found: Found) -> None:
     assert found["unmapped"]["verdict"] == "hidden"
 
 
+def check_beside_ram(found: Found) -> None:
+    """Memory that is mapped and is not System RAM may hold a copy, and cannot be read."""
+    result = found["mapped"]
+    assert (result["verdict"], result["scan"]["frames_unread"], result["scan"]["found"]) == ("unknown", 4, [])
+    assert any("4 mapped pages of memory were not scanned" in note for note in result["notes"])
+    # Registers and firmware's tables are mapped all the same.
+    result = found["gone"]
+    assert (result["verdict"], result["scan"]["frames_unread"]) == ("hidden", 0)
+    assert result["scan"]["device_pages"] > 0 and not any("not scanned" in note for note in result["notes"])
+
+
 def check_mappings(found: Found) -> None:
     for kind in ("anon", "thp", "hugetlb"):
         pages = found[kind]["pages"]
@@ -163,6 +174,7 @@ CHECKS = {
     "sharers": check_sharers,
     "merged": check_merged,
     "watched": check_watched,
+    "beside_ram": check_beside_ram,
     "mappings": check_mappings,
 }
 

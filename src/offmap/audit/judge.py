@@ -76,6 +76,8 @@ def judge(
     notes = tuple(note for note, applies in candidates.items() if applies)
     if scan is None:
         return verdict, notes
+    if verdict is Verdict.HIDDEN and scan.frames_unread:
+        verdict = Verdict.UNKNOWN  # it may stand there
     # A planted secret was read: whatever the page tables say, it is not hidden.
     return Verdict.EXPOSED if scan.found or scan.findings else verdict, notes + _scan_notes(scan)
 
@@ -89,6 +91,7 @@ def _scan_notes(scan: Scan) -> tuple[str, ...]:
         "the file that the secret was read from stands in the page cache, which is not counted": any(
             place.source for place in scan.places
         ),
-        f"{scan.frames_unread} mapped pages of RAM were not scanned: /proc/kcore cannot read them": scan.frames_unread,
+        f"{scan.frames_unread} mapped pages of memory were not scanned, as /proc/kcore does not show them: what was "
+        "looked for may stand there": scan.frames_unread,
     }
     return tuple(note for note, applies in candidates.items() if applies)

@@ -9,7 +9,8 @@ from offmap.audit.intervals import Intervals, run_starts
 from offmap.audit.result import Span, Walk
 from offmap.uapi.page import PAGE_SHIFT
 
-# One stretch of mappings, contiguous in virtual and physical addresses, of one page size and one set of permissions.
+# One stretch of mappings, contiguous in virtual and physical addresses, of one page size, one set of permissions, and
+# one way of caching.
 RUN = np.dtype(
     [
         ("va", np.uint64),
@@ -18,6 +19,7 @@ RUN = np.dtype(
         ("level", np.uint8),  # 1: 4 KiB pages, 2: 2 MiB, 3: 1 GiB
         ("writable", np.bool_),
         ("nx", np.bool_),
+        ("cached", np.bool_),  # as memory is; device registers are not
     ]
 )
 
@@ -27,7 +29,8 @@ def merge_runs(runs: NDArray[np.void]) -> NDArray[np.void]:
     if len(runs) < 2:
         return runs
     offset = runs["va"] - runs["pa"]
-    rights = runs["level"] * np.uint8(4) + runs["writable"] * np.uint8(2) + runs["nx"]
+    flags = runs["writable"] * np.uint8(4) + runs["nx"] * np.uint8(2) + runs["cached"]
+    rights = runs["level"] * np.uint8(8) + flags
     order = np.lexsort((runs["va"], rights, offset))
     runs, offset, rights = runs[order], offset[order], rights[order]
     other = (offset[1:] != offset[:-1]) | (rights[1:] != rights[:-1])

@@ -6,6 +6,8 @@ decide what is read. The rest is counted as unread:
 - A page of a vmalloc or vmap area is copied by the kernel through the direct map (``vread_iter``). One that is not in
   the direct map is never asked for. (``aligned_vread``, before 6.4, would fault on it.)
 - ioremap areas, offline and poisoned pages, and pages without a ``struct page`` read as zeroes.
+- Memory that is not System RAM (persistent memory, what the command line set aside) is in no segment of kcore
+  (``memory_beside_ram``).
 - cpu_entry_area, fixmap and the espfix stacks are in no segment of kcore.
 """
 

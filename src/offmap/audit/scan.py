@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
+from offmap.audit.beside_ram import beside_ram, firmware_map
 from offmap.audit.canary import CANARY_LENGTH, PREFIX, Canary, CanaryKey, make_canary, new_key, parse_canary
 from offmap.audit.guest_pages import GuestPages
 from offmap.audit.kcore import Kcore
@@ -176,7 +177,9 @@ def scan_memory(
     """
     started = time.monotonic()
     ram = union([*kcore.ram, *device_ranges])
-    zero_filled = zero_filled_intervals(kcore.page_flags, ram)
+    beside = beside_ram(mappings, ram, firmware_map())
+    zero_filled = union([*zero_filled_intervals(kcore.page_flags, ram), *beside.memory])
+    ram = union([*ram, *beside.memory])
     readable, unread = read_plan(mappings, ram, kcore.segments, layout.vmemmap, zero_filled, ioremap_areas())
     threads = threads or default_threads()
     found: dict[Canary, list[Place]] = {}
@@ -198,6 +201,7 @@ def scan_memory(
         bytes_scanned=sum(piece.bytes for piece in readable),
         bytes_unread=sum(piece.bytes for piece in unread),
         frames_unread=sum(piece.bytes for piece in never) // PAGE_SIZE,
+        device_pages=beside.device_pages,
         threads=threads,
         seconds=round(time.monotonic() - started, 3),
         found=tuple(

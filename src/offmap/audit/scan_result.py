@@ -146,7 +146,9 @@ class Scan(Document, frozen=True, kw_only=True):
         canaries_found: Distinct valid canaries; null for a secret.
         bytes_scanned: Bytes read.
         bytes_unread: Bytes that are mapped and not readable through /proc/kcore there.
-        frames_unread: Pages of RAM among them that no other mapping showed either.
+        frames_unread: Pages of memory among them that no other mapping showed either.
+        device_pages: Pages of devices' registers and firmware's tables, which are mapped and not read; null in results
+            of an older offmap.
         threads: Threads that read.
         seconds: How long it took.
         found: The canaries, in order of their numbers.
@@ -159,6 +161,7 @@ class Scan(Document, frozen=True, kw_only=True):
     bytes_scanned: Count
     bytes_unread: Count
     frames_unread: Count
+    device_pages: Count | None = None
     threads: Count = 1
     seconds: Seconds
     found: tuple[FoundCanary, ...]

@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from offmap.audit.caching import is_cached
 from offmap.audit.intervals import run_starts
 from offmap.audit.mappings import RUN, KernelMappings, covered, merge_runs
 from offmap.audit.result import Span
@@ -215,16 +216,16 @@ class _Pass:
         found = _Level(entry & np.uint64(self.address_mask), va, writable, nx, level.other[table])
         large = np.asarray((entry & _PSE != 0) | (depth == 1), dtype=np.bool_)
         if depth <= 3:
-            self._leaves(found if depth == 1 else found.take(large), depth)
+            self._leaves(found if depth == 1 else found.take(large), is_cached(entry[large], depth), depth)
         else:
             # PSE is reserved in the two top levels: what this maps, if anything, cannot be told.
             self._give_up(found.take(large), depth - 1, "its entry has reserved bits set")
         return found.take(~large)
 
-    def _leaves(self, found: _Level, depth: int) -> None:
+    def _leaves(self, found: _Level, cached: NDArray[np.bool_], depth: int) -> None:
         if found.other.any():
-            self._leaves(found.take(~found.other), depth)
-            found = found.take(found.other)
+            self._leaves(found.take(~found.other), cached[~found.other], depth)
+            found, cached = found.take(found.other), cached[found.other]
         into = self.other if found.other.any() else self.runs
         va, writable, nx = found.va, found.writable, found.nx
         size = PAGE_SIZE << 9 * (depth - 1)
@@ -232,7 +233,7 @@ class _Pass:
         pa = found.pa & np.uint64((1 << 64) - size)
         step = np.uint64(size)
         breaks = (va[1:] - va[:-1] != step) | (pa[1:] - pa[:-1] != step)
-        breaks |= (writable[1:] != writable[:-1]) | (nx[1:] != nx[:-1])
+        breaks |= (writable[1:] != writable[:-1]) | (nx[1:] != nx[:-1]) | (cached[1:] != cached[:-1])
         starts = run_starts(breaks, len(va))
         runs = np.empty(len(starts), dtype=RUN)
         runs["va"] = va[starts]
@@ -241,6 +242,7 @@ class _Pass:
         runs["level"] = depth
         runs["writable"] = writable[starts]
         runs["nx"] = nx[starts]
+        runs["cached"] = cached[starts]
         into.append(runs)
 
     def _give_up(self, level: _Level, depth: int, reason: str) -> None:

@@ -33,7 +33,7 @@ Page = tuple[int, int]  # state, frame
 def audited(pages: list[Page], direct: range = DIRECT, first: int = 0) -> Snapshot:
     """The result for these pages, while the kernel maps these frames."""
     runs = np.zeros(1, dtype=RUN)
-    runs[0] = (BASE + direct.start * PAGE, direct.start * PAGE, len(direct) * PAGE, 1, True, True)
+    runs[0] = (BASE + direct.start * PAGE, direct.start * PAGE, len(direct) * PAGE, 1, True, True, True)
     kernel = KernelMappings(runs, (), {}, BASE)
     seen = frames_of_pages(
         np.array([frame for _, frame in pages], dtype=np.int64),

@@ -43,7 +43,7 @@ def mappings(*pairs: tuple[int, int]) -> KernelMappings:
     """One page at each (va, pa)."""
     runs = np.zeros(len(pairs), dtype=RUN)
     for index, (va, pa) in enumerate(pairs):
-        runs[index] = (va, pa, PAGE, 1, True, True)
+        runs[index] = (va, pa, PAGE, 1, True, True, True)
     return KernelMappings(runs, (), {}, BASE)
 
 

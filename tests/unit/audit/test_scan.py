@@ -49,12 +49,12 @@ def test_clip_divides_every_byte_once(pieces: list[tuple[int, int]], edges: list
 
 def test_what_is_read_and_what_is_not() -> None:
     runs = np.zeros(6, dtype=RUN)
-    runs[0] = (BASE, 0, 100 * PAGE, 1, True, True)
-    runs[1] = (VMALLOC, 10 * PAGE, PAGE, 1, True, True)  # a page that is in the direct map too
-    runs[2] = (VMALLOC + PAGE, 200 * PAGE, PAGE, 1, True, True)  # one that is not: must not be asked for
-    runs[3] = (VMALLOC + 2 * PAGE, 11 * PAGE, PAGE, 1, True, True)  # an ioremap area
-    runs[4] = (VMALLOC + 3 * PAGE, 900 * PAGE, PAGE, 1, True, True)  # a device: no RAM
-    runs[5] = (0xFFFF_FE00_0000_0000, 12 * PAGE, PAGE, 1, True, True)  # cpu_entry_area: in no segment
+    runs[0] = (BASE, 0, 100 * PAGE, 1, True, True, True)
+    runs[1] = (VMALLOC, 10 * PAGE, PAGE, 1, True, True, True)  # a page that is in the direct map too
+    runs[2] = (VMALLOC + PAGE, 200 * PAGE, PAGE, 1, True, True, True)  # one that is not: must not be asked for
+    runs[3] = (VMALLOC + 2 * PAGE, 11 * PAGE, PAGE, 1, True, True, True)  # an ioremap area
+    runs[4] = (VMALLOC + 3 * PAGE, 900 * PAGE, PAGE, 1, True, True, True)  # a device: no RAM
+    runs[5] = (0xFFFF_FE00_0000_0000, 12 * PAGE, PAGE, 1, True, True, True)  # cpu_entry_area: in no segment
     segments = [
         Segment(BASE, 0, 300 * PAGE, 0),
         Segment(VMALLOC, None, 32 << 40, 0),

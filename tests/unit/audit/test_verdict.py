@@ -50,9 +50,9 @@ def mappings(
     """From (first frame, pages) lists."""
     runs = np.zeros(len(direct) + len(alias), dtype=RUN)
     for index, (first, pages) in enumerate(direct):
-        runs[index] = (BASE + first * PAGE, first * PAGE, pages * PAGE, 1, True, True)
+        runs[index] = (BASE + first * PAGE, first * PAGE, pages * PAGE, 1, True, True, True)
     for index, (first, pages) in enumerate(alias, len(direct)):
-        runs[index] = (ALIAS + index * (1 << 30), first * PAGE, pages * PAGE, 1, True, True)
+        runs[index] = (ALIAS + index * (1 << 30), first * PAGE, pages * PAGE, 1, True, True, True)
     return KernelMappings(runs, unreadable, {}, BASE)
 
 
@@ -82,7 +82,7 @@ def test_one_alias_exposes() -> None:
 
 def test_mapping_at_another_place_of_the_direct_map_is_an_alias() -> None:
     runs = np.zeros(1, dtype=RUN)
-    runs[0] = (BASE + 7 * PAGE, 100 * PAGE, PAGE, 1, True, True)
+    runs[0] = (BASE + 7 * PAGE, 100 * PAGE, PAGE, 1, True, True, True)
     seen = frames((100, POPULATED))
     counts = classify(seen, seen, NONE, KernelMappings(runs, (), {}, BASE)).counts()
     assert (counts.direct_map_pages, counts.alias_pages) == (0, 1)

@@ -323,6 +323,21 @@ def test_covered_agrees_with_asking_run_by_run(runs: list[tuple[int, int]], fram
     assert covered(table, np.array(frames, dtype=np.uint64)).tolist() == naive
 
 
+def test_runs_are_divided_by_how_they_are_cached() -> None:
+    image = Image()
+    for index, flags in enumerate([0, 1 << 4, 1 << 4, 0]):  # PCD: UC-
+        image.map(VMALLOC[4] + index * PAGE, 0x5000_0000 + index * PAGE, 1, RW | NX | flags)
+    image.map(VMALLOC[4] + GIB, 0xC000_0000, 3, RW | NX | PAT_LARGE)  # WB by another entry of the PAT
+    runs = walk_kernel_half(image, image.root, 4, image.base).runs
+    found = [(int(run["pa"]), int(run["bytes"]), bool(run["cached"])) for run in runs if run["va"] >= VMALLOC[4]]
+    assert found == [
+        (0x5000_0000, PAGE, True),
+        (0x5000_1000, 2 * PAGE, False),
+        (0x5000_3000, PAGE, True),
+        (0xC000_0000, GIB, True),
+    ]
+
+
 def test_a_page_that_moves_so_that_it_is_always_mapped_is_seen_by_many_passes() -> None:
     # At each read of a table of the last level it is at the other address, so that no single pass sees it.
     image = Image()

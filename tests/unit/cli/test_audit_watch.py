@@ -43,7 +43,7 @@ def _sigterm() -> Iterator[None]:
 def result(mapped: range, partial: str = "") -> Snapshot:
     """An audit of the frames 100 to 103, of which the kernel maps some."""
     runs = np.zeros(1, dtype=RUN)
-    runs[0] = (BASE + mapped.start * PAGE, mapped.start * PAGE, len(mapped) * PAGE, 1, True, True)
+    runs[0] = (BASE + mapped.start * PAGE, mapped.start * PAGE, len(mapped) * PAGE, 1, True, True, True)
     kernel = KernelMappings(runs if len(mapped) else runs[:0], (), {4: 1}, BASE)
     seen = frames_of_pages(np.arange(100, 104), np.full(4, POPULATED))
     nothing = np.zeros(0, dtype=np.int64)
