@@ -17,6 +17,8 @@ from offmap.devices.virtio.net import CTRL, RX, Net
 from offmap.devices.virtio.passt import FrameStream
 from offmap.devices.virtio.vsock import Vsock
 from offmap.devices.virtio.vsock_host import Listener
+from offmap.errors import KernelError
+from offmap.uapi import if_tun
 from offmap.uapi.virtio import console as uapi_console
 from offmap.uapi.virtio.vsock import VIRTIO_VSOCK_HDR, virtio_vsock_hdr
 
@@ -137,7 +139,9 @@ class _Wire:
         self.frame = b""
 
     def set_offload(self, flags: int) -> None:
-        pass
+        segments = flags & (if_tun.TUN_F_TSO4 | if_tun.TUN_F_TSO6)
+        if (segments and not flags & if_tun.TUN_F_CSUM) or (flags & if_tun.TUN_F_TSO_ECN and not segments):
+            raise KernelError("TUNSETOFFLOAD", errno.EINVAL)  # set_offload in drivers/net/tun.c
 
     def receive(self, buffers: Sequence[memoryview]) -> int:
         if self.error:

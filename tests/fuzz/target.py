@@ -142,7 +142,7 @@ class DeviceTarget(Target):
         """Do what a driver does until the device is live. Return whether it may use indirect descriptors."""
         write = self.write
         features = self._offered
-        if (kind := c.byte()) & 1:
+        if (kind := c.byte()) & 3 == 1:
             features &= c.word(4) << 28 | c.word(4) | _VERSION_1
         if kind > 250:
             features = c.word(8)

@@ -48,6 +48,15 @@ _HOST_OFFLOADS = (
     uapi.VIRTIO_NET_F_HOST_TSO6,
     uapi.VIRTIO_NET_F_HOST_ECN,
 )
+# What a feature needs: one of these (5.1.3.1). A tap refuses other combinations.
+_NEEDS = {
+    uapi.VIRTIO_NET_F_GUEST_TSO4: (uapi.VIRTIO_NET_F_GUEST_CSUM,),
+    uapi.VIRTIO_NET_F_GUEST_TSO6: (uapi.VIRTIO_NET_F_GUEST_CSUM,),
+    uapi.VIRTIO_NET_F_GUEST_ECN: (uapi.VIRTIO_NET_F_GUEST_TSO4, uapi.VIRTIO_NET_F_GUEST_TSO6),
+    uapi.VIRTIO_NET_F_HOST_TSO4: (uapi.VIRTIO_NET_F_CSUM,),
+    uapi.VIRTIO_NET_F_HOST_TSO6: (uapi.VIRTIO_NET_F_CSUM,),
+    uapi.VIRTIO_NET_F_HOST_ECN: (uapi.VIRTIO_NET_F_HOST_TSO4, uapi.VIRTIO_NET_F_HOST_TSO6),
+}
 _BASE = (
     uapi.VIRTIO_NET_F_MAC,
     uapi.VIRTIO_NET_F_STATUS,
@@ -137,6 +146,9 @@ class Net(VirtioDevice):
         rx, tx = activation.queues[RX], activation.queues[TX]
         if rx is None or tx is None:
             raise DriverError("leaves out a receive or a transmit queue")
+        for feature, needed in _NEEDS.items():
+            if activation.has(feature) and not any(map(activation.has, needed)):
+                raise DriverError(f"accepts the offload of feature {feature} without the one that it needs")
         self._rx, self._tx = rx, tx
         self._activation = activation
         self._mergeable = activation.has(uapi.VIRTIO_NET_F_MRG_RXBUF)

@@ -444,3 +444,24 @@ def test_whatever_the_driver_does_the_device_answers_or_raises_driver_error(
             except DriverError:
                 card.net.reset()
                 card.bench.activate()
+
+
+@pytest.mark.parametrize(
+    ("features", "allowed"),
+    [
+        ((uapi.VIRTIO_NET_F_GUEST_TSO4,), False),
+        ((uapi.VIRTIO_NET_F_GUEST_CSUM, uapi.VIRTIO_NET_F_GUEST_ECN), False),
+        ((uapi.VIRTIO_NET_F_HOST_TSO6,), False),
+        ((uapi.VIRTIO_NET_F_CSUM, uapi.VIRTIO_NET_F_HOST_TSO6), True),
+        ((uapi.VIRTIO_NET_F_GUEST_CSUM, uapi.VIRTIO_NET_F_GUEST_TSO6, uapi.VIRTIO_NET_F_GUEST_ECN), True),
+    ],
+)
+def test_an_offload_without_what_it_needs_is_an_error_of_the_driver(features: tuple[int, ...], allowed: bool) -> None:
+    """A tap answers it with EINVAL, which would look like a bug."""
+    mask = sum(1 << bit for bit in features)
+    if allowed:
+        with Bench(Net(Wire(), MAC, None, print), features=mask):
+            pass
+    else:
+        with pytest.raises(DriverError, match="without the one that it needs"):
+            Bench(Net(Wire(), MAC, None, print), features=mask)
