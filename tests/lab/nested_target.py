@@ -10,7 +10,7 @@ import sys
 
 from offmap.audit.pagemap import pfn, read_pagemap
 from offmap.audit.process import Process
-from offmap.kvm import Kvm
+from offmap.kvm import Kvm, Vcpu
 from offmap.memory.anon import Anon
 from offmap.memory.guest import GuestMemory
 from offmap.uapi import kvm as uapi
@@ -50,26 +50,36 @@ def main() -> None:
         memory.write(CODE, PROGRAM)
         memory.write(PAGE_DIRECTORY, struct.pack("<I", IDENTITY_4M))
         with vm.create_vcpu(0) as vcpu:
-            vcpu.set_cpuid(kvm.supported_cpuid())
-            sregs = vcpu.get_sregs()
-            for name in ("cs", "ds", "es", "fs", "gs", "ss"):
-                segment = getattr(sregs, name)
-                segment.base, segment.limit, segment.selector = 0, 0xFFFFFFFF, 8
-                segment.type = FLAT_CODE if name == "cs" else FLAT_DATA
-                segment.s = segment.present = segment.db = segment.g = 1
-            # KVM has no VMRUN without paging and a host save area (nested_svm_check_permissions, nested_svm_vmrun).
-            sregs.cr0 |= CR0_PE | CR0_PG
-            sregs.cr3, sregs.cr4 = PAGE_DIRECTORY, CR4_PSE
-            sregs.efer |= EFER_SVME
-            vcpu.set_sregs(sregs)
-            vcpu.set_msrs({MSR_VM_HSAVE_PA: HOST_SAVE_AREA})
-            regs = vcpu.get_regs()
-            regs.rip, regs.rcx, regs.rflags = CODE, count, 2
-            vcpu.set_regs(regs)
+            set_up(kvm, vcpu)
+            start(vcpu, count)
             reason = vcpu.run()
             if reason != uapi.KVM_EXIT_IO:
                 sys.exit(f"the guest ended with exit reason {reason} at {vcpu.get_regs().rip:#x}")
         print(frame_of(region.userspace_addr + VMCB))
+
+
+def set_up(kvm: Kvm, vcpu: Vcpu) -> None:
+    """Let it run 32-bit code, and guests of its own."""
+    vcpu.set_cpuid(kvm.supported_cpuid())
+    sregs = vcpu.get_sregs()
+    for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+        segment = getattr(sregs, name)
+        segment.base, segment.limit, segment.selector = 0, 0xFFFFFFFF, 8
+        segment.type = FLAT_CODE if name == "cs" else FLAT_DATA
+        segment.s = segment.present = segment.db = segment.g = 1
+    # KVM has no VMRUN without paging and a host save area (nested_svm_check_permissions, nested_svm_vmrun).
+    sregs.cr0 |= CR0_PE | CR0_PG
+    sregs.cr3, sregs.cr4 = PAGE_DIRECTORY, CR4_PSE
+    sregs.efer |= EFER_SVME
+    vcpu.set_sregs(sregs)
+    vcpu.set_msrs({MSR_VM_HSAVE_PA: HOST_SAVE_AREA})
+
+
+def start(vcpu: Vcpu, count: int) -> None:
+    """Let it begin with its program, which executes VMRUN so often."""
+    regs = vcpu.get_regs()
+    regs.rip, regs.rcx, regs.rflags = CODE, count, 2
+    vcpu.set_regs(regs)
 
 
 def frame_of(address: int) -> int:

@@ -1,0 +1,84 @@
+"""Audits of guests whose page the kernel maps all the time, at another address each moment; run in a disposable host.
+
+``python -m tests.lab.moving_target ATTACK COUNT SECONDS`` audits the same guest so often, each time for so long
+(``--for``), and prints one JSON object: how often each verdict was given. ``hidden`` is wrong. ATTACK is one of
+
+- ``page``: a page of hidden memory is mapped a second time before the first mapping goes (needs ``offmap_alias.ko``);
+- ``nested``: a guest that executes VMRUN for ever, so that KVM maps its VMCB many times a second, for microseconds. On
+  memory without ``struct page`` that panics a host before 6.13: there only ``page`` can be tried.
+"""
+
+import json
+import os
+import struct
+import sys
+import threading
+from collections import Counter
+
+from offmap.audit.audit import audit_process
+from offmap.kvm import Kvm
+
+from .kvm_attack_target import Attacker, address, hidden, kept
+from .nested_target import CODE, IDENTITY_4M, PAGE_DIRECTORY, PROGRAM, VMCB, set_up, start
+
+MIB = 1 << 20
+DEVICE = "/dev/offmap-alias"
+MOVED = 0x6000_0000 + MIB  # of the decoy's RAM
+
+
+def page() -> None:
+    """The decoy's page moves: at each instant one of the two files has it mapped."""
+
+    def mapped() -> int:
+        fd = os.open(DEVICE, os.O_RDWR)
+        os.write(fd, f"memremap {MOVED:#x} 4096".encode())
+        return fd
+
+    def work() -> None:
+        last = mapped()
+        ready.set()
+        while True:
+            following = mapped()
+            os.close(last)
+            last = following
+
+    ready = threading.Event()
+    threading.Thread(target=work, daemon=True).start()
+    ready.wait()
+
+
+def nested() -> None:
+    """A guest of the attacker's own, on hidden memory."""
+    memory = hidden(4 * MIB, 32 * MIB)
+    kvm = Kvm()
+    vm = kvm.create_vm()
+    vm.set_user_memory_region(0, 0, len(memory), address(memory))
+    memory[CODE : CODE + len(PROGRAM)] = PROGRAM
+    memory[PAGE_DIRECTORY : PAGE_DIRECTORY + 4] = struct.pack("<I", IDENTITY_4M)
+    memory[VMCB : VMCB + 4] = bytes(4)
+    vcpu = vm.create_vcpu(0)
+    set_up(kvm, vcpu)
+    kept.extend((kvm, vm, vcpu))
+
+    def work() -> None:
+        while True:
+            start(vcpu, 1 << 30)
+            vcpu.run()
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def main() -> int:
+    attack, count, seconds = {"page": page, "nested": nested}[sys.argv[1]], int(sys.argv[2]), float(sys.argv[3])
+    found: Counter[str] = Counter()
+    with Attacker(attack) as attacker:
+        if attacker.said != b"!":
+            sys.exit(attacker.said.decode())
+        for _ in range(count):
+            found[audit_process(attacker.pid, seconds=seconds).verdict.value] += 1
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
