@@ -15,6 +15,13 @@ from offmap.lab.qemu import QEMU
 RESERVED = "memmap=256M$0x60000000"  # RAM that the host kernel never owns: what the backend `reserved` needs
 
 
+def words_for(kernel: HostKernel) -> str:
+    """The command line of a host with 2 GiB that has every kind of RAM: the same in all files, for one snapshot."""
+    # Secret memory is off by default before 6.5.
+    before = tuple(map(int, kernel.release.split(".")[:2])) < (6, 5)
+    return f"{RESERVED} secretmem.enable=1" if before else RESERVED
+
+
 @pytest.fixture(scope="session")
 def lab_kernel() -> HostKernel:
     """Give the kernel that lab hosts run (and, in them, guests)."""

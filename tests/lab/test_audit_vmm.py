@@ -17,7 +17,7 @@ from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
 from .alias_module import alias_module
-from .conftest import RESERVED
+from .conftest import words_for
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
@@ -35,7 +35,7 @@ def test_vmms(lab_kernel: HostKernel, series: str, tmp_path: Path) -> None:
     initrd.write_bytes(guest_initramfs())
     for module in (lab_module(kernel), alias_module(kernel)):
         shutil.copy(module, tmp_path)
-    with LabHost.start(kernel, memory="2G", cmdline=f"{RESERVED} secretmem.enable=1", out=tmp_path) as host:
+    with LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), out=tmp_path) as host:
         for name in ("offmap", "offmap_alias"):
             assert host.output(["insmod", str(tmp_path / f"{name}.ko")]).status == 0
         host.output(["sh", "-c", "echo 1 > /proc/sys/kernel/kptr_restrict"])

@@ -17,6 +17,7 @@ from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
+from offmap.patience import scaled
 
 from .console import PATIENCE, Guest
 from .elf import extract_vmlinux
@@ -284,6 +285,6 @@ def test_every_device_of_a_hidden_guest_at_once(host: LabHost, images: dict[str,
     assert done.status == 0, errors
     assert done.stdout.decode().split() == [checksum, "-", checksum, "-", "65536"], errors
     assert "HIDDEN: " in errors and "EXPOSED" not in errors and "UNKNOWN" not in errors
-    assert sink.wait(30) == 0
+    assert sink.wait(scaled(30)) == 0
     assert b"".join(heard).decode().split() == ["listening", checksum]
     assert host.output(["sh", "-c", "sha256sum </tmp/written"]).stdout.decode().split()[0] == checksum

@@ -12,6 +12,7 @@ import pytest
 
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.patience import scaled
 
 pytestmark = pytest.mark.lab
 
@@ -60,11 +61,11 @@ def guest(host: LabHost, memory: str) -> Iterator[None]:
     argv = [sys.executable, "-m", "offmap", "run", "--memory", memory, "--exec", "echo up; cat"]
     command = host.popen(argv, stdout=hear, stderr=hear, keep_stdin=True)
     try:
-        assert is_up.wait(120), said.decode()
+        assert is_up.wait(scaled(120)), said.decode()
         yield
     finally:
         command.close_stdin()
-        assert command.wait(120) == 0, said.decode()
+        assert command.wait(scaled(120)) == 0, said.decode()
 
 
 @pytest.mark.usefixtures("image")

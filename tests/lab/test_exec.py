@@ -87,6 +87,17 @@ def launched() -> Iterator[list[Launched]]:
         launch.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def overdue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Launched, int]]:
+    """A command that runs into its deadline while the other tests run, and the process id of its QEMU."""
+    folder = tmp_path_factory.mktemp("overdue")
+    launch = Launched(folder, "sh", "-c", "echo ready; exec sleep 1000", options=("--timeout", "30"))
+    try:
+        yield launch, launch.await_line(b"ready\n")
+    finally:
+        launch.close()
+
+
 # One host for many commands.
 
 
@@ -261,17 +272,6 @@ def test_command_that_uses_up_all_memory(lab_kernel: HostKernel) -> None:
         assert "invoked oom-killer" in host.console.text or b"MemoryError" in done.stderr
 
 
-def test_exec_deadline_leaves_nothing(tmp_path: Path, launched: list[Launched]) -> None:
-    launch = Launched(tmp_path, "sh", "-c", "echo ready; exec sleep 1000", options=("--timeout", "30"))
-    launched.append(launch)
-    pid = launch.await_line(b"ready\n")
-    status, _, err = launch.finish()
-    assert status == 2
-    assert b"did not end in" in err
-    assert len(err.splitlines()) == 1
-    assert await_end(pid)
-
-
 @pytest.mark.parametrize("death_signal", [True, False])
 def test_killed_launcher_leaves_nothing(
     tmp_path: Path, launched: list[Launched], monkeypatch: pytest.MonkeyPatch, death_signal: bool
@@ -352,3 +352,12 @@ def _await(fd: int, seen: bytearray, text: bytes) -> None:
     while text not in seen:
         assert select.select([fd], [], [], max(0, deadline - time.monotonic()))[0], bytes(seen)
         seen += os.read(fd, 4096)
+
+
+def test_exec_deadline_leaves_nothing(overdue: tuple[Launched, int]) -> None:
+    launch, pid = overdue
+    status, _, err = launch.finish()
+    assert status == 2
+    assert b"did not end in" in err
+    assert len(err.splitlines()) == 1
+    assert await_end(pid)

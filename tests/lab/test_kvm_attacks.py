@@ -12,7 +12,7 @@ from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
-from .conftest import RESERVED
+from .conftest import words_for
 
 pytestmark = pytest.mark.lab
 
@@ -97,7 +97,8 @@ def test_honest_vms_stay_hidden_while_others_begin_and_end(found: Found) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("series", ["6.1", "7.3"])
 def test_other_kernels(series: str, tmp_path: Path) -> None:
-    with LabHost.start(host_kernel(f"debian:{series}"), memory="2G", cmdline=RESERVED, out=tmp_path) as host:
+    kernel = host_kernel(f"debian:{series}")
+    with LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), out=tmp_path) as host:
         newer = ("guest_memfd_held_by_another",) if series == "7.3" else ()
         found = ask(host, *HONEST, *EXPOSED, *UNDETERMINED, *newer, "swapped", "churn")
     for name in HONEST:

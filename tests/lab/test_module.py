@@ -22,6 +22,7 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
+from .conftest import words_for
 from .console import Guest
 
 pytestmark = pytest.mark.lab
@@ -388,7 +389,35 @@ def test_a_guest_is_mapped_by_a_gigabyte_where_the_kernel_can(
         assert not re.search(r"WARNING:|BUG:", host.output(["dmesg"]).stdout.decode())
 
 
+HOLDERS = "/sys/class/misc/offmap/holders"
 KILLS = 20
+
+
+def moments(host: LabHost, command: list[str]) -> list[float]:
+    """When to kill each guest, in seconds from its start: most around the time when it gets its memory.
+
+    How long that takes here, and how long until its init is ready, a guest tells that is left alone till then.
+    """
+    heard = bytearray()
+    ready = threading.Event()
+
+    def listen(data: bytes) -> None:
+        heard.extend(data)
+        if READY.encode() in heard:
+            ready.set()
+
+    began = time.monotonic()
+    vmm = host.popen(command, stdout=listen, stderr=heard.extend, keep_stdin=True)
+    assert host.output(["sh", "-c", f"until grep -q . {HOLDERS}; do sleep 0.05; done"], timeout=PATIENCE).status == 0
+    has_memory = time.monotonic() - began
+    assert ready.wait(PATIENCE), bytes(heard)
+    is_ready = time.monotonic() - began
+    vmm.send_signal(9)
+    vmm.wait(PATIENCE)
+    chance = random.Random(7)
+    late = KILLS // 4
+    early = [chance.uniform(0, 1.5 * has_memory) for _ in range(KILLS - late)]
+    return early + [chance.uniform(has_memory, 1.1 * is_ready) for _ in range(late)]
 
 
 @pytest.mark.parametrize("backend", ["unplugged", "secretmem-bridge"])
@@ -402,20 +431,18 @@ def test_killed_at_any_moment_nothing_stays_out(lab_kernel: HostKernel, tmp_path
         command = [*OFFMAP, "run", "--memory", backend, "--memory-size", "128M"]
         command += ["--kernel", str(lab_kernel.vmlinuz), "--initrd", str(initrd)]
         command += ["--cmdline", f"{CMDLINE} {canary_parameters(key, 64)}"]
-        chance = random.Random(7)
         stages = set()
-        for _ in range(KILLS):
+        for moment in moments(host, command):
             heard = bytearray()
             vmm = host.popen(command, stdout=heard.extend, stderr=heard.extend, keep_stdin=True)
-            # The guest's init is ready after some 4 s here.
-            time.sleep(chance.uniform(0.3, 5.0))
-            out = host.output(["cat", "/sys/class/misc/offmap/holders"]).stdout
+            time.sleep(moment)
+            out = host.output(["cat", HOLDERS]).stdout
             vmm.send_signal(9)
             vmm.wait(PATIENCE)
             stages.add((bool(out), READY.encode() in heard))
         # Some died before they had memory or while they got it, some with a guest that was booting or had booted.
         assert len(stages) >= 2, stages
-        assert host.output(["cat", "/sys/class/misc/offmap/holders"]).stdout == b""
+        assert host.output(["cat", HOLDERS]).stdout == b""
         after = ask(host, "state")
         assert (after["claimed"], after["offline"]) == ([], "")
         assert after["blocks"] == before["blocks"]
@@ -488,7 +515,7 @@ def test_unmodified_qemu_is_hidden(host: LabHost, lab_out: Path) -> None:
 @pytest.mark.parametrize("series", ["6.1", "7.3"])
 def test_other_kernels(lab_kernel: HostKernel, series: str, tmp_path: Path) -> None:
     kernel = host_kernel(f"debian:{series}")
-    with LabHost.start(kernel, memory="2G", cmdline="secretmem.enable=1", out=tmp_path) as host:
+    with LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), out=tmp_path) as host:
         insert(host, lab_module(kernel), tmp_path)
         test_what_is_out_is_gone_from_the_host_and_comes_back(host)
         test_what_comes_back_is_online_whatever_the_policy_for_new_memory(host)

@@ -14,12 +14,13 @@ from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
+from offmap.patience import scaled
 
 pytestmark = pytest.mark.lab
 
 TARGET = "tests.lab.module_host_target"
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120.0
+PATIENCE = scaled(120.0)
 BLOCK = 128 << 20
 # A crash kernel is a part of RAM that the resource tree names, above what is taken.
 CMDLINE = "crashkernel=64M secretmem.enable=1"

@@ -15,6 +15,7 @@ from offmap.lab.cpio import directory, regular
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.modules import ModuleIndex, load_module
+from offmap.patience import scaled
 
 from .console import Guest
 
@@ -132,7 +133,7 @@ def talk(host: LabHost, guest: Guest, path: str, size: int) -> None:
     )
     checksum, answer = done.split("  -\n")
     assert answer == "thank you"
-    assert peer.wait(60) == 0
+    assert peer.wait(scaled(60)) == 0
     assert b"".join(heard).decode().split() == ["echo", "True", "md5", checksum]
 
 
@@ -161,7 +162,7 @@ def test_100_mib_over_http(host: LabHost, lab_kernel: HostKernel, initrd: Path, 
         sink = host.popen([BUSYBOX, "nc", "-l", "-p", "8001", "-e", "/usr/bin/md5sum"])
         sent = guest.shell("head -c 20000000 /dev/urandom >/tmp/up; md5sum </tmp/up").split()[0]
         assert guest.shell("nc 198.18.0.1 8001 </tmp/up").split()[0] == sent
-        assert sink.wait(30) == 0
+        assert sink.wait(scaled(30)) == 0
 
 
 @pytest.mark.slow

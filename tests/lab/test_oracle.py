@@ -15,7 +15,7 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
-from .conftest import RESERVED
+from .conftest import words_for
 from .console import Guest
 from .test_module import insert
 
@@ -54,8 +54,7 @@ def test_drgn_agrees_on_every_kind_of_memory(lab_kernel: HostKernel, series: str
     kernel = host_kernel(f"debian:{series}")
     initrd = tmp_path / "guest.initramfs"
     initrd.write_bytes(guest_initramfs())
-    # Secret memory is off by default before 6.5.
-    with LabHost.start(kernel, memory="2G", cmdline=f"{RESERVED} secretmem.enable=1", out=tmp_path) as host:
+    with LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), out=tmp_path) as host:
         insert(host, lab_module(kernel), tmp_path)
         for kind, statuses in (("anon", (1,)), ("secretmem", (0, 1)), ("reserved", (0,))):
             assert agreed(host, kind, *statuses)["frames_agreed"] == 300, kind

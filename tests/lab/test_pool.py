@@ -18,6 +18,8 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
+from .conftest import words_for
+
 pytestmark = pytest.mark.lab
 
 TARGET = "tests.lab.pool_target"
@@ -35,7 +37,7 @@ def insert(host: LabHost, out: Path) -> None:
 
 
 def start(kernel: HostKernel, out: Path) -> LabHost:
-    host = LabHost.start(kernel, memory="2G", accel="tcg", out=out)
+    host = LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), accel="tcg", out=out)
     shutil.copy(lab_module(host.kernel), out / "offmap.ko")
     insert(host, out)
     host.output(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"])

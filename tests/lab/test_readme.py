@@ -15,6 +15,7 @@ import pytest
 from offmap.compare.guest import guest_initramfs
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.patience import scaled
 
 pytestmark = pytest.mark.lab
 
@@ -47,7 +48,7 @@ def converse(process: subprocess.Popen[bytes], until: bytes, answer: bytes) -> b
             process.stdin.write(answer)
             process.stdin.flush()
     drain.join()
-    process.wait(60)
+    process.wait(scaled(60))
     return bytes(seen)
 
 
@@ -135,7 +136,7 @@ def test_a_guest_of_ones_own(lab_host: LabHost, lab_kernel: HostKernel, lab_out:
         cwd=ROOT,
         keep_stdin=True,
     )
-    assert command.wait(120) == 0, said.decode()
+    assert command.wait(scaled(120)) == 0, said.decode()
     assert b"HIDDEN: none of the 65536 guest pages" in said
     assert b"\n2\r\n" in console
 

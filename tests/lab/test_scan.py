@@ -10,6 +10,8 @@ import pytest
 from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
 
+from .conftest import words_for
+
 pytestmark = pytest.mark.lab
 
 TARGET = str(Path(__file__).with_name("scan_target.py"))
@@ -68,5 +70,6 @@ def test_secret_is_found_and_named_wherever_it_stands(lab_host: LabHost) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("release", ["debian:6.1", "debian:7.3"])
 def test_the_same_on_other_kernels(release: str) -> None:
-    with LabHost.start(host_kernel(release), memory="2G") as host:
+    kernel = host_kernel(release)
+    with LabHost.start(kernel, memory="2G", cmdline=words_for(kernel)) as host:
         check(*scan(host))
