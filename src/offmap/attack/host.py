@@ -90,15 +90,40 @@ class Host(Linux):
             yield File(file, self.text(name, _NAME))
 
     def cached_files(self, process: Process) -> Iterator[tuple[str, int, int]]:
-        """Files that a process has open and that the page cache has pages of: name, ``struct address_space``, pages."""
+        """Files that a process has open and that the page cache has pages of: name, ``struct address_space``, pages.
+
+        Raises:
+            Lost: a file lies on another, and which that is cannot be told.
+        """
         seen = set()
         for file in self.files(process):
-            inode = self.pointer_in(file.file, "file", "f_inode")
-            mapping = self.pointer_in(inode, "inode", "i_mapping")
+            mapping = self.pointer_in(self._real(file), "file", "f_mapping")
             pages = self.field(mapping, "address_space", "nrpages")
             if pages and mapping not in seen:
                 seen.add(mapping)
                 yield file.name, mapping, pages
+
+    def _real(self, file: File) -> int:
+        """The file that has the pages: below an overlay it is another one (``fs/overlayfs/file.c``)."""
+        inode = self.pointer_in(file.file, "file", "f_inode")
+        kind = self.pointer_in(self.pointer_in(inode, "inode", "i_sb"), "super_block", "s_type")
+        if self.text(self.pointer_in(kind, "file_system_type", "name"), _NAME) != "overlay":
+            return file.file
+        # Until 6.12 private_data is the real file, and since then it begins with a pointer to it.
+        real = self.field(file.file, "file", "private_data")
+        for _ in range(2):
+            if self._is_file(real):
+                return real
+            real = int.from_bytes(self.read(real), "little") if real else 0
+        raise Lost(f"{file.name} is on an overlay, and the file below it is not where it should be")
+
+    def _is_file(self, at: int) -> bool:
+        try:
+            inode = self.field(at, "file", "f_inode")
+            mapping = self.field(at, "file", "f_mapping")
+            return self.field(mapping, "address_space", "host") == inode != 0
+        except NotMapped:
+            return False
 
     def mappings(self) -> KernelMappings:
         """All that the kernel half of the page tables maps, read through the primitive.

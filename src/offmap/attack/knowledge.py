@@ -26,7 +26,7 @@ _MEMBERS = """
 task_struct tasks; task_struct pid; task_struct comm; task_struct mm; task_struct files; task_struct fs
 task_struct real_parent; task_struct stack
 mm_struct pgd; mm_struct start_brk; mm_struct brk; mm_struct start_stack; mm_struct start_code; mm_struct end_data
-files_struct fdt; fdtable fd; fdtable max_fds; file f_path dentry; file private_data; file f_inode
+files_struct fdt; fdtable fd; fdtable max_fds; file f_path dentry; file private_data; file f_inode; file f_mapping
 dentry d_name name; dentry d_parent; dentry d_inode; dentry d_children; dentry d_sib; dentry d_subdirs; dentry d_child
 fs_struct root dentry; inode i_mapping; inode i_size; inode i_ino
 mm_struct mm_mt ma_root; maple_range_64 pivot; maple_range_64 slot; maple_arange_64 pivot; maple_arange_64 slot

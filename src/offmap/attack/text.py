@@ -47,7 +47,7 @@ def _lines(result: AttackResult, color: bool) -> Iterator[str]:
     if result.times:
         yield ""
         for each in result.times:
-            yield plain(f"  {_hours(each.hours):>10}  at {each.bytes_per_second:,g} B/s ({each.leak})")
+            yield plain(f"  {hours(each.hours):>10}  at {each.bytes_per_second:,g} B/s ({each.leak})")
     yield ""
     yield plain(f"  primitive {result.primitive}; {'; '.join(result.knowledge)}")
     yield "  No speculative execution took place: the primitive stands for a leak."
@@ -60,5 +60,6 @@ def _stages(attempt: Attempt) -> Iterator[str]:
         yield plain(f"    {mark}  {stage.name:{width}}  {stage.reads:>9,} reads  {stage.found}")
 
 
-def _hours(hours: float) -> str:
-    return f"{hours * 60:.1f} min" if hours < 1 else f"{hours:,.1f} h"
+def hours(number: float) -> str:
+    """A time for people."""
+    return f"{number * 60:.1f} min" if number < 1 else f"{number:,.1f} h"

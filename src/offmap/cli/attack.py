@@ -87,6 +87,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--latency", type=float, default=0.0, metavar="SECONDS", help="wait so long at each word of eight bytes"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page that draws the way, as one file")
     parser.add_argument("--no-color", action="store_true", help="no colours, even on a terminal")
     parser.set_defaults(run=run)
 
@@ -109,6 +110,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         color = sys.stdout.isatty() and not args.no_color and not os.environ.get("NO_COLOR")
         print(render_text(result, color), flush=True)
+    if args.html is not None:
+        from offmap.attack.html import render_html
+        from offmap.report.files import PRIVATE, replace_file
+
+        replace_file(args.html, render_html(result), PRIVATE)
     return int(result.exit_status)
 
 

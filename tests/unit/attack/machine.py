@@ -19,6 +19,7 @@ START_KERNEL_MAP = 0xFFFF_FFFF_8000_0000
 RAM = 8 << 20
 GUEST_AT, GUEST_SIZE = 4 << 20, 4 << 20  # the guest's RAM, in the host's
 IMAGE_AT = 2 << 20  # where both kernels have their image
+VMEMMAP = 0xFFFF_EA00_0000_0000
 HVA = 0x7F00_0000_0000
 BANNER = "Linux version 6.12.0-test (somebody) #1"
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -52,6 +53,10 @@ OFFSETS = {
     "file.f_path.dentry": 0x8,
     "file.private_data": 0x10,
     "file.f_inode": 0x18,
+    "file.f_mapping": 0x20,
+    "super_block.s_type": 0x10,
+    "file_system_type.name": 0x8,
+    "address_space.host": 0x0,
     "dentry.d_name.name": 0x8,
     "inode.i_mapping": 0x8,
     "address_space.nrpages": 0x8,
@@ -173,14 +178,14 @@ class System:
         at = self.base + self.place(va)
         self.memory[at : at + len(data)] = data
 
-    def new(self, name: str, size: int = 0x100, **values: int) -> int:
+    def new(self, name: str, /, size: int = 0x100, **values: int) -> int:
         """A structure with these 8-byte members (a dot is written as two underscores)."""
         va = DIRECT_MAP + self.at
         self.at += size
         self.set(va, name, **values)
         return va
 
-    def set(self, va: int, name: str, **values: int) -> None:
+    def set(self, va: int, name: str, /, **values: int) -> None:
         for member, value in values.items():
             self.put(va + OFFSETS[f"{name}.{member.replace('__', '.')}"], value.to_bytes(8, "little"))
 
@@ -265,16 +270,51 @@ class Machine(Primitive):
         vcpu = host.new("kvm_vcpu", run=run, arch__cr3=0x1000, arch__root_mmu__root__hpa=nested.top)
         host.set(vcpu, "kvm_vcpu", arch__root_mmu__root_role__word=4)
         entry = host.new("dentry", d_name__name=host.text("kvm-vm"))
-        inode = host.new("inode", i_mapping=host.new("address_space"))
-        file = host.new("file", f_path__dentry=entry, private_data=kvm, f_inode=inode)
-        table = host.new("fdtable", max_fds=4, fd=host.new(""))
-        host.put(int.from_bytes(self.memory[host.place(table) + 8 :][:8], "little") + 8, struct.pack("<Q", file))
+        mapping = host.new("address_space")
+        file_system = host.new("file_system_type", name=host.text("anon_inodefs"))
+        inode = host.new("inode", i_mapping=mapping, i_sb=host.new("super_block", s_type=file_system))
+        file = host.new("file", f_path__dentry=entry, private_data=kvm, f_inode=inode, f_mapping=mapping)
+        self.files = host.new("")
+        table = host.new("fdtable", max_fds=4, fd=self.files)
+        host.put(self.files + 8, struct.pack("<Q", file))
         task, memory = host.process(PID, "qemu", user.top, files=host.new("files_struct", fdt=table))
         self._make_tree(memory)
         host.set(kvm, "kvm", mm=memory, nr_memslot_pages=GUEST_SIZE // PAGE, memslots=slots)
         host.put(kvm + OFFSETS["kvm.vcpu_array"] + OFFSETS["xarray.xa_head"], struct.pack("<Q", vcpu))
         host.processes(task)
         self.kvm, self.slot, self.vcpu = kvm, slot, vcpu
+
+    def open_drive(self, content: bytes, overlay: str = "") -> None:
+        """Let the VMM have a file open of which the host has a page in its cache.
+
+        Args:
+            overlay: it lies on one: "old", as until Linux 6.12, or "new".
+        """
+        host, page = self.host, self.host.frames.pop()
+        host.put(DIRECT_MAP + page, content)
+        host.put(host.symbol("vmemmap_base"), VMEMMAP.to_bytes(8, "little"))
+        file = self._file("ext4", nrpages=1)
+        mapping = int.from_bytes(self.memory[host.place(file) + OFFSETS["file.f_mapping"] :][:8], "little")
+        head = mapping + OFFSETS["address_space.i_pages"] + OFFSETS["xarray.xa_head"]
+        host.put(head, struct.pack("<Q", VMEMMAP + page // PAGE * 64))
+        if overlay:
+            above = self._file("overlay", nrpages=0)
+            real = file
+            if overlay == "new":
+                real = host.new("")
+                host.put(real, struct.pack("<Q", file))
+            host.set(above, "file", private_data=real)
+            file = above
+        host.put(self.files + 16, struct.pack("<Q", file))
+
+    def _file(self, kind: str, nrpages: int) -> int:
+        host = self.host
+        file_system = host.new("file_system_type", name=host.text(kind))
+        inode = host.new("inode", i_sb=host.new("super_block", s_type=file_system))
+        mapping = host.new("address_space", nrpages=nrpages, host=inode)
+        host.set(inode, "inode", i_mapping=mapping)
+        entry = host.new("dentry", d_name__name=host.text("root.img"))
+        return host.new("file", f_path__dentry=entry, f_inode=inode, f_mapping=mapping)
 
     def _make_tree(self, memory: int) -> None:
         """The VMM's mappings: one of guest RAM, in a leaf below a node."""

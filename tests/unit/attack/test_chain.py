@@ -12,7 +12,7 @@ from offmap.attack.target import PlantedSecret
 from offmap.errors import ExitStatus
 from offmap.report.typed import Address
 
-from .machine import DIGEST, DIRECT_MAP, GUEST_AT, HVA, KNOWN, OFFSETS, PAGE, PID, TEXT, Machine
+from .machine import DIGEST, DIRECT_MAP, GUEST_AT, HVA, KNOWN, OFFSETS, PAGE, PID, SECRET, TEXT, Machine
 
 ALIAS = 0xFFFF_C900_0000_0000  # in the vmalloc space
 
@@ -68,6 +68,21 @@ def test_one_mapped_page_with_the_secret_is_enough() -> None:
     found = run(other)
     assert (found.outcome, found.mapped_pages) == (Outcome.ENDS, 1)
     assert "the 1 guest pages that are mapped do not have the secret" in found.reason
+
+
+@pytest.mark.parametrize("overlay", ["", "old", "new"])
+def test_a_copy_in_the_page_cache_of_the_drive_is_recovered(overlay: str) -> None:
+    machine = Machine(hidden=True)
+    machine.open_drive(b"OFFMAP-SECRET-" + SECRET, overlay)
+    found = run(machine)
+    assert (found.outcome, found.stage) == (Outcome.RECOVERED, "host: page cache of the VMM's files")
+    assert found.reason == "the secret, in root.img at 0xe"
+    other = Machine(hidden=True)
+    other.open_drive(b"nothing of the kind", overlay)
+    found = run(other)
+    assert found.outcome == Outcome.ENDS
+    assert "the secret is in none of their 1 pages" in [stage.found for stage in found.stages]
+    assert {each.name: each.bytes for each in found.residues}["page cache"] == PAGE
 
 
 def test_the_chain_goes_through_aliases() -> None:

@@ -1,5 +1,6 @@
 """Private keys are recognised in memory, in PEM and as a prime, and no other key is taken for one."""
 
+import base64
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,19 @@ def test_a_key_in_pem(kind: str, rsa_key: rsa.RSAPrivateKey, tmp_path: Path) -> 
         assert public(key, tmp_path / "b", ssh=True).pem_in(text) == 100
         assert public(other, tmp_path / "c").pem_in(text) == -1
     assert public(key, tmp_path / "a").pem_in(b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n") == -1
+
+
+def test_a_key_of_an_unknown_kind_is_none(rsa_key: rsa.RSAPrivateKey, tmp_path: Path) -> None:
+    # PrivateKeyInfo with the algorithm 1.2.643.7.1.1.1.2, as libraries have it for their self-tests.
+    algorithm = bytes.fromhex("06082a85030701010102")
+    inner = b"\x02\x01\x00" + b"\x30" + bytes([len(algorithm)]) + algorithm + b"\x04\x04" + b"\x04\x02\x00\x01"
+    text = base64.encodebytes(b"\x30" + bytes([len(inner)]) + inner)
+    assert (
+        public(rsa_key, tmp_path / "key").pem_in(
+            b"-----BEGIN PRIVATE KEY-----\n" + text + b"-----END PRIVATE KEY-----\n"
+        )
+        == -1
+    )
 
 
 def test_what_is_no_public_key(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"use strict"; // This page has no script.
