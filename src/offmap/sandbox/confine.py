@@ -8,7 +8,6 @@ is not confined.
 import contextlib
 import ctypes
 import os
-import resource
 from typing import NamedTuple
 
 from offmap.errors import KernelError, OffmapError
@@ -19,6 +18,7 @@ _UID_BASE = 0x7000_0000
 """User ids of VMs: this and the VMM's pid, which is unique while it runs. No tool gives such ids to people."""
 
 _NOBODY = 65534
+_RLIMIT_CORE, _RLIMIT_NOFILE = 4, 7  # asm-generic/resource.h
 _NAMESPACES = (
     ("ipc", uapi.CLONE_NEWIPC),
     ("uts", uapi.CLONE_NEWUTS),
@@ -76,9 +76,8 @@ def confine(most_fds: int) -> Confined:
             root = "empty"
         except KernelError as error:
             missing.append(f"empty root ({error.reason})")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    most = min(most_fds, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _limit(libc, _RLIMIT_CORE, 0)
+    _limit(libc, _RLIMIT_NOFILE, most_fds)
     if privileged:
         _become_nobody(missing)
     _drop_capabilities(libc)
@@ -87,6 +86,15 @@ def confine(most_fds: int) -> Confined:
     libc.prctl(uapi.PR_SET_DUMPABLE, 0, 0, 0, 0)
     landlock = _landlock(libc, missing)
     return Confined(os.geteuid(), tuple(namespaces), root, landlock, tuple(missing))
+
+
+def _limit(libc: ctypes.CDLL, resource: int, most: int) -> None:
+    """Let it have no more than this, or than it may have already. (Python's own module takes a while to import.)"""
+    limits = (ctypes.c_ulong * 2)()
+    libc.getrlimit(resource, limits)
+    limits[0] = limits[1] = min(most, limits[1])
+    if libc.setrlimit(resource, limits):
+        raise KernelError("setrlimit", ctypes.get_errno())
 
 
 def _leave_files(libc: ctypes.CDLL) -> None:

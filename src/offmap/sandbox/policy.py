@@ -3,15 +3,16 @@
 import fcntl
 import os
 import signal
-import termios
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from offmap.sandbox.rules import Rule, allow, one_of, with_bit, without
-from offmap.uapi import fs, if_tun, kvm, vhost
+from offmap.uapi import fs, kvm
 
 _PROT_EXEC = 4
 _AT_EMPTY_PATH = 0x1000
 _FIONBIO = 0x5421
+# asm-generic/ioctls.h. (A guest without a terminal need not wait for the module termios.)
+_TCGETS, _TCSETS, _TCSETSW, _TCSETSF, _TIOCGWINSZ = 0x5401, 0x5402, 0x5403, 0x5404, 0x5413
 
 
 def _all_threads() -> list[Rule]:
@@ -28,7 +29,7 @@ def _all_threads() -> list[Rule]:
 
 
 def _main() -> list[Rule]:
-    terminal = [termios.TCGETS, 0x5402, 0x5403, 0x5404, termios.TIOCGWINSZ]  # TCSETS, TCSETSW, TCSETSF
+    terminal = [_TCGETS, _TCSETS, _TCSETSW, _TCSETSF, _TIOCGWINSZ]
     return [
         one_of("ioctl", 1, [kvm.KVM_IRQ_LINE, kvm.KVM_GET_STATS_FD, _FIONBIO, *terminal]),
         one_of("rt_sigaction", 0, [n for n in range(1, 65) if n != signal.SIGSYS]),
@@ -45,42 +46,69 @@ def _vcpu() -> list[Rule]:
     return [one_of("ioctl", 1, [kvm.KVM_RUN, kvm.KVM_IRQ_LINE, kvm.KVM_GET_REGS])]
 
 
-_DEVICE = allow("epoll_wait", "epoll_ctl")
-_SOCKET = [
-    *allow("recvmsg", "sendmsg", "recvfrom", "sendto", "shutdown", "getsockname", "getsockopt", "accept4"),
-    one_of("ioctl", 1, [_FIONBIO]),
-    one_of("fcntl", 1, [fcntl.F_GETFL, fcntl.F_SETFL]),
-]
-_OFFLOADS = [if_tun.TUNGETIFF, if_tun.TUNSETOFFLOAD, if_tun.SIOCGIFFLAGS]
-_VHOST = [
-    vhost.VHOST_SET_FEATURES,
-    vhost.VHOST_SET_MEM_TABLE,
-    vhost.VHOST_SET_VRING_NUM,
-    vhost.VHOST_SET_VRING_BASE,
-    vhost.VHOST_SET_VRING_ADDR,
-    vhost.VHOST_SET_VRING_ERR,
-    vhost.VHOST_SET_VRING_CALL,
-    vhost.VHOST_SET_VRING_KICK,
-    vhost.VHOST_NET_SET_BACKEND,
-]
+def _socket() -> list[Rule]:
+    return [
+        *allow("recvmsg", "sendmsg", "recvfrom", "sendto", "shutdown", "getsockname", "getsockopt", "accept4"),
+        one_of("ioctl", 1, [_FIONBIO]),
+        one_of("fcntl", 1, [fcntl.F_GETFL, fcntl.F_SETFL]),
+    ]
 
-_OF_DEVICES: Mapping[str, list[Rule]] = {
-    "drive": [
+
+def _drive() -> list[Rule]:
+    return [
         *allow("preadv", "pwritev", "preadv2", "pwritev2", "pread64", "pwrite64", "fallocate", "fdatasync"),
         one_of("ioctl", 1, [fs.BLKDISCARD, fs.BLKZEROOUT]),
-    ],
-    "rng": allow("readv"),
-    "balloon": allow("fallocate"),
-    "tap": [*allow("readv", "writev", "recvfrom"), one_of("ioctl", 1, _OFFLOADS)],
-    "vhost": [*allow("eventfd2"), one_of("ioctl", 1, _VHOST)],
-    "passt": [*allow("recvmsg", "sendmsg", "sendto", "lseek", "wait4"), with_bit("newfstatat", 3, _AT_EMPTY_PATH)],
-    "vsock": _SOCKET,
-    "console": [
+    ]
+
+
+def _tap() -> list[Rule]:
+    from offmap.uapi import if_tun
+
+    offloads = [if_tun.TUNGETIFF, if_tun.TUNSETOFFLOAD, if_tun.SIOCGIFFLAGS]
+    return [*allow("readv", "writev", "recvfrom"), one_of("ioctl", 1, offloads)]
+
+
+def _vhost() -> list[Rule]:
+    from offmap.uapi import vhost
+
+    requests = [
+        vhost.VHOST_SET_FEATURES,
+        vhost.VHOST_SET_MEM_TABLE,
+        vhost.VHOST_SET_VRING_NUM,
+        vhost.VHOST_SET_VRING_BASE,
+        vhost.VHOST_SET_VRING_ADDR,
+        vhost.VHOST_SET_VRING_ERR,
+        vhost.VHOST_SET_VRING_CALL,
+        vhost.VHOST_SET_VRING_KICK,
+        vhost.VHOST_NET_SET_BACKEND,
+    ]
+    return [*allow("eventfd2"), one_of("ioctl", 1, requests)]
+
+
+def _passt() -> list[Rule]:
+    status = with_bit("newfstatat", 3, _AT_EMPTY_PATH)
+    return [*allow("recvmsg", "sendmsg", "sendto", "lseek", "wait4"), status]
+
+
+def _console() -> list[Rule]:
+    return [
         *allow("readv", "writev", "dup"),
-        *_SOCKET,
-        one_of("ioctl", 1, [termios.TCGETS, termios.TIOCGWINSZ, _FIONBIO]),
+        *_socket(),
+        one_of("ioctl", 1, [_TCGETS, _TIOCGWINSZ, _FIONBIO]),
         one_of("fcntl", 1, [fcntl.F_DUPFD_CLOEXEC]),
-    ],
+    ]
+
+
+# Of devices, by `VirtioDevice.kinds`. Functions, as few guests have all of them.
+_OF_DEVICES: Mapping[str, Callable[[], list[Rule]]] = {
+    "drive": _drive,
+    "rng": lambda: allow("readv"),
+    "balloon": lambda: allow("fallocate"),
+    "tap": _tap,
+    "vhost": _vhost,
+    "passt": _passt,
+    "vsock": _socket,
+    "console": _console,
 }
 
 
@@ -91,7 +119,7 @@ def rules_of_main(devices: Iterable[str], children: Collection[int] = ()) -> lis
         devices: rows of the table, of all devices: their drivers are reset on this thread when the machine ends.
         children: processes that it may end.
     """
-    rules = [*_all_threads(), *_main(), *(rule for name in devices for rule in _OF_DEVICES[name])]
+    rules = [*_all_threads(), *_main(), *(rule for name in devices for rule in _OF_DEVICES[name]())]
     return [*rules, one_of("kill", 0, children)] if children else rules
 
 
@@ -102,4 +130,5 @@ def rules_of_vcpu() -> list[Rule]:
 
 def rules_of_device(names: Iterable[str]) -> list[Rule]:
     """Of a device's thread. `names`: rows of the table."""
-    return [*_all_threads(), *_DEVICE, *(rule for name in names for rule in _OF_DEVICES[name])]
+    waits = allow("epoll_wait", "epoll_ctl")
+    return [*_all_threads(), *waits, *(rule for name in names for rule in _OF_DEVICES[name]())]

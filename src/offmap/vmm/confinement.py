@@ -36,7 +36,8 @@ _M_ARENA_MAX = -8  # malloc.h
 _MEMORY = (1, 2, 4)  # minors of /dev/mem, kmem, port: drivers/char/mem.c
 _KVM_MINOR = 232  # linux/miscdevice.h
 # What an end may need, and would open a file for.
-_NEEDED = ("select", "termios", "tty", "signal", "errno", "contextlib", "offmap.kvm.stats")
+_NEEDED = ("select", "signal", "errno", "contextlib")
+_NEEDED_TO_COUNT = ("offmap.kvm.stats",)
 
 
 class Confinement(Owned):
@@ -74,7 +75,7 @@ class Confinement(Owned):
         Raises:
             OffmapError: the least is not to be had.
         """
-        for name in _NEEDED:
+        for name in (*_NEEDED, *(_NEEDED_TO_COUNT if machine.config.count_exits else ())):
             import_module(name)
         self._before()
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # with more, the C library counts processors, by a file
