@@ -11,7 +11,7 @@ import msgspec
 
 import offmap
 from offmap.audit.btf import Unknown
-from offmap.audit.classify import Classified, classify, excluded_ranges, mapped_guest_ranges
+from offmap.audit.classify import CAME, Classified, classify, excluded_ranges, mapped_guest_ranges
 from offmap.audit.drgn_kernel import require_drgn
 from offmap.audit.frames import GuestMemfdPages, resolve
 from offmap.audit.guest_pages import GuestPages
@@ -32,6 +32,7 @@ from offmap.audit.result import AuditedRange, AuditResult
 from offmap.audit.roots import walker_of
 from offmap.audit.scan import Wanted, scan_memory
 from offmap.audit.sharers import sharing_of
+from offmap.audit.verdict import Verdict
 from offmap.audit.vmm_sandbox import vmm_sandbox
 from offmap.audit.vms import vmm_facts
 from offmap.audit.walks import SECONDS, Walked, walk_for
@@ -42,6 +43,7 @@ from offmap.report.typed import Address
 _log = Logger("offmap.audit")
 
 _ATTEMPTS = 5  # memory hot-plugged in mid-audit changes kcore's segments
+_MORE_LOOKS = 2  # at a VM whose guest took more memory meanwhile
 
 
 class Stage(Enum):
@@ -66,12 +68,14 @@ class Snapshot:
         ram: the ranges that were audited.
         mappings: all kernel mappings that the walk found.
         judged: every page of the ranges.
+        growing: all that stands against hidden is that pages came during the audit.
     """
 
     audit: AuditResult
     ram: GuestRam
     mappings: KernelMappings = field(repr=False)
     judged: Classified = field(repr=False)
+    growing: bool = False
 
     def aliases_of(self, pa: int, size: int) -> list[Reach]:
         """The listed aliases that lie at least in part in these physical addresses."""
@@ -148,13 +152,22 @@ def snapshot_processes(pids: Sequence[int], **options: Unpack[Options]) -> dict[
                 processes.append(stack.enter_context(Process(pid)))
             except (NoSuchProcess, Undetermined) as error:
                 found[pid] = error
+        more_looks = 0 if options.get("scan") is not None else _MORE_LOOKS
         for _ in range(_ATTEMPTS):
             with Kcore() as kcore:
                 found |= _snapshots(processes, kcore, options)
-                if not kcore.changed():
-                    return found
+                if kcore.changed():
+                    continue
+            processes = [each for each in processes if _is_growing(found[each.pid])]
+            if not processes or not more_looks:
+                return found
+            more_looks -= 1
         why = Undetermined("memory was hot-plugged or removed during each attempt", "run the audit again")
     return found | {process.pid: why for process in processes}
+
+
+def _is_growing(found: Snapshot | OffmapError) -> bool:
+    return isinstance(found, Snapshot) and found.growing
 
 
 def _snapshots(processes: Sequence[Process], kcore: Kcore, options: Options) -> dict[int, Snapshot | OffmapError]:
@@ -305,7 +318,8 @@ class _Subject:
             sandbox=vmm_sandbox(self.process),
             seconds=round(time.monotonic() - self._started, 4),
         )
-        return Snapshot(audit, ram, mappings, judged)
+        growing = verdict is Verdict.UNKNOWN and set(pages.unknown_reasons) == {CAME}
+        return Snapshot(audit, ram, mappings, judged, growing and not (self._moved or partial or replaced))
 
 
 def _kvm_list(kcore: Kcore, layout: Layout) -> tuple[KvmList | None, str]:

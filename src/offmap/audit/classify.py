@@ -19,6 +19,8 @@ from offmap.audit.result import Pages
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 _CHANGED = "came, went or moved during the audit"
+CAME = "came during the audit"
+"""Why a page is unknown that was not there before the walks: the next audit can tell."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,9 @@ def classify(
     # The memory may have been exchanged where there was no page to tell it by.
     changed |= (state == EMPTY) & ((why == 0) != (after.why[two] == 0))
     # A page that was unknown before keeps its reason; any other that differs has changed.
-    reasons = (*before.reasons, _CHANGED)
+    reasons = (*before.reasons, CAME, _CHANGED)
     reason = np.where(state == UNKNOWN, why.astype(np.int64), len(reasons) - 1)
+    reason = np.where((state == EMPTY) & (after.state[two] == POPULATED), len(reasons) - 2, reason)
     if after.ended:
         reasons = (*reasons, f"{after.ended} before it was looked at again")
         reason = np.where((state != UNKNOWN) & (after.state[two] == UNKNOWN), len(reasons) - 1, reason)

@@ -309,6 +309,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
             self.reach or self.aliases or self.direct_map_ranges,
             self.walk.unreadable,
             pages.canaries_found or (self.scan is not None and self.scan.found),
+            self.scan is not None and self.scan.device_pages is not None and self.scan.frames_unread,
             self.partial,
             any(part.source == Source.GUESS for part in self.ranges),
         )

@@ -162,6 +162,13 @@ def test_as_many_reasons_as_there_can_be() -> None:
     assert counts.unknown_reasons["came, went or moved during the audit"] == 1
 
 
+def test_a_page_that_came_is_told_from_one_that_went_or_moved() -> None:
+    before = frames((0, EMPTY), (100, POPULATED), (101, POPULATED))
+    after = frames((99, POPULATED), (0, EMPTY), (102, POPULATED))
+    counts = classify(before, after, NONE, mappings([], [])).counts()
+    assert counts.unknown_reasons == {"came during the audit": 1, "came, went or moved during the audit": 2}
+
+
 def test_all_pages_excluded_is_unknown() -> None:
     seen = frames((100, POPULATED))
     counts = classify(seen, seen, pages([True]), mappings([], [])).counts()

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 from offmap.audit.reach import Kind, Reach, ReachTotal
+from offmap.audit.report.coverage import coverage_view
 from offmap.audit.report.physmap import look_of_kind
 from offmap.audit.report.text import KIND_NAMES, state_names, verdict_line
 from offmap.audit.result import AuditResult
@@ -85,6 +86,7 @@ def vm_view(vm: AuditResult, single: bool, opened: bool) -> View:
             for part in vm.ranges[:_RANGES]
         ],
         "more_ranges": max(len(vm.ranges) - _RANGES, 0),
+        "coverage": coverage_view(vm),
         "facts": _vm_facts(vm),
     }
 

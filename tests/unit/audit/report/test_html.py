@@ -83,6 +83,14 @@ def test_says_the_verdict_first() -> None:
         assert words.index(verdict.upper()) < words.index("PHYSICAL MEMORY")
 
 
+def test_the_page_shows_when_it_was_looked_at() -> None:
+    walk = {"at": 0.0, "seconds": 0.1, "whole": True, "new": True}
+    walks = [walk, walk | {"at": 0.7, "whole": False, "new": False}]
+    made = page(vm(coverage={"seconds": 1.0, "walks": 1, "roots": {"init_top_pgt": 1}, "looks": walks}))
+    assert "1 walks of the page tables of 1 roots in 1.00 s; 1 more do not count" in made.text
+    assert "When it was looked at" not in page(vm()).text
+
+
 def test_hidden_is_said_of_nothing_in_a_page_about_a_vm_that_is_not() -> None:
     for document in (exposed(), unknown()):
         made = page(document)
