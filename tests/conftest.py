@@ -24,6 +24,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Have tests take the user's Firecracker."""
+    parser.addoption("--firecracker", metavar="PATH", help="test this one, not the released one that is fetched")
+
+
 @pytest.hookimpl(tryfirst=True, wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Have a test's limit (pytest-timeout reads it after this) follow the machine as it is when the test starts."""

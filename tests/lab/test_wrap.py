@@ -19,6 +19,8 @@ from offmap.lab.kernel import HostKernel
 from offmap.patience import scaled
 
 from .alias_module import alias_module
+from .elf import extract_vmlinux
+from .firecracker import released_firecracker
 
 pytestmark = pytest.mark.lab
 
@@ -176,3 +178,120 @@ def test_the_vmm_ends_as_without_a_wrapper(host: LabHost) -> None:
     # None of the supervisors stays.
     left = 'cat /proc/[0-9]*/cmdline | tr "\\0" " " | grep -q "[o]ffmap wrap"'
     assert host.run(["sh", "-c", f"while {left}; do sleep 0.1; done"], timeout=PATIENCE) == 0
+
+
+@pytest.fixture(scope="module")
+def firecracker(request: pytest.FixtureRequest, host: LabHost) -> Path:
+    """Give a Firecracker, and put in /run what its guests boot."""
+    assert host.options.out is not None
+    (host.options.out / "vmlinux").write_bytes(extract_vmlinux(host.kernel.vmlinuz.read_bytes()))
+    # The output folder is uncached 9p, which cannot read into hidden memory.
+    files = [str(host.options.out / name) for name in ("vmlinux", "guest.initramfs")]
+    assert host.run(["cp", *files, "/run"]) == 0
+    given = request.config.getoption("--firecracker")
+    return Path(given).absolute() if given else released_firecracker()
+
+
+@pytest.fixture(scope="module")
+def boot_source(host: LabHost, firecracker: Path) -> dict[str, str]:
+    """Give the guest's kernel. It has no clock but the TSC, and nothing to measure that by: it has to be told."""
+    ask = "from offmap.kvm import Kvm\nwith Kvm() as k, k.create_vm() as v, v.create_vcpu(0) as c: print(c.tsc_khz())"
+    khz = int(host.output([sys.executable, "-c", ask], timeout=PATIENCE).stdout)
+    quiet = "i8042.noaux i8042.nomux i8042.dumbkbd"  # Firecracker logs reads of ports that it does not have
+    words = f"console=ttyS0 quiet reboot=k panic=1 pci=off {quiet} tsc=reliable tsc_early_khz={khz}"
+    return {"kernel_image_path": "/run/vmlinux", "initrd_path": "/run/guest.initramfs", "boot_args": words}
+
+
+HIDDEN = r"offmap wrap: process (\d+): HIDDEN: none of the \d+ guest pages of firecracker"
+
+
+def config(boot_source: dict[str, str], out: Path, name: str) -> str:
+    """A configuration file for Firecracker."""
+    machine = {"vcpu_count": 1, "mem_size_mib": 128}
+    (out / name).write_text(json.dumps({"boot-source": boot_source, "drives": [], "machine-config": machine}))
+    return str(out / name)
+
+
+def test_a_released_firecracker_is_hidden(host: LabHost, firecracker: Path, boot_source: dict[str, str]) -> None:
+    assert host.options.out is not None
+    command = [str(firecracker), "--no-api", "--config-file", config(boot_source, host.options.out, "config.json")]
+    vmm = Started(host, [*OFFMAP, "wrap", "--", *command])
+    try:
+        vmm.await_(f"({READY})")
+        pid = int(vmm.await_(HIDDEN))
+        result = audit(host, pid)
+        assert (result["verdict"], result["pages"]["mapped_pages"], result["aliases"]) == ("hidden", 0, [])
+        assert result["pages"]["ram_pages"] == 32768
+    finally:
+        assert "refused" not in vmm.end()
+    vmm = Started(host, ["sh", "-c", 'echo "pid $$"; exec "$@"', "sh", *command])
+    try:
+        pid = int(vmm.await_(r"^pid (\d+)"))
+        vmm.await_(f"({READY})")
+        result = audit(host, pid)
+        assert (result["verdict"], result["vmm"]["vmm"]) == ("exposed", "Firecracker")
+    finally:
+        vmm.end()
+
+
+def call(host: LabHost, path: str, *calls: tuple[str, str, object]) -> None:
+    done = host.output(
+        [sys.executable, "-m", "tests.lab.firecracker_api", path, json.dumps(calls)], timeout=PATIENCE, cwd=ROOT
+    )
+    assert done.status == 0, done.stderr.decode()
+
+
+def test_a_snapshot_is_restored_to_hidden_memory(host: LabHost, firecracker: Path, boot_source: dict[str, str]) -> None:
+    folder = "/run/snapshot"
+    assert host.run(["mkdir", folder]) == 0
+    first = Started(host, [*OFFMAP, "wrap", "--", str(firecracker), "--api-sock", f"{folder}/first"])
+    try:
+        call(
+            host,
+            f"{folder}/first",
+            ("PUT", "/machine-config", {"vcpu_count": 2, "mem_size_mib": 128}),
+            ("PUT", "/boot-source", boot_source),
+            ("PUT", "/actions", {"action_type": "InstanceStart"}),
+        )
+        first.await_(f"({READY})")
+        first.await_(HIDDEN)
+        files = {"snapshot_path": f"{folder}/state", "mem_file_path": f"{folder}/memory"}
+        call(
+            host,
+            f"{folder}/first",
+            ("PATCH", "/vm", {"state": "Paused"}),
+            ("PUT", "/snapshot/create", {"snapshot_type": "Full", **files}),
+        )
+    finally:
+        assert "refused" not in first.end()
+    second = Started(host, [*OFFMAP, "wrap", "--", str(firecracker), "--api-sock", f"{folder}/second"])
+    try:
+        memory = {"backend_type": "File", "backend_path": f"{folder}/memory"}
+        load = {"snapshot_path": f"{folder}/state", "mem_backend": memory, "resume_vm": True}
+        call(host, f"{folder}/second", ("PUT", "/snapshot/load", load))
+        pid = int(second.await_(HIDDEN))
+        second.command.write(b"echo still $((6 * 7))\n")
+        second.await_("(still 42)")
+        assert audit(host, pid)["verdict"] == "hidden"
+    finally:
+        assert "refused" not in second.end()
+
+
+def test_under_its_jailer_it_is_hidden(host: LabHost, firecracker: Path, boot_source: dict[str, str]) -> None:
+    out, root = host.options.out, f"/run/jail/{firecracker.name}/one/root"
+    assert out is not None
+    inside = {**boot_source, "kernel_image_path": "vmlinux", "initrd_path": "guest.initramfs"}
+    config(inside, out, "jailed.json")
+    files = f"/run/vmlinux /run/guest.initramfs {out}/jailed.json"
+    assert host.run(["sh", "-c", f"mkdir -p {root} && cp {files} {root} && chmod -R a+rX /run/jail"]) == 0
+    jailer = [str(firecracker.with_name("jailer")), "--id", "one", "--exec-file", str(firecracker)]
+    jailer += ["--uid", "12345", "--gid", "12345", "--chroot-base-dir", "/run/jail"]
+    vmm = Started(host, [*OFFMAP, "wrap", "--", *jailer, "--", "--no-api", "--config-file", "jailed.json"])
+    try:
+        vmm.await_(f"({READY})")
+        pid = int(vmm.await_(HIDDEN))
+        seen = host.output(["sh", "-c", f"grep ^Uid: /proc/{pid}/status; ls /proc/{pid}/root"]).stdout.decode()
+        assert "12345" in seen
+        assert "jailed.json" in seen
+    finally:
+        assert "refused" not in vmm.end()

