@@ -11,7 +11,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["offmap.devices"]):
+with atheris.instrument_imports(include=["offmap.devices", "offmap.sandbox"]):
     from .run import Runner, corpus, inputs
 
 _LONGEST = 512  # bytes of an input

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from offmap.owned import Owned
 
+from .broker import BrokerTarget
 from .devices import BalloonTarget, BlkTarget, BouncedBlkTarget, ReadonlyBlkTarget, RngTarget
 from .pc import PortsTarget, RegistersTarget
 from .queue import QueueTarget, RacingQueueTarget
@@ -29,6 +30,7 @@ TARGETS: dict[str, type[Target]] = {
     "net": NetTarget,
     "net-stream": StreamTarget,
     "vsock": VsockTarget,
+    "broker": BrokerTarget,
 }
 CORPUS = Path(__file__).with_name("corpus")
 """NAME.txt: the stored inputs of a target, a line of hexadecimal digits each."""
