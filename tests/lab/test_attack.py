@@ -12,6 +12,7 @@ from offmap.compare.guest import guest_initramfs
 from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
 from .alias_module import alias_module, peek_module
@@ -82,3 +83,10 @@ def test_the_other_kinds_of_ram(lab_kernel: HostKernel, tmp_path: Path) -> None:
     assert found["unplugged"]["attempt"]["mapped_pages"] == 0
     # What offmap keeps from its guest is mapped; the secret is in none of it.
     assert found["secretmem-bridge"]["attempt"]["mapped_pages"] < 2000
+
+
+@pytest.mark.slow
+def test_the_same_on_another_kernel(tmp_path: Path) -> None:
+    found = attacked(host_kernel("debian:7.3"), tmp_path, "unplugged")
+    check_ends(found["unplugged"])
+    assert found["unplugged"]["attempt"]["mapped_pages"] == 0
