@@ -55,7 +55,7 @@ def converse(process: subprocess.Popen[bytes], until: bytes, answer: bytes) -> b
 def test_every_command_is_tested() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(_ANY.findall(text)) == len(blocks())
-    assert set(blocks()) == {"demo", "patched", "test", "lab", "run", "exec", "audit", "doctor", "library"}
+    assert set(blocks()) == {"demo", "patched", "test", "lab", "run", "exec", "audit", "doctor", "library", "wrap"}
 
 
 def test_make_test_is_what_ci_runs() -> None:
@@ -120,6 +120,21 @@ def test_a_guest_in_a_disposable_host(checkout: Path) -> None:
         said = converse(process, b"  walk ", b"poweroff -f\n")
     assert process.returncode == 0, said.decode()
     assert b"HIDDEN: none of the 65536 guest pages" in said
+
+
+def test_a_wrapped_vmm(checkout: Path) -> None:
+    command = blocks()["wrap"].replace("sleep 20", "cat")  # until its verdict has been read
+    with subprocess.Popen(
+        ["sh", "-c", command], cwd=checkout, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        assert process.stdin is not None
+        said = []
+        for line in process.stderr:
+            said.append(line.decode())
+            if said[-1].startswith("offmap wrap: "):
+                process.stdin.close()
+    assert any(": HIDDEN: none of the 65536 guest pages" in line for line in said), said
 
 
 def test_a_guest_of_ones_own(lab_host: LabHost, lab_kernel: HostKernel, lab_out: Path) -> None:
