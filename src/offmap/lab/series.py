@@ -10,6 +10,8 @@ import offmap
 from offmap.lab.errors import LabError
 
 _PACKAGED = "_kernel"  # pyproject.toml puts kernel/ there when it makes a wheel
+# What no kernel is compiled from. Patches to these leave a built kernel as good as new.
+_NOT_BUILT = (b"Documentation/", b"MAINTAINERS", b"tools/testing/")
 _SUBJECT = re.compile(r"^Subject: (?:\[PATCH[^\]]*\] )?(.*(?:\n .*)*)", re.MULTILINE)
 
 
@@ -39,16 +41,23 @@ class PatchSeries:
         return [self.config, *([self.debug] if self.debug else [])]
 
     def key(self, source_version: str) -> str:
-        """Sixteen hexadecimal digits that change with the source, the configuration and each patch."""
+        """Sixteen hexadecimal digits that change with the source, the configuration, and what patches do to it."""
         digest = hashlib.sha256(f"{source_version}\n".encode())
-        for path in (*self.configs(), *self.patches):
-            data = path.read_bytes()
-            digest.update(f"{path.name} {len(data)}\n".encode() + data)
+        parts = [path.read_bytes() for path in self.configs()] + [_changes(path) for path in self.patches]
+        for data in parts:
+            if data:
+                digest.update(f"{len(data)}\n".encode() + data)
         return digest.hexdigest()[:16]
 
     def subjects(self) -> list[str]:
         """The patches' subjects, in order."""
         return [_subject(path) for path in self.patches]
+
+
+def _changes(patch: Path) -> bytes:
+    """What `patch` does to the files that a kernel is compiled from: no message, no test, no documentation."""
+    _message, *files = re.split(rb"^diff --git a/", patch.read_bytes(), flags=re.MULTILINE)
+    return b"".join(file for file in files if not file.startswith(_NOT_BUILT))
 
 
 def _subject(patch: Path) -> str:

@@ -92,7 +92,7 @@ def test_a_built_kernel_is_found_until_a_patch_changes(cache: Path, tmp_path: Pa
     (store / "tree/boot/vmlinuz-7.3.4").write_text("image")
     write_manifest(store / "tree", [store / "tree/boot/vmlinuz-7.3.4"])
     assert built_tree(series) == store / "tree"
-    (tmp_path / "0001.patch").write_text("y")
+    (tmp_path / "0001.patch").write_text("diff --git a/mm/x.c b/mm/x.c\n")
     assert built_tree(series) is None
 
 

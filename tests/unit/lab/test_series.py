@@ -15,6 +15,13 @@ Subject: [PATCH 1/2] mm: a subject that is long enough to be continued on a
 
 Why.
 """
+DIFF = """diff --git a/mm/a.c b/mm/a.c
+--- a/mm/a.c
++++ b/mm/a.c
+@@ -1 +1,2 @@
+ int a;
++int b;
+"""
 
 
 def series(folder: Path, *patches: str, config: str = "CONFIG_KVM=y\n") -> PatchSeries:
@@ -65,15 +72,23 @@ def test_subjects(tmp_path: Path) -> None:
 
 
 def test_the_key_changes_with_all_that_a_kernel_is_made_from(tmp_path: Path) -> None:
-    keys = {series(tmp_path, PATCH).key("1")}
-    keys.add(series(tmp_path, PATCH).key("1"))
+    keys = {series(tmp_path, PATCH + DIFF).key("1")}
+    keys.add(series(tmp_path, PATCH + DIFF).key("1"))
     assert len(keys) == 1
-    keys.add(series(tmp_path, PATCH).key("2"))
-    keys.add(series(tmp_path, PATCH + "\n").key("1"))
-    keys.add(series(tmp_path, PATCH, "").key("1"))
-    keys.add(series(tmp_path, "", PATCH).key("1"))
-    keys.add(series(tmp_path, PATCH, config="CONFIG_KVM=m\n").key("1"))
+    keys.add(series(tmp_path, PATCH + DIFF).key("2"))
+    keys.add(series(tmp_path, PATCH + DIFF + "+another line\n").key("1"))
+    keys.add(series(tmp_path, PATCH + DIFF, DIFF).key("1"))
+    keys.add(series(tmp_path, PATCH).key("1"))
+    keys.add(series(tmp_path, PATCH + DIFF, config="CONFIG_KVM=m\n").key("1"))
     assert len(keys) == 6
+
+
+def test_the_key_stays_with_what_no_kernel_is_made_from(tmp_path: Path) -> None:
+    key = series(tmp_path, PATCH + DIFF).key("1")
+    assert series(tmp_path, PATCH.replace("1/2", "2/3") + "Another message.\n" + DIFF).key("1") == key
+    for path in ("tools/testing/selftests/mm/a.c", "Documentation/a.rst", "MAINTAINERS"):
+        other = DIFF.replace("mm/a.c", path)
+        assert series(tmp_path, PATCH + other + DIFF, PATCH + other).key("1") == key
 
 
 def test_options_that_kconfig_dropped_are_named() -> None:
