@@ -12,6 +12,7 @@ from offmap.errors import KernelError, OffmapError
 from offmap.files import fallocate
 from offmap.kvm.handle import Handle
 from offmap.memory.backend import parse_backend
+from offmap.memory.module_device import open_module
 from offmap.memory.pool import Pool
 from offmap.memory.unplugged import Unplugged
 from offmap.owned import Owned
@@ -70,6 +71,7 @@ def source_of(memory: str) -> Source:
         source.take(PAGE_SIZE, 0).close()  # refused now, and not when the guest begins
     elif isinstance(backend, Unplugged):
         source = DeviceFiles(backend)
+        open_module().close()  # the same
     else:
         raise OffmapError(
             f"{backend.name} cannot be placed under a VMM", "use --memory pool or --memory unplugged, which are files"
