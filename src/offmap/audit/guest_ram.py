@@ -184,7 +184,8 @@ def ask_kvm_list(kvm: KvmList, process: Process, links: Mapping[int, str]) -> Se
         return vms
     for attempt in range(_ATTEMPTS):
         try:
-            if kvm.held(process.pid, held) <= {vm.address for vm in vms} | set(kvm.addresses()):
+            unknown = kvm.held(process.pid, held) - {vm.address for vm in vms}
+            if not unknown or unknown <= set(kvm.addresses()):
                 break
         except Unknown:
             if attempt == _ATTEMPTS - 1:

@@ -68,7 +68,7 @@ class Tasks(KernelObjects):
         Raises:
             Unknown: there is no such thread, or the kernel's list cannot be read.
         """
-        for number, entry in self._pids():
+        for number, entry in self._pids(tid):
             if number == tid and self._members(task := self._task_at(entry))[1] == tid:
                 return task
         raise Unknown(f"the kernel has no process {tid}")
@@ -80,16 +80,16 @@ class Tasks(KernelObjects):
             raise Unknown(f"process {tid} has no address space")
         return memory
 
-    def _pids(self) -> list[tuple[int, int]]:
-        """(thread ID, address of its ``struct pid``) of each thread."""
+    def _pids(self, only: int | None = None) -> list[tuple[int, int]]:
+        """(thread ID, address of its ``struct pid``) of each thread; with `only`, at least of that one."""
         table = symbol("init_pid_ns") + self._btf.offset("pid_namespace", "idr", "idr_rt")
         for _ in range(_ATTEMPTS - 1):
             with suppress(Unknown):
-                return self._look(table)
-        return self._look(table)
+                return self._look(table, only)
+        return self._look(table, only)
 
-    def _look(self, table: int) -> list[tuple[int, int]]:
-        numbers, _, entries = xarray.entries(self._read, self._btf, table)
+    def _look(self, table: int, only: int | None) -> list[tuple[int, int]]:
+        numbers, _, entries = xarray.entries(self._read, self._btf, table, only)
         return list(zip(numbers.tolist(), entries.tolist(), strict=True))
 
     def _task_at(self, pid: int) -> int:

@@ -39,8 +39,10 @@ class Types(Protocol):
         ...
 
 
-def entries(read: Read, btf: Types, at: int) -> tuple[Ints, Ints, NDArray[np.uint64]]:
+def entries(read: Read, btf: Types, at: int, only: int | None = None) -> tuple[Ints, Ints, NDArray[np.uint64]]:
     """All entries of the xarray at this address, in order: the index of each, how many indices it has, its value.
+
+    With `only`, nodes that cannot have that index are not read, and entries of the same nodes may be there too.
 
     What changes meanwhile may be missing; what is there all the time is not.
 
@@ -76,7 +78,8 @@ def entries(read: Read, btf: Types, at: int) -> tuple[Ints, Ints, NDArray[np.uin
         index, count, value = _of_node(values, shift, base)
         inner = np.array([_is_node(each) for each in value.tolist()]) if shift else np.zeros(len(value), dtype=np.bool_)
         for where, below in zip(index[inner].tolist(), value[inner].tolist(), strict=True):
-            todo.append((below, where, entry - 2, shift))
+            if only is None or where <= only < where + (1 << shift):
+                todo.append((below, where, entry - 2, shift))
         parts.append((index[~inner], count[~inner], value[~inner]))
     if int.from_bytes(read(head_at, 8), "little") != head:
         raise Unknown("an xarray is being changed")

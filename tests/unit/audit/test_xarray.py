@@ -29,6 +29,24 @@ def test_all_entries_of_all_nodes_in_order() -> None:
     assert entries(memory) == [(index, 1, value) for index, value in found.items()]
 
 
+def test_one_index_is_found_without_the_nodes_of_others() -> None:
+    memory = Memory()
+    found = {0: 0x9000, 63: 0x9040, 64: 0x9080, 700: 0x90C0}
+    memory.xarray(ROOT, found)
+    reads: list[int] = []
+
+    def read(address: int, size: int) -> bytes:
+        reads.append(address)
+        return memory.read(address, size)
+
+    for index, value in found.items():
+        reads.clear()
+        numbers, _, values = xarray.entries(read, Types(), ROOT, index)
+        assert (index, value) in set(zip(numbers.tolist(), values.tolist(), strict=True))
+        assert len(reads) == 4  # the head, before and after, its node, and one more
+    assert 65 not in xarray.entries(read, Types(), ROOT, 65)[0].tolist()
+
+
 def test_siblings_belong_to_the_entry_before_them_and_marks_are_no_entries() -> None:
     memory = Memory()
     sibling, retry = 8 << 2 | 2, 256 << 2 | 2
