@@ -1,8 +1,9 @@
 """Run one machine to its end without a terminal: the event loop of a guest that does one job."""
 
+import math
 import os
 import re
-import selectors
+import select
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -108,23 +109,26 @@ class Headless:
 
     def _loop(self, machine: Machine) -> None:
         announced = False
-        with selectors.PollSelector() as selector:
-            broker = -1 if self._confinement is None else self._confinement.broker.fd
-            for fd in (machine.stopped_fd, self._events, self._finished, *([broker] if broker >= 0 else ())):
-                selector.register(fd, selectors.EVENT_READ)
-            while machine.stopped is None:
-                ready = {key.fd for key, _ in selector.select(machine.seconds_to_tick())}
-                if self._events in ready:
-                    os.eventfd_read(self._events)
-                    machine.console.flush(wait=False)
-                if broker in ready:
-                    machine.stop(Outcome.FAILED, broker_gone())
-                if self._finished in ready:
-                    machine.stop(Outcome.POWERED_OFF)
-                machine.tick()
-                if self._up and not announced:
-                    announced = True
-                    self._on_up(machine)
+        poll = select.poll()
+        for fd in (machine.stopped_fd, self._events, self._finished):
+            poll.register(fd, select.POLLIN)
+        broker = -1 if self._confinement is None else self._confinement.broker.fd
+        if broker >= 0:
+            poll.register(broker, 0)  # for its hang-up: its answers are for the threads that asked
+        while machine.stopped is None:
+            seconds = machine.seconds_to_tick()
+            ready = {fd for fd, _ in poll.poll(None if seconds is None else math.ceil(seconds * 1000))}
+            if self._events in ready:
+                os.eventfd_read(self._events)
+                machine.console.flush(wait=False)
+            if broker in ready:
+                machine.stop(Outcome.FAILED, broker_gone())
+            if self._finished in ready:
+                machine.stop(Outcome.POWERED_OFF)
+            machine.tick()
+            if self._up and not announced:
+                announced = True
+                self._on_up(machine)
 
 
 def _oops(before: list[str]) -> list[str]:
