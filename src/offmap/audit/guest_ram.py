@@ -163,6 +163,10 @@ class OthersVm(Unknown):
     """The VM is of another process's memory: its userspace addresses say nothing in this one."""
 
 
+class NoVm(Undetermined):
+    """By KVM's own list, and all that can be seen of it, the process has no VM now."""
+
+
 # The VMs that a process made, given with what its descriptors' links say; raises Unknown where they cannot be had.
 AskKvm = Callable[[Process, Mapping[int, str]], Sequence[Vm]]
 
@@ -223,7 +227,7 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
         except Unknown as error:
             unlisted = str(error)
     if not vms and not claimed and not vm_links(links):
-        raise Undetermined(
+        raise (Undetermined if unlisted else NoVm)(
             f"process {process.pid} holds no KVM VM and no offmap-memslots list",
             "say which addresses to audit with --range VA:LENGTH",
         )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import offmap
 from offmap.audit.btf import Unknown
-from offmap.audit.guest_ram import KVM_VCPU_LINK, KVM_VM_LINK, MEMSLOTS_LINK, OthersVm, ask_kvm_list, vm_links
+from offmap.audit.guest_ram import KVM_VCPU_LINK, KVM_VM_LINK, MEMSLOTS_LINK, NoVm, OthersVm, ask_kvm_list, vm_links
 from offmap.audit.host import host_facts, utc_now
 from offmap.audit.kcore import Kcore
 from offmap.audit.kvm_list import KvmList, Vm
@@ -207,6 +207,14 @@ def worst_status(statuses: Sequence[ExitStatus], notes: Sequence[str]) -> ExitSt
     return max(found, key=_GRAVITY.index, default=ExitStatus.DONE)
 
 
+def _audited(audit: Callable[[VmProcess], AuditResult], vm: VmProcess) -> AuditResult:
+    """Audit it; one whose VM ended, and that may have made another, is looked at again."""
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(NoVm):
+            return audit(vm)
+    return audit(vm)
+
+
 def audit_every_vm(
     audit: Callable[[VmProcess], AuditResult], prepare: Callable[[Sequence[VmProcess]], None] = lambda vms: None
 ) -> EveryVm:
@@ -226,8 +234,8 @@ def audit_every_vm(
     statuses = []
     for vm in vms:
         try:
-            results.append(audit(vm))
-        except (NoSuchProcess, ProcessEnded):
+            results.append(_audited(audit, vm))
+        except (NoSuchProcess, ProcessEnded, NoVm):
             ended.append(vm)
         except OracleDisagrees:
             raise  # then nothing that is said of the other VMs is to be relied on either

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from offmap.audit.guest_ram import NoVm
 from offmap.audit.kvm_list import Vm
 from offmap.audit.kvm_vcpu import VCpu
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
@@ -85,6 +86,22 @@ def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(monkeypat
         (1, "no kcore"),
         (4, "it could not be looked at, and its VM is still there"),
     ]
+    assert every.exit_status == ExitStatus.UNDETERMINED
+
+
+def test_a_process_whose_vm_ended_is_looked_at_again_and_then_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    vms = [VmProcess(pid, f"vmm{pid}", VmmFacts("", "", 1, 0)) for pid in (1, 2)]
+    lists = [vms, vms[:1]]
+    monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: (lists.pop(0), []))
+    looks: list[int] = []
+
+    def audit(vm: VmProcess) -> None:
+        looks.append(vm.pid)
+        raise NoVm("process holds no KVM VM")
+
+    every = audit_every_vm(audit)  # type: ignore[arg-type]
+    assert looks == [1] * 4 + [2] * 4
+    assert [each.pid for each in every.not_audited] == [1]
     assert every.exit_status == ExitStatus.UNDETERMINED
 
 
