@@ -257,8 +257,7 @@ def after_the_end(
         memory_kib: the host's memory before the guest, in KiB.
         owned_by_linux: whether the host kernel owned the memory before, and must own it again.
     """
-    back = _wait_until_back(control, frames) if owned_by_linux else 0
-    look = _look_at_control(control, secrets)
+    look, back = _look_until_back(control, secrets, frames, expected=owned_by_linux)
     if look.found:
         zeroed = no("hidden.zeroed", f"{look.found} of its {secrets.count} secrets are still in the host's memory")
     elif not look.controlled:
@@ -274,34 +273,36 @@ def after_the_end(
         zeroed = undetermined("hidden.zeroed", left, look.control)
     else:
         zeroed = yes("hidden.zeroed", look.control)
-    return [zeroed, _restored(look.snapshot.mappings, frames, memory_kib, owned_by_linux)]
+    return [zeroed, _restored(back, frames, memory_kib, owned_by_linux)]
 
 
-def _wait_until_back(control: LiveGuest, frames: Intervals) -> int:
-    """Wait for frames that the kernel zeroes before it maps them again. Gives up when no more come.
+def _look_until_back(control: LiveGuest, secrets: Secrets, frames: Intervals, *, expected: bool) -> tuple[Look, int]:
+    """Look again while frames are missing: the kernel zeroes some before it maps them. Gives up when no more come.
+
+    Args:
+        expected: whether they are to be in the direct map again; else one look is enough.
 
     Returns:
-        How many of them are in the direct map.
+        The last look, and how many of the frames were in the direct map then.
     """
-    most, until = 0, time.monotonic() + scaled(_RETURNED_BY)
+    most, until = -1, 0.0
     while True:
-        mappings = snapshot_process(control.pid, ranges=control.ranges()).mappings
-        back = frames_in(frames, direct_frames(mappings))
+        look = _look_at_control(control, secrets)
+        back = frames_in(frames, direct_frames(look.snapshot.mappings))
         if back > most:
             most, until = back, time.monotonic() + scaled(_RETURNED_BY)
-        if back == frames.size or time.monotonic() > until:
-            return back
+        if not expected or back == frames.size or time.monotonic() > until:
+            return look, back
         time.sleep(_LOOK_EVERY)
 
 
-def _restored(mappings: KernelMappings, frames: Intervals, memory_kib: int, owned_by_linux: bool) -> Answer:
+def _restored(back: int, frames: Intervals, memory_kib: int, owned_by_linux: bool) -> Answer:
     id = "hidden.restored"
     lost = memory_kib - host_memory_kib()
     if lost > 0:
         return no(id, f"the host has {lost} KiB less memory than before the guest (MemTotal)")
     if not frames.size:
         return undetermined(id, "which frames the guest had is not known")
-    back = frames_in(frames, direct_frames(mappings))
     detail = f"{back} of the guest's {frames.size} frames are in the direct map; MemTotal is what it was"
     if not owned_by_linux:
         return yes(id, f"{detail}: the memory is not Linux's, and was not before")
