@@ -1,9 +1,7 @@
 """Run one machine to its end without a terminal: the event loop of a guest that does one job."""
 
-import math
 import os
 import re
-import select
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,8 +10,9 @@ from offmap.errors import OffmapError
 from offmap.units import printable
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.machine import Machine
-from offmap.vmm.outcome import Outcome, Stop, broker_gone
+from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.stop_signals import stopped_by_signals
+from offmap.vmm.waiting import Waiting
 
 if TYPE_CHECKING:
     from offmap.vmm.confinement import Confinement
@@ -109,20 +108,12 @@ class Headless:
 
     def _loop(self, machine: Machine) -> None:
         announced = False
-        poll = select.poll()
-        for fd in (machine.stopped_fd, self._events, self._finished):
-            poll.register(fd, select.POLLIN)
-        broker = -1 if self._confinement is None else self._confinement.broker.fd
-        if broker >= 0:
-            poll.register(broker, 0)  # for its hang-up: its answers are for the threads that asked
+        waiting = Waiting(machine, self._confinement, self._events, self._finished)
         while machine.stopped is None:
-            seconds = machine.seconds_to_tick()
-            ready = {fd for fd, _ in poll.poll(None if seconds is None else math.ceil(seconds * 1000))}
+            ready = waiting.wait()
             if self._events in ready:
                 os.eventfd_read(self._events)
                 machine.console.flush(wait=False)
-            if broker in ready:
-                machine.stop(Outcome.FAILED, broker_gone())
             if self._finished in ready:
                 machine.stop(Outcome.POWERED_OFF)
             machine.tick()

@@ -20,8 +20,3 @@ class Stop(NamedTuple):
 
     outcome: Outcome
     error: OffmapError | None = None
-
-
-def broker_gone() -> OffmapError:
-    """Why a machine ends whose broker has."""
-    return OffmapError("the broker of this VMM has ended", "run it again: somebody has killed it")

@@ -1,7 +1,6 @@
 """Run one machine to its end at this process's terminal: the event loop of ``offmap run``."""
 
 import contextlib
-import math
 import os
 import select
 from collections.abc import Callable, Iterator
@@ -11,10 +10,11 @@ from offmap.errors import KernelError, OffmapError
 from offmap.vmm.command_line import with_hvc0
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.machine import Machine
-from offmap.vmm.outcome import Outcome, Stop, broker_gone
+from offmap.vmm.outcome import Outcome, Stop
 from offmap.vmm.output import ConsoleOutput
 from offmap.vmm.stop_signals import stopped_by_signals
 from offmap.vmm.terminal import EscapeKey, RawTerminal, Typed
+from offmap.vmm.waiting import Waiting
 
 if TYPE_CHECKING:
     from offmap.vmm.confinement import Confinement
@@ -160,23 +160,17 @@ class Session:
         pending = b""  # read, and not yet taken by the guest
         at_end = announced = flush_due = False
         at_terminal = os.isatty(self._stdin)
-        # poll(2), because epoll refuses regular files, and a guest's input may come from one.
-        poll, stopped = select.poll(), select.poll()
-        poll.register(machine.stopped_fd, select.POLLIN)
-        poll.register(self._events, select.POLLIN)
-        broker = -1 if self._confinement is None else self._confinement.broker.fd
-        if broker >= 0:
-            poll.register(broker, 0)  # for its hang-up
+        waiting, stopped = Waiting(machine, self._confinement, self._events), select.poll()
         stopped.register(machine.stopped_fd, select.POLLIN)
         watched: set[tuple[int, int]] = set()
 
         def watch(fd: int, event: int, wanted: bool) -> None:
             if wanted and (fd, event) not in watched:
                 watched.add((fd, event))
-                poll.register(fd, event)
+                waiting.poll.register(fd, event)
             elif not wanted and (fd, event) in watched:
                 watched.remove((fd, event))
-                poll.unregister(fd)
+                waiting.poll.unregister(fd)
 
         while machine.stopped is None:
             reading = (len(pending) < _READ_SIZE or at_terminal) and not at_end
@@ -184,10 +178,7 @@ class Session:
             watch(output.fd, select.POLLOUT, flush_due)
             if self._hvc is not None:
                 watch(self._hvc.input_fd, select.POLLOUT, self._at_hvc and bool(pending))
-            seconds = machine.seconds_to_tick()
-            ready = {fd for fd, _ in poll.poll(None if seconds is None else math.ceil(seconds * 1000))}
-            if broker in ready:
-                machine.stop(Outcome.FAILED, broker_gone())
+            ready = waiting.wait()
             if self._events in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._events)
