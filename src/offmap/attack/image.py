@@ -8,10 +8,8 @@ from pathlib import Path
 
 from offmap.errors import KernelError, OffmapError
 from offmap.uapi import bootparam as bp
-from offmap.uapi.elf import ELF64_EHDR, ELFMAG, Elf64_Ehdr
+from offmap.uapi import elf
 
-_SHDR = struct.Struct("<IIQQQQIIQQ")  # Elf64_Shdr, linux/elf.h
-_SHT_NOBITS = 8  # linux/elf.h
 _BOOT_MAGIC = b"HdrS"
 _ZSTD, _XZ, _GZIP = b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00", b"\x1f\x8b"
 _REMEDY = "give a vmlinuz or an ELF vmlinux as its distribution ships it"
@@ -41,24 +39,18 @@ def sections_of(path: Path) -> dict[str, Section]:
         start = ((data[bp.SETUP_SECTS] or 4) + 1) * 512 + offset  # boot.rst, "payload_offset"
         data = data[start : start + length]
     data = _unpacked(data, path)
-    if not data.startswith(ELFMAG) or len(data) < ELF64_EHDR.size:
+    if not data.startswith(elf.ELFMAG) or len(data) < elf.ELF64_EHDR.size:
         raise OffmapError(f"{path} is no kernel image or module that can be read", _REMEDY)
     try:
-        return _sections(data)
-    except (struct.error, IndexError, ValueError):
+        headers = elf.section_headers(data)
+    except ValueError:
         raise OffmapError(f"{path} is damaged: its sections lie outside it", _REMEDY) from None
-
-
-def _sections(data: bytes) -> dict[str, Section]:
-    header = Elf64_Ehdr._make(ELF64_EHDR.unpack_from(data))
-    headers = [_SHDR.unpack_from(data, header.e_shoff + n * _SHDR.size) for n in range(header.e_shnum)]
-    names = headers[header.e_shstrndx]
-    found = {}
-    for name_at, kind, _, va, offset, size, *_ in headers:
-        start = names[4] + name_at
-        name = data[start : data.index(b"\0", start)].decode("ascii", "replace")
-        found[name] = Section(va, b"" if kind == _SHT_NOBITS else data[offset : offset + size])
-    return found
+    return {
+        name.decode("ascii", "replace"): Section(
+            at.sh_addr, b"" if at.sh_type == elf.SHT_NOBITS else data[at.sh_offset : at.sh_offset + at.sh_size]
+        )
+        for name, at in headers
+    }
 
 
 def _unpacked(data: bytes, path: Path) -> bytes:

@@ -1,12 +1,10 @@
 """Facts about a built module: the strings of its .modinfo section (include/linux/moduleinfo.h)."""
 
-import struct
 from pathlib import Path
 
 from offmap.errors import OffmapError
 from offmap.uapi import elf
 
-_SHDR = struct.Struct("<IIQQQQIIQQ")  # Elf64_Shdr: sh_name, sh_type, sh_flags, sh_addr, sh_offset, sh_size, …
 _SIGNATURE = b"~Module signature appended~\n"  # MODULE_SIG_STRING, include/linux/module_signature.h
 
 
@@ -43,18 +41,8 @@ def is_signed(module: Path) -> bool:
 
 def _section(data: bytes, name: bytes) -> bytes | None:
     """Contents of an ELF64 section by name; None if there is no such section."""
-    if len(data) < elf.ELF64_EHDR.size or data[: len(elf.ELFMAG)] != elf.ELFMAG:
+    try:
+        headers = elf.section_headers(data)
+    except ValueError:
         return None
-    header = elf.Elf64_Ehdr._make(elf.ELF64_EHDR.unpack_from(data))
-    if header.e_shoff + header.e_shnum * _SHDR.size > len(data) or header.e_shstrndx >= header.e_shnum:
-        return None
-
-    def contents(index: int) -> tuple[int, bytes]:
-        sh_name, _, _, _, offset, size, *_ = _SHDR.unpack_from(data, header.e_shoff + index * _SHDR.size)
-        return sh_name, data[offset : offset + size]
-
-    names = contents(header.e_shstrndx)[1]
-    for sh_name, section in map(contents, range(header.e_shnum)):
-        if names[sh_name:].split(b"\0", 1)[0] == name:
-            return section
-    return None
+    return next((data[at.sh_offset : at.sh_offset + at.sh_size] for found, at in headers if found == name), None)

@@ -23,7 +23,10 @@ PT_NOTE = 4
 
 ELF64_EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
 ELF64_PHDR = struct.Struct("<IIQQQQQQ")
+ELF64_SHDR = struct.Struct("<IIQQQQIIQQ")
 ELF64_NHDR = struct.Struct("<III")
+
+SHT_NOBITS = 8
 
 
 class Elf64_Ehdr(NamedTuple):
@@ -56,6 +59,39 @@ class Elf64_Phdr(NamedTuple):
     p_filesz: int
     p_memsz: int
     p_align: int
+
+
+class Elf64_Shdr(NamedTuple):
+    """``struct elf64_shdr``."""
+
+    sh_name: int
+    sh_type: int
+    sh_flags: int
+    sh_addr: int
+    sh_offset: int
+    sh_size: int
+    sh_link: int
+    sh_info: int
+    sh_addralign: int
+    sh_entsize: int
+
+
+def section_headers(data: bytes) -> list[tuple[bytes, Elf64_Shdr]]:
+    """The name and the header of each section of an ELF64 file.
+
+    Raises:
+        ValueError: it is no such file, or its section headers lie outside it.
+    """
+    if len(data) < ELF64_EHDR.size or not data.startswith(ELFMAG):
+        raise ValueError("no ELF64 file")
+    header = Elf64_Ehdr._make(ELF64_EHDR.unpack_from(data))
+    if header.e_shoff + header.e_shnum * ELF64_SHDR.size > len(data) or header.e_shstrndx >= header.e_shnum:
+        raise ValueError("its section headers lie outside it")
+    places = range(header.e_shoff, header.e_shoff + header.e_shnum * ELF64_SHDR.size, ELF64_SHDR.size)
+    headers = [Elf64_Shdr._make(ELF64_SHDR.unpack_from(data, at)) for at in places]
+    strings = headers[header.e_shstrndx]
+    names = data[strings.sh_offset : strings.sh_offset + strings.sh_size]
+    return [(names[each.sh_name :].split(b"\0", 1)[0], each) for each in headers]
 
 
 class Elf64_Nhdr(NamedTuple):

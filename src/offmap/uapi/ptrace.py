@@ -4,7 +4,6 @@ from ctypes import Structure
 
 from offmap.uapi.members import u64
 
-PTRACE_CONT = 7
 PTRACE_DETACH = 17
 PTRACE_GETREGS = 12
 PTRACE_SETREGS = 13
@@ -16,8 +15,6 @@ PTRACE_SETSIGMASK = 0x420B
 
 PTRACE_O_TRACESYSGOOD = 1 << 0
 PTRACE_O_EXITKILL = 1 << 20
-
-PTRACE_EVENT_STOP = 128
 
 WALL = 0x40000000  # __WALL of linux/wait.h: threads too
 

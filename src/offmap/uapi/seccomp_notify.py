@@ -1,31 +1,20 @@
-"""Seccomp filters with user notification: linux/seccomp.h, linux/filter.h, linux/audit.h."""
+"""Seccomp filters with user notification, beside what seccomp.py has of filters: linux/seccomp.h, linux/filter.h."""
 
 from ctypes import Structure, c_int32, c_int64, c_uint64
 
 from offmap.uapi.ioctl import iow, iowr
 from offmap.uapi.members import u8, u16, u32, u64
 
-SYS_seccomp = 317  # arch/x86/entry/syscalls/syscall_64.tbl
-
-SECCOMP_SET_MODE_FILTER = 1
 SECCOMP_FILTER_FLAG_NEW_LISTENER = 1 << 3
 SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV = 1 << 5  # Linux 5.19
 
 SECCOMP_RET_USER_NOTIF = 0x7FC00000
-SECCOMP_RET_ALLOW = 0x7FFF0000
 
 SECCOMP_USER_NOTIF_FLAG_CONTINUE = 1 << 0
 
-PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
-PR_SET_PTRACER = 0x59616D61
+PR_SET_PTRACER = 0x59616D61  # linux/prctl.h
 
-AUDIT_ARCH_X86_64 = 0xC000003E
 X32_SYSCALL_BIT = 0x40000000  # asm/unistd.h
-
-BPF_LD_W_ABS = 0x20
-BPF_JMP_JEQ_K = 0x15
-BPF_JMP_JSET_K = 0x45
-BPF_RET_K = 0x06
 
 
 class sock_filter(Structure):

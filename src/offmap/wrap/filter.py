@@ -10,9 +10,10 @@ import os
 from collections.abc import Sequence
 
 from offmap.errors import KernelError
-from offmap.uapi import kvm
+from offmap.uapi import kvm, seccomp
 from offmap.uapi import ptrace as tracing
 from offmap.uapi import seccomp_notify as uapi
+from offmap.uapi.syscall import NUMBERS
 
 REPORTED: tuple[int, ...] = (
     kvm.KVM_SET_USER_MEMORY_REGION,
@@ -32,18 +33,18 @@ def program(commands: Sequence[int] = REPORTED) -> list[uapi.sock_filter]:
     """The filter in classic BPF. A jump counts the instructions it skips."""
     tail = len(commands)
     instructions = [
-        (uapi.BPF_LD_W_ABS, 0, 0, _ARCH),
-        (uapi.BPF_JMP_JEQ_K, 3, 0, uapi.AUDIT_ARCH_X86_64),
-        (uapi.BPF_LD_W_ABS, 0, 0, _NR),
-        (uapi.BPF_JMP_JEQ_K, 4, 0, tracing.SYS_ioctl_i386),
-        (uapi.BPF_RET_K, 0, 0, uapi.SECCOMP_RET_ALLOW),
-        (uapi.BPF_LD_W_ABS, 0, 0, _NR),
-        (uapi.BPF_JMP_JEQ_K, 1, 0, tracing.SYS_ioctl),
-        (uapi.BPF_JMP_JEQ_K, 0, tail + 1, uapi.X32_SYSCALL_BIT | tracing.SYS_ioctl_x32),
-        (uapi.BPF_LD_W_ABS, 0, 0, _COMMAND),
-        *((uapi.BPF_JMP_JEQ_K, tail - n, 0, command) for n, command in enumerate(commands)),
-        (uapi.BPF_RET_K, 0, 0, uapi.SECCOMP_RET_ALLOW),
-        (uapi.BPF_RET_K, 0, 0, uapi.SECCOMP_RET_USER_NOTIF),
+        (seccomp.BPF_LD_W_ABS, 0, 0, _ARCH),
+        (seccomp.BPF_JEQ_K, 3, 0, seccomp.AUDIT_ARCH_X86_64),
+        (seccomp.BPF_LD_W_ABS, 0, 0, _NR),
+        (seccomp.BPF_JEQ_K, 4, 0, tracing.SYS_ioctl_i386),
+        (seccomp.BPF_RET_K, 0, 0, seccomp.SECCOMP_RET_ALLOW),
+        (seccomp.BPF_LD_W_ABS, 0, 0, _NR),
+        (seccomp.BPF_JEQ_K, 1, 0, tracing.SYS_ioctl),
+        (seccomp.BPF_JEQ_K, 0, tail + 1, uapi.X32_SYSCALL_BIT | tracing.SYS_ioctl_x32),
+        (seccomp.BPF_LD_W_ABS, 0, 0, _COMMAND),
+        *((seccomp.BPF_JEQ_K, tail - n, 0, command) for n, command in enumerate(commands)),
+        (seccomp.BPF_RET_K, 0, 0, seccomp.SECCOMP_RET_ALLOW),
+        (seccomp.BPF_RET_K, 0, 0, uapi.SECCOMP_RET_USER_NOTIF),
     ]
     return [uapi.sock_filter(*instruction) for instruction in instructions]
 
@@ -62,14 +63,14 @@ def install() -> int:
     fprog = uapi.sock_fprog(len(instructions), ctypes.addressof(array))
     flags = uapi.SECCOMP_FILTER_FLAG_NEW_LISTENER | uapi.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 
-    def seccomp() -> int:
-        result: int = libc.syscall(uapi.SYS_seccomp, uapi.SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(fprog))
+    def put_on() -> int:
+        result: int = libc.syscall(NUMBERS["seccomp"], seccomp.SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(fprog))
         return result
 
-    fd = seccomp()
+    fd = put_on()
     if fd < 0 and ctypes.get_errno() == errno.EACCES:  # no CAP_SYS_ADMIN here
-        libc.prctl(uapi.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        fd = seccomp()
+        libc.prctl(seccomp.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        fd = put_on()
     if fd < 0:
         remedies = {
             errno.EBUSY: "start it outside what has the one listener: this container, or another offmap wrap",

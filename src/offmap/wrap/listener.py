@@ -10,6 +10,7 @@ from offmap.errors import KernelError
 from offmap.kvm.handle import Handle
 from offmap.uapi import ptrace as tracing
 from offmap.uapi import seccomp_notify as uapi
+from offmap.uapi.seccomp import AUDIT_ARCH_X86_64
 
 _RESTART = tracing.ERESTARTSYS
 
@@ -53,7 +54,7 @@ class Listener(Handle):
         notif = uapi.seccomp_notif()
         self._call("SECCOMP_IOCTL_NOTIF_RECV", uapi.SECCOMP_IOCTL_NOTIF_RECV, notif)
         data = notif.data
-        native = data.arch == uapi.AUDIT_ARCH_X86_64 and data.nr == tracing.SYS_ioctl
+        native = data.arch == AUDIT_ARCH_X86_64 and data.nr == tracing.SYS_ioctl
         command, fd = data.args[1] & 0xFFFFFFFF, data.args[0] & 0xFFFFFFFF
         return Call(notif.id, notif.pid, command, fd, data.args[2], native)
 

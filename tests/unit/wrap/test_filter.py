@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from offmap.uapi import kvm
+from offmap.uapi import kvm, seccomp
 from offmap.uapi import ptrace as tracing
 from offmap.uapi import seccomp_notify as uapi
 from offmap.wrap.filter import REPORTED, program
@@ -21,11 +21,11 @@ def run(number: int, arch: int, *arguments: int) -> int:
         one = instructions[at]
         at += 1
         match one.code:
-            case uapi.BPF_LD_W_ABS:
+            case seccomp.BPF_LD_W_ABS:
                 (loaded,) = struct.unpack_from("<I", data, one.k)
-            case uapi.BPF_JMP_JEQ_K:
+            case seccomp.BPF_JEQ_K:
                 at += one.jt if loaded == one.k else one.jf
-            case uapi.BPF_RET_K:
+            case seccomp.BPF_RET_K:
                 return int(one.k)
             case _:
                 raise ValueError(one.code)
@@ -34,8 +34,8 @@ def run(number: int, arch: int, *arguments: int) -> int:
 @pytest.mark.parametrize("command", REPORTED)
 def test_what_matters_is_reported_by_every_abi(command: int) -> None:
     for number, arch in (
-        (tracing.SYS_ioctl, uapi.AUDIT_ARCH_X86_64),
-        (X32 | tracing.SYS_ioctl_x32, uapi.AUDIT_ARCH_X86_64),
+        (tracing.SYS_ioctl, seccomp.AUDIT_ARCH_X86_64),
+        (X32 | tracing.SYS_ioctl_x32, seccomp.AUDIT_ARCH_X86_64),
         (tracing.SYS_ioctl_i386, I386),
     ):
         assert run(number, arch, 7, command) == uapi.SECCOMP_RET_USER_NOTIF
@@ -44,8 +44,8 @@ def test_what_matters_is_reported_by_every_abi(command: int) -> None:
 
 
 def test_all_else_runs() -> None:
-    for number, arch in ((tracing.SYS_ioctl, uapi.AUDIT_ARCH_X86_64), (tracing.SYS_ioctl_i386, I386)):
-        assert run(number, arch, 7, kvm.KVM_RUN) == uapi.SECCOMP_RET_ALLOW
+    for number, arch in ((tracing.SYS_ioctl, seccomp.AUDIT_ARCH_X86_64), (tracing.SYS_ioctl_i386, I386)):
+        assert run(number, arch, 7, kvm.KVM_RUN) == seccomp.SECCOMP_RET_ALLOW
     for number in (tracing.SYS_mmap, tracing.SYS_ioctl_i386, X32 | tracing.SYS_ioctl):
-        assert run(number, uapi.AUDIT_ARCH_X86_64, 7, REPORTED[0]) == uapi.SECCOMP_RET_ALLOW
-    assert run(tracing.SYS_ioctl, I386, 7, REPORTED[0]) == uapi.SECCOMP_RET_ALLOW
+        assert run(number, seccomp.AUDIT_ARCH_X86_64, 7, REPORTED[0]) == seccomp.SECCOMP_RET_ALLOW
+    assert run(tracing.SYS_ioctl, I386, 7, REPORTED[0]) == seccomp.SECCOMP_RET_ALLOW
