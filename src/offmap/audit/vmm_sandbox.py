@@ -96,11 +96,10 @@ def _threads(process: Process) -> tuple[list[_Thread], int]:
     threads, in_kernel = [], 0
     for tid in process.threads():
         try:
-            status = process.read(f"task/{tid}/status").decode("utf-8", "replace")
+            fields = _fields(process.read(f"task/{tid}/status"))
             words = process.read(f"task/{tid}/stat").rpartition(b")")[2].split()
         except (OSError, Undetermined):  # it has ended
             continue
-        fields = {name: value for name, colon, value in (line.partition(":\t") for line in status.split("\n")) if colon}
         if int(words[6]) & _PF_USER_WORKER:
             in_kernel += 1
             continue
@@ -159,12 +158,17 @@ def _descriptors(process: Process, mounts: Mapping[int, _Mount]) -> list[Descrip
     return found
 
 
+def _fields(text: bytes) -> Mapping[str, str]:
+    """The lines ``name:<tab>value`` of status and fdinfo."""
+    lines = text.decode("utf-8", "replace").split("\n")
+    return {name: value for name, colon, value in (line.partition(":\t") for line in lines) if colon}
+
+
 def _fdinfo(process: Process, fd: int) -> Mapping[str, str]:
     try:
-        text = process.read(f"fdinfo/{fd}").decode("utf-8", "replace")
+        return _fields(process.read(f"fdinfo/{fd}"))
     except Undetermined:  # closed meanwhile
         return {}
-    return {name: value for name, colon, value in (line.partition(":\t") for line in text.split("\n")) if colon}
 
 
 def _access(process: Process, fd: int) -> str:
