@@ -3,7 +3,6 @@
 from offmap.attack.knowledge import Kernel
 from offmap.attack.linux import IMAGE_ALIGN, Linux, Lost
 from offmap.attack.vm import GuestMemory, Hidden, NotThere
-from offmap.audit.btf import Unknown
 from offmap.uapi.page import PAGE_SIZE
 
 _DIRECT_MAP_SPACE = 1 << 46  # at least: 64 TiB (mm.rst)
@@ -47,11 +46,7 @@ class Guest(Linux):
         return leaf.pa + va - leaf.va
 
     def _root(self) -> int:
-        try:
-            root = self.symbol("init_top_pgt")
-        except Unknown:
-            root = self.symbol("swapper_pg_dir")
-        return self._place(root)
+        return self._place(self.top_table_symbol())
 
     def find_image(self) -> int:
         """Find the guest's kernel at all places that KASLR may choose; its guest-physical address.
@@ -66,7 +61,7 @@ class Guest(Linux):
             for place in range(first, slot.gpa + slot.bytes, IMAGE_ALIGN):
                 self._image = place
                 try:
-                    if self._is_image_at(place):
+                    if self.is_image(self.physical, place):
                         self._find_slide(place)
                         return place
                 except Hidden as error:
@@ -76,10 +71,6 @@ class Guest(Linux):
         if hidden is not None:
             raise hidden
         raise Lost("the guest's kernel is not the one that is known, or not where it should be")
-
-    def _is_image_at(self, place: int) -> bool:
-        banner, at = self.kernel.banner.encode(), place + self.banner_offset
-        return self._memory.read(at) == banner[:8] and self._memory.read(at, len(banner)) == banner
 
     def _find_slide(self, place: int) -> None:
         """How far KASLR moved the image: ``init_task.real_parent`` is its own address."""

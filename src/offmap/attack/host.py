@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from offmap.attack.knowledge import Kernel
 from offmap.attack.linux import IMAGE_ALIGN, Linux, Lost, Process
 from offmap.attack.primitive import NotMapped, Primitive, Unreadable
-from offmap.audit.btf import Unknown
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
 from offmap.audit.walk import walk_kernel_half
@@ -55,7 +54,7 @@ class Host(Linux):
         places = range(START_KERNEL_MAP, START_KERNEL_MAP + _IMAGE_SPACE, IMAGE_ALIGN) if base is None else (base,)
         for place in places:
             try:
-                if self.is_image(place + self.banner_offset):
+                if self.is_image(self.read, place):
                     self.slide = place - self.kernel.symbol("_text")
                     return place
             except NotMapped:
@@ -106,8 +105,7 @@ class Host(Linux):
     def _real(self, file: File) -> int:
         """The file that has the pages: below an overlay it is another one (``fs/overlayfs/file.c``)."""
         inode = self.pointer_in(file.file, "file", "f_inode")
-        kind = self.pointer_in(self.pointer_in(inode, "inode", "i_sb"), "super_block", "s_type")
-        if self.text(self.pointer_in(kind, "file_system_type", "name"), _NAME) != "overlay":
+        if self.file_system(self.pointer_in(inode, "inode", "i_sb")) != "overlay":
             return file.file
         # Until 6.12 private_data is the real file, and since then it begins with a pointer to it.
         real = self.field(file.file, "file", "private_data")
@@ -131,10 +129,7 @@ class Host(Linux):
         Raises:
             Lost: the tables cannot be found.
         """
-        try:
-            root = self.symbol("init_top_pgt")
-        except Unknown:
-            root = self.symbol("swapper_pg_dir")
+        root = self.top_table_symbol()
         phys_base = int.from_bytes(self.read(self.symbol("phys_base")), "little")
         root_pa = (root - START_KERNEL_MAP + phys_base) % (1 << 64)
         if self.read(root, 8 * 512)[2048:] != self.physical(root_pa, 8 * 512)[2048:]:

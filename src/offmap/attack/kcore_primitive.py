@@ -6,13 +6,13 @@ alone, and uncounted. A zero that kcore may have made up is no answer: the addre
 
 from collections.abc import Callable
 
+from offmap.attack.linux import walk_tables
 from offmap.attack.primitive import NotMapped, Primitive, Unreadable
 from offmap.audit.kcore import Kcore
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
 from offmap.errors import Undetermined
-from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
+from offmap.uapi.page import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
-_PRESENT, _PSE = 1 << 0, 1 << 7  # arch/x86/include/asm/pgtable_types.h
 _PHYSICAL_MASK = (1 << 52) - PAGE_SIZE
 
 
@@ -75,25 +75,19 @@ class KcorePrimitive(Primitive):
         Args:
             empty: asked about a table of which an entry reads as zero: is it really so? What it raises goes on.
         """
-        table = self._facts.root_pa
-        if va >> PAGE_SHIFT + 9 * self._facts.levels - 1 != (1 << 53 - 9 * self._facts.levels) - 1:
-            return None  # not canonical
-        for level in range(self._facts.levels, 0, -1):
-            shift = PAGE_SHIFT + 9 * (level - 1)
+
+        def entry_at(pa: int) -> int:
             buffer = bytearray(8)
             try:
-                self._kcore.read_virtual(
-                    self._kcore.page_offset_base + table + (va >> shift & 511) * 8, memoryview(buffer)
-                )
+                self._kcore.read_virtual(self._kcore.page_offset_base + pa, memoryview(buffer))
             except Undetermined:
                 raise Unreadable(va) from None
             entry = int.from_bytes(buffer, "little")
             if not entry:
-                empty(table)
-            if not entry & _PRESENT:
-                return None
-            if level == 1 or (entry & _PSE and level <= 3):
-                inside = (1 << shift) - 1
-                return entry & self._mask & ~inside | va & inside
-            table = entry & self._mask
-        return None
+                empty(pa & PAGE_MASK)
+            return entry
+
+        if va >> PAGE_SHIFT + 9 * self._facts.levels - 1 != (1 << 53 - 9 * self._facts.levels) - 1:
+            return None  # not canonical
+        leaf = walk_tables(entry_at, self._facts.root_pa, self._facts.levels, va, self._mask)
+        return None if leaf is None else leaf.pa + va - leaf.va

@@ -6,13 +6,14 @@ tables. Each checks what it reads, so that a wrong offset loses the trail and do
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offmap.attack.knowledge import Kernel
+from offmap.audit.btf import Unknown
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
@@ -21,6 +22,7 @@ _PRESENT, _RW, _PSE = 1 << 0, 1 << 1, 1 << 7  # arch/x86/include/asm/pgtable_typ
 _PHYSICAL_MASK = (1 << 52) - PAGE_SIZE
 _MOST_TASKS = 1 << 17
 _COMM = 16  # TASK_COMM_LEN
+_FILE_SYSTEM = 64  # bytes of a file system's name, at most
 _LOWEST_KERNEL = 0xFF << 56
 _FIVE_LEVELS_BELOW = 0xFFFF << 48
 
@@ -47,6 +49,26 @@ class Leaf:
     pa: int
     bytes: int
     writable: bool
+
+
+def walk_tables(entry_at: Callable[[int], int], table: int, levels: int, va: int, mask: int) -> Leaf | None:
+    """What page tables map an address to; None if nothing.
+
+    Args:
+        entry_at: the entry at a physical address.
+        table: physical address of the top table.
+        mask: of the physical address in an entry.
+    """
+    for level in range(levels, 0, -1):
+        shift = PAGE_SHIFT + 9 * (level - 1)
+        entry = entry_at(table + (va >> shift & 511) * 8)
+        if not entry & _PRESENT:
+            return None
+        if level == 1 or (level <= 3 and entry & _PSE):
+            size = 1 << shift
+            return Leaf(va & -size, entry & mask & -size, size, bool(entry & _RW))
+        table = entry & mask
+    return None
 
 
 class Linux(ABC):
@@ -109,14 +131,27 @@ class Linux(ABC):
                 break
         return found.split(b"\0", 1)[0][:most].decode("utf-8", "replace")
 
-    def is_image(self, banner_at: int) -> bool:
-        """Whether the kernel that is known has its banner there: a word first, then all of it."""
-        banner = self.kernel.banner.encode()
-        return self.read(banner_at) == banner[:8] and self.read(banner_at, len(banner)) == banner
+    def is_image(self, read: Callable[[int, int], bytes], place: int) -> bool:
+        """Whether the kernel that is known begins at this place, by its banner: a word first, then all of it.
 
-    @property
-    def banner_offset(self) -> int:
-        return self.kernel.symbol("linux_banner") - self.kernel.symbol("_text")
+        Args:
+            read: bytes at an address of the sort that `place` is.
+        """
+        banner = self.kernel.banner.encode()
+        at = place + self.kernel.symbol("linux_banner") - self.kernel.symbol("_text")
+        return read(at, 8) == banner[:8] and read(at, len(banner)) == banner
+
+    def top_table_symbol(self) -> int:
+        """Address of the kernel's own top page table, under the name that this build has for it."""
+        try:
+            return self.symbol("init_top_pgt")
+        except Unknown:
+            return self.symbol("swapper_pg_dir")
+
+    def file_system(self, block: int) -> str:
+        """What a ``struct super_block`` is of: ``ext4``, ``overlay``."""
+        kind = self.pointer_in(block, "super_block", "s_type")
+        return self.text(self.pointer_in(kind, "file_system_type", "name"), _FILE_SYSTEM)
 
     def find_direct_map(self) -> None:
         """Read where the direct map begins.
@@ -191,16 +226,7 @@ class Linux(ABC):
 
     def leaf_of(self, table: int, levels: int, va: int) -> Leaf | None:
         """The same in tables of so many levels, KVM's nested ones too: bits 0, 1 and 7 and the address are the same."""
-        for level in range(levels, 0, -1):
-            shift = PAGE_SHIFT + 9 * (level - 1)
-            entry = int.from_bytes(self.physical(table + (va >> shift & 511) * 8), "little")
-            if not entry & _PRESENT:
-                return None
-            if level == 1 or (level <= 3 and entry & _PSE):
-                size = 1 << shift
-                return Leaf(va & -size, entry & self.mask & -size, size, bool(entry & _RW))
-            table = entry & self.mask
-        return None
+        return walk_tables(lambda at: int.from_bytes(self.physical(at), "little"), table, levels, va, self.mask)
 
     def leaves(self, table: int, start: int, end: int) -> Iterator[Leaf]:
         """What maps the user addresses from ``start`` to ``end``, in order."""

@@ -46,8 +46,7 @@ def find_files(linux: Linux, path: str) -> Iterator[tuple[str, int]]:
     """
     names = [name for name in path.split("/") if name]
     for block in _blocks(linux):
-        kind = linux.pointer_in(block, "super_block", "s_type")
-        name = linux.text(linux.pointer_in(kind, "file_system_type", "name"), 32)
+        name = linux.file_system(block)
         root = linux.field(block, "super_block", "s_root")
         if not root:
             continue
