@@ -136,6 +136,8 @@ def _vetting(
         say(f"the guest's RAM is placed, not audited: {vetting.reason}")
         return vetting
     if not backend.may_be_aliased:
+        if os.geteuid() != 0:
+            say(f"the guest's RAM is placed, not audited: that takes root (offmap audit {os.getpid()})")
         return NotAudited(f"{backend.name} memory has no struct pages, so that nothing can alias it")
     vetted = vet(backend, memory)
     if vetted.excluded:

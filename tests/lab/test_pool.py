@@ -2,10 +2,12 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.lab
 TARGET = "tests.lab.pool_target"
 ROOT = Path(__file__).parents[2]
 PATIENCE = scaled(120.0)
+OFFMAP = [sys.executable, "-m", "offmap"]
 MIB = 1 << 20
 SIZE = 256 * MIB
 BLOCK = 128 * MIB
@@ -141,52 +144,78 @@ def test_guests_come_and_go_and_see_nothing_of_each_other(host: LabHost) -> None
     assert all(found["same"].values())
 
 
-QEMU = """
-exec setpriv --reuid 4711 --regid 4712 --clear-groups --bounding-set=-all --no-new-privs \\
-    qemu-system-x86_64 -nodefaults -no-user-config -display none -accel kvm -m 256M -sandbox on \\
-    -object memory-backend-file,id=ram,size=256M,mem-path=/run/hidden,share=on,align=2M \\
-    -M microvm,acpi=on,memory-backend=ram -cpu host -kernel {kernel} -initrd {initrd} \\
-    -append 'console=ttyS0 quiet reboot=t' -serial stdio
-"""
+USER = "setpriv --reuid 4711 --regid 4712 --clear-groups --bounding-set=-all --no-new-privs"  # one of the group kvm
+RUN = f"{sys.executable} -m offmap run --memory pool --memory-size 256M --kernel /run/monitor.elf"
+QEMU = """qemu-system-x86_64 -nodefaults -no-user-config -display none -accel kvm -m 256M -sandbox on
+    -object memory-backend-file,id=ram,size=256M,mem-path=/run/hidden,share=on,align=2M
+    -M microvm,acpi=on,memory-backend=ram -cpu host -kernel /run/vmlinuz -initrd /run/guest.initramfs -serial stdio
+    -append "console=ttyS0 quiet reboot=t" """
 
 
-@pytest.mark.slow
-def test_an_unmodified_qemu_without_any_right_is_hidden(host: LabHost) -> None:
-    out = host.options.out
-    assert out is not None
-    (out / "guest.initramfs").write_bytes(guest_initramfs())
+@contextmanager
+def pool_of_256m(host: LabHost, *kernels: Path) -> Iterator[None]:
+    """A pool for the group that has /dev/kvm, and what guests boot from in /run, where all users may read it."""
+    assert host.options.out is not None
+    copies = [path.as_posix() for path in kernels]
+    script = "cp $@ /run; chmod a+r /run/*; chgrp 4712 /dev/kvm; chmod 660 /dev/kvm"
+    assert host.output(["sh", "-c", script, "sh", *copies]).status == 0
+    create = [*OFFMAP, "pool", "create", "256M", "--group", "4712", "--allow-nested"]
+    assert host.output(create, timeout=PATIENCE).stdout == b"256 MiB at /run/hidden\n"
+    yield
+    assert host.output([*OFFMAP, "pool", "destroy"]).status == 0
+
+
+@contextmanager
+def vmm_of_a_user(host: LabHost, command: str, sign: bytes) -> Iterator[tuple[int, str]]:
+    """Start a VMM on the pool, as a user who has no other right; its PID, and what it said until `sign`."""
     heard, ready = bytearray(), threading.Event()
 
     def listen(data: bytes) -> None:
         heard.extend(data)
-        if READY.encode() in heard:
+        if re.search(sign, heard, re.MULTILINE):
             ready.set()
 
-    # Not every user may look into the folders that these are in.
-    prepare = f"cp {host.kernel.vmlinuz} /run/vmlinuz; cp {out}/guest.initramfs /run; chmod a+r /run/vmlinuz;"
-    prepare += "chgrp 4712 /dev/kvm; chmod 660 /dev/kvm; echo pid $$ >&2;"
-    create = [sys.executable, "-m", "offmap", "pool", "create", "256M", "--group", "4712"]
-    assert host.output([*create, "--allow-nested"]).stdout == b"256 MiB at /run/hidden\n"
-    script = QEMU.format(kernel="/run/vmlinuz", initrd="/run/guest.initramfs")
-    vmm = host.popen(["sh", "-c", prepare + script], stdout=listen, stderr=listen, keep_stdin=True)
+    shell = ["sh", "-c", f'echo pid $$ >&2; exec {USER} "$@"', "sh", *shlex.split(command)]
+    vmm = host.popen(shell, stdout=listen, stderr=listen, keep_stdin=True, cwd=ROOT)
     try:
         assert ready.wait(PATIENCE), heard
         found = re.search(rb"pid (\d+)", heard)
         assert found
-        pid = int(found[1])
+        yield int(found[1]), heard.decode(errors="replace")
+    finally:
+        vmm.kill()
+        vmm.wait(PATIENCE)
+
+
+def audit(host: LabHost, pid: int, *options: str) -> Any:
+    return json.loads(host.output([*OFFMAP, "audit", str(pid), "--json", *options], timeout=PATIENCE).stdout)
+
+
+def test_a_guest_of_a_user_without_any_right_is_hidden(host: LabHost, payload: Callable[[str], Path]) -> None:
+    assert host.options.out is not None
+    monitor = host.options.out / "monitor.elf"
+    monitor.write_bytes(payload("monitor").read_bytes())
+    with pool_of_256m(host, monitor), vmm_of_a_user(host, RUN, b"U$") as (pid, said):
+        assert f"offmap run: the guest's RAM is placed, not audited: that takes root (offmap audit {pid})" in said
+        result = audit(host, pid)
+        assert (result["verdict"], result["pages"]["pages_populated"]) == ("hidden", SIZE // 4096)
+
+
+@pytest.mark.slow
+def test_an_unmodified_qemu_without_any_right_is_hidden(host: LabHost) -> None:
+    assert host.options.out is not None
+    kernel, initrd = host.options.out / "vmlinuz", host.options.out / "guest.initramfs"
+    shutil.copy(host.kernel.vmlinuz, kernel)
+    initrd.write_bytes(guest_initramfs())
+    with pool_of_256m(host, kernel, initrd), vmm_of_a_user(host, QEMU, READY.encode()) as (pid, _):
         (line,) = host.output(["grep", "/run/hidden", f"/proc/{pid}/maps"]).stdout.decode().splitlines()
         start, end = (int(part, 16) for part in line.split()[0].split("-"))
         assert (end - start, start % (2 * MIB)) == (SIZE, 0)
-        audit = [sys.executable, "-m", "offmap", "audit", str(pid), "--json", "--range", f"{start:#x}:{SIZE:#x}"]
-        result = json.loads(host.output(audit).stdout)
+        result = audit(host, pid, "--range", f"{start:#x}:{SIZE:#x}")
         pages = result["pages"]
         assert (pages["pages_populated"], pages["unknown_pages"], pages["direct_map_pages"]) == (SIZE // 4096, 0, 0)
         # kvm-clock is on: KVM maps the page that the guest registered for it.
         assert {alias["region"] for alias in result["aliases"]} <= {"vmalloc/ioremap space"}
-    finally:
-        vmm.kill()
-        vmm.wait(PATIENCE)
-    assert host.output([sys.executable, "-m", "offmap", "pool", "destroy"]).status == 0
 
 
 def test_a_page_that_fails_is_never_given_out_again(host: LabHost) -> None:
