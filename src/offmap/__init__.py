@@ -20,7 +20,7 @@ _PUBLIC = {  # and in __init__.pyi, for type checkers
     "JobResult": "offmap.library",
     "KernelError": "offmap.errors",
     "LabHost": "offmap.lab.host",
-    "Machine": "offmap.vmm.machine",
+    "Machine": "offmap.machine",
     "MachineConfig": "offmap.vmm.config",
     "NotAudited": "offmap.hide",
     "OffmapError": "offmap.errors",

@@ -22,9 +22,9 @@ from offmap.library import lab_host as lab_host
 from offmap.library import list_backends as list_backends
 from offmap.library import run_job as run_job
 from offmap.library import run_matrix as run_matrix
+from offmap.machine import Machine as Machine
 from offmap.memory.backend import parse_backend as parse_backend
 from offmap.vmm.config import MachineConfig as MachineConfig
-from offmap.vmm.machine import Machine as Machine
 from offmap.vmm.outcome import Outcome as Outcome
 from offmap.vmm.outcome import Stop as Stop
 

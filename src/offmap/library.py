@@ -1,6 +1,5 @@
 """The library's functions that put several parts of offmap together (docs/library.md). None prints or exits."""
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,6 @@ from offmap.errors import OffmapError
 from offmap.hide import Vet
 from offmap.lab.host import LabHost
 from offmap.log import Logger
-from offmap.vmm.machine import Machine
 
 _log = Logger("offmap.library")
 
@@ -49,7 +47,7 @@ class JobResult:
 
     Attributes:
         status: its exit status, 0 to 255; 128 and more where a signal ended it.
-        audit: of this process's guest RAM, right after the command's end; None if none was asked for.
+        audit: of the guest's RAM, right after the command's end; None if none was asked for.
     """
 
     status: int
@@ -67,22 +65,24 @@ def run_job(
     memory_size: int = 256 << 20,
     vcpus: int = 1,
     audit: bool = True,
+    sandbox: bool = True,
 ) -> JobResult:
-    """Boot a guest, run one command in it, audit its RAM, and take it apart.
+    """Boot a guest in a process of its own, run one command in it, audit its RAM, and take it apart.
 
     Args:
         command: for the guest's /bin/sh.
         memory: the kind of RAM, as ``--memory`` takes it, like ``unplugged`` or ``unplugged,node=1``.
         image: of ``offmap image build``, by its name or its folder.
         memory_size: bytes, whole pages.
+        sandbox: confine the guest's process. For hosts that cannot, and guests that are trusted: False.
 
     Raises:
         BackendRefused: this host cannot give such RAM.
-        OffmapError: there is no such image, or the guest ended before its command did.
+        OffmapError: there is no such image, the process cannot be confined, or the guest ended before its command did.
         Undetermined: the command ended, and its guest's RAM could not be audited.
     """
     from offmap.guests.image import find_image
-    from offmap.guests.job import Job
+    from offmap.guests.job_process import JobProcess
     from offmap.memory.backend import parse_backend
     from offmap.vmm.config import MachineConfig
 
@@ -98,24 +98,25 @@ def run_job(
     )
     audits: list[AuditResult | OffmapError] = []
 
-    def audit_guest(_machine: Machine) -> None:
+    def audit_guest(pid: int) -> None:
         try:
-            audits.append(audit_process(os.getpid()))
+            audits.append(audit_process(pid))
         except OffmapError as error:
             audits.append(error)  # the machine is taken apart first
 
     with ExitStack() as stack:
-        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
-        files[0].write(stdin)
-        files[0].seek(0)
-        job = stack.enter_context(Job(command, *(file.fileno() for file in files)))
-        status = job.run(config, say=_log.info, on_end=audit_guest if audit else lambda _machine: None)
+        stdin_file, stdout, stderr = files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
+        stdin_file.write(stdin)
+        stdin_file.seek(0)
+        fds = stdin_file.fileno(), stdout.fileno(), stderr.fileno()
+        job = stack.enter_context(JobProcess(command, fds, config, say=_log.info, waits=audit, sandbox=sandbox))
+        status = job.run(audit_guest)
         for file in files:
             file.seek(0)
         outcome = audits[0] if audits else None
         if isinstance(outcome, OffmapError):
             raise outcome
-        return JobResult(status, files[1].read(), files[2].read(), outcome)
+        return JobResult(status, stdout.read(), stderr.read(), outcome)
 
 
 @contextmanager

@@ -1,22 +1,23 @@
 """Run in a disposable host with the module: a guest by the library alone, all of it on a thread that is not the main.
 
 ``library_target.py KERNEL INITRD BYTES`` prints JSON: what was said of the guest's RAM, and what `offmap audit` says of
-this process while the guest runs.
+its process while the guest runs.
 """
 
 import json
-import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from offmap.boot.linux import BootSource
 from offmap.hide import Vet
+from offmap.machine import Machine
 from offmap.memory.secretmem_bridge import SecretmemBridge
 from offmap.vmm.config import MachineConfig
-from offmap.vmm.machine import Machine
 
 
 def guest(kernel: str, initrd: str, size: str) -> dict[str, Any]:
@@ -30,12 +31,12 @@ def guest(kernel: str, initrd: str, size: str) -> dict[str, Any]:
         while not up.wait(0.2):
             paused += machine.pause()
             machine.resume()
-        command = [sys.executable, "-m", "offmap", "audit", str(os.getpid()), "--json"]
+        command = [sys.executable, "-m", "offmap", "audit", str(machine.pid), "--json"]
         audited = subprocess.run(command, capture_output=True, check=False)
         return {
             "said": said,
             "paused": paused,
-            "ram": machine.ram.to_json(),
+            "ram": msgspec.to_builtins(machine.ram),
             "stopped": machine.stopped is not None,
             "audit": json.loads(audited.stdout),
         }

@@ -56,6 +56,8 @@ def confine(most_fds: int) -> Confined:
         OffmapError: the least is not to be had: no capabilities, and no new ones.
     """
     libc = ctypes.CDLL(None, use_errno=True)
+    ends_with_parent = ctypes.c_int()  # a signal, which the kernel forgets when the user changes
+    libc.prctl(uapi.PR_GET_PDEATHSIG, ctypes.byref(ends_with_parent), 0, 0, 0)
     missing: list[str] = []
     privileged = os.geteuid() == 0
     namespaces: list[str] = []
@@ -84,6 +86,7 @@ def confine(most_fds: int) -> Confined:
     if libc.prctl(uapi.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise KernelError("PR_SET_NO_NEW_PRIVS", ctypes.get_errno(), "use --no-sandbox")
     libc.prctl(uapi.PR_SET_DUMPABLE, 0, 0, 0, 0)
+    libc.prctl(uapi.PR_SET_PDEATHSIG, ends_with_parent.value, 0, 0, 0)
     landlock = _landlock(libc, missing)
     return Confined(os.geteuid(), tuple(namespaces), root, landlock, tuple(missing))
 
