@@ -60,12 +60,24 @@ def check_ends(result: Any) -> None:
     assert sizes["kvm_run"] == 8192 and sizes["registers of the vCPUs, in struct kvm_vcpu"] > 100
 
 
+def check_sweep(result: Any) -> None:
+    """No 16 bytes of the secret stand in anything that the kernel maps, and all of that was read."""
+    sweep = result["attempt"]["sweep"]
+    assert (sweep["secret_bytes"], sweep["runs"], sweep["pages_unread"]) == (32, [], 0), result
+    assert sweep["bytes_read"] > 1700 << 20
+
+
 def test_hidden_ram_beside_plain_ram_and_with_an_alias(lab_kernel: HostKernel, tmp_path: Path) -> None:
-    found = attacked(lab_kernel, tmp_path, "reserved+")
+    found = attacked(lab_kernel, tmp_path, "reserved+=")
     for name in ("reserved", "reserved, by command", "reserved, kcore"):
         check_ends(found[name])
         assert found[name]["attempt"]["mapped_pages"] == 0
     assert found["reserved, by command"]["status"] == 0
+    check_sweep(found["reserved"])
+    # A leak in the VMM's process needs no mapping of the kernel's.
+    check_recovered(found["reserved, user memory"])
+    assert found["reserved, user memory"]["status"] == 1
+    assert found["reserved, user memory"]["attempt"]["user_pages"] > 100
     # What no mapping led to is recovered once there is one.
     check_recovered(found["reserved, aliased"], most=1_000_000)
     assert found["reserved, aliased"]["attempt"]["mapped_pages"] >= PAGES

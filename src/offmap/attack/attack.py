@@ -9,6 +9,7 @@ from offmap.attack.knowledge import Kernel
 from offmap.attack.primitive import Primitive
 from offmap.attack.rates import times_at_rates
 from offmap.attack.result import AttackResult, Attempt, Outcome
+from offmap.attack.sweep import Pieces
 from offmap.attack.target import Target
 from offmap.attack.text import headline
 from offmap.audit.host import host_facts, utc_now
@@ -16,10 +17,17 @@ from offmap.audit.host import host_facts, utc_now
 
 @dataclass(frozen=True)
 class Victim:
-    """A VM that is attacked: the PID of its VMM, and what is wanted of its guest."""
+    """A VM that is attacked.
+
+    Attributes:
+        pid: of its VMM.
+        target: what is wanted of its guest.
+        pieces: the same, to sweep all that is mapped for it; None: no sweep.
+    """
 
     pid: int
     target: Target
+    pieces: Pieces | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,8 @@ def attack(primitive: Primitive, known: Beforehand, victim: Victim, control: Vic
     """Attack a VM, and the control before it."""
 
     def attempt(on: Victim, plain: bool) -> Attempt:
-        return Chain(primitive, known.host, known.guest, on.pid, on.target, known.base, plain).run()
+        chain = Chain(primitive, known.host, known.guest, on.pid, on.target, known.base, plain, on.pieces)
+        return chain.run()
 
     beside = None if control is None else attempt(control, plain=True)
     found = attempt(victim, plain=False)
@@ -68,13 +77,17 @@ def attack(primitive: Primitive, known: Beforehand, victim: Victim, control: Vic
         time=utc_now(),
         host=host_facts(),
         primitive=primitive.name,
-        knowledge=tuple(known.words()),
+        knowledge=(*known.words(), *_beside(primitive)),
         outcome=outcome,
         reason=reason,
         attempt=found,
         control=beside,
         times=times_at_rates(found.bytes) if outcome is Outcome.RECOVERED else (),
     )
+
+
+def _beside(primitive: Primitive) -> Sequence[str]:
+    return ("the primitive reads the VMM's user memory too",) if primitive.user_memory else ()
 
 
 def _version(kernel: Kernel) -> str:

@@ -16,13 +16,16 @@ from offmap.attack.linux import Lost, Process
 from offmap.attack.page_cache import pages_of
 from offmap.attack.primitive import Counts, NotMapped, Primitive, Unreadable
 from offmap.attack.residue import residues_of
-from offmap.attack.result import Attempt, Outcome, Residue, Stage
+from offmap.attack.result import Attempt, Outcome, Residue, Stage, Sweep
+from offmap.attack.sweep import SHORTEST_RUN, Pieces, Planner, plan_sweep, sweep
 from offmap.attack.target import Target
 from offmap.attack.vm import GuestMemory, Hidden, NotThere, Reached, find_vm, nested_place, read_slots
 from offmap.audit.btf import Unknown
+from offmap.audit.mappings import KernelMappings
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
 _FALLBACK = "other mappings of the guest's pages"
+_SWEEP = "all that the host kernel maps"
 
 
 class _Ended(Exception):
@@ -51,6 +54,8 @@ class Chain:
         base: where the host's kernel image is, if that is known; else it is searched for.
         control: the guest's RAM is plain. After the secret, what says that a chain ends is tried on it: it must find
             every page mapped here.
+        pieces: the secret, to sweep all that is mapped for it; None: no sweep.
+        planner: says what a sweep reads.
     """
 
     def __init__(
@@ -62,15 +67,19 @@ class Chain:
         target: Target,
         base: int | None = None,
         control: bool = False,
+        pieces: Pieces | None = None,
+        planner: Planner = plan_sweep,
     ) -> None:
         self._primitive, self._pid, self._target, self._base = primitive, pid, target, base
         self._host, self._guest_kernel, self._control = Host(primitive, host_kernel), guest_kernel, control
         self._stages: list[Stage] = []
         self._doubtful = 0
-        self._pages: tuple[int | None, int | None, int | None] = None, None, None
+        self._count: tuple[int | None, int | None, int | None] = None, None, None
         self._vmm: Process | None = None
         self._kvm = self._image = 0
         self._memory: GuestMemory | None = None
+        self._pieces, self._planner = pieces, planner
+        self._mappings: KernelMappings | None = None
 
     def run(self) -> Attempt:
         """Go as far as it goes."""
@@ -87,7 +96,14 @@ class Chain:
                 self._try_what_ends()
             except _Ended as error:
                 ended = error
-        guest, mapped, missing = self._pages
+        swept = None
+        if self._pieces is not None and self._host.direct_map:
+            try:
+                swept = self._sweep(self._pieces)
+                ended = _with_sweep(ended, swept)
+            except _Ended as error:
+                ended = error if ended.outcome is Outcome.ENDS else ended
+        guest, mapped, missing = self._count
         return Attempt(
             pid=self._pid,
             target=self._target.name,
@@ -102,6 +118,8 @@ class Chain:
             guest_pages=guest,
             mapped_pages=mapped,
             missing_pages=missing,
+            user_pages=len(self._memory.by_user) if self._memory else 0,
+            sweep=swept,
             residues=self._residues(),
         )
 
@@ -209,7 +227,11 @@ class Chain:
             if found is None:
                 raise Lost("the secret is not where it should be")
             stage.found = found.where
-        return _Ended(Outcome.RECOVERED, "guest: secret", f"{found.bytes} bytes of {self._target.name}: {found.where}")
+        how = f"{found.bytes} bytes of {self._target.name}: {found.where}"
+        if self._memory.by_user:
+            pages = len(self._memory.by_user)
+            how += f"; {pages} pages by the VMM's own mapping, which hiding RAM from the kernel does not take away"
+        return _Ended(Outcome.RECOVERED, "guest: secret", how)
 
     def _try_what_ends(self) -> None:
         """On plain RAM, every page must be found mapped, and what is missing must be called doubtful."""
@@ -217,7 +239,7 @@ class Chain:
         assert memory is not None
         self._check_place(self._image, memory.place(self._image))
         mapped = self._find_aliases(memory)
-        pages, _, missing = self._pages
+        pages, _, missing = self._count
         if mapped != pages or self._doubtful != missing:
             reason = f"of the control's {pages} pages only {mapped} are found mapped, and its RAM is plain"
             raise _Ended(Outcome.UNKNOWN, _FALLBACK, reason)
@@ -242,7 +264,7 @@ class Chain:
             if mappings.unreadable:
                 raise Lost(f"page tables of the host cannot be read: {mappings.unreadable[0].reason}")
             mapped = memory.use_aliases(mappings, guest, frames)
-            self._pages = len(frames), mapped, missing
+            self._count, self._mappings = (len(frames), mapped, missing), mappings
             tables = sum(mappings.tables.values())
             stage.found = f"{mapped} of {len(frames)} pages, by {tables} page tables of the host"
         return mapped
@@ -276,9 +298,39 @@ class Chain:
             stage.found = f"the secret is in none of their {looked} pages"
         return ""
 
+    def _sweep(self, pieces: Pieces) -> Sweep:
+        """Search all memory that is mapped for 16 bytes of the secret."""
+        with self._stage(_SWEEP) as stage:
+            mappings = self._mappings or self._host.mappings()
+            if mappings.unreadable:
+                raise Lost(f"page tables of the host cannot be read: {mappings.unreadable[0].reason}")
+            found = sweep(self._primitive, self._planner(mappings, self._primitive), pieces)
+            stage.found = f"{found.bytes_read >> 20} MiB searched: {_said(found)}"
+        return found
+
     def _residues(self) -> tuple[Residue, ...]:
         if not self._kvm or self._vmm is None:
             return ()
         with suppress(Lost, Unknown, NotMapped, Unreadable):
             return tuple(residues_of(self._host, self._vmm, self._kvm))
         return ()
+
+
+def _said(found: Sweep) -> str:
+    """What a sweep found, in words."""
+    words = f"{len(found.runs)} runs of the secret, the longest of {found.longest} bytes" if found.runs else ""
+    words = words or f"no {SHORTEST_RUN} bytes of the secret stand in it"
+    return f"{words}; {found.pages_unread} pages cannot be read" if found.pages_unread else words
+
+
+def _with_sweep(ended: _Ended, found: Sweep) -> _Ended:
+    """An end is one no more if a part of the secret is mapped, or what is mapped could not be read."""
+    if ended.outcome is not Outcome.ENDS:
+        return ended
+    if found.runs:
+        where = found.runs[0]
+        what = f"{found.longest} of {found.secret_bytes} bytes of the secret stand at {where.va:#x} ({where.region})"
+        return _Ended(Outcome.RECOVERED, _SWEEP, what)
+    if found.pages_unread:
+        return _Ended(Outcome.REACHED, _SWEEP, f"{found.pages_unread} mapped pages cannot be read by this primitive")
+    return _Ended(Outcome.ENDS, ended.stage, f"{ended.reason}; in all that it maps, {_said(found)}")

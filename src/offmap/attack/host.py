@@ -45,6 +45,10 @@ class Host(Linux):
     def physical(self, pa: int, size: int = 8) -> bytes:
         return self._primitive.read(self.direct_map + pa, size)
 
+    def read_user(self, process: Process, va: int, size: int = 8) -> bytes:
+        """Bytes of a process's own, within one page; raises NotMapped where the primitive may not read them."""
+        return self._primitive.read_user(process.pid, va, size)
+
     def find_image(self, base: int | None) -> int:
         """Where the image is: ``_text``. Searched for among all places that KASLR may choose, unless it is given.
 

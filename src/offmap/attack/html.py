@@ -31,6 +31,10 @@ def _page(result: AttackResult) -> View:
             {"name": each.name, "size": format_size(each.bytes), "note": plain(each.note)}
             for each in result.attempt.residues
         ],
+        "runs": [
+            {"size": format_size(run.bytes), "at": f"{run.va:#x}", "region": run.region}
+            for run in (result.attempt.sweep.runs if result.attempt.sweep else ())
+        ],
         "bytes": f"{result.attempt.bytes:,}",
         "times": [
             {"leak": each.leak, "rate": f"{each.bytes_per_second:,g}", "time": hours(each.hours)}

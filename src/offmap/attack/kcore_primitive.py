@@ -24,6 +24,7 @@ class KcorePrimitive(Primitive):
     """
 
     name = "kcore"
+    by_kcore = True
 
     def __init__(self, kcore: Kcore | None = None) -> None:
         super().__init__()
@@ -46,6 +47,15 @@ class KcorePrimitive(Primitive):
         if not any(buffer) and not self._of_image(va) and self._blank(pa):
             raise Unreadable(va)
         return bytes(buffer)
+
+    def _fetch_user(self, pid: int, va: int, size: int) -> bytes:
+        raise NotMapped(va)
+
+    def fill(self, va: int, view: memoryview) -> None:
+        try:
+            self._kcore.read_virtual(va, view)
+        except Undetermined:
+            raise Unreadable(va) from None
 
     def _of_image(self, va: int) -> bool:
         """Whether kcore reads it by this very address (KCORE_TEXT)."""

@@ -4,12 +4,14 @@ The module stands among the tests (``tests/modules/peek``), as nobody should loa
 """
 
 import ctypes
+import errno
 import fcntl
 import os
 
 from offmap.attack.primitive import NotMapped, Primitive
 from offmap.errors import KernelError
 from offmap.uapi.ioctl import iowr
+from offmap.uapi.page import PAGE_SIZE
 
 DEVICE = "/dev/offmap-peek"
 
@@ -20,11 +22,22 @@ class _PeekRead(ctypes.Structure):
     _fields_ = [("address", ctypes.c_uint64), ("to", ctypes.c_uint64), ("length", ctypes.c_uint64)]
 
 
+class _PeekReadUser(ctypes.Structure):
+    """``struct peek_read_user``."""
+
+    _fields_ = [("read", _PeekRead), ("pid", ctypes.c_uint64)]
+
+
 _PEEK_READ = iowr(ord("P"), 1, _PeekRead)
+_PEEK_READ_USER = iowr(ord("P"), 2, _PeekReadUser)
+_MOST = 1 << 20  # PEEK_MOST
 
 
 class ModulePrimitive(Primitive):
     """Reads by the module's device.
+
+    Args:
+        user_memory: it may read user memory too.
 
     Raises:
         KernelError: the module is not loaded, or the device may not be opened.
@@ -32,8 +45,9 @@ class ModulePrimitive(Primitive):
 
     name = "module"
 
-    def __init__(self, device: str = DEVICE) -> None:
+    def __init__(self, device: str = DEVICE, user_memory: bool = False) -> None:
         super().__init__()
+        self.user_memory = user_memory
         try:
             self._fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -47,11 +61,39 @@ class ModulePrimitive(Primitive):
 
     def _fetch(self, va: int, size: int) -> bytes:
         buffer = ctypes.create_string_buffer(size)
-        asked = _PeekRead(va, ctypes.addressof(buffer), size)
+        read = self._peek(va, ctypes.addressof(buffer), size)
+        if read < size:
+            raise NotMapped(va + read)
+        return buffer.raw
+
+    def _peek(self, va: int, to: int, size: int) -> int:
+        """Bytes that were read, from ``va`` on: fewer than asked for, if the next one is not mapped."""
+        asked = _PeekRead(va, to, size)
         try:
             fcntl.ioctl(self._fd, _PEEK_READ, asked)
         except OSError as error:
             raise KernelError(f"reading {size} bytes at {va:#x}", error) from None
-        if asked.length < size:
-            raise NotMapped(va + asked.length)
+        return int(asked.length)
+
+    def _fetch_user(self, pid: int, va: int, size: int) -> bytes:
+        buffer = ctypes.create_string_buffer(size)
+        asked = _PeekReadUser(_PeekRead(va, ctypes.addressof(buffer), size), pid)
+        try:
+            fcntl.ioctl(self._fd, _PEEK_READ_USER, asked)
+        except OSError as error:
+            if error.errno in {errno.EFAULT, errno.ESRCH}:
+                raise NotMapped(va) from None
+            raise KernelError(f"reading {size} bytes at {va:#x} of process {pid}", error) from None
         return buffer.raw
+
+    def fill(self, va: int, view: memoryview) -> None:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        done = 0
+        while done < len(view):
+            size = min(len(view) - done, _MOST)
+            read = self._peek(va + done, base + done, size)
+            done += read
+            if read < size:
+                gap = min(PAGE_SIZE - (va + done) % PAGE_SIZE, len(view) - done)
+                ctypes.memset(base + done, 0, gap)
+                done += gap

@@ -63,9 +63,13 @@ class Primitive(Owned):
     Attributes:
         name: for results.
         counts: of all reads so far.
+        by_kcore: it reads what /proc/kcore shows, and no more.
+        user_memory: it may read the VMM's user memory too, as a leak in the VMM's process would.
     """
 
     name: str
+    by_kcore = False
+    user_memory = False
 
     def __init__(self) -> None:
         self.counts = Counts()
@@ -73,6 +77,39 @@ class Primitive(Owned):
     @abstractmethod
     def _fetch(self, va: int, size: int) -> bytes:
         """The bytes there, within one page. Raises as ``read``."""
+
+    @abstractmethod
+    def _fetch_user(self, pid: int, va: int, size: int) -> bytes:
+        """The bytes at a process's own address, within one page. Raises NotMapped."""
+
+    @abstractmethod
+    def fill(self, va: int, view: memoryview) -> None:
+        """Fill a buffer with all that stands from a kernel address on. Uncounted: for the sweep, which is no attack.
+
+        What is not mapped reads as zeroes: the plan of the sweep has only what was mapped when it was made.
+
+        Raises:
+            Unreadable: some of it is mapped and cannot be read.
+        """
+
+    def read_user(self, pid: int, va: int, size: int = WORD) -> bytes:
+        """The bytes at an address of a process's own, within one page, by its own mapping.
+
+        Raises:
+            NotMapped: the process has no page there now, or this primitive reads no user memory.
+        """
+        if not self.user_memory:
+            raise NotMapped(va)
+        words = (va % WORD + size + WORD - 1) // WORD
+        try:
+            data = self._fetch_user(pid, va, size)
+        except NotMapped:
+            self.counts.reads += 1
+            self.counts.failures += 1
+            raise
+        self.counts.reads += words
+        self.counts.bytes += size
+        return data
 
     def read(self, va: int, size: int = WORD) -> bytes:
         """The bytes at a kernel address.
@@ -124,8 +161,18 @@ class Noisy(Primitive):
         self._of, self._errors, self._latency, self._votes = of, errors, latency, votes
         self._random, self._sleep = Random(seed), sleep
         self.name, self.counts = of.name, of.counts
+        self.by_kcore, self.user_memory = of.by_kcore, of.user_memory
 
     def _fetch(self, va: int, size: int) -> bytes:
+        return self._voted(lambda: self._of._fetch(va, size), va, size)
+
+    def _fetch_user(self, pid: int, va: int, size: int) -> bytes:
+        return self._voted(lambda: self._of._fetch_user(pid, va, size), va, size)
+
+    def fill(self, va: int, view: memoryview) -> None:
+        self._of.fill(va, view)
+
+    def _voted(self, fetch: Callable[[], bytes], va: int, size: int) -> bytes:
         words = (va % WORD + size + WORD - 1) // WORD
         seen: dict[bytes, int] = {}
         for vote in range(self._votes):
@@ -134,7 +181,7 @@ class Noisy(Primitive):
             if vote:
                 self.counts.reads += words
                 self.counts.bytes += size
-            data = self._wrong(self._of._fetch(va, size))
+            data = self._wrong(fetch())
             seen[data] = seen.get(data, 0) + 1
         return max(seen, key=lambda each: seen[each])
 

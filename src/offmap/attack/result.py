@@ -1,5 +1,6 @@
 """The published result of an attack. Its JSON, the JSON Schema and the decoding of files follow from these types."""
 
+import json
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -7,7 +8,7 @@ from msgspec import Meta
 
 from offmap.audit.host import HostFacts, Time
 from offmap.errors import ExitStatus
-from offmap.report.typed import Count, Document, Seconds, one_of
+from offmap.report.typed import Address, Count, Document, Seconds, json_schema, one_of
 
 
 class Outcome(StrEnum):
@@ -67,6 +68,44 @@ class Residue(Document, frozen=True, kw_only=True):
     note: str
 
 
+class Run(Document, frozen=True, kw_only=True):
+    """Bytes of the secret that stand together in memory that the host kernel maps.
+
+    Attributes:
+        va: Kernel address of the first.
+        pa: Its physical address.
+        bytes: How many; 16 at least.
+        region: Which part of the kernel's address space that is.
+    """
+
+    va: Address
+    pa: Address
+    bytes: Count
+    region: str
+
+
+class Sweep(Document, frozen=True, kw_only=True):
+    """The search for any 16 bytes of the secret in all memory that the host kernel maps.
+
+    Attributes:
+        secret_bytes: Bytes of the secret.
+        bytes_read: Bytes that were searched, by each mapping that there is of them.
+        pages_unread: Pages of memory that are mapped, and that this primitive can read by none of their mappings.
+        device_pages: Mapped pages of devices' registers and of firmware's tables, which are not read.
+        seconds: How long it took here.
+        longest: Bytes of the longest run; 0 if there is none of 16 or more.
+        runs: Where they stand; 1000 at most.
+    """
+
+    secret_bytes: Count
+    bytes_read: Count
+    pages_unread: Count
+    device_pages: Count
+    seconds: Seconds
+    longest: Count
+    runs: tuple[Run, ...]
+
+
 class Hours(Document, frozen=True, kw_only=True):
     """How long the bytes that were read take at a published leak rate.
 
@@ -99,6 +138,8 @@ class Attempt(Document, frozen=True, kw_only=True):
         guest_pages: Pages of the guest's RAM that the VMM's page tables have; null if they were not counted.
         mapped_pages: Of these, the pages that some kernel mapping has; null if they were not looked for.
         missing_pages: Pages of guest RAM that the VMM's page tables have not; null if they were not counted.
+        user_pages: Pages of the guest's that were read by the VMM's own mapping, as no kernel mapping led to them.
+        sweep: What a search of all that is mapped found; null if none was asked for, or it could not be made.
         residues: What the attacker reads of the guest all the same.
     """
 
@@ -115,6 +156,8 @@ class Attempt(Document, frozen=True, kw_only=True):
     guest_pages: Count | None = None
     mapped_pages: Count | None = None
     missing_pages: Count | None = None
+    user_pages: Count = 0
+    sweep: Sweep | None = None
     residues: tuple[Residue, ...] = ()
 
 
@@ -152,3 +195,9 @@ class AttackResult(Document, frozen=True, kw_only=True):
     @property
     def exit_status(self) -> ExitStatus:
         return Outcome(self.outcome).exit_status
+
+
+def attack_schema() -> str:
+    """The JSON Schema (draft 2020-12) of the result; ends with a newline."""
+    schema = json_schema([AttackResult], "attack", "What `offmap attack --json` prints.")
+    return json.dumps(schema, indent=2) + "\n"

@@ -6,6 +6,7 @@ from offmap.attack.result import AttackResult, Attempt, Outcome
 from offmap.report.typed import plain
 from offmap.units import format_size
 
+_RUNS = 8  # shown of a sweep
 _COLORS = {Outcome.RECOVERED: "31", Outcome.REACHED: "31", Outcome.ENDS: "32", Outcome.UNKNOWN: "33"}
 
 
@@ -37,8 +38,11 @@ def _lines(result: AttackResult, color: bool) -> Iterator[str]:
         yield ""
         yield plain(f"  {title} on process {attempt.pid}: {headline(attempt)}")
         yield from _stages(attempt)
+        if attempt.user_pages:
+            yield f"  guest pages read by the VMM's own mapping {attempt.user_pages:,}"
         if attempt.guest_pages is not None:
             yield f"  guest pages {attempt.guest_pages:,}, of them mapped {attempt.mapped_pages:,}"
+    yield from _runs(result.attempt)
     if result.attempt.residues:
         yield ""
         yield "  what is read of the guest all the same"
@@ -51,6 +55,17 @@ def _lines(result: AttackResult, color: bool) -> Iterator[str]:
     yield ""
     yield plain(f"  primitive {result.primitive}; {'; '.join(result.knowledge)}")
     yield "  No speculative execution took place: the primitive stands for a leak."
+
+
+def _runs(attempt: Attempt) -> Iterator[str]:
+    if attempt.sweep is None or not attempt.sweep.runs:
+        return
+    yield ""
+    yield "  where the secret stands in what the host kernel maps"
+    for run in attempt.sweep.runs[:_RUNS]:
+        yield f"  {format_size(run.bytes):>10}  {run.va:#x}, physical {run.pa:#x}, {run.region}"
+    if len(attempt.sweep.runs) > _RUNS:
+        yield f"  and {len(attempt.sweep.runs) - _RUNS} more"
 
 
 def _stages(attempt: Attempt) -> Iterator[str]:

@@ -142,6 +142,7 @@ class GuestMemory:
         self._mappings: KernelMappings | None = None
         none = np.zeros(0, dtype=np.int64)
         self._mapped = none, none  # pages of the guest that are mapped, and the host's for each
+        self.by_user: set[int] = set()  # pages of the guest that only the VMM's own mapping led to
 
     def place(self, gpa: int) -> int:
         """The host-physical address behind a guest-physical one.
@@ -151,10 +152,7 @@ class GuestMemory:
         """
         page = gpa >> PAGE_SHIFT
         if page not in self._known:
-            slot = next((slot for slot in self.slots if slot.gpa <= gpa < slot.gpa + slot.bytes), None)
-            if slot is None:
-                raise NotThere(f"guest address {gpa:#x} is in no memory slot")
-            hva = slot.hva + gpa - slot.gpa
+            hva = self._hva(gpa)
             leaf = self._host.leaf(self.table, hva)
             if leaf is None:
                 raise NotThere(f"the VMM's page tables have no page for guest address {gpa:#x}")
@@ -184,7 +182,23 @@ class GuestMemory:
                 continue
             except Unreadable:
                 raise Reached(gpa, va) from None
-        raise Hidden(gpa, pa)
+        try:
+            data = self._host.read_user(self._vmm, self._hva(gpa), size)
+        except NotMapped:
+            raise Hidden(gpa, pa) from None
+        self.by_user.add(gpa >> PAGE_SHIFT)
+        return data
+
+    def _hva(self, gpa: int) -> int:
+        """Where the VMM has it.
+
+        Raises:
+            NotThere: it is in no slot.
+        """
+        slot = next((slot for slot in self.slots if slot.gpa <= gpa < slot.gpa + slot.bytes), None)
+        if slot is None:
+            raise NotThere(f"guest address {gpa:#x} is in no memory slot")
+        return slot.hva + gpa - slot.gpa
 
     def _aliases_of(self, pa: int) -> list[int]:
         return [] if self._mappings is None else self._mappings.addresses_of(pa)

@@ -162,7 +162,7 @@ def search(
         OffmapError: far more matches than anyone could read.
     """
     total = sum(piece.bytes for piece in readable) or 1
-    work: _Work[T] = _Work(_chunks(readable, pattern.span - 1), total, progress, pattern.most)
+    work: _Work[T] = _Work(chunks(readable, pattern.span - 1), total, progress, pattern.most)
     run = partial(_run, work, readable, pattern=pattern, seams=seams)
     threads = [threading.Thread(target=run, args=(lane,), daemon=True) for lane in lanes[1:]]
     for thread in threads:
@@ -177,7 +177,18 @@ def search(
     return sorted(work.found, key=lambda each: each[0][:2])
 
 
-def _chunks(readable: Sequence[Piece], carry: int) -> Iterator[tuple[int, int, int]]:
+def find_bytes(va: int, size: int, needle: int, length: int) -> int | None:
+    """Address of the first place in our own memory where these bytes stand; None if they do not.
+
+    Args:
+        va, size: where to look.
+        needle, length: where what is looked for stands, and its bytes.
+    """
+    found: int | None = _memmem(va, size, needle, length)
+    return found
+
+
+def chunks(readable: Sequence[Piece], carry: int) -> Iterator[tuple[int, int, int]]:
     """(address, bytes, of these again) of each read: neighbours joined, cut to the buffer's size.
 
     A read begins ``carry`` bytes before the end of the one before it, if they are neighbours.

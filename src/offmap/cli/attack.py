@@ -75,6 +75,18 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="what reads the kernel's memory: /proc/kcore (default), or a module for disposable hosts",
     )
     parser.add_argument(
+        "--user-memory",
+        action="store_true",
+        help="let the primitive read the VMM's user memory too, as a leak in the VMM's process would (VMScape): hiding "
+        "RAM from the kernel does not stop that. Needs --primitive module",
+    )
+    parser.add_argument(
+        "--pieces",
+        metavar="HEX,...",
+        help="the secret in pieces of eight bytes, as hexadecimal digits with commas between: search all that the host "
+        "kernel maps for any 16 bytes of it",
+    )
+    parser.add_argument(
         "--kaslr", metavar="ADDRESS", help="where the host's kernel image is; without it, it is searched for"
     )
     parser.add_argument(
@@ -87,6 +99,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--latency", type=float, default=0.0, metavar="SECONDS", help="wait so long at each word of eight bytes"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--json-schema", action="store_true", help="print the JSON Schema of the result and end")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page that draws the way, as one file")
     parser.add_argument("--no-color", action="store_true", help="no colours, even on a terminal")
     parser.set_defaults(run=run)
@@ -97,11 +110,16 @@ def run(args: argparse.Namespace) -> int:
     from offmap.attack.attack import attack
     from offmap.attack.text import render_text
 
+    if args.json_schema:
+        from offmap.attack.result import attack_schema
+
+        print(attack_schema(), end="", flush=True)
+        return ExitStatus.DONE
     if args.learn is not None:
         return _learn(args)
     if args.pid is None or args.secret is None:
         raise OffmapError("no guest to attack", "give the PID of its VMM and --secret")
-    victim, control = _victim(args, args.pid, args.secret), _control(args)
+    victim, control = _victim(args, args.pid, args.secret, args.pieces), _control(args)
     known = _beforehand(args)
     with _primitive(args) as primitive:
         result = attack(primitive, known, victim, control)
@@ -152,11 +170,14 @@ def _running_modules(image: Path | None) -> list[Path]:
     return sorted(folder.glob("kvm.ko*"))
 
 
-def _victim(args: argparse.Namespace, pid: int, secret: str) -> "Victim":
+def _victim(args: argparse.Namespace, pid: int, secret: str, pieces: str | None = None) -> "Victim":
     from offmap.attack.attack import Victim
+    from offmap.attack.sweep import parse_pieces
     from offmap.attack.target import parse_target
 
-    return Victim(pid, parse_target(args.target, secret, args.process))
+    return Victim(
+        pid, parse_target(args.target, secret, args.process), parse_pieces(pieces) if pieces is not None else None
+    )
 
 
 def _control(args: argparse.Namespace) -> "Victim | None":
@@ -179,7 +200,9 @@ def _primitive(args: argparse.Namespace) -> "Primitive":
     if args.primitive == "module":
         from offmap.attack.module_primitive import ModulePrimitive
 
-        primitive = ModulePrimitive()
+        primitive = ModulePrimitive(user_memory=args.user_memory)
+    elif args.user_memory:
+        raise OffmapError("/proc/kcore shows no user memory", "take --primitive module, in a disposable host")
     else:
         from offmap.attack.kcore_primitive import KcorePrimitive
 

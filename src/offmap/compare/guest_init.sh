@@ -3,7 +3,7 @@
 # The kernel hands NAME=VALUE words of its command line that it does not know to init as environment variables:
 #   OFFMAP_CANARIES=N       how many canaries to plant, one a page
 #   OFFMAP_CANARY_FIRST=N   the number of the first (0 if it is not given)
-#   OFFMAP_SECRET=1         plant a secret in the memory of a shell, and print its SHA-256
+#   OFFMAP_SECRET=1         plant a secret in the memory of a shell; print its SHA-256, and it in pieces
 #   OFFMAP_CANARY_KEY=HEX   the key that their checksums are made with (offmap.audit.canary)
 /bin/busybox mkdir -p /proc /sys /dev /tmp /canaries
 /bin/busybox mount -t proc proc /proc
@@ -45,6 +45,8 @@ fi
 if [ "${OFFMAP_SECRET:-0}" -gt 0 ]; then
     sh -c 'mark=OFFMAP-SECRET-
         word=$mark$(head -c 16 /dev/urandom | hexdump -v -e "16/1 \"%02x\"")
+        # In pieces of eight bytes, in hexadecimal: the secret itself is never said.
+        echo "offmap-guest: pieces $(echo -n "${word#$mark}" | hexdump -v -e "8/1 \"%02x\" \",\"")"
         echo "offmap-guest: secret $(echo -n "${word#$mark}" | sha256sum | cut -d " " -f 1)"
         while :; do sleep 1000; done' &
 fi

@@ -6,6 +6,9 @@
  * is caught, and the copy ends there. What comes back is how many bytes were copied: fewer than asked for means that the
  * next one is not mapped. Addresses of user space are refused. Nothing else of the kernel is asked.
  *
+ * PEEK_READ_USER copies in the same way from an address of a process's own, by that process's page tables: what a leak
+ * in the process itself would give. It fails where they map nothing now.
+ *
  * Only for disposable hosts: whoever has the device reads what the kernel has.
  */
 #include <linux/fs.h>
@@ -15,6 +18,11 @@
 #include <linux/module.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
+#include <linux/kthread.h>
+#include <linux/mmu_context.h>
+#include <linux/pid.h>
+#include <linux/sched/mm.h>
+#include <linux/sched/task.h>
 #include <asm/page.h>
 #include <asm/processor.h>
 
@@ -24,8 +32,16 @@ struct peek_read {
 	__u64 length; /* in: bytes wanted, at most PEEK_MOST; out: bytes read */
 };
 
+struct peek_read_user {
+	struct peek_read read; /* all of it is read, or nothing; at most a page */
+	__u64 pid;
+};
+
 #define PEEK_MOST (1UL << 20)
 #define PEEK_READ _IOWR('P', 1, struct peek_read)
+#define PEEK_READ_USER _IOWR('P', 2, struct peek_read_user)
+
+static struct kthread_worker *peek_worker;
 
 static bool peek_byte(u8 *to, const u8 *from)
 {
@@ -49,6 +65,12 @@ static size_t peek_copy(u8 *to, unsigned long from, size_t length)
 
 	pagefault_disable();
 	while (done < length) {
+		/* A page at a time, for those who read much; where one fails, up to the byte that is not mapped. */
+		if (length - done >= PAGE_SIZE && IS_ALIGNED(from + done, PAGE_SIZE) &&
+		    !copy_from_kernel_nofault(to + done, (const void *)(from + done), PAGE_SIZE)) {
+			done += PAGE_SIZE;
+			continue;
+		}
 		if (length - done >= sizeof(u64) && IS_ALIGNED(from + done, sizeof(u64)) && IS_ALIGNED(done, sizeof(u64))) {
 			if (!peek_word((u64 *)(to + done), (const u64 *)(from + done)))
 				break;
@@ -63,6 +85,68 @@ static size_t peek_copy(u8 *to, unsigned long from, size_t length)
 	return done;
 }
 
+struct peek_work {
+	struct kthread_work work;
+	struct mm_struct *mm;
+	void *to;
+	unsigned long from;
+	size_t length;
+	long error;
+};
+
+/* Only a kernel thread may take on the address space of another process. */
+static void peek_in_process(struct kthread_work *work)
+{
+	struct peek_work *peek = container_of(work, struct peek_work, work);
+
+	kthread_use_mm(peek->mm);
+	peek->error = copy_from_user_nofault(peek->to, (const void __user *)peek->from, peek->length);
+	kthread_unuse_mm(peek->mm);
+}
+
+static struct mm_struct *peek_mm(pid_t number)
+{
+	struct pid *pid = find_get_pid(number);
+	struct task_struct *task = get_pid_task(pid, PIDTYPE_PID);
+	struct mm_struct *mm = NULL;
+
+	put_pid(pid);
+	if (task) {
+		mm = get_task_mm(task);
+		put_task_struct(task);
+	}
+	return mm;
+}
+
+static long peek_user(const struct peek_read_user __user *argument)
+{
+	struct peek_read_user asked;
+	struct peek_work peek;
+
+	if (copy_from_user(&asked, argument, sizeof(asked)))
+		return -EFAULT;
+	if (!asked.read.length || asked.read.length > PAGE_SIZE || asked.read.address >= TASK_SIZE_MAX || asked.pid > INT_MAX)
+		return -EINVAL;
+	peek.length = asked.read.length;
+	peek.from = asked.read.address;
+	peek.to = kmalloc(peek.length, GFP_KERNEL);
+	if (!peek.to)
+		return -ENOMEM;
+	peek.mm = peek_mm(asked.pid);
+	if (!peek.mm) {
+		kfree(peek.to);
+		return -ESRCH;
+	}
+	kthread_init_work(&peek.work, peek_in_process);
+	kthread_queue_work(peek_worker, &peek.work);
+	kthread_flush_work(&peek.work);
+	mmput(peek.mm);
+	if (!peek.error && copy_to_user((void __user *)asked.read.to, peek.to, peek.length))
+		peek.error = -EFAULT;
+	kfree_sensitive(peek.to);
+	return peek.error;
+}
+
 static long peek_ioctl(struct file *file, unsigned int command, unsigned long argument)
 {
 	struct peek_read __user *asked = (struct peek_read __user *)argument;
@@ -71,6 +155,8 @@ static long peek_ioctl(struct file *file, unsigned int command, unsigned long ar
 	long error = 0;
 	u8 *buffer;
 
+	if (command == PEEK_READ_USER)
+		return peek_user((const struct peek_read_user __user *)argument);
 	if (command != PEEK_READ)
 		return -ENOTTY;
 	if (copy_from_user(&peek, asked, sizeof(peek)))
@@ -104,6 +190,26 @@ static struct miscdevice peek_device = {
 	.mode = 0600,
 };
 
-module_misc_device(peek_device);
+static int __init peek_init(void)
+{
+	int error;
+
+	peek_worker = kthread_create_worker(0, "offmap-peek");
+	if (IS_ERR(peek_worker))
+		return PTR_ERR(peek_worker);
+	error = misc_register(&peek_device);
+	if (error)
+		kthread_destroy_worker(peek_worker);
+	return error;
+}
+
+static void __exit peek_exit(void)
+{
+	misc_deregister(&peek_device);
+	kthread_destroy_worker(peek_worker);
+}
+
+module_init(peek_init);
+module_exit(peek_exit);
 MODULE_LICENSE("GPL");
 MODULE_DESCRIPTION("Reads of mapped kernel memory for tests of offmap's attack");

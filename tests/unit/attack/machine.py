@@ -334,5 +334,14 @@ class Machine(Primitive):
             raise NotMapped(va)
         return bytes(self.memory[pa : pa + size])
 
+    def _fetch_user(self, pid: int, va: int, size: int) -> bytes:
+        pa = self.user.walk(va)
+        if pid != PID or pa is None:
+            raise NotMapped(va)
+        return bytes(self.memory[pa : pa + size])
+
+    def fill(self, va: int, view: memoryview) -> None:
+        view[:] = self._fetch(va, len(view))
+
     def close(self) -> None:
         pass

@@ -8,7 +8,11 @@ from offmap.attack.chain import Chain
 from offmap.attack.knowledge import Kernel
 from offmap.attack.primitive import Noisy, Primitive, Unreadable
 from offmap.attack.result import AttackResult, Attempt, Outcome
+from offmap.attack.sweep import Pieces, SweepPlan
 from offmap.attack.target import PlantedSecret
+from offmap.audit.mappings import KernelMappings
+from offmap.audit.readable import Piece
+from offmap.audit.regions import Layout
 from offmap.errors import ExitStatus
 from offmap.report.typed import Address
 
@@ -227,3 +231,58 @@ def test_no_such_process() -> None:
     assert found.reason == "the host has no process 4711"
     found = Chain(Machine(), KNOWN, KNOWN, PID, PlantedSecret("nginx", DIGEST)).run()
     assert found.reason == "the guest has no process nginx"
+
+
+def test_user_memory_is_recovered_whatever_the_kernel_maps() -> None:
+    machine = Machine(hidden=True)
+    machine.user_memory = True
+    found = run(machine)
+    assert (found.outcome, found.stage) == (Outcome.RECOVERED, "guest: secret")
+    assert found.user_pages > 3
+    assert "by the VMM's own mapping, which hiding RAM from the kernel does not take away" in found.reason
+    assert run(Machine()).user_pages == 0
+
+
+PIECES = Pieces(tuple(SECRET[at : at + 8] for at in range(0, 16, 8)))  # the other half is the same again
+
+
+def swept(machine: Machine, monkeypatch: pytest.MonkeyPatch, unread: int = 0) -> Attempt:
+    """An attack with a sweep of the machine's direct map."""
+    monkeypatch.setattr("offmap.attack.sweep._Seen.control", lambda self: None)
+    monkeypatch.setattr("offmap.attack.sweep.frames_at", lambda va, pages: set())
+
+    def plan(mappings: KernelMappings, primitive: Primitive) -> SweepPlan:
+        readable = [Piece(*(int(run[name]) for name in ("va", "pa", "bytes"))) for run in mappings.direct]
+        return SweepPlan(readable, [Piece(0, 1 << 40, unread)] if unread else [], 0, Layout([]))
+
+    target = PlantedSecret("sh", DIGEST)
+    return Chain(machine, KNOWN, KNOWN, PID, target, pieces=PIECES, planner=plan).run()
+
+
+def test_a_sweep_that_finds_nothing_lets_an_end_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = swept(Machine(hidden=True), monkeypatch)
+    assert (found.outcome, found.stage) == (Outcome.ENDS, "guest: kernel")
+    assert found.reason.endswith("in all that it maps, no 16 bytes of the secret stand in it")
+    assert found.sweep is not None and found.sweep.bytes_read == GUEST_AT
+    assert found.stages[-1].name == "all that the host kernel maps"
+
+
+def test_sixteen_bytes_of_the_secret_anywhere_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(hidden=True)
+    machine.memory[0x20_1FF0:0x20_2000] = SECRET[:16]
+    found = swept(machine, monkeypatch)
+    assert (found.outcome, found.stage) == (Outcome.RECOVERED, "all that the host kernel maps")
+    assert found.sweep is not None
+    assert [(run.pa, run.bytes) for run in found.sweep.runs] == [(0x20_1FF0, 16)]
+
+
+def test_what_the_sweep_cannot_read_is_reached_and_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = swept(Machine(hidden=True), monkeypatch, unread=PAGE)
+    assert (found.outcome, found.stage) == (Outcome.REACHED, "all that the host kernel maps")
+    assert "1 mapped pages cannot be read" in found.reason
+
+
+def test_on_plain_ram_the_sweep_finds_the_guests_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = swept(Machine(), monkeypatch)
+    assert (found.outcome, found.stage) == (Outcome.RECOVERED, "guest: secret")
+    assert found.sweep is not None and found.sweep.longest == 16

@@ -2,15 +2,16 @@
 
 import json
 
+import jsonschema
 import msgspec
 import pytest
 
 from offmap.attack.attack import Beforehand, Victim, attack
 from offmap.attack.html import render_html
-from offmap.attack.result import AttackResult
+from offmap.attack.result import AttackResult, Run, Sweep, attack_schema
 from offmap.attack.target import PlantedSecret
 from offmap.attack.text import render_text
-from offmap.report.typed import decode, parse_json
+from offmap.report.typed import Address, decode, parse_json
 
 from .machine import DIGEST, KNOWN, PID, Machine
 
@@ -34,6 +35,25 @@ def test_text_begins_with_the_answer(result: AttackResult) -> None:
 
 def test_json_is_read_back_as_it_was(result: AttackResult) -> None:
     assert decode(AttackResult, parse_json(json.dumps(result.to_json()).encode())) == result
+
+
+def test_json_is_of_its_schema(result: AttackResult) -> None:
+    schema = json.loads(attack_schema())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(json.loads(json.dumps(result.to_json())), schema)
+
+
+def test_runs_of_a_sweep_are_listed(result: AttackResult) -> None:
+    run = Run(va=Address(0xFFFF_8880_0000_1000), pa=Address(0x1000), bytes=16, region="slab")
+    found = Sweep(
+        secret_bytes=32, bytes_read=1, pages_unread=0, device_pages=0, seconds=1.0, longest=16, runs=(run,) * 10
+    )
+    swept = msgspec.structs.replace(result, attempt=msgspec.structs.replace(result.attempt, sweep=found))
+    text = render_text(swept)
+    assert text.count("16 B  0xffff888000001000, physical 0x1000, slab") == 8
+    assert "and 2 more" in text
+    assert "0xffff888000001000" in render_html(swept)
+    jsonschema.validate(json.loads(json.dumps(swept.to_json())), json.loads(attack_schema()))
 
 
 def test_the_page_stops_where_the_attack_did(result: AttackResult) -> None:
