@@ -5,9 +5,11 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
+from offmap.cli import lab_selftests
 from offmap.cli.arguments import seconds
+from offmap.cli.lab_options import add_lab_options, console_file
 from offmap.cli.log import quiet_in_a_file
 from offmap.errors import OffmapError
 from offmap.log import Logger
@@ -20,25 +22,6 @@ _log = Logger("offmap.cli")
 
 SIGINT = 2
 DEFAULT_OUT = Path("out/lab")
-
-
-def add_lab_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that describe a disposable host (shared by every command that starts one)."""
-    parser.add_argument(
-        "--host-kernel",
-        metavar="KERNEL",
-        help="debian:6.12, patched:7.3, running, or a bzImage (default: debian:6.12 where apt is)",
-    )
-    parser.add_argument("--modules", type=Path, metavar="DIR", help="lib/modules/RELEASE folder of a bzImage")
-    parser.add_argument("--memory", default="2G", metavar="SIZE", help="RAM of the host (default: %(default)s)")
-    parser.add_argument(
-        "--nodes", type=int, default=1, metavar="N", help="NUMA nodes that share this RAM (default: %(default)s)"
-    )
-    parser.add_argument("--host-cmdline", default="", metavar="TEXT", help="added to the host's kernel command line")
-    parser.add_argument(
-        "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="default: KVM if a host really boots under it"
-    )
-    parser.add_argument("--console", type=Path, metavar="FILE", help="copy the host's kernel console to FILE")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -104,6 +87,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     build.set_defaults(run=run_kernel_build)
     names = kernels.add_parser("list", help="the patched kernels, their patches, and whether they have been built")
     names.set_defaults(run=run_kernel_list)
+    lab_selftests.add_parser(commands)
 
 
 def run_kernel_path(args: argparse.Namespace) -> int:
@@ -117,10 +101,9 @@ def run_kernel_path(args: argparse.Namespace) -> int:
 def run_kernel_build(args: argparse.Namespace) -> int:
     """Run ``offmap lab kernel build``."""
     from offmap.lab.build import patched_kernel
-    from offmap.lab.series import all_series
+    from offmap.lab.series import newest_series
 
-    newest = max(all_series(), key=lambda series: [int(part) for part in series.name.split(".")])
-    spec = args.kernel or newest.spec
+    spec = args.kernel or newest_series().spec
     if args.debug and not spec.endswith("+debug"):
         spec += "+debug"
     print(patched_kernel(spec, _log.info).vmlinuz)
@@ -177,7 +160,7 @@ def run_exec(args: argparse.Namespace) -> int:
     say = quiet_in_a_file(_log)
     with ExitStack() as stack:
         out = _out_folder(args.out)
-        console = _console_file(args.console, stack)
+        console = console_file(args.console, stack)
         log = _access_log(args.access_log, stack)
         say("getting the host kernel")
         kernel = host_kernel(args.host_kernel, args.modules, say)
@@ -253,15 +236,6 @@ def _out_folder(chosen: Path | None) -> Path:
             f"cannot make the output folder {folder}: {error.strerror}", "give another one with --out"
         ) from error
     return folder
-
-
-def _console_file(path: Path | None, stack: ExitStack) -> BinaryIO | None:
-    if path is None:
-        return None
-    try:
-        return stack.enter_context(path.open("wb"))
-    except OSError as error:
-        raise OffmapError(f"cannot write the console file {path}: {error.strerror}") from error
 
 
 def _run(host: "LabHost", argv: list[str], deadline: float | None) -> int:

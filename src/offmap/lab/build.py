@@ -166,15 +166,15 @@ def compile_kernel(tree: Path, series: PatchSeries, key: str, new: Path, log: Pa
     say("configuring")
     wanted = new.with_name("wanted.config")
     wanted.write_text("".join(path.read_text() for path in series.configs()))
-    _make([*make, "allnoconfig", f"KCONFIG_ALLCONFIG={wanted}"], log)
+    run_make([*make, "allnoconfig", f"KCONFIG_ALLCONFIG={wanted}"], log)
     if dropped := missing_options(wanted.read_text(), (objects / ".config").read_text()):
         raise LabError(
             f"this kernel does not have what {series.configs()[-1].name} asks for: {' '.join(dropped)}",
             "name the options that these depend on, or leave them out",
         )
     say(f"compiling with {os.cpu_count() or 1} processors; this takes minutes, once (log: {log})")
-    _make([*make, f"-j{os.cpu_count() or 1}", "bzImage", "modules"], log)
-    _make([*make, "modules_install"], log)
+    run_make([*make, f"-j{os.cpu_count() or 1}", "bzImage", "modules"], log)
+    run_make([*make, "modules_install"], log)
     image = objects / "arch/x86/boot/bzImage"
     release = image_release(image)
     modules = new / "lib/modules" / release
@@ -182,14 +182,19 @@ def compile_kernel(tree: Path, series: PatchSeries, key: str, new: Path, log: Pa
         (modules / link).unlink(missing_ok=True)
     # What a distribution's headers package holds (scripts/package/install-extmod-build): offmap.ko is built against it.
     install = tree / "scripts/package/install-extmod-build"
-    _make([*make, "run-command", f"KBUILD_RUN_COMMAND={install} {modules / 'build'}"], log)
+    run_make([*make, "run-command", f"KBUILD_RUN_COMMAND={install} {modules / 'build'}"], log)
     (new / "boot").mkdir()
     for name, path in (("vmlinuz", image), ("config", objects / ".config"), ("System.map", objects / "System.map")):
         path.rename(new / "boot" / f"{name}-{release}")
     write_manifest(new, used_files(new, release))
 
 
-def _make(command: list[str], log: Path) -> None:
+def run_make(command: list[str], log: Path, what: str = "the kernel") -> None:
+    """Run a make of the kernel's source, and append what it says to `log`.
+
+    Raises:
+        LabError: it failed; says that `what` does not build, and why.
+    """
     path = f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATH}"
     # A make that runs us (make test-all) hands down flags and a job server that are not for this one.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
@@ -204,7 +209,7 @@ def _make(command: list[str], log: Path) -> None:
         )
     if done.returncode != 0:
         raise LabError(
-            f"the kernel does not build: {first_complaint(log.read_text(errors='replace'))}", f"the log is {log}"
+            f"{what} does not build: {first_complaint(log.read_text(errors='replace'))}", f"the log is {log}"
         )
 
 

@@ -54,10 +54,20 @@ class PatchSeries:
         return [_subject(path) for path in self.patches]
 
 
+def _files(patch: Path) -> list[bytes]:
+    """What `patch` does to each file; each begins with the file's name."""
+    return re.split(rb"^diff --git a/", patch.read_bytes(), flags=re.MULTILINE)[1:]
+
+
 def _changes(patch: Path) -> bytes:
     """What `patch` does to the files that a kernel is compiled from: no message, no test, no documentation."""
-    _message, *files = re.split(rb"^diff --git a/", patch.read_bytes(), flags=re.MULTILINE)
-    return b"".join(file for file in files if not file.startswith(_NOT_BUILT))
+    return b"".join(file for file in _files(patch) if not file.startswith(_NOT_BUILT))
+
+
+def changes_below(patch: Path, folders: Sequence[str]) -> bytes:
+    """What `patch` does to the files in these folders (each ends with a slash), as a patch; empty if nothing."""
+    prefixes = tuple(folder.encode() for folder in folders)
+    return b"".join(b"diff --git a/" + file for file in _files(patch) if file.startswith(prefixes))
 
 
 def _subject(patch: Path) -> str:
@@ -85,6 +95,16 @@ def all_series() -> Iterator[PatchSeries]:
             series = PatchSeries(patches.name, tuple(sorted(patches.glob("*.patch"))), folder / "lab.config")
             yield series
             yield replace(series, debug=folder / "debug.config")
+
+
+def newest_series() -> PatchSeries:
+    """The series for the newest kernel, without its debugging.
+
+    Raises:
+        LabError: this installation has none at all.
+    """
+    plain = (series for series in all_series() if series.debug is None)
+    return max(plain, key=lambda series: [int(part) for part in series.name.split(".")])
 
 
 def patch_series(spec: str) -> PatchSeries:

@@ -1,8 +1,10 @@
 """A Debian kernel's source: the package linux-source-SERIES, fetched once, unpacked where it is wanted."""
 
 import json
+import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folde
 from offmap.lab.errors import LabError
 
 _RECORD = "package.json"
+# What tar says when a wanted part is not there.
+_HARMLESS = (": Not found in archive", ": Exiting with failure status due to previous errors")
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,17 @@ class KernelSource:
     version: str
     deb: Path
 
-    def unpack(self, folder: Path) -> None:
+    def unpack(self, folder: Path, parts: Sequence[str] = ()) -> None:
         """Unpack the kernel's source tree so that `folder`, which must exist, is its top.
+
+        Args:
+            parts: the files and folders to unpack, relative to the top, with wildcards; all by default. What this
+                source does not have is left out.
 
         Raises:
             LabError: it cannot be unpacked.
         """
+        wanted = ["--wildcards", "--no-wildcards-match-slash", *(f"*/{part}" for part in parts)] if parts else []
         # The package holds little but one tarball, which is large: no detour by a file.
         with (
             subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(self.deb)], stdout=subprocess.PIPE) as package,
@@ -41,14 +50,19 @@ class KernelSource:
             ) as tarball,
         ):
             done = subprocess.run(
-                ["tar", "-xJ", "-C", str(folder), "--strip-components=1", "--no-same-owner"],
+                # On all processors: the tarball is compressed in blocks.
+                ["tar", "-I", "xz -T0", "-x", "-C", str(folder), "--strip-components=1", "--no-same-owner", *wanted],
                 stdin=tarball.stdout,
                 capture_output=True,
                 text=True,
                 check=False,
+                env={**os.environ, "LC_ALL": "C"},
             )
-        if done.returncode != 0 or not (folder / "Kbuild").is_file():
-            reason = (done.stderr.strip().splitlines() or ["it holds no kernel source"])[-1]
+        said = done.stderr.strip().splitlines()
+        if parts:
+            said = [line for line in said if not line.endswith(_HARMLESS)]
+        if (done.returncode != 0 and (said or not parts)) or not (folder / "Kbuild").is_file():
+            reason = (said or ["it holds no kernel source"])[-1]
             raise LabError(f"cannot unpack {self.deb.name}: {reason}", "check that the cache folder's disk is not full")
 
 
