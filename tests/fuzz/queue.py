@@ -15,6 +15,7 @@ from .rings import HALF, SPAN, GuestRam, Ring
 from .target import MOST_STEPS, Target
 
 _SIZES = (16, 8, 64, 1, 2, 512)
+_SETUPS = 4  # of one case
 _LIMIT = Limit(rate=1 << 16, ops=300)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # What the other writer writes, and where: descriptors, the available ring and indirect tables.
@@ -29,43 +30,34 @@ class QueueTarget(Target):
 
     def __init__(self) -> None:
         self.ram = GuestRam()
-        self._again = 0
+        self._again = self._served = 0
         self._now = 0.0
 
     def case(self, choices: Choices) -> bool:
-        c = choices
+        served = 0
+        for _ in range(_SETUPS):  # a driver sees that the device has given it up, and begins again
+            served += self._use(choices)
+            if not choices.left:
+                break
+        self.ram.check()
+        return bool(served)
+
+    def _use(self, c: Choices) -> int:
+        """Set a queue up and use it, until it is given up or nothing is left to decide by. Return how much was served.
+
+        A chain that was taken counts, whatever becomes of the queue afterwards.
+        """
         event_idx, indirect, many = c.byte() & 1, bool(c.byte() & 3), c.byte()
         ring = Ring(self.ram, 0, c.of(_SIZES))
         queue = None
-        served = 0
+        self._served = 0
         try:
             queue = self._queue(c, ring, event_idx=bool(event_idx), indirect=indirect, limited=many > 200)
             for _ in range(MOST_STEPS):
                 if not c.left:
                     break
-                what = c.byte()
-                if what < 160:
-                    self._add(c, ring, indirect=indirect)
-                elif what < 200:
-                    served += self._take(queue, c.byte() & 3)
-                elif what < 220:
-                    for chain in queue.chains():
-                        self.check(chain, ring.size)
-                        queue.push(chain, min(chain.writable_bytes, 1 << 20))
-                        queue.charge(c.byte() << 16)
-                        served += 1
-                elif what < 230:
-                    queue.notify()
-                elif what < 240:
-                    ring.set_flags(c.byte() & 1, c.word(2))
-                elif what < 244:
-                    if queue.pop() is not None:
-                        queue.undo_pop()
-                elif what < 250:
-                    queue.go_on_later()
-                else:
-                    self.meddle(c)
-            served += self._take(queue, 3)
+                self._step(c, queue, ring, indirect=indirect)
+            self._take(queue, 3)
             queue.notify()
         except DriverError:
             pass
@@ -73,8 +65,31 @@ class QueueTarget(Target):
             if queue is not None:
                 queue.stop()
                 assert queue.pop() is None
-        self.ram.check()
-        return bool(served)
+        return self._served
+
+    def _step(self, c: Choices, queue: Queue, ring: Ring, *, indirect: bool) -> None:
+        what = c.byte()
+        if what < 160:
+            self._add(c, ring, indirect=indirect)
+        elif what < 200:
+            self._take(queue, c.byte() & 3)
+        elif what < 220:
+            for chain in queue.chains():
+                self._served += 1
+                self.check(chain, ring.size)
+                queue.push(chain, min(chain.writable_bytes, 1 << 20))
+                queue.charge(c.byte() << 16)
+        elif what < 230:
+            queue.notify()
+        elif what < 240:
+            ring.set_flags(c.byte() & 1, c.word(2))
+        elif what < 244:
+            if queue.pop() is not None:
+                queue.undo_pop()
+        elif what < 250:
+            queue.go_on_later()
+        else:
+            self.meddle(c)
 
     def _queue(self, c: Choices, ring: Ring, *, event_idx: bool, indirect: bool, limited: bool) -> Queue:
         size, places = ring.size, [ring.desc, ring.avail, ring.used]
@@ -108,24 +123,23 @@ class QueueTarget(Target):
         writes = [c.byte() << (c.byte() & 7) for _ in range(c.byte() & 3)]
         ring.add(c, reads, writes, indirect=indirect)
 
-    def _take(self, queue: Queue, how: int) -> int:
-        """Serve what there is. Return how many buffers."""
+    def _take(self, queue: Queue, how: int) -> None:
+        """Serve what there is."""
         served: list[tuple[Chain, int]] = []
         for _ in range(64):
             chain = queue.take() if how & 1 else queue.pop()
             if chain is None:
                 break
             self.check(chain, queue.size)
+            self._served += 1
             if how & 2:
                 served.append((chain, 1))
             else:
                 queue.push(chain, 0)
-                served.append((chain, 0))
         if how & 2:
             queue.push_all(served)
         queue.rearm()
         queue.notify()
-        return len(served)
 
     @staticmethod
     def check(chain: Chain, size: int) -> None:

@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from offmap.owned import Owned
@@ -38,6 +39,7 @@ CORPUS = Path(__file__).with_name("corpus")
 _CASES_OF_ONE = 2000  # before the device is made anew
 _WARM = 4000  # cases until memory that Python keeps has its size
 _LENGTHS = (24, 48, 96, 96, 192, 384)
+_LONGEST = 512  # bytes of a changed input
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,28 @@ def inputs(seed: int) -> Iterator[bytes]:
     dice = random.Random(seed)
     while True:
         yield dice.randbytes(dice.choice(_LENGTHS))
+
+
+def varied(name: str, seed: int) -> Iterator[bytes]:
+    """Random inputs and changed ones of a target's corpus by turns, for ever, the same for the same seed."""
+    dice = random.Random(seed)
+    stored = corpus(name) or [b""]
+    for fresh in inputs(seed):
+        yield fresh
+        data = bytearray(dice.choice(stored))
+        for _ in range(1 + dice.randrange(4)):
+            at = dice.randrange(len(data) + 1)
+            match dice.randrange(4):
+                case 0:
+                    data[at : at + 1] = dice.randbytes(1)
+                case 1:
+                    data[at:at] = dice.randbytes(1 + dice.randrange(8))
+                case 2:
+                    other = dice.choice(stored)
+                    data[at:] = other[min(at, len(other)) :]
+                case _:
+                    data[at : at + 1 + dice.randrange(8)] = b""
+        yield bytes(data[:_LONGEST]) + fresh[: max(0, 64 - len(data))]
 
 
 def corpus(name: str) -> list[bytes]:
@@ -111,6 +135,14 @@ class Runner(Owned):
 
     def close(self) -> None:
         self._once.close()
+
+
+def run_cases(name: str, cases: int, seed: int) -> Score:
+    """Run a target on so many inputs. Raises Failed: a bug."""
+    with Runner(name) as runner:
+        for data in islice(chain(corpus(name), varied(name, seed)), cases):
+            runner(data)
+        return runner.score
 
 
 def run_for(name: str, seconds: float, seed: int) -> Score:

@@ -171,6 +171,9 @@ class _Wire:
         pass
 
     def is_up(self) -> bool:
+        if self.changes is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self.changes)
         return self.up
 
     def last_words(self) -> str:

@@ -87,6 +87,8 @@ class DeviceTarget(Target):
         self._turn_over()
         self._idle = self.worker.watched
         self.rings: list[Ring] = []
+        self._before: list[int] = []  # of each ring, what the device had given back when the case began
+        self._served = self._indirect = False
 
     @abstractmethod
     def build(self) -> VirtioDevice:
@@ -118,28 +120,41 @@ class DeviceTarget(Target):
 
     def case(self, choices: Choices) -> bool:
         c = choices
-        indirect = self._set_up(c)
+        self._served = False
+        self._set_up(c)
         if c.byte() & 3:
             self.begin()
-        before = [ring.used_idx() for ring in self.rings]
+        self._before = [ring.used_idx() for ring in self.rings]
         for _ in range(MOST_STEPS):
             if not c.left:
                 break
-            self._step(c, indirect)
+            # Most drivers see that the device has given them up, and begin again.
+            if self.transport.read(reg.VIRTIO_MMIO_STATUS, 4) != _DRIVER_OK and c.byte() & 7:
+                self._set_up_again(c)
+            self._step(c)
         for kick in self._kicks:
             os.eventfd_write(kick, 1)
         self._turn_over()
-        served = any(ring.used_idx() != idx for ring, idx in zip(self.rings, before, strict=True))
+        self._look_for_served()
         self.write(reg.VIRTIO_MMIO_STATUS, 0)
         self._turn_over()
         if self.transport.bug is not None:
             raise self.transport.bug
         assert self.worker.watched <= self._idle, "something is still watched after a reset"
         self.ram.check()
-        return served
+        return self._served
 
-    def _set_up(self, c: Choices) -> bool:
-        """Do what a driver does until the device is live. Return whether it may use indirect descriptors."""
+    def _look_for_served(self) -> None:
+        self._served |= any(ring.used_idx() != idx for ring, idx in zip(self.rings, self._before, strict=True))
+
+    def _set_up_again(self, c: Choices) -> None:
+        self._look_for_served()
+        self.write(reg.VIRTIO_MMIO_STATUS, 0)
+        self._set_up(c)
+        self._before = [0] * len(self.rings)
+
+    def _set_up(self, c: Choices) -> None:
+        """Do what a driver does until the device is live."""
         write = self.write
         features = self._offered
         if (kind := c.byte()) & 3 == 1:
@@ -171,15 +186,15 @@ class DeviceTarget(Target):
             if odd != 4:
                 write(reg.VIRTIO_MMIO_QUEUE_READY, 1)
         write(reg.VIRTIO_MMIO_STATUS, _DRIVER_OK)
-        return bool(features >> 28 & 1)
+        self._indirect = bool(features >> 28 & 1)
 
-    def _step(self, c: Choices, indirect: bool) -> None:
+    def _step(self, c: Choices) -> None:
         what = c.byte()
         if what < 200:
             queue = c.below(len(self.rings))
             ring = self.rings[queue]
             for _ in range(1 + (what & 3)):
-                ring.add(c, *self.buffer(c, queue), indirect=indirect)
+                ring.add(c, *self.buffer(c, queue), indirect=self._indirect)
             if what & 4:
                 os.eventfd_write(self._kicks[queue], 1)
                 self.worker.turn()
@@ -196,8 +211,7 @@ class DeviceTarget(Target):
             size = 4 if c.byte() < 240 else 2
             self.write(c.of(_REGISTERS), c.of(_VALUES) & (1 << 8 * size) - 1, size)
         else:
-            self.write(reg.VIRTIO_MMIO_STATUS, 0)
-            self._set_up(c)
+            self._set_up_again(c)
 
     def _turn_over(self) -> None:
         """Let the device do what there is to do; it may have no end, as a driver can feed it for ever."""
