@@ -174,6 +174,13 @@ extern struct list_head offmap_pieces;		/* under offmap_pieces_lock */
 void offmap_watch_all(struct offmap_memory *mem, struct address_space *mapping);
 void offmap_unwatch_all(struct offmap_memory *mem);
 bool offmap_poisoned(const struct piece *piece);
+/*
+ * For memory_failure(), which asks without letting us sleep. Whether a mapping
+ * has a page of its file: of one that it has not, it would kill the process.
+ */
+bool offmap_vma_has(struct vm_area_struct *vma, pgoff_t pgoff);
+/* A page has failed: it is marked soon. */
+void offmap_page_failed(unsigned long pfn);
 void offmap_poison_init(void);
 void offmap_poison_exit(void);
 

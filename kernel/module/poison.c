@@ -18,6 +18,7 @@
 #include <linux/mm.h>
 #include <linux/mutex.h>
 #include <linux/notifier.h>
+#include <linux/slab.h>
 #include <linux/workqueue.h>
 #include <asm/mce.h>
 
@@ -88,13 +89,48 @@ static struct notifier_block offmap_mce_notifier = {
 };
 
 #ifdef OFFMAP_HAVE_PFN_ADDRESS_SPACE
+struct failure {
+	struct work_struct work;
+	unsigned long pfn;
+};
+
+static void mark_failure(struct work_struct *work)
+{
+	struct failure *failure = container_of(work, struct failure, work);
+	unsigned long pfn = failure->pfn;
+	struct piece *piece;
+
+	kfree(failure);
+	mutex_lock(&offmap_pieces_lock);
+	list_for_each_entry(piece, &offmap_pieces, all)
+		if (pfn - PHYS_PFN(piece->start) < PHYS_PFN(piece->size))
+			mark_bad(piece, pfn);
+	mutex_unlock(&offmap_pieces_lock);
+}
+
+void offmap_page_failed(unsigned long pfn)
+{
+	struct failure *failure = kmalloc(sizeof(*failure), GFP_ATOMIC);
+
+	if (!failure)
+		return;
+	INIT_WORK(&failure->work, mark_failure);
+	failure->pfn = pfn;
+	queue_work(offmap_workqueue, &failure->work);
+}
+
+bool offmap_vma_has(struct vm_area_struct *vma, pgoff_t pgoff)
+{
+	return pgoff - vma->vm_pgoff < vma_pages(vma);
+}
+
 static int pfn_to_pgoff(struct vm_area_struct *vma, unsigned long pfn, pgoff_t *pgoff)
 {
 	struct offmap_memory *mem = offmap_vma_memory(vma);
 	struct unplugged *unplugged;
 	struct piece *piece;
 
-	if (!mem || offmap_pgoff(mem, pfn, pgoff))
+	if (!mem || offmap_pgoff(mem, pfn, pgoff) || !offmap_vma_has(vma, *pgoff))
 		return -ENOENT;
 	unplugged = container_of(mem, struct unplugged, mem);
 	list_for_each_entry(piece, &unplugged->pieces, node)

@@ -132,6 +132,64 @@ static bool pool_poisoned(const struct offmap_memory *mem, u64 offset, u64 lengt
 }
 
 /*
+ * From Linux 7.0 on, memory_failure() finds who maps a page by the files that
+ * have registered it, and sends a signal with the address.
+ */
+#ifdef OFFMAP_HAVE_PFN_ADDRESS_SPACE
+static int pool_pfn_to_pgoff(struct vm_area_struct *vma, unsigned long pfn, pgoff_t *pgoff)
+{
+	struct address_space *mapping = vma->vm_file->f_mapping;
+	struct offmap_memory *mem = offmap_vma_memory(vma);
+	struct pool_file *file;
+	struct run *run;
+	int ret = -ENOENT;
+
+	/* We must not sleep here. If it fails, the page is just being given back. */
+	if (!mem || !filemap_invalidate_trylock_shared(mapping))
+		return -ENOENT;
+	file = container_of(mem, struct pool_file, mem);
+	for (run = run_first(&file->runs, 0, ULONG_MAX); run; run = run_next(run, 0, ULONG_MAX)) {
+		if (pfn - run->pfn >= run_pages(run))
+			continue;
+		*pgoff = run->node.start + (pfn - run->pfn);
+		if (offmap_vma_has(vma, *pgoff))
+			ret = 0;
+		break;
+	}
+	filemap_invalidate_unlock_shared(mapping);
+	if (!ret)
+		offmap_page_failed(pfn);
+	return ret;
+}
+
+static void watch_run(struct pool_file *file, struct run *run)
+{
+	run->space = (struct pfn_address_space){
+		.node.start = run->pfn,
+		.node.last = run->pfn + run_pages(run) - 1,
+		.mapping = file->inode->i_mapping,
+		.pfn_to_vma_pgoff = pool_pfn_to_pgoff,
+	};
+	if (register_pfn_address_space(&run->space))
+		run->space.mapping = NULL;
+}
+
+static void unwatch_run(struct run *run)
+{
+	if (run->space.mapping)
+		unregister_pfn_address_space(&run->space);
+}
+#else
+static void watch_run(struct pool_file *file, struct run *run)
+{
+}
+
+static void unwatch_run(struct run *run)
+{
+}
+#endif
+
+/*
  * A run that is about to be cleaned, in no tree, ends before its first page that
  * has failed. What is behind that becomes a dirty run of its own. False: nothing
  * is left. With pool->lock held.
@@ -295,6 +353,19 @@ static void kick_cleaner(struct pool *pool)
 
 /* --- files --------------------------------------------------------------- */
 
+/* With the invalidate lock held, for both. */
+static void add_run(struct pool_file *file, struct run *run)
+{
+	interval_tree_insert(&run->node, &file->runs);
+	watch_run(file, run);
+}
+
+static void remove_run(struct pool_file *file, struct run *run)
+{
+	unwatch_run(run);
+	interval_tree_remove(&run->node, &file->runs);
+}
+
 /* Whether there is room for @nr pages, or will not be soon. */
 static bool decided(struct pool *pool, unsigned long nr)
 {
@@ -381,7 +452,7 @@ int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long la
 		list_for_each_entry_safe(run, next, &taken, list) {
 			list_del(&run->list);
 			file->nr_pages += run_pages(run);
-			interval_tree_insert(&run->node, &file->runs);
+			add_run(file, run);
 		}
 		filemap_invalidate_unlock(mapping);
 		if (ret != -ENOSPC || decided(pool, nr))
@@ -402,13 +473,13 @@ static void split_run(struct pool_file *file, struct run *run, unsigned long fir
 {
 	struct run *rest = kzalloc(sizeof(*rest), GFP_KERNEL | __GFP_NOFAIL);
 
-	interval_tree_remove(&run->node, &file->runs);
+	remove_run(file, run);
 	rest->node.start = first;
 	rest->node.last = run->node.last;
 	rest->pfn = run->pfn + (first - run->node.start);
 	run->node.last = first - 1;
-	interval_tree_insert(&run->node, &file->runs);
-	interval_tree_insert(&rest->node, &file->runs);
+	add_run(file, run);
+	add_run(file, rest);
 }
 
 void pool_file_punch(struct pool_file *file, unsigned long first, unsigned long last)
@@ -428,7 +499,7 @@ void pool_file_punch(struct pool_file *file, unsigned long first, unsigned long 
 		}
 		if (run->node.last > last)
 			split_run(file, run, last + 1);
-		interval_tree_remove(&run->node, &file->runs);
+		remove_run(file, run);
 		file->nr_pages -= run_pages(run);
 		mutex_lock(&pool->lock);
 		make_dirty(pool, run);
@@ -663,7 +734,8 @@ ssize_t offmap_show_pools(char *buf)
 				     (u64)pool->nr_free << PAGE_SHIFT,
 				     (u64)pool->nr_dirty << PAGE_SHIFT,
 				     (u64)pool->nr_held << PAGE_SHIFT,
-				     (u64)pool->nr_bad << PAGE_SHIFT, pool->nr_files, pool->set.nid);
+				     (u64)pool->nr_bad << PAGE_SHIFT, pool->nr_files,
+				     pool->set.nid);
 		mutex_unlock(&pool->lock);
 	}
 	mutex_unlock(&pools_lock);

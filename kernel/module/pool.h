@@ -25,6 +25,9 @@ struct run {
 	struct list_head list;
 	unsigned long pfn;
 	bool held;			/* to be cleaned, and could not be */
+#ifdef OFFMAP_HAVE_PFN_ADDRESS_SPACE
+	struct pfn_address_space space;	/* while it is a file's */
+#endif
 };
 
 static inline unsigned long run_pages(const struct run *run)

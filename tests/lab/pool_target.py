@@ -23,7 +23,7 @@ from offmap.memory.pool import Pool
 from offmap.memory.probe import try_out
 from offmap.uapi import offmap_module as uapi
 
-from .module_host_target import inject, is_mapped
+from .module_host_target import HARD_OFFLINE, inject, is_mapped
 from .module_target import (
     BLOCK,
     MIB,
@@ -396,7 +396,53 @@ def speed(times: str = "5") -> Any:
     return found
 
 
-def failed() -> Any:
+class SignalInfo(ctypes.Structure):
+    """``struct signalfd_siginfo`` (linux/signalfd.h), as far as it is used here."""
+
+    _fields_ = (
+        ("signo", ctypes.c_uint32),
+        ("errno", ctypes.c_int32),
+        ("code", ctypes.c_int32),
+        ("unused", ctypes.c_uint8 * 60),
+        ("addr", ctypes.c_uint64),
+        ("rest", ctypes.c_uint8 * 48),
+    )
+
+
+def user(fd: int, tell: int) -> None:
+    """Map a file of SIZE bytes, wait for SIGBUS, and tell the offset in the file that it names."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGBUS})
+    mask = (ctypes.c_uint64 * 16)(1 << (signal.SIGBUS - 1))  # sigset_t
+    signals = libc.signalfd(-1, ctypes.byref(mask), 0)
+    memory = mmap.mmap(fd, SIZE)
+    part = mmap.mmap(fd, PAGE, offset=64 * PAGE)  # has not the page: no reason to be killed
+    os.write(tell, b"ready")
+    info = SignalInfo.from_buffer_copy(os.read(signals, ctypes.sizeof(SignalInfo)))
+    os.write(tell, f"{signal.Signals(info.signo).name} at {info.addr - address(memory):#x} {part[0]}".encode())
+
+
+def offline(fd: int, page: int) -> str:
+    """Have memory_failure() called for a page of a file; what its user is told."""
+    with open("/proc/sys/vm/memory_failure_early_kill", "w") as file:  # noqa: PTH123
+        file.write("1")  # else it asks nobody but a process that ran into the page
+    heard, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        user(fd, tell)
+        os._exit(0)
+    os.close(tell)
+    os.read(heard, 5)
+    with open("/dev/kmsg", "rb", buffering=0) as log:  # noqa: PTH123
+        os.lseek(log.fileno(), 0, os.SEEK_END)
+        HARD_OFFLINE.write_text(hex(page))
+        told = os.read(heard, 100).decode()
+        os.waitpid(child, 0)
+        while b"memory failed at" not in os.read(log.fileno(), 8192):
+            pass
+    return told
+
+
+def failed(how: str = "mce") -> Any:
     """A page of a file fails: its user's signal, and whether the page is ever given out again."""
     result: dict[str, Any] = {}
     with pool():
@@ -405,9 +451,14 @@ def failed() -> Any:
         words(memory)[:: PAGE // 8] = 1
         where, _ = ranges_of(memory, SIZE)[0]
         page = where + 7 * PAGE
-        inject(page)
-        while figures()[4] == 0 and is_mapped(os.getpid(), address(memory) + 7 * PAGE):
-            os.sched_yield()
+        if how == "mce":
+            inject(page)
+            while figures()[4] == 0 and is_mapped(os.getpid(), address(memory) + 7 * PAGE):
+                os.sched_yield()
+        else:
+            del memory  # or memory_failure() would kill this process, which asks for it
+            result["told"] = offline(fd, page)
+            memory = mmap.mmap(fd, SIZE)
         result["signal"] = in_child(lambda: memory_at(fd, 7 * PAGE))
         result["other page"] = in_child(lambda: memory_at(fd, 8 * PAGE))
         del memory
