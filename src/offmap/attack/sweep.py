@@ -207,7 +207,7 @@ class _Seen:
             self.unread += parts
             return False
         self.done += parts
-        if not np.frombuffer(data, dtype=np.uint8).any():
+        if not np.frombuffer(data, dtype=np.uint8).max():  # ``any`` takes ten times as long
             return True  # most of a host that was just booted
         for at, number in self._hits(size):
             start, end = self._pieces.around(data, at, number)

@@ -65,12 +65,6 @@ static size_t peek_copy(u8 *to, unsigned long from, size_t length)
 
 	pagefault_disable();
 	while (done < length) {
-		/* A page at a time, for those who read much; where one fails, up to the byte that is not mapped. */
-		if (length - done >= PAGE_SIZE && IS_ALIGNED(from + done, PAGE_SIZE) &&
-		    !copy_from_kernel_nofault(to + done, (const void *)(from + done), PAGE_SIZE)) {
-			done += PAGE_SIZE;
-			continue;
-		}
 		if (length - done >= sizeof(u64) && IS_ALIGNED(from + done, sizeof(u64)) && IS_ALIGNED(done, sizeof(u64))) {
 			if (!peek_word((u64 *)(to + done), (const u64 *)(from + done)))
 				break;
@@ -147,12 +141,18 @@ static long peek_user(const struct peek_read_user __user *argument)
 	return peek.error;
 }
 
+static long peek_said(struct peek_read __user *asked, struct peek_read *peek, size_t done)
+{
+	peek->length = done;
+	return copy_to_user(asked, peek, sizeof(*peek)) ? -EFAULT : 0;
+}
+
 static long peek_ioctl(struct file *file, unsigned int command, unsigned long argument)
 {
 	struct peek_read __user *asked = (struct peek_read __user *)argument;
 	struct peek_read peek;
-	size_t wanted;
-	long error = 0;
+	size_t wanted, done = 0;
+	long error;
 	u8 *buffer;
 
 	if (command == PEEK_READ_USER)
@@ -163,17 +163,23 @@ static long peek_ioctl(struct file *file, unsigned int command, unsigned long ar
 		return -EFAULT;
 	if (!peek.length || peek.length > PEEK_MOST || peek.address < TASK_SIZE_MAX || peek.address + peek.length - 1 < peek.address)
 		return -EINVAL;
+	/* A load at an address that is not canonical is no page fault. */
+	if (!__is_canonical_address(peek.address, boot_cpu_data.x86_virt_bits))
+		return peek_said(asked, &peek, 0);
 	wanted = peek.length;
+	/*
+	 * For those who read much: straight to the user. It is caught whichever side faults; so what
+	 * it does not copy is tried again below, by loads alone.
+	 */
+	if (wanted >= PAGE_SIZE && access_ok((void __user *)peek.to, wanted))
+		done = wanted - raw_copy_to_user((void __user *)peek.to, (const void *)peek.address, wanted);
+	if (done == wanted)
+		return peek_said(asked, &peek, done);
 	buffer = kvmalloc(wanted, GFP_KERNEL);
 	if (!buffer)
 		return -ENOMEM;
-	/* A load at an address that is not canonical is no page fault. */
-	if (__is_canonical_address(peek.address, boot_cpu_data.x86_virt_bits))
-		peek.length = peek_copy(buffer, peek.address, wanted);
-	else
-		peek.length = 0;
-	if (copy_to_user((void __user *)peek.to, buffer, peek.length) || copy_to_user(asked, &peek, sizeof(peek)))
-		error = -EFAULT;
+	done = peek_copy(buffer, peek.address, wanted);
+	error = copy_to_user((void __user *)peek.to, buffer, done) ? -EFAULT : peek_said(asked, &peek, done);
 	kvfree_sensitive(buffer, wanted); /* no copy of what was read is left for the next one to find */
 	return error;
 }
