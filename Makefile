@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest
 SUITE = tests/unit tests/fuzz tests/kvm tests/lab
 
-.PHONY: attack demo demo-patched compare fuzz test test-all slow setup setup-compare setup-tests setup-slow lint bench man unit
+.PHONY: attack attack-hidden demo demo-patched compare fuzz test test-all slow setup setup-compare setup-tests setup-slow lint bench man unit
 
 demo: setup
 	.venv/bin/offmap demo
@@ -59,6 +59,13 @@ fuzz: setup-tests
 ENDS = 100
 attack: setup-tests
 	@$(PYTHON) -m tests.kvm.attack --minutes $(MINUTES) --ends $(ENDS)
+
+# The same on hidden memory with vhost and passt as peers, in a disposable host. make attack-hidden MINUTES=10 HIDDEN=unplugged
+HIDDEN = unplugged
+PEERS = --load tun --load vhost_net --net tap=oft1,address=198.18.1.1/24,vhost=on --net passt
+attack-hidden: setup-tests
+	@.venv/bin/offmap lab exec --load-module --host-cmdline 'memmap=256M$$0x60000000' -- \
+		$(CURDIR)/.venv/bin/python -m tests.kvm.attack --minutes $(MINUTES) --ends 0 --memory $(HIDDEN) $(PEERS)
 
 # make bench BENCH=--quick
 bench: setup

@@ -4,6 +4,7 @@ Beside the attacker a guest is left alone. For each end under attack there is on
 """
 
 import argparse
+import os
 import random
 import subprocess
 import sys
@@ -30,9 +31,10 @@ def build(name: str, folder: Path) -> Path:
     return program
 
 
-def attack(attacker: Path, victim: Path, minutes: float, folder: Path) -> bool:
-    """Attack for so long. Return whether nothing came of it."""
-    with Vmm(victim) as beside, Vmm(attacker, attacked_devices(folder)) as vmm:
+def attack(attacker: Path, victim: Path, minutes: float, options: Sequence[str]) -> bool:
+    """Attack a VMM with these options for so long. Return whether nothing came of it."""
+    beside_it = ("--memory", options[options.index("--memory") + 1], "--memory-size", "64M")
+    with Vmm(victim, beside_it) as beside, Vmm(attacker, options) as vmm:
         beside.expect(b"U")
         beside.keys(b"f")
         beside.expect(b"F")
@@ -66,14 +68,14 @@ def attack(attacker: Path, victim: Path, minutes: float, folder: Path) -> bool:
     return good
 
 
-def ends(attacker: Path, victim: Path, count: int, seed: int, folder: Path) -> bool:
+def ends(attacker: Path, victim: Path, count: int, seed: int, options: Sequence[str]) -> bool:
     """End so many VMMs under attack, and as many idle ones. Return whether each ended as it should."""
     dice, good = random.Random(seed), True
     attacked: list[float] = []
     idle: list[float] = []
     for number in range(count):
         for program, seconds in ((attacker, attacked), (victim, idle)):
-            with Vmm(program, attacked_devices(folder)) as vmm:
+            with Vmm(program, options) as vmm:
                 vmm.expect(b"U")
                 time.sleep(dice.random() / 2)
                 took, status, errors = vmm.terminate()
@@ -96,13 +98,22 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--ends", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
-    options = parser.parse_args()
+    parser.add_argument("--memory", default="memfd", help="the kind of RAM of all guests (default: %(default)s)")
+    parser.add_argument("--net", action="append", default=[], help="a card of the attacked VMM, like passt or tap=…")
+    parser.add_argument(
+        "--load", action="append", default=[], metavar="MODULE", help="load it first; in a disposable host only"
+    )
+    args = parser.parse_args()
+    for module in args.load:
+        subprocess.run(
+            ["modprobe", module], check=True, env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+        )
     with tempfile.TemporaryDirectory(dir="/run" if Path("/run").is_dir() else None) as folder:
         attacker, victim = build("attack", Path(folder)), build("monitor", Path(folder))
-        good = not options.minutes or attack(attacker, victim, options.minutes, Path(folder))
-        return (
-            0 if (not options.ends or ends(attacker, victim, options.ends, options.seed, Path(folder))) and good else 1
-        )
+        options = attacked_devices(Path(folder), args.memory, args.net)
+        good = not args.minutes or attack(attacker, victim, args.minutes, options)
+        good = (not args.ends or ends(attacker, victim, args.ends, args.seed, options)) and good
+        return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -16,12 +16,16 @@ __all__ = ["Vmm", "attacked_devices"]
 _RUN = [sys.executable, "-m", "offmap", "run"]
 
 
-def attacked_devices(folder: Path) -> list[str]:
-    """Options: a device of each kind that needs nothing of the host; makes a drive's image in `folder`."""
+def attacked_devices(folder: Path, memory: str = "memfd", nets: Sequence[str] = ()) -> list[str]:
+    """Options: a device of each kind that needs nothing of the host, and cards; makes a drive's image in `folder`."""
     image = folder / "attacked.img"
     with image.open("wb") as file:
         file.truncate(64 << 20)
-    options = ["--memory", "memfd", "--memory-size", "128M", "--drive", str(image), "--rng", "--balloon", "size=8M"]
+    options = ["--memory", memory, "--memory-size", "128M", "--drive", str(image), "--rng"]
+    if memory == "memfd":  # others cannot give pages back
+        options += ["--balloon", "size=8M"]
+    for net in nets:
+        options += ["--net", net]
     return [*options, "--vsock", f"cid=3,path={folder / 'attacked.sock'}"]
 
 

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from offmap.uapi.syscall import NUMBERS
 
 # Runs offmap as its own program does, and has one thread attempt something once the guest runs.
 PROGRAM = """
-import ctypes, os, sys, threading
+import ctypes, _socket, os, signal, sys, threading
 sys.path[:0] = {path!r}
 import offmap.cli.main
 from offmap.devices.virtio.worker import Worker
@@ -33,8 +35,48 @@ libc.syscall.restype = ctypes.c_long  # an address, for one
 kvm_vm = lambda: next(fd for fd in range(3, 64) if fds.get(fd, "").startswith("anon_inode:kvm-vm"))
 fds = {{}}
 buffer = ctypes.create_string_buffer(8192)
-text = lambda name: ctypes.cast(ctypes.c_char_p(name), ctypes.c_void_p).value
+page = ctypes.addressof(buffer) + 4095 & ~4095
+at = ctypes.addressof
+kept = []
+
+def text(name):
+    kept.append(name)
+    return ctypes.cast(ctypes.c_char_p(name), ctypes.c_void_p).value
+
 ourselves = os.getpid()
+
+def other():
+    # A process that is none of ours any more, and ends with this one.
+    pid = os.fork()
+    if pid:
+        return pid
+    libc.prctl(1, 9, 0, 0, 0)
+    os.closerange(0, 1024)
+    while True:
+        signal.pause()
+
+def prepare():
+    # What an attempt needs, made while this process still may.
+    global victim, victim_fd, namespace, listener, client, pair, address
+    global region, clone_args, bpf_map, perf, message, allow
+    victim = other()
+    victim_fd = os.pidfd_open(victim)
+    namespace = os.open("/proc/self/ns/uts", 0)
+    listener, client = _socket.socket(1, 1), _socket.socket(1, 1)
+    listener.bind("")
+    listener.listen(1)
+    address = ctypes.create_string_buffer(b"\\1\\0" + listener.getsockname())
+    pair = _socket.socketpair(1, 1)
+    region = (ctypes.c_uint64 * 4)(9, 1 << 40, 4096, page)  # slot 9, no flags
+    clone_args = (ctypes.c_uint64 * 8)(0, 0, 0, 0, 17)  # a child that sends SIGCHLD
+    bpf_map = (ctypes.c_uint32 * 30)(2, 4, 4, 1)  # an array
+    perf = (ctypes.c_uint32 * 32)(1, 128)  # the software clock
+    data = (ctypes.c_uint64 * 2)(page, 1)
+    rights = (ctypes.c_uint64 * 3)(20, 1 | 1 << 32, 0)  # SOL_SOCKET, SCM_RIGHTS, descriptor 0
+    message = (ctypes.c_uint64 * 7)(0, 0, at(data), 1, at(rights), 24, 0)
+    kept.extend((data, rights))
+    allow = ctypes.c_uint32(0x7FFF0000)
+    open("planted", "w").close()
 
 def attempt():
     arguments = {arguments}
@@ -52,6 +94,7 @@ def look():
 
 start = Machine.start
 def started(machine, *arguments):
+    prepare()
     look()
     start(machine, *arguments)
     if {where!r} == "main":
@@ -64,45 +107,81 @@ if {where!r} == "vcpu":
 sys.exit(offmap.cli.main.main(sys.argv[1:]))
 """
 
-# What is tried: the system call, its arguments as Python, and whether root can do it where nothing confines it.
+WORKS, MAY, NO, ENDS = "works", "works where the host allows it to root", "is not tried", "replaces the program"
+
+# What is tried: the system call, its arguments as Python, and what comes of it as root where nothing confines it.
 ATTEMPTS = [
-    ("openat", '-100, text(b"/etc/passwd"), 0, 0', True),
-    ("openat", '-100, text(b"/dev/mem"), 2, 0', False),  # not every kernel has one
-    ("socket", "2, 1, 0", True),
-    ("socket", "1, 1, 0", True),
-    ("connect", "3, ctypes.addressof(buffer), 16", False),
-    ("fork", "", False),  # a child would run our exit
-    ("clone", "0x50f00, 0, 0, 0, 0", False),
-    ("clone3", "ctypes.addressof(buffer), 88", False),
-    ("execve", 'text(b"/bin/true"), 0, 0', False),
-    ("ptrace", "0, 0, 0, 0", False),  # PTRACE_TRACEME: whoever waits for us would have to let us go
-    ("kill", "1, 0", True),
-    ("tgkill", "1, 1, 0", True),
-    ("pidfd_open", "1, 0", True),
-    ("pidfd_send_signal", "0, 0, 0, 0", False),
-    ("process_vm_readv", "1, ctypes.addressof(buffer), 0, ctypes.addressof(buffer), 0, 0", True),
-    ("mount", '0, text(b"/nowhere"), 0, 0, 0', False),
-    ("unshare", "0x40000000", True),
-    ("setns", "0, 0", False),
-    ("bpf", "5, ctypes.addressof(buffer), 120", False),
-    ("io_uring_setup", "8, ctypes.addressof(buffer)", False),
-    ("userfaultfd", "0", True),
-    ("perf_event_open", "0, 0, -1, -1, 0", False),
-    ("init_module", '0, 0, text(b"")', False),
-    ("keyctl", "0, -3, 0", False),
-    ("memfd_create", 'text(b"m"), 0', True),
-    ("mmap", "0, 4096, 7, 0x22, -1, 0", True),  # RWX
-    ("mprotect", "ctypes.addressof(buffer) & ~4095, 4096, 5", True),  # what is written shall run
-    ("ioctl", "kvm_vm(), 0xae41, 7", True),  # KVM_CREATE_VCPU
-    ("ioctl", "kvm_vm(), 0x4020ae46, ctypes.addressof(buffer)", False),  # KVM_SET_USER_MEMORY_REGION
-    ("ioctl", "0, 0x5412, ctypes.addressof(buffer)", False),  # TIOCSTI: input for whoever reads the terminal next
-    ("prctl", "4, 1, 0, 0, 0", True),  # PR_SET_DUMPABLE
-    ("setresuid", "0, 0, 0", True),
-    ("seccomp", "1, 0, 0", False),
-    ("rt_sigaction", "31, 0, 0, 8", True),  # of SIGSYS
-    ("prlimit64", "0, 7, 0, ctypes.addressof(buffer)", True),
-    ("unlink", 'text(b"/nowhere")', False),
+    ("openat", '-100, text(b"/etc/passwd"), 0, 0', WORKS),
+    ("openat", '-100, text(b"/proc/%d/mem" % victim), 2, 0', WORKS),
+    ("openat", '-100, text(b"/dev/mem"), 2, 0', NO),  # not every kernel has one
+    ("open", 'text(b"/dev/kvm"), 2, 0', WORKS),
+    ("socket", "2, 1, 0", WORKS),
+    ("socket", "1, 1, 0", WORKS),
+    ("connect", "client.fileno(), at(address), len(address) - 1", WORKS),
+    ("sendmsg", "pair[0].fileno(), at(message), 0", WORKS),  # with a descriptor
+    ("fork", "", WORKS),
+    ("clone", "17, 0, 0, 0, 0", WORKS),
+    ("clone", "0x50f00, 0, 0, 0, 0", NO),  # a thread, on our stack
+    ("clone3", "at(clone_args), 64", WORKS),
+    ("execve", 'text(b"/bin/true"), 0, 0', ENDS),
+    ("ptrace", "0x4206, victim, 0, 0", WORKS),  # PTRACE_SEIZE
+    ("kill", "1, 0", WORKS),
+    ("kill", "victim, 10", WORKS),
+    ("tgkill", "1, 1, 0", WORKS),
+    ("tkill", "victim, 0", WORKS),
+    ("pidfd_open", "1, 0", WORKS),
+    ("pidfd_send_signal", "victim_fd, 0, 0, 0", WORKS),
+    ("pidfd_getfd", "victim_fd, 0, 0", NO),  # it has none
+    ("process_vm_readv", "1, at(buffer), 0, at(buffer), 0, 0", WORKS),
+    ("process_vm_writev", "victim, at(buffer), 0, at(buffer), 0, 0", WORKS),
+    ("mount", '0, text(b"/nowhere"), 0, 0, 0', NO),  # it would change this machine
+    ("fsopen", 'text(b"tmpfs"), 0', MAY),
+    ("chroot", 'text(b"/")', WORKS),
+    ("unshare", "0x40000000", WORKS),
+    ("setns", "namespace, 0x4000000", WORKS),
+    ("bpf", "0, at(bpf_map), 72", MAY),  # BPF_MAP_CREATE
+    ("io_uring_setup", "8, at(buffer)", MAY),
+    ("userfaultfd", "0", WORKS),
+    ("perf_event_open", "at(perf), 0, -1, -1, 0", MAY),
+    ("init_module", '0, 0, text(b"")', NO),  # it would change this machine
+    ("keyctl", "0, -3, 0", MAY),
+    ("memfd_create", 'text(b"m"), 0', WORKS),
+    ("shmget", "0, 4096, 0", NO),  # it would be left behind
+    ("mmap", "0, 4096, 7, 0x22, -1, 0", WORKS),  # RWX
+    ("mprotect", "page, 4096, 5", WORKS),  # what is written shall run
+    ("pkey_mprotect", "page, 4096, 4, -1", WORKS),
+    ("ioctl", "kvm_vm(), 0xae41, 7", WORKS),  # KVM_CREATE_VCPU
+    ("ioctl", "kvm_vm(), 0x4020ae46, at(region)", WORKS),  # KVM_SET_USER_MEMORY_REGION
+    ("ioctl", "0, 0x5412, at(buffer)", NO),  # TIOCSTI: input for whoever reads the terminal next; there is none
+    ("prctl", "4, 1, 0, 0, 0", WORKS),  # PR_SET_DUMPABLE
+    ("setresuid", "0, 0, 0", WORKS),
+    ("seccomp", "2, 0, at(allow)", WORKS),  # SECCOMP_GET_ACTION_AVAIL
+    ("rt_sigaction", "31, 0, 0, 8", WORKS),  # of SIGSYS
+    ("prlimit64", "0, 7, 0, at(buffer)", WORKS),
+    ("unlink", 'text(b"planted")', WORKS),
 ]
+
+
+# Runs offmap as its own program does, and tells which files it opens, and whether the broker takes descriptors yet.
+OPENS = """
+import os, sys
+sys.path[:0] = {path!r}
+import offmap.cli.main
+from offmap.sandbox.broker import Broker
+
+when, ourselves = "before", os.getpid()
+def hook(event, arguments):
+    if event == "open" and os.getpid() == ourselves:
+        os.write(2, f"{{when}} {{os.fsdecode(arguments[0])}}\\n".encode())
+sys.addaudithook(hook)
+seal = Broker.seal
+def sealed(broker):
+    global when
+    seal(broker)
+    when = "after"
+Broker.seal = sealed
+sys.exit(offmap.cli.main.main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -111,36 +190,65 @@ def monitor(payload: Callable[[str], Path], kvm: Kvm) -> Path:
     return payload("monitor")
 
 
-def try_in(monitor: Path, where: str, call: str, arguments: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Attempt it on the thread `where` of a VMM."""
+def try_in(
+    monitor: Path, folder: Path, where: str, call: str, arguments: str, *options: str
+) -> subprocess.CompletedProcess[str]:
+    """Attempt it on the thread `where` of a VMM, which is started in `folder`."""
     tuple_ = f"({arguments},)" if arguments else "()"
     program = PROGRAM.format(path=sys.path, arguments=tuple_, number=NUMBERS[call], where=where)
     argv = [sys.executable, "-c", program, "run", "--kernel", str(monitor), "--memory-size", "32M", "--rng", *options]
-    return subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60, cwd=folder
+    )
 
 
 @pytest.mark.parametrize("where", ["main", "device", "vcpu"])
 @pytest.mark.parametrize(("call", "arguments"), [(call, arguments) for call, arguments, _ in ATTEMPTS])
-def test_it_ends_the_vm_by_name(monitor: Path, where: str, call: str, arguments: str) -> None:
-    done = try_in(monitor, where, call, arguments)
+def test_it_ends_the_vm_by_name(monitor: Path, tmp_path: Path, where: str, call: str, arguments: str) -> None:
+    done = try_in(monitor, tmp_path, where, call, arguments)
     assert done.stderr == (
         f"offmap run: the VMM made a system call that its sandbox does not allow: {call}; its guest is ended\n"
     )
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize(("call", "arguments"), [(call, arguments) for call, arguments, works in ATTEMPTS if works])
-def test_without_the_sandbox_it_works(monitor: Path, call: str, arguments: str) -> None:
-    done = try_in(monitor, "vcpu", call, arguments, "--no-sandbox")
-    attempt = re.search(r"^attempt: (-?\d+) ", done.stderr, re.MULTILINE)
-    assert attempt and int(attempt[1]) != -1, done.stderr
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: much of it does not work without the sandbox either")
+@pytest.mark.parametrize(("call", "arguments", "works"), [each for each in ATTEMPTS if each[2] is not NO])
+def test_without_the_sandbox_it_works(monitor: Path, tmp_path: Path, call: str, arguments: str, works: str) -> None:
+    done = try_in(monitor, tmp_path, "vcpu", call, arguments, "--no-sandbox")
+    if works is ENDS:
+        assert done.returncode == 0 and "attempt" not in done.stderr, done.stderr
+        return
+    attempt = re.search(r"^attempt: (-?\d+) (.*)", done.stderr, re.MULTILINE)
+    assert attempt, done.stderr
+    if works is MAY and int(attempt[1]) == -1:
+        pytest.skip(f"{call} does not work without the sandbox here either: {attempt[2]}")
+    assert int(attempt[1]) != -1, done.stderr
     assert done.returncode == 77
 
 
+@contextmanager
+def opened(path: str) -> Iterator[int]:
+    """Give a descriptor."""
+    fd = os.open(path, os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
 def look(monitor: Path, *options: str) -> VmmSandbox:
-    """What the audit says of a VMM whose guest runs."""
+    """What the audit says of a VMM whose guest runs, and which whoever started it left descriptors to."""
     argv = [sys.executable, "-m", "offmap", "run", "--kernel", str(monitor), "--memory-size", "32M", "--rng", *options]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as vmm:
+    with (
+        opened("/") as folder,
+        opened("/dev/kvm") as kvm,
+        subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(folder, kvm),
+        ) as vmm,
+    ):
         assert vmm.stdout is not None
         assert vmm.stdout.read(1) == b"U"
         with Process(vmm.pid) as process:
@@ -164,3 +272,23 @@ def test_the_audit_shows_it(monitor: Path) -> None:
 def test_and_that_there_is_none(monitor: Path) -> None:
     found = look(monitor, "--no-sandbox")
     assert (found.uid, found.no_new_privs, found.seccomp, found.namespaces) == (os.geteuid(), False, "none", ())
+    assert {each.kind for each in found.descriptors} >= {"directory", "/dev/kvm"}
+
+
+def test_every_file_is_one_of_the_command_line_and_opened_before_the_guest_runs(monitor: Path, tmp_path: Path) -> None:
+    image, report, sockets = tmp_path / "image", tmp_path / "report", Path(tempfile.mkdtemp(dir="/run"))
+    image.write_bytes(bytes(1 << 20))
+    options = ["--drive", str(image), "--rng", "--vsock", f"cid=3,path={sockets / 'sock'}", "--report", str(report)]
+    argv = [sys.executable, "-c", OPENS.format(path=sys.path), "run", "--kernel", str(monitor), "--memory-size", "32M"]
+    try:
+        done = subprocess.run([*argv, *options], input=b"q", capture_output=True, check=False, timeout=60)
+    finally:
+        sockets.rmdir()
+    assert done.returncode == 0, done.stderr.decode()
+    opened = [line.split(" ", 1) for line in done.stderr.decode().splitlines()]
+    assert [path for when, path in opened if when != "before"] == []
+    # What Python imports, what this process says of itself, and folders on the way to vsock's socket.
+    own = {*sys.path, sys.prefix, "/usr/lib", "/proc", "/sys"}
+    named = {path for _, path in opened if not any(path.startswith(each) for each in own if each)}
+    folders = {"/", "run", sockets.name}
+    assert named == {str(monitor), "/dev/kvm", str(image), "/dev/urandom", str(report), *folders}
