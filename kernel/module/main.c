@@ -402,8 +402,16 @@ static ssize_t pools_show(struct device *dev, struct device_attribute *attr, cha
 }
 static DEVICE_ATTR_RO(pools);
 
+/* "DEVICE UID BYTES FILES" of each user who owns files of a pool. */
+static ssize_t pool_users_show(struct device *dev, struct device_attribute *attr, char *buf)
+{
+	return offmap_show_pool_users(buf);
+}
+static DEVICE_ATTR_ADMIN_RO(pool_users);
+
 static struct attribute *offmap_attrs[] = {
 	&dev_attr_pools.attr,
+	&dev_attr_pool_users.attr,
 	&dev_attr_holders.attr,
 	&dev_attr_requests.attr,
 	&dev_attr_returning.attr,

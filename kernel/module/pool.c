@@ -353,6 +353,57 @@ static void kick_cleaner(struct pool *pool)
 
 /* --- files --------------------------------------------------------------- */
 
+/* With pool->lock held. */
+static struct pool_user *get_user_of(struct pool *pool, kuid_t uid)
+{
+	struct pool_user *user;
+
+	list_for_each_entry(user, &pool->users, node)
+		if (uid_eq(user->uid, uid))
+			goto found;
+	user = kzalloc(sizeof(*user), GFP_KERNEL_ACCOUNT);
+	if (!user)
+		return NULL;
+	user->uid = uid;
+	list_add(&user->node, &pool->users);
+found:
+	user->nr_files++;
+	return user;
+}
+
+/* With pool->lock held. */
+static void put_user_of(struct pool_user *user)
+{
+	if (--user->nr_files)
+		return;
+	list_del(&user->node);
+	kfree(user);
+}
+
+static bool over_quota(struct pool_file *file, unsigned long nr)
+{
+	unsigned long quota = READ_ONCE(file->pool->set.quota);
+
+	return quota && file->user->nr_pages + nr > quota && !capable(CAP_SYS_RESOURCE);
+}
+
+void pool_file_set_owner(struct pool_file *file)
+{
+	struct pool *pool = file->pool;
+	struct pool_user *user;
+
+	mutex_lock(&pool->lock);
+	/* Without memory for a new one, the old one has it on its account. */
+	user = get_user_of(pool, file->inode->i_uid);
+	if (user) {
+		user->nr_pages += file->nr_pages;
+		file->user->nr_pages -= file->nr_pages;
+		put_user_of(file->user);
+		file->user = user;
+	}
+	mutex_unlock(&pool->lock);
+}
+
 /* With the invalidate lock held, for both. */
 static void add_run(struct pool_file *file, struct run *run)
 {
@@ -408,13 +459,16 @@ static int take_hole(struct pool *pool, struct list_head *taken, unsigned long f
 static int take_holes(struct pool_file *file, struct list_head *taken, unsigned long first,
 		      unsigned long last)
 {
+	unsigned long nr = count_holes(file, first, last);
 	struct pool *pool = file->pool;
 	struct run *run, *next;
 	unsigned long start = first;
 	int ret = 0;
 
 	mutex_lock(&pool->lock);
-	if (pool->nr_free < count_holes(file, first, last))
+	if (over_quota(file, nr))
+		ret = -EDQUOT;
+	else if (pool->nr_free < nr)
 		ret = -ENOSPC;
 	for (run = run_first(&file->runs, first, last); run && !ret;
 	     run = run_next(run, first, last)) {
@@ -431,6 +485,9 @@ static int take_holes(struct pool_file *file, struct list_head *taken, unsigned 
 			pool->nr_free += run_pages(run);
 			run_insert_free(&pool->free, run);
 		}
+	} else {
+		file->user->nr_pages += nr;
+		file->nr_pages += nr;
 	}
 	mutex_unlock(&pool->lock);
 	return ret;
@@ -451,7 +508,6 @@ int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long la
 		ret = nr ? take_holes(file, &taken, first, last) : 0;
 		list_for_each_entry_safe(run, next, &taken, list) {
 			list_del(&run->list);
-			file->nr_pages += run_pages(run);
 			add_run(file, run);
 		}
 		filemap_invalidate_unlock(mapping);
@@ -500,8 +556,9 @@ void pool_file_punch(struct pool_file *file, unsigned long first, unsigned long 
 		if (run->node.last > last)
 			split_run(file, run, last + 1);
 		remove_run(file, run);
-		file->nr_pages -= run_pages(run);
 		mutex_lock(&pool->lock);
+		file->nr_pages -= run_pages(run);
+		file->user->nr_pages -= run_pages(run);
 		make_dirty(pool, run);
 		mutex_unlock(&pool->lock);
 		any = true;
@@ -565,6 +622,13 @@ int pool_file_init(struct pool *pool, struct inode *inode)
 
 	if (!file)
 		return -ENOMEM;
+	mutex_lock(&pool->lock);
+	file->user = get_user_of(pool, inode->i_uid);
+	mutex_unlock(&pool->lock);
+	if (!file->user) {
+		kfree(file);
+		return -ENOMEM;
+	}
 	file->mem.source = &pool_source;
 	file->pool = pool;
 	file->inode = inode;
@@ -578,8 +642,12 @@ int pool_file_init(struct pool *pool, struct inode *inode)
 		ret = -ENOSPC;
 	}
 	mutex_unlock(&pool->files_lock);
-	if (ret)
+	if (ret) {
+		mutex_lock(&pool->lock);
+		put_user_of(file->user);
+		mutex_unlock(&pool->lock);
 		kfree(file);
+	}
 	return ret;
 }
 
@@ -592,6 +660,9 @@ void pool_file_free(struct pool_file *file)
 	pool->nr_files--;
 	list_del(&file->node);
 	mutex_unlock(&pool->files_lock);
+	mutex_lock(&pool->lock);
+	put_user_of(file->user);
+	mutex_unlock(&pool->lock);
 	kfree(file);
 }
 
@@ -685,6 +756,7 @@ void pool_init(struct pool *pool)
 	mutex_init(&pool->files_lock);
 	INIT_LIST_HEAD(&pool->pieces);
 	INIT_LIST_HEAD(&pool->dirty);
+	INIT_LIST_HEAD(&pool->users);
 	INIT_LIST_HEAD(&pool->files);
 	pool->free = RB_ROOT_CACHED;
 	init_waitqueue_head(&pool->cleaned);
@@ -736,6 +808,26 @@ ssize_t offmap_show_pools(char *buf)
 				     (u64)pool->nr_held << PAGE_SHIFT,
 				     (u64)pool->nr_bad << PAGE_SHIFT, pool->nr_files,
 				     pool->set.nid);
+		mutex_unlock(&pool->lock);
+	}
+	mutex_unlock(&pools_lock);
+	return len;
+}
+
+ssize_t offmap_show_pool_users(char *buf)
+{
+	struct pool_user *user;
+	struct pool *pool;
+	ssize_t len = 0;
+
+	mutex_lock(&pools_lock);
+	list_for_each_entry(pool, &pools, node) {
+		mutex_lock(&pool->lock);
+		list_for_each_entry(user, &pool->users, node)
+			len += sysfs_emit_at(buf, len, "%u:%u %u %llu %lu\n", MAJOR(pool->dev),
+					     MINOR(pool->dev),
+					     from_kuid_munged(&init_user_ns, user->uid),
+					     (u64)user->nr_pages << PAGE_SHIFT, user->nr_files);
 		mutex_unlock(&pool->lock);
 	}
 	mutex_unlock(&pools_lock);

@@ -41,8 +41,17 @@ struct pool_settings {
 	kuid_t uid;
 	kgid_t gid;
 	umode_t mode;
+	unsigned long quota;		/* pages that one user may have; 0: any number */
 	bool allow_nested;
 	bool allow_vfio;
+};
+
+/* Who owns files of a pool. */
+struct pool_user {
+	struct list_head node;		/* of pool->users */
+	kuid_t uid;
+	unsigned long nr_files;
+	unsigned long nr_pages;
 };
 
 struct pool {
@@ -55,6 +64,7 @@ struct pool {
 	struct list_head pieces;
 	struct rb_root_cached free;	/* runs of zeroes, by PFN */
 	struct list_head dirty;		/* runs that must be cleaned */
+	struct list_head users;
 	unsigned long nr_pages;
 	unsigned long nr_free;
 	unsigned long nr_dirty;		/* to be cleaned, and soon */
@@ -76,6 +86,7 @@ struct pool_file {
 	struct pool *pool;
 	struct inode *inode;
 	struct list_head node;		/* of pool->files */
+	struct pool_user *user;		/* under pool->lock */
 	/* By page of the file. Changes under the invalidate lock of the inode. */
 	struct rb_root_cached runs;
 	unsigned long nr_pages;
@@ -103,14 +114,18 @@ void pool_init(struct pool *pool);
 void pool_destroy(struct pool *pool);
 /*
  * Fill holes of a file among the pages @first to @last. All or nothing: -ENOSPC
- * if there is no room. Waits for pages that are being cleaned: interruptibly or,
- * with @killable, until the caller is killed.
+ * if there is no room, -EDQUOT if its owner may not have so much. Waits for pages
+ * that are being cleaned: interruptibly or, with @killable, until the caller is
+ * killed.
  */
 int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long last, bool killable);
 void pool_file_punch(struct pool_file *file, unsigned long first, unsigned long last);
 int pool_file_init(struct pool *pool, struct inode *inode);
+/* The owner of the inode has changed. */
+void pool_file_set_owner(struct pool_file *file);
 void pool_file_free(struct pool_file *file);
 ssize_t offmap_show_pools(char *buf);
+ssize_t offmap_show_pool_users(char *buf);
 
 /* poolfs.c */
 int offmap_poolfs_init(void);

@@ -75,9 +75,12 @@ static int poolfs_setattr(struct mnt_idmap *idmap, struct dentry *dentry, struct
 
 	if (!ret && attr->ia_valid & ATTR_SIZE)
 		ret = resize(inode, attr->ia_size);
-	if (!ret)
-		setattr_copy(idmap, inode, attr);
-	return ret;
+	if (ret)
+		return ret;
+	setattr_copy(idmap, inode, attr);
+	if (attr->ia_valid & ATTR_UID)
+		pool_file_set_owner(inode->i_private);
+	return 0;
 }
 
 static long poolfs_fallocate(struct file *file, int mode, loff_t offset, loff_t length)
@@ -262,6 +265,8 @@ static int poolfs_show_options(struct seq_file *seq, struct dentry *root)
 	seq_printf(seq, ",mode=%o,uid=%u,gid=%u", pool->set.mode,
 		   from_kuid_munged(&init_user_ns, pool->set.uid),
 		   from_kgid_munged(&init_user_ns, pool->set.gid));
+	if (pool->set.quota)
+		seq_printf(seq, ",quota=%lluk", (u64)pool->set.quota << (PAGE_SHIFT - 10));
 	if (pool->set.allow_nested)
 		seq_puts(seq, ",allow_nested");
 	if (pool->set.allow_vfio)
@@ -278,13 +283,22 @@ static const struct super_operations poolfs_super_operations = {
 struct poolfs_options {
 	u64 size;
 	struct pool_settings set;
-	bool others;			/* something but the size was given */
 };
 
-enum { OPT_SIZE, OPT_NODE, OPT_MODE, OPT_UID, OPT_GID, OPT_ALLOW_NESTED, OPT_ALLOW_VFIO };
+enum {
+	OPT_SIZE,
+	OPT_QUOTA,
+	OPT_NODE,
+	OPT_MODE,
+	OPT_UID,
+	OPT_GID,
+	OPT_ALLOW_NESTED,
+	OPT_ALLOW_VFIO,
+};
 
 static const struct fs_parameter_spec poolfs_parameters[] = {
 	fsparam_string("size", OPT_SIZE),
+	fsparam_string("quota", OPT_QUOTA),
 	fsparam_u32("node", OPT_NODE),
 	fsparam_u32oct("mode", OPT_MODE),
 	fsparam_u32("uid", OPT_UID),
@@ -303,12 +317,16 @@ static int poolfs_parse_param(struct fs_context *fc, struct fs_parameter *param)
 
 	if (opt < 0)
 		return opt;
-	opts->others |= opt != OPT_SIZE;
 	switch (opt) {
 	case OPT_SIZE:
 		opts->size = memparse(param->string, &rest);
 		if (*rest || !opts->size)
 			return invalfc(fc, "size=%s is no number of bytes", param->string);
+		break;
+	case OPT_QUOTA:
+		opts->set.quota = memparse(param->string, &rest) >> PAGE_SHIFT;
+		if (*rest || !*param->string)
+			return invalfc(fc, "quota=%s is no number of bytes", param->string);
 		break;
 	case OPT_NODE:
 		if (result.uint_32 >= MAX_NUMNODES || !node_online(result.uint_32))
@@ -415,7 +433,14 @@ static int poolfs_get_tree(struct fs_context *fc)
 	return get_tree_nodev(fc, poolfs_fill_super);
 }
 
-/* Only the size can change. What cannot go back stays, and is said. */
+static bool same_but_quota(const struct pool_settings *a, const struct pool_settings *b)
+{
+	return a->nid == b->nid && uid_eq(a->uid, b->uid) && gid_eq(a->gid, b->gid) &&
+	       a->mode == b->mode && a->allow_nested == b->allow_nested &&
+	       a->allow_vfio == b->allow_vfio;
+}
+
+/* Size and quota can change. What cannot go back stays, and is said. */
 static int poolfs_reconfigure(struct fs_context *fc)
 {
 	struct pool *pool = fc->root->d_sb->s_fs_info;
@@ -423,8 +448,9 @@ static int poolfs_reconfigure(struct fs_context *fc)
 	u64 now = (u64)pool->nr_pages << PAGE_SHIFT, left;
 	int ret;
 
-	if (opts->others)
-		return invalfc(fc, "only the size of a pool can change");
+	if (!same_but_quota(&opts->set, &pool->set))
+		return invalfc(fc, "only the size and the quota of a pool can change");
+	WRITE_ONCE(pool->set.quota, opts->set.quota);
 	if (!opts->size)
 		return 0;
 	if (opts->size > now) {
@@ -456,13 +482,20 @@ static const struct fs_context_operations poolfs_context_operations = {
 static int poolfs_init_fs_context(struct fs_context *fc)
 {
 	struct poolfs_options *opts = kzalloc(sizeof(*opts), GFP_KERNEL);
+	struct pool *pool;
 
 	if (!opts)
 		return -ENOMEM;
-	opts->set.nid = OFFMAP_ANY_NODE;
-	opts->set.uid = current_fsuid();
-	opts->set.gid = current_fsgid();
-	opts->set.mode = 0700;
+	if (fc->purpose == FS_CONTEXT_FOR_RECONFIGURE) {
+		/* mount(8) gives all options again, and may give none. */
+		pool = fc->root->d_sb->s_fs_info;
+		opts->set = pool->set;
+	} else {
+		opts->set.nid = OFFMAP_ANY_NODE;
+		opts->set.uid = current_fsuid();
+		opts->set.gid = current_fsgid();
+		opts->set.mode = 0700;
+	}
 	fc->fs_private = opts;
 	fc->ops = &poolfs_context_operations;
 	return 0;

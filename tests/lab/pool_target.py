@@ -8,6 +8,7 @@ import mmap
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from offmap.memory.pool import Pool
 from offmap.memory.probe import try_out
 from offmap.uapi import offmap_module as uapi
 
-from .module_host_target import HARD_OFFLINE, inject, is_mapped
+from .module_host_target import HARD_OFFLINE, SYSFS, inject, is_mapped
 from .module_target import (
     BLOCK,
     MIB,
@@ -252,6 +253,31 @@ def sizes() -> Any:
         result["left"] = figures()[0]
         result["another option"] = failure(lambda: remount("mode=777"))
         os.close(fd)
+    await_returned()
+    return result
+
+
+def quotas() -> Any:
+    """What one user may have of a pool, and what others and root have beside it."""
+    result: dict[str, Any] = {}
+    punch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    with pool(SIZE, "mode=1777,quota=64M"):
+        result["all"] = in_child(lambda: make("first", 64 * MIB), USER, GROUP)
+        result["one more"] = in_child(lambda: make("more", PAGE), USER, GROUP)
+        result["another user"] = in_child(lambda: make("other", 64 * MIB), USER + 1, GROUP)
+        with open(f"{POOL}/first", "r+b") as file:  # noqa: PTH123
+            fallocate(file.fileno(), punch, 0, 32 * MIB)
+            result["a hole"] = in_child(lambda: make("second", 32 * MIB), USER, GROUP)
+            result["touch it"] = in_child(lambda: memory_at(file.fileno(), 0), USER, GROUP)
+            result["root touches it"] = in_child(lambda: memory_at(file.fileno(), 0))
+        os.close(make("root's", 68 * MIB))
+        os.chown(f"{POOL}/root's", USER + 1, GROUP)
+        result["given"] = in_child(lambda: os.truncate(f"{POOL}/root's", 70 * MIB), USER + 1, GROUP)
+        result["users"] = sorted(line.split()[1:] for line in (SYSFS / "pool_users").read_text().splitlines())
+        # As mount(8) does it, with all options that there are.
+        subprocess.run(["mount", "-o", f"remount,quota=0,size={SIZE + BLOCK}", POOL], check=True)
+        result["no quota"] = in_child(lambda: os.truncate(f"{POOL}/root's", 70 * MIB), USER + 1, GROUP)
+        result["size"] = figures()[0]
     await_returned()
     return result
 
@@ -486,5 +512,5 @@ def nested() -> Any:
 
 
 if __name__ == "__main__":
-    actions = (basics, holes, sizes, guards, nested, stress, speed, failed)
+    actions = (basics, holes, sizes, quotas, guards, nested, stress, speed, failed)
     print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]](*sys.argv[2:])))

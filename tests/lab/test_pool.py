@@ -130,6 +130,22 @@ def test_a_pool_grows_and_shrinks(host: LabHost) -> None:
     }
 
 
+def test_one_user_cannot_have_more_than_the_quota(host: LabHost) -> None:
+    assert ask(host, "quotas") == {
+        "all": "",
+        "one more": "EDQUOT",
+        "another user": "",
+        "a hole": "",
+        "touch it": "SIGBUS",
+        "root touches it": "",
+        "given": "EDQUOT",
+        # 2 MiB of the hole are there again, and what root gives goes beyond the quota.
+        "users": [["4711", str(66 * MIB), "3"], ["4712", str(132 * MIB), "2"]],
+        "no quota": "",
+        "size": SIZE + BLOCK,
+    }
+
+
 def test_a_guarded_mapping_stays_as_it_is(host: LabHost) -> None:
     attempts = ("unmap", "unmap a part", "move", "protect", "protect a part", "map over", "map over a part")
     assert ask(host, "guards") == {"control": "", "end": "", **dict.fromkeys(attempts, "EPERM")}
@@ -246,6 +262,7 @@ def test_other_kernels(series: str, tmp_path: Path) -> None:
         test_a_pool_from_mount_to_unmount(host)
         test_pieces_of_a_file_go_back_and_can_be_had_again(host)
         test_a_pool_grows_and_shrinks(host)
+        test_one_user_cannot_have_more_than_the_quota(host)
         if series == "7.3":
             test_a_guarded_mapping_stays_as_it_is(host)
         else:

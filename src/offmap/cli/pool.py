@@ -22,6 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     create.add_argument("--user", default="", metavar="USER", help="owner of the folder (default: root)")
     create.add_argument("--group", default="", metavar="GROUP", help="its group, like kvm (default: root)")
     create.add_argument("--mode", default="1770", metavar="MODE", help="its permissions (default: %(default)s)")
+    create.add_argument("--quota", default=0, metavar="SIZE", type=parse_size, help="of each user (default: no limit)")
     create.add_argument("--allow-nested", action="store_true", help="though a nested guest can crash this kernel")
     create.add_argument("--allow-vfio", action="store_true", help="reuse pages while VFIO devices are open")
     create.set_defaults(run=run_create)
@@ -53,6 +54,7 @@ def run_create(args: argparse.Namespace) -> int:
         user=args.user,
         group=args.group,
         mode=mode,
+        quota=args.quota,
         allow_nested=args.allow_nested,
         allow_vfio=args.allow_vfio,
     )

@@ -42,6 +42,7 @@ def create(
     user: str = "",
     group: str = "",
     mode: int = 0o1770,
+    quota: int = 0,
     allow_nested: bool = False,
     allow_vfio: bool = False,
 ) -> Pool:
@@ -51,6 +52,7 @@ def create(
         node: NUMA node; None: any.
         user, group: who owns the pool's folder, by name or number; empty: root.
         mode: its permissions.
+        quota: bytes that the files of one user may have; 0: any number.
         allow_nested: although guests of it could run guests, which can crash a kernel before 6.13.
         allow_vfio: pages go back to the pool although a device that user space drives may still write to them.
 
@@ -61,6 +63,7 @@ def create(
     options += [f"node={node}"] if node is not None else []
     options += [f"uid={_id(user, 'user')}"] if user else []
     options += [f"gid={_id(group, 'group')}"] if group else []
+    options += [f"quota={quota}"] if quota else []
     options += ["allow_nested"] if allow_nested else []
     options += ["allow_vfio"] if allow_vfio else []
     if any(os.path.realpath(path) in pool.paths for pool in pools()):

@@ -77,6 +77,10 @@ class Pool(Backend):
 
     def _refusal(self, error: OSError, fd: int, size: int) -> BackendRefused:
         what = f"{self.path} cannot give {format_size(size)}"
+        if error.errno == errno.EDQUOT:
+            return BackendRefused(
+                what, "a user may not have so much of it", "ask for less, or end another guest of yours"
+            )
         if error.errno != errno.ENOSPC:
             return BackendRefused(what, os.strerror(error.errno or 0), SEE_LOG)
         there = os.fstatvfs(fd)
