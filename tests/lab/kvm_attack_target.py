@@ -20,9 +20,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from offmap.audit.audit import Stage, audit_process, snapshot_process
+from offmap.audit.audit import Options, Stage, audit_process, snapshot_process
+from offmap.audit.guest_ram import named_ranges
 from offmap.audit.vms import audit_every_vm
 from offmap.errors import OffmapError
 from offmap.patience import scaled
@@ -313,9 +314,9 @@ class Attacker:
         self._ours.close()
 
 
-def verdict(pid: int) -> dict[str, Any]:
+def verdict(pid: int, **options: Unpack[Options]) -> dict[str, Any]:
     try:
-        result = audit_process(pid)
+        result = audit_process(pid, **options)
     except OffmapError as error:
         return {"verdict": f"status {int(error.exit_status)}", "notes": [str(error)]}
     return {"verdict": result.verdict.value, "notes": list(result.notes)}
@@ -326,6 +327,7 @@ def tried(deed: Callable[[], None]) -> dict[str, Any]:
         if attacker.said != b"!":
             return {"failed": attacker.said.decode()}
         found = verdict(attacker.pid)
+        found["range"] = verdict(attacker.pid, ranges=named_ranges(attacker.pid), seconds=0)
         every = audit_every_vm(lambda vm: audit_process(vm.pid))
         found["all"] = int(every.exit_status)
         found["all notes"] = list(every.notes)

@@ -51,6 +51,7 @@ def found(lab_host: LabHost) -> Iterator[Found]:
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_vms_are_hidden(found: Found, name: str) -> None:
     assert (found[name]["verdict"], found[name]["all"], found[name]["all notes"]) == ("hidden", 0, []), found[name]
+    assert found[name]["range"]["verdict"] == "hidden", found[name]
 
 
 @pytest.mark.parametrize("name", EXPOSED)
@@ -62,6 +63,11 @@ def test_a_vm_that_descriptors_do_not_show_is_found(found: Found, name: str) -> 
 def test_what_may_be_or_may_become_exposed_is_not_hidden(found: Found, name: str) -> None:
     assert (found[name]["verdict"], found[name]["all"]) == ("unknown", 3), found[name]
     assert any("cannot write to" in note or "guests of its own" in note for note in found[name]["notes"])
+
+
+def test_what_kvm_says_against_a_vm_counts_for_the_range_that_is_its_memory_too(found: Found) -> None:
+    result = found["nested_guest_allowed"]["range"]
+    assert result["verdict"] == "unknown" and any("guests of its own" in note for note in result["notes"]), result
 
 
 def test_a_page_that_kvm_maps_for_its_clock_is_told_by_kvm_too(found: Found) -> None:

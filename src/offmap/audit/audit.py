@@ -3,35 +3,45 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import TypedDict, Unpack
 
 import msgspec
 
 import offmap
 from offmap.audit.btf import Unknown
-from offmap.audit.classify import CAME, Classified, classify, excluded_ranges, mapped_guest_ranges
+from offmap.audit.classify import (
+    CAME,
+    Classified,
+    ReachSets,
+    classify,
+    excluded_ranges,
+    mapped_guest_ranges,
+    reach_sets,
+)
 from offmap.audit.drgn_kernel import require_drgn
-from offmap.audit.frames import GuestMemfdPages, resolve
+from offmap.audit.frames import resolve
 from offmap.audit.guest_pages import GuestPages
-from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange, ask_kvm_list, find_guest_ram
-from offmap.audit.host import host_facts, utc_now
+from offmap.audit.guest_ram import GuestRam, RamRange, ask_kvm_list, find_guest_ram
+from offmap.audit.host import HostFacts, host_facts, utc_now
 from offmap.audit.join import join, physical_map
 from offmap.audit.judge import judge
 from offmap.audit.kcore import Kcore
 from offmap.audit.kinds import Kinds, kinds_of, read_vmallocinfo
 from offmap.audit.kvm_list import KvmList, Vm
+from offmap.audit.kvm_moment import Moment
+from offmap.audit.looks import kvm_list_of, look_again, mapped_read_only, moment_of, shared_with, vms_under
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.oracle import OracleDisagrees, Sample, ask_drgn
 from offmap.audit.own_memory import OwnPage, check_control
-from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
-from offmap.audit.reach import Kind, Reach, Sharing
+from offmap.audit.process import NoSuchProcess, Process
+from offmap.audit.reach import Kind, Reach
 from offmap.audit.regions import Layout
 from offmap.audit.result import AuditedRange, AuditResult
 from offmap.audit.roots import walker_of
 from offmap.audit.scan import Wanted, scan_memory
-from offmap.audit.sharers import sharing_of
 from offmap.audit.verdict import Verdict
 from offmap.audit.vmm_sandbox import vmm_sandbox
 from offmap.audit.vms import vmm_facts
@@ -174,7 +184,7 @@ def _snapshots(processes: Sequence[Process], kcore: Kcore, options: Options) -> 
     """One attempt: where the pages of each are, then the walks, then the same again."""
     tell: Progress = options.get("progress") or (lambda stage, share: None)
     layout = Layout.of(kcore.vmcoreinfo, kcore.page_offset_base, kcore.segments)
-    kvm, unlisted = _kvm_list(kcore, layout)
+    kvm, unlisted = kvm_list_of(kcore, layout)
     found: dict[int, Snapshot | OffmapError] = {}
     subjects = [_Subject(process, kcore, layout, kvm, unlisted, options) for process in processes]
 
@@ -191,7 +201,8 @@ def _snapshots(processes: Sequence[Process], kcore: Kcore, options: Options) -> 
     with OwnPage() as control:
         tell(Stage.FRAMES, 0.0)
         control.pfn()  # fails here, and loudly, where pagemap hides frames
-        each(_Subject.begin)
+        moment = moment_of(kvm, len(subjects))
+        each(lambda subject: subject.begin(moment))
         tell(Stage.WALK, 0.0)
         walked = walk_for(
             walker_of(kcore, layout),
@@ -201,9 +212,13 @@ def _snapshots(processes: Sequence[Process], kcore: Kcore, options: Options) -> 
         )
         kinds = kinds_of(walked.mappings, layout, read_vmallocinfo())
         check_control(control, kcore, walked.mappings)
-        each(lambda subject: subject.end(walked, kinds))
+        reach = reach_sets(walked.mappings, kinds)
+        each(lambda subject: subject.end(walked, kinds, reach))
+        moment = moment_of(kvm, len(subjects))  # after all that was read of any
+        each(lambda subject: subject.look_again(moment))
     tell(Stage.WALK, 1.0)
-    each(lambda subject: found.update({subject.process.pid: subject.result(walked, kinds, tell)}))
+    host = host_facts()
+    each(lambda subject: found.update({subject.process.pid: subject.result(walked, kinds, host, tell)}))
     return found
 
 
@@ -223,18 +238,26 @@ class _Subject:
         self._options, self._started = options, time.monotonic()
         self._guest_memfd = None if kvm is None else kvm.guest_memfd_pages
 
-    def _ask_kvm(self, process: Process, links: Mapping[int, str]) -> Sequence[Vm]:
+    def _ask_kvm(self, moment: Moment | None, process: Process, links: Mapping[int, str]) -> Sequence[Vm]:
         if self._kvm is None:
             raise Unknown(self._unlisted)
-        return ask_kvm_list(self._kvm, process, links)
+        return ask_kvm_list(self._kvm, process, links) if moment is None else moment.ask(process, links)
 
-    def begin(self) -> None:
+    def _find(self, moment: Moment | None) -> GuestRam:
+        """What was asked for, with the VMs that have it; or what the process has."""
+        ask = partial(self._ask_kvm, moment)
+        if ranges := self._options.get("ranges"):
+            return GuestRam(tuple(ranges), vms_under(ranges, self.process, ask))
+        return find_guest_ram(self.process, ask)
+
+    def begin(self, moment: Moment | None) -> None:
         """Find the guest's RAM and its frames, before the walks."""
-        process, ranges = self.process, self._options.get("ranges")
+        process = self.process
         process.check_alive()
-        self._ram = GuestRam(tuple(ranges)) if ranges else find_guest_ram(process, self._ask_kvm)
+        self._ram = self._find(moment)
         self._name = process.name()
-        self._facts = vmm_facts(process, vms=None if ranges or self._ram.unlisted else self._ram.vms)
+        asked = bool(self._options.get("ranges"))
+        self._facts = vmm_facts(process, vms=None if asked or self._ram.unlisted else self._ram.vms)
         self._excluded = excluded_ranges(self._ram)
         self._before = resolve(process, self._ram.ranges, self._kcore.page_flags, self._guest_memfd)
 
@@ -242,24 +265,28 @@ class _Subject:
         """Whether these map a page of it: then more walks have nothing to add."""
         return bool(classify(self._before, self._before, self._excluded, mappings).counts().mapped_pages)
 
-    def end(self, walked: Walked, kinds: Kinds) -> None:
+    def end(self, walked: Walked, kinds: Kinds, reach: ReachSets) -> None:
         """Look at the frames again, after the walks, and judge each page."""
-        process, ram, asked = self.process, self._ram, bool(self._options.get("ranges"))
+        process, ram = self.process, self._ram
         self._after = resolve(process, ram.ranges, self._kcore.page_flags, self._guest_memfd)
-        self._judged = classify(self._before, self._after, self._excluded, walked.mappings, kinds)
-        self._read_only = _mapped_read_only(process, ram, self._kcore, walked.mappings, self._guest_memfd)
-        self._ram, self._moved, partial = _look_again(process, ram, self._kvm, None if asked else self._ask_kvm)
-        self._partial = self._before.ended or self._after.ended or partial
+        self._judged = classify(self._before, self._after, self._excluded, walked.mappings, kinds, reach)
+        self._read_only = mapped_read_only(process, ram, self._kcore, walked.mappings, self._guest_memfd)
 
-    def result(self, walked: Walked, kinds: Kinds, tell: Progress) -> Snapshot:
+    def look_again(self, moment: Moment | None) -> None:
+        """Ask KVM again, once everything was looked at."""
+        find = partial(self._find, moment)
+        self._ram, self._moved, ended = look_again(self.process, self._ram, self._kvm, find)
+        self._partial = self._before.ended or self._after.ended or ended
+
+    def result(self, walked: Walked, kinds: Kinds, host: HostFacts, tell: Progress) -> Snapshot:
         """The published result.
 
         Raises:
             Undetermined: it cannot be told.
         """
         ram, judged, mappings, kcore, layout = self._ram, self._judged, walked.mappings, self._kcore, self._layout
-        partial, options = self._partial, self._options
-        sharing, unshared = _sharing(self.process, ram, judged, kcore, options.get("sharers", False), partial)
+        ended, options = self._partial, self._options
+        sharing, unshared = shared_with(self.process, ram, judged, kcore, options.get("sharers", False), ended)
         known = judged.known
         guest = GuestPages.of(judged.page[known], judged.pfn[known], judged.pages[known], ram.ranges)
         scan = opinion = None
@@ -267,16 +294,17 @@ class _Subject:
             devices = sorted({*self._before.device_ranges, *self._after.device_ranges})
             threads = options.get("threads")
             scan = scan_memory(kcore, mappings, layout, wanted, guest, devices, lambda s: tell(Stage.SCAN, s), threads)
-        if (sample := options.get("oracle")) is not None and not partial:
+        if (sample := options.get("oracle")) is not None and not ended:
             tell(Stage.ORACLE, 0.0)
             opinion = ask_drgn(self.process, kcore, mappings, layout, guest, sample)
         pages = judged.counts()
         joined = join(judged, mappings, kinds, layout, ram)
         _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
-        replaced = ram.replaced_since(options.get("since") or 0)
-        verdict, notes = judge(pages, ram, scan, self._moved, partial, judged.plain, replaced, self._read_only)
+        # What --range names is the same memory, whichever slot has it.
+        replaced = not options.get("ranges") and ram.replaced_since(options.get("since") or 0)
+        verdict, notes = judge(pages, ram, scan, self._moved, ended, judged.plain, replaced, self._read_only)
         notes += unshared
-        if partial:
+        if ended:
             seen = classify(self._before, self._before, self._excluded, mappings, kinds).counts()
             if seen.pages_populated and not pages.pages_populated:
                 notes += (
@@ -291,13 +319,13 @@ class _Subject:
         audit = AuditResult(
             offmap=offmap.__version__,
             time=utc_now(),
-            host=host_facts(),
+            host=host,
             pid=self.process.pid,
             process=self._name,
             vmm=self._facts,
             verdict=verdict,
             notes=notes,
-            partial=partial or None,
+            partial=ended or None,
             pages=msgspec.structs.replace(pages, canaries_found=None if scan is None else scan.canaries_found),
             ranges=tuple(
                 AuditedRange(Address(part.va), part.bytes, part.source, part.guest_phys_addr, part.backend)
@@ -319,54 +347,4 @@ class _Subject:
             seconds=round(time.monotonic() - self._started, 4),
         )
         growing = verdict is Verdict.UNKNOWN and set(pages.unknown_reasons) == {CAME}
-        return Snapshot(audit, ram, mappings, judged, growing and not (self._moved or partial or replaced))
-
-
-def _kvm_list(kcore: Kcore, layout: Layout) -> tuple[KvmList | None, str]:
-    """KVM's list of VMs, or why it cannot be read here."""
-    try:
-        return KvmList(kcore, layout), ""
-    except Unknown as error:
-        return None, str(error)
-
-
-def _look_again(
-    process: Process, ram: GuestRam, kvm: KvmList | None, ask_kvm: AskKvm | None
-) -> tuple[GuestRam, bool, str]:
-    """What KVM says at the end too, whether the slots or the memory under them changed, and how the process ended.
-
-    Args:
-        ask_kvm: None where the ranges were asked for, and slots do not matter.
-    """
-    try:
-        process.check_alive()
-        if ask_kvm is None or ram.guessed:
-            return ram, False, ""
-        moved = kvm is not None and any(kvm.changed(vm) for vm in ram.vms)
-        again = find_guest_ram(process, ask_kvm)
-        return replace(ram, vms=(*ram.vms, *again.vms)), moved or again != ram, ""
-    except ProcessEnded as ended:
-        return ram, False, ended.reason
-
-
-def _mapped_read_only(
-    process: Process, ram: GuestRam, kcore: Kcore, mappings: KernelMappings, guest_memfd: GuestMemfdPages | None
-) -> int:
-    """How many pages that the guest can only read are mapped, or may be."""
-    if not ram.read_only:
-        return 0
-    frames = resolve(process, ram.read_only, kcore.page_flags, guest_memfd)
-    pages = classify(frames, frames, excluded_ranges(GuestRam(())), mappings).counts()
-    return pages.ram_pages - pages.pages_populated + pages.mapped_pages
-
-
-def _sharing(
-    process: Process, ram: GuestRam, judged: Classified, kcore: Kcore, named: bool, partial: str
-) -> tuple[Sharing | None, tuple[str, ...]]:
-    """Who else maps the pages, and a note if that cannot be told."""
-    if partial:
-        return None, ()
-    try:
-        return sharing_of(process, ram, judged, kcore.ram, named=named), ()
-    except Undetermined as error:
-        return None, (f"whether other processes map these pages too cannot be told: {error}",)
+        return Snapshot(audit, ram, mappings, judged, growing and not (self._moved or ended or replaced))

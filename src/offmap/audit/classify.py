@@ -22,6 +22,8 @@ _CHANGED = "came, went or moved during the audit"
 CAME = "came during the audit"
 """Why a page is unknown that was not there before the walks: the next audit can tell."""
 
+ReachSets = tuple[tuple[int, Intervals], ...]
+
 
 @dataclass(frozen=True)
 class Classified:
@@ -118,7 +120,12 @@ def excluded_ranges(ram: GuestRam) -> Intervals:
 
 
 def classify(
-    before: Frames, after: Frames, excluded: Intervals, mappings: KernelMappings, kinds: Kinds | None = None
+    before: Frames,
+    after: Frames,
+    excluded: Intervals,
+    mappings: KernelMappings,
+    kinds: Kinds | None = None,
+    reach: ReachSets | None = None,
 ) -> Classified:
     """Classify each page.
 
@@ -126,6 +133,7 @@ def classify(
         before, after: the frames as they were before and after the walk; a page that differs is unknown.
         excluded: pages that the guest does not get; those that are unknown count all the same.
         kinds: of the mappings' runs; without them, all outside the direct map are OTHER.
+        reach: ``reach_sets`` of these, for who classifies many times.
     """
     page = distinct(before.page, after.page, excluded.edges[excluded.edges < before.total])
     one, two = (np.searchsorted(frames.page, page, side="right") - 1 for frames in (before, after))
@@ -146,7 +154,7 @@ def classify(
     why = np.where(changed, reason, why)
     pages = np.diff(np.append(page, before.total))
 
-    sets = _reach_sets(mappings, kinds)
+    sets = reach_sets(mappings, kinds) if reach is None else reach
     edges = distinct(np.zeros(0, dtype=np.int64), *(frames.edges for _, frames in sets))
     populated = state == POPULATED
     # Runs without frames are cut by nothing.
@@ -176,13 +184,13 @@ def classify(
     )
 
 
-def _reach_sets(mappings: KernelMappings, kinds: Kinds | None) -> list[tuple[int, Intervals]]:
-    """The frames that each kind of mapping reaches."""
+def reach_sets(mappings: KernelMappings, kinds: Kinds | None) -> ReachSets:
+    """The frames that each kind of mapping (index into ``KINDS``) reaches."""
     direct, other = KINDS.index(Kind.DIRECT_MAP), KINDS.index(Kind.OTHER)
     code = np.where(mappings.is_direct, direct, other) if kinds is None else kinds.kind
     start = (mappings.runs["pa"] >> PAGE_SHIFT).astype(np.int64)
     end = start + (mappings.runs["bytes"] >> PAGE_SHIFT).astype(np.int64)
-    return [(each, Intervals.union(start[code == each], end[code == each])) for each in np.unique(code).tolist()]
+    return tuple((each, Intervals.union(start[code == each], end[code == each])) for each in np.unique(code).tolist())
 
 
 def mapped_guest_ranges(judged: Classified, ram: GuestRam) -> list[tuple[int, int]]:

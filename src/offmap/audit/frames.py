@@ -163,9 +163,6 @@ def resolve(
             f"and this host has {format_size(host * PAGE_SIZE)} of RAM",
             "name those that are RAM with --range VA:LENGTH",
         )
-    zero = pagemap.zero_page_pfn()
-    if not int(flags.of(np.array([zero], dtype=np.uint64))[0]) >> KPF_ZERO_PAGE & 1:
-        zero = -1
     building = _Building()
     ended = ""
     try:
@@ -176,7 +173,7 @@ def resolve(
             if part.guest_memfd is not None:
                 _resolve_guest_memfd(part, building, guest_memfd)
             else:
-                _resolve_range(process, part, mappings, building, zero)
+                _resolve_range(process, part, mappings, building, flags.zero_page)
         process.check_alive()  # maps and links are of the program that runs now, pagemap of the one that ran first
     except ProcessEnded as end:
         ended = end.reason
@@ -360,6 +357,8 @@ def _drop_huge_zero_page(frames: Frames, flags: PageFlags) -> Frames:
     blocks = np.repeat(first - np.cumsum(count) + count, count) + np.arange(int(count.sum()))
     blocks, times = np.unique(blocks, return_counts=True)
     frame = (blocks[times > 1] * _HUGE).astype(np.uint64)
+    if not len(frame):
+        return frames
     zero = blocks[times > 1][flags.of(frame) & np.uint64(1 << KPF_ZERO_PAGE) != 0] * _HUGE
     if not len(zero):
         return frames

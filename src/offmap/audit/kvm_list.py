@@ -211,16 +211,17 @@ class KvmList(Tasks):
         except Unknown:
             return True
 
-    def held(self, tid: int, descriptors: Mapping[int, str]) -> set[int]:
+    def held(self, tid: int, descriptors: Mapping[int, str], task: int = 0) -> set[int]:
         """Addresses of the VMs that these descriptors of a thread lead to, of VMs or of their vCPUs.
 
         Args:
             descriptors: what the link of each says.
+            task: address of the thread's ``struct task_struct``, if it is known.
 
         Raises:
             Unknown: they cannot be followed.
         """
-        table = self._field(self._field(self.task_of(tid), "task_struct", "files"), "files_struct", "fdt")
+        table = self._field(self._field(task or self.task_of(tid), "task_struct", "files"), "files_struct", "fdt")
         files, size = self._field(table, "fdtable", "fd"), self._field(table, "fdtable", "max_fds", size=4)
         found = set()
         for number, link in descriptors.items():

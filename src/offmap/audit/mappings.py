@@ -1,6 +1,7 @@
 """What a walk found: runs of kernel mappings, and whether a physical page lies in one of them."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +83,7 @@ class KernelMappings:
     roots: dict[str, int] = field(default_factory=dict)
     of_init: NDArray[np.void] | None = None
 
-    @property
+    @cached_property
     def is_direct(self) -> NDArray[np.bool_]:
         """Of each run: is it of the direct map; everything else is an alias."""
         return np.asarray(self.runs["va"] - self.runs["pa"] == np.uint64(self.direct_map_base), dtype=np.bool_)

@@ -5,10 +5,12 @@ that something was found in, what it is.
 """
 
 import os
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offmap.audit.pagemap import zero_page_pfn
 from offmap.audit.procfs import open_path
 from offmap.errors import Undetermined
 from offmap.owned import Owned
@@ -51,6 +53,12 @@ class PageFlags(Owned):
                 f"cannot open {path}: {error.strerror}",
                 "run the audit as root on a kernel with CONFIG_PROC_PAGE_MONITOR",
             ) from None
+
+    @cached_property
+    def zero_page(self) -> int:
+        """Frame of the page of zeroes that stands behind anonymous memory until it is written; -1 if it is not told."""
+        frame = zero_page_pfn()
+        return frame if int(self.of(np.array([frame], dtype=np.uint64))[0]) >> KPF_ZERO_PAGE & 1 else -1
 
     def close(self) -> None:
         os.close(self._fd)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from offmap.audit.procfs import open_proc
@@ -55,15 +56,19 @@ class Mapping:
 
 def parse_maps(text: str) -> list[Mapping]:
     """The mappings of a maps file, in order of address; lines of another form (none are known) are left out."""
-    found = []
     # The kernel escapes only the newline in a file's name: for splitlines() a carriage return in one would end the
     # line too, and a VMM could make up mappings.
-    for line in text.split("\n"):
-        match = _LINE.fullmatch(line)
-        if match:
-            start, end, perms, offset, device, inode, path = match.groups(default="")
-            found.append(Mapping(int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), path))
-    return found
+    return [mapping for mapping in map(_parse_line, text.split("\n")) if mapping is not None]
+
+
+@lru_cache(maxsize=1 << 14)
+def _parse_line(line: str) -> Mapping | None:
+    """One line; the same ones are read several times in an audit."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return None
+    start, end, perms, offset, device, inode, path = match.groups(default="")
+    return Mapping(int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), path)
 
 
 def find_mapping(mappings: Iterable[Mapping], va: int) -> Mapping | None:

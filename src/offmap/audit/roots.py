@@ -65,7 +65,7 @@ class Roots:
 
         def add(name: str, pages: NDArray[np.uint64], whole: bool = False) -> None:
             roots[name] = len(pages)
-            parts.extend(_entries(page, 0 if whole else _HALF) for page in pages)
+            parts.append(_entries(pages, 0 if whole else _HALF))
 
         try:
             spaces = self._spaces()
@@ -84,7 +84,7 @@ class Roots:
         except (Unknown, Undetermined) as error:
             problems.append(f"not every root of page tables can be found: {error}")
         entries = np.concatenate([np.empty(0, dtype=TOP_ENTRY), *parts])
-        return Tops(np.unique(entries), roots, tuple(problems))
+        return Tops(_distinct(entries), roots, tuple(problems))
 
     def _spaces(self) -> list[tuple[int, int]]:
         """Physical address of each address space's top table, and the address of its ``struct mm_struct``.
@@ -162,12 +162,21 @@ class Roots:
         return bytes(buffer)
 
 
-def _entries(page: NDArray[np.uint64], first: int) -> NDArray[np.void]:
-    """The present entries of a top table, from this one on."""
-    index = np.flatnonzero(page[first:] & _PRESENT) + first
+def _entries(pages: NDArray[np.uint64], first: int) -> NDArray[np.void]:
+    """The present entries of top tables (n x 512), from this one of each on."""
+    table, index = np.nonzero(pages[:, first:] & _PRESENT)
     found = np.empty(len(index), dtype=TOP_ENTRY)
-    found["index"], found["entry"] = index, page[index] & ~_ACCESSED_DIRTY
+    found["index"], found["entry"] = index + first, pages[table, index + first] & ~_ACCESSED_DIRTY
     return found
+
+
+def _distinct(entries: NDArray[np.void]) -> NDArray[np.void]:
+    """Each once, in order. (numpy sorts records with two fields 50 times slower.)"""
+    entries = entries[np.lexsort((entries["entry"], entries["index"]))]
+    again = (entries["index"][1:] == entries["index"][:-1]) & (entries["entry"][1:] == entries["entry"][:-1])
+    first = np.ones(len(entries), dtype=np.bool_)
+    first[1:] = ~again
+    return np.asarray(entries[first], dtype=TOP_ENTRY)
 
 
 def page_table_isolation(cpuinfo: str = "/proc/cpuinfo") -> bool:

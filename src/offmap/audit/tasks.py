@@ -8,7 +8,7 @@ an address space (``kthread_use_mm``) is none of its processes.
 import os
 import struct
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from offmap.audit import xarray
 from offmap.audit.btf import Btf, Unknown
@@ -23,11 +23,13 @@ _ATTEMPTS = 8
 
 @dataclass(frozen=True)
 class Thread:
-    """A task with an address space: its thread ID, its process, and the kernel address of its ``struct mm_struct``."""
+    """A task with an address space: its thread ID, its process, and the kernel addresses of its ``struct mm_struct``
+    and ``struct task_struct``."""
 
     tid: int
     pid: int
     memory: int
+    task: int = field(default=0, compare=False)
 
 
 class Tasks(KernelObjects):
@@ -57,10 +59,17 @@ class Tasks(KernelObjects):
             try:
                 memory, number, pid = self._members(task := self._task_at(entry))
                 if number == tid and memory and not self._field(task, "task_struct", "flags", size=4) & _PF_KTHREAD:
-                    found.append(Thread(tid, pid, memory))
+                    found.append(Thread(tid, pid, memory, task))
             except Unknown:  # it ended, and something else is there
                 continue
         return found
+
+    def is_there(self, thread: Thread) -> bool:
+        """Whether a thread still is what it was; takes one read."""
+        try:
+            return self._members(thread.task) == (thread.memory, thread.tid, thread.pid)
+        except Unknown:
+            return False
 
     def task_of(self, tid: int) -> int:
         """Address of a thread's ``struct task_struct``.

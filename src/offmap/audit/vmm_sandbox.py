@@ -147,14 +147,13 @@ def _descriptors(process: Process, mounts: Mapping[int, _Mount]) -> list[Descrip
     misc = dict(line.split()[:2] for line in read_path("/proc/misc").decode("ascii", "replace").splitlines())
     found = []
     for fd, link in sorted(process.descriptors().items()):
-        if anonymous := _ANONYMOUS.match(link):
-            kind = anonymous[1] or "pidfd"
-        elif link.startswith("/") and not link.startswith("/memfd:"):
-            kind = _kind_of_file(process, fd, mounts, misc)
-        else:
-            kind = ""
+        anonymous = _ANONYMOUS.match(link)
+        if anonymous is None and (not link.startswith("/") or link.startswith("/memfd:")):
+            continue
+        info = _fdinfo(process, fd)
+        kind = _kind_of_file(process, fd, info, mounts, misc) if anonymous is None else anonymous[1] or "pidfd"
         if kind:
-            found.append(Descriptor(fd, kind, plain(link), _access(process, fd)))
+            found.append(Descriptor(fd, kind, plain(link), _access(info)))
     return found
 
 
@@ -171,14 +170,16 @@ def _fdinfo(process: Process, fd: int) -> Mapping[str, str]:
         return {}
 
 
-def _access(process: Process, fd: int) -> str:
-    flags = int(_fdinfo(process, fd).get("flags", "3"), 8)
+def _access(info: Mapping[str, str]) -> str:
+    flags = int(info.get("flags", "3"), 8)
     return "path" if flags & _O_PATH else ("read", "write", "both", "")[flags & os.O_ACCMODE]
 
 
-def _kind_of_file(process: Process, fd: int, mounts: Mapping[int, _Mount], misc: Mapping[str, str]) -> str:
+def _kind_of_file(
+    process: Process, fd: int, info: Mapping[str, str], mounts: Mapping[int, _Mount], misc: Mapping[str, str]
+) -> str:
     """What is of note about a file with a path; empty for nothing."""
-    mount = mounts.get(int(_fdinfo(process, fd).get("mnt_id", "-1")))
+    mount = mounts.get(int(info.get("mnt_id", "-1")))
     if mount is None or mount.kind not in _LOCAL:
         return NOT_LOOKED_AT
     opened = process.stat(f"fd/{fd}")

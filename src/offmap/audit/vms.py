@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import offmap
 from offmap.audit.btf import Unknown
-from offmap.audit.guest_ram import KVM_VCPU_LINK, KVM_VM_LINK, MEMSLOTS_LINK, NoVm, OthersVm, ask_kvm_list, vm_links
+from offmap.audit.guest_ram import KVM_VCPU_LINK, KVM_VM_LINK, MEMSLOTS_LINK, NoVm, vm_links
 from offmap.audit.host import host_facts, utc_now
 from offmap.audit.kcore import Kcore
 from offmap.audit.kvm_list import KvmList, Vm
+from offmap.audit.kvm_moment import Moment, unlisted
 from offmap.audit.oracle import OracleDisagrees
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded, process_ids
 from offmap.audit.reach import VmmFacts
@@ -96,25 +97,26 @@ def find_vms() -> tuple[list[VmProcess], list[str]]:
     try:
         with Kcore() as kcore:
             kvm = KvmList(kcore, Layout.of(kcore.vmcoreinfo, kcore.page_offset_base, kcore.segments))
-            found, notes = find_listed(kvm)
-            return found, notes + _unlisted(kvm)
+            found, notes, moment = find_listed(kvm)
+            return found, notes + _unlisted(kvm, moment)
     except (Unknown, Undetermined) as error:
         found, notes = find_held()
         return found, [*notes, f"KVM's own list of VMs cannot be read: {error}"]
 
 
-def find_listed(kvm: KvmList) -> tuple[list[VmProcess], list[str]]:
-    """The processes of all VMs that KVM lists, and how many VMs have none.
+def find_listed(kvm: KvmList) -> tuple[list[VmProcess], list[str], Moment]:
+    """The processes of all VMs that KVM lists, how many VMs have none, and what was read.
 
     Raises:
         Unknown: the list cannot be read.
     """
     for _ in range(_ATTEMPTS):
         vms: dict[int, list[Vm]] = {}
-        for vm in kvm.vms():
+        moment = Moment(kvm)
+        for vm in moment.vms:
             vms.setdefault(vm.memory, []).append(vm)
         # The main thread of the process that has had it longest, or any that lives.
-        threads = sorted(kvm.threads(), key=lambda thread: (thread.tid != thread.pid, thread.tid))
+        threads = sorted(moment.threads.values(), key=lambda thread: (thread.tid != thread.pid, thread.tid))
         owners = {thread.memory: thread.tid for thread in reversed(threads) if thread.memory in vms}
         found = []
         for memory, tid in owners.items():
@@ -124,23 +126,16 @@ def find_listed(kvm: KvmList) -> tuple[list[VmProcess], list[str]]:
             break
     labels = ", ".join(sorted(vm.label for alone in vms.values() for vm in alone))
     notes = [f"KVM lists VMs that no process is found for: {labels}"] if vms else []
-    return sorted(found), notes
+    return sorted(found), notes, moment
 
 
-def _unlisted(kvm: KvmList) -> list[str]:
+def _unlisted(kvm: KvmList, moment: Moment) -> list[str]:
     """What descriptors and debugfs have, and KVM's list has not."""
     notes = []
     for pid in process_ids():
-        with suppress(NoSuchProcess, Undetermined, OthersVm), Process(pid) as process:
-            links = process.descriptors()
-            if vm_links(links):
-                try:
-                    ask_kvm_list(kvm, process, links)
-                except OthersVm:
-                    continue
-                except Unknown as error:
-                    process.check_alive()
-                    notes.append(f"process {pid}: {error}")
+        with suppress(NoSuchProcess, Undetermined), Process(pid) as process:
+            if why := unlisted(moment, process):
+                notes.append(f"process {pid}: {why}")
     more = len(left_out(_debugfs_folders, kvm.debugfs_folders))
     if more:
         notes.append(f"debugfs has {more} VMs more than KVM's own list")

@@ -315,8 +315,8 @@ class Walker:
             walked = _Pass(self._reader, self._levels, self._mask, self._known)
             walked.run(self._root, before.entries)
             changed, after = walked.changed(), self._ask()
-            gone = np.setdiff1d(before.entries, after.entries)
-            if len(gone):
+            same = np.array_equal(before.entries, after.entries)
+            if not same and len(np.setdiff1d(before.entries, after.entries)):
                 # A table below it may have been freed, and be somebody else's by now.
                 changed.append(self._half("the top-level tables kept changing"))
             if not changed:

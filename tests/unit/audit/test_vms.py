@@ -120,7 +120,7 @@ class List:
 
 def listed(vms: list[Vm], threads: list[Thread]) -> tuple[list[VmProcess], list[str]]:
     kvm: Any = List(vms, threads)
-    return find_listed(kvm)
+    return find_listed(kvm)[:2]
 
 
 def test_vms_are_attributed_by_address_space_whoever_holds_their_descriptors() -> None:

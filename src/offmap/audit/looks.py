@@ -1,0 +1,91 @@
+"""What an audit asks of KVM and of the process besides its frames, before the walks and after them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from offmap.audit.btf import Unknown
+from offmap.audit.classify import Classified, classify, excluded_ranges
+from offmap.audit.frames import GuestMemfdPages, resolve
+from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange
+from offmap.audit.kcore import Kcore
+from offmap.audit.kvm_list import KvmList, KvmSlot, Vm
+from offmap.audit.kvm_moment import Moment
+from offmap.audit.mappings import KernelMappings
+from offmap.audit.process import Process, ProcessEnded
+from offmap.audit.reach import Sharing
+from offmap.audit.regions import Layout
+from offmap.audit.sharers import sharing_of
+from offmap.errors import Undetermined
+
+
+def kvm_list_of(kcore: Kcore, layout: Layout) -> tuple[KvmList | None, str]:
+    """KVM's list of VMs, or why it cannot be read here."""
+    try:
+        return KvmList(kcore, layout), ""
+    except Unknown as error:
+        return None, str(error)
+
+
+def moment_of(kvm: KvmList | None, askers: int) -> Moment | None:
+    """What KVM's list says now, where more than one asks; None where each has to ask for itself."""
+    if kvm is None or askers < 2:
+        return None
+    try:
+        return Moment(kvm)
+    except Unknown:  # one VM that cannot be read spoils its own verdict only
+        return None
+
+
+def vms_under(ranges: Sequence[RamRange], process: Process, ask_kvm: AskKvm) -> tuple[Vm, ...]:
+    """The process's VMs that have a slot in these ranges; none where KVM's list cannot be read."""
+    try:
+        vms = ask_kvm(process, process.descriptors())
+    except (Unknown, Undetermined):
+        return ()
+
+    def overlap(slot: KvmSlot, part: RamRange) -> bool:
+        return slot.userspace_addr < part.va + part.bytes and part.va < slot.userspace_addr + slot.bytes
+
+    return tuple(vm for vm in vms if any(overlap(slot, part) for slot in vm.slots for part in ranges))
+
+
+def look_again(
+    process: Process, ram: GuestRam, kvm: KvmList | None, find: Callable[[], GuestRam]
+) -> tuple[GuestRam, bool, str]:
+    """What KVM says at the end too, whether the slots or the memory under them changed, and how the process ended.
+
+    Args:
+        find: what found the RAM at the beginning.
+    """
+    try:
+        process.check_alive()
+        if ram.guessed:
+            return ram, False, ""
+        moved = kvm is not None and any(kvm.changed(vm) for vm in ram.vms)
+        again = find()
+        return replace(ram, vms=(*ram.vms, *again.vms)), moved or again != ram, ""
+    except ProcessEnded as ended:
+        return ram, False, ended.reason
+
+
+def mapped_read_only(
+    process: Process, ram: GuestRam, kcore: Kcore, mappings: KernelMappings, guest_memfd: GuestMemfdPages | None
+) -> int:
+    """How many pages that the guest can only read are mapped, or may be."""
+    if not ram.read_only:
+        return 0
+    frames = resolve(process, ram.read_only, kcore.page_flags, guest_memfd)
+    pages = classify(frames, frames, excluded_ranges(GuestRam(())), mappings).counts()
+    return pages.ram_pages - pages.pages_populated + pages.mapped_pages
+
+
+def shared_with(
+    process: Process, ram: GuestRam, judged: Classified, kcore: Kcore, named: bool, ended: str
+) -> tuple[Sharing | None, tuple[str, ...]]:
+    """Who else maps the pages, and a note if that cannot be told."""
+    if ended:
+        return None, ()
+    try:
+        return sharing_of(process, ram, judged, kcore.ram, named=named), ()
+    except Undetermined as error:
+        return None, (f"whether other processes map these pages too cannot be told: {error}",)
