@@ -1,9 +1,12 @@
 """Reads that it takes to the private keys of a Debian guest's nginx and sshd, on plain and on hidden RAM.
 
 In a disposable host, two guests run: the control on ``anon`` RAM, and one on ``reserved`` RAM. The TLS
-key is made in the guest's RAM after its boot, and its file is deleted. The SSH host key is in the image. The image lies
-in the host's RAM: so it is in its page cache, where the key can be read whatever the guest's RAM is.
+key is made in the guest's RAM after its boot, and its file is deleted. So is a file that stays, in the guest's page
+cache. The SSH host key is in the image. The image lies in the host's RAM: so it is in its page cache, where the key can
+be read whatever the guest's RAM is.
 A read is a word of eight bytes. Each key is recovered when it has signed what the public key verifies.
+
+With ``--plain``, the TLS key on each kind of plain RAM instead, under offmap and under QEMU.
 """
 
 import json
@@ -20,16 +23,22 @@ from offmap.attack.attack import Beforehand, Victim, attack
 from offmap.attack.kcore_primitive import KcorePrimitive
 from offmap.attack.keys import PublicKey
 from offmap.attack.knowledge import known, learn
-from offmap.attack.result import AttackResult, Outcome
-from offmap.attack.target import KeyFile, Target, TlsKey
+from offmap.attack.result import AttackResult, Attempt, Outcome
+from offmap.attack.target import FileContent, KeyFile, Target, TlsKey
+from offmap.compare.kinds import kind_of
 from offmap.compare.vm_process import VmProcess
+from offmap.compare.vmm_command import GuestSetup, vmm_command
 from offmap.errors import OffmapError
 from offmap.guests.build import build_image
 from offmap.guests.recipe import RootRecipe
+from offmap.lab.cpio import newc, regular
 from offmap.lab.provision import host_kernel
+from offmap.lab.qemu import parse_size
 from offmap.patience import scaled
 
 MOST_READS = 200_000
+PLAIN = ("anon", "memfd", "hugetlb", "qemu-anon", "qemu-memfd", "qemu-hugetlb")
+NOTE, NOTE_SIZE = "/tmp/note", 3000
 PACKAGES = ("nginx-light", "openssl", "openssh-server")
 SSH_KEY = "/etc/ssh/ssh_host_ed25519_key"
 SETUP = f"""
@@ -38,29 +47,60 @@ openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out cert -subj /CN=localh
 echo 'events {{}} http {{ access_log off; server {{ listen 443 ssl;
     ssl_certificate /tmp/cert; ssl_certificate_key /tmp/key; }} }}' >conf
 mkdir -p /run/sshd
-nginx -c /tmp/conf && rm key && /usr/sbin/sshd && cat cert {SSH_KEY}.pub && echo ready
-read word
+head -c {NOTE_SIZE} /dev/urandom >{NOTE}
+nginx -c /tmp/conf && rm key && /usr/sbin/sshd && cat cert {SSH_KEY}.pub && sha256sum {NOTE} && echo ready
+while :; do sleep 1000; done
 """
-READY = re.compile(r"(?s)(-----BEGIN CERT.*END CERTIFICATE-----\n)(.*)ready")
+READY = re.compile(r"(?s)(-----BEGIN CERT.*END CERTIFICATE-----\r?\n)(ssh-[^\n]*\n)([0-9a-f]{64}) .*ready")
 _HOST = "4G"
+_GUEST = "256M"
+_HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
 _BOOT_SECONDS = 240.0
 
 
+def qemu(kind: str, image: Path, folder: Path) -> list[str]:
+    """QEMU with such RAM; its guest is given the command as ``offmap run --exec`` does it (guests/job.py)."""
+    size = parse_size(_GUEST)
+    ram = {
+        "qemu-anon": "memory-backend-ram,share=off",
+        "qemu-memfd": "memory-backend-memfd,share=on",
+        "qemu-hugetlb": "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
+    }
+    initrd = folder / "initrd"
+    command = newc([regular("exec", f"exec >/dev/ttyS0 2>&1\n{SETUP}".encode(), 0o755)])
+    first = (image / "initrd.img").read_bytes()
+    initrd.write_bytes(first + bytes(-len(first) % 4) + command)
+    words = "root=/dev/vda offmap.overlay=tmpfs"
+    setup = GuestSetup(kind_of("qemu-memfd"), image / "vmlinuz", initrd, size, words=words, disk=image / "root.img")
+    argv = vmm_command(setup, folder)
+    argv[argv.index("-object") + 1] = f"{ram[kind]},id=ram,size={size}"
+    argv += ["-device", "virtio-serial-device"]
+    for name in ("stdin", "stdout", "stderr", "status"):
+        argv += ["-chardev", f"null,id={name}", "-device", f"virtserialport,chardev={name},name={name}"]
+    return argv
+
+
 def start(stack: ExitStack, image: Path, kind: str) -> tuple[int, list[Target]]:
-    """A guest with its servers: the PID of its VMM, and its two keys.
+    """A guest with its servers: the PID of its VMM; its TLS key, its SSH key and a file of its page cache.
 
     Raises:
         OffmapError: it did not boot.
     """
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    command = [sys.executable, "-m", "offmap", "run", "--image", str(image), "--memory", kind, "--exec", SETUP]
+    if kind.startswith("qemu-"):
+        command = qemu(kind, image, folder)
+    else:
+        command = [sys.executable, "-m", "offmap", "run", "--image", str(image), "--memory", kind, "--exec", SETUP]
+        command += ["--memory-size", _GUEST]
     vmm = stack.enter_context(VmProcess(command, folder))
-    match = READY.search(vmm.wait_for(READY, scaled(_BOOT_SECONDS)))
+    said = vmm.wait_for(READY, scaled(_BOOT_SECONDS))
+    match = READY.search(said)
     if match is None:
-        raise OffmapError(f"the guest on {kind} has no servers: {vmm.complaint()}")
-    for name, text in zip(("cert", "ssh"), match.groups(), strict=True):
-        (folder / name).write_text(text)
-    return vmm.pid, [TlsKey("nginx", PublicKey(folder / "cert")), KeyFile(SSH_KEY, PublicKey(folder / "ssh"))]
+        raise OffmapError(f"the guest on {kind} has no servers: {vmm.complaint()}: {said[-1000:]}")
+    for name, text in zip(("cert", "ssh"), match.groups()[:2], strict=True):
+        (folder / name).write_text(text.replace("\r", ""))
+    keys = TlsKey("nginx", PublicKey(folder / "cert")), KeyFile(SSH_KEY, PublicKey(folder / "ssh"))
+    return vmm.pid, [*keys, FileContent(NOTE.removeprefix("/tmp"), f"{match[3]}:{NOTE_SIZE}")]
 
 
 def show(name: str, result: AttackResult, expected: Outcome, limit: Limit | None) -> None:
@@ -73,8 +113,28 @@ def show(name: str, result: AttackResult, expected: Outcome, limit: Limit | None
     if control is None or control.outcome != Outcome.RECOVERED or result.outcome != expected:
         raise OffmapError(f"{name}: {result.outcome} and not {expected}: {result.reason}")
     for ram, attempt, most in (("anon", control, Limit("ours", MOST_READS)), ("reserved", result.attempt, limit)):
-        facts = {"outcome": attempt.outcome, "stage": attempt.stage, "mapped_pages": attempt.mapped_pages}
-        Figure("attack_keys", f"{name}, {ram}", "reads", [attempt.reads], limit=most, facts=facts).print()
+        figure(name, ram, attempt, most)
+
+
+def figure(name: str, ram: str, attempt: Attempt, limit: Limit | None) -> None:
+    facts = {"outcome": attempt.outcome, "stage": attempt.stage, "mapped_pages": attempt.mapped_pages}
+    Figure("attack_keys", f"{name}, {ram}", "reads", [attempt.reads], limit=limit, facts=facts).print()
+
+
+def on_plain_ram(image: Path, learnt: Path) -> int:
+    """Measure the TLS key on each kind of plain RAM, in the disposable host."""
+    knowledge = Beforehand(known(learnt), known(learnt))
+    for kind in PLAIN:
+        with ExitStack() as stack, KcorePrimitive() as primitive:
+            if kind.endswith("hugetlb"):
+                _HUGE_PAGES.write_text(str(parse_size(_GUEST) >> 21))
+                stack.callback(_HUGE_PAGES.write_text, "0")
+            pid, targets = start(stack, image, kind)
+            found = attack(primitive, knowledge, Victim(pid, targets[0]), None)
+            if found.outcome != Outcome.RECOVERED:
+                raise OffmapError(f"{kind}: {found.outcome} and not recovered: {found.reason}")
+            figure("TLS key of nginx", kind, found.attempt, Limit("ours", MOST_READS))
+    return 0
 
 
 def inside(image: Path, learnt: Path) -> int:
@@ -84,7 +144,11 @@ def inside(image: Path, learnt: Path) -> int:
     with ExitStack() as stack, KcorePrimitive() as primitive:
         plain, controls = start(stack, image, "anon")
         hidden, targets = start(stack, image, "reserved")
-        names = ("TLS key of nginx", Outcome.ENDS), ("SSH host key of the image", Outcome.RECOVERED)
+        names = (
+            ("TLS key of nginx", Outcome.ENDS),
+            ("SSH host key of the image", Outcome.RECOVERED),
+            ("file in the guest's page cache", Outcome.ENDS),
+        )
         for (name, expected), target, control in zip(names, targets, controls, strict=True):
             result = attack(primitive, knowledge, Victim(hidden, target), Victim(plain, control))
             show(name, result, expected, None)
@@ -107,18 +171,21 @@ def copied(image: Path) -> Path:
 
 def main() -> int:
     parser = benchmark_parser(__doc__, rounds=1, quick="the same: the reads are counted, not timed")
+    parser.add_argument("--host-kernel", default="debian:6.12", help="of host and guest (default: %(default)s)")
+    parser.add_argument("--plain", action="store_true", help="the TLS key on each kind of plain RAM")
     add_inside_options(parser, "--image", "--learnt")
     args = parser.parse_args()
 
     def run() -> int:
         if args.inside:
-            return inside(copied(Path(args.image)), Path(args.learnt))
-        kernel = host_kernel()
+            return (on_plain_ram if args.plain else inside)(copied(Path(args.image)), Path(args.learnt))
+        kernel = host_kernel(args.host_kernel)
         with tempfile.TemporaryDirectory() as folder:
             image, learnt = Path(folder) / "image", Path(folder) / "learnt.json"
             build_image(RootRecipe(include=PACKAGES), kernel, image)
             learnt.write_text(json.dumps(learn(kernel.vmlinuz, sorted(kernel.modules.rglob("kvm.ko*"))).to_json()))
-            return run_in_lab(__file__, ["--image", str(image), "--learnt", str(learnt)], memory=_HOST)
+            more = ["--image", str(image), "--learnt", str(learnt), *(["--plain"] if args.plain else [])]
+            return run_in_lab(__file__, more, memory=_HOST, kernel=kernel, timeout=scaled(900.0))
 
     return exit_status("attack_keys", run)
 

@@ -123,6 +123,8 @@ def check_ends(result: Any, pages: int = PAGES) -> None:
     assert 1000 < control["reads"] < MOST_READS
     sizes = {each["name"]: each["bytes"] for each in attempt["residues"]}
     assert sizes["kvm_run"] == 8192 and sizes["registers of the vCPUs, in struct kvm_vcpu"] > 100
+    assert sizes["vector registers of the vCPUs"] >= 512  # what FXSAVE saves
+    assert 1 << 20 < sizes["memory of the VMM's own"] < 1 << 30
 
 
 def check_sweep(result: Any) -> None:

@@ -311,9 +311,11 @@ class Chain:
     def _residues(self) -> tuple[Residue, ...]:
         if not self._kvm or self._vmm is None:
             return ()
+        found = []
         with suppress(Lost, Unknown, NotMapped, Unreadable):
-            return tuple(residues_of(self._host, self._vmm, self._kvm))
-        return ()
+            for each in residues_of(self._host, self._vmm, self._kvm, self._memory, self._mappings):
+                found.append(each)
+        return tuple(found)
 
 
 def _said(found: Sweep) -> str:

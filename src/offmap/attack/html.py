@@ -37,7 +37,7 @@ def _page(result: AttackResult) -> View:
         ],
         "bytes": f"{result.attempt.bytes:,}",
         "times": [
-            {"leak": each.leak, "rate": f"{each.bytes_per_second:,g}", "time": hours(each.hours)}
+            {"leak": each.leak, "source": each.source, "rate": f"{each.bytes_per_second:,g}", "time": hours(each.hours)}
             for each in result.times
         ],
         "facts": [

@@ -40,6 +40,7 @@ kvm_memory_slot id_node; kvm_memory_slot base_gfn; kvm_memory_slot npages; kvm_m
 kvm_memory_slot flags; kvm_memory_slot id; kvm_memory_slot gmem file; kvm_memory_slot gmem pgoff
 kvm_vcpu kvm; kvm_vcpu arch regs; kvm_vcpu arch cr3; kvm_vcpu run
 kvm_vcpu arch root_mmu root hpa; kvm_vcpu arch root_mmu root_role word
+kvm_vcpu arch guest_fpu fpstate; fpstate size; fpstate regs
 """
 _ARRAYS = """
 maple_range_64 pivot; maple_arange_64 pivot; kvm memslots; kvm_memslots id_hash; kvm_memory_slot id_node; xa_node slots

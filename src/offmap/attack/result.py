@@ -112,11 +112,13 @@ class Hours(Document, frozen=True, kw_only=True):
     Attributes:
         leak: The attack that was published.
         bytes_per_second: Its rate.
+        source: Where its authors say so.
         hours: For the bytes of this attack.
     """
 
     leak: str
     bytes_per_second: float
+    source: str
     hours: Seconds
 
 

@@ -62,6 +62,13 @@ def test_hidden_ram_is_where_it_ends() -> None:
     assert (found.guest_pages, found.mapped_pages, found.missing_pages) == (1024, 0, 0)
 
 
+def test_memory_of_the_vmms_own_is_a_residue() -> None:
+    machine = Machine(hidden=True)
+    machine.user.map(HVA - PAGE, machine.host.frames.pop(), 7)
+    sizes = {residue.name: residue.bytes for residue in run(machine).residues}
+    assert sizes["memory of the VMM's own"] == PAGE
+
+
 def test_one_mapped_page_with_the_secret_is_enough() -> None:
     machine = Machine(hidden=True)
     machine.tables.map(ALIAS, machine.secret_page)
