@@ -1,6 +1,7 @@
 """One measured figure with its peer's beside it, as the line of JSON that every benchmark prints."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -9,7 +10,7 @@ from typing import Any
 from offmap import __version__
 from offmap.audit.host import host_facts
 
-__all__ = ["Figure", "Limit"]
+__all__ = ["Figure", "Limit", "median_interval"]
 
 SCHEMA = "offmap-benchmark/1"
 
@@ -104,3 +105,14 @@ def _round(value: float | None) -> float | None:
 
 def _spread(samples: Sequence[float]) -> list[float | None] | None:
     return [_round(min(samples)), _round(max(samples))] if samples else None
+
+
+def median_interval(pairs: Sequence[float]) -> tuple[float, float] | None:
+    """Where the median of all such pairs is, with 95 %: between two of them, by the binomial distribution."""
+    ordered, count = sorted(pairs), len(pairs)
+    beyond, tail = -1, 0.0
+    while (tail := tail + math.comb(count, beyond + 1) / 2**count) <= 0.025:
+        beyond += 1
+    if beyond < 0:
+        return None  # too few
+    return ordered[beyond], ordered[count - 1 - beyond]

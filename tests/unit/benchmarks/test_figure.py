@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -65,3 +66,14 @@ def test_one_line_of_json_with_the_hosts_facts(figure: ModuleType, capsys: pytes
     assert data["ours"] == 0.3333
     assert data["exits"] == 7
     assert {"kernel", "cpu", "memory_bytes"} <= set(data["host"])
+
+
+def test_too_few_samples_have_no_interval(figure: ModuleType) -> None:
+    assert figure.median_interval([1.0] * 5) is None
+    assert figure.median_interval([6.0, 1.0, 3.0, 2.0, 5.0, 4.0]) == (1.0, 6.0)
+
+
+def test_the_interval_has_the_median_of_all_nearly_always(figure: ModuleType) -> None:
+    dice = random.Random(1)
+    intervals = [figure.median_interval([dice.random() for _ in range(25)]) for _ in range(1000)]
+    assert 940 < sum(low <= 0.5 <= high for low, high in intervals) < 990
