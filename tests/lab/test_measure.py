@@ -31,6 +31,7 @@ PLAIN = {
     "works.kvm_clock": True,
     "works.balloon": True,
     "hidden.before_io": False,
+    "hidden.attack": False,
     "hidden.after_io": False,
     "hidden.canaries_found": FULL.canaries,
     "breaks.o_direct": True,
@@ -55,9 +56,11 @@ HIDDEN = {
 EXPECTED: dict[str, dict[str, Any]] = {
     "memfd": COMMON | PLAIN,
     # /dev/mem has an access method of its own (generic_access_phys), by which a debugger reads what GUP refuses.
-    "reserved": COMMON | HIDDEN | {"breaks.ptrace": True, "costs.direct_map_split": 0},
+    "reserved": COMMON | HIDDEN | {"hidden.attack": True, "breaks.ptrace": True, "costs.direct_map_split": 0},
     "secretmem-bridge": COMMON | HIDDEN | {"breaks.ptrace": False, "breaks.hibernation": False},
-    "unplugged": COMMON | HIDDEN | {"breaks.ptrace": False, "costs.direct_map_split": 0, "costs.direct_map_left": 0},
+    "unplugged": COMMON
+    | HIDDEN
+    | {"hidden.attack": True, "breaks.ptrace": False, "costs.direct_map_split": 0, "costs.direct_map_left": 0},
 }
 
 

@@ -63,10 +63,31 @@ def test_make_test_is_what_ci_runs() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d[\d,.]*")
+
+
+def shapes(text: str) -> list[str]:
+    """The lines that say something, without their numbers and their spacing."""
+    lines = (" ".join(_NUMBER.sub("N", line).replace("─", "").split()) for line in text.splitlines())
+    return [line for line in lines if line]
+
+
+def check_shown(output: str) -> None:
+    """The README's first screen is such an output."""
+    (shown,) = re.findall(
+        r"^```\n( +pages   in direct .*?)```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    promised, printed = shapes(shown), shapes(output)
+    begin = printed.index(promised[0])
+    for promise, line in zip(promised, printed[begin : begin + len(promised)], strict=True):
+        assert line.startswith(promise.removesuffix("…"))
+
+
 def test_make_demo() -> None:
     done = subprocess.run(["sh", "-c", blocks()["demo"]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All as claimed" in done.stdout
+    check_shown(done.stdout)
     report = json.loads((ROOT / "out" / "demo" / "report.json").read_text())
     cells = {cell["backend"]: cell for cell in report["cells"]}
     assert {name: cell["verdict"] for name, cell in cells.items()} == {
@@ -85,6 +106,9 @@ def test_make_demo() -> None:
         assert cell["alias_pages"] == cell["unknown_pages"] == 0
         assert cell["scanned_bytes"] > 1 << 30
     assert "GUP" in cells["secretmem"]["reason"]
+    assert cells["unplugged"]["attack_ends"] is True
+    assert cells["unplugged"]["attack"].startswith('ends at "guest: kernel"')
+    assert 1000 < cells["unplugged"]["plain_attack_reads"] < 200_000
 
 
 @pytest.mark.slow

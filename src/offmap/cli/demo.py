@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from offmap.cli.demo_progress import DemoProgress
     from offmap.compare.demo import claims_of, run_demo
-    from offmap.compare.report.demo import PipedConsole, cells_table
+    from offmap.compare.report.demo import PipedConsole, attack_lines, cells_table
     from offmap.lab.provision import default_spec
 
     console = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
@@ -47,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"On Linux {facts.kernel or '?'}, {facts.memory_bytes >> 20} MiB, {facts.cpu or '?'}:")
     console.print()
     console.print(cells_table(result.cells))
+    for line in attack_lines(result.cells):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print()
     for cell in result.cells:
         if cell.outcome.value != "booted":
             console.print(f"{cell.name} {cell.outcome.value}: {cell.reason}", markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from offmap.audit.host import utc_now
 from offmap.compare.cell_host import FOLDER, CellHost, CellHosts, HostKind
@@ -22,6 +23,7 @@ from offmap.compare.facts import this_machine
 from offmap.compare.inputs import code_digest, inputs_of, module_input
 from offmap.compare.job import FULL, Job, Preset
 from offmap.compare.kinds import kind_of
+from offmap.compare.knowledge import knowledge_of
 from offmap.compare.native import refusal_here, run_here
 from offmap.compare.probes.guest_image import probe_initramfs
 from offmap.compare.running import CellStopped, RunningCell, running_cell
@@ -139,7 +141,7 @@ def run_cell(task: CellTask, report: Report = lambda _: None, hosts: CellHosts |
             module = _module(task.spec, host, report)
             began = time.monotonic()  # the cell's time has no downloads and builds in it
             if task.spec.host_kernel == NATIVE:
-                _run_native(task, guest, transcript, cell, end)
+                _run_native(task, host, guest, transcript, cell, end)
             else:
                 kind = _kind_of_host(task.how, host, inputs["code"])
                 _run_in_host(task, kind, guest, module, transcript, cell, end, report, hosts)
@@ -166,21 +168,32 @@ def _outcome_of(error: OffmapError, end: _End, late: bool) -> tuple[CellOutcome,
     return CellOutcome.FAILED, str(error)
 
 
-def _job(task: CellTask, guest: HostKernel, folder: str) -> Job:
+def _job(task: CellTask, host: HostKernel, guest: HostKernel, folder: str) -> Job:
     """The job of a cell. Its files go to `folder`, the guest's initramfs too."""
     initrd = task.how.initrd
     if initrd is None:
         initrd = Path(folder) / "guest.initramfs"
         initrd.write_bytes(probe_initramfs(guest.modules))
-    return Job(task.spec, str(guest.vmlinuz), str(initrd), folder, task.how.boots, task.how.preset)
+    job = Job(task.spec, str(guest.vmlinuz), str(initrd), folder, task.how.boots, task.how.preset)
+    if task.how.preset.questions and task.spec.backend not in task.how.preset.attacked:
+        return job
+    paths = Path(folder) / "host-kernel.json", Path(folder) / "guest-kernel.json"
+    try:
+        for path, kernel in zip(paths, (host, guest), strict=True):
+            path.write_bytes(knowledge_of(kernel))
+    except OffmapError as error:
+        return replace(job, not_known=str(error))
+    return replace(job, host_known=str(paths[0]), guest_known=str(paths[1]))
 
 
-def _run_native(task: CellTask, guest: HostKernel, transcript: Transcript, cell: RunningCell, end: _End) -> None:
+def _run_native(
+    task: CellTask, host: HostKernel, guest: HostKernel, transcript: Transcript, cell: RunningCell, end: _End
+) -> None:
     end.accel = "native"
     if why := refusal_here(task.spec):
         raise BackendRefused.from_line(why)
     with tempfile.TemporaryDirectory(prefix=FOLDER) as folder:
-        job = msgspec.json.encode(_job(task, guest, folder)).decode()
+        job = msgspec.json.encode(_job(task, host, guest, folder)).decode()
         argv = [sys.executable, *task.how.program, job]
         status, complaint = run_here(argv, transcript.feed, cell, task.how.deadline)
     _judge(status, complaint, transcript.said(), end)
@@ -225,7 +238,7 @@ def _run_in_host(
             if module is not None:
                 running.load(module)
             with tempfile.TemporaryDirectory(dir=running.folder) as folder:
-                job = _job(task, guest, folder)
+                job = _job(task, kind.kernel, guest, folder)
                 left = max(last - time.monotonic(), 1.0)
                 try:
                     status, complaint = running.measure(job, transcript, left, last=shared is None)

@@ -34,11 +34,13 @@ class Claim(Struct, frozen=True):
     Attributes:
         kvm_clock: on, off, or auto, as ``offmap run`` takes it. With on, the guest's clocksource must be kvm-clock;
             with off, it must not be.
+        attacked: an attack on it is tried, and ends; and the same attack gets through a plain guest beside it.
     """
 
     backend: str
     verdict: Claimed
     kvm_clock: str = "auto"
+    attacked: bool = False
 
     @property
     def name(self) -> str:
@@ -50,7 +52,7 @@ STOCK = (
     Claim("anon", Claimed.EXPOSED),
     Claim("memfd", Claimed.EXPOSED),
     Claim("reserved", Claimed.HIDDEN),
-    Claim("unplugged", Claimed.HIDDEN),
+    Claim("unplugged", Claimed.HIDDEN, attacked=True),
     Claim("secretmem-bridge", Claimed.HIDDEN),
     Claim("qemu-unplugged", Claimed.HIDDEN),
     Claim("secretmem", Claimed.REFUSED),
@@ -83,6 +85,10 @@ class DemoRow(Struct, frozen=True, kw_only=True):
         scanned_bytes: how much was scanned for them.
         populate_seconds: time to get the guest's RAM, zeroed if it must be.
         boot_seconds: from the start of the VMM's process until the guest's init was ready.
+        attack_ends: whether an attack on a secret of it ended before the secret (offmap.attack).
+        attack: where and why it ended, or what came of it; empty if none was tried.
+        attack_reads: words of eight bytes that it read.
+        plain_attack_reads: words until the same attack had the secret of a plain guest beside it.
     """
 
     backend: str
@@ -104,6 +110,10 @@ class DemoRow(Struct, frozen=True, kw_only=True):
     scanned_bytes: int | None = None
     populate_seconds: float | None = None
     boot_seconds: float | None = None
+    attack_ends: bool | None = None
+    attack: str = ""
+    attack_reads: int | None = None
+    plain_attack_reads: int | None = None
 
     @property
     def name(self) -> str:
@@ -143,6 +153,8 @@ def check(cells: Iterable[DemoRow], claims: Sequence[Claim]) -> Iterator[Mismatc
             yield Mismatch(claim.name, wrong, ExitStatus.FAILED)
         elif claim.verdict is Claimed.HIDDEN:
             yield from _check_hidden(claim, cell)
+            if claim.attacked:
+                yield from _check_attack(claim, cell)
         elif cell.verdict is not Verdict.EXPOSED or cell.canaries_found != CANARIES:
             text = f"the positive control failed: {cell.verdict and cell.verdict.value}, {cell.canaries_found} canaries"
             yield Mismatch(claim.name, text, ExitStatus.UNDETERMINED)
@@ -162,6 +174,14 @@ def _check_hidden(claim: Claim, cell: DemoRow) -> Iterator[Mismatch]:
         yield Mismatch(claim.name, text + f"{cell.canaries_found} canaries found", ExitStatus.EXPOSED)
     elif cell.verdict is not Verdict.HIDDEN or cell.canaries_found is None:
         text = f"cannot be said to be hidden: {_first_line(cell.reason)}"
+        yield Mismatch(claim.name, text, ExitStatus.UNDETERMINED)
+
+
+def _check_attack(claim: Claim, cell: DemoRow) -> Iterator[Mismatch]:
+    if cell.attack_ends is False:
+        yield Mismatch(claim.name, f"gives its secret away: {_first_line(cell.attack)}", ExitStatus.EXPOSED)
+    elif not (cell.attack_ends and cell.plain_attack_reads):
+        text = f"the attack on it says nothing: {_first_line(cell.attack)}"
         yield Mismatch(claim.name, text, ExitStatus.UNDETERMINED)
 
 

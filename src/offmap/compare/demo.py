@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from offmap import __version__
 from offmap.audit.host import utc_now
@@ -20,11 +21,13 @@ from offmap.compare.first_look import QUESTIONS
 from offmap.compare.guest import guest_initramfs
 from offmap.compare.job import Preset
 from offmap.compare.kinds import kind_of
+from offmap.compare.knowledge import knowledge_of
 from offmap.compare.matrix import longest_first
 from offmap.compare.scheduler import Scheduler, local_pool
 from offmap.compare.spec import CellSpec
 from offmap.errors import ExitStatus, OffmapError
 from offmap.lab.initramfs import busybox
+from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import default_spec, host_kernel
 from offmap.lab.qemu import find_qemu
 
@@ -50,6 +53,7 @@ _NUMBERS = {
     "scanned_bytes": "hidden.scanned_bytes",
     "populate_seconds": "costs.ram_ready",
     "boot_seconds": "costs.boot",
+    "attack_reads": "hidden.attack_reads",
 }
 _VERDICTS = {True: Verdict.HIDDEN, False: Verdict.EXPOSED, None: Verdict.UNKNOWN}
 
@@ -104,6 +108,10 @@ def row_of(result: CellResult) -> DemoRow:
         "reason": result.oops or result.reason or (hidden.reason if booted else ""),
         "verdict": _VERDICTS[hidden.value if isinstance(hidden.value, bool) else None] if booted else None,
     }
+    if attack := result.answered.get("hidden.attack"):
+        fields |= {"attack_ends": attack.value, "attack": attack.reason}
+        beside = result.answer("hidden.attack_reads").baseline
+        fields["plain_attack_reads"] = int(beside[0]) if beside else None
     for name, id in _NUMBERS.items():
         value = result.answer(id).value
         fields[name] = value if value is None or name.endswith("_seconds") else int(value)
@@ -133,9 +141,11 @@ def run_demo(
     say("getting the kernels of host and guests")
     with ThreadPoolExecutor() as threads:
         wanted = dict.fromkeys((specs[0].host_kernel, specs[0].guest_kernel))
-        kernels = [threads.submit(host_kernel, name, modules if name == kernel_spec else None, say) for name in wanted]
-        for kernel in kernels:
-            kernel.result()
+        made = [threads.submit(host_kernel, name, modules if name == kernel_spec else None, say) for name in wanted]
+        kernels = [each.result() for each in made]
+    no_attack = _no_attack(claims, kernels)
+    if no_attack:
+        claims = tuple(replace(claim, attacked=False) for claim in claims)
     path = out.resolve() / "report.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,11 +156,12 @@ def run_demo(
         raise OffmapError(
             f"cannot write to {path.parent}: {error.strerror}", "give another folder with --out"
         ) from None
-    settings = Settings(usual_deadline(), accel, preset=PRESET, initrd=initrd, modules=modules)
+    preset = replace(PRESET, attacked=tuple(claim.backend for claim in claims if claim.attacked))
+    settings = Settings(usual_deadline(), accel, preset=preset, initrd=initrd, modules=modules)
     scheduler = Scheduler(None, settings, events)
     with local_pool(cells_at_a_time()) as pool:
-        results = scheduler.run(_order(specs), pool)
-    result = judge([results[spec] for spec in specs], claims)
+        results = scheduler.run(_order(specs, preset.attacked), pool)
+    result = judge([results[spec] for spec in specs], claims, no_attack)
     try:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
     except OSError as error:
@@ -158,14 +169,34 @@ def run_demo(
     return result
 
 
-def _order(specs: Sequence[CellSpec]) -> list[CellSpec]:
-    """The longest first. But the very first cell needs no module, as a build would delay the first boot."""
+def _no_attack(claims: Iterable[Claim], kernels: Iterable[HostKernel]) -> str:
+    """Why no attack can be tried on these kernels; empty if one can, or none is claimed to end."""
+    if any(claim.attacked for claim in claims):
+        try:
+            for kernel in kernels:
+                knowledge_of(kernel)
+        except OffmapError as error:
+            return f"the attack is left out: {error}"
+    return ""
+
+
+def _order(specs: Sequence[CellSpec], attacked: Sequence[str] = ()) -> list[CellSpec]:
+    """The longest first. But the very first cell needs no module, as a build would delay the first boot.
+
+    Args:
+        attacked: kinds of RAM whose guests are attacked, which takes as long as another guest.
+    """
     first = next(spec for spec in specs if not kind_of(spec.backend).backend.needs_module)
-    return [first, *(spec for spec in longest_first(specs) if spec != first)]
+    others = [spec for spec in longest_first(specs) if spec != first]
+    return [first, *sorted(others, key=lambda spec: spec.backend not in attacked)]
 
 
-def judge(results: Sequence[CellResult], claims: Sequence[Claim]) -> DemoResult:
-    """Check the cells of a demonstration against the claims."""
+def judge(results: Sequence[CellResult], claims: Sequence[Claim], no_attack: str = "") -> DemoResult:
+    """Check the cells of a demonstration against the claims.
+
+    Args:
+        no_attack: why none was tried, if one should have been.
+    """
     # There is no module for this kernel, and so no host was started: the kind of RAM was not tried.
     untried = [
         result
@@ -176,6 +207,7 @@ def judge(results: Sequence[CellResult], claims: Sequence[Claim]) -> DemoResult:
     ]
     names = [row_name(result.spec) for result in untried]
     left_out = f"{', '.join(names)} left out: {untried[0].reason}" if untried else ""
+    left_out = "; ".join(filter(None, (left_out, no_attack)))
     rows = [row_of(result) for result in results if result not in untried]
     claims = [claim for claim in claims if claim.name not in names]
     host = next((result.host for result in results if result.host != Host()), Host())

@@ -12,6 +12,15 @@ READY = "offmap-guest: ready"
 
 PLANTED = "offmap-guest: {} canaries planted"
 
+PLANT_SECRET = "OFFMAP_SECRET=1"
+"""A word for its kernel's command line: keep a secret in the memory of a shell (offmap.attack.target.PlantedSecret)."""
+
+SECRET = "offmap-guest: secret"
+"""Followed by that secret's SHA-256."""
+
+SECRET_PROCESS = "sh"
+"""The name of the process that has it."""
+
 CLOCKSOURCE = "offmap-guest: clocksource"
 """Followed by what it keeps time by."""
 

@@ -43,12 +43,15 @@ if [ "${OFFMAP_CANARIES:-0}" -gt 0 ]; then
     plant
 fi
 if [ "${OFFMAP_SECRET:-0}" -gt 0 ]; then
-    sh -c 'mark=OFFMAP-SECRET-
+    # The substitution ends when that shell has given its output away: then its secret stands in its memory.
+    said=$(sh -c 'mark=OFFMAP-SECRET-
         word=$mark$(head -c 16 /dev/urandom | hexdump -v -e "16/1 \"%02x\"")
         # In pieces of eight bytes, in hexadecimal: the secret itself is never said.
         echo "offmap-guest: pieces $(echo -n "${word#$mark}" | hexdump -v -e "8/1 \"%02x\" \",\"")"
         echo "offmap-guest: secret $(echo -n "${word#$mark}" | sha256sum | cut -d " " -f 1)"
-        while :; do sleep 1000; done' &
+        exec >/dev/console
+        while :; do sleep 1000; done' &)
+    echo "$said"
 fi
 echo "offmap-guest: clocksource $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 echo "offmap-guest: ready, Linux $(uname -r)"

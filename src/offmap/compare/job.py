@@ -20,6 +20,8 @@ class Preset(Struct, frozen=True):
     Attributes:
         questions: those of one look at the guest after its boot, without another guest beside it. Empty: all.
         canaries: how many secrets each guest plants.
+        attacked: the kinds of RAM whose guest is attacked after that look, beside a plain guest. A whole cell's always
+            is.
         memory: the disposable host's RAM, as QEMU writes sizes.
         cmdline: appended to its kernel command line.
         fresh: whether the host must boot for this cell, as its boot, direct map or allocator is measured. If not, it
@@ -28,6 +30,7 @@ class Preset(Struct, frozen=True):
 
     questions: tuple[str, ...] = ()
     canaries: int = 32
+    attacked: tuple[str, ...] = ()
     memory: str = "2G"
     # 256 MiB at 1.5 GiB that Linux never owns, for `reserved`. All hosts have it, so that they are alike.
     # Linux before 6.5 has no memfd_secret unless it is told to (secretmem.enable).
@@ -48,6 +51,8 @@ class Job(Struct, frozen=True):
         folder: an empty folder to write to; it is removed after the cell.
         boots: how many pairs of guests to boot by turns, to time the boot. With 1, no extra guest is booted.
         preset: how much is asked.
+        host_known, guest_known: paths of files that say what an attacker knows of the two kernels; empty: no attack.
+        not_known: why there are no such files; empty if none are needed.
     """
 
     spec: CellSpec
@@ -56,6 +61,9 @@ class Job(Struct, frozen=True):
     folder: str
     boots: int = 1
     preset: Preset = FULL
+    host_known: str = ""
+    guest_known: str = ""
+    not_known: str = ""
 
     @property
     def native(self) -> bool:

@@ -180,6 +180,21 @@ _QUESTIONS = (
         "positive control",
         "The same means found all the secrets of a plain guest in the same host; without it, nothing not found counts.",
     ),
+    _yes(
+        "hidden.attack",
+        "an attack ends",
+        "`offmap attack`, by /proc/kcore: the way from the host kernel to a secret in a process of the guest, by reads "
+        "of what the kernel maps. It ends only if the same way leads to the secret of a plain guest beside it.",
+        emulation=_SPECULATION,
+    ),
+    _number(
+        "hidden.attack_reads",
+        "reads of the attack",
+        "",
+        Better.NEITHER,
+        "Words of eight bytes: until the secret was read, or it was certain that no mapping leads there. Baseline: of "
+        "the plain guest.",
+    ),
     _yes("hidden.zeroed", "zeroed once it is gone", "None of the guest's secrets is found after its end."),
     _yes("hidden.restored", "given back once it is gone", "The host has as much memory as before the guest."),
     _yes("breaks.o_direct", "O_DIRECT I/O", "The VMM reads from a file into guest RAM past the page cache."),

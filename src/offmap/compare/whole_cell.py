@@ -15,9 +15,10 @@ from offmap.audit.audit import audit_process
 from offmap.audit.guest_ram import RamRange, find_guest_ram
 from offmap.audit.process import Process
 from offmap.audit.verdict import Verdict
+from offmap.compare.first_look import ATTACK
 from offmap.compare.job import Line
 from offmap.compare.kinds import Vmm
-from offmap.compare.probes import costs, devices, hidden, host_events, paravirtual, ram_process, reach
+from offmap.compare.probes import attack, costs, devices, hidden, host_events, paravirtual, ram_process, reach
 from offmap.compare.probes.guest_program import ProbeError
 from offmap.compare.probes.host_kernel import direct_map
 from offmap.compare.probes.live_guest import LiveGuest
@@ -80,6 +81,8 @@ class WholeCell:
             survey.stage("looking at it after its boot")
             self._look(guest, plain, hidden.AFTER_BOOT)
             self._tell_split("costs.direct_map_split", "while the guest runs")
+            survey.stage("attacking it")
+            self._attack(guest, plain)
             for each in (guest, plain):
                 with contextlib.suppress(ProbeError):  # a probe that needs a missing module says so
                     each.command("load virtio_mmio virtio_blk failover virtio_net vsock msr")
@@ -141,6 +144,12 @@ class WholeCell:
             return hidden.answers_after_boot(look)
 
         self.survey.ask_many(ids, probe)
+
+    def _attack(self, guest: LiveGuest, plain: LiveGuest) -> None:
+        if self.job.not_known:
+            self.survey.leave(ATTACK, self.job.not_known)
+        else:
+            self.survey.ask_many(ATTACK, lambda: attack.attacked(self.job, guest, plain))
 
     def _tell_split(self, id: str, when: str) -> None:
         self.survey.tell(costs.split(id, self.direct_map_before, direct_map(), when))

@@ -1,6 +1,7 @@
 """The demonstration: cells as rows, and rows held against the claims."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,13 +25,15 @@ from offmap.compare.claims import (
     row_name,
     without_control,
 )
-from offmap.compare.demo import PRESET, DemoResult, _order, claims_of, judge, row_of, specs_of
+from offmap.compare.demo import PRESET, DemoResult, _no_attack, _order, claims_of, judge, row_of, specs_of
 from offmap.compare.facts import Guest, Host, Machine
 from offmap.compare.guest import CLOCKSOURCE, PLANTED, READY, canary_parameters, guest_initramfs
 from offmap.compare.questions import CATALOGUE, Answer
+from offmap.compare.report.demo import attack_lines
 from offmap.compare.spec import CellSpec
 from offmap.errors import ExitStatus
 from offmap.lab.cpio import regular
+from offmap.lab.kernel import HostKernel
 
 PLAIN = DemoRow(
     backend="anon",
@@ -61,10 +64,19 @@ CLOCKS = {"auto": None, "on": "kvm-clock", "off": "tsc"}
 BY_CLAIM = {Claimed.EXPOSED: PLAIN, Claimed.HIDDEN: HIDDEN, Claimed.REFUSED: REFUSED}
 
 
+ENDED: dict[str, Any] = {
+    "attack_ends": True,
+    "attack": 'ends at "guest: kernel": it is not mapped; nor is any other page',
+    "attack_reads": 90_000,
+    "plain_attack_reads": 20_000,
+}
+
+
 def as_claimed(row: Claim) -> DemoRow:
-    return replace(
+    made = replace(
         BY_CLAIM[row.verdict], backend=row.backend, kvm_clock=row.kvm_clock, clocksource=CLOCKS[row.kvm_clock]
     )
+    return replace(made, **ENDED) if row.attacked else made
 
 
 GOOD = {row.name: as_claimed(row) for row in STOCK}
@@ -106,6 +118,10 @@ def test_all_as_claimed_is_done() -> None:
         ("reserved", {"outcome": CellOutcome.FAILED, "reason": "r", "verdict": Verdict.EXPOSED}, ExitStatus.EXPOSED),
         ("reserved", {"canaries_planted": 63, "canaries_found": 1}, ExitStatus.EXPOSED),
         ("unplugged", {"verdict": Verdict.EXPOSED, "alias_pages": 1}, ExitStatus.EXPOSED),
+        ("unplugged", {"attack_ends": False, "attack": "recovered"}, ExitStatus.EXPOSED),
+        ("unplugged", {"attack_ends": None, "attack": "unknown: lost"}, ExitStatus.UNDETERMINED),
+        ("unplugged", {"attack_ends": None, "attack": ""}, ExitStatus.UNDETERMINED),
+        ("unplugged", {"plain_attack_reads": None}, ExitStatus.UNDETERMINED),
         ("secretmem-bridge", {"verdict": Verdict.UNKNOWN}, ExitStatus.UNDETERMINED),
         ("qemu-unplugged", {"canaries_found": 1}, ExitStatus.EXPOSED),
         ("anon", {"verdict": Verdict.HIDDEN}, ExitStatus.UNDETERMINED),
@@ -254,6 +270,25 @@ def test_a_cell_is_a_row() -> None:
     assert set(ANSWERS) < set(PRESET.questions) <= set(CATALOGUE)
 
 
+def test_an_attack_is_a_part_of_its_row() -> None:
+    reads = Answer("hidden.attack_reads", 90_000.0, "", (90_000.0,), (20_000.0,))
+    tried = [*result().answers, Answer("hidden.attack", True, ENDED["attack"]), reads]
+    row = row_of(result("unplugged", answers=tuple(tried)))
+    assert {name: getattr(row, name) for name in ENDED} == ENDED
+    assert attack_lines([row_of(result()), row])[1:] == [
+        "  plain RAM  recovered in 20,000 reads",
+        '  unplugged  ends at "guest: kernel": it is not mapped',
+    ]
+    assert attack_lines([row_of(result())]) == []
+
+
+def test_kernels_that_nothing_is_known_of_leave_the_attack_out() -> None:
+    kernel = HostKernel("own", "6.12", Path(__file__), Path("/nonexistent"))
+    assert _no_attack([claim for claim in STOCK if not claim.attacked], [kernel]) == ""
+    assert "is no kernel image" in (why := _no_attack(STOCK, [kernel]))
+    assert judge([], (), why).left_out == why
+
+
 @pytest.mark.parametrize(("value", "verdict"), [(True, "hidden"), (False, "exposed"), (None, "unknown")])
 def test_a_verdict_is_what_the_look_says(value: bool | None, verdict: str) -> None:
     answers = [Answer("works.boot", True), Answer("hidden.before_io", value, "the reason")]
@@ -292,6 +327,11 @@ def test_a_host_that_cannot_be_looked_at_leaves_it_undetermined() -> None:
 def test_the_first_boot_waits_for_no_module() -> None:
     order = [spec.backend for spec in _order(specs_of("debian:6.12", STOCK))]
     assert order[:2] == ["anon", "secretmem-bridge"] and sorted(order) == sorted(claim.backend for claim in STOCK)
+
+
+def test_what_is_attacked_comes_early() -> None:
+    order = [spec.backend for spec in _order(specs_of("debian:6.12", STOCK), ["unplugged"])]
+    assert order[:3] == ["anon", "unplugged", "secretmem-bridge"]
 
 
 def test_a_stock_guest_on_a_patched_kernel_and_the_hosts_own_elsewhere() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from offmap.audit.btf import PATH as KERNEL_BTF
 from offmap.audit.guest_ram import RamRange, named_ranges
 from offmap.compare.facts import Guest
-from offmap.compare.guest import CLOCKSOURCE, PLANTED, READY
+from offmap.compare.guest import CLOCKSOURCE, PLANTED, READY, SECRET
 from offmap.compare.kinds import Vmm
 from offmap.compare.probes.guest_program import ProbeError, parse_answer
 from offmap.compare.probes.survey import measured, undetermined, yes
@@ -25,6 +25,7 @@ PATIENCE = 30.0
 _BOOT_DEADLINE = 120.0  # seconds on an idle, fast machine; under emulation it takes 3 to 20
 _READY = re.compile(re.escape(READY) + r", Linux (\S+)\r?\n")
 _PLANTED = re.compile(PLANTED.format(r"(\d+)") + r"\r?\n")
+_SECRET = re.compile(re.escape(SECRET) + r" ([0-9a-f]{64})\r?\n")
 _CLOCKSOURCE = re.compile(re.escape(CLOCKSOURCE) + r" (\S+)")
 
 
@@ -38,6 +39,7 @@ class LiveGuest(VmProcess):
         setup: what it is.
         facts: what its console says of it.
         boot_seconds: from the VMM's start until its init was ready.
+        secret: the SHA-256 of what a process of it keeps; empty if it was not told to plant a secret.
     """
 
     def __init__(self, setup: GuestSetup, folder: Path) -> None:
@@ -47,6 +49,7 @@ class LiveGuest(VmProcess):
         self.facts = Guest()
         self._planted = 0
         self.boot_seconds = 0.0
+        self.secret = ""
         self._lost = ""
         self._begun = False
 
@@ -66,6 +69,8 @@ class LiveGuest(VmProcess):
         self.boot_seconds = time.monotonic() - self.started
         planted = _PLANTED.search(console)
         self._planted = int(planted[1]) if planted else 0
+        secret = _SECRET.search(console)
+        self.secret = secret[1] if secret else ""
         clock = _CLOCKSOURCE.search(console)
         self.facts = Guest(booted[1], clock[1] if clock else "")
         return console

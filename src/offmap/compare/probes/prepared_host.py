@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from offmap.compare.guest import PLANT_SECRET
 from offmap.compare.job import Job
 from offmap.compare.kinds import Vmm, kind_of
 from offmap.compare.probes import devices, hidden, host_events
@@ -133,7 +134,7 @@ class PreparedHost(Owned):
             self.kind,
             Path(self.job.guest_vmlinuz),
             self._initrd,
-            words=f"clocksource=kvm-clock {self.secrets.of_candidate}",
+            words=f"clocksource=kvm-clock {self.secrets.of_candidate} {PLANT_SECRET}",
             vcpus=spec.vcpus,
             kvm_clock="on" if self.offers_clock else "off",
             disk=self.disks[0].path,
@@ -147,7 +148,7 @@ class PreparedHost(Owned):
         return replace(
             self.candidate(),
             kind=self.kind.baseline,
-            words=f"clocksource=kvm-clock {self.secrets.of_control}",
+            words=f"clocksource=kvm-clock {self.secrets.of_control} {PLANT_SECRET}",
             disk=self.disks[1].path,
             taps=self._taps(2),
             vsock=self.folder / "vsock-plain",

@@ -1,4 +1,4 @@
-"""The table of the demonstration, and a row of it as a line."""
+"""The table of the demonstration, a row of it as a line, and what came of the attack."""
 
 from collections.abc import Iterable
 
@@ -29,6 +29,24 @@ def row_line(cell: DemoRow) -> str:
     verdict = cell.verdict.value if cell.verdict else "not audited"
     found = f"{cell.canaries_found} of {cell.canaries_planted} canaries found through the host kernel"
     return f"{cell.name}: {verdict}, {found}"
+
+
+def attack_lines(cells: Iterable[DemoRow]) -> list[str]:
+    """The attack on a plain guest and on hidden ones, side by side; none if none was tried."""
+    attacked = [cell for cell in cells if cell.attack]
+    beside = next((cell.plain_attack_reads for cell in attacked if cell.plain_attack_reads), None)
+    if not attacked:
+        return []
+    plain = f"recovered in {beside:,} reads" if beside else "not recovered, so the other lines say nothing"
+    rows = [("plain RAM", plain), *((cell.name, _on_the_first_page(cell.attack)) for cell in attacked)]
+    width = max(len(name) for name, _ in rows)
+    head = "A secret in a process of the guest, for an attacker who reads what the host kernel maps (offmap attack):"
+    return [head, *(f"  {name:{width}}  {said}" for name, said in rows)]
+
+
+def _on_the_first_page(reason: str) -> str:
+    """Where it ended, and at which page; without what was tried after that."""
+    return reason.partition(";")[0]
 
 
 def _number(value: int | float | None) -> str:

@@ -1,7 +1,8 @@
 """The status of a cell, and of a kind of guest RAM on a kernel: rules that follow from the answers.
 
 A missing answer never counts as a good one. A kind hides only with every piece of evidence; one piece against it makes
-it exposed. So taking an answer away can only weaken a status.
+it exposed. So taking an answer away can only weaken a status. The attack's alone is no evidence of hiding: it is about
+one secret, and counts only against.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,7 +80,7 @@ def status_of(result: CellResult) -> Status:
     def value(id: str) -> bool | float | None:
         return result.answer(id).value
 
-    if any(value(id) is False for id in ("hidden.before_io", "hidden.after_io")):
+    if any(value(id) is False for id in ("hidden.before_io", "hidden.after_io", "hidden.attack")):
         return Status.EXPOSED
     if any(value(id) for id in _AGAINST):
         return Status.EXPOSED

@@ -15,7 +15,10 @@ from offmap.compare.report.words import TIMES
 from .compare_samples import PLAIN, cell, without
 
 EVIDENCE = tuple(id for id in CATALOGUE if id.startswith("hidden.") and id not in {"hidden.zeroed", "hidden.restored"})
-NOT_NEEDED = ("hidden.excluded_pages", "hidden.populated_pages", "hidden.scanned_bytes")
+NOT_NEEDED = (
+    *("hidden.excluded_pages", "hidden.populated_pages", "hidden.scanned_bytes"),
+    *("hidden.attack", "hidden.attack_reads"),
+)
 NEEDED = tuple(id for id in (*EVIDENCE, "works.boot") if id not in NOT_NEEDED)
 
 WEAKER = {
@@ -114,6 +117,7 @@ def test_each_piece_of_the_evidence_is_needed(id: str) -> None:
     [
         ("hidden.before_io", False),
         ("hidden.after_io", False),
+        ("hidden.attack", False),
         ("hidden.canaries_found", 1.0),
         ("hidden.canaries_found_after_io", 1.0),
         ("hidden.direct_map_pages", 1.0),
@@ -134,6 +138,12 @@ def test_one_piece_against_it_is_enough_however_the_cell_ended(
 def test_without_a_control_or_with_pages_unknown_nothing_is_hidden(id: str, value: bool | float) -> None:
     found = cell("unplugged", answers={id: Answer(id, value, "seen")})
     assert status_of(found) is Status.UNDETERMINED
+
+
+def test_an_attack_that_says_nothing_leaves_it_to_the_evidence() -> None:
+    reached = Answer("hidden.attack", None, "reached: kcore cannot read there")
+    assert status_of(cell("unplugged", answers={"hidden.attack": reached})) is Status.HIDES
+    assert status_of(without(cell("unplugged"), "hidden.attack")) is Status.HIDES
 
 
 @pytest.mark.parametrize("outcome", [one for one in CellOutcome if one is not CellOutcome.BOOTED])
