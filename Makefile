@@ -69,7 +69,7 @@ attack-hidden: setup-tests
 
 # make bench BENCH=--quick
 bench: setup
-	@for benchmark in exit_cost start_cost walk scan drgn_peer boot_time boot_login virtio_blk virtio_net populate pool guest_memory; do $(PYTHON) benchmarks/$$benchmark.py $(BENCH) || exit; done
+	@for benchmark in exit_cost start_cost walk scan drgn_peer boot_time boot_login virtio_blk virtio_net populate pool wrap guest_memory; do $(PYTHON) benchmarks/$$benchmark.py $(BENCH) || exit; done
 
 # The manual page, out/man/offmap.1.
 man: setup

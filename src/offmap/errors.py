@@ -7,7 +7,10 @@ exits with ``error.exit_status``; anything that is not an OffmapError is a bug a
 import errno
 import os
 from enum import IntEnum
-from typing import Self
+
+TYPE_CHECKING = False  # importing `typing` costs each wrapped VMM's supervisor a megabyte
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class ExitStatus(IntEnum):
@@ -62,7 +65,7 @@ class BackendRefused(OffmapError):
         super().__init__(what, remedy, why=why)
 
     @classmethod
-    def from_line(cls, line: str) -> Self:
+    def from_line(cls, line: str) -> "Self":
         """The refusal that another process printed as `line`; printed again, it is the same line."""
         reason, _, remedy = line.rpartition("; ") if "; " in line else (line, "", "")
         what, _, why = reason.partition(": ")

@@ -13,7 +13,8 @@ DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 _lock = threading.RLock()  # a signal's handler may log inside `log`
 _level = WARNING
 _set_up: Callable[[], None] | None = None
-_sink: Callable[[int, str, str], None] | None = None
+Sink = Callable[[int, str, str], None]
+_sink: Sink | None = None
 
 
 class Logger:
@@ -65,13 +66,21 @@ def described(error: BaseException) -> str:
     return "\n".join(lines)
 
 
+def json_fields(seconds: float, level: str, logger: str, message: str) -> dict[str, object]:
+    """The fields that every record has as JSON; `seconds` since the epoch become time in UTC, to the millisecond."""
+    import time
+
+    clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03}Z"
+    return {"time": clock, "level": level, "logger": logger, "message": message}
+
+
 def set_up_with(set_up: Callable[[], None] | None, level: int = WARNING) -> None:
     """Have `logging` set up by `set_up`, once, before the first record of `level` or more. None: by nobody."""
     global _level, _set_up
     _level, _set_up = level, set_up
 
 
-def forward_to(sink: Callable[[int, str, str], None] | None) -> None:
+def forward_to(sink: Sink | None) -> None:
     """Have records taken by `sink` (level, logger's name, message), which logs them elsewhere. None: log them here."""
     global _sink  # noqa: PLW0603 - as above
     _sink = sink

@@ -1,6 +1,5 @@
 """Pools of hidden memory on this host: mounted file systems of the offmap module (kernel/module/poolfs.c)."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class Pool:
 def pools() -> list[Pool]:
     """Every pool of this host; none where the module is not loaded."""
     try:
-        lines = POOLS.read_text().splitlines()
+        lines = Path(POOLS).read_text().splitlines()
     except OSError:
         return []
     paths = _mount_points(MOUNTINFO.read_text())
@@ -53,11 +52,6 @@ def pools() -> list[Pool]:
         where = tuple(paths.get(device, ()))
         found.append(Pool(device, size, free, cleaning, held, failed, files, None if node < 0 else node, where))
     return found
-
-
-def is_of_a_pool(dev: int) -> bool:
-    """Whether `dev`, the device number that stat(2) says of a file, is a pool's."""
-    return any(pool.device == f"{os.major(dev)}:{os.minor(dev)}" for pool in pools())
 
 
 def _mount_points(mountinfo: str) -> dict[str, list[str]]:

@@ -26,7 +26,6 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_without_the_module_there_is_none(host: Path) -> None:
     assert pools.pools() == []
-    assert not pools.is_of_a_pool(52)
 
 
 def test_each_pool_with_where_it_is_mounted(host: Path) -> None:
@@ -36,5 +35,3 @@ def test_each_pool_with_where_it_is_mounted(host: Path) -> None:
     assert first == Pool("0:52", 256 * MIB, 64 * MIB, 4096, 0, 0, 3, None, ("/run/hidden",))
     assert (second.held, second.failed, second.node, second.paths) == (8192, 4096, 1, ("/run/two words",))
     assert third.paths == ()  # in another mount namespace
-    assert pools.is_of_a_pool(52)
-    assert not pools.is_of_a_pool(54)

@@ -34,7 +34,7 @@ from offmap.audit.residency import (
     resident_frames,
 )
 from offmap.errors import Undetermined
-from offmap.pools import is_of_a_pool
+from offmap.hidden_files import is_of_a_pool
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 

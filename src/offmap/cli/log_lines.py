@@ -3,11 +3,11 @@
 import json
 import logging
 import sys
-import time
 import traceback
 from collections.abc import Callable
 
 from offmap.errors import OffmapError
+from offmap.log import json_fields
 
 
 def handle(program: str, verbose: bool, as_json: Callable[[], bool]) -> Callable[[], None]:
@@ -68,12 +68,7 @@ def _text(record: logging.LogRecord, program: str) -> str:
 
 def _json(record: logging.LogRecord) -> str:
     """One object: time (UTC), level, logger, message. An error adds what, why, remedy and exit_status."""
-    fields: dict[str, object] = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
-        "level": record.levelname.lower(),
-        "logger": record.name,
-        "message": record.getMessage(),
-    }
+    fields = json_fields(record.created, record.levelname.lower(), record.name, record.getMessage())
     error = getattr(record, "error", None)
     if isinstance(error, OffmapError):
         fields |= {"error": type(error).__name__, "what": error.what, "why": error.why, "remedy": error.remedy}

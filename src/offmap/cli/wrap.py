@@ -2,6 +2,7 @@
 
 import argparse
 
+from offmap.cli.log import as_json
 from offmap.errors import OffmapError
 
 
@@ -28,6 +29,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="what to do with a VMM whose guest an audit finds exposed (default: %(default)s)",
     )
     parser.add_argument(
+        "--on-undetermined",
+        choices=("kill", "warn"),
+        default="warn",
+        help="what to do with a VMM that no audit could judge, as with an ordinary user's (default: %(default)s)",
+    )
+    parser.add_argument(
         "--trust-shared",
         action="store_true",
         help="replace shared files too: no other process uses them (vhost-user and virtiofs do)",
@@ -42,10 +49,15 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         OffmapError: it could not be started.
     """
+    from offmap.wrap.policy import Policy
     from offmap.wrap.start import run as start
-    from offmap.wrap.supervisor import Policy
 
     argv = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not argv:
         raise OffmapError("no VMM to run", "write it after --: offmap wrap -- qemu-system-x86_64 …")
-    start(argv, args.memory, Policy(kill=args.on_exposed == "kill", trust_shared=args.trust_shared))
+    policy = Policy(
+        kill=args.on_exposed == "kill",
+        kill_undetermined=args.on_undetermined == "kill",
+        trust_shared=args.trust_shared,
+    )
+    start(argv, args.memory, policy, verbose=getattr(args, "verbose", False), as_json=as_json())

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import ClassVar, Protocol, Self
 
 from offmap.errors import BackendRefused, KernelError, OffmapError
+from offmap.hidden_files import SEE_LOG
 from offmap.kvm import Vm
 from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
@@ -19,7 +20,6 @@ from offmap.options import Options
 from offmap.units import format_size
 
 ASK_FOR_LESS = "ask for less, or free memory"
-SEE_LOG = "see the kernel's log: dmesg"
 
 
 class Keeper(Protocol):

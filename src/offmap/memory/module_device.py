@@ -1,16 +1,7 @@
 """/dev/offmap, the device of the offmap kernel module."""
 
-import errno
-
-from offmap.kvm.handle import Handle, open_device
-from offmap.memory.backend import refused
-from offmap.uapi.offmap_module import DEVICE
-
-_REMEDY = {
-    errno.ENOENT: "load the module first: offmap module load",
-    errno.EACCES: "run as root",
-    errno.EPERM: "run with CAP_SYS_ADMIN (root)",
-}
+from offmap.hidden_files import device_file
+from offmap.kvm.handle import Handle
 
 
 def open_module() -> Handle:
@@ -19,5 +10,4 @@ def open_module() -> Handle:
     Raises:
         BackendRefused: the module is not loaded, or we may not use it.
     """
-    with refused(_REMEDY):
-        return Handle(open_device(DEVICE))
+    return Handle(device_file())

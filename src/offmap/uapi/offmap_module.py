@@ -1,13 +1,12 @@
 """The offmap kernel module's own ABI: kernel/module/offmap.h."""
 
 from ctypes import Structure, c_int32, c_uint32, c_uint64
-from pathlib import Path
 
 from offmap.uapi.ioctl import io, iowr
 from offmap.uapi.members import u32, u64
 
 DEVICE = "/dev/offmap"
-POOLS = Path("/sys/class/misc/offmap/pools")
+POOLS = "/sys/class/misc/offmap/pools"
 OFFMAP_ANY_NODE = -1
 _OFFMAP = 0xB7
 

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-from dataclasses import dataclass
 
 from offmap.errors import KernelError
 from offmap.uapi.page import PAGE_SIZE
@@ -21,17 +20,19 @@ class _iovec(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("len", ctypes.c_size_t)]
 
 
-@dataclass(frozen=True, slots=True)
 class Area:
     """One mapping: addresses [start, end), permissions like ``rw-p``, its file, and the kernel's flags of it."""
 
-    start: int
-    end: int
-    perms: str
-    device: int
-    inode: int
-    path: str
-    flags: frozenset[str]
+    def __init__(
+        self, start: int, end: int, perms: str, device: int, inode: int, path: str, flags: frozenset[str]
+    ) -> None:
+        self.start = start
+        self.end = end
+        self.perms = perms
+        self.device = device
+        self.inode = inode
+        self.path = path
+        self.flags = flags
 
     @property
     def shared(self) -> bool:

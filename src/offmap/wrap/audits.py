@@ -1,60 +1,77 @@
 """Audits of a wrapped VMM, each in a process of its own, so that the supervisor stays small."""
 
 import os
-import subprocess
+import signal
 import sys
-from dataclasses import dataclass
 
 from offmap.errors import ExitStatus
 from offmap.owned import Owned
 
+_MOST = 1 << 20  # bytes of output that are read
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)  # by the supervisor
 
-@dataclass(frozen=True, slots=True)
+
 class Answer:
     """What an audit said.
 
     Attributes:
         line: for the user.
-        exposed: the host kernel can reach the guest's RAM.
+        status: hidden (DONE), EXPOSED, or UNDETERMINED, which is all else.
     """
 
-    line: str
-    exposed: bool
+    def __init__(self, line: str, status: ExitStatus) -> None:
+        self.line = line
+        self.status = status
 
 
 class Audit(Owned):
-    """An audit that runs. Poll `fd`: POLLIN when it has ended."""
+    """An audit that runs. Poll `fd`: POLLIN when it has ended.
+
+    Raises:
+        OSError: no more processes or files can be had.
+    """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", "offmap", "audit", str(pid)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        self.fd = os.pidfd_open(self._child.pid)
+        self._said = os.memfd_create("audit")
+        try:
+            self._child = os.posix_spawn(
+                sys.executable,
+                [sys.executable, "-m", "offmap", "audit", str(pid)],
+                os.environ,
+                file_actions=[(os.POSIX_SPAWN_DUP2, self._said, 1), (os.POSIX_SPAWN_DUP2, self._said, 2)],
+                setsigdef=_IGNORED,
+            )
+        except OSError:
+            os.close(self._said)
+            raise
+        self.fd = os.pidfd_open(self._child)
 
     def answer(self) -> Answer:
         """What it said."""
-        said, _ = self._child.communicate()
-        return answer_of(self._child.returncode, said, self.pid)
+        status = self._wait()
+        return answer_of(status, os.pread(self._said, _MOST, 0).decode(errors="replace"), self.pid)
 
     def close(self) -> None:
         if self.fd >= 0:
-            if self._child.poll() is None:
-                self._child.kill()
-                self._child.communicate()
+            if self._child:
+                signal.pidfd_send_signal(self.fd, signal.SIGKILL)
+                self._wait()
             os.close(self.fd)
+            os.close(self._said)
             self.fd = -1
+
+    def _wait(self) -> int:
+        _, status = os.waitpid(self._child, 0)
+        self._child = 0
+        return os.waitstatus_to_exitcode(status)
 
 
 def answer_of(status: int, said: str, pid: int) -> Answer:
     """What an audit's exit status and output mean. Nothing but an audit that ended with "hidden" says so."""
     lines = said.strip().splitlines() or ["it said nothing"]
     if status in {ExitStatus.DONE, ExitStatus.EXPOSED}:
-        return Answer(lines[0], status == ExitStatus.EXPOSED)
+        return Answer(lines[0], ExitStatus(status))
     reason = lines[0] if status == ExitStatus.UNDETERMINED else lines[-1]
-    return Answer(f"placed, not audited: {reason.removeprefix('offmap audit: ')} (again: offmap audit {pid})", False)
+    line = f"placed, not audited: {reason.removeprefix('offmap audit: ')} (again: offmap audit {pid})"
+    return Answer(line, ExitStatus.UNDETERMINED)

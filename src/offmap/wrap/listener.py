@@ -3,11 +3,10 @@
 import ctypes
 import errno
 import os
-from dataclasses import dataclass
 from fcntl import ioctl
 
 from offmap.errors import KernelError
-from offmap.kvm.handle import Handle
+from offmap.owned import Owned
 from offmap.uapi import ptrace as tracing
 from offmap.uapi import seccomp_notify as uapi
 from offmap.uapi.seccomp import AUDIT_ARCH_X86_64
@@ -19,7 +18,6 @@ class CallGone(Exception):  # a control flow between these modules; no user meet
     """The call does not wait any more: its thread was killed, or a signal came before the call was received."""
 
 
-@dataclass(frozen=True, slots=True)
 class Call:
     """An ioctl that waits.
 
@@ -32,16 +30,26 @@ class Call:
         native: it was called by the ABI of x86-64.
     """
 
-    id: int
-    tid: int
-    command: int
-    fd: int
-    argument: int
-    native: bool
+    def __init__(self, notif: uapi.seccomp_notif) -> None:
+        data = notif.data
+        self.id = notif.id
+        self.tid = notif.pid
+        self.command = data.args[1] & 0xFFFFFFFF
+        self.fd = data.args[0] & 0xFFFFFFFF
+        self.argument = data.args[2]
+        self.native = data.arch == AUDIT_ARCH_X86_64 and data.nr == tracing.SYS_ioctl
 
 
-class Listener(Handle):
+class Listener(Owned):
     """Receives calls one at a time and answers them. Poll `fd`: POLLIN for a call, POLLHUP when nobody can call."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def receive(self) -> Call:
         """Take the next call; waits for one.
@@ -53,10 +61,7 @@ class Listener(Handle):
         """
         notif = uapi.seccomp_notif()
         self._call("SECCOMP_IOCTL_NOTIF_RECV", uapi.SECCOMP_IOCTL_NOTIF_RECV, notif)
-        data = notif.data
-        native = data.arch == AUDIT_ARCH_X86_64 and data.nr == tracing.SYS_ioctl
-        command, fd = data.args[1] & 0xFFFFFFFF, data.args[0] & 0xFFFFFFFF
-        return Call(notif.id, notif.pid, command, fd, data.args[2], native)
+        return Call(notif)
 
     def check(self, call: Call) -> None:
         """Check that the call still waits: only then is its thread id still that thread's.

@@ -4,27 +4,19 @@ import ctypes
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from fcntl import ioctl
 
-from offmap.errors import KernelError, OffmapError
+from offmap.errors import KernelError
 from offmap.files import fallocate
-from offmap.kvm.handle import Handle
-from offmap.memory.backend import parse_backend
-from offmap.memory.module_device import open_module
-from offmap.memory.pool import Pool
-from offmap.memory.unplugged import Unplugged
+from offmap.hidden_files import is_of_a_pool, pool_file, unplugged_file
 from offmap.owned import Owned
-from offmap.pools import is_of_a_pool
 from offmap.uapi import offmap_module as uapi
 from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from offmap.uapi.page import PAGE_SIZE
 
 _LARGE_PAGES = (1 << 30, 2 << 20)
 
 
-@dataclass
 class Piece(Owned):
     """Zeroed hidden memory that nobody else gets; a context manager that ends our own access to it.
 
@@ -35,11 +27,12 @@ class Piece(Owned):
         address: of our own mapping of it, which does not guard itself.
     """
 
-    fd: int
-    offset: int
-    size: int
-    address: int
-    _end: Callable[[], None]
+    def __init__(self, fd: int, offset: int, size: int, address: int, end: Callable[[], None]) -> None:
+        self.fd = fd
+        self.offset = offset
+        self.size = size
+        self.address = address
+        self._end = end
 
     def close(self) -> None:
         self._end()
@@ -58,25 +51,10 @@ class Source(ABC):
         """
 
 
-def source_of(memory: str) -> Source:
-    """The source that ``--memory`` names.
-
-    Raises:
-        OffmapError: it cannot be placed under a VMM, or this host does not have it.
-    """
-    backend = parse_backend(memory)
-    source: Source
-    if isinstance(backend, Pool):
-        source = PoolFiles(backend)
-        source.take(PAGE_SIZE, 0).close()  # refused now, and not when the guest begins
-    elif isinstance(backend, Unplugged):
-        source = DeviceFiles(backend)
-        open_module().close()  # the same
-    else:
-        raise OffmapError(
-            f"{backend.name} cannot be placed under a VMM", "use --memory pool or --memory unplugged, which are files"
-        )
-    return source
+def source_from(words: Sequence[str]) -> Source:
+    """The source of these words, which ``memory.words_of`` made: ``pool FOLDER`` or ``unplugged NODE``."""
+    kind, value = words
+    return PoolFiles(value) if kind == "pool" else DeviceFiles(int(value))
 
 
 def is_hidden(device: int, inode: int) -> bool:
@@ -112,12 +90,12 @@ def _mapped(fd: int, size: int, offset: int = 0) -> tuple[mmap.mmap, int]:
 class PoolFiles(Source):
     """Files of a pool, one for each piece."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, path: str) -> None:
+        self._path = path
 
     def take(self, size: int, address: int) -> Piece:
         phase = _phase(size, address)
-        fd = self._pool.open_file(phase + size)
+        fd = pool_file(self._path, phase + size)
         try:
             if phase:
                 fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, phase)
@@ -134,22 +112,21 @@ class PoolFiles(Source):
         return Piece(fd, phase, size, here, end)
 
 
-@dataclass
 class _Blocks:
     """An open file of /dev/offmap, our mapping of all of it, and its first byte that is free."""
 
-    file: Handle
-    memory: mmap.mmap
-    address: int
-    size: int
-    free: int = 0
+    def __init__(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+        self.memory, self.address = _mapped(fd, size)
+        self.free = 0
 
 
 class DeviceFiles(Source):
     """/dev/offmap: memory blocks that are taken from the running kernel. What one slot leaves of a block others get."""
 
-    def __init__(self, backend: Unplugged) -> None:
-        self._backend = backend
+    def __init__(self, node: int) -> None:
+        self._node = node
         self._open: list[_Blocks] = []
 
     def take(self, size: int, address: int) -> Piece:
@@ -158,18 +135,17 @@ class DeviceFiles(Source):
             offset = blocks.free + (phase - blocks.free) % _LARGE_PAGES[-1] if size >= _LARGE_PAGES[-1] else blocks.free
             if offset + size <= blocks.size:
                 return self._piece(blocks, offset, size)
-        file, there = self._backend.open_file(size)
+        fd, there = unplugged_file(size, self._node)
         try:
-            memory, here = _mapped(file.fd, there)
-            _guard(file.fd)
+            blocks = _Blocks(fd, there)
+            _guard(fd)
         except BaseException:
-            file.close()
+            os.close(fd)
             raise
-        blocks = _Blocks(file, memory, here, there)
         self._open.append(blocks)
         return self._piece(blocks, phase if phase + size <= there else 0, size)
 
     @staticmethod
     def _piece(blocks: _Blocks, offset: int, size: int) -> Piece:
         blocks.free = offset + size
-        return Piece(blocks.file.fd, offset, size, blocks.address + offset, lambda: None)
+        return Piece(blocks.fd, offset, size, blocks.address + offset, lambda: None)

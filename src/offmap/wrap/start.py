@@ -6,36 +6,41 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import offmap
 from offmap.errors import OffmapError
 from offmap.log import ERROR, Logger
 from offmap.uapi import seccomp_notify
 from offmap.wrap import filter as call_filter
-from offmap.wrap.listener import Listener
-from offmap.wrap.source import Source, source_of
-from offmap.wrap.supervisor import Policy, Supervisor
+from offmap.wrap.memory import words_of
+from offmap.wrap.policy import Policy
+from offmap.wrap.supervise import command
 
 _log = Logger("offmap.cli.wrap")
 
 
-def run(argv: Sequence[str], memory: str, policy: Policy) -> NoReturn:
+def run(argv: Sequence[str], memory: str, policy: Policy, *, verbose: bool, as_json: bool) -> NoReturn:
     """Start a supervisor, put the filter on this process, and become `argv`.
 
     Args:
         memory: what is placed, as ``--memory`` names it.
+        verbose: the supervisor says what it does, step by step.
+        as_json: it does so in JSON, one object a line.
 
     Raises:
         OffmapError: this cannot be done here; nothing has been started.
     """
     if shutil.which(argv[0]) is None:
         raise OffmapError(f"there is no program {argv[0]}", "name the VMM by its path")
-    source = source_of(memory)
+    words = [*words_of(memory), *policy.words()]
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(offmap.__file__)))  # noqa: PTH100, PTH120
     ours, theirs = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        _supervise(ours, theirs, source, policy)
+        _supervise(ours, lambda fd: command(folder, fd, verbose=verbose, as_json=as_json, words=words))
     os.waitpid(pid, 0)
     ours.close()
     supervisor = theirs.recv(16)
@@ -56,28 +61,21 @@ def run(argv: Sequence[str], memory: str, policy: Policy) -> NoReturn:
         raise OffmapError(f"cannot run {argv[0]}: {error.strerror}", "name a program") from None
 
 
-def _supervise(ours: socket.socket, theirs: socket.socket, source: Source, policy: Policy) -> NoReturn:
-    """Become the supervisor: no child of the VMM, in a session of its own, until the VMM has ended."""
-    status = 1
+def _supervise(ours: socket.socket, command: Callable[[int], list[str]]) -> NoReturn:
+    """Become the supervisor: no child of the VMM, in a session of its own, and a small program of its own."""
     try:
         if os.fork():
             os._exit(0)
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)  # they are for the VMM
-        theirs.close()
         ours.send(str(os.getpid()).encode())
-        _, control, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
-        if control:
-            listener = Listener(array.array("i", control[0][2])[0])
-            ours.send(b"r")
-            ours.close()
-            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-            os.dup2(0, 1)
-            os.chdir("/")
-            Supervisor(listener, source, policy).serve()
-        status = 0
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(0, 1)
+        ours.set_inheritable(True)
+        os.chdir("/")
+        os.execv(sys.executable, command(ours.fileno()))
     except BaseException as error:
         _log.log(ERROR, "the supervisor failed: %s", error, error=error)
     finally:
-        os._exit(status)
+        os._exit(1)

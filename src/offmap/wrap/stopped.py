@@ -9,8 +9,6 @@ import errno
 import os
 import signal
 import time
-from types import TracebackType
-from typing import Self
 
 from offmap.errors import KernelError
 from offmap.uapi import ptrace as uapi
@@ -108,7 +106,7 @@ class Stopped:
         self._result: int | None = None  # what the call is to return; None: it is made again
         self._held = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Stopped":
         self._listener.check(self._call)
         self._seize(self._call.tid)
         try:
@@ -123,9 +121,7 @@ class Stopped:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._let_go()
 
     def let_run(self) -> int:

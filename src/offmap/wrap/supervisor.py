@@ -3,33 +3,19 @@
 import errno
 import select
 import time
-from dataclasses import dataclass
 
 from offmap.errors import OffmapError
 from offmap.log import Logger
 from offmap.uapi import kvm
-from offmap.units import format_size
-from offmap.wrap import cpuid, slots
+from offmap.wrap import cpuid, footprint, slots
 from offmap.wrap.audits import Audit
 from offmap.wrap.listener import Call, CallGone, Listener
+from offmap.wrap.policy import Policy
 from offmap.wrap.source import Source
 from offmap.wrap.stopped import Stopped
 from offmap.wrap.vmms import Vmm, Vmms
 
 _log = Logger("offmap.cli.wrap")
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """What the user allows.
-
-    Attributes:
-        kill: a VMM whose guest is exposed is ended; else that is only said.
-        trust_shared: no process but the VMM uses its shared files.
-    """
-
-    kill: bool = True
-    trust_shared: bool = False
 
 
 class Supervisor:
@@ -60,6 +46,8 @@ class Supervisor:
             poll.register(self._audit[0].fd, select.POLLIN)
         else:
             due = self._vmms.next()
+            if due is None:
+                footprint.trim()
         events = dict(poll.poll(None if due is None else int(due[1] * 1000) + 1))
         if events.get(self._listener.fd, 0) & select.POLLIN:
             self._serve_one()
@@ -116,7 +104,7 @@ class Supervisor:
         if areas:
             began = time.monotonic()
             placed = slots.place(stopped, self._listener, call, areas, self._source)  # and the call comes again
-            _log.debug("process %d: %s placed in %.2f s", stopped.pid, format_size(placed), time.monotonic() - began)
+            _log.debug("process %d: %d KiB placed in %.2f s", stopped.pid, placed >> 10, time.monotonic() - began)
         else:
             stopped.let_run()
         self._vmms.called(stopped.pid)
@@ -135,8 +123,9 @@ class Supervisor:
             answer = audit.answer()
         if not vmm.alive():
             return
-        if not answer.exposed or not self._policy.kill:
+        ends = self._policy.ends(answer.status)
+        if not ends:
             _log.info("process %d: %s", vmm.pid, answer.line)
             return
-        _log.warning("process %d: %s; it is ended (--on-exposed=warn leaves it)", vmm.pid, answer.line)
+        _log.warning("process %d: %s; it is ended (%s=warn leaves it)", vmm.pid, answer.line, ends)
         vmm.kill()

@@ -1,6 +1,5 @@
 """Pools by the command line, where there is none."""
 
-import errno
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import pytest
 from offmap.errors import OffmapError
 from offmap.kmod import pool
 from offmap.memory.backend import parse_backend
-from offmap.memory.pool import Pool
 
 
 def test_what_is_not_there_is_said() -> None:
@@ -27,10 +25,3 @@ def test_a_folder_that_is_no_pool_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OffmapError, match="cannot give hidden memory: it is in no pool of the offmap module; make"):
         backend.allocate(None, 4096)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_quota_is_told_from_a_pool_that_is_full() -> None:
-    refusal = Pool()._refusal(OSError(errno.EDQUOT, ""), -1, 1 << 30)
-    assert str(refusal) == (
-        "/run/hidden cannot give 1 GiB: a user may not have so much of it; ask for less, or end another guest of yours"
-    )

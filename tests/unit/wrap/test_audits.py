@@ -2,14 +2,15 @@
 
 import pytest
 
+from offmap.errors import ExitStatus
 from offmap.wrap.audits import answer_of
 
 
 def test_only_an_audit_that_ended_well_says_hidden() -> None:
     answer = answer_of(0, "HIDDEN: none of the 9 guest pages of vmm (7) is mapped\n\n  guest RAM  9\n", 7)
-    assert (answer.line, answer.exposed) == ("HIDDEN: none of the 9 guest pages of vmm (7) is mapped", False)
+    assert (answer.line, answer.status) == ("HIDDEN: none of the 9 guest pages of vmm (7) is mapped", ExitStatus.DONE)
     answer = answer_of(1, "EXPOSED: 1 of 9 guest pages of vmm (7) are mapped\n", 7)
-    assert (answer.line, answer.exposed) == ("EXPOSED: 1 of 9 guest pages of vmm (7) are mapped", True)
+    assert (answer.line, answer.status) == ("EXPOSED: 1 of 9 guest pages of vmm (7) are mapped", ExitStatus.EXPOSED)
 
 
 @pytest.mark.parametrize(
@@ -25,4 +26,4 @@ def test_all_else_is_placed_and_not_audited(status: int, said: str, reason: str)
     answer = answer_of(status, said, 7)
     assert answer.line.startswith(f"placed, not audited: {reason}")
     assert answer.line.endswith("(again: offmap audit 7)")
-    assert not answer.exposed
+    assert answer.status is ExitStatus.UNDETERMINED

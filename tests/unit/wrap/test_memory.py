@@ -6,7 +6,7 @@ import pytest
 
 from offmap.errors import OffmapError
 from offmap.uapi import offmap_module as uapi
-from offmap.wrap.source import source_of
+from offmap.wrap.memory import words_of
 
 
 def test_a_host_without_the_module_is_told_before_the_vmm_is_started(
@@ -14,10 +14,10 @@ def test_a_host_without_the_module_is_told_before_the_vmm_is_started(
 ) -> None:
     monkeypatch.setattr(uapi, "DEVICE", str(tmp_path / "offmap"))
     with pytest.raises(OffmapError, match="offmap module load"):
-        source_of("unplugged")
+        words_of("unplugged")
 
 
 @pytest.mark.parametrize("memory", ["anon", "reserved", "secretmem"])
 def test_what_is_no_file_cannot_be_placed(memory: str) -> None:
     with pytest.raises(OffmapError, match="cannot be placed under a VMM"):
-        source_of(memory)
+        words_of(memory)

@@ -1,0 +1,189 @@
+"""QEMU and Firecracker wrapped against the same VMM plain, by turns in one disposable host.
+
+From the start of the VMM's process to the guest's init, on `unplugged` and on a pool. Then, of a QEMU whose audit has
+said its word: the memory of the supervisor (PSS), and how often it wakes up while nothing happens. Last, the guest's
+reads and writes of a QEMU's virtio-blk drive.
+"""
+
+import argparse
+import compileall
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import virtio_blk
+from boot_time import COMMAND_LINE, TUNED_MACHINE, qemu_command, time_to
+from command import benchmark_parser, exit_status
+from figure import Figure, Limit
+from lab_runs import add_inside_options, run_in_lab
+from offmap.compare.guest import READY
+from offmap.errors import OffmapError
+from offmap.kmod.lab_build import lab_module
+from offmap.kvm import Kvm
+from offmap.lab.provision import host_kernel
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = Path("/run/source")  # in the disposable host: the package as pip installs it, with its byte code
+POOL = Path("/run/hidden")
+MAX_RATIO = 1.1
+MAX_MIB = 10.0
+LEAST_BLOCK, MOST_BLOCK = 0.97, 1.03
+IDLE = 10.0  # seconds
+VERDICT = re.compile(rb"offmap wrap: process \d+: (HIDDEN|EXPOSED|placed, not audited)")
+
+
+def wrapped(argv: Sequence[str], memory: str) -> list[str]:
+    """`argv` under `offmap wrap`."""
+    return [sys.executable, "-m", "offmap", "wrap", "--memory", memory, "--", *argv]
+
+
+def firecracker_command(binary: str, vmlinux: str, initrd: str, folder: Path) -> list[str]:
+    """Firecracker with 256 MiB and this guest, which is told the frequency of its only clock."""
+    with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+        clock = f"tsc=reliable tsc_early_khz={vcpu.tsc_khz()}"
+    words = f"{COMMAND_LINE} reboot=k panic=1 pci=off i8042.noaux i8042.nomux i8042.dumbkbd {clock}"
+    source = {"kernel_image_path": vmlinux, "initrd_path": initrd, "boot_args": words}
+    machine = {"vcpu_count": 1, "mem_size_mib": 256}
+    (folder / "config.json").write_text(json.dumps({"boot-source": source, "drives": [], "machine-config": machine}))
+    return [binary, "--no-api", "--config-file", str(folder / "config.json")]
+
+
+def supervisors() -> list[int]:
+    """Those of this host."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if b"\0offmap wrap\0" in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def number(pid: int, file: str, name: str) -> int:
+    """The number after this name in a file of /proc/PID."""
+    match = re.search(rf"^{name}:\s+(\d+)", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)
+    if match is None:
+        raise OffmapError(f"process {pid} has no {name}")
+    return int(match[1])
+
+
+@contextmanager
+def audited(argv: Sequence[str]) -> Iterator[int]:
+    """The supervisor of a wrapped VMM that has been audited, with nothing more to do."""
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            for line in process.stderr or ():
+                if VERDICT.search(line):
+                    break
+            else:
+                raise OffmapError("the wrapped VMM ended without a verdict")
+            (pid,) = supervisors()
+            yield pid
+        finally:
+            process.kill()
+
+
+def inside(rounds: int, module: str, firecracker: str, vmlinux: str, kernel: str, initrd: str) -> int:
+    """Measure, in the disposable host."""
+    subprocess.run(["insmod", module], check=True)
+    shutil.copytree(ROOT / "src" / "offmap", SOURCE / "offmap", ignore=shutil.ignore_patterns("__pycache__"))
+    compileall.compile_dir(SOURCE, quiet=1)
+    os.environ |= {"PYTHONPATH": str(SOURCE)}
+    create = [sys.executable, "-m", "offmap", "pool", "create", "1G", "--path", str(POOL), "--allow-nested"]
+    subprocess.run(create, check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        here = [shutil.copy(file, folder) for file in (vmlinux, initrd)]
+        vmms = {
+            "QEMU": qemu_command(kernel, initrd, TUNED_MACHINE),
+            "Firecracker": firecracker_command(firecracker, here[0], here[1], Path(folder)),
+        }
+        for name, plain in vmms.items():
+            samples: dict[str, list[float]] = {"plain": [], "unplugged": [], "pool": []}
+            for count in range(rounds + 1):
+                for memory, seconds in samples.items():
+                    argv = plain if memory == "plain" else wrapped(plain, memory)
+                    taken = time_to(READY.encode(), argv)
+                    if count:  # the first round fills the page cache for all of them
+                        seconds.append(taken)
+            for memory, limit in (("pool", Limit("ratio", MAX_RATIO)), ("unplugged", None)):
+                title = f"{name} wrapped, process start to init, 256M, {memory}"
+                Figure("wrap", title, "s", samples[memory], f"{name} plain", samples["plain"], limit).print()
+        with audited(wrapped(vmms["QEMU"], "pool")) as pid:
+            switches = ("voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
+            before = [number(pid, "status", name) for name in switches]
+            time.sleep(IDLE)  # what is measured is that nothing happens
+            woken = sum(number(pid, "status", name) for name in switches) - sum(before)
+            mib = number(pid, "smaps_rollup", "Pss") / 1024
+            facts = {"rss_mib": number(pid, "smaps_rollup", "Rss") / 1024}
+        Figure("wrap", "PSS of an idle supervisor", "MiB", [mib], limit=Limit("ours", MAX_MIB), facts=facts).print()
+        Figure("wrap", f"its wake-ups in {IDLE:.0f} s", "", [woken], limit=Limit("ours", 0)).print()
+    return 0
+
+
+def inside_block(rounds: int, module: str, kernel: str, initrd: str) -> int:
+    """Measure a drive, in another disposable host, whose guest does nothing else."""
+    subprocess.run(["insmod", module], check=True)
+    with tempfile.TemporaryDirectory(dir="/run") as folder:
+        image = Path(folder) / "image"
+        image.write_bytes(os.urandom(virtio_blk.IMAGE_SIZE))
+        plain = virtio_blk.qemu_command(kernel, initrd, str(image))
+        who = {"wrapped": wrapped(plain, "unplugged"), "plain": plain}
+        samples: dict[str, list[Mapping[str, float]]] = {name: [] for name in who}
+        for _ in range(rounds):
+            for name, argv in who.items():
+                samples[name].append(virtio_blk.measure(argv))
+    for pattern in samples["plain"][0]:
+        ours, peer = ([sample[pattern] for sample in samples[name]] for name in ("wrapped", "plain"))
+        limit = Limit("ratio", MOST_BLOCK, at_least=LEAST_BLOCK)
+        Figure("wrap", f"virtio-blk, {pattern}, wrapped", "operations/s", ours, "QEMU plain", peer, limit).print()
+    return 0
+
+
+def main() -> int:
+    parser = benchmark_parser(__doc__, rounds=5, quick="one round")
+    add_inside_options(parser, "--module", "--vmlinux")
+    parser.add_argument("--block", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--firecracker", default="", metavar="PATH", help="instead of the released one that is fetched")
+    args = parser.parse_args()
+    if args.block:
+        return exit_status("wrap", lambda: inside_block(args.rounds, args.module, args.guest_kernel, args.guest_initrd))
+    if args.inside:
+        files = (args.firecracker, args.vmlinux, args.guest_kernel, args.guest_initrd)
+        return exit_status("wrap", partial(inside, args.rounds, args.module, *files))
+
+    def run() -> int:
+        sys.path.insert(0, str(ROOT))
+        from tests.lab.elf import extract_vmlinux
+        from tests.lab.firecracker import released_firecracker
+
+        kernel = host_kernel()
+        with tempfile.TemporaryDirectory() as folder:
+            vmlinux = Path(folder) / "vmlinux"
+            vmlinux.write_bytes(extract_vmlinux(kernel.vmlinuz.read_bytes()))
+            common = ["--rounds", str(1 if args.quick else args.rounds), "--module", str(lab_module(kernel))]
+            arguments = [
+                *common,
+                "--vmlinux",
+                str(vmlinux),
+                "--firecracker",
+                args.firecracker or str(released_firecracker()),
+            ]
+            status = run_in_lab(__file__, arguments, memory="4G", timeout=1800.0)
+        initrd = virtio_blk.guest(1.0, virtio_blk.PATTERNS)
+        return status or run_in_lab(__file__, [*common, "--block"], initrd=initrd)
+
+    return exit_status("wrap", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

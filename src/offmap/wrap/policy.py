@@ -1,0 +1,35 @@
+"""What the user of a wrapper allows."""
+
+from collections.abc import Sequence
+
+from offmap.errors import ExitStatus
+
+
+class Policy:
+    """How strict the supervisor is.
+
+    Attributes:
+        kill: a VMM whose guest is exposed is ended; else that is only said.
+        kill_undetermined: so is one that no audit could judge.
+        trust_shared: no process but the VMM uses its shared files.
+    """
+
+    def __init__(self, *, kill: bool = True, kill_undetermined: bool = False, trust_shared: bool = False) -> None:
+        self.kill = kill
+        self.kill_undetermined = kill_undetermined
+        self.trust_shared = trust_shared
+
+    def words(self) -> list[str]:
+        """What stands for it on a command line."""
+        return [name for name, value in vars(self).items() if value]
+
+    def ends(self, status: ExitStatus) -> str:
+        """The option by which a VMM with this verdict is ended; empty: it goes on."""
+        if status == ExitStatus.EXPOSED and self.kill:
+            return "--on-exposed"
+        return "--on-undetermined" if status == ExitStatus.UNDETERMINED and self.kill_undetermined else ""
+
+    @classmethod
+    def from_words(cls, words: Sequence[str]) -> "Policy":
+        """The policy that `words` returned these of."""
+        return cls(**{name: name in words for name in vars(cls())})
