@@ -59,6 +59,7 @@ struct piece {
 	bool claimed;			/* in the resource tree */
 	bool zeroed;
 	bool mapped;			/* when it was last looked at */
+	bool quarantine;		/* does not go back while VFIO has a device open */
 	bool reported;			/* as one that cannot go back yet */
 	unsigned long since;		/* jiffies: on its way back */
 	unsigned long *bad;		/* a bit a page: it has failed */
@@ -186,6 +187,8 @@ void offmap_poison_exit(void);
 
 /* pool.c: pages of a piece have failed. With offmap_pieces_lock held. */
 void offmap_pool_failed(struct piece *piece);
+/* Whether user space may drive a device. */
+bool offmap_any_vfio(void);
 
 /*
  * alias.c: find what a kernel page table maps. An error if that cannot be told.

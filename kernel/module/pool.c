@@ -230,14 +230,16 @@ static int is_vfio(struct device *dev, void *unused)
 {
 	int ret;
 
-	device_lock(dev);
+	/* Who unbinds a device holds this until user space has closed it. */
+	if (!device_trylock(dev))
+		return true;
 	ret = dev->driver && strstarts(dev->driver->name, "vfio") &&
 	      pci_is_enabled(to_pci_dev(dev));
 	device_unlock(dev);
 	return ret;
 }
 
-static bool any_vfio(void)
+bool offmap_any_vfio(void)
 {
 	return bus_for_each_dev(&pci_bus_type, NULL, NULL, is_vfio);
 }
@@ -306,7 +308,7 @@ static void clean(struct work_struct *work)
 	list_splice_init(&pool->dirty, &runs);
 	mutex_unlock(&pool->lock);
 	list_sort(NULL, &runs, by_pfn);
-	blocked = !pool->set.allow_vfio && any_vfio();
+	blocked = !pool->set.allow_vfio && offmap_any_vfio();
 	if (!blocked && !list_empty(&runs))
 		ranges = find_mapped(&runs);
 	list_for_each_entry_safe(run, next, &runs, list) {
@@ -767,6 +769,22 @@ void pool_init(struct pool *pool)
 	mutex_unlock(&pools_lock);
 }
 
+/* A device may still write to what files gave back, and was not cleaned since. */
+static void quarantine(struct pool *pool)
+{
+	unsigned long first, last;
+	struct piece *piece;
+	struct run *run;
+
+	list_for_each_entry(piece, &pool->pieces, node) {
+		first = PHYS_PFN(piece->start);
+		last = first + PHYS_PFN(piece->size) - 1;
+		list_for_each_entry(run, &pool->dirty, list)
+			if (run->pfn <= last && run->pfn + run_pages(run) > first)
+				piece->quarantine = true;
+	}
+}
+
 /* Give all back: what the kernel still maps, as soon as it does not any more. */
 void pool_destroy(struct pool *pool)
 {
@@ -777,6 +795,8 @@ void pool_destroy(struct pool *pool)
 	list_del(&pool->node);
 	mutex_unlock(&pools_lock);
 	cancel_delayed_work_sync(&pool->cleaner);
+	if (!pool->set.allow_vfio)
+		quarantine(pool);
 	list_for_each_entry_safe(run, next_run, &pool->dirty, list)
 		kfree(run);
 	while ((run = run_first(&pool->free, 0, ULONG_MAX))) {

@@ -210,7 +210,7 @@ static void postpone(struct piece *piece)
 	if (time_before(jiffies, piece->since + HZ))
 		return;
 	if (!piece->reported)
-		pr_info("%pa-%pa cannot go back yet: the kernel still maps it, as for a VM that lives on, or is short of memory\n",
+		pr_info("%pa-%pa cannot go back yet: the kernel still maps it, as for a VM that lives on, or a device may, or memory is short\n",
 			&piece->start, &last);
 	not_due(piece);
 	if (owner && !owner->slow && owner->mem.returned)
@@ -222,7 +222,7 @@ static void postpone(struct piece *piece)
 /* Give back what can go, and say whether any did. What is left stays in @pieces. */
 static bool return_pieces(struct list_head *pieces)
 {
-	bool unknown = offmap_find_mapped_pieces(pieces), any = false;
+	bool unknown = offmap_find_mapped_pieces(pieces), vfio = offmap_any_vfio(), any = false;
 	struct piece *piece, *next;
 	LIST_HEAD(later);
 	u64 size;
@@ -230,7 +230,7 @@ static bool return_pieces(struct list_head *pieces)
 	list_for_each_entry_safe(piece, next, pieces, node) {
 		size = piece->size;
 		list_del(&piece->node);
-		if (unknown || piece->mapped || !try_return(piece)) {
+		if (unknown || piece->mapped || (vfio && piece->quarantine) || !try_return(piece)) {
 			list_add_tail(&piece->node, &later);
 			postpone(piece);
 			continue;

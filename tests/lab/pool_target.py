@@ -91,6 +91,10 @@ def make(name: str, size: int = 0, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     return fd
 
 
+def unlink(name: str) -> None:
+    os.unlink(f"{POOL}/{name}")  # noqa: PTH108
+
+
 def ranges_of(memory: mmap.mmap, size: int) -> list[tuple[int, int]]:
     return physical_ranges(os.getpid(), address(memory), size)
 
@@ -118,7 +122,7 @@ def use(size: int = 64 * MIB) -> None:
     memory = mmap.mmap(fd, size)
     assert not words(memory).any()
     words(memory)[:: PAGE // 8] = 0xA5A5
-    os.unlink(f"{POOL}/ram")  # noqa: PTH108
+    unlink("ram")
 
 
 def basics() -> Any:
@@ -158,12 +162,12 @@ def basics() -> Any:
         result["busy"] = failure(unmount)
         os.mkdir(f"{POOL}/folder")  # noqa: PTH102
         os.rename(f"{POOL}/ram", f"{POOL}/folder/ram")  # noqa: PTH104
-        os.unlink(f"{POOL}/folder/ram")  # noqa: PTH108
+        unlink("folder/ram")
         words(memory)[:: PAGE // 8] = 0x5A5A
         del memory
         os.close(fd)
-        os.unlink(f"{POOL}/one more")  # noqa: PTH108
-        os.unlink(f"{POOL}/large")  # noqa: PTH108
+        unlink("one more")
+        unlink("large")
         nameless = os.open(POOL, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
         os.ftruncate(nameless, SIZE)
         memory = mmap.mmap(nameless, SIZE)
@@ -380,7 +384,7 @@ def stress(starts: str, pool_mib: str, least_mib: str, most_mib: str) -> Any:
         for guest in alive:
             guest.end(kill=True)
         os.close(make("all", size))  # waits until all is clean
-        os.unlink(f"{POOL}/all")  # noqa: PTH108
+        unlink("all")
         while (now := figures())[1] < size:
             os.sched_yield()
     after = state()
@@ -415,7 +419,7 @@ def speed(times: str = "5") -> Any:
     with pool():
         for _ in range(int(times)):
             found["pool"].append(first_touch(lambda: make("ram", SIZE), SIZE))
-            os.unlink(f"{POOL}/ram")  # noqa: PTH108
+            unlink("ram")
             while figures()[1] < SIZE:
                 os.sched_yield()
     await_returned()
@@ -489,7 +493,7 @@ def failed(how: str = "mce") -> Any:
         result["other page"] = in_child(lambda: memory_at(fd, 8 * PAGE))
         del memory
         os.close(fd)
-        os.unlink(f"{POOL}/ram")  # noqa: PTH108
+        unlink("ram")
         while (now := figures())[1] < SIZE - PAGE:
             os.sched_yield()
         result["failed"] = now[4]

@@ -39,8 +39,11 @@ def insert(host: LabHost, out: Path) -> None:
     assert done.status == 0, done.stderr
 
 
-def start(kernel: HostKernel, out: Path) -> LabHost:
-    host = LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), accel="tcg", out=out)
+def start(kernel: HostKernel, out: Path, devices: tuple[str, ...] = ()) -> LabHost:
+    words = f"{words_for(kernel)}{' intel_iommu=on' if devices else ''}"
+    # QEMU cannot restore every device.
+    fresh = bool(devices)
+    host = LabHost.start(kernel, memory="2G", cmdline=words, accel="tcg", out=out, devices=devices, fresh=fresh)
     shutil.copy(lab_module(host.kernel), out / "offmap.ko")
     insert(host, out)
     host.output(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"])
@@ -251,6 +254,33 @@ def check_failure(host: LabHost, how: str) -> None:
     assert (found["returning"], found["kept"]) == (0, BLOCK)
     log = host.output(["dmesg"]).stdout.decode()
     assert not TROUBLE.search(log), log
+
+
+@pytest.mark.slow
+def test_memory_that_a_device_may_still_reach_is_given_to_nobody(lab_kernel: HostKernel, tmp_path: Path) -> None:
+    """A VMM ends and leaves its device's mappings; then the device writes to memory that is another's."""
+    devices = ("-device", "intel-iommu", "-device", "edu,addr=0x10")
+    with start(lab_kernel, tmp_path, devices) as host:
+        assert host.output(["modprobe", "vfio-pci"]).status == 0
+        done = host.output([sys.executable, "-m", "tests.lab.vfio_target"], timeout=PATIENCE, cwd=ROOT)
+        assert done.status == 0, done.stderr.decode()
+        assert json.loads(done.stdout) == {
+            "default": {
+                "reached": True,
+                "held": 4 * MIB,
+                "given out again": "ENOSPC",
+                "returning": BLOCK,
+                "at the end": 0,
+            },
+            "allow_vfio": {
+                "reached": True,
+                "held": 0,
+                "given out again": "",
+                "written to another's": True,  # the control
+                "at the end": 0,
+            },
+        }
+        check_end(host)
 
 
 @pytest.mark.slow
