@@ -17,6 +17,9 @@
  *  - offline_pages() tries for ever, unless a signal is pending: each block has
  *    a time after which its taker, a thread of ours, gets one.
  *
+ *  - Whoever walks over page frames has left the block before its struct pages
+ *    go.
+ *
  *  - A block that comes back goes online in the zone that it came from, or
  *    not until that is asked for.
  */
@@ -183,6 +186,16 @@ static int going_offline(struct offmap_operation *op, const struct memory_notify
 	return NOTIFY_OK;
 }
 
+static bool all_offline(const struct offmap_operation *op)
+{
+	phys_addr_t start;
+
+	for (start = op->start; start < op->start + op->size; start += memory_block_size_bytes())
+		if (pfn_to_online_page(PHYS_PFN(start)))
+			return false;
+	return true;
+}
+
 static int going_online(struct offmap_operation *op, const struct memory_notify *arg)
 {
 	bool movable = is_zone_movable_page(pfn_to_page(arg->start_pfn));
@@ -207,6 +220,13 @@ static int offmap_memory_notify(struct notifier_block *nb, unsigned long action,
 		op->poisoned |= any_poisoned(arg->start_pfn, arg->nr_pages);
 		/* The next block has a time of its own. */
 		cancel_delayed_work(&op->expiry);
+		/*
+		 * Of a zone without holes nobody asks whether a block is online. The
+		 * kernel sets this anew right after, under the hotplug lock.
+		 */
+		page_zone(pfn_to_page(arg->start_pfn))->contiguous = false;
+		if (all_offline(op))
+			offmap_await_walkers();
 	}
 	if (action == MEM_GOING_ONLINE && op->adding)
 		return going_online(op, arg);

@@ -205,6 +205,9 @@ void offmap_sort_pieces(struct list_head *pieces);
 /* Sorts them, and sets piece->mapped. */
 int offmap_find_mapped_pieces(struct list_head *pieces);
 
+/* walkers.c: wait until nobody reads struct pages of memory that is offline now. */
+void offmap_await_walkers(void);
+
 /* zero.c */
 extern struct workqueue_struct *offmap_workqueue;
 int offmap_zero(phys_addr_t start, u64 size, bool keep);

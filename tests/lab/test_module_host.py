@@ -119,6 +119,20 @@ def test_memory_that_was_added_after_boot_is_not_taken(host: LabHost) -> None:
     assert found["of it"] == 0
 
 
+def test_all_of_it_at_once_loses_nothing_and_holds_nobody_up(host: LabHost) -> None:
+    """A short share of what can be run for long (docs/module.md)."""
+    assert host.output(["modprobe", "hwpoison_inject"]).status == 0
+    argv = [sys.executable, "-m", "tests.lab.module_stress_target", "0", "6", "12"]
+    done = host.output(argv, timeout=PATIENCE, cwd=ROOT)
+    assert done.status == 0, done.stderr.decode()
+    found = json.loads(done.stdout)
+    assert found["done"].pop("taker: taken") >= 12, found
+    assert (found["wrong"], found["changed"], found["holders"]) == ([], {}, []), found
+    assert (found["left"], found["lost"], found["failed"]) == (0, 0, 0), found
+    log = log_of(host)
+    assert not TROUBLE.search(log), log
+
+
 def test_pages_that_have_failed_stay_known_as_such(host: LabHost) -> None:
     check_failures(host, "mce")
 
