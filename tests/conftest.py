@@ -26,7 +26,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Have tests take the user's Firecracker."""
-    parser.addoption("--firecracker", metavar="PATH", help="test this one, not the released one that is fetched")
+    parser.addoption("--firecracker", metavar="PATH", help="instead of the released one, which is fetched")
 
 
 @pytest.hookimpl(tryfirst=True, wrapper=True)

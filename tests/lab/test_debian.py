@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from offmap.boot.packed import unpacked
 from offmap.guests.build import build_image
 from offmap.guests.image import Image
 from offmap.guests.recipe import RootRecipe
@@ -20,7 +21,6 @@ from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
 from .console import PATIENCE, Guest
-from .elf import extract_vmlinux
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
@@ -39,7 +39,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, lab_kernel: HostKernel) -> 
     recipe = RootRecipe()
     images = {series: build_image(recipe, host_kernel(f"debian:{series}"), folder / series) for series in KERNELS}
     images["elf"] = build_image(recipe, lab_kernel, folder / "elf")
-    images["elf"].kernel.write_bytes(extract_vmlinux(lab_kernel.vmlinuz.read_bytes()))
+    images["elf"].kernel.write_bytes(unpacked(lab_kernel.vmlinuz))
     return images
 
 

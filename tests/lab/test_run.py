@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from offmap.boot.packed import unpacked
 from offmap.compare.guest import READY, guest_initramfs
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 
 from .console import PATIENCE, Guest
-from .elf import extract_vmlinux
 
 pytestmark = pytest.mark.lab
 
@@ -209,7 +209,7 @@ def test_vmlinux_with_ram_above_4_gib_reboots_by_the_keyboard_controller(
     lab_kernel: HostKernel, tmp_path: Path
 ) -> None:
     vmlinux, initrd = tmp_path / "vmlinux", tmp_path / "guest.initramfs"
-    vmlinux.write_bytes(extract_vmlinux(lab_kernel.vmlinuz.read_bytes()))
+    vmlinux.write_bytes(unpacked(lab_kernel.vmlinuz))
     initrd.write_bytes(guest_initramfs())
     assert vmlinux.read_bytes().startswith(b"\x7fELF")
     with (

@@ -14,13 +14,13 @@ import pytest
 from offmap.compare.guest import READY, guest_initramfs
 from offmap.kmod.lab_build import lab_module
 from offmap.lab.command import LabCommand
+from offmap.lab.firecracker import released_firecracker
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.lab.vmlinux import vmlinux_of
 from offmap.patience import scaled
 
 from .alias_module import alias_module
-from .elf import extract_vmlinux
-from .firecracker import released_firecracker
 
 pytestmark = pytest.mark.lab
 
@@ -184,7 +184,7 @@ def test_the_vmm_ends_as_without_a_wrapper(host: LabHost) -> None:
 def firecracker(request: pytest.FixtureRequest, host: LabHost) -> Path:
     """Give a Firecracker, and put in /run what its guests boot."""
     assert host.options.out is not None
-    (host.options.out / "vmlinux").write_bytes(extract_vmlinux(host.kernel.vmlinuz.read_bytes()))
+    shutil.copy(vmlinux_of(host.kernel.vmlinuz), host.options.out / "vmlinux")
     # The output folder is uncached 9p, which cannot read into hidden memory.
     files = [str(host.options.out / name) for name in ("vmlinux", "guest.initramfs")]
     assert host.run(["cp", *files, "/run"]) == 0

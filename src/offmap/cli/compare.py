@@ -35,7 +35,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     axes = parser.add_argument_group("the matrix")
     axes.add_argument("--full", action="store_true", help="all host kernels, guest kernels, 1 and 2 vCPUs, both clocks")
-    axes.add_argument("--backend", action="append", metavar="RAM", help="a kind of guest RAM, or qemu-unplugged")
+    axes.add_argument(
+        "--backend",
+        action="append",
+        metavar="RAM",
+        help="a kind of guest RAM; QEMU or Firecracker on one: qemu-unplugged, firecracker-anon, …",
+    )
     axes.add_argument(
         "--host-kernel",
         action="append",
@@ -63,6 +68,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="pairs of guests to time the boot of, by turns (default: %(default)s; fewer give no ratio)",
     )
     how.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="of the disposable hosts")
+    how.add_argument("--firecracker", type=Path, metavar="PATH", help="instead of the released one, which is fetched")
     where = how.add_mutually_exclusive_group()
     where.add_argument("--dask", metavar="ADDRESS", help="on the workers of that dask cluster: tcp://HOST:8786")
     where.add_argument(
@@ -145,7 +151,12 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
     from offmap.compare.cell_run import Settings, usual_deadline
     from offmap.compare.run import run_cells
 
-    settings = Settings(deadline=args.deadline or usual_deadline(), accel=args.accel, boots=args.boots)
+    settings = Settings(
+        deadline=args.deadline or usual_deadline(),
+        accel=args.accel,
+        boots=args.boots,
+        firecracker=args.firecracker and args.firecracker.absolute(),
+    )
     with CompareProgress(console, len(specs)) as progress:
         return run_cells(specs, args.out, settings, progress.event, progress.began, jobs=args.jobs, dask=args.dask)
 

@@ -24,6 +24,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--modules", type=Path, metavar="DIR", help="lib/modules/RELEASE folder of a bzImage")
     parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="of the disposable host")
+    parser.add_argument(
+        "--firecracker", type=Path, metavar="PATH", help="this one, not the released one that is fetched"
+    )
     parser.set_defaults(run=run)
 
 
@@ -41,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     console = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
     kernel = args.host_kernel or default_spec()
     with ended_by_signals(), DemoProgress(console, len(claims_of(kernel))) as progress:
-        result = run_demo(args.out, kernel, args.modules, args.accel, progress.event, progress.line)
+        own = args.firecracker and args.firecracker.absolute()
+        result = run_demo(args.out, kernel, args.modules, args.accel, progress.event, progress.line, own)
     console.print()
     facts = result.host
     console.print(f"On Linux {facts.kernel or '?'}, {facts.memory_bytes >> 20} MiB, {facts.cpu or '?'}:")

@@ -9,20 +9,20 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-from msgspec.structs import replace
+import msgspec.structs
 
 from offmap.audit.host import utc_now
 from offmap.compare.cell_host import FOLDER, CellHost, CellHosts, HostKind
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.events import CellEvent, Report
 from offmap.compare.facts import this_machine
-from offmap.compare.inputs import code_digest, inputs_of, module_input
+from offmap.compare.inputs import code_digest, firecracker_input, inputs_of, module_input
 from offmap.compare.job import FULL, Job, Preset
-from offmap.compare.kinds import kind_of
+from offmap.compare.kinds import Vmm, kind_of
 from offmap.compare.knowledge import knowledge_of
 from offmap.compare.native import refusal_here, run_here
 from offmap.compare.probes.guest_image import probe_initramfs
@@ -32,10 +32,12 @@ from offmap.compare.transcript import Said, Transcript
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
 from offmap.kmod.lab_build import lab_module
 from offmap.lab.console import Console
-from offmap.lab.errors import LabEnded, LabPanic, LabTimeout
+from offmap.lab.errors import LabEnded, LabError, LabPanic, LabTimeout
+from offmap.lab.firecracker import released_firecracker
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
+from offmap.lab.vmlinux import vmlinux_of
 from offmap.patience import scaled
 
 DEADLINE = 900.0
@@ -64,6 +66,7 @@ class Settings:
         preset: how much is asked.
         initrd: the guests' initramfs; None to make one for each cell.
         modules: the host kernel's ``lib/modules/RELEASE`` folder, where it is a bzImage whose folder is elsewhere.
+        firecracker: the program; None: the released one, which is fetched.
         program: Python's arguments for the measuring program (offmap.compare.job).
     """
 
@@ -73,6 +76,7 @@ class Settings:
     preset: Preset = FULL
     initrd: Path | None = None
     modules: Path | None = None
+    firecracker: Path | None = None
     program: tuple[str, ...] = MEASURE
 
 
@@ -138,7 +142,9 @@ def run_cell(task: CellTask, report: Report = lambda _: None, hosts: CellHosts |
         try:
             host, guest = kernels_of(task.spec, report, task.how.modules)
             inputs = {**inputs_of(host, guest), **module_input(task.spec, host)}
+            inputs |= firecracker_input(task.spec, task.how.firecracker)
             module = _module(task.spec, host, report)
+            task = _with_firecracker(task, report)
             began = time.monotonic()  # the cell's time has no downloads and builds in it
             if task.spec.host_kernel == NATIVE:
                 _run_native(task, host, guest, transcript, cell, end)
@@ -175,6 +181,9 @@ def _job(task: CellTask, host: HostKernel, guest: HostKernel, folder: str) -> Jo
         initrd = Path(folder) / "guest.initramfs"
         initrd.write_bytes(probe_initramfs(guest.modules))
     job = Job(task.spec, str(guest.vmlinuz), str(initrd), folder, task.how.boots, task.how.preset)
+    if task.how.firecracker:
+        elf = str(vmlinux_of(guest.vmlinuz))
+        job = msgspec.structs.replace(job, firecracker=str(task.how.firecracker), guest_vmlinux=elf)
     if task.how.preset.questions and task.spec.backend not in task.how.preset.attacked:
         return job
     paths = Path(folder) / "host-kernel.json", Path(folder) / "guest-kernel.json"
@@ -182,8 +191,8 @@ def _job(task: CellTask, host: HostKernel, guest: HostKernel, folder: str) -> Jo
         for path, kernel in zip(paths, (host, guest), strict=True):
             path.write_bytes(knowledge_of(kernel))
     except OffmapError as error:
-        return replace(job, not_known=str(error))
-    return replace(job, host_known=str(paths[0]), guest_known=str(paths[1]))
+        return msgspec.structs.replace(job, not_known=str(error))
+    return msgspec.structs.replace(job, host_known=str(paths[0]), guest_known=str(paths[1]))
 
 
 def _run_native(
@@ -263,6 +272,19 @@ def _module(spec: CellSpec, kernel: HostKernel, report: Report) -> Path | None:
         return lab_module(kernel)
     except OffmapError as error:
         raise BackendRefused(f"there is no offmap module for {kernel.release}", error.reason, error.remedy) from None
+
+
+def _with_firecracker(task: CellTask, report: Report) -> CellTask:
+    """The task with the program that it needs, if it needs one: the user's, or the released one."""
+    if kind_of(task.spec.backend).vmm is not Vmm.FIRECRACKER:
+        return replace(task, how=replace(task.how, firecracker=None))
+    if task.how.firecracker is not None:
+        return task
+    report(CellEvent(stage="fetching Firecracker, unless that has been done"))
+    try:
+        return replace(task, how=replace(task.how, firecracker=released_firecracker()))
+    except LabError as error:
+        raise BackendRefused("there is no Firecracker here", error.reason, error.remedy) from None
 
 
 def _judge(status: int, complaint: str, said: Said, end: _End) -> None:

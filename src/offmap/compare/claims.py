@@ -55,6 +55,8 @@ STOCK = (
     Claim("unplugged", Claimed.HIDDEN, attacked=True),
     Claim("secretmem-bridge", Claimed.HIDDEN),
     Claim("qemu-unplugged", Claimed.HIDDEN),
+    Claim("firecracker-anon", Claimed.EXPOSED),
+    Claim("firecracker-unplugged", Claimed.HIDDEN),
     Claim("secretmem", Claimed.REFUSED),
 )
 """The claims on any kernel."""

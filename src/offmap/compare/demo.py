@@ -119,7 +119,13 @@ def row_of(result: CellResult) -> DemoRow:
 
 
 def run_demo(
-    out: Path, kernel_spec: str, modules: Path | None, accel: str, events: Events, say: Callable[[str], None]
+    out: Path,
+    kernel_spec: str,
+    modules: Path | None,
+    accel: str,
+    events: Events,
+    say: Callable[[str], None],
+    firecracker: Path | None = None,
 ) -> DemoResult:
     """Run it, with as many hosts at a time as there are processors.
 
@@ -130,6 +136,7 @@ def run_demo(
         accel: of the disposable hosts: auto, tcg or kvm.
         events: takes the events of the cells, from any thread.
         say: takes a line about what is done before the first event.
+        firecracker: the program; None: the released one, which is fetched.
 
     Raises:
         OffmapError: a kernel cannot be had, the report cannot be written, or a host cannot be started.
@@ -157,7 +164,7 @@ def run_demo(
             f"cannot write to {path.parent}: {error.strerror}", "give another folder with --out"
         ) from None
     preset = replace(PRESET, attacked=tuple(claim.backend for claim in claims if claim.attacked))
-    settings = Settings(usual_deadline(), accel, preset=preset, initrd=initrd, modules=modules)
+    settings = Settings(usual_deadline(), accel, preset=preset, initrd=initrd, modules=modules, firecracker=firecracker)
     scheduler = Scheduler(None, settings, events)
     with local_pool(cells_at_a_time()) as pool:
         results = scheduler.run(_order(specs, preset.attacked), pool)
@@ -197,17 +204,14 @@ def judge(results: Sequence[CellResult], claims: Sequence[Claim], no_attack: str
     Args:
         no_attack: why none was tried, if one should have been.
     """
-    # There is no module for this kernel, and so no host was started: the kind of RAM was not tried.
-    untried = [
-        result
-        for result in results
-        if kind_of(result.spec.backend).backend.needs_module
-        and result.outcome is CellOutcome.REFUSED
-        and not result.machine.accel
-    ]
+    # There is no module for this kernel, or no Firecracker, and so no host was started: the kind of RAM was not tried.
+    untried = [result for result in results if result.outcome is CellOutcome.REFUSED and not result.machine.accel]
     names = [row_name(result.spec) for result in untried]
-    left_out = f"{', '.join(names)} left out: {untried[0].reason}" if untried else ""
-    left_out = "; ".join(filter(None, (left_out, no_attack)))
+    whys: dict[str, list[str]] = {}
+    for result, name in zip(untried, names, strict=True):
+        whys.setdefault(result.reason, []).append(name)
+    missing = [f"{', '.join(left)} left out: {why}" for why, left in whys.items()]
+    left_out = "; ".join(filter(None, (*missing, no_attack)))
     rows = [row_of(result) for result in results if result not in untried]
     claims = [claim for claim in claims if claim.name not in names]
     host = next((result.host for result in results if result.host != Host()), Host())

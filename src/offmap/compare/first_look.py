@@ -36,6 +36,8 @@ def first_look(job: Job, folder: Path, survey: Survey) -> None:
         words=f"clocksource=kvm-clock {secrets.of_candidate}" + (f" {PLANT_SECRET}" if job.host_known else ""),
         vcpus=job.spec.vcpus,
         kvm_clock=job.spec.kvm_clock,
+        firecracker=Path(job.firecracker),
+        vmlinux=Path(job.guest_vmlinux),
     )
 
     def progress(stage: Stage, share: float) -> None:

@@ -4,8 +4,9 @@ import hashlib
 from pathlib import Path
 
 import offmap
-from offmap.compare.kinds import kind_of
+from offmap.compare.kinds import Vmm, kind_of
 from offmap.compare.spec import NATIVE, CellSpec
+from offmap.errors import KernelError
 from offmap.kmod.build import built_module
 from offmap.kmod.loaded import loaded_module
 from offmap.kmod.source import source_folder, source_hash
@@ -26,6 +27,7 @@ _NAMES = {
     "guest_kernel": "the guest kernel",
     "guest_release": "the guest kernel",
     "module": "what the offmap module needs",
+    "firecracker": "Firecracker",
 }
 
 _RUNNING = ("version", "cmdline")
@@ -77,6 +79,20 @@ def module_state(kernel: HostKernel) -> str:
 def module_input(spec: CellSpec, host: HostKernel) -> dict[str, str]:
     """What this cell depends on in addition to `inputs_of`."""
     return {"module": module_state(host)} if kind_of(spec.backend).backend.needs_module else {}
+
+
+def firecracker_input(spec: CellSpec, firecracker: Path | None) -> dict[str, str]:
+    """What this cell depends on if it runs the user's own Firecracker. The released one stands in the code.
+
+    Raises:
+        OffmapError: it cannot be read.
+    """
+    if firecracker is None or kind_of(spec.backend).vmm is not Vmm.FIRECRACKER:
+        return {}
+    try:
+        return {"firecracker": sha256_of(firecracker)[:_DIGITS]}
+    except OSError as error:
+        raise KernelError(f"reading {firecracker}", error, "name the program with --firecracker PATH") from None
 
 
 def inputs_of(host: HostKernel, guest: HostKernel) -> dict[str, str]:

@@ -47,6 +47,7 @@ class Job(Struct, frozen=True):
     Attributes:
         spec: which cell.
         guest_vmlinuz: path of the guest's kernel.
+        firecracker, guest_vmlinux: of kinds under Firecracker: the program, and the guest's kernel as an ELF file.
         initrd: path of the guest's initramfs.
         folder: an empty folder to write to; it is removed after the cell.
         boots: how many pairs of guests to boot by turns, to time the boot. With 1, no extra guest is booted.
@@ -64,6 +65,8 @@ class Job(Struct, frozen=True):
     host_known: str = ""
     guest_known: str = ""
     not_known: str = ""
+    firecracker: str = ""
+    guest_vmlinux: str = ""
 
     @property
     def native(self) -> bool:

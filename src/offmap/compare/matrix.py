@@ -103,9 +103,9 @@ def _refusal(name: str, host_kernel: str, kvm_clock: str) -> str:
     kind = kind_of(name)
     if not kind.backend.in_release((int(released[1]), int(released[2]))):
         return "memory"
-    # offmap refuses kvm-clock where it would oops a released kernel. QEMU does not: if the page has no struct page,
-    # KVM memremaps it.
-    return "kvm-clock" if kvm_clock == "on" and kind.backend.hides and kind.vmm is Vmm.OFFMAP else ""
+    # offmap (`run` and `wrap`) refuses kvm-clock where it would oops a released kernel. QEMU does not: if the page has
+    # no struct page, KVM memremaps it.
+    return "kvm-clock" if kvm_clock == "on" and kind.backend.hides and kind.vmm is not Vmm.QEMU else ""
 
 
 def longest_first(specs: Iterable[CellSpec]) -> list[CellSpec]:
@@ -127,4 +127,4 @@ def _weight(spec: CellSpec) -> int:
         return 4
     if kind.backend.page_by_page:
         return 0 if kind.backend.needs_module else 1
-    return 2 if kind.vmm is Vmm.QEMU else 3
+    return 2 if kind.vmm is not Vmm.OFFMAP else 3

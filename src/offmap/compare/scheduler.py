@@ -15,7 +15,7 @@ from offmap.compare.cell_host import CellHosts
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.cell_run import CellTask, Settings, kernels_of, run_cell
 from offmap.compare.events import CellEvent, Events
-from offmap.compare.inputs import code_digest, inputs_of, module_input
+from offmap.compare.inputs import code_digest, firecracker_input, inputs_of, module_input
 from offmap.compare.running import stop_cells
 from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store
@@ -112,7 +112,8 @@ class Scheduler:
                 host, guest = kernels_of(spec, partial(self._events, spec))
                 known[names] = host, inputs_of(host, guest)
             host, inputs = known[names]
-            wanted = {**inputs, **module_input(spec, host)}
+            own = {**module_input(spec, host), **firecracker_input(spec, self._settings.firecracker)}
+            wanted = {**inputs, **own}
             found, why = None, ""
             if self._store is not None:
                 found, why = self._store.done(spec, wanted, self._settings.deadline, self._settings.boots)

@@ -1,5 +1,6 @@
-"""The command lines of the VMMs that are compared: ``offmap run``, and an unmodified QEMU on the same memory."""
+"""The command lines of the VMMs that are compared: ``offmap run``, and QEMU and Firecracker as they are."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,12 +30,15 @@ class GuestSetup:
         kind: its RAM, and what runs it.
         memory: bytes of RAM, a multiple of 1 MiB.
         words: for its kernel's command line.
-        kvm_clock: on, off, or auto.
+        kvm_clock: on, off, or auto. Firecracker offers it always, and `offmap wrap` never.
         disk: a raw image for its /dev/vda.
         taps: a network interface for each, by the name of the host's side, and how vhost is to be: on or off.
-        vsock: the host's socket, of ``offmap run --vsock``; QEMU's is the host kernel's.
+            Firecracker has no vhost: it gets those without.
+        vsock: the host's socket, of ``offmap run --vsock`` and Firecracker; QEMU's is the host kernel's.
         cid: its context id there.
         balloon: bytes; None: no such device.
+        firecracker: the program.
+        vmlinux: the kernel as Firecracker wants it, an ELF file.
     """
 
     kind: Kind
@@ -49,13 +53,20 @@ class GuestSetup:
     vsock: Path | None = None
     cid: int = 9
     balloon: int | None = None
+    firecracker: Path | None = None
+    vmlinux: Path | None = None
+
+    @property
+    def cards(self) -> list[tuple[str, str]]:
+        """Those of the taps that its VMM has."""
+        return [tap for tap in self.taps if self.kind.vmm is not Vmm.FIRECRACKER or tap[1] == "off"]
 
 
 def vmm_command(setup: GuestSetup, folder: Path) -> list[str]:
     """What runs it.
 
     Args:
-        folder: for the report of ``offmap run``.
+        folder: for the report of ``offmap run``, and the configuration of Firecracker.
 
     Raises:
         OffmapError: there is no QEMU, or KVM does not say how fast its TSC is.
@@ -63,6 +74,8 @@ def vmm_command(setup: GuestSetup, folder: Path) -> list[str]:
     command_line = f"console=ttyS0 quiet {setup.words}".strip()
     if setup.kind.vmm is Vmm.QEMU:
         return _qemu(setup, command_line)
+    if setup.kind.vmm is Vmm.FIRECRACKER:
+        return _firecracker(setup, command_line, folder)
     argv = [sys.executable, "-m", "offmap", "run", "--kernel", str(setup.kernel), "--initrd", str(setup.initrd)]
     argv += ["--cmdline", command_line, "--memory", setup.kind.ram, "--memory-size", str(setup.memory)]
     argv += ["--vcpus", str(setup.vcpus), "--kvm-clock", setup.kvm_clock, "--report", str(folder / REPORT)]
@@ -109,6 +122,36 @@ def _qemu(setup: GuestSetup, command_line: str) -> list[str]:
     return argv
 
 
+def _firecracker(setup: GuestSetup, command_line: str, folder: Path) -> list[str]:
+    """Firecracker by a configuration file; under ``offmap wrap`` if its RAM is to be hidden."""
+    assert setup.firecracker is not None and setup.vmlinux is not None
+    # It logs each access to a port that it does not have, and ends when its guest resets.
+    command_line += " reboot=k panic=1 pci=off i8042.noaux i8042.nomux i8042.dumbkbd"
+    if setup.kind.is_wrapped:
+        command_line += _tsc_words()
+    boot = {"kernel_image_path": str(setup.vmlinux), "initrd_path": str(setup.initrd), "boot_args": command_line}
+    config: dict[str, object] = {
+        "boot-source": boot,
+        "machine-config": {"vcpu_count": setup.vcpus, "mem_size_mib": setup.memory >> 20},
+        "drives": [],
+        "network-interfaces": [
+            {"iface_id": name, "host_dev_name": name, "guest_mac": card_mac(number)}
+            for number, (name, _) in enumerate(setup.cards)
+        ],
+    }
+    if setup.disk is not None:
+        disk = {"drive_id": "disk", "path_on_host": str(setup.disk), "is_root_device": False, "is_read_only": False}
+        config["drives"] = [{**disk, "cache_type": "Writeback"}]
+    if setup.vsock is not None:
+        config["vsock"] = {"guest_cid": setup.cid, "uds_path": str(setup.vsock)}
+    file = folder / "firecracker.json"
+    file.write_text(json.dumps(config))
+    argv = [str(setup.firecracker), "--no-api", "--config-file", str(file)]
+    if setup.kind.is_wrapped:
+        argv = [sys.executable, "-m", "offmap", "wrap", "--memory", setup.kind.ram, "--", *argv]
+    return argv
+
+
 def _qemu_clock(offered: bool) -> tuple[str, str]:
     """What makes QEMU offer kvm-clock, or not, exactly as ``offmap run --kvm-clock`` does (offmap.vmm.cpuid).
 
@@ -122,7 +165,11 @@ def _qemu_clock(offered: bool) -> tuple[str, str]:
     if offered:
         return "", ""
     # Bits 0, 3 (both kvmclock) and 24 of leaf 0x40000001 (feature_word_info in QEMU's target/i386/cpu.c), no others.
-    return ",kvmclock=off,kvmclock-stable-bit=off", f" tsc_early_khz={guest_tsc_khz()} tsc=reliable"
+    return ",kvmclock=off,kvmclock-stable-bit=off", _tsc_words()
+
+
+def _tsc_words() -> str:
+    return f" tsc_early_khz={guest_tsc_khz()} tsc=reliable"
 
 
 def guest_tsc_khz() -> int:

@@ -158,12 +158,15 @@ class WholeCell:
         survey, host = self.survey, self.host
         survey.ask("works.virtio_blk", lambda: devices.virtio_blk(guest, host.disks[0]))
         for number, id in enumerate(("works.virtio_net", "works.vhost_net")):
+            if id == "works.vhost_net" and host.kind.vmm is Vmm.FIRECRACKER:
+                survey.tell(no(id, "Firecracker has no vhost"))
+                continue
             survey.ask(id, lambda n=number, id=id: devices.virtio_net(guest, n, host.subnets()[n], id))  # type: ignore[misc]
         survey.ask("works.vsock", lambda: devices.vsock(guest))
         with contextlib.suppress(OffmapError, OSError):  # both guests must have done the same before they are compared
             devices.virtio_blk(plain, host.disks[1])
             devices.vsock(plain)
-            for number, subnet in enumerate(host.subnets()[2:]):
+            for number, subnet in enumerate(host.subnets()[2 : 2 + len(plain.setup.cards)]):
                 devices.virtio_net(plain, number, subnet, "works.virtio_net")
 
     def _balloon(self, guest: LiveGuest) -> Answer:
@@ -171,7 +174,7 @@ class WholeCell:
         if self.host.cannot_discard:
             return no(id, self.host.cannot_discard)
         if guest.setup.balloon is None:
-            return undetermined(id, "not measured: QEMU's balloon was not tried")
+            return undetermined(id, "not measured: this VMM's balloon was not tried")
         return devices.balloon(guest, self.ranges)
 
     def _features(self, guest: LiveGuest) -> None:
@@ -263,10 +266,10 @@ class WholeCell:
         survey.ask("costs.populate", lambda: costs.populate(host.backend))
         task = ram_process.RamTask(host.backend, host.direct_file(), host.folder, may_dump=not self.job.native)
         survey.ask_many(ram_process.QUESTIONS, lambda: ram_process.hold_ram(task))
-        if host.kind.vmm is Vmm.QEMU:
+        if host.kind.vmm is not Vmm.OFFMAP:
             for id in ("costs.populate", *ram_process.QUESTIONS):
                 known = survey.answers[id]
-                survey.tell(replace(known, detail=f"by a process of offmap's that maps /dev/offmap; {known.detail}"))
+                survey.tell(replace(known, detail=f"by a process of offmap's; {known.detail}"))
         if self.spec.vcpus == 1:
             survey.stage("booting with 2 vCPUs")
             survey.ask("works.smp", self._smp)

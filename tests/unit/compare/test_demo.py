@@ -162,7 +162,7 @@ def test_a_patched_kernel_has_claims_of_its_own() -> None:
     assert {claims_of(spec) for spec in ("debian:7.3", "/boot/vmlinuz-patched:7.3")} == {STOCK}
     assert list(check(GOOD_PATCHED.values(), PATCHED)) == []
     # Each of them is what the other kind of kernel must not give.
-    assert {s.row for s in check(GOOD_PATCHED.values(), STOCK)} == {*HIDING, "secretmem"}
+    assert {s.row for s in check(GOOD_PATCHED.values(), STOCK)} == {*HIDING, "firecracker-anon", "secretmem"}
     hidden = {(row.backend, row.kvm_clock) for row in PATCHED if row.verdict is Claimed.HIDDEN}
     assert hidden == {(name, clock) for name in ("secretmem", "guest_memfd-unmapped") for clock in ("on", "off")}
     assert not any(row.verdict is Claimed.REFUSED for row in PATCHED)
@@ -309,8 +309,11 @@ def test_what_did_not_boot_has_no_verdict() -> None:
 def test_without_a_module_the_kinds_that_need_it_are_left_out() -> None:
     why = {"outcome": CellOutcome.REFUSED, "answers": (), "guest": Guest(), "host": Host()}
     gone = [result(name, reason="no headers", **why) for name in ("unplugged", "qemu-unplugged")]
-    judged = judge([result(), *gone], [claim for claim in STOCK if claim.backend.endswith(("reserved", "unplugged"))])
-    assert judged.left_out == "unplugged, qemu-unplugged left out: no headers"
+    gone.append(result("firecracker-unplugged", reason="not there", **why))
+    judged = judge([result(), *gone], [STOCK[2], STOCK[3], STOCK[5], STOCK[7]])
+    assert judged.left_out == (
+        "unplugged, qemu-unplugged left out: no headers; firecracker-unplugged left out: not there"
+    )
     assert [row.backend for row in judged.cells] == ["reserved"]
     assert judged.surprises == () and judged.host.kernel == "6.12.1"
     assert judged.cells[0].verdict is Verdict.UNKNOWN  # as there was no control

@@ -1,5 +1,6 @@
 """The guest's program, run here instead of in a guest: what is commanded over its console is done and told."""
 
+import json
 import os
 import socket
 import sys
@@ -162,3 +163,33 @@ def test_qemu_has_the_clock_that_its_row_names(kvm_clock: str, offered: bool, mo
     # No more is taken away than offmap's own guests go without (offmap.vmm.cpuid): steal time and the others stay.
     assert cpu == "host,svm=off,vmx=off" + ("" if offered else ",kvmclock=off,kvmclock-stable-bit=off")
     assert command_line == "console=ttyS0 quiet pci=off" + ("" if offered else " tsc_early_khz=2000000 tsc=reliable")
+
+
+@pytest.mark.parametrize("kind", ["firecracker-anon", "firecracker-unplugged"])
+def test_firecracker_runs_by_itself_or_wrapped(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "guest_tsc_khz", lambda: 2000000)
+    setup = GuestSetup(
+        kind_of(kind),
+        Path("/kernel"),
+        Path("/initrd"),
+        disk=Path("/disk"),
+        taps=[("card", "off"), ("fast", "on")],
+        vsock=Path("/socket"),
+        firecracker=Path("/firecracker"),
+        vmlinux=Path("/vmlinux"),
+    )
+    argv = vmm_command(setup, tmp_path)
+    own = argv.index("/firecracker")
+    assert argv[own + 1 :] == ["--no-api", "--config-file", str(tmp_path / "firecracker.json")]
+    wrapped = kind == "firecracker-unplugged"
+    assert argv[1:own] == (["-m", "offmap", "wrap", "--memory", "unplugged", "--"] if wrapped else [])
+    config = json.loads((tmp_path / "firecracker.json").read_text())
+    boot = config["boot-source"]
+    assert boot["kernel_image_path"] == "/vmlinux"
+    # What is wrapped has no kvm-clock, so its guest is told how fast its TSC is.
+    assert ("tsc_early_khz=2000000 tsc=reliable" in boot["boot_args"]) is wrapped
+    assert [card["host_dev_name"] for card in config["network-interfaces"]] == ["card"]
+    assert config["drives"][0]["path_on_host"] == "/disk"
+    assert config["vsock"]["uds_path"] == "/socket"
+    choices = {clock: bool(kind_of(kind).clock_refusal(clock)) for clock in ("auto", "on", "off")}
+    assert choices == {"auto": False, "on": wrapped, "off": not wrapped}

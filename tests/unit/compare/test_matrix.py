@@ -16,7 +16,8 @@ BACKENDS = kind_names()
 
 
 def test_every_kind_of_ram_is_compared() -> None:
-    assert set(BACKENDS) == {*(name for name, kind in RAM.items() if kind.compared), "qemu-unplugged"}
+    foreign = {"qemu-unplugged", "firecracker-anon", "firecracker-unplugged"}
+    assert set(BACKENDS) == {*(name for name, kind in RAM.items() if kind.compared), *foreign}
     assert [spec.backend for spec in cells_of(DEFAULT_AXES)] == list(BACKENDS)
     assert {(s.host_kernel, s.guest_kernel, s.vcpus, s.kvm_clock) for s in cells_of(DEFAULT_AXES)} == {
         ("debian:6.12", "debian:6.12", 1, "auto")
@@ -44,6 +45,7 @@ def test_the_full_matrix_has_each_combination_or_one_that_stands_for_it() -> Non
     # kvm-clock on hidden memory is refused on kernels as released; with QEMU it is not
     assert counts["unplugged", "debian:6.1"] == 3 * 2 + 1
     assert counts["qemu-unplugged", "debian:6.1"] == 12
+    assert counts["firecracker-unplugged", "debian:6.1"] == 3 * 2 + 1
 
 
 def test_what_says_most_comes_first() -> None:
@@ -61,6 +63,8 @@ def test_a_kernel_of_ones_own_beside_debians() -> None:
 def test_axes_that_cannot_be() -> None:
     with pytest.raises(OffmapError, match="'ram' is no kind of guest RAM"):
         DEFAULT_AXES.narrowed(backends=["ram"])
+    with pytest.raises(OffmapError, match="'firecracker-memfd' is no kind of guest RAM"):
+        DEFAULT_AXES.narrowed(backends=["firecracker-memfd"])
     with pytest.raises(OffmapError, match="0 vCPUs"):
         DEFAULT_AXES.narrowed(vcpus=[0])
     with pytest.raises(OffmapError, match="kvm-clock cannot be 'maybe'"):
@@ -85,5 +89,5 @@ def test_no_long_cell_is_left_for_the_end() -> None:
     assert [cell.host_kernel for cell in run] == [cell.host_kernel for cell in cells]  # a setting after the other
     kinds = [cell.backend for cell in run]
     assert kinds[:2] == ["secretmem-bridge", "qemu-unplugged"]
-    assert kinds[7:10] == ["secretmem", "guest_memfd", "guest_memfd-unmapped"]  # refused on 6.12
-    assert kinds[10:13] == ["secretmem-bridge", "secretmem", "guest_memfd-unmapped"]  # and not there
+    assert kinds[9:12] == ["secretmem", "guest_memfd", "guest_memfd-unmapped"]  # refused on 6.12
+    assert kinds[12:15] == ["secretmem-bridge", "secretmem", "guest_memfd-unmapped"]  # and not there

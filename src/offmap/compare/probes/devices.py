@@ -102,7 +102,7 @@ def vsock(guest: LiveGuest) -> Answer:
         guest.command(f"echo vsock {VSOCK_PORT}")
         if not echoed.result():
             return no(id, "what came back from the guest is not what was sent to it")
-    how = "the host kernel's vhost-vsock" if guest.setup.kind.vmm is Vmm.QEMU else "offmap's device"
+    how = "the host kernel's vhost-vsock" if guest.setup.kind.vmm is Vmm.QEMU else "the VMM's device"
     return yes(id, f"{MIB >> 10} KiB to the guest and back through {how}, compared")
 
 

@@ -154,7 +154,7 @@ class LiveGuest(VmProcess):
         if self.setup.kind.vmm is Vmm.QEMU:
             return qemu_ranges(self.pid, self.setup.kind)
         # A kernel that does not describe its structures (the lab's own) shows no list. Our VMM's word does here.
-        return None if Path(KERNEL_BTF).exists() else named_ranges(self.pid)
+        return None if self.setup.kind.vmm is not Vmm.OFFMAP or Path(KERNEL_BTF).exists() else named_ranges(self.pid)
 
     def end(self) -> None:
         """Have the guest power itself off.
@@ -162,7 +162,9 @@ class LiveGuest(VmProcess):
         Raises:
             OffmapError: the VMM did not end in time, or not well.
         """
-        self._type("sh /bin/busybox poweroff -f" if self._begun else "poweroff -f")
+        # Firecracker has nothing to power off. It ends when its guest resets.
+        end = "reboot -f" if self.setup.kind.vmm is Vmm.FIRECRACKER else "poweroff -f"
+        self._type(f"sh /bin/busybox {end}" if self._begun else end)
         status = self.wait()
         if status != ExitStatus.DONE:
             raise OffmapError(f"the VMM ended with status {status}: {self.complaint()}")

@@ -65,9 +65,12 @@ class PreparedHost(Owned):
         self.secrets = hidden.Secrets(job.preset.canaries)
         self.kind = kind_of(job.spec.backend)
         self.backend = self.kind.backend()
-        self.offers_clock = is_clock_offered(
-            job.spec.kvm_clock, hides=self.backend.hides, safe=is_safe_on_hidden_memory()
-        )
+        if self.kind.vmm is Vmm.FIRECRACKER:
+            self.offers_clock = not self.kind.is_wrapped
+        else:
+            self.offers_clock = is_clock_offered(
+                job.spec.kvm_clock, hides=self.backend.hides, safe=is_safe_on_hidden_memory()
+            )
         self.hibernation = host_events.hibernation_offered()
         self._initrd = folder / "guest.initramfs"
         self._initrd.write_bytes(Path(job.initrd).read_bytes())
@@ -140,7 +143,9 @@ class PreparedHost(Owned):
             disk=self.disks[0].path,
             taps=self._taps(0),
             vsock=self.folder / "vsock",
-            balloon=None if self.cannot_discard or self.kind.vmm is Vmm.QEMU else devices.BALLOON,
+            balloon=None if self.cannot_discard or self.kind.vmm is not Vmm.OFFMAP else devices.BALLOON,
+            firecracker=Path(self.job.firecracker),
+            vmlinux=Path(self.job.guest_vmlinux),
         )
 
     def plain(self) -> GuestSetup:
