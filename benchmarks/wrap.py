@@ -25,10 +25,12 @@ from boot_time import COMMAND_LINE, TUNED_MACHINE, qemu_command, time_to
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
 from lab_runs import add_inside_options, run_in_lab
+from offmap.boot.packed import unpacked
 from offmap.compare.guest import READY
 from offmap.errors import OffmapError
 from offmap.kmod.lab_build import lab_module
 from offmap.kvm import Kvm
+from offmap.lab.firecracker import released_firecracker
 from offmap.lab.provision import host_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,14 +164,10 @@ def main() -> int:
         return exit_status("wrap", partial(inside, args.rounds, args.module, *files))
 
     def run() -> int:
-        sys.path.insert(0, str(ROOT))
-        from tests.lab.elf import extract_vmlinux
-        from tests.lab.firecracker import released_firecracker
-
         kernel = host_kernel()
         with tempfile.TemporaryDirectory() as folder:
             vmlinux = Path(folder) / "vmlinux"
-            vmlinux.write_bytes(extract_vmlinux(kernel.vmlinuz.read_bytes()))
+            vmlinux.write_bytes(unpacked(kernel.vmlinuz))
             common = ["--rounds", str(1 if args.quick else args.rounds), "--module", str(lab_module(kernel))]
             arguments = [
                 *common,

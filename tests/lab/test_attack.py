@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from offmap.attack.knowledge import learn
+from offmap.boot.packed import unpacked
 from offmap.compare.guest import guest_initramfs
 from offmap.kmod.lab_build import lab_module
 from offmap.lab.cpio import Entry, directory, regular
+from offmap.lab.firecracker import released_firecracker
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.modules import ModuleIndex, load_module
@@ -21,8 +23,6 @@ from offmap.patience import scaled
 
 from .alias_module import alias_module, peek_module
 from .conftest import RESERVED
-from .elf import extract_vmlinux
-from .firecracker import released_firecracker
 
 pytestmark = pytest.mark.lab
 
@@ -52,7 +52,7 @@ def attacked(kernel: HostKernel, out: Path, *kinds: str, drives: bool = False) -
     (out / "guest.initramfs").write_bytes(guest_initramfs(extra))
     boot: dict[str, Any] = {"kernel": str(kernel.vmlinuz), "initrd": str(out / "guest.initramfs")}
     if any("firecracker" in kind for kind in kinds):
-        (out / "vmlinux").write_bytes(extract_vmlinux(kernel.vmlinuz.read_bytes()))
+        (out / "vmlinux").write_bytes(unpacked(kernel.vmlinuz))
         boot |= {"vmlinux": str(out / "vmlinux"), "firecracker": str(released_firecracker())}
     disks, planted = make_disks(out) if drives else ([], {})
     if drives:
