@@ -32,11 +32,11 @@ def audit_host() -> EveryVm:
     """Audit each process of this host that holds a KVM VM. Its `exit_status` is that of the worst verdict."""
     found: dict[int, Snapshot | OffmapError] = {}
 
-    def audit(vm: VmProcess) -> AuditResult:
+    def audit(vm: VmProcess) -> Snapshot:
         one = found[vm.pid]
         if isinstance(one, OffmapError):
             raise one
-        return one.audit
+        return one
 
     return audit_every_vm(audit, lambda vms: found.update(snapshot_processes([vm.pid for vm in vms])))
 

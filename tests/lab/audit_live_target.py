@@ -275,7 +275,7 @@ def every() -> dict[str, Any]:
         Child("anon", vm=True) as exposed,
         Child("reserved", 16 * MIB, claim=False, vm=True) as guessed,
     ):
-        every_vm = audit_every_vm(lambda vm: audit_process(vm.pid))
+        every_vm = audit_every_vm(lambda vm: snapshot_process(vm.pid))
         by_pid = {result.pid: told(result) for result in every_vm.vms}
         return {
             "exit_status": int(every_vm.exit_status),

@@ -84,7 +84,7 @@ def look(name: str, argv: list[str], ready: str, found: dict[str, Any]) -> None:
             return
         result = snapshot_process(vmm.pid)
         found[name] = told(result.audit)
-        every = audit_every_vm(lambda vm: audit_process(vm.pid))
+        every = audit_every_vm(lambda vm: snapshot_process(vm.pid))
         found[name]["every"] = [[each.pid == vmm.pid, each.vmm.vmm] for each in every.vms]
         ranges = qemu_ranges(vmm.pid, kind_of("qemu-unplugged")) if name.startswith("qemu") else None
         if ranges:

@@ -18,13 +18,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
 from offmap.audit.audit import Options, Stage, audit_process, snapshot_process
 from offmap.audit.guest_ram import named_ranges
-from offmap.audit.vms import audit_every_vm
+from offmap.audit.vms import VmProcess, audit_every_vm
 from offmap.errors import OffmapError
 from offmap.patience import scaled
 
@@ -328,7 +328,7 @@ def tried(deed: Callable[[], None]) -> dict[str, Any]:
             return {"failed": attacker.said.decode()}
         found = verdict(attacker.pid)
         found["range"] = verdict(attacker.pid, ranges=named_ranges(attacker.pid), seconds=0)
-        every = audit_every_vm(lambda vm: audit_process(vm.pid))
+        every = audit_every_vm(lambda vm: snapshot_process(vm.pid))
         found["all"] = int(every.exit_status)
         found["all notes"] = list(every.notes)
     return found
@@ -337,14 +337,14 @@ def tried(deed: Callable[[], None]) -> dict[str, Any]:
 class Swapper(Attacker):
     """Waits for somebody whose command line has ``audit``, and has hidden memory under its slot as long as it sees him.
 
-    It gives its guest's RAM back a slot of its own, or moves memory under the slot (``mremap``).
+    With ``whole_vm`` it ends its VM then, and makes another one: no slot of that was ever changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole_vm: bool) -> None:
+        self._whole_vm = whole_vm
         super().__init__(self._swap)
 
-    @staticmethod
-    def _swap() -> None:
+    def _swap(self) -> None:
         vm, memory, other = exposed(), kept[-1], hidden(4 * MIB, 16 * MIB)
         kept.append(vm)
 
@@ -360,20 +360,24 @@ class Swapper(Attacker):
             return False
 
         def work() -> None:
-            before = False
+            before, last = False, vm
             while True:
                 if (now := watched()) != before:
-                    vm.slot(0, memory, size=0)
-                    vm.slot(0, other if now else memory)
+                    if self._whole_vm:
+                        os.close(last.fd)
+                        last = Vm()
+                    else:
+                        last.slot(0, memory, size=0)
+                    last.slot(0, other if now else memory)
                     before = now
                 time.sleep(0)
 
         threading.Thread(target=work, daemon=True).start()
 
 
-def swapped() -> dict[str, Any]:
+def swapped(whole_vm: bool = False) -> dict[str, Any]:
     command = [sys.executable, "-m", "offmap"]
-    with Swapper() as attacker:
+    with Swapper(whole_vm) as attacker:
         done = subprocess.run(
             [*command, "audit", "--no-progress", "--json", str(attacker.pid)], capture_output=True, check=False
         )
@@ -407,6 +411,32 @@ def moved_under_the_slot() -> dict[str, Any]:
     return {"verdict": result.verdict.value, "notes": list(result.notes)}
 
 
+def handed_over() -> dict[str, Any]:
+    """Once VMs were looked for, their process ends, and a child that shares its memory goes on."""
+    ours, theirs = socket.socketpair()
+
+    def deed() -> None:
+        ours.close()
+        child_with_the_same_memory()
+
+        def work() -> None:
+            theirs.recv(1)
+            os._exit(0)  # the thread's process, not the child
+
+        threading.Thread(target=work, daemon=True).start()
+
+    with Attacker(deed) as attacker:
+        theirs.close()
+
+        def prepare(vms: Sequence[VmProcess]) -> None:
+            if attacker.pid in {vm.pid for vm in vms}:
+                ours.send(b"x")
+                os.waitid(os.P_PID, attacker.pid, os.WEXITED | os.WNOWAIT)
+
+        every = audit_every_vm(lambda vm: snapshot_process(vm.pid), prepare)
+    return {"all": int(every.exit_status), "pids": [vm.pid != attacker.pid for vm in every.vms]}
+
+
 def churn(times: int) -> dict[str, Any]:
     """Audits of honest VMs while others begin and end beside them."""
     with Attacker(nothing) as one, Attacker(small_and_always_read_only) as other:
@@ -420,7 +450,7 @@ def churn(times: int) -> dict[str, Any]:
                     os.close(fd)
         try:
             verdicts = [verdict(vm.pid) for vm in (one, other) for _ in range(times)]
-            every = [audit_every_vm(lambda vm: audit_process(vm.pid)) for _ in range(1)]
+            every = [audit_every_vm(lambda vm: snapshot_process(vm.pid)) for _ in range(1)]
         finally:
             os.kill(busy, signal.SIGKILL)
             os.waitpid(busy, 0)
@@ -449,6 +479,10 @@ def main() -> int:
             print(f"{deed.__name__}: {time.monotonic() - began:.1f} s", file=sys.stderr)
     if not names or "swapped" in names:
         found["swapped"] = swapped()
+    if not names or "swapped_vm" in names:
+        found["swapped_vm"] = swapped(whole_vm=True)
+    if not names or "handed_over" in names:
+        found["handed_over"] = handed_over()
     if not names or "moved_under_the_slot" in names:
         found["moved_under_the_slot"] = moved_under_the_slot()
     if not names or "churn" in names:

@@ -76,6 +76,7 @@ def main() -> int:
             sys.exit(attacker.said.decode())
         for _ in range(count):
             found[audit_process(attacker.pid, seconds=seconds).verdict.value] += 1
+            print(dict(found), file=sys.stderr, flush=True)  # for who ends a long run
     print(json.dumps(found))
     return 0
 

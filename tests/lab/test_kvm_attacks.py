@@ -44,8 +44,8 @@ def ask(host: LabHost, *names: str) -> Found:
 @pytest.fixture(scope="module")
 def found(lab_host: LabHost) -> Iterator[Found]:
     """Give what all of them found: one process runs them, as each start of Python takes seconds there."""
-    more = ("program_replaced_and_descriptor_kept", "clock_page_in_hidden_memory", "moved_under_the_slot", "swapped")
-    yield ask(lab_host, *HONEST, *EXPOSED, *UNDETERMINED, *more, "churn")
+    more = ("program_replaced_and_descriptor_kept", "clock_page_in_hidden_memory", "moved_under_the_slot")
+    yield ask(lab_host, *HONEST, *EXPOSED, *UNDETERMINED, *more, "swapped", "swapped_vm", "handed_over", "churn")
 
 
 @pytest.mark.parametrize("name", HONEST)
@@ -79,6 +79,15 @@ def test_a_page_that_kvm_maps_for_its_clock_is_told_by_kvm_too(found: Found) -> 
 def test_a_slot_that_was_replaced_when_the_auditor_came_is_not_hidden(found: Found) -> None:
     assert found["swapped"]["status"] == 3, found["swapped"]
     assert "since the audit was started" in found["swapped"]["said"]
+
+
+def test_a_vm_that_was_made_when_the_auditor_came_is_not_hidden(found: Found) -> None:
+    assert found["swapped_vm"]["status"] == 3, found["swapped_vm"]
+    assert "may stand in for another one" in found["swapped_vm"]["said"]
+
+
+def test_a_vm_is_judged_though_its_process_ends_and_one_with_the_same_memory_goes_on(found: Found) -> None:
+    assert found["handed_over"] == {"all": 1, "pids": [True]}
 
 
 def test_memory_that_was_changed_under_a_slot_meanwhile_is_not_hidden(found: Found) -> None:

@@ -104,8 +104,8 @@ class Options(TypedDict, total=False):
         oracle: also compare a sample of this size with what drgn says.
         seconds: over how long the page tables are walked again and again, ``walks.SECONDS`` unless given; 0 for one
             walk, which says nothing of a mapping that moves.
-        since: no slot may have been replaced since this moment (CLOCK_MONOTONIC, nanoseconds); None for this call's
-            begin.
+        since: no slot may have been replaced and no VM made since this moment (CLOCK_MONOTONIC, nanoseconds); None for
+            this call's begin.
     """
 
     scan: Wanted | None
@@ -301,8 +301,9 @@ class _Subject:
         joined = join(judged, mappings, kinds, layout, ram)
         _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
         # What --range names is the same memory, whichever slot has it.
-        replaced = not options.get("ranges") and ram.replaced_since(options.get("since") or 0)
-        verdict, notes = judge(pages, ram, scan, self._moved, ended, judged.plain, replaced, self._read_only)
+        named, since = bool(options.get("ranges")), options.get("since") or 0
+        replaced, made = not named and ram.replaced_since(since), not named and ram.made_since(since)
+        verdict, notes = judge(pages, ram, scan, self._moved, ended, judged.plain, replaced, self._read_only, made)
         notes += unshared
         if ended:
             seen = classify(self._before, self._before, self._excluded, mappings, kinds).counts()
@@ -347,4 +348,4 @@ class _Subject:
             seconds=round(time.monotonic() - self._started, 4),
         )
         growing = verdict is Verdict.UNKNOWN and set(pages.unknown_reasons) == {CAME}
-        return Snapshot(audit, ram, mappings, judged, growing and not (self._moved or ended or replaced))
+        return Snapshot(audit, ram, mappings, judged, growing and not (self._moved or ended or replaced or made))

@@ -96,6 +96,10 @@ class GuestRam:
         """Whether a slot may have been replaced by another one since this moment (CLOCK_MONOTONIC, nanoseconds)."""
         return any(not vm.intact and vm.changed >= moment for vm in self.vms)
 
+    def made_since(self, moment: int) -> bool:
+        """Whether one of its VMs may have been made since this moment (CLOCK_MONOTONIC, nanoseconds)."""
+        return any(vm.made_since(moment) for vm in self.vms)
+
     @property
     def guessed(self) -> bool:
         return any(part.source is Source.GUESS for part in self.ranges)

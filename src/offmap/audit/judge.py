@@ -21,12 +21,14 @@ def judge(
     plain: Mapping[str, int] = MappingProxyType({}),
     replaced: bool = False,
     mapped_read_only: int = 0,
+    made: bool = False,
 ) -> tuple[Verdict, tuple[str, ...]]:
     """The verdict, and what must be said beside it."""
     verdict = pages.verdict(ram.guessed)
     # Where no slot was ever changed, the guest could never write to what it can only read now. And ROM is small.
     once_writable = mapped_read_only if not ram.intact or mapped_read_only * _ROM > pages.pages_populated else 0
-    if verdict is Verdict.HIDDEN and (partial or moved or replaced or ram.unlisted or ram.doubts or once_writable):
+    against = partial or moved or replaced or made or ram.unlisted or ram.doubts or once_writable
+    if verdict is Verdict.HIDDEN and against:
         verdict = Verdict.UNKNOWN
     why = f": {ram.unlisted}" if ram.unlisted else ""
     unchecked = f": {ram.why_unchecked}" if ram.why_unchecked else ""
@@ -60,6 +62,7 @@ def judge(
         ),
         "the process changed its memory slots, or the memory under them, during the audit; run it again": moved,
         "memory slots were changed, or devices added, since the audit was started; run it again": replaced,
+        "a VM of it was made since the audit was started, and may stand in for another one; run it again": made,
         "no page of the guest's RAM was found populated": (
             verdict is Verdict.UNKNOWN and not pages.pages_populated and not partial
         ),

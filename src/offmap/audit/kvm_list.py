@@ -23,9 +23,9 @@ from offmap.audit.intervals import Ints
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects, module_symbol
 from offmap.audit.kvm_btf import kvm_types, vendor_types
+from offmap.audit.kvm_times import KvmTimes
 from offmap.audit.kvm_vcpu import VCpu, vcpu_at
 from offmap.audit.regions import VMALLOC, Layout
-from offmap.audit.tasks import Tasks
 from offmap.uapi.page import PAGE_SIZE
 
 _MODULES = Path("/sys/module")
@@ -78,6 +78,7 @@ class Vm:
         slots: all but KVM's own, of all address spaces, each once.
         intact: no slot was ever taken away, moved or changed since the VM was made.
         changed: when its slots were last changed, at the latest; CLOCK_MONOTONIC, in nanoseconds.
+        made: when it was made; the same clock. None if that is not told.
         invalidations: how often memory under its slots was unmapped or moved by the VMM or the kernel.
         vcpus: its virtual processors.
         caches: guest-physical addresses of pages that KVM keeps a kernel mapping of (``gfn_to_pfn_cache``).
@@ -93,6 +94,16 @@ class Vm:
     invalidations: int
     vcpus: tuple[VCpu, ...]
     caches: tuple[int, ...]
+    made: int | None = field(default=None, compare=False)
+
+    @property
+    def identity(self) -> tuple[int, int, str]:
+        """What no VM has that is made later, but by the same thread."""
+        return self.address, self.memory, self.label
+
+    def made_since(self, moment: int) -> bool:
+        """Whether it may have been made since this moment (CLOCK_MONOTONIC, nanoseconds)."""
+        return (self.changed if self.made is None else self.made) >= moment
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -109,7 +120,7 @@ def _loaded() -> bool:
     return (_MODULES / "kvm").exists() or not _MODULES.is_dir()
 
 
-class KvmList(Tasks):
+class KvmList(KvmTimes):
     """Reads KVM's list through an open kcore.
 
     Raises:
@@ -171,9 +182,8 @@ class KvmList(Tasks):
         """
         found = set()
         for address in self.addresses():
-            with suppress(Unknown):  # it ended meanwhile, or has no folder: an error stands in its place
-                entry = self._field(address, "kvm", "debugfs_dentry")
-                found.add(self._field(self._field(entry, "dentry", "d_inode"), "inode", "i_ino"))
+            with suppress(Unknown):  # it ended meanwhile, or has no folder
+                found.add(self._field(self._folder(address), "inode", "i_ino"))
         return found
 
     def read(self, address: int) -> Vm | None:
@@ -309,6 +319,7 @@ class KvmList(Tasks):
             invalidations,
             self._vcpus(address),
             tuple(self._caches(address)),
+            self._made(address),
         )
         if self._generations(address) != generations or not memory:
             raise Unknown("KVM's slots are being changed")
@@ -363,14 +374,6 @@ class KvmList(Tasks):
 
     def _inode(self, file: int) -> int:
         return self._field(self._field(file, "file", "f_inode"), "inode", "i_ino")
-
-    def _last_change(self, address: int) -> int:
-        """When the SRCU that KVM waits for at each change of the slots last had a grace period."""
-        srcu = address + self._btf.offset("kvm", "srcu")
-        try:
-            return self._field(srcu, "srcu_struct", "srcu_last_gp_end")
-        except Unknown:  # since 6.4 in a structure of its own
-            return self._field(self._field(srcu, "srcu_struct", "srcu_sup"), "srcu_usage", "srcu_last_gp_end")
 
     def _vcpus(self, address: int) -> tuple[VCpu, ...]:
         array = address + self._btf.offset("kvm", "vcpu_array")

@@ -9,14 +9,14 @@ VMM calls itself is a label for people.
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import offmap
 from offmap.audit.btf import Unknown
-from offmap.audit.guest_ram import KVM_VCPU_LINK, KVM_VM_LINK, MEMSLOTS_LINK, NoVm, vm_links
+from offmap.audit.guest_ram import KVM_VCPU_LINK, KVM_VM_LINK, MEMSLOTS_LINK, GuestRam, NoVm, vm_links
 from offmap.audit.host import host_facts, utc_now
 from offmap.audit.kcore import Kcore
 from offmap.audit.kvm_list import KvmList, Vm
@@ -27,11 +27,13 @@ from offmap.audit.reach import VmmFacts
 from offmap.audit.regions import Layout
 from offmap.audit.result import AuditResult
 from offmap.audit.result_sets import EveryVm, NotAudited
+from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus, OffmapError, Undetermined
 
 _DEBUGFS = Path("/sys/kernel/debug/kvm")
 _DEBUGFS_VM = re.compile(r"\d+-\d+")
 _ATTEMPTS = 4  # VMs begin and end while they are looked for
+_ROUNDS = 2  # of audits, if a process hands its VM to another meanwhile
 _LOOKS = 12  # at a VM that has a folder in debugfs and is not on KVM's list, before that is believed
 _FIRST_WAIT = 0.001  # seconds; each is twice the one before: four seconds in all
 
@@ -49,11 +51,31 @@ _NAMES = (
 
 
 class VmProcess(NamedTuple):
-    """A process that has at least one KVM VM; ``pid`` is that of a thread where the main one has ended."""
+    """A process that has at least one KVM VM.
+
+    Attributes:
+        pid: of the process, or of a thread where the main one has ended.
+        vms: what its VMs are known by, whichever process has them later.
+    """
 
     pid: int
     name: str
     facts: VmmFacts
+    vms: frozenset[Hashable] = frozenset()
+
+
+class Judged(Protocol):
+    """An audit of a process, and the VMs that it was of."""
+
+    @property
+    def audit(self) -> AuditResult:
+        """The result."""
+        ...
+
+    @property
+    def ram(self) -> GuestRam:
+        """What was judged."""
+        ...
 
 
 def recognise(comm: str, executable: str, arguments: str, has_memslots: bool) -> str:
@@ -121,7 +143,9 @@ def find_listed(kvm: KvmList) -> tuple[list[VmProcess], list[str], Moment]:
         found = []
         for memory, tid in owners.items():
             with suppress(NoSuchProcess, ProcessEnded), Process(tid) as process:
-                found.append(VmProcess(tid, process.name(), vmm_facts(process, vms=vms.pop(memory))))
+                name, here = process.name(), vms[memory]
+                facts = vmm_facts(process, vms=here)
+                found.append(VmProcess(tid, name, facts, frozenset(vm.identity for vm in vms.pop(memory))))
         if not vms:
             break
     labels = ", ".join(sorted(vm.label for alone in vms.values() for vm in alone))
@@ -172,7 +196,7 @@ def find_held() -> tuple[list[VmProcess], list[str]]:
             with Process(pid) as process:
                 links = process.descriptors()
                 if vm_links(links):
-                    found.append(VmProcess(pid, process.name(), vmm_facts(process, links)))
+                    found.append(VmProcess(pid, process.name(), vmm_facts(process, links), frozenset({pid})))
         except (NoSuchProcess, ProcessEnded):
             continue
         except Undetermined:
@@ -202,7 +226,7 @@ def worst_status(statuses: Sequence[ExitStatus], notes: Sequence[str]) -> ExitSt
     return max(found, key=_GRAVITY.index, default=ExitStatus.DONE)
 
 
-def _audited(audit: Callable[[VmProcess], AuditResult], vm: VmProcess) -> AuditResult:
+def _audited(audit: Callable[[VmProcess], Judged], vm: VmProcess) -> Judged:
     """Audit it; one whose VM ended, and that may have made another, is looked at again."""
     for _ in range(_ATTEMPTS - 1):
         with suppress(NoVm):
@@ -211,39 +235,46 @@ def _audited(audit: Callable[[VmProcess], AuditResult], vm: VmProcess) -> AuditR
 
 
 def audit_every_vm(
-    audit: Callable[[VmProcess], AuditResult], prepare: Callable[[Sequence[VmProcess]], None] = lambda vms: None
+    audit: Callable[[VmProcess], Judged], prepare: Callable[[Sequence[VmProcess]], None] = lambda vms: None
 ) -> EveryVm:
     """Find all processes that hold a KVM VM, and audit each with ``audit``.
 
-    One that ends before anything was seen of it is left out if its VM is gone too. One that cannot be audited is not.
+    Each VM that was found must have been judged, or have ended. Its process may end or run another program meanwhile,
+    while another that shares its memory goes on: then that one is audited. What can be neither is undetermined.
 
     Args:
-        audit: raises as ``audit_process`` does.
+        audit: raises as ``snapshot_process`` does.
         prepare: told all of them before the first is audited.
     """
     vms, notes = find_vms()
-    prepare(vms)
-    ended: list[VmProcess] = []
+    left = frozenset[Hashable]().union(*(vm.vms for vm in vms))
     results: list[AuditResult] = []
     failures: list[NotAudited] = []
     statuses = []
+    for _ in range(_ROUNDS):
+        prepare(vms)
+        for vm in vms:
+            try:
+                found = _audited(audit, vm)
+            except (NoSuchProcess, ProcessEnded, NoVm):
+                continue
+            except OracleDisagrees:
+                raise  # then nothing that is said of the other VMs is to be relied on either
+            except OffmapError as error:
+                failures.append(NotAudited(vm.pid, vm.name, vm.facts, str(error)))
+                statuses.append(error.exit_status)
+                left -= vm.vms
+                continue
+            results.append(found.audit)
+            # Who runs another program by now has other VMs.
+            hidden = found.audit.verdict is Verdict.HIDDEN
+            left -= {each.identity for each in found.ram.vms} | {vm.pid} if hidden else vm.vms
+        vms = _still_there(left)
+        if not vms:
+            break
     for vm in vms:
-        try:
-            results.append(_audited(audit, vm))
-        except (NoSuchProcess, ProcessEnded, NoVm):
-            ended.append(vm)
-        except OracleDisagrees:
-            raise  # then nothing that is said of the other VMs is to be relied on either
-        except OffmapError as error:
-            failures.append(NotAudited(vm.pid, vm.name, vm.facts, str(error)))
-            statuses.append(error.exit_status)
-    if ended:
-        still = {vm.pid for vm in find_vms()[0]}
-        for vm in (vm for vm in ended if vm.pid in still):
-            failures.append(
-                NotAudited(vm.pid, vm.name, vm.facts, "it could not be looked at, and its VM is still there")
-            )
-            statuses.append(ExitStatus.UNDETERMINED)
+        failures.append(NotAudited(vm.pid, vm.name, vm.facts, "it could not be looked at, and its VM is still there"))
+        statuses.append(ExitStatus.UNDETERMINED)
     statuses += [result.verdict.exit_status for result in results]
     return EveryVm(
         offmap=offmap.__version__,
@@ -254,3 +285,14 @@ def audit_every_vm(
         not_audited=tuple(failures),
         notes=tuple(notes),
     )
+
+
+def _still_there(vms: Set[Hashable]) -> list[VmProcess]:
+    """The processes that have these VMs now; one that is about to end is given time."""
+    found: list[VmProcess] = []
+    for attempt in range(_ATTEMPTS if vms else 0):
+        time.sleep(_FIRST_WAIT * 2**attempt)
+        found = [vm for vm in find_vms()[0] if vm.vms & vms]
+        if not found:
+            break
+    return found

@@ -170,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
         with output.recording_failure():
             if args.all:
                 every = audit_every_vm(
-                    lambda vm: audit(vm.pid).audit, lambda vms: found.update(audit_all([vm.pid for vm in vms]))
+                    lambda vm: audit(vm.pid), lambda vms: found.update(audit_all([vm.pid for vm in vms]))
                 )
                 document, status = every.to_json(), every.exit_status
             else:

@@ -40,6 +40,8 @@ OFFSETS: dict[tuple[str, ...], int] = {
     ("file", "f_inode"): 0x8,
     ("inode", "i_mapping"): 0x10,
     ("inode", "i_ino"): 0x18,
+    ("inode", "i_ctime_sec"): 0x20,
+    ("inode", "i_ctime_nsec"): 0x28,
     ("address_space", "host"): 0x0,
     ("address_space", "i_pages"): 0x8,
     ("gfn_to_pfn_cache", "list"): 0x10,

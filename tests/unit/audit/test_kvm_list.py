@@ -1,5 +1,6 @@
 """KVM's list of VMs, out of kernel memory made here: each VM, each slot, and nothing that does not add up."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,22 @@ def test_folders_in_debugfs_are_known_by_their_inodes(kernel: Kernel) -> None:
     assert kernel.debugfs_folders() == {7, 8}
     kernel.memory.list_del(ended + OFFSETS["kvm", "vm_list"])
     assert kernel.debugfs_folders() == {7}
+
+
+def test_when_a_vm_was_made_is_told_by_its_folder_and_else_by_its_last_change(kernel: Kernel) -> None:
+    kvm = kernel.vm()
+    before = time.monotonic_ns()
+    (vm,) = kernel.vms()
+    assert vm.made is None and vm.made_since(77) and not vm.made_since(78)
+    entry, inode = kernel.memory.make(), kernel.memory.make()
+    kernel.memory.put(kvm, "kvm", "debugfs_dentry", value=entry)
+    kernel.memory.put(entry, "dentry", "d_inode", value=inode)
+    seconds, rest = divmod(time.time_ns() - 5_000_000_000, 1_000_000_000)
+    kernel.memory.put(inode, "inode", "i_ctime_sec", value=seconds)
+    kernel.memory.put(inode, "inode", "i_ctime_nsec", value=rest, size=4)
+    (vm,) = kernel.vms()
+    assert vm.made is not None and abs(before - vm.made - 5_000_000_000) < 1_000_000_000
+    assert vm.made_since(vm.made) and not vm.made_since(vm.made + 1)
 
 
 def test_a_vcpu_that_is_being_made_is_no_answer(kernel: Kernel) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from offmap.audit.kvm_vcpu import VCpu
 from offmap.audit.process import NoSuchProcess, Process, ProcessEnded
 from offmap.audit.reach import VmmFacts
 from offmap.audit.tasks import Thread
+from offmap.audit.verdict import Verdict
 from offmap.audit.vms import (
     VmProcess,
     audit_every_vm,
@@ -67,10 +69,29 @@ def test_worst_of_all_decides(statuses: list[ExitStatus], notes: tuple[str, ...]
     assert worst_status(statuses, notes) is worst
 
 
-def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    vms = [VmProcess(pid, f"vmm{pid}", VmmFacts("", "", 1, 0)) for pid in (1, 2, 3, 4)]
-    lists = [vms, vms[:1] + vms[3:]]
-    monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: (lists.pop(0), []))
+def of(pid: int, *vms: str) -> VmProcess:
+    return VmProcess(pid, f"vmm{pid}", VmmFacts("", "", 1, 0), frozenset(vms or {pid}))
+
+
+@pytest.fixture
+def lists(monkeypatch: pytest.MonkeyPatch) -> list[list[VmProcess]]:
+    """Give what is found at each look; the last for ever."""
+    found: list[list[VmProcess]] = []
+    monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: (found.pop(0) if len(found) > 1 else found[0], []))
+    monkeypatch.setattr("offmap.audit.vms.host_facts", lambda: None)
+    monkeypatch.setattr("offmap.audit.vms._FIRST_WAIT", 0.0)
+    return found
+
+
+def judged(verdict: Verdict, *vms: str) -> Any:
+    """An audit that was of these VMs."""
+    identities = SimpleNamespace(vms=[SimpleNamespace(identity=vm) for vm in vms])
+    return SimpleNamespace(audit=SimpleNamespace(verdict=verdict), ram=identities)
+
+
+def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(lists: list[list[VmProcess]]) -> None:
+    vms = [of(pid) for pid in (1, 2, 3, 4)]
+    lists += [vms, vms[:1] + vms[3:]]
     errors = {
         1: Undetermined("no kcore"),
         2: NoSuchProcess("gone"),
@@ -78,10 +99,10 @@ def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(monkeypat
         4: ProcessEnded("its main thread has ended"),
     }
 
-    def audit(vm: VmProcess) -> None:
+    def audit(vm: VmProcess) -> Any:
         raise errors[vm.pid]
 
-    every = audit_every_vm(audit)  # type: ignore[arg-type]
+    every = audit_every_vm(audit)
     assert [(each.pid, each.reason) for each in every.not_audited] == [
         (1, "no kcore"),
         (4, "it could not be looked at, and its VM is still there"),
@@ -89,20 +110,53 @@ def test_vm_that_cannot_be_audited_is_listed_and_one_that_ended_is_not(monkeypat
     assert every.exit_status == ExitStatus.UNDETERMINED
 
 
-def test_a_process_whose_vm_ended_is_looked_at_again_and_then_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    vms = [VmProcess(pid, f"vmm{pid}", VmmFacts("", "", 1, 0)) for pid in (1, 2)]
-    lists = [vms, vms[:1]]
-    monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: (lists.pop(0), []))
+def test_a_process_whose_vm_ended_is_looked_at_again_and_then_left_out(lists: list[list[VmProcess]]) -> None:
+    vms = [of(pid) for pid in (1, 2)]
+    lists += [vms, vms[:1]]
     looks: list[int] = []
 
-    def audit(vm: VmProcess) -> None:
+    def audit(vm: VmProcess) -> Any:
         looks.append(vm.pid)
         raise NoVm("process holds no KVM VM")
 
-    every = audit_every_vm(audit)  # type: ignore[arg-type]
-    assert looks == [1] * 4 + [2] * 4
+    every = audit_every_vm(audit)
+    assert looks == [1] * 4 + [2] * 4 + [1] * 4
     assert [each.pid for each in every.not_audited] == [1]
     assert every.exit_status == ExitStatus.UNDETERMINED
+
+
+def test_a_vm_whose_process_runs_another_program_is_judged_by_who_has_it_now(lists: list[list[VmProcess]]) -> None:
+    prepared: list[list[int]] = []
+
+    def audit(vm: VmProcess) -> Any:
+        # By now process 1 has a decoy. Process 2 shared its memory before.
+        return judged(Verdict.HIDDEN, "decoy") if vm.pid == 1 else judged(Verdict.EXPOSED, *map(str, vm.vms))
+
+    lists += [[of(1, "bad"), of(3, "good")], [of(1, "decoy"), of(2, "bad"), of(3, "good")]]
+    every = audit_every_vm(audit, lambda vms: prepared.append([vm.pid for vm in vms]))
+    assert prepared == [[1, 3], [2]]
+    assert every.exit_status == ExitStatus.EXPOSED and not every.not_audited
+
+
+def test_a_vm_that_goes_from_process_to_process_is_not_hidden(lists: list[list[VmProcess]]) -> None:
+    lists += [[of(1, "bad")], [of(2, "bad")], [of(3, "bad")]]
+    every = audit_every_vm(lambda vm: judged(Verdict.HIDDEN, "decoy"))
+    assert [each.pid for each in every.not_audited] == [3]
+    assert every.exit_status == ExitStatus.UNDETERMINED
+
+
+def test_who_is_hidden_with_all_its_vms_is_asked_once(lists: list[list[VmProcess]]) -> None:
+    lists += [[of(1, "a", "b"), of(2, "ended")], [of(1, "a", "b"), of(3, "new")]]
+    asked: list[int] = []
+
+    def audit(vm: VmProcess) -> Any:
+        asked.append(vm.pid)
+        if vm.pid == 2:
+            raise NoVm("process holds no KVM VM")
+        return judged(Verdict.HIDDEN, "a", "b")
+
+    assert audit_every_vm(audit).exit_status == ExitStatus.DONE
+    assert asked == [1, 2, 2, 2, 2]
 
 
 class List:

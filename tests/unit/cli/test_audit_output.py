@@ -54,11 +54,15 @@ def audit(monkeypatch: pytest.MonkeyPatch) -> Any:
                 if isinstance(answer, BaseException) and not isinstance(answer, OffmapError):
                     raise answer
             return {
-                pid: answer if isinstance(answer, OffmapError) else SimpleNamespace(audit=answer)
+                pid: answer
+                if isinstance(answer, OffmapError)
+                else SimpleNamespace(audit=answer, ram=SimpleNamespace(vms=()))
                 for pid, answer in every.items()
             }
 
-        vms = [VmProcess(pid + 1, "vmm", VmmFacts("QEMU", "", 1, 0)) for pid in range(len(answers))]
+        vms = [
+            VmProcess(pid + 1, "vmm", VmmFacts("QEMU", "", 1, 0), frozenset({pid + 1})) for pid in range(len(answers))
+        ]
         monkeypatch.setattr("offmap.audit.audit.snapshot_processes", snapshot_processes)
         monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: (vms, []))
 
