@@ -184,6 +184,24 @@ sys.exit(offmap.cli.main.main(sys.argv[1:]))
 """
 
 
+# Runs offmap as its own program does, on a host that allows one vCPU's thread no filter.
+NO_FILTER = """
+import sys, threading
+sys.path[:0] = {path!r}
+import offmap.cli.main
+from offmap.errors import OffmapError
+from offmap.sandbox import seccomp
+
+install = seccomp.install
+def refused(program):
+    if threading.current_thread().name == "vcpu1":
+        raise OffmapError("no filter for this one")
+    install(program)
+seccomp.install = refused
+sys.exit(offmap.cli.main.main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture
 def monitor(payload: Callable[[str], Path], kvm: Kvm) -> Path:
     """Give a guest, where it can run."""
@@ -292,3 +310,9 @@ def test_every_file_is_one_of_the_command_line_and_opened_before_the_guest_runs(
     named = {path for _, path in opened if not any(path.startswith(each) for each in own if each)}
     folders = {"/", "run", sockets.name}
     assert named == {str(monitor), "/dev/kvm", str(image), "/dev/urandom", str(report), *folders}
+
+
+def test_no_guest_runs_where_one_thread_has_no_filter(monitor: Path) -> None:
+    argv = [sys.executable, "-c", NO_FILTER.format(path=sys.path), "run", "--kernel", str(monitor), "--vcpus", "2"]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "offmap run: no filter for this one\n")

@@ -33,12 +33,14 @@ class CoalescedRing:
     def take(self) -> Iterator[tuple[int, int]]:
         """The (address, value) of each write of 4 bytes that was noted down, in their order; they are then forgotten.
 
+        Those that come meanwhile wait for the next call: a guest may write as quickly as they are taken.
+
         KVM publishes an entry before it moves `last`, and takes it for free once `first` has moved (x86 keeps the order
         of stores, and that of loads).
         """
         words = self._words
-        first = words[_FIRST]
-        while first != words[_LAST]:
+        first, last = words[_FIRST], words[_LAST]
+        while first != last:
             entry = _ENTRIES + _ENTRY_WORDS * first
             address = words[entry] | words[entry + 1] << 32
             length, value = words[entry + _LENGTH], words[entry + _DATA]

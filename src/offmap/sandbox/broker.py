@@ -110,8 +110,9 @@ class Broker(Owned):
         return None if status == _NO_STATUS else status
 
     def log(self, level: int, name: str, message: str) -> None:
-        """Log it there: what that needs is not in this process."""
-        self._ask(_LOG, level, text=f"{name}\0{message}")
+        """Log it there: what that needs is not in this process. If it has ended, nobody hears it, and the VMM ends."""
+        with contextlib.suppress(OSError):
+            self._ask(_LOG, level, text=f"{name}\0{message}")
 
     def _ask(self, kind: int, number: int, *more: int, text: str = "", fds: Sequence[int] = ()) -> int:
         request = _REQUEST.pack(kind, number, *more, *(0,) * (2 - len(more))) + text.encode()[:_MOST_TEXT]

@@ -23,6 +23,7 @@ from offmap.owned import Owned
 from offmap.sandbox import policy, seccomp
 from offmap.sandbox.broker import Broker, Services
 from offmap.sandbox.confine import Confined, confine
+from offmap.vmm.outcome import Outcome
 
 if TYPE_CHECKING:
     import socket
@@ -94,6 +95,11 @@ class Confinement(Owned):
             children = [device.child for device in machine.devices if device.child is not None]
             kinds = [kind for device in machine.devices for kind in device.kinds]
             seccomp.install(seccomp.compiled(policy.rules_of_main(kinds, children)))
+        except BaseException as error:
+            # Before any of them goes on: one may have no filter.
+            why = error if isinstance(error, OffmapError) else OffmapError("the VMM could not be confined")
+            machine.stop(Outcome.FAILED, why)
+            raise
         finally:
             gate.open()
 

@@ -1,21 +1,21 @@
 """virtio-blk: a drive (virtio 1.2, section 5.2).
 
-One request is one system call, done on the device's thread: a disk that takes its time holds up its own drive and
-nothing else. What the driver gets wrong in the ring is its own fault (NEEDS_RESET); what a request asks for and cannot
-have is a status of that request.
+One request of a usual size is one system call, done on the device's thread: a disk that takes its time holds up its own
+drive and nothing else. What the driver gets wrong in the ring is its own fault (NEEDS_RESET); what a request asks for
+and cannot have is a status of that request.
 """
 
 import errno
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import ClassVar, NamedTuple
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
 from offmap.devices.virtio.disk import SECTOR, Disk
 from offmap.devices.virtio.dma import DriverError
-from offmap.devices.virtio.iov import length, scatter
+from offmap.devices.virtio.iov import length, part, scatter
 from offmap.devices.virtio.queue import Chain, Queue
 from offmap.uapi.virtio import blk as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_BLOCK
@@ -26,6 +26,7 @@ QUEUE_SIZE = 512
 _MAX_RANGES = {uapi.VIRTIO_BLK_T_DISCARD: 64, uapi.VIRTIO_BLK_T_WRITE_ZEROES: 1}  # of one request
 _MAX_RANGE_SECTORS = 1 << 22  # 2 GiB in one range
 _MOST_PIECES = 16  # of ranges that are discarded or zeroed before others have their turn
+_MOST_MOVED = 16 << 20  # bytes of data, likewise: a request may have 4 GiB, and a disk be slow
 _BATCH = 16  # requests that are answered before the driver is told of the first
 _HEADER_SIZE = uapi.VIRTIO_BLK_OUTHDR.size
 
@@ -103,7 +104,7 @@ class Blk(VirtioDevice):
 
     def handle(self, queue: int) -> None:
         requests = self._queue
-        if requests is None:
+        if requests is None or requests.stopped:
             return
         if not self._go_on(requests):
             return
@@ -149,6 +150,9 @@ class Blk(VirtioDevice):
                 size = chain.writable_bytes - 1
                 if size & 511 or sector + (size >> 9) > self._sectors:
                     status[0] = uapi.VIRTIO_BLK_S_IOERR
+                elif size > _MOST_MOVED:
+                    self._unfinished = _moves(chain, status, kind, writable, size, sector)
+                    return 0
                 else:
                     self._disk.read(writable, size, sector << 9)
                     status[0] = uapi.VIRTIO_BLK_S_OK
@@ -157,6 +161,9 @@ class Blk(VirtioDevice):
                 size = chain.readable_bytes - _HEADER_SIZE
                 if size & 511 or sector + (size >> 9) > self._sectors or self._readonly:
                     status[0] = uapi.VIRTIO_BLK_S_IOERR
+                elif size > _MOST_MOVED:
+                    self._unfinished = _moves(chain, status, kind, readable, size, sector)
+                    return 0
                 else:
                     self._disk.write(readable, size, sector << 9, sync=self._sync)
                     status[0] = uapi.VIRTIO_BLK_S_OK
@@ -215,8 +222,8 @@ class Blk(VirtioDevice):
     def _go_on(self, requests: Queue) -> bool:
         """Do a part of an unfinished request. Return whether the next request may be started.
 
-        The host may have to write the zeroes. So others have their turn after each such piece: whoever stops or resets
-        the device need not wait for the whole request.
+        The host may have to write the zeroes, or to read much from a slow disk. So others have their turn after each
+        such piece: whoever stops or resets the device need not wait for the whole request.
         """
         pieces = 0
         while (work := self._unfinished) is not None:
@@ -235,8 +242,15 @@ class Blk(VirtioDevice):
         return pieces < _MOST_PIECES or not requests.go_on_later()
 
     def _do_piece(self, requests: Queue, work: "_Ranges") -> bool:
-        """Discard or zero a part of the first range. Return whether that was quick, and not written out."""
+        """Discard, zero or move a part of the first range. Return whether that was quick: no data was moved."""
         sector, count, flags = work.ranges.popleft()
+        if work.kind in (uapi.VIRTIO_BLK_T_IN, uapi.VIRTIO_BLK_T_OUT):
+            views = part(work.views, sector - work.first << 9, count << 9)
+            if work.kind == uapi.VIRTIO_BLK_T_IN:
+                self._disk.read(views, count << 9, sector << 9)
+            else:
+                self._disk.write(views, count << 9, sector << 9, sync=self._sync)
+            return False
         quick = True
         if work.kind == uapi.VIRTIO_BLK_T_DISCARD:
             done = self._disk.discard(sector << 9, count << 9)
@@ -250,12 +264,24 @@ class Blk(VirtioDevice):
 
 
 class _Ranges(NamedTuple):
-    """A request that discards or zeroes, and what is left of it to do: sectors, their numbers, flags."""
+    """A request that is done in parts, and what is left of it to do: sectors, their numbers, flags.
+
+    For one that reads or writes, `views` is its data, which begins at the sector `first`.
+    """
 
     chain: Chain
     status: memoryview
     kind: int
     ranges: deque[tuple[int, int, int]]
+    views: Sequence[memoryview] = ()
+    first: int = 0
+
+
+def _moves(chain: Chain, status: memoryview, kind: int, views: Sequence[memoryview], size: int, sector: int) -> _Ranges:
+    """A request that reads or writes much: a piece at a time."""
+    end, step = sector + (size >> 9), _MOST_MOVED >> 9
+    ranges = deque((at, min(step, end - at), 0) for at in range(sector, end, step))
+    return _Ranges(chain, status, kind, ranges, views, sector)
 
 
 def _ranges(readable: list[memoryview]) -> list[tuple[int, int, int]]:

@@ -270,8 +270,11 @@ class MmioTransport:
         self.interrupt_status.hold(reg.VIRTIO_MMIO_INT_VRING)
 
     def _kicked(self, number: int, _events: int) -> None:
-        if number < len(self._queues) and self._queues[number] is not None:
-            self._device.handle(number)
+        if number < len(self._queues) and (queue := self._queues[number]) is not None:
+            # A request that goes on later must not do so for a queue that the driver has taken away: no other part of
+            # it would let go of the thread in between.
+            if not queue.stopped:
+                self._device.handle(number)
         elif number < len(self._setups) and self._setups[number].ready:
             pass  # Linux's balloon driver kicks too early; DRIVER_OK looks at every queue
         elif not self._was_ready:

@@ -87,6 +87,7 @@ class Queue:
 
     Attributes:
         size, desc, avail, used: as above.
+        stopped: it is not the driver's any more.
 
     Raises:
         DriverError: a size or an address that the specification forbids.
@@ -117,6 +118,7 @@ class Queue:
                 raise DriverError(f"puts a {name} at {address:#x}, which is not aligned to {alignment}")
         self.size = size
         self.desc, self.avail, self.used = desc, avail, used
+        self.stopped = False
         self._mask = size - 1
         self._dma = dma
         self._limiter = limiter
@@ -308,6 +310,7 @@ class Queue:
 
     def stop(self) -> None:
         """Let go of guest memory. From now on `pop` finds nothing, and pushed buffers go nowhere."""
+        self.stopped = True
         self._avail = memoryview(bytes(6 + 2 * self.size)).cast("H")
         self._used = memoryview(bytearray(6 + 8 * self.size)).cast("H")
         self._used_elements = memoryview(bytearray(8 * self.size)).cast("I")

@@ -131,7 +131,7 @@ class Worker(Owned):
             try:
                 heapq.heappop(self._later)[2]()
             except Exception as error:
-                self._on_error(error)
+                self._failed(error)
         return 0 if self._later else -1
 
     @property
@@ -166,7 +166,7 @@ class Worker(Owned):
             try:
                 self._calls.popleft()()
             except Exception as error:
-                self._on_error(error)  # the calls behind it are still to be made
+                self._failed(error)  # the calls behind it are still to be made
 
     def turn(self, seconds: float = 0.0) -> bool:
         """Handle what comes up within so many seconds (-1: as long as it takes). Return whether there was anything.
@@ -181,8 +181,16 @@ class Worker(Owned):
                 try:
                     handler(what)
                 except Exception as error:
-                    self._on_error(error)
+                    self._failed(error)
         return bool(events)
+
+    def _failed(self, error: Exception) -> None:
+        """Hand on what was raised. Whatever comes of that, the thread goes on: others wait for it in `call`."""
+        try:
+            self._on_error(error)
+        except Exception as another:
+            thread = threading.current_thread()
+            threading.excepthook(threading.ExceptHookArgs((type(another), another, another.__traceback__, thread)))
 
     def _run(self) -> None:
         while not self._closing:

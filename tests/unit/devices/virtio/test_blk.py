@@ -192,8 +192,9 @@ def test_zeroes_are_written_where_the_file_system_knows_no_better(
     assert drive.said == []
 
 
-def test_zeroes_are_written_in_pieces_between_which_the_device_can_be_reset(
-    memory: GuestMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", ["reset", "stop"])
+def test_zeroes_are_written_in_pieces_between_which_the_device_can_be_ended(
+    memory: GuestMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     def refuse(*_: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "")
@@ -210,7 +211,8 @@ def test_zeroes_are_written_in_pieces_between_which_the_device_can_be_reset(
     def counted(offset: int, size: int, *, unmap: bool) -> tuple[int, bool]:
         pieces.append(size)
         if len(pieces) == 3:
-            drive.wired.transport.worker.post(drive.wired.device.reset)
+            transport = drive.wired.transport
+            transport.worker.post(drive.wired.device.reset if end == "reset" else lambda: transport._stop_queue(0))
             with_reset.set()
         return write_zeroes(offset, size, unmap=unmap)
 
@@ -219,6 +221,7 @@ def test_zeroes_are_written_in_pieces_between_which_the_device_can_be_reset(
     drive.wired.kick()
     assert with_reset.wait(10)
     drive.wired.settle()
+    drive.wired.kick()
     drive.wired.settle()
     assert len(pieces) <= 4, "nobody waited for the rest of 256"
     drive.wired.close()
@@ -451,3 +454,38 @@ def test_random_requests_end_in_a_status_or_a_reset(
             assert not drive.wired.status & VIRTIO_CONFIG_S_NEEDS_RESET
         assert image.stat().st_size == SECTORS * 512
         assert drive.wired.said == []
+
+
+@pytest.mark.parametrize("kind", [uapi.VIRTIO_BLK_T_IN, uapi.VIRTIO_BLK_T_OUT])
+@pytest.mark.parametrize("fails", [False, True])
+def test_much_data_is_moved_in_pieces_between_which_others_have_their_turn(
+    drive: Drive, image: Path, monkeypatch: pytest.MonkeyPatch, kind: int, fails: bool
+) -> None:
+    monkeypatch.setattr("offmap.devices.virtio.blk._MOST_MOVED", 4096)
+    turns: list[int] = []
+    worker = drive.wired.transport.worker
+    name = "read" if kind == uapi.VIRTIO_BLK_T_IN else "write"
+    move = getattr(drive.disk, name)
+
+    def counted(views: list[memoryview], size: int, offset: int, **more: bool) -> None:
+        turns.append(size)
+        worker.post(lambda: turns.append(0))
+        if fails and len(turns) > 2:
+            raise OSError(errno.EIO, "")
+        move(views, size, offset, **more)
+
+    monkeypatch.setattr(drive.disk, name, counted)
+    before = image.read_bytes()
+    data = os.urandom(3 * 4096 + 512)
+    header = struct.pack("<IIQ", kind, 0, 2)
+    drive.driver.add(header, *((512, 3 * 4096) if kind == uapi.VIRTIO_BLK_T_IN else (data[:512], data[512:])), 1)
+    for _ in range(6):
+        drive.wired.kick()
+    drive.wired.settle()
+    whole = drive.driver.whole_result()
+    assert whole[-1:] == (IOERR if fails else OK)
+    assert turns == [4096, 0, 4096, 0] if fails else [4096, 0, 4096, 0, 4096, 0, 512, 0]
+    if not fails and kind == uapi.VIRTIO_BLK_T_IN:
+        assert whole[:-1] == before[1024 : 1024 + len(data)]
+    elif not fails:
+        assert image.read_bytes() == before[:1024] + data + before[1024 + len(data) :]

@@ -86,6 +86,22 @@ def test_what_a_handler_raises_is_reported_and_the_thread_goes_on() -> None:
     os.close(kick)
 
 
+def test_whoever_reports_it_may_fail_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+
+    def fail(error: Exception) -> None:
+        raise BrokenPipeError from error
+
+    def bug() -> None:
+        raise ZeroDivisionError
+
+    with Worker("test", fail) as worker:
+        worker.post(bug)
+        assert worker.call(lambda: 9) == 9
+    assert [each.exc_type for each in told] == [BrokenPipeError]
+
+
 def test_who_posts_himself_again_and_again_leaves_the_others_their_turn() -> None:
     kick, kicked = os.eventfd(0, os.EFD_NONBLOCK), threading.Event()
     with Worker("test", lambda _: None) as worker:
