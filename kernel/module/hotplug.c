@@ -90,11 +90,16 @@ static bool any_poisoned(unsigned long pfn, unsigned long nr)
 	return false;
 }
 
+/* Or one that is just being made: it has left the free lists, and nobody refers to it yet. */
 static bool any_huge(unsigned long pfn, unsigned long nr)
 {
-	for (; nr--; pfn++)
-		if (PageHuge(pfn_to_page(pfn)))
+	struct page *page;
+
+	for (; nr--; pfn++) {
+		page = pfn_to_page(pfn);
+		if (PageHuge(page) || (PageHead(page) && !page_ref_count(page)))
 			return true;
+	}
 	return false;
 }
 
