@@ -19,6 +19,7 @@ from ..audit.report.samples import every_vm, exposed, not_audited, scan
 
 PROJECT = Path(__file__).parents[3]
 UNITS = PROJECT / "contrib" / "systemd"
+MOUNT = PROJECT / "contrib" / "pool" / "run-hidden.mount"
 RULES = PROJECT / "contrib" / "prometheus" / "offmap.rules.yml"
 PLAYS = sorted((PROJECT / "contrib" / "ansible").glob("*.yml"))
 FLEET = PROJECT / "docs" / "fleet.md"
@@ -37,10 +38,10 @@ def run(*words: str | Path) -> None:
     assert done.returncode == 0 and not done.stderr.strip(), done.stdout + done.stderr
 
 
-def unit(name: str) -> configparser.ConfigParser:
+def unit(path: Path) -> configparser.ConfigParser:
     parser = configparser.ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]
-    parser.read(UNITS / name)
+    parser.read(path)
     return parser
 
 
@@ -61,11 +62,11 @@ def series() -> dict[str, set[str]]:
 
 def test_systemd_takes_the_units() -> None:
     analyze = command("systemd-analyze", "the units were not verified by systemd itself")
-    run(analyze, "verify", *UNITS.iterdir())
+    run(analyze, "verify", *UNITS.iterdir(), MOUNT)
 
 
 def test_the_service_may_do_what_the_audit_needs() -> None:
-    service = unit("offmap-audit.service")["Service"]
+    service = unit(UNITS / "offmap-audit.service")["Service"]
     assert "offmap audit --all" in service["ExecStart"] and "--prometheus ${TEXTFILE}" in service["ExecStart"]
     # Findings are no failures; a failure is one.
     assert service["SuccessExitStatus"].split() == ["1", "3"]
@@ -77,10 +78,19 @@ def test_the_service_may_do_what_the_audit_needs() -> None:
 
 
 def test_an_audit_is_stale_only_after_several_were_missed() -> None:
-    timer = unit("offmap-audit.timer")["Timer"]
+    timer = unit(UNITS / "offmap-audit.timer")["Timer"]
     minutes = int(timer["OnUnitInactiveSec"].removesuffix("min")) + int(timer["RandomizedDelaySec"].removesuffix("min"))
     (stale,) = [rule["expr"] for rule in rules() if rule["alert"] == "OffmapAuditStale"]
     assert int(stale.split(">")[1]) >= 3 * 60 * minutes
+
+
+def test_a_pool_is_mounted_by_options_that_there_are() -> None:
+    mount = unit(MOUNT)["Mount"]
+    assert MOUNT.name == f"{mount['Where'].strip('/').replace('/', '-')}.mount"
+    module = (PROJECT / "kernel" / "module" / "poolfs.c").read_text()
+    known = set(re.findall(r'fsparam_\w+\("(\w+)"', module)) | {"nosuid", "nodev", "noexec"}
+    assert {option.partition("=")[0] for option in mount["Options"].split(",")} <= known
+    assert f'.name = "{mount["Type"]}"' in module
 
 
 # Prometheus
