@@ -17,6 +17,7 @@
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
+#include <linux/delay.h>
 #include <linux/err.h>
 #include <linux/fs.h>
 #include <linux/kdev_t.h>
@@ -230,18 +231,30 @@ static int is_vfio(struct device *dev, void *unused)
 {
 	int ret;
 
-	/* Who unbinds a device holds this until user space has closed it. */
 	if (!device_trylock(dev))
-		return true;
+		return -EAGAIN;
 	ret = dev->driver && strstarts(dev->driver->name, "vfio") &&
 	      pci_is_enabled(to_pci_dev(dev));
 	device_unlock(dev);
 	return ret;
 }
 
+/*
+ * Most have a device locked for a moment. Who unbinds one from VFIO has it locked
+ * until user space has closed it.
+ */
 bool offmap_any_vfio(void)
 {
-	return bus_for_each_dev(&pci_bus_type, NULL, NULL, is_vfio);
+	unsigned int tries = 50;
+	int ret;
+
+	do {
+		ret = bus_for_each_dev(&pci_bus_type, NULL, NULL, is_vfio);
+		if (ret != -EAGAIN)
+			return ret;
+		msleep(20);
+	} while (--tries);
+	return true;
 }
 
 static int by_pfn(void *unused, const struct list_head *a, const struct list_head *b)
