@@ -28,7 +28,8 @@ class KvmTimes(Tasks):
             made = self._changed_at(self._folder(address))
         except Unknown:
             return None
-        return made - time.time_ns() + time.monotonic_ns()
+        ago = time.time_ns() - made
+        return time.monotonic_ns() - ago if ago >= 0 else None  # the clock was put back since
 
     def _changed_at(self, inode: int) -> int:
         """``ctime`` of an inode (CLOCK_REALTIME, nanoseconds): of a folder in debugfs, when it was made."""

@@ -247,6 +247,8 @@ def test_when_a_vm_was_made_is_told_by_its_folder_and_else_by_its_last_change(ke
     (vm,) = kernel.vms()
     assert vm.made is not None and abs(before - vm.made - 5_000_000_000) < 1_000_000_000
     assert vm.made_since(vm.made) and not vm.made_since(vm.made + 1)
+    kernel.memory.put(inode, "inode", "i_ctime_sec", value=seconds + 60)
+    assert kernel.vms()[0].made is None  # the clock was put back
 
 
 def test_a_vcpu_that_is_being_made_is_no_answer(kernel: Kernel) -> None:
