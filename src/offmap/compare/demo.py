@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import msgspec
 from msgspec import Struct
@@ -20,12 +23,14 @@ from offmap.compare.facts import Host
 from offmap.compare.first_look import QUESTIONS
 from offmap.compare.guest import guest_initramfs
 from offmap.compare.job import Preset
-from offmap.compare.kinds import kind_of
+from offmap.compare.kinds import Vmm, kind_of
 from offmap.compare.knowledge import knowledge_of
 from offmap.compare.matrix import longest_first
 from offmap.compare.scheduler import Scheduler, local_pool
 from offmap.compare.spec import CellSpec
 from offmap.errors import ExitStatus, OffmapError
+from offmap.kmod.lab_build import get_headers
+from offmap.lab.firecracker import released_firecracker
 from offmap.lab.initramfs import busybox
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import default_spec, host_kernel
@@ -146,9 +151,14 @@ def run_demo(
     find_qemu()
     busybox()
     say("getting the kernels of host and guests")
+    if firecracker is None and any(kind_of(spec.backend).vmm is Vmm.FIRECRACKER for spec in specs):
+        _meanwhile(released_firecracker)
     with ThreadPoolExecutor() as threads:
         wanted = dict.fromkeys((specs[0].host_kernel, specs[0].guest_kernel))
-        made = [threads.submit(host_kernel, name, modules if name == kernel_spec else None, say) for name in wanted]
+        early = _get_headers if any(kind_of(spec.backend).backend.needs_module for spec in specs) else _nothing
+        made = [
+            threads.submit(host_kernel, name, modules if name == kernel_spec else None, say, early) for name in wanted
+        ]
         kernels = [each.result() for each in made]
     no_attack = _no_attack(claims, kernels)
     if no_attack:
@@ -174,6 +184,25 @@ def run_demo(
     except OSError as error:
         raise OffmapError(f"cannot write {path}: {error.strerror}", "give another folder with --out") from None
     return result
+
+
+def _get_headers(release: str) -> None:
+    """Get what the module is built with, while the kernel is unpacked."""
+    _meanwhile(partial(get_headers, release))
+
+
+def _nothing(_release: str) -> None:
+    pass
+
+
+def _meanwhile(fetch: Callable[[], object]) -> None:
+    """Begin to fetch what a cell will need. That cell waits for it; where it cannot be had, the cell says so."""
+
+    def run() -> None:
+        with suppress(OffmapError):
+            fetch()
+
+    Thread(target=run, daemon=True).start()
 
 
 def _no_attack(claims: Iterable[Claim], kernels: Iterable[HostKernel]) -> str:

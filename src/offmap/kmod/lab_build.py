@@ -81,6 +81,18 @@ def _of_ones_own(kernel: HostKernel, module: Path) -> Path:
     return build(kernel.release, modules=kernel.modules if has_headers else None)
 
 
+def get_headers(release: str) -> None:
+    """Get what modules for a Debian kernel are built with, unless that has been done. It does not need the kernel.
+
+    Raises:
+        LabError: the headers of exactly this kernel cannot be had.
+    """
+    store = cache_folder("build-roots") / release
+    with locked(store.with_name(f"{store.name}.lock")):
+        if not (store / COMPLETE).is_file():
+            _provide(release, store)
+
+
 def build_in_root(kernel: HostKernel, module: Path, sources: Path | None = None) -> None:
     """Build a module for a Debian kernel and store it as `module`, whose name is the one that its Kbuild gives it.
 
@@ -94,7 +106,7 @@ def build_in_root(kernel: HostKernel, module: Path, sources: Path | None = None)
     store = cache_folder("build-roots") / kernel.release
     with locked(store.with_name(f"{store.name}.lock")):
         if not (store / COMPLETE).is_file():
-            _provide(kernel, store)
+            _provide(kernel.release, store)
         work = store / f"{module.stem}-module"
         shutil.rmtree(work, ignore_errors=True)
         copy_sources(sources or source_folder(), work)
@@ -121,14 +133,14 @@ def _run_in(root: Path, release: str, work: str) -> "subprocess.CompletedProcess
     )
 
 
-def _provide(kernel: HostKernel, store: Path) -> None:
+def _provide(release: str, store: Path) -> None:
     if not apt.have_apt():
         raise LabError(
-            f"cannot get the headers of kernel {kernel.release}: this machine has no apt-get and dpkg-deb",
-            f"install them, so that /lib/modules/{kernel.release}/build is there",
+            f"cannot get the headers of kernel {release}: this machine has no apt-get and dpkg-deb",
+            f"install them, so that /lib/modules/{release}/build is there",
         )
-    headers = f"linux-headers-{kernel.release}"
-    series = ".".join(kernel.release.split(".")[:2])
+    headers = f"linux-headers-{release}"
+    series = ".".join(release.split(".")[:2])
 
     def fetch(view: apt.AptView) -> Path:
         with scratch_folder(store) as scratch:

@@ -31,7 +31,10 @@ def default_spec() -> str:
 
 
 def host_kernel(
-    spec: str | None = None, modules: Path | None = None, say: Callable[[str], None] = lambda _: None
+    spec: str | None = None,
+    modules: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    downloaded: Callable[[str], None] = lambda _: None,
 ) -> HostKernel:
     """Find, download or build the kernel that ``spec`` names; with a warm cache this needs no network.
 
@@ -39,6 +42,8 @@ def host_kernel(
         spec: ``debian:6.12`` (any series that Debian has), ``patched:7.3``, ``running``, or the path of a bzImage.
         modules: its ``lib/modules/RELEASE`` folder, for a path; looked for around it by default.
         say: takes a line for the user at each step of a build.
+        downloaded: takes the release of a Debian kernel whose packages are here, but not unpacked yet, which takes
+            seconds.
 
     Raises:
         LabError: there is no such kernel, or it could not be downloaded, built or read.
@@ -54,7 +59,7 @@ def host_kernel(
         series = spec.removeprefix("debian:")
         if not re.fullmatch(r"\d+\.\d+", series):
             raise LabError(f"{spec} names no kernel series", "write it as debian:6.12")
-        return _debian(spec, series)
+        return _debian(spec, series, downloaded)
     image = Path(spec).absolute()
     release = image_release(image)
     return HostKernel(spec, release, image, modules.absolute() if modules else _modules_near(image, release))
@@ -79,7 +84,7 @@ def _running(modules: Path | None) -> HostKernel:
     return HostKernel("running", image_release(image), image, folder)
 
 
-def _debian(spec: str, series: str) -> HostKernel:
+def _debian(spec: str, series: str, downloaded: Callable[[str], None]) -> HostKernel:
     store = cache_folder("kernels") / f"debian-{series}"
     with locked(store.with_name(f"{store.name}.lock")):
         tree = store / "tree"
@@ -90,7 +95,9 @@ def _debian(spec: str, series: str) -> HostKernel:
             for leftover in store.glob(".*"):  # of a run that was killed; we hold the lock
                 shutil.rmtree(leftover)
             try:
-                _unpack(_packages(series, store), tree)
+                debs = _packages(series, store)
+                downloaded(debs[0].name.partition("_")[0].removeprefix("linux-image-"))
+                _unpack(debs, tree)
             except OSError as error:
                 raise LabError(
                     f"cannot store {spec} in {store}: {error.strerror}", "check the disk and its rights"

@@ -1,6 +1,7 @@
 """The demonstration: cells as rows, and rows held against the claims."""
 
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,13 @@ from offmap.compare.claims import (
     row_name,
     without_control,
 )
-from offmap.compare.demo import PRESET, DemoResult, _no_attack, _order, claims_of, judge, row_of, specs_of
+from offmap.compare.demo import PRESET, DemoResult, _meanwhile, _no_attack, _order, claims_of, judge, row_of, specs_of
 from offmap.compare.facts import Guest, Host, Machine
 from offmap.compare.guest import CLOCKSOURCE, PLANTED, READY, canary_parameters, guest_initramfs
 from offmap.compare.questions import CATALOGUE, Answer
 from offmap.compare.report.demo import attack_lines
 from offmap.compare.spec import CellSpec
-from offmap.errors import ExitStatus
+from offmap.errors import ExitStatus, OffmapError
 from offmap.lab.cpio import regular
 from offmap.lab.kernel import HostKernel
 
@@ -287,6 +288,17 @@ def test_kernels_that_nothing_is_known_of_leave_the_attack_out() -> None:
     assert _no_attack([claim for claim in STOCK if not claim.attacked], [kernel]) == ""
     assert "is no kernel image" in (why := _no_attack(STOCK, [kernel]))
     assert judge([], (), why).left_out == why
+
+
+def test_what_cannot_be_fetched_meanwhile_is_left_to_the_cell() -> None:
+    tried = threading.Event()
+
+    def fetch() -> None:
+        tried.set()
+        raise OffmapError("no network", "")
+
+    _meanwhile(fetch)
+    assert tried.wait(60)
 
 
 @pytest.mark.parametrize(("value", "verdict"), [(True, "hidden"), (False, "exposed"), (None, "unknown")])

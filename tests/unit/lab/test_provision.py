@@ -81,18 +81,19 @@ def test_tampered_cache_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_tampered_package_is_downloaded_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = cache / "kernels/debian-6.12"
+    store, name = cache / "kernels/debian-6.12", f"linux-image-{RELEASE}_6.12.9-1_amd64.deb"
     debs = store / "packages"
     debs.mkdir(parents=True)
-    (debs / "new.deb").write_bytes(b"evil")
-    (debs / provision.RECORD).write_text(json.dumps({"new.deb": "0" * 64}))
+    (debs / name).write_bytes(b"evil")
+    (debs / provision.RECORD).write_text(json.dumps({name: "0" * 64}))
     good = b"good package"
     calls: list[str] = []
+    told: list[str] = []
 
     def download(_view: apt.AptView, package: apt.Package, folder: Path) -> Path:
         calls.append(package.name)
-        (folder / "new.deb").write_bytes(good)
-        return folder / "new.deb"
+        (folder / name).write_bytes(good)
+        return folder / name
 
     def unpack(files: list[Path], folder: Path) -> None:
         assert [deb.read_bytes() for deb in files] == [good]
@@ -104,9 +105,9 @@ def test_tampered_package_is_downloaded_again(cache: Path, monkeypatch: pytest.M
     monkeypatch.setattr(apt, "download", download)
     monkeypatch.setattr(apt, "have_apt", lambda: True)
     monkeypatch.setattr(provision, "_unpack", unpack)
-    provision.host_kernel("debian:6.12")
-    provision.host_kernel("debian:6.12")
-    assert calls == [package.name]
+    provision.host_kernel("debian:6.12", downloaded=told.append)
+    provision.host_kernel("debian:6.12", downloaded=told.append)
+    assert (calls, told) == ([package.name], [RELEASE])
     # The leftover of an interrupted run does not stay, and a good package is not downloaded again.
     (store / "tree" / kernel_tree.MANIFEST).write_text("")
     (store / ".tree.leftover").mkdir()
