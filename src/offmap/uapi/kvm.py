@@ -246,6 +246,27 @@ class kvm_stats_desc(Structure):
     _fields_ = [*u32("flags"), ("exponent", c_int16), *u16("size"), *u32("offset bucket_size")]
 
 
+class kvm_xen_hvm_config(Structure):
+    _fields_ = [
+        *u32("flags msr"),
+        *u64("blob_addr_32 blob_addr_64"),
+        *u8("blob_size_32 blob_size_64"),
+        ("pad2", c_uint8 * 30),
+    ]
+
+
+class kvm_xen_hvm_attr(Structure):
+    """Its union ``u`` as 64-bit words."""
+
+    _fields_ = [*u16("type"), ("pad", c_uint16 * 3), ("u", c_uint64 * 8)]
+
+
+class kvm_xen_vcpu_attr(Structure):
+    """Its union ``u`` as 64-bit words."""
+
+    _fields_ = [*u16("type"), ("pad", c_uint16 * 3), ("u", c_uint64 * 8)]
+
+
 # --- ioctls on /dev/kvm ----------------------------------------------------------------------------------------------
 KVM_GET_API_VERSION = io(KVMIO, 0x00)
 KVM_CREATE_VM = io(KVMIO, 0x01)
@@ -264,6 +285,8 @@ KVM_IRQ_LINE = iow(KVMIO, 0x61, kvm_irq_level)
 KVM_REGISTER_COALESCED_MMIO = iow(KVMIO, 0x67, kvm_coalesced_mmio_zone)
 KVM_IRQFD = iow(KVMIO, 0x76, kvm_irqfd)
 KVM_IOEVENTFD = iow(KVMIO, 0x79, kvm_ioeventfd)
+KVM_XEN_HVM_CONFIG = iow(KVMIO, 0x7A, kvm_xen_hvm_config)
+KVM_XEN_HVM_SET_ATTR = iow(KVMIO, 0xC9, kvm_xen_hvm_attr)
 KVM_GET_STATS_FD = io(KVMIO, 0xCE)  # on a vCPU fd too
 KVM_CREATE_GUEST_MEMFD = iowr(KVMIO, 0xD4, kvm_create_guest_memfd)
 
@@ -280,4 +303,5 @@ KVM_SET_CPUID = iow(KVMIO, 0x8A, kvm_cpuid)
 KVM_SET_CPUID2 = iow(KVMIO, 0x90, kvm_cpuid2)
 KVM_GET_TSC_KHZ = io(KVMIO, 0xA3)
 KVM_ENABLE_CAP = iow(KVMIO, 0xA3, kvm_enable_cap)
+KVM_XEN_VCPU_SET_ATTR = iow(KVMIO, 0xCB, kvm_xen_vcpu_attr)
 KVM_SET_XCRS = iow(KVMIO, 0xA7, kvm_xcrs)

@@ -4,6 +4,8 @@ KVM writes kvm-clock's page, and maps a nested guest's control pages, by the ker
 """
 
 import ctypes
+import struct
+from collections.abc import Sequence
 
 from offmap.uapi import kvm
 from offmap.uapi import ptrace as tracing
@@ -12,11 +14,14 @@ from offmap.wrap.stopped import Stopped
 
 _CLOCK = 1 << kvm.KVM_FEATURE_CLOCKSOURCE | 1 << kvm.KVM_FEATURE_CLOCKSOURCE2
 _CLOCK |= 1 << kvm.KVM_FEATURE_CLOCKSOURCE_STABLE_BIT
-_FORBIDDEN = {
-    kvm.KVM_CPUID_FEATURES: ("eax", _CLOCK),
+_NESTING = {
     0x1: ("ecx", 1 << 5),  # VMX
     0x80000001: ("ecx", 1 << 2),  # SVM
 }
+# Where a hypervisor's leaves may begin (for_each_possible_hypervisor_cpuid_base). KVM's are behind its signature; where
+# the guest sees Hyper-V's too, those come first.
+_BASES = range(0x40000000, 0x40010000, 0x100)
+_SIGNATURE = b"KVMKVMKVM\0\0\0"
 _MOST = 256  # entries: KVM_MAX_CPUID_ENTRIES of arch/x86/include/asm/kvm_host.h
 
 
@@ -30,16 +35,30 @@ def edit(pid: int, address: int) -> None:
     first, size = address + ctypes.sizeof(head), ctypes.sizeof(entries)
     address_space.read_into(pid, first, ctypes.addressof(entries), size)
     before = bytes(entries)
-    for entry in entries:
-        if entry.function in _FORBIDDEN:
-            register, bits = _FORBIDDEN[entry.function]
-            setattr(entry, register, getattr(entry, register) & ~bits)
+    remove(list(entries))
     if bytes(entries) != before:
         address_space.write_from(pid, first, ctypes.addressof(entries), size)
 
 
+def remove(entries: Sequence[kvm.kvm_cpuid_entry2]) -> None:
+    """Clear in these entries, which are all of a vCPU's, the bits of what is forbidden."""
+    clock = {entry.function | kvm.KVM_CPUID_FEATURES & 0xFF: ("eax", _CLOCK) for entry in entries if _is_of_kvm(entry)}
+    forbidden = _NESTING | clock
+    for entry in entries:
+        if entry.function in forbidden:
+            register, bits = forbidden[entry.function]
+            setattr(entry, register, getattr(entry, register) & ~bits)
+
+
+def _is_of_kvm(entry: kvm.kvm_cpuid_entry2) -> bool:
+    return entry.function in _BASES and struct.pack("<III", entry.ebx, entry.ecx, entry.edx) == _SIGNATURE
+
+
 def enforce(stopped: Stopped, vcpu: int) -> int:
-    """Have KVM refuse what this vCPU's CPUID does not offer; returns 0 or a negative errno."""
+    """Have KVM refuse what this vCPU's CPUID does not offer; returns 0 or a negative errno.
+
+    That holds for a vCPU without any CPUID too.
+    """
     request = kvm.kvm_enable_cap(kvm.KVM_CAP_ENFORCE_PV_FEATURE_CPUID, 0)
     request.args[0] = 1
     size = ctypes.sizeof(request)

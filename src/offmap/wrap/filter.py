@@ -18,9 +18,13 @@ from offmap.uapi.syscall import NUMBERS
 REPORTED: tuple[int, ...] = (
     kvm.KVM_SET_USER_MEMORY_REGION,
     kvm.KVM_SET_USER_MEMORY_REGION2,
+    kvm.KVM_CREATE_VCPU,
     kvm.KVM_SET_CPUID,
     kvm.KVM_SET_CPUID2,
     kvm.KVM_GET_SUPPORTED_CPUID,
+    kvm.KVM_XEN_HVM_CONFIG,
+    kvm.KVM_XEN_HVM_SET_ATTR,
+    kvm.KVM_XEN_VCPU_SET_ATTR,
 )
 """Commands of ioctl(2)."""
 

@@ -17,6 +17,7 @@ from offmap.wrap.source import Piece, Source, is_hidden
 from offmap.wrap.stopped import Stopped
 
 _MAP_FIXED = 0x10  # asm-generic/mman-common.h; not in every Python's mmap
+_REGISTERS = ("anon_inode:[vfio-device]", "/dev/vfio/devices/")  # of a device that the guest has: not RAM
 
 
 class SlotRefused(OffmapError):
@@ -32,7 +33,8 @@ class SlotRefused(OffmapError):
 def to_place(call: Call, pid: int, *, trust_shared: bool) -> list[Area]:
     """The parts of the slot's memory that are not hidden yet; empty for a slot that needs nothing.
 
-    A slot that is deleted needs nothing, nor device memory. One that the guest can only read needs it as others do.
+    A slot that is deleted needs nothing, nor registers of a VFIO device. One that the guest can only read needs it as
+    others do.
 
     Args:
         trust_shared: the user says that no other process uses the VMM's shared files.
@@ -74,7 +76,10 @@ def _wanted(area: Area, trust_shared: bool) -> bool:
     if area.perms[:3] not in {"rw-", "r--"}:
         raise SlotRefused(area, f"its mapping is {area.perms[:3]}", "turn off what maps guest memory late")
     if area.flags & {"io", "pf"}:
-        return False  # a device's registers: not RAM
+        if area.path.startswith(_REGISTERS):
+            return False
+        why = "it may be memory of the kernel's or of a device"
+        raise SlotRefused(area, why, "turn off what gives it to the guest")
     if area.shared and not trust_shared:
         raise SlotRefused(
             area,

@@ -7,6 +7,7 @@ import time
 from offmap.errors import OffmapError
 from offmap.log import Logger
 from offmap.uapi import kvm
+from offmap.uapi import ptrace as tracing
 from offmap.wrap import cpuid, footprint, slots
 from offmap.wrap.audits import Audit
 from offmap.wrap.listener import Call, CallGone, Listener
@@ -14,6 +15,9 @@ from offmap.wrap.policy import Policy
 from offmap.wrap.source import Source
 from offmap.wrap.stopped import Stopped
 from offmap.wrap.vmms import Vmm, Vmms
+
+_XEN = {kvm.KVM_XEN_HVM_CONFIG, kvm.KVM_XEN_HVM_SET_ATTR, kvm.KVM_XEN_VCPU_SET_ATTR}
+_XEN_MAPS = "it would map the pages that they share"
 
 _log = Logger("offmap.cli.wrap")
 
@@ -94,8 +98,12 @@ class Supervisor:
         elif call.command == kvm.KVM_GET_SUPPORTED_CPUID:
             if stopped.let_run() == 0:
                 cpuid.edit(stopped.pid, call.argument)
+        elif call.command == kvm.KVM_CREATE_VCPU:
+            self._create_vcpu(stopped)
         elif call.command == kvm.KVM_SET_CPUID2:
             self._set_cpuid(call, stopped)
+        elif call.command in _XEN:
+            raise OffmapError("KVM cannot be Xen for a guest on hidden memory", "turn that off", why=_XEN_MAPS)
         else:
             raise OffmapError("the VMM sets CPUID by KVM_SET_CPUID, which is not handled", "use a newer VMM")
 
@@ -109,11 +117,17 @@ class Supervisor:
             stopped.let_run()
         self._vmms.called(stopped.pid)
 
-    def _set_cpuid(self, call: Call, stopped: Stopped) -> None:
-        cpuid.edit(stopped.pid, call.argument)
-        if stopped.let_run() == 0 and (result := cpuid.enforce(stopped, call.fd)) < 0:
+    @staticmethod
+    def _create_vcpu(stopped: Stopped) -> None:
+        vcpu = stopped.let_run()
+        if vcpu >= 0 and (result := cpuid.enforce(stopped, vcpu)) < 0:
+            stopped.inject(tracing.SYS_close, vcpu)
             why = f"KVM_CAP_ENFORCE_PV_FEATURE_CPUID: {errno.errorcode.get(-result, result)}"
             raise OffmapError("the guest cannot be kept from kvm-clock", "use a newer kernel", why=why)
+
+    def _set_cpuid(self, call: Call, stopped: Stopped) -> None:
+        cpuid.edit(stopped.pid, call.argument)
+        stopped.let_run()
         if stopped.pid in self._vmms:
             self._vmms.called(stopped.pid)
 
