@@ -16,7 +16,9 @@ from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects, symbol
 from offmap.audit.regions import Layout
 
-_INIT_PID_NAMESPACE = "pid:[4026531836]"  # include/linux/proc_ns.h, PROC_PID_INIT_INO
+# include/linux/proc_ns.h, PROC_PID_INIT_INO and PROC_TIME_INIT_INO. An auditor with a clock of its own would take a
+# slot that was replaced just now for an old one.
+_NAMESPACES = {"PID": "pid:[4026531836]", "time": "time:[4026531834]"}
 _PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
 _ATTEMPTS = 8
 
@@ -36,16 +38,14 @@ class Tasks(KernelObjects):
     """Looks tasks up.
 
     Raises:
-        Unknown: this auditor does not see PIDs as the kernel does.
+        Unknown: this auditor does not see PIDs, or the time, as the kernel does.
     """
 
     def __init__(self, kcore: Kcore, layout: Layout, btf: Btf) -> None:
-        try:
-            namespace = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
-        except FileNotFoundError:
-            namespace = _INIT_PID_NAMESPACE  # a kernel without PID namespaces (CONFIG_PID_NS) has none but that
-        if namespace != _INIT_PID_NAMESPACE:
-            raise Unknown("the auditor is in a PID namespace of its own")
+        for kind, first in _NAMESPACES.items():
+            with suppress(FileNotFoundError):  # a kernel without such namespaces (CONFIG_PID_NS) has none but that
+                if os.readlink(f"/proc/self/ns/{kind.lower()}") != first:  # noqa: PTH115
+                    raise Unknown(f"the auditor is in a {kind} namespace of its own")
         super().__init__(kcore, layout, btf)
 
     def threads(self) -> list[Thread]:

@@ -61,7 +61,13 @@ def test_a_task_whose_memory_is_anothers_by_now_is_left_out(kernel: Kernel) -> N
     assert [thread.tid for thread in kernel.threads()] == [1, 71]
 
 
-def test_an_auditor_with_pids_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "readlink", lambda path: "pid:[4026532000]")
-    with pytest.raises(Unknown, match="PID namespace"):
+@pytest.mark.parametrize("kind", ["PID", "time"])
+def test_an_auditor_with_pids_or_a_clock_of_its_own_is_told_so(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    real = {"pid": "pid:[4026531836]", "time": "time:[4026531834]"}
+    links = {f"/proc/self/ns/{each}": link for each, link in real.items()}
+    monkeypatch.setattr(os, "readlink", links.__getitem__)
+    with pytest.raises(AttributeError):  # it goes on, and there is no kernel here
+        Tasks(None, None, None)  # type: ignore[arg-type]
+    links[f"/proc/self/ns/{kind.lower()}"] = f"{kind.lower()}:[4026532000]"
+    with pytest.raises(Unknown, match=f"{kind} namespace"):
         Tasks(None, None, None)  # type: ignore[arg-type]
