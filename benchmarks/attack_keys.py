@@ -1,9 +1,8 @@
 """Reads that it takes to the private keys of a Debian guest's nginx and sshd, on plain and on hidden RAM.
 
 In a disposable host, two guests run: the control on ``anon`` RAM, and one on ``reserved`` RAM. The TLS
-key is made in the guest's RAM after its boot, and its file is deleted. So is a file that stays, in the guest's page
-cache. The SSH host key is in the image. The image lies in the host's RAM: so it is in its page cache, where the key can
-be read whatever the guest's RAM is.
+key is made in the guest's RAM after its boot, and its file is deleted. The SSH host key is in the image. The image lies
+in the host's RAM: so it is in its page cache, where the key can be read whatever the guest's RAM is.
 A read is a word of eight bytes. Each key is recovered when it has signed what the public key verifies.
 
 With ``--plain``, the TLS key on each kind of plain RAM instead, under offmap and under QEMU.
@@ -24,7 +23,7 @@ from offmap.attack.kcore_primitive import KcorePrimitive
 from offmap.attack.keys import PublicKey
 from offmap.attack.knowledge import known, learn
 from offmap.attack.result import AttackResult, Attempt, Outcome
-from offmap.attack.target import FileContent, KeyFile, Target, TlsKey
+from offmap.attack.target import KeyFile, Target, TlsKey
 from offmap.compare.kinds import kind_of
 from offmap.compare.vm_process import VmProcess
 from offmap.compare.vmm_command import GuestSetup, vmm_command
@@ -38,7 +37,6 @@ from offmap.patience import scaled
 
 MOST_READS = 200_000
 PLAIN = ("anon", "memfd", "hugetlb", "qemu-anon", "qemu-memfd", "qemu-hugetlb")
-NOTE, NOTE_SIZE = "/tmp/note", 3000
 PACKAGES = ("nginx-light", "openssl", "openssh-server")
 SSH_KEY = "/etc/ssh/ssh_host_ed25519_key"
 SETUP = f"""
@@ -47,11 +45,10 @@ openssl req -x509 -newkey rsa:2048 -nodes -keyout key -out cert -subj /CN=localh
 echo 'events {{}} http {{ access_log off; server {{ listen 443 ssl;
     ssl_certificate /tmp/cert; ssl_certificate_key /tmp/key; }} }}' >conf
 mkdir -p /run/sshd
-head -c {NOTE_SIZE} /dev/urandom >{NOTE}
-nginx -c /tmp/conf && rm key && /usr/sbin/sshd && cat cert {SSH_KEY}.pub && sha256sum {NOTE} && echo ready
+nginx -c /tmp/conf && rm key && /usr/sbin/sshd && cat cert {SSH_KEY}.pub && echo ready
 while :; do sleep 1000; done
 """
-READY = re.compile(r"(?s)(-----BEGIN CERT.*END CERTIFICATE-----\r?\n)(ssh-[^\n]*\n)([0-9a-f]{64}) .*ready")
+READY = re.compile(r"(?s)(-----BEGIN CERT.*END CERTIFICATE-----\r?\n)(ssh-[^\n]*\n).*ready")
 _HOST = "4G"
 _GUEST = "256M"
 _HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
@@ -81,7 +78,7 @@ def qemu(kind: str, image: Path, folder: Path) -> list[str]:
 
 
 def start(stack: ExitStack, image: Path, kind: str) -> tuple[int, list[Target]]:
-    """A guest with its servers: the PID of its VMM; its TLS key, its SSH key and a file of its page cache.
+    """A guest with its servers: the PID of its VMM; its TLS key and its SSH key.
 
     Raises:
         OffmapError: it did not boot.
@@ -97,10 +94,9 @@ def start(stack: ExitStack, image: Path, kind: str) -> tuple[int, list[Target]]:
     match = READY.search(said)
     if match is None:
         raise OffmapError(f"the guest on {kind} has no servers: {vmm.complaint()}: {said[-1000:]}")
-    for name, text in zip(("cert", "ssh"), match.groups()[:2], strict=True):
+    for name, text in zip(("cert", "ssh"), match.groups(), strict=True):
         (folder / name).write_text(text.replace("\r", ""))
-    keys = TlsKey("nginx", PublicKey(folder / "cert")), KeyFile(SSH_KEY, PublicKey(folder / "ssh"))
-    return vmm.pid, [*keys, FileContent(NOTE.removeprefix("/tmp"), f"{match[3]}:{NOTE_SIZE}")]
+    return vmm.pid, [TlsKey("nginx", PublicKey(folder / "cert")), KeyFile(SSH_KEY, PublicKey(folder / "ssh"))]
 
 
 def show(name: str, result: AttackResult, expected: Outcome, limit: Limit | None) -> None:
@@ -147,7 +143,6 @@ def inside(image: Path, learnt: Path) -> int:
         names = (
             ("TLS key of nginx", Outcome.ENDS),
             ("SSH host key of the image", Outcome.RECOVERED),
-            ("file in the guest's page cache", Outcome.ENDS),
         )
         for (name, expected), target, control in zip(names, targets, controls, strict=True):
             result = attack(primitive, knowledge, Victim(hidden, target), Victim(plain, control))
