@@ -159,5 +159,7 @@ def run_for(name: str, seconds: float, seed: int) -> Score:
 
 
 def _resident() -> int:
+    """Bytes of this process's own memory; its guest's is shared memory."""
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        _, resident, shared, *_ = map(int, file.read().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")

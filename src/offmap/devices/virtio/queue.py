@@ -33,7 +33,7 @@ MAX_QUEUE_SIZE = 1 << 15  # virtio 1.2, 2.7: "The maximum Queue Size value is 32
 
 _WORTHWHILE = 8  # descriptors in a table from which on looking at it as a whole is quicker
 
-_MOST_TABLES = 128  # kinds of tables that are remembered: one of 512 descriptors takes some 64 KiB
+_MOST_REMEMBERED = 1 << 13  # descriptors of all kinds of tables that are remembered, of some 128 bytes each
 _MOST_BYTES = (1 << 32) - 1  # of a chain (2.7.5.2), so that what was written of it fits into its used element
 
 _SHARE = 64 << 20  # bytes that `chains` goes through before others have their turn; a buffer counts as _AT_LEAST
@@ -63,7 +63,7 @@ class _Tables(dict[int, Struct]):
     """Structs that unpack a whole table, by its number of descriptors. All queues share them, on any thread."""
 
     def __missing__(self, count: int) -> Struct:
-        if len(self) >= _MOST_TABLES:
+        if sum(self.copy()) + count > _MOST_REMEMBERED:
             self.clear()  # a driver that makes one of each size shall not fill our memory with them
         self[count] = struct = Struct("<" + count * "QIHH")
         return struct
