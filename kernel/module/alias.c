@@ -71,7 +71,7 @@ static bool skipped(unsigned long first, unsigned long last)
 static void walk_table(struct walk *walk, int level, unsigned long addr, unsigned int first)
 {
 	unsigned long size = 1UL << level_shift(level);
-	u64 *table = walk->tables[level], entry;
+	u64 *table = walk->tables[level], entry, walked = 0;
 	phys_addr_t phys;
 	unsigned int i;
 
@@ -82,10 +82,13 @@ static void walk_table(struct walk *walk, int level, unsigned long addr, unsigne
 		phys = entry & PTE_PFN_MASK;
 		if (!level || (level < 3 && entry & _PAGE_PSE))
 			note(walk, ALIGN_DOWN(phys, size), size);
+		else if (entry == walked)
+			continue;	/* KASAN: one table for terabytes that nobody uses */
 		else if (copy_from_kernel_nofault(walk->tables[level - 1], __va(phys), PAGE_SIZE))
 			walk->unknown = true;
 		else
 			walk_table(walk, level - 1, addr, 0);
+		walked = entry;
 	}
 	cond_resched();
 }
