@@ -14,8 +14,8 @@ from offmap.lab.kernel import HostKernel
 from offmap.patience import scaled
 
 from .test_pool import BLOCK, MIB, start
-from .test_wrap import Started
 from .unpacked import unpacked
+from .wrapped import Started
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 

@@ -340,6 +340,7 @@ class _Subject:
             physical=physical_map(judged, kcore.ram),
             sharing=sharing,
             mapped_guest_ranges=tuple(mapped_guest_ranges(judged, ram)),
+            kvm_clock_pages=ram.clock_pages,
             walk=mappings.facts(kcore.vmcoreinfo.levels),
             coverage=walked.coverage(),
             scan=scan,

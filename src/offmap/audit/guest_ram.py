@@ -88,6 +88,11 @@ class GuestRam:
         return tuple(dict.fromkeys(doubt for vm in self.vms for doubt in vm.doubts))
 
     @property
+    def clock_pages(self) -> tuple[int, ...]:
+        """Guest-physical addresses of the pages at which KVM keeps kvm-clock."""
+        return tuple(sorted({clock & -PAGE_SIZE for vm in self.vms for clock in vm.clocks}))
+
+    @property
     def intact(self) -> bool:
         """Whether no slot of its VMs was ever taken away or changed."""
         return all(vm.intact for vm in self.vms)

@@ -24,7 +24,7 @@ from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects, module_symbol
 from offmap.audit.kvm_btf import kvm_types, vendor_types
 from offmap.audit.kvm_times import KvmTimes
-from offmap.audit.kvm_vcpu import VCpu, vcpu_at
+from offmap.audit.kvm_vcpu import VCpu, clocks_at, vcpu_at
 from offmap.audit.regions import VMALLOC, Layout
 from offmap.uapi.page import PAGE_SIZE
 
@@ -82,6 +82,7 @@ class Vm:
         invalidations: how often memory under its slots was unmapped or moved by the VMM or the kernel.
         vcpus: its virtual processors.
         caches: guest-physical addresses of pages that KVM keeps a kernel mapping of (``gfn_to_pfn_cache``).
+        clocks: those of them at which a virtual processor's kvm-clock is.
     """
 
     address: int
@@ -95,6 +96,7 @@ class Vm:
     vcpus: tuple[VCpu, ...]
     caches: tuple[int, ...]
     made: int | None = field(default=None, compare=False)
+    clocks: tuple[int, ...] = ()
 
     @property
     def identity(self) -> tuple[int, int, str]:
@@ -308,6 +310,7 @@ class KvmList(KvmTimes):
             updates = updates and (not active or generation == space + step * len(here))
         if total != self._field(address, "kvm", "nr_memslot_pages"):
             raise Unknown("KVM's slots do not add up to the pages that it counts")
+        caches = dict(self._caches(address))
         vm = Vm(
             address,
             memory,
@@ -318,8 +321,9 @@ class KvmList(KvmTimes):
             changed,
             invalidations,
             self._vcpus(address),
-            tuple(self._caches(address)),
+            tuple(caches.values()),
             self._made(address),
+            tuple(caches[at] for at in clocks_at(self._btf, self._vcpu_addresses(address)) if at in caches),
         )
         if self._generations(address) != generations or not memory:
             raise Unknown("KVM's slots are being changed")
@@ -375,17 +379,20 @@ class KvmList(KvmTimes):
     def _inode(self, file: int) -> int:
         return self._field(self._field(file, "file", "f_inode"), "inode", "i_ino")
 
-    def _vcpus(self, address: int) -> tuple[VCpu, ...]:
+    def _vcpu_addresses(self, address: int) -> list[int]:
         array = address + self._btf.offset("kvm", "vcpu_array")
-        _, _, found = xarray.entries(self._read, self._btf, array)
+        return [int(at) for at in xarray.entries(self._read, self._btf, array)[2]]
+
+    def _vcpus(self, address: int) -> tuple[VCpu, ...]:
+        found = self._vcpu_addresses(address)
         if len(found) != self._field(address, "kvm", "online_vcpus", size=4):
             raise Unknown("a vCPU is being made")
         vendor = vendor_types() if len(found) else (self._btf, "kvm_vcpu")
-        return tuple(vcpu_at(self._read, self._btf, vendor, at) for at in found.tolist())
+        return tuple(vcpu_at(self._read, self._btf, vendor, at) for at in found)
 
-    def _caches(self, address: int) -> Iterator[int]:
-        """Guest-physical addresses that KVM keeps mapped for itself (``virt/kvm/pfncache.c``)."""
+    def _caches(self, address: int) -> Iterator[tuple[int, int]]:
+        """Each cache of KVM's that holds a mapping, and its guest-physical address (``virt/kvm/pfncache.c``)."""
         node = self._btf.offset("gfn_to_pfn_cache", "list")
         for at in self._links(address + self._btf.offset("kvm", "gpc_list"), _MOST_CACHES):
             if self._field(at - node, "gfn_to_pfn_cache", "khva"):
-                yield self._field(at - node, "gfn_to_pfn_cache", "gpa")
+                yield at - node, self._field(at - node, "gfn_to_pfn_cache", "gpa")

@@ -4,9 +4,10 @@ KVM maps pages of a guest that runs guests of its own (``kvm_vcpu_map``), some o
 the page tables need see that. But a vCPU cannot do it without EFER.SVME or CR4.VMXE, and KVM counts each time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offmap.audit.btf import Btf
+from offmap.audit.btf import Btf, Unknown
 from offmap.audit.xarray import Read
 
 _EFER_SVME = 1 << 12  # arch/x86/include/asm/msr-index.h
@@ -59,3 +60,12 @@ def vcpu_at(read: Read, kernel: Btf, vendor: tuple[Btf, str], at: int) -> VCpu:
         field(8, "stat", "nested_run"),
         tuple(mapped),
     )
+
+
+def clocks_at(kernel: Btf, vcpus: Sequence[int]) -> list[int]:
+    """Where each vCPU has the ``struct gfn_to_pfn_cache`` of its kvm-clock; none if this KVM has no such thing."""
+    try:
+        clock = kernel.offset("kvm_vcpu", "arch", "pv_time")
+    except Unknown:
+        return []
+    return [at + clock for at in vcpus]

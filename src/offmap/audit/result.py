@@ -225,6 +225,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
         physical: Where in physical memory the guest's pages are, and what reaches them there.
         sharing: Other processes that map guest pages; null if it could not be counted.
         mapped_guest_ranges: Guest-physical address and bytes of all that is mapped, where the VMM has told its slots.
+        kvm_clock_pages: Guest-physical addresses of pages that KVM maps to write kvm-clock's time to.
         walk: The walk of the kernel's page tables.
         coverage: The stretch of time that was looked at; null in results of older versions.
         scan: Null if nothing was scanned for.
@@ -251,6 +252,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
     physical: PhysicalMap
     sharing: Sharing | None
     mapped_guest_ranges: tuple[tuple[Count, Count], ...]
+    kvm_clock_pages: tuple[Count, ...] = ()
     walk: Walk
     coverage: Coverage | None = None
     scan: Scan | None

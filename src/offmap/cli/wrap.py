@@ -39,6 +39,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         action="store_true",
         help="replace shared files too: no other process uses them (vhost-user and virtiofs do)",
     )
+    parser.add_argument(
+        "--kvm-clock",
+        choices=("off", "keep"),
+        default="off",
+        help="keep: the guest may use it, and one page stays exposed, which is told (default: %(default)s)",
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- VMM …", help="the VMM and its arguments")
     parser.set_defaults(run=run)
 
@@ -59,5 +65,6 @@ def run(args: argparse.Namespace) -> int:
         kill=args.on_exposed == "kill",
         kill_undetermined=args.on_undetermined == "kill",
         trust_shared=args.trust_shared,
+        keep_clock=args.kvm_clock == "keep",
     )
     start(argv, args.memory, policy, verbose=getattr(args, "verbose", False), as_json=as_json())

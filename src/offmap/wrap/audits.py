@@ -7,6 +7,9 @@ import sys
 from offmap.errors import ExitStatus
 from offmap.owned import Owned
 
+CLOCK_ALONE = 10
+"""Exit status of ``judge``, beside those of ``offmap audit``: nothing is exposed but kvm-clock's page."""
+
 _MOST = 1 << 20  # bytes of output that are read
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)  # by the supervisor
 
@@ -17,11 +20,13 @@ class Answer:
     Attributes:
         line: for the user.
         status: hidden (DONE), EXPOSED, or UNDETERMINED, which is all else.
+        clock_alone: of a guest that is exposed, nothing is but kvm-clock's page.
     """
 
-    def __init__(self, line: str, status: ExitStatus) -> None:
+    def __init__(self, line: str, status: ExitStatus, *, clock_alone: bool = False) -> None:
         self.line = line
         self.status = status
+        self.clock_alone = clock_alone
 
 
 class Audit(Owned):
@@ -37,7 +42,7 @@ class Audit(Owned):
         try:
             self._child = os.posix_spawn(
                 sys.executable,
-                [sys.executable, "-m", "offmap", "audit", str(pid)],
+                [sys.executable, "-m", "offmap.wrap.judge", str(pid)],
                 os.environ,
                 file_actions=[(os.POSIX_SPAWN_DUP2, self._said, 1), (os.POSIX_SPAWN_DUP2, self._said, 2)],
                 setsigdef=_IGNORED,
@@ -69,8 +74,11 @@ class Audit(Owned):
 
 def answer_of(status: int, said: str, pid: int) -> Answer:
     """What an audit's exit status and output mean. Nothing but an audit that ended with "hidden" says so."""
+    if status == CLOCK_ALONE:
+        return Answer(said.strip(), ExitStatus.EXPOSED, clock_alone=True)
     lines = said.strip().splitlines() or ["it said nothing"]
-    if status in {ExitStatus.DONE, ExitStatus.EXPOSED}:
+    words = {ExitStatus.DONE: "HIDDEN:", ExitStatus.EXPOSED: "EXPOSED:"}
+    if status in words and lines[0].startswith(words[ExitStatus(status)]):
         return Answer(lines[0], ExitStatus(status))
     reason = lines[0] if status == ExitStatus.UNDETERMINED else lines[-1]
     line = f"placed, not audited: {reason.removeprefix('offmap audit: ')} (again: offmap audit {pid})"

@@ -22,6 +22,7 @@ REPORTED: tuple[int, ...] = (
     kvm.KVM_SET_CPUID,
     kvm.KVM_SET_CPUID2,
     kvm.KVM_GET_SUPPORTED_CPUID,
+    kvm.KVM_SET_REGS,
     kvm.KVM_XEN_HVM_CONFIG,
     kvm.KVM_XEN_HVM_SET_ATTR,
     kvm.KVM_XEN_VCPU_SET_ATTR,

@@ -12,20 +12,33 @@ class Policy:
         kill: a VMM whose guest is exposed is ended; else that is only said.
         kill_undetermined: so is one that no audit could judge.
         trust_shared: no process but the VMM uses its shared files.
+        keep_clock: the guest may have kvm-clock, and nothing ends the VMM for the one page that this exposes.
     """
 
-    def __init__(self, *, kill: bool = True, kill_undetermined: bool = False, trust_shared: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        kill: bool = True,
+        kill_undetermined: bool = False,
+        trust_shared: bool = False,
+        keep_clock: bool = False,
+    ) -> None:
         self.kill = kill
         self.kill_undetermined = kill_undetermined
         self.trust_shared = trust_shared
+        self.keep_clock = keep_clock
 
     def words(self) -> list[str]:
         """What stands for it on a command line."""
         return [name for name, value in vars(self).items() if value]
 
-    def ends(self, status: ExitStatus) -> str:
-        """The option by which a VMM with this verdict is ended; empty: it goes on."""
-        if status == ExitStatus.EXPOSED and self.kill:
+    def ends(self, status: ExitStatus, *, clock_alone: bool = False) -> str:
+        """The option by which a VMM with this verdict is ended; empty: it goes on.
+
+        Args:
+            clock_alone: of a guest that is exposed, nothing is but kvm-clock's page.
+        """
+        if status == ExitStatus.EXPOSED and self.kill and not (clock_alone and self.keep_clock):
             return "--on-exposed"
         return "--on-undetermined" if status == ExitStatus.UNDETERMINED and self.kill_undetermined else ""
 

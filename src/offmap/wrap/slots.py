@@ -30,7 +30,14 @@ class SlotRefused(OffmapError):
         super().__init__(f"{where} cannot be hidden", remedy, why=why)
 
 
-def to_place(call: Call, pid: int, *, trust_shared: bool) -> list[Area]:
+def region_of(call: Call, pid: int) -> kvm.kvm_userspace_memory_region:
+    """What the call that sets a slot says of it."""
+    region = kvm.kvm_userspace_memory_region()
+    address_space.read_into(pid, call.argument, ctypes.addressof(region), ctypes.sizeof(region))
+    return region
+
+
+def to_place(region: kvm.kvm_userspace_memory_region, pid: int, *, trust_shared: bool) -> list[Area]:
     """The parts of the slot's memory that are not hidden yet; empty for a slot that needs nothing.
 
     A slot that is deleted needs nothing, nor registers of a VFIO device. One that the guest can only read needs it as
@@ -42,8 +49,6 @@ def to_place(call: Call, pid: int, *, trust_shared: bool) -> list[Area]:
     Raises:
         SlotRefused: memory of this kind cannot be replaced.
     """
-    region = kvm.kvm_userspace_memory_region()
-    address_space.read_into(pid, call.argument, ctypes.addressof(region), ctypes.sizeof(region))
     if region.flags & kvm.KVM_MEM_GUEST_MEMFD:
         raise SlotRefused(None, "it is of guest_memfd, which has no address to replace", "turn guest_memfd off")
     start, end = region.userspace_addr, region.userspace_addr + region.memory_size
@@ -91,8 +96,8 @@ def _wanted(area: Area, trust_shared: bool) -> bool:
     return True
 
 
-def place(stopped: Stopped, listener: Listener, call: Call, areas: list[Area], source: Source) -> int:
-    """Replace these areas by hidden memory with the same contents; returns the bytes that were placed.
+def place(stopped: Stopped, listener: Listener, call: Call, areas: list[Area], source: Source) -> list[Piece]:
+    """Replace these areas by hidden memory with the same contents; returns the piece of each, which the caller owns.
 
     Nothing is changed before there is memory for all of them.
 
@@ -109,7 +114,8 @@ def place(stopped: Stopped, listener: Listener, call: Call, areas: list[Area], s
         finally:
             for fd in files.values():
                 stopped.inject(tracing.SYS_close, fd)
-    return sum(piece.size for piece in pieces)
+        owned.pop_all()
+    return pieces
 
 
 def _replace(stopped: Stopped, area: Area, piece: Piece, fd: int) -> None:

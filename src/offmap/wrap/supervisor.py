@@ -1,5 +1,6 @@
 """The process beside a wrapped VMM: it serves the VMM's calls one after the other, and sleeps in between."""
 
+import ctypes
 import errno
 import select
 import time
@@ -8,18 +9,20 @@ from offmap.errors import OffmapError
 from offmap.log import Logger
 from offmap.uapi import kvm
 from offmap.uapi import ptrace as tracing
-from offmap.wrap import cpuid, footprint, slots
+from offmap.wrap import address_space, cpuid, footprint, slots
 from offmap.wrap.audits import Audit
+from offmap.wrap.clock import Waiting, boots_linux
 from offmap.wrap.listener import Call, CallGone, Listener
 from offmap.wrap.policy import Policy
 from offmap.wrap.source import Source
-from offmap.wrap.stopped import Stopped
+from offmap.wrap.stopped import Stopped, process_of
 from offmap.wrap.vmms import Vmm, Vmms
 
 _XEN = {kvm.KVM_XEN_HVM_CONFIG, kvm.KVM_XEN_HVM_SET_ATTR, kvm.KVM_XEN_VCPU_SET_ATTR}
 _XEN_MAPS = "it would map the pages that they share"
 
 _log = Logger("offmap.cli.wrap")
+_LOOK_AGAIN = 5  # milliseconds, at a guest that has not begun yet
 
 
 class Supervisor:
@@ -31,6 +34,7 @@ class Supervisor:
         self._policy = policy
         self._vmms = Vmms()
         self._audit: tuple[Audit, Vmm] | None = None
+        self._untrimmed = False
 
     def serve(self) -> None:
         """Run until the last process under the filter has ended."""
@@ -50,17 +54,24 @@ class Supervisor:
             poll.register(self._audit[0].fd, select.POLLIN)
         else:
             due = self._vmms.next()
-            if due is None:
-                footprint.trim()
-        events = dict(poll.poll(None if due is None else int(due[1] * 1000) + 1))
+        waiting = self._vmms.waiting()
+        timeout = None if due is None else int(due[1] * 1000) + 1
+        if waiting:
+            timeout = _LOOK_AGAIN if timeout is None else min(timeout, _LOOK_AGAIN)
+        elif due is None and self._audit is None and self._untrimmed:
+            footprint.trim()
+            self._untrimmed = False
+        events = dict(poll.poll(timeout))
+        for vmm in waiting:
+            self._tell_clock(vmm)
         if events.get(self._listener.fd, 0) & select.POLLIN:
             self._serve_one()
         elif self._listener.fd in events:
             return False
         elif self._audit is not None and events:
             self._judge(*self._audit)
-            self._audit = None
-        elif due is not None and not due[0].seconds_left():
+            self._audit, self._untrimmed = None, True
+        elif due is not None and due[0].waiting is None and not due[0].seconds_left():
             due[0].audit_begins()
             self._audit = Audit(due[0].pid), due[0]
         return True
@@ -85,6 +96,9 @@ class Supervisor:
     def _answer(self, call: Call) -> None:
         if not call.native:
             raise OffmapError("the VMM called KVM by another ABI than x86-64's", "use a 64-bit build of it")
+        if call.command == kvm.KVM_SET_REGS and not self._boots(call):
+            self._listener.let_run(call)
+            return
         with Stopped(self._listener, call) as stopped:
             try:
                 self._serve(call, stopped)
@@ -97,39 +111,77 @@ class Supervisor:
             self._set_slot(call, stopped)
         elif call.command == kvm.KVM_GET_SUPPORTED_CPUID:
             if stopped.let_run() == 0:
-                cpuid.edit(stopped.pid, call.argument)
+                cpuid.edit(stopped.pid, call.argument, keep_clock=self._policy.keep_clock)
         elif call.command == kvm.KVM_CREATE_VCPU:
             self._create_vcpu(stopped)
         elif call.command == kvm.KVM_SET_CPUID2:
             self._set_cpuid(call, stopped)
+        elif call.command == kvm.KVM_SET_REGS:
+            self._set_first_registers(call, stopped)
         elif call.command in _XEN:
             raise OffmapError("KVM cannot be Xen for a guest on hidden memory", "turn that off", why=_XEN_MAPS)
         else:
             raise OffmapError("the VMM sets CPUID by KVM_SET_CPUID, which is not handled", "use a newer VMM")
 
     def _set_slot(self, call: Call, stopped: Stopped) -> None:
-        areas = slots.to_place(call, stopped.pid, trust_shared=self._policy.trust_shared)
+        region = slots.region_of(call, stopped.pid)
+        areas = slots.to_place(region, stopped.pid, trust_shared=self._policy.trust_shared)
+        vmm = self._vmms.of(stopped.pid)
         if areas:
             began = time.monotonic()
-            placed = slots.place(stopped, self._listener, call, areas, self._source)  # and the call comes again
-            _log.debug("process %d: %d KiB placed in %.2f s", stopped.pid, placed >> 10, time.monotonic() - began)
-        else:
-            stopped.let_run()
-        self._vmms.called(stopped.pid)
+            pieces = slots.place(stopped, self._listener, call, areas, self._source)  # and the call comes again
+            for area, piece in zip(areas, pieces, strict=True):
+                vmm.ram.add(area.start, piece)
+            placed = sum(piece.size for piece in pieces) >> 10
+            _log.debug("process %d: %d KiB placed in %.2f s", stopped.pid, placed, time.monotonic() - began)
+        elif stopped.let_run() == 0:
+            vmm.ram.set_slot(region)
+        vmm.called()
 
-    @staticmethod
-    def _create_vcpu(stopped: Stopped) -> None:
+    def _create_vcpu(self, stopped: Stopped) -> None:
         vcpu = stopped.let_run()
-        if vcpu >= 0 and (result := cpuid.enforce(stopped, vcpu)) < 0:
+        if vcpu < 0:
+            return
+        khz = stopped.inject(tracing.SYS_ioctl, vcpu, kvm.KVM_GET_TSC_KHZ, 0)
+        _log.debug("process %d: a guest that finds no clock needs: tsc=reliable tsc_early_khz=%d", stopped.pid, khz)
+        if not self._policy.keep_clock and (result := cpuid.enforce(stopped, vcpu)) < 0:
             stopped.inject(tracing.SYS_close, vcpu)
             why = f"KVM_CAP_ENFORCE_PV_FEATURE_CPUID: {errno.errorcode.get(-result, result)}"
             raise OffmapError("the guest cannot be kept from kvm-clock", "use a newer kernel", why=why)
 
     def _set_cpuid(self, call: Call, stopped: Stopped) -> None:
-        cpuid.edit(stopped.pid, call.argument)
+        cpuid.edit(stopped.pid, call.argument, keep_clock=self._policy.keep_clock)
         stopped.let_run()
         if stopped.pid in self._vmms:
-            self._vmms.called(stopped.pid)
+            self._vmms.of(stopped.pid).called()
+
+    def _registers(self, call: Call, pid: int) -> kvm.kvm_regs:
+        regs = kvm.kvm_regs()
+        address_space.read_into(pid, call.argument, ctypes.addressof(regs), ctypes.sizeof(regs))
+        return regs
+
+    def _boots(self, call: Call) -> bool:
+        """Whether a guest begins with these registers, and has to be told of its clock."""
+        pid = process_of(call.tid)
+        if self._policy.keep_clock or pid not in self._vmms or (vmm := self._vmms.of(pid)).waiting is not None:
+            return False
+        return boots_linux(self._registers(call, pid), vmm.ram)
+
+    def _set_first_registers(self, call: Call, stopped: Stopped) -> None:
+        vmm, regs = self._vmms.of(stopped.pid), self._registers(call, stopped.pid)
+        if stopped.let_run() == 0 and boots_linux(regs, vmm.ram):
+            khz = stopped.inject(tracing.SYS_ioctl, call.fd, kvm.KVM_GET_TSC_KHZ, 0)
+            if khz > 0:
+                vmm.waits(Waiting(vmm.ram, regs, khz))
+
+    def _tell_clock(self, vmm: Vmm) -> None:
+        """Complete the command line of a guest that has come to its first instruction."""
+        if vmm.waiting is None or not vmm.alive() or not vmm.guest_runs():
+            return
+        if not vmm.waiting.complete():
+            words = vmm.waiting.words
+            _log.info("process %d: if the guest finds no clock, add to its command line: %s", vmm.pid, words)
+        vmm.waiting = None
 
     def _judge(self, audit: Audit, vmm: Vmm) -> None:
         """Tell what an audit said, and act on it."""
@@ -137,7 +189,7 @@ class Supervisor:
             answer = audit.answer()
         if not vmm.alive():
             return
-        ends = self._policy.ends(answer.status)
+        ends = self._policy.ends(answer.status, clock_alone=answer.clock_alone)
         if not ends:
             _log.info("process %d: %s", vmm.pid, answer.line)
             return

@@ -4,8 +4,21 @@ import os
 import signal
 import time
 
+from offmap.wrap.clock import GuestRam, Waiting
+
 _SETTLED = 2.0  # seconds without a call, after which a VMM has settled
+_NEVER = 60.0  # seconds after which nobody waits for a guest to begin any more
+_GUEST_TIME = 43 - 3  # guest_time, of the fields behind the command's name
 _LATEST = 10.0  # seconds: it is audited though it has not settled
+
+
+def guest_ticks(pid: int) -> int:
+    """How long virtual processors of a process have run, in hundredths of a second (proc(5)); 0 if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - pathlib costs half a megabyte
+            return int(file.read().rpartition(b")")[2].split()[_GUEST_TIME])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 class Vmm:
@@ -13,6 +26,8 @@ class Vmm:
 
     Attributes:
         pid: its number, which is its own while ``alive``.
+        ram: what was placed, until the first audit.
+        waiting: its guest, if that waits to be told of its clock.
     """
 
     def __init__(self, pid: int) -> None:
@@ -20,6 +35,10 @@ class Vmm:
         self._fd = os.pidfd_open(pid)
         self._first: float | None = None  # when the first call came that no audit has seen
         self._due = 0.0
+        self.ram = GuestRam()
+        self.waiting: Waiting | None = None
+        self._ticks = 0
+        self._patience = 0.0
 
     def called(self) -> None:
         """It has changed a memory slot or a vCPU's CPUID."""
@@ -35,6 +54,17 @@ class Vmm:
     def audit_begins(self) -> None:
         """An audit sees all that has happened until now."""
         self._first = None
+        self.ram.close()
+
+    def waits(self, waiting: Waiting) -> None:
+        """Its guest waits at its first instruction."""
+        self.waiting = waiting
+        self._patience = time.monotonic() + _NEVER
+        self._ticks = guest_ticks(self.pid)
+
+    def guest_runs(self) -> bool:
+        """Whether its guest has run since then; or so much time has passed that it may never run."""
+        return guest_ticks(self.pid) > self._ticks or time.monotonic() > self._patience
 
     def alive(self) -> bool:
         """Whether the process is there."""
@@ -46,6 +76,7 @@ class Vmm:
 
     def close(self) -> None:
         """Forget the process."""
+        self.ram.close()
         os.close(self._fd)
 
     def _signal(self, number: int) -> bool:
@@ -64,15 +95,19 @@ class Vmms:
     def __init__(self) -> None:
         self._all: dict[int, Vmm] = {}
 
-    def called(self, pid: int) -> None:
-        """A process whose memory was placed has called; it waits for an answer, so its PID is its own."""
+    def of(self, pid: int) -> Vmm:
+        """That process, which waits for an answer, so that its PID is its own."""
         known = self._all.get(pid)
         if known is not None and not known.alive():
             self._all.pop(pid).close()
             known = None
         if known is None:
             known = self._all[pid] = Vmm(pid)
-        known.called()
+        return known
+
+    def waiting(self) -> list[Vmm]:
+        """Those whose guests wait to be told of their clock."""
+        return [vmm for vmm in self._all.values() if vmm.waiting is not None]
 
     def __contains__(self, pid: int) -> bool:
         return pid in self._all and self._all[pid].alive()

@@ -3,7 +3,7 @@
 import pytest
 
 from offmap.errors import ExitStatus
-from offmap.wrap.audits import answer_of
+from offmap.wrap.audits import CLOCK_ALONE, answer_of
 
 
 def test_only_an_audit_that_ended_well_says_hidden() -> None:
@@ -13,12 +13,18 @@ def test_only_an_audit_that_ended_well_says_hidden() -> None:
     assert (answer.line, answer.status) == ("EXPOSED: 1 of 9 guest pages of vmm (7) are mapped", ExitStatus.EXPOSED)
 
 
+def test_kvm_clocks_page_alone_is_exposed_all_the_same() -> None:
+    answer = answer_of(CLOCK_ALONE, "EXPOSED: 1 of 9 guest pages of vmm (7) are mapped: kvm-clock\n", 7)
+    assert (answer.status, answer.clock_alone) == (ExitStatus.EXPOSED, True)
+
+
 @pytest.mark.parametrize(
     ("status", "said", "reason"),
     [
         (3, "UNKNOWN: it cannot be told\n\nguest RAM", "UNKNOWN: it cannot be told"),
         (2, "offmap audit: reading /proc/kcore failed: EACCES; run as root\n", "reading /proc/kcore failed"),
         (-9, "", "it said nothing"),
+        (1, "Traceback (most recent call last):\nImportError: no", "ImportError: no"),
         (-9, "HIDDEN: but it was killed", "HIDDEN: but it was killed"),
     ],
 )

@@ -1,0 +1,44 @@
+"""The audit of a wrapped VMM, as a program: ``python -m offmap.wrap.judge PID``.
+
+It says in one line what ``offmap audit`` would, and ends as that does; or with ``CLOCK_ALONE``.
+"""
+
+import sys
+
+from offmap.audit.audit import audit_process
+from offmap.audit.report.text import verdict_line
+from offmap.audit.result import AuditResult
+from offmap.audit.verdict import Verdict
+from offmap.errors import ExitStatus, OffmapError
+from offmap.uapi.page import PAGE_SIZE
+from offmap.wrap.audits import CLOCK_ALONE
+
+
+def clock_page(result: AuditResult) -> int | None:
+    """The guest-physical address of kvm-clock's page, if that is the one page which is exposed."""
+    if result.pages.mapped_pages != 1 or result.pages.direct_map_pages or len(result.kvm_clock_pages) != 1:
+        return None
+    (page,) = result.kvm_clock_pages
+    return page if result.mapped_guest_ranges == ((page, PAGE_SIZE),) else None
+
+
+def judge(pid: int) -> tuple[int, str]:
+    """Audit a process; returns the exit status and the line."""
+    try:
+        result = audit_process(pid)
+    except OffmapError as error:
+        return error.exit_status, f"offmap audit: {error}"
+    except Exception as error:  # Python would end with 1, which means "exposed"
+        return ExitStatus.FAILED, f"this is a bug in offmap: {type(error).__name__}: {error}"
+    line = verdict_line(result)
+    if (page := clock_page(result)) is not None:
+        return CLOCK_ALONE, f"{line}: the guest's page at {page:#x}, which holds kvm-clock, and in Linux nothing else"
+    if result.verdict is Verdict.UNKNOWN and result.notes:
+        line += f": {result.notes[0]}"
+    return result.verdict.exit_status, line
+
+
+if __name__ == "__main__":
+    exit_status, said = judge(int(sys.argv[1]))
+    sys.stdout.write(f"{said}\n")
+    sys.exit(exit_status)

@@ -1,0 +1,143 @@
+"""What the tests of wrapped VMMs share: a host with the module, a released Firecracker, and what is heard."""
+
+import json
+import re
+import shutil
+import struct
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offmap.compare.guest import guest_initramfs
+from offmap.kmod.lab_build import lab_module
+from offmap.lab.command import Completed, LabCommand
+from offmap.lab.firecracker import released_firecracker
+from offmap.lab.host import LabHost
+from offmap.lab.kernel import HostKernel
+from offmap.lab.vmlinux import vmlinux_of
+from offmap.patience import scaled
+
+from .alias_module import alias_module
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = scaled(60.0)
+PT_NULL, PT_NOTE = 0, 4
+OFFMAP = [sys.executable, "-m", "offmap"]
+
+
+class Started:
+    """A command in the host that is listened to while it runs."""
+
+    def __init__(self, host: LabHost, argv: list[str]) -> None:
+        self._heard = ""
+        self._more = threading.Condition()
+        self.command: LabCommand = host.popen(argv, stdout=self._hear, stderr=self._hear, keep_stdin=True, cwd=ROOT)
+
+    def _hear(self, data: bytes) -> None:
+        with self._more:
+            self._heard += data.decode(errors="replace")
+            self._more.notify_all()
+
+    def await_(self, pattern: str) -> str:
+        """Wait until its output has this; returns what the first group matches."""
+        with self._more:
+            assert self._more.wait_for(lambda: re.search(pattern, self._heard, re.MULTILINE), PATIENCE), self._heard
+            found = re.search(pattern, self._heard, re.MULTILINE)
+            assert found
+            return found[1]
+
+    def end(self) -> str:
+        """Kill it, if it runs; returns all that it said."""
+        self.command.kill()
+        self.command.wait(PATIENCE)
+        return self._heard
+
+
+@contextmanager
+def module_host(kernel: HostKernel, out: Path) -> Iterator[LabHost]:
+    """A disposable host with the module, whose kernel must have nothing to complain of in the end."""
+    with LabHost.start(kernel, memory="2G", accel="tcg", out=out) as host:
+        shutil.copy(module := lab_module(kernel), out)
+        assert host.output(["insmod", str(out / module.name)]).status == 0
+        (out / "guest.initramfs").write_bytes(guest_initramfs())
+        yield host
+        log = host.output(["dmesg"]).stdout.decode()
+        assert not re.search(r"WARNING:|BUG:", log), log
+
+
+@pytest.fixture(scope="module")
+def host(lab_kernel: HostKernel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
+    out = tmp_path_factory.mktemp("out")
+    with module_host(lab_kernel, out) as host:
+        shutil.copy(module := alias_module(host.kernel), out)
+        assert host.output(["insmod", str(out / module.name)]).status == 0
+        yield host
+
+
+def audit(host: LabHost, pid: int) -> Any:
+    return json.loads(host.output([*OFFMAP, "audit", str(pid), "--json"], timeout=PATIENCE).stdout)
+
+
+def without_notes(vmlinux: bytes) -> bytes:
+    """A kernel that does not say that it can be booted by PVH: so a VMM boots it by Linux's 64-bit protocol."""
+    changed = bytearray(vmlinux)
+    (first,), (size, count) = struct.unpack_from("<Q", changed, 32), struct.unpack_from("<HH", changed, 54)
+    for at in range(first, first + size * count, size):
+        if changed[at] == PT_NOTE:
+            changed[at] = PT_NULL
+    return bytes(changed)
+
+
+@pytest.fixture(scope="module")
+def firecracker(request: pytest.FixtureRequest, host: LabHost) -> Path:
+    """Give a Firecracker, and put in /run what its guests boot."""
+    assert host.options.out is not None
+    vmlinux = vmlinux_of(host.kernel.vmlinuz).read_bytes()
+    (host.options.out / "vmlinux").write_bytes(vmlinux)
+    (host.options.out / "vmlinux-64").write_bytes(without_notes(vmlinux))
+    # The output folder is uncached 9p, which cannot read into hidden memory.
+    files = [str(host.options.out / name) for name in ("vmlinux", "vmlinux-64", "guest.initramfs")]
+    assert host.run(["cp", *files, "/run"]) == 0
+    given = request.config.getoption("--firecracker")
+    return Path(given).absolute() if given else released_firecracker()
+
+
+@pytest.fixture(scope="module")
+def boot_source(host: LabHost, firecracker: Path) -> dict[str, str]:
+    """Give the guest's kernel. It has no clock but the TSC, and nothing to measure that by: the wrapper tells it."""
+    quiet = "i8042.noaux i8042.nomux i8042.dumbkbd"  # Firecracker logs reads of ports that it does not have
+    words = f"console=ttyS0 quiet reboot=k panic=1 pci=off {quiet}"
+    return {"kernel_image_path": "/run/vmlinux", "initrd_path": "/run/guest.initramfs", "boot_args": words}
+
+
+def config(boot_source: dict[str, str], out: Path, name: str) -> str:
+    """A configuration file for Firecracker."""
+    machine = {"vcpu_count": 1, "mem_size_mib": 128}
+    (out / name).write_text(json.dumps({"boot-source": boot_source, "drives": [], "machine-config": machine}))
+    return str(out / name)
+
+
+HIDDEN = r"offmap wrap: process (\d+): HIDDEN: none of the \d+ guest pages of firecracker"
+
+
+def call(host: LabHost, path: str, *calls: tuple[str, str, object]) -> None:
+    """Make calls to Firecracker's API, by the socket at `path`."""
+    done = _call(host, path, calls)
+    assert done.status == 0, done.stderr.decode()
+
+
+def failed_call(host: LabHost, path: str, method: str, resource: str, body: object) -> str:
+    """Make a call that fails; returns what it is answered."""
+    done = _call(host, path, [(method, resource, body)])
+    assert done.status == 1
+    return done.stderr.decode()
+
+
+def _call(host: LabHost, path: str, calls: Sequence[tuple[str, str, object]]) -> Completed:
+    argv = [sys.executable, "-m", "tests.lab.firecracker_api", path, json.dumps(calls)]
+    return host.output(argv, timeout=PATIENCE, cwd=ROOT)

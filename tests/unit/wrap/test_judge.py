@@ -1,0 +1,39 @@
+"""The audit of a wrapped VMM: when nothing is exposed but kvm-clock's page."""
+
+from typing import Any
+
+import pytest
+from tests.unit.audit.report.samples import pages, vm
+
+from offmap.audit.result import AuditResult
+from offmap.report.typed import decode
+from offmap.wrap.judge import clock_page
+
+PAGE = 4096
+CLOCK = 0x1F01000
+
+
+def result(mapped: list[tuple[int, int]], clocks: list[int], **counts: int) -> AuditResult:
+    found: dict[str, Any] = {"mapped_guest_ranges": mapped, "kvm_clock_pages": clocks}
+    counts = {"mapped_pages": sum(size for _, size in mapped) // PAGE} | counts
+    return decode(AuditResult, vm(verdict="exposed", pages=pages(65536, **counts), **found))
+
+
+def test_the_clocks_page_alone_is_named() -> None:
+    assert clock_page(result([(CLOCK, PAGE)], [CLOCK])) == CLOCK
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        result([(CLOCK + PAGE, PAGE)], [CLOCK]),
+        result([(CLOCK, 2 * PAGE)], [CLOCK]),
+        result([(CLOCK, PAGE)], [CLOCK], mapped_pages=2),
+        result([(CLOCK, PAGE)], [CLOCK], direct_map_pages=1),
+        result([(CLOCK, PAGE)], []),
+        result([(CLOCK, PAGE)], [CLOCK, CLOCK + PAGE]),
+        result([], [CLOCK]),
+    ],
+)
+def test_nothing_else_is_excused(other: AuditResult) -> None:
+    assert clock_page(other) is None
