@@ -1,6 +1,7 @@
 """QEMU and Firecracker wrapped against the same VMM plain, by turns in one disposable host.
 
-From the start of the VMM's process to the guest's init, on `unplugged` and on a pool. Then, of a QEMU whose audit has
+From the start of the VMM's process to the guest's init, on `unplugged` and on a pool, and of `offmap run` with
+Firecracker's guest. Then, of a QEMU whose audit has
 said its word: the memory of the supervisor (PSS), and how often it wakes up while nothing happens. Last, the guest's
 reads and writes of a QEMU's virtio-blk drive.
 """
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import virtio_blk
-from boot_time import COMMAND_LINE, TUNED_MACHINE, qemu_command, time_to
+from boot_time import COMMAND_LINE, TUNED_MACHINE, offmap_command, qemu_command, time_to
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
 from lab_runs import add_inside_options, run_in_lab
@@ -114,16 +115,21 @@ def inside(rounds: int, module: str, firecracker: str, vmlinux: str, kernel: str
             "Firecracker": firecracker_command(firecracker, here[0], here[1], Path(folder)),
         }
         for name, plain in vmms.items():
-            samples: dict[str, list[float]] = {"plain": [], "unplugged": [], "pool": []}
+            commands = {"plain": plain, **{memory: wrapped(plain, memory) for memory in ("unplugged", "pool")}}
+            if name == "Firecracker":
+                commands["ours"] = offmap_command(here[0], here[1], "unplugged")
+            samples: dict[str, list[float]] = {command: [] for command in commands}
             for count in range(rounds + 1):
-                for memory, seconds in samples.items():
-                    argv = plain if memory == "plain" else wrapped(plain, memory)
+                for command, argv in commands.items():
                     taken = time_to(READY.encode(), argv)
                     if count:  # the first round fills the page cache for all of them
-                        seconds.append(taken)
+                        samples[command].append(taken)
             for memory, limit in (("pool", Limit("ratio", MAX_RATIO)), ("unplugged", None)):
                 title = f"{name} wrapped, process start to init, 256M, {memory}"
                 Figure("wrap", title, "s", samples[memory], f"{name} plain", samples["plain"], limit).print()
+            if ours := samples.get("ours"):
+                title = "offmap run, process start to init, 256M, unplugged"
+                Figure("wrap", title, "s", ours, f"{name} plain", samples["plain"], Limit("ratio", MAX_RATIO)).print()
         with audited(wrapped(vmms["QEMU"], "pool")) as pid:
             switches = ("voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
             before = [number(pid, "status", name) for name in switches]
