@@ -23,14 +23,15 @@ from offmap.uapi.syscall import NUMBERS
 
 # Runs offmap as its own program does, and has one thread attempt something once the guest runs.
 PROGRAM = """
-import ctypes, _socket, os, signal, sys, threading
+import ctypes, _socket, os, select, signal, sys, threading
 sys.path[:0] = {path!r}
 import offmap.cli.main
 from offmap.devices.virtio.worker import Worker
 from offmap.vmm.machine import Machine
 from offmap.vmm.vcpu_loop import VcpuLoop
 
-libc = ctypes.CDLL(None, use_errno=True)
+# PyDLL keeps the GIL: a child of fork would wait for ever for another thread that has it.
+libc = ctypes.PyDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long  # an address, for one
 kvm_vm = lambda: next(fd for fd in range(3, 64) if fds.get(fd, "").startswith("anon_inode:kvm-vm"))
 fds = {{}}
@@ -46,14 +47,19 @@ def text(name):
 ourselves = os.getpid()
 
 def other():
-    # A process that is none of ours any more, and ends with this one.
+    # A process that is none of ours any more, and ends with this one. (The kernel sends no death signal for a process
+    # that may not: ours will have another user.)
+    ours = os.pidfd_open(os.getpid())
     pid = os.fork()
-    if pid:
-        return pid
-    libc.prctl(1, 9, 0, 0, 0)
-    os.closerange(0, 1024)
-    while True:
-        signal.pause()
+    if not pid:
+        os.dup2(ours, 0)
+        os.closerange(1, 1024)
+        ended = select.poll()
+        ended.register(0, select.POLLIN)
+        ended.poll()
+        os._exit(0)
+    os.close(ours)
+    return pid
 
 def prepare():
     # What an attempt needs, made while this process still may.
