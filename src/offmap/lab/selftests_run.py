@@ -38,12 +38,14 @@ class Result(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         outcome: of all of it.
         why: it failed or was skipped, in a few words.
+        broken: it did not come to an end, or the kernel complained; whatever its cases said.
         cases: the outcome of each case that it names.
     """
 
     outcome: Outcome
     why: str = ""
     cases: dict[str, Outcome] = {}
+    broken: bool = False
 
     def count(self, outcome: Outcome) -> int:
         """How many cases ended so."""
@@ -110,7 +112,7 @@ def judge(status: int, output: str, log: str) -> Result:
     """
     cases = cases_of(output)
     if splat := next((line for line in log.splitlines() if _SPLAT.search(line)), ""):
-        return Result(Outcome.FAIL, re.sub(r"^\[ *[\d.]+\] *", "", splat).strip(), cases)
+        return Result(Outcome.FAIL, re.sub(r"^\[ *[\d.]+\] *", "", splat).strip(), cases, broken=True)
     if status == 0:
         return Result(Outcome.OK, "", cases)
     if status == KSFT_SKIP:
@@ -134,7 +136,8 @@ def compare(name: str, stock: Result | None, kernel: Result) -> Compared:
         worse = [
             case for case, end in stock.cases.items() if end is Outcome.OK and kernel.cases.get(case) is Outcome.FAIL
         ]
-        if not worse and stock.outcome is Outcome.OK and kernel.outcome is Outcome.FAIL:
+        failed = stock.outcome is Outcome.OK and kernel.outcome is Outcome.FAIL
+        if not worse and (failed or (kernel.broken and not stock.broken)):
             worse = [kernel.why or "the test"]
     return Compared(name, stock, kernel, worse)
 
@@ -190,6 +193,6 @@ class Runner:
             self._host.close()
             self._host = None
             why = f"did not end in {limit:.0f} s" if isinstance(error, LabTimeout) else error.what
-            return Result(Outcome.FAIL, why, cases_of(said.decode(errors="replace")))
+            return Result(Outcome.FAIL, why, cases_of(said.decode(errors="replace")), broken=True)
         except LabError as error:
             return Result(Outcome.FAIL, error.what)

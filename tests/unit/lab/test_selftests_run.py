@@ -76,6 +76,9 @@ def test_how_a_test_ended(status: int, output: str, log: str, outcome: Outcome, 
         (Result(OK, "", {"a": OK, "b": OK}), Result(FAIL, "", {"a": OK, "b": FAIL}), ["b"]),
         (Result(OK, "", {"a": OK}), Result(OK, "", {"a": SKIP}), []),
         (Result(OK, "", {"a": OK}), Result(OK, "", {"new": FAIL}), []),
+        # One that ends its host, or has the kernel complain, though a case fails on both.
+        (Result(FAIL, "b", {"b": FAIL}), Result(FAIL, "panic", {"b": FAIL}, broken=True), ["panic"]),
+        (Result(FAIL, "x", {"b": FAIL}, broken=True), Result(FAIL, "y", {"b": FAIL}, broken=True), []),
     ],
 )
 def test_what_got_worse(stock: Result | None, kernel: Result, worse: list[str]) -> None:
@@ -123,6 +126,6 @@ def test_a_test_that_ends_its_host_spoils_no_other(error: LabError, why: str) ->
     runner = Runner(start, Path("/tests"), 9)
     found = runner.run(["mm/a", "mm/b", "mm/c"])
     assert {name: run.outcome for name, run in found.items()} == {"mm/a": OK, "mm/b": FAIL, "mm/c": SKIP}
-    assert found["mm/b"] == Result(FAIL, why, {"begun": OK})
+    assert found["mm/b"] == Result(FAIL, why, {"begun": OK}, broken=True)
     assert [host.closed for host in hosts] == [True, True]
     assert runner.release == "7.3.4"
