@@ -150,12 +150,13 @@ def _run(args: argparse.Namespace, specs: "Sequence[CellSpec]", console: "Consol
     from offmap.cli.compare_progress import CompareProgress
     from offmap.compare.cell_run import Settings, usual_deadline
     from offmap.compare.run import run_cells
+    from offmap.lab.firecracker import own_firecracker
 
     settings = Settings(
         deadline=args.deadline or usual_deadline(),
         accel=args.accel,
         boots=args.boots,
-        firecracker=args.firecracker and args.firecracker.absolute(),
+        firecracker=own_firecracker(args.firecracker),
     )
     with CompareProgress(console, len(specs)) as progress:
         return run_cells(specs, args.out, settings, progress.event, progress.began, jobs=args.jobs, dask=args.dask)

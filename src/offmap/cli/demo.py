@@ -25,7 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--modules", type=Path, metavar="DIR", help="lib/modules/RELEASE folder of a bzImage")
     parser.add_argument("--accel", choices=("auto", "tcg", "kvm"), default="auto", help="of the disposable host")
     parser.add_argument(
-        "--firecracker", type=Path, metavar="PATH", help="this one, not the released one that is fetched"
+        "--firecracker", type=Path, metavar="PATH", help="instead of the released one, which is fetched"
     )
     parser.set_defaults(run=run)
 
@@ -39,13 +39,13 @@ def run(args: argparse.Namespace) -> int:
     from offmap.cli.demo_progress import DemoProgress
     from offmap.compare.demo import claims_of, run_demo
     from offmap.compare.report.demo import PipedConsole, attack_lines, cells_table
+    from offmap.lab.firecracker import own_firecracker
     from offmap.lab.provision import default_spec
 
     console = PipedConsole(highlight=False, width=None if sys.stdout.isatty() else 120)
-    kernel = args.host_kernel or default_spec()
+    kernel, firecracker = args.host_kernel or default_spec(), own_firecracker(args.firecracker)
     with ended_by_signals(), DemoProgress(console, len(claims_of(kernel))) as progress:
-        own = args.firecracker and args.firecracker.absolute()
-        result = run_demo(args.out, kernel, args.modules, args.accel, progress.event, progress.line, own)
+        result = run_demo(args.out, kernel, args.modules, args.accel, progress.event, progress.line, firecracker)
     console.print()
     facts = result.host
     console.print(f"On Linux {facts.kernel or '?'}, {facts.memory_bytes >> 20} MiB, {facts.cpu or '?'}:")

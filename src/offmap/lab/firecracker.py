@@ -1,5 +1,6 @@
 """A released Firecracker with its jailer: fetched once into the cache, and checked by its digest at each use."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,17 @@ _DIGESTS = {
     "jailer": "86622337f91df329cca72bb21cd1324fb8b6fa47931601d65ee4b2c72ef2cae5",
 }
 _REMEDY = "check the network, or give your own with --firecracker PATH"
+
+
+def own_firecracker(path: Path | None) -> Path | None:
+    """The user's Firecracker by its absolute path; None if none is named.
+
+    Raises:
+        LabError: it is no program.
+    """
+    if path is not None and not (path.is_file() and os.access(path, os.X_OK)):
+        raise LabError(f"{path} is no program", "name a Firecracker with --firecracker PATH")
+    return path and path.absolute()
 
 
 def released_firecracker() -> Path:
