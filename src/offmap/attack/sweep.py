@@ -21,7 +21,7 @@ from offmap.audit.mappings import KernelMappings
 from offmap.audit.own_memory import LockedBuffer, OwnPage, frames_at
 from offmap.audit.readable import Piece, clip, frames_of, ioremap_areas, read_plan, union, zero_filled_intervals
 from offmap.audit.regions import Layout
-from offmap.audit.search import chunks, find_bytes
+from offmap.audit.search import chunks, find_bytes, pieces_within
 from offmap.errors import OffmapError, Undetermined
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
@@ -191,11 +191,9 @@ class _Seen:
     def read(self) -> None:
         """Read it all."""
         pieces = list(self._plan.readable)
-        index = 0
+        starts = [piece.va for piece in pieces]
         for va, size, again in chunks(pieces, self._pieces.bytes):
-            while pieces[index].va + pieces[index].bytes <= va:
-                index += 1
-            if self._chunk(va, size, list(_parts(va, size, pieces, index))):
+            if self._chunk(va, size, list(pieces_within(pieces, starts, va, size))):
                 self.bytes += size - again
 
     def _chunk(self, va: int, size: int, parts: Sequence[Piece]) -> bool:
@@ -224,16 +222,6 @@ class _Seen:
             while (hit := find_bytes(at, base + size - at, self._needles.va + _LINE * number, PIECE)) is not None:
                 yield hit - base, number
                 at = hit + 1
-
-
-def _parts(va: int, size: int, pieces: Sequence[Piece], index: int) -> Iterator[Piece]:
-    """The parts of the pieces, from this one on, that lie within a stretch of addresses."""
-    while index < len(pieces) and pieces[index].va < va + size:
-        piece = pieces[index]
-        start, end = max(piece.va, va), min(piece.va + piece.bytes, va + size)
-        if start < end:
-            yield piece.part(start - piece.va, end - piece.va)
-        index += 1
 
 
 def _merged(found: Sequence[Piece]) -> list[Piece]:

@@ -216,7 +216,7 @@ def _run(work: _Work[T], readable: Sequence[Piece], lane: Lane, pattern: Pattern
                 piece = readable[bisect_right(starts, va + at) - 1]
                 work.add(Found(va + at, piece.pa + va + at - piece.va), what)
             if seams is not None:
-                for piece in _within(readable, starts, va + again, size - again):
+                for piece in pieces_within(readable, starts, va + again, size - again):
                     at = piece.va - va
                     _edges(buffer.view[at : at + piece.bytes], piece.pa, seams, work.seams)
             work.finished(size - again)
@@ -241,8 +241,8 @@ def _matches(buffer: LockedBuffer, size: int, pattern: Pattern[T]) -> Iterator[t
         at += 1
 
 
-def _within(readable: Sequence[Piece], starts: Sequence[int], va: int, size: int) -> Iterator[Piece]:
-    """The parts of the pieces within a read."""
+def pieces_within(readable: Sequence[Piece], starts: Sequence[int], va: int, size: int) -> Iterator[Piece]:
+    """The parts of the pieces (in order of their addresses, `starts`) that lie within a read."""
     index = bisect_right(starts, va) - 1
     while index < len(readable) and readable[index].va < va + size:
         piece = readable[index]
