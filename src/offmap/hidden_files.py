@@ -7,7 +7,7 @@ import errno
 import os
 from fcntl import ioctl
 
-from offmap.errors import BackendRefused
+from offmap.errors import BackendRefused, KernelError
 from offmap.uapi import offmap_module as uapi
 
 SEE_LOG = "see the kernel's log: dmesg"
@@ -86,9 +86,8 @@ def device_file() -> int:
     try:
         return os.open(uapi.DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        number = error.errno or 0
-        why = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
-        raise BackendRefused(f"open of {uapi.DEVICE} failed", why, _DEVICE_REMEDY.get(number, SEE_LOG)) from None
+        failed = KernelError(f"open of {uapi.DEVICE}", error)
+        raise BackendRefused(failed.what, failed.why, _DEVICE_REMEDY.get(failed.errno, SEE_LOG)) from None
 
 
 def unplugged_file(size: int, node: int) -> tuple[int, int]:
@@ -126,8 +125,8 @@ def _unplug_refusal(error: int, wanted: int, spare: int, node: int) -> BackendRe
             "try again, end what pins memory, or raise timeout in /sys/module/offmap/parameters",
         )
     if error != errno.ENOMEM:
-        why = f"{os.strerror(error)} ({errno.errorcode.get(error, error)})"
-        return BackendRefused("OFFMAP_UNPLUG failed", why, SEE_LOG)
+        failed = KernelError("OFFMAP_UNPLUG", error)
+        return BackendRefused(failed.what, failed.why, SEE_LOG)
     where = "" if node == uapi.OFFMAP_ANY_NODE else f" on node {node}"
     return BackendRefused(
         f"the host could spare {format_size(spare)} in whole memory blocks{where}, not {format_size(wanted)}",
