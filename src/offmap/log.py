@@ -40,7 +40,7 @@ class Logger:
     def log(self, level: int, message: str, *args: object, error: BaseException | None = None) -> None:
         """Log it, with `error` as the record's attribute of that name."""
         global _set_up  # noqa: PLW0603 - the process's, as all of `logging` is
-        if level < _level and "logging" not in sys.modules:
+        if not is_taken(level):
             return
         if _sink is not None:
             _sink(level, self.name, message % args + ("" if error is None else described(error)))
@@ -52,6 +52,11 @@ class Logger:
                 _set_up()
                 _set_up = None
         logging.getLogger(self.name).log(level, message, *args, stacklevel=3, extra={"error": error})
+
+
+def is_taken(level: int) -> bool:
+    """Whether a record of this level goes anywhere; else what it would say need not be found out."""
+    return level >= _level or "logging" in sys.modules
 
 
 def described(error: BaseException) -> str:

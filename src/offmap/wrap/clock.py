@@ -18,6 +18,11 @@ _START_INFO = 0x336EC578  # XEN_HVM_START_MAGIC_VALUE of xen/include/public/arch
 _START_INFO_COMMAND_LINE = 24  # u64: cmdline_paddr, the same
 
 
+def words_for(khz: int) -> str:
+    """What a Linux guest whose TSC has this frequency is told on its command line."""
+    return f"tsc=reliable tsc_early_khz={khz}"
+
+
 class GuestRam:
     """What was placed, where the guest has it, and where this process does. It is closed when nobody needs it."""
 
@@ -80,7 +85,7 @@ class Waiting:
     def __init__(self, ram: GuestRam, regs: kvm.kvm_regs, khz: int) -> None:
         self._ram = ram
         self._data = max(regs.rsi, regs.rbx)
-        self.words = f"tsc=reliable tsc_early_khz={khz}"
+        self.words = words_for(khz)
         self._entry = ctypes.c_uint16.from_address(ram.at(regs.rip, 2) or 0)
         self._instruction = self._entry.value
         self._entry.value = _SPIN

@@ -6,12 +6,12 @@ import select
 import time
 
 from offmap.errors import OffmapError
-from offmap.log import Logger
+from offmap.log import DEBUG, Logger, is_taken
 from offmap.uapi import kvm
 from offmap.uapi import ptrace as tracing
 from offmap.wrap import address_space, cpuid, footprint, slots
 from offmap.wrap.audits import Audit
-from offmap.wrap.clock import Waiting, boots_linux
+from offmap.wrap.clock import Waiting, boots_linux, words_for
 from offmap.wrap.listener import Call, CallGone, Listener
 from offmap.wrap.policy import Policy
 from offmap.wrap.source import Source
@@ -142,8 +142,9 @@ class Supervisor:
         vcpu = stopped.let_run()
         if vcpu < 0:
             return
-        khz = stopped.inject(tracing.SYS_ioctl, vcpu, kvm.KVM_GET_TSC_KHZ, 0)
-        _log.debug("process %d: a guest that finds no clock needs: tsc=reliable tsc_early_khz=%d", stopped.pid, khz)
+        if is_taken(DEBUG):
+            words = words_for(stopped.inject(tracing.SYS_ioctl, vcpu, kvm.KVM_GET_TSC_KHZ, 0))
+            _log.debug("process %d: a guest that finds no clock needs: %s", stopped.pid, words)
         if not self._policy.keep_clock and (result := cpuid.enforce(stopped, vcpu)) < 0:
             stopped.inject(tracing.SYS_close, vcpu)
             why = f"KVM_CAP_ENFORCE_PV_FEATURE_CPUID: {errno.errorcode.get(-result, result)}"
