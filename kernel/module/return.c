@@ -222,11 +222,17 @@ static void postpone(struct piece *piece)
 /* Give back what can go, and say whether any did. What is left stays in @pieces. */
 static bool return_pieces(struct list_head *pieces)
 {
-	bool unknown = offmap_find_mapped_pieces(pieces), vfio = offmap_any_vfio(), any = false;
+	bool unknown = offmap_find_mapped_pieces(pieces), vfio = false, any = false;
 	struct piece *piece, *next;
 	LIST_HEAD(later);
 	u64 size;
 
+	list_for_each_entry(piece, pieces, node) {
+		if (piece->quarantine) {
+			vfio = offmap_any_vfio();
+			break;
+		}
+	}
 	list_for_each_entry_safe(piece, next, pieces, node) {
 		size = piece->size;
 		list_del(&piece->node);
