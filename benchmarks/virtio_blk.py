@@ -37,14 +37,15 @@ INIT = """#!/bin/busybox sh
 export PATH=/bin
 mount -t devtmpfs none /dev; mount -t proc none /proc
 while read -r module; do insmod "/modules/$module"; done </modules/order
+sleep {settle}
 virtio_blk /dev/vda {seconds} {patterns} | sed 's/^/result /'
 grep virtio /proc/interrupts | sed 's/^/interrupts /'
 poweroff -f
 """
 
 
-def guest(seconds: float, patterns: Sequence[str]) -> bytes:
-    """An initramfs whose init measures /dev/vda.
+def guest(seconds: float, patterns: Sequence[str], settle: float = 0.0) -> bytes:
+    """An initramfs whose init measures /dev/vda, after `settle` seconds.
 
     Raises:
         OffmapError: no compiler, busybox, or module.
@@ -55,7 +56,9 @@ def guest(seconds: float, patterns: Sequence[str]) -> bytes:
     entries = [directory(name) for name in ("bin", "dev", "proc", "modules")]
     entries += [char_device("dev/console", 5, 1), regular("bin/busybox", busybox(), 0o755)]
     entries += [regular("bin/virtio_blk", static_program(Path(__file__).with_suffix(".c")), 0o755)]
-    entries += [regular("init", INIT.format(seconds=seconds, patterns=" ".join(patterns)).encode(), 0o755)]
+    entries += [
+        regular("init", INIT.format(seconds=seconds, patterns=" ".join(patterns), settle=settle).encode(), 0o755)
+    ]
     entries += [regular(f"modules/{name}", data) for name, data in files.items()]
     entries += [regular("modules/order", "".join(f"{name}\n" for name in files).encode())]
     return newc(entries)
