@@ -35,6 +35,7 @@ from offmap.audit.residency import (
 )
 from offmap.errors import Undetermined
 from offmap.hidden_files import is_of_a_pool
+from offmap.uapi.devices import DEV_MEM
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
@@ -44,7 +45,6 @@ _MISSING = 3  # not in the process's page tables: one of the three above, once i
 # Times the RAM that the host has for itself (a guest may be larger, as reserved memory is not of it).
 _MOST_RAM = 32
 
-_DEV_MEM = os.makedev(1, 1)  # Documentation/admin-guide/devices.txt: char 1:1, physical memory access
 _CHUNK = 1 << 17  # pages asked of pagemap at once: 1 MiB of entries
 _HUGE = 512  # pages of a 2 MiB one
 _AWAY = "swapped out or being migrated"
@@ -221,7 +221,7 @@ def _resolve_piece(process: Process, mapping: Mapping, va: int, pages: int, buil
     """A stretch of one mapping."""
     status = None if mapping.inode == 0 else process.stat(link(mapping))
     if status is not None and stat.S_ISCHR(status.st_mode):
-        if status.st_rdev == _DEV_MEM and mapping.shared:
+        if status.st_rdev == DEV_MEM and mapping.shared:
             # VM_PFNMAP: pagemap shows a hole, but the file's offset is the physical address (drivers/char/mem.c).
             first = mapping.offset + va - mapping.start
             building.add_run(pages, POPULATED, first // PAGE_SIZE)

@@ -15,6 +15,7 @@ from offmap.audit.procfs import read_path
 from offmap.audit.sandbox_result import LISTED, NOT_LOOKED_AT, Descriptor, Seccomp, VmmSandbox
 from offmap.errors import Undetermined
 from offmap.report.typed import plain
+from offmap.uapi.devices import MISC_MAJOR, PHYSICAL_MEMORY
 
 # include/uapi/linux/capability.h, in order
 # fmt: off
@@ -30,8 +31,6 @@ _CAPABILITIES = (
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 _PF_USER_WORKER = 0x4000  # include/linux/sched.h: a thread of the kernel's own in a user's process
 _O_PATH = 0o10000000
-_MEM_MAJOR, _MEMORY_MINORS = 1, (1, 2, 4)  # /dev/mem, kmem, port: drivers/char/mem.c
-_MISC_MAJOR = 10
 _MISC_OF_NOTE = ("kvm", "offmap")
 # File systems whose files the kernel itself answers for.
 _LOCAL = {"devtmpfs", "tmpfs", "ramfs", "rootfs", "proc", "sysfs", "devpts", "overlay", "hugetlbfs", "offmapfs"}
@@ -189,8 +188,8 @@ def _kind_of_file(
         return "directory"
     if stat.S_ISCHR(opened.st_mode):
         major, minor = os.major(opened.st_rdev), os.minor(opened.st_rdev)
-        if major == _MEM_MAJOR and minor in _MEMORY_MINORS:
+        if opened.st_rdev in PHYSICAL_MEMORY:
             return "physical memory"
-        if major == _MISC_MAJOR and (name := misc.get(str(minor))) in _MISC_OF_NOTE:
+        if major == MISC_MAJOR and (name := misc.get(str(minor))) in _MISC_OF_NOTE:
             return f"/dev/{name}"
     return ""

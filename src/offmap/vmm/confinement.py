@@ -1,8 +1,8 @@
 """A guest's process confined: the steps in their order, and the broker beside it.
 
-Before the machine is built: the broker. When all is open and loaded, and no thread runs: this process hands over what
-it must not keep, and gives up its rights. Then its threads start, each puts on the filter of its kind, this thread too,
-and none goes on before all have. Only then may the guest run.
+Before the machine is built: the broker. When all is open and loaded, and no thread runs: this process hands its broker
+what it must not keep, and gives up its rights. Then its threads start, each puts on the filter of its kind, this thread
+too, and none goes on before all have. Only then may the guest run.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from offmap.owned import Owned
 from offmap.sandbox import policy, seccomp
 from offmap.sandbox.broker import Broker, Services
 from offmap.sandbox.confine import Confined, confine
+from offmap.uapi.devices import DEV_KVM, PHYSICAL_MEMORY
 from offmap.vmm.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 _MOST_FDS = 1024
 _M_ARENA_MAX = -8  # malloc.h
-_MEMORY = (1, 2, 4)  # minors of /dev/mem, kmem, port: drivers/char/mem.c
-_KVM_MINOR = 232  # linux/miscdevice.h
 # What an end may need, and would open a file for.
 _NEEDED = ("select", "signal", "errno", "contextlib")
 _NEEDED_TO_COUNT = ("offmap.kvm.stats",)
@@ -195,15 +194,12 @@ class Gate:
 
 
 def _close_what_reaches_further() -> None:
-    """Close descriptors of directories, physical memory and /dev/kvm that whoever started this process left open."""
+    """Close inherited descriptors of directories, physical memory and /dev/kvm."""
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
         with contextlib.suppress(OSError):
             opened = os.fstat(int(name))
-            memory = (
-                stat.S_ISCHR(opened.st_mode) and os.major(opened.st_rdev) == 1 and os.minor(opened.st_rdev) in _MEMORY
-            )
-            kvm = stat.S_ISCHR(opened.st_mode) and opened.st_rdev == os.makedev(10, _KVM_MINOR)
-            if stat.S_ISDIR(opened.st_mode) or memory or kvm:
+            device = opened.st_rdev if stat.S_ISCHR(opened.st_mode) else None
+            if stat.S_ISDIR(opened.st_mode) or device == DEV_KVM or device in PHYSICAL_MEMORY:
                 os.close(int(name))
 
 

@@ -87,7 +87,7 @@ def test_descriptors_that_lead_further() -> None:
 
 
 def test_physical_memory_is_found_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MEMORY_MINORS", (3,))  # of /dev/null; lab tests have a /dev/mem
+    monkeypatch.setattr(module, "PHYSICAL_MEMORY", {os.makedev(1, 3)})  # of /dev/null; lab tests have a /dev/mem
     with doing("kept = os.open('/dev/null', 2)") as found:
         assert Descriptor(3, "physical memory", "/dev/null", "both") in found.descriptors
 
