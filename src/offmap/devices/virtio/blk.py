@@ -104,9 +104,7 @@ class Blk(VirtioDevice):
 
     def handle(self, queue: int) -> None:
         requests = self._queue
-        if requests is None or requests.stopped:
-            return
-        if not self._go_on(requests):
+        if requests is None or not self._go_on(requests):
             return
         answered = 0
         for chain in requests.chains():
@@ -264,7 +262,7 @@ class Blk(VirtioDevice):
 
 
 class _Ranges(NamedTuple):
-    """A request that is done in parts, and what is left of it to do: sectors, their numbers, flags.
+    """A request that is done in parts, and the parts that are left: sectors, their numbers, flags.
 
     For one that reads or writes, `views` is its data, which begins at the sector `first`.
     """
