@@ -32,8 +32,8 @@ class GuestSetup:
         words: for its kernel's command line.
         kvm_clock: on, off, or auto. Firecracker offers it always, and `offmap wrap` never.
         disk: a raw image for its /dev/vda.
-        taps: a network interface for each, by the name of the host's side, and how vhost is to be: on or off.
-            Firecracker has no vhost: it gets those without.
+        taps: its network interfaces, each by the name of its tap and whether it has vhost: on or off. Firecracker has
+            no vhost: it gets those without.
         vsock: the host's socket, of ``offmap run --vsock`` and Firecracker; QEMU's is the host kernel's.
         cid: its context id there.
         balloon: bytes; None: no such device.
@@ -127,8 +127,6 @@ def _firecracker(setup: GuestSetup, command_line: str, folder: Path) -> list[str
     assert setup.firecracker is not None and setup.vmlinux is not None
     # It logs each access to a port that it does not have, and ends when its guest resets.
     command_line += " reboot=k panic=1 pci=off i8042.noaux i8042.nomux i8042.dumbkbd"
-    if setup.kind.is_wrapped:
-        command_line += _tsc_words()
     boot = {"kernel_image_path": str(setup.vmlinux), "initrd_path": str(setup.initrd), "boot_args": command_line}
     config: dict[str, object] = {
         "boot-source": boot,
@@ -165,11 +163,7 @@ def _qemu_clock(offered: bool) -> tuple[str, str]:
     if offered:
         return "", ""
     # Bits 0, 3 (both kvmclock) and 24 of leaf 0x40000001 (feature_word_info in QEMU's target/i386/cpu.c), no others.
-    return ",kvmclock=off,kvmclock-stable-bit=off", _tsc_words()
-
-
-def _tsc_words() -> str:
-    return f" tsc_early_khz={guest_tsc_khz()} tsc=reliable"
+    return ",kvmclock=off,kvmclock-stable-bit=off", f" tsc_early_khz={guest_tsc_khz()} tsc=reliable"
 
 
 def guest_tsc_khz() -> int:
