@@ -48,7 +48,7 @@ class Backend(ABC):
         linux_owned: the memory is the host kernel's before the guest, and again after it. Else it is never Linux's.
         page_by_page: the host prepares each 4 KiB page by itself, which takes several times as long as a memfd.
         file: a file that another VMM can map as its guest's RAM; empty where there is none.
-        keeper: another process that keeps what must outlive this one, or what it must not have; None: nobody.
+        keeper: another process: it holds what must outlive this one, or what this one must not hold; None: nobody.
         compared: `offmap compare` can set it up by itself.
         progress: called with the share of the RAM that is ready, from 0 to 1, by kinds that take long to get.
     """
@@ -88,6 +88,16 @@ class Backend(ABC):
     def guest_memory(self, vm: Vm, size: int) -> GuestMemory:
         """`size` bytes of guest RAM."""
         return GuestMemory(self.allocate(vm, size))
+
+    def placed_from(self) -> list[str]:
+        """What `offmap wrap` places under other people's VMMs: words for ``wrap.source.source_from``.
+
+        Raises:
+            OffmapError: it cannot be placed, or this host does not have it.
+        """
+        raise OffmapError(
+            f"{self.name} cannot be placed under a VMM", "use --memory pool or --memory unplugged, which are files"
+        )
 
 
 class _Registry(Mapping[str, type[Backend]]):

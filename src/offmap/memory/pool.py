@@ -1,6 +1,6 @@
 """A file of a pool: memory that an administrator has taken off the kernel before (kernel/module/poolfs.c).
 
-Whoever may make a file in the pool's folder can have it, with no other right. It is zeroed already.
+A user who may create files in the pool's folder needs no other right. It is zeroed already.
 """
 
 import os
@@ -12,6 +12,7 @@ from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing
 from offmap.options import Options
 from offmap.pools import DEFAULT_PATH
+from offmap.uapi.page import PAGE_SIZE
 
 
 class Pool(Backend):
@@ -39,3 +40,8 @@ class Pool(Backend):
             return [Backing(f"a file in {self.path}", fd, size)]
         finally:
             os.close(fd)
+
+    def placed_from(self) -> list[str]:
+        path = os.path.abspath(self.path)  # noqa: PTH100 - it may be a link
+        os.close(pool_file(path, PAGE_SIZE))  # refused now, and not when the guest begins
+        return ["pool", path]

@@ -52,7 +52,7 @@ class Source(ABC):
 
 
 def source_from(words: Sequence[str]) -> Source:
-    """The source of these words, which ``memory.words_of`` made: ``pool FOLDER`` or ``unplugged NODE``."""
+    """The source for a backend's words (``Backend.placed_from``): ``pool FOLDER`` or ``unplugged NODE``."""
     kind, value = words
     return PoolFiles(value) if kind == "pool" else DeviceFiles(int(value))
 

@@ -13,9 +13,9 @@ from typing import NoReturn
 import offmap
 from offmap.errors import OffmapError
 from offmap.log import ERROR, Logger
+from offmap.memory.backend import parse_backend
 from offmap.uapi import seccomp_notify
 from offmap.wrap import filter as call_filter
-from offmap.wrap.memory import words_of
 from offmap.wrap.policy import Policy
 from offmap.wrap.supervise import command
 
@@ -35,7 +35,7 @@ def run(argv: Sequence[str], memory: str, policy: Policy, *, verbose: bool, as_j
     """
     if shutil.which(argv[0]) is None:
         raise OffmapError(f"there is no program {argv[0]}", "name the VMM by its path")
-    words = [*words_of(memory), *policy.words()]
+    words = [*parse_backend(memory).placed_from(), *policy.words()]
     folder = os.path.dirname(os.path.dirname(os.path.abspath(offmap.__file__)))  # noqa: PTH100, PTH120
     ours, theirs = socket.socketpair()
     pid = os.fork()
@@ -62,7 +62,7 @@ def run(argv: Sequence[str], memory: str, policy: Policy, *, verbose: bool, as_j
 
 
 def _supervise(ours: socket.socket, command: Callable[[int], list[str]]) -> NoReturn:
-    """Become the supervisor: no child of the VMM, in a session of its own, and a small program of its own."""
+    """Become the supervisor: a small program in its own session, and no child of the VMM."""
     try:
         if os.fork():
             os._exit(0)

@@ -96,7 +96,7 @@ class Vmms:
         self._all: dict[int, Vmm] = {}
 
     def of(self, pid: int) -> Vmm:
-        """That process, which waits for an answer, so that its PID is its own."""
+        """The process that waits for an answer. Its PID cannot be reused meanwhile."""
         known = self._all.get(pid)
         if known is not None and not known.alive():
             self._all.pop(pid).close()
