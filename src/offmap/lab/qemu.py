@@ -1,10 +1,10 @@
 """The QEMU command line of a disposable host."""
 
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from offmap import units
 from offmap.lab.errors import LabError
 
 QEMU = "qemu-system-x86_64"
@@ -29,9 +29,9 @@ ACCEL = {
     "kvm": ["-accel", "kvm", "-cpu", "host"],
 }
 
-_UNITS = {"": 20, "K": 10, "M": 20, "G": 30, "T": 40}  # QEMU's own: a bare number is MiB
 MAX_NODES = 8
 MIN_MEMORY = 128 << 20  # a Debian kernel with this initramfs does not come up in less
+MAX_MEMORY = 1 << 46  # what x86-64 addresses with four levels of page tables
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,14 @@ class HostOptions:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size as QEMU writes it: ``2G``, ``512M``, or a number of MiB.
+    """The bytes of a host's RAM, as QEMU takes it: ``2G``, ``512M``, or a number of MiB.
 
     Raises:
-        LabError: it is not a size, or too small for a host.
+        OffmapError: it is not a size, or no host can have it.
     """
-    match = re.fullmatch(r"(\d{1,9})([KMGT]?)", text.strip().upper())
-    if not match:
-        raise LabError(f"{text!r} is no memory size", "write it as 2G or 512M")
-    size = int(match[1]) << _UNITS[match[2]]
-    if size < MIN_MEMORY:
-        raise LabError(f"{text} is too little memory for a host", "give at least 128M")
+    size = units.parse_size(f"{text}M" if text.isdecimal() else text)
+    if not MIN_MEMORY <= size <= MAX_MEMORY:
+        raise LabError(f"a host cannot have {text} of memory", "give 128M to 64T")
     return size
 
 

@@ -165,7 +165,7 @@ def test_none_are_kept_if_so_wanted(store: Snapshots, monkeypatch: pytest.Monkey
     with pytest.raises(SnapshotUnusable, match="is 0"):
         make(store)
     monkeypatch.setenv("OFFMAP_SNAPSHOT_LIMIT", "much")
-    with pytest.raises(OffmapError, match="'much' is no memory size"):
+    with pytest.raises(OffmapError, match="'much' is not a size"):
         make(store)
 
 
