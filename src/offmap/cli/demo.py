@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"{cell.name} {cell.outcome.value}: {cell.reason}", markup=False, soft_wrap=True)
     if result.left_out:
         console.print(result.left_out, markup=False, soft_wrap=True)
-    for mismatch in result.surprises:
+    for mismatch in result.mismatches:
         console.print(f"not as claimed: {mismatch.row} {mismatch.what}", markup=False, soft_wrap=True)
     if result.exit_status is ExitStatus.DONE:
         console.print("All as claimed: what was to be found was found, and nothing of what was to be hidden.")

@@ -70,7 +70,7 @@ class DemoResult(Struct, frozen=True, tag_field="schema", tag=SCHEMA):
         time: when it ended (UTC, ISO 8601).
         host: the disposable hosts, which are alike.
         left_out: what could not be tried here and why, or empty.
-        surprises: the results that contradict a claim.
+        mismatches: the results that contradict a claim.
     """
 
     offmap: str
@@ -78,12 +78,12 @@ class DemoResult(Struct, frozen=True, tag_field="schema", tag=SCHEMA):
     host: Host
     cells: tuple[DemoRow, ...]
     left_out: str
-    surprises: tuple[Mismatch, ...]
+    mismatches: tuple[Mismatch, ...] = msgspec.field(name="surprises")
 
     @property
     def exit_status(self) -> ExitStatus:
         """0 if every claim held; else the status of the gravest mismatch: exposed, then failed, then unknown."""
-        found = {mismatch.exit_status for mismatch in self.surprises}
+        found = {mismatch.exit_status for mismatch in self.mismatches}
         order = (ExitStatus.EXPOSED, ExitStatus.FAILED, ExitStatus.UNDETERMINED)
         return next((status for status in order if status in found), ExitStatus.DONE)
 
@@ -244,5 +244,5 @@ def judge(results: Sequence[CellResult], claims: Sequence[Claim], no_attack: str
     rows = [row_of(result) for result in results if result not in untried]
     claims = [claim for claim in claims if claim.name not in names]
     host = next((result.host for result in results if result.host != Host()), Host())
-    surprises = tuple(check(rows, claims))
-    return DemoResult(__version__, utc_now(), host, tuple(without_control(rows, claims)), left_out, surprises)
+    mismatches = tuple(check(rows, claims))
+    return DemoResult(__version__, utc_now(), host, tuple(without_control(rows, claims)), left_out, mismatches)

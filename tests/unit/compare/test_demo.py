@@ -138,10 +138,10 @@ def test_all_as_claimed_is_done() -> None:
 )
 def test_each_thing_that_can_go_wrong(backend: str, changes: dict[str, Any], expected: ExitStatus) -> None:
     cells = spoilt(backend, **changes)
-    (surprise,) = check(cells.values(), STOCK)
-    assert surprise.row == backend
-    assert surprise.exit_status is expected
-    assert "\n" not in surprise.what
+    (mismatch,) = check(cells.values(), STOCK)
+    assert mismatch.row == backend
+    assert mismatch.exit_status is expected
+    assert "\n" not in mismatch.what
     assert status(cells) is expected
 
 
@@ -187,8 +187,8 @@ def test_each_thing_that_can_go_wrong_on_a_patched_kernel(
     name: str, changes: dict[str, Any], expected: ExitStatus
 ) -> None:
     cells = GOOD_PATCHED | {name: replace(GOOD_PATCHED[name], **changes)}
-    (surprise,) = check(cells.values(), PATCHED)
-    assert (surprise.row, surprise.exit_status) == (name, expected)
+    (mismatch,) = check(cells.values(), PATCHED)
+    assert (mismatch.row, mismatch.exit_status) == (name, expected)
 
 
 def test_a_guest_that_was_tried_with_the_other_clock_only_was_not_tried() -> None:
@@ -215,17 +215,17 @@ def test_nothing_at_all_is_no_success() -> None:
     assert status({}) is ExitStatus.FAILED
 
 
-def test_the_gravest_surprise_decides() -> None:
+def test_the_gravest_mismatch_decides() -> None:
     exposed, failed, unknown = (
         Mismatch("b", "w", s) for s in (ExitStatus.EXPOSED, ExitStatus.FAILED, ExitStatus.UNDETERMINED)
     )
-    for surprises, expected in (
+    for mismatches, expected in (
         ((unknown, failed, exposed), ExitStatus.EXPOSED),
         ((unknown, failed), ExitStatus.FAILED),
         ((unknown,), ExitStatus.UNDETERMINED),
         ((), ExitStatus.DONE),
     ):
-        assert ended(*surprises) is expected
+        assert ended(*mismatches) is expected
 
 
 # Cells as rows
@@ -327,7 +327,7 @@ def test_without_a_module_the_kinds_that_need_it_are_left_out() -> None:
         "unplugged, qemu-unplugged left out: no headers; firecracker-unplugged left out: not there"
     )
     assert [row.backend for row in judged.cells] == ["reserved"]
-    assert judged.surprises == () and judged.host.kernel == "6.12.1"
+    assert judged.mismatches == () and judged.host.kernel == "6.12.1"
     assert judged.cells[0].verdict is Verdict.UNKNOWN  # as there was no control
     refused = judge([result("unplugged", reason="not loaded", machine=Machine("tcg"), **why)], STOCK[3:4])
     assert refused.left_out == "" and refused.exit_status is ExitStatus.FAILED
