@@ -52,7 +52,7 @@ def read_into(file: int, what: str, offset: int, view: memoryview) -> None:
     """
     done = 0
     if offset + len(view) > _OFF_T_MAX:
-        raise OffmapError(f"{what} is truncated: its headers point beyond any file's end")
+        raise OffmapError(f"{what} is truncated", "copy it again", why="its headers point beyond any file's end")
     while done < len(view):
         try:
             count = os.preadv(file, [view[done:]], offset + done)
@@ -61,8 +61,8 @@ def read_into(file: int, what: str, offset: int, view: memoryview) -> None:
                 raise KernelError(f"reading {what}", error) from None
             count = _read_bounced(file, what, offset + done, view[done:])
         if count == 0:
-            size = os.fstat(file).st_size
-            raise OffmapError(f"{what} is truncated: {offset + len(view)} bytes are expected and {size} are there")
+            why = f"{offset + len(view)} bytes are expected and {os.fstat(file).st_size} are there"
+            raise OffmapError(f"{what} is truncated", "copy it again", why=why)
         done += count
 
 

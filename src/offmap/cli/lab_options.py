@@ -34,4 +34,4 @@ def console_file(path: Path | None, stack: ExitStack) -> BinaryIO | None:
     try:
         return stack.enter_context(path.open("wb"))
     except OSError as error:
-        raise OffmapError(f"cannot write the console file {path}: {error.strerror}") from error
+        raise OffmapError(f"cannot write {path}: {error.strerror}", "give --console another file") from error

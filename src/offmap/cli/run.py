@@ -156,7 +156,10 @@ def run(args: argparse.Namespace) -> int:
         raise error
     if command_status is not None:
         if args.audit and audited != ExitStatus.DONE:
-            raise OffmapError(f"the command ended with status {command_status}, but its guest was not found hidden")
+            raise OffmapError(
+                f"the command ended with status {command_status}, but its guest was not found hidden",
+                "see the audit's own lines above",
+            )
         return command_status
     if args.audit:
         if audited is None:

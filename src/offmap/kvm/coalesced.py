@@ -31,7 +31,7 @@ class CoalescedRing:
         return words[_FIRST] != words[_LAST]
 
     def take(self) -> Iterator[tuple[int, int]]:
-        """The (address, value) of each write of 4 bytes that was noted down, in their order; they are then forgotten.
+        """The (address, value) of each recorded write of 4 bytes, in order; they are then forgotten.
 
         Those that come meanwhile wait for the next call: a guest may write as quickly as they are taken.
 

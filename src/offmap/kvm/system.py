@@ -29,7 +29,8 @@ class Kvm(Handle):
         try:
             version = self.call("KVM_GET_API_VERSION", uapi.KVM_GET_API_VERSION)
             if version != uapi.KVM_API_VERSION:
-                raise OffmapError(f"{_DEV_KVM} speaks API version {version}, not {uapi.KVM_API_VERSION}")
+                why = f"it speaks API version {version}, not {uapi.KVM_API_VERSION}"
+                raise OffmapError(f"{_DEV_KVM} cannot be used", "use Linux 2.6.22 or later", why=why)
         except OffmapError:
             self.close()
             raise
