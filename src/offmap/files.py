@@ -1,4 +1,4 @@
-"""What is needed of files without ``pathlib`` (importing it takes a tenth of a guest's start), or not in `os`."""
+"""Helpers for files that need no ``pathlib`` (importing it takes a tenth of a guest's start), or that `os` has not."""
 
 import ctypes
 import errno
@@ -19,7 +19,7 @@ def read_text(path: FileName) -> str:
 
 
 def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
-    """fallocate(2), of which the os module has only the one without a mode.
+    """fallocate(2) with a mode; that of the os module has none.
 
     Raises:
         OSError: the file has not so much room, or does not know the mode.

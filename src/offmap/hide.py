@@ -1,8 +1,7 @@
 """The only way from a backend to RAM that a guest may have.
 
-Whoever builds a guest says what is to happen to RAM that promises to be hidden: `Vet`, or `NotAudited` with a reason.
-There is no default. What came of it stays with the RAM: `Vetted`, which only this module makes, and only by an audit;
-or `NotAudited`.
+A caller that builds a guest must say how RAM of a hiding kind is checked: `Vet`, or `NotAudited` with a reason. There
+is no default. The RAM keeps the outcome: `Vetted`, which only an audit by this module makes, or `NotAudited`.
 
 The audit runs in a process of its own (``python -m offmap.hide``): the audited memory is then not the auditor's, and a
 VMM need not import what only the audit uses.
@@ -31,7 +30,7 @@ _log = Logger("offmap.hide")
 
 @final
 class Vet:
-    """Audit the RAM before its guest gets it: keep aliased pages from the guest, refuse all else that is not hidden.
+    """Audit the RAM before its guest gets it: keep aliased pages from the guest, refuse RAM that is mapped otherwise.
 
     RAM that nothing can alias (it has no struct pages) is placed and not audited; that takes no rights, and no time.
     """
@@ -39,7 +38,7 @@ class Vet:
 
 @final
 class NotAudited:
-    """RAM of a kind that hides, of which nobody has checked that it is hidden.
+    """RAM of a hiding kind that no audit has checked.
 
     Attributes:
         reason: why not.
@@ -147,7 +146,7 @@ def _vetting(
 
 
 def vet(backend: Backend, memory: GuestMemory, pid: int | None = None) -> Vetted:
-    """Audit `memory`, every page of which has its frame, and which holds nothing of a guest yet.
+    """Audit `memory`, which is populated and holds nothing of a guest yet.
 
     Args:
         pid: the process that has `memory` at these addresses; by default this one.

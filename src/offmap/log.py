@@ -1,4 +1,4 @@
-"""Loggers under ``offmap``, for which ``logging`` is imported only where somebody may hear them.
+"""Loggers under ``offmap``. They import ``logging`` only if a record can be heard.
 
 Importing ``logging`` would take a tenth of the start of ``offmap run``. Until it is imported nobody has asked for
 records, so those below WARNING are dropped, as ``logging`` itself would drop them.

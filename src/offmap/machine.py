@@ -1,4 +1,4 @@
-"""The library's `Machine`: one guest in a process of its own, and this program's handle to it."""
+"""The library's `Machine`: a handle to one guest, which runs in its own process."""
 
 import os
 import threading

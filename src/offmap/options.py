@@ -9,7 +9,7 @@ _T = TypeVar("_T")
 
 
 class Options:
-    """What the user wrote, word by word. Leaving the ``with`` block refuses the words that nobody has taken.
+    """What the user wrote, word by word. Leaving the ``with`` block refuses the words that were not taken.
 
     Args:
         text: what the user wrote.

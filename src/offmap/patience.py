@@ -69,11 +69,11 @@ def _crowding() -> float:
 
 
 def scaled(seconds: float) -> float:
-    """Return a limit by the clock that was chosen on an idle, fast machine, in seconds of this one as it is now."""
+    """Return a time limit in seconds, scaled from an idle, fast machine to this one under its present load."""
     return seconds * calibration().stretch
 
 
-def ends_within(process: "subprocess.Popen[Any]", seconds: float) -> bool:
+def ends_within(process: "subprocess.Popen[Any]", seconds: float) -> bool:  # of text or of bytes
     """Say whether a child of ours ends within a limit, which is `scaled` for one that takes longer."""
     import subprocess
 

@@ -28,5 +28,5 @@ def format_size(size: int) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` for somebody's terminal or log, where others chose it: ``?`` stands for each character with an effect."""
+    """`text` of unknown origin, made safe for a terminal or a log: ``?`` stands for each character with an effect."""
     return "".join(c if c.isprintable() else "?" for c in text)

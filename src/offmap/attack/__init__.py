@@ -1,1 +1,1 @@
-"""What somebody gets who can read the host kernel's memory where it is mapped, and nothing else."""
+"""What an attacker gets who can read everything that the host kernel maps, and nothing else."""

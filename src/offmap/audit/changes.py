@@ -1,4 +1,4 @@
-"""What is different between one audit of a process and the next: which pages, where they are now, what reaches them.
+"""The differences between one audit of a process and the next: which pages, where they are now, what reaches them.
 
 Pages that nothing can be said of in either are no change.
 """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def require_drgn() -> None:
-    """Make sure that drgn is there, before time is spent on what it is to be asked about.
+    """Check that drgn is installed, before an audit is made for it.
 
     Raises:
         OffmapError: it is not installed.

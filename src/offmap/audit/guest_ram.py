@@ -45,7 +45,7 @@ class RamRange:
     """A range of the process's addresses that is to be audited; page-aligned.
 
     ``excluded``: guest-physical (address, size) of what the guest does not get, by the claim that named the range.
-    Another VM of the process may give its own guest what is at these addresses.
+    Another VM of the process may map the same addresses for its own guest.
 
     ``guest_memfd``: the pages are in that file, and ``va`` is only where the slot says that they are for the VMM.
     """
@@ -286,7 +286,7 @@ def claimed_ranges(process: Process, links: Mapping[int, str] | None = None) -> 
 
 
 def named_ranges(pid: int) -> list[RamRange]:
-    """What the VMM's own lists name, for somebody who takes its word for it, as if it had been given by ``--range``."""
+    """The RAM that the VMM's own lists name, as if it had been given by ``--range``: for callers that trust the VMM."""
     with Process(pid) as process:
         return [replace(part, source=Source.REQUESTED) for part in claimed_ranges(process)]
 

@@ -26,9 +26,9 @@ def kvm_list_of(kcore: Kcore, layout: Layout) -> tuple[KvmList | None, str]:
         return None, str(error)
 
 
-def moment_of(kvm: KvmList | None, askers: int) -> Moment | None:
-    """What KVM's list says now, where more than one asks; None where each has to ask for itself."""
-    if kvm is None or askers < 2:
+def moment_of(kvm: KvmList | None, processes: int) -> Moment | None:
+    """What KVM's list says now, read once for several processes; None where each is to be read by itself."""
+    if kvm is None or processes < 2:
         return None
     try:
         return Moment(kvm)

@@ -1,6 +1,6 @@
 """``--oracle drgn``: does drgn translate a random sample of addresses to the same frames as our walk?
 
-What is asked, of pages drawn from all guest pages whose frames are known:
+The sample is drawn from all guest pages whose frames are known. drgn is asked:
 
 - the frame: the page's address in the process must lead to the frame that the audit judged;
 - every kernel address that the walk says the frame is mapped at must lead to it;

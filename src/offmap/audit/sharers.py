@@ -1,8 +1,8 @@
 """Other processes that map given pages: counted from /proc/kpagecount, named by looking through their pagemaps.
 
 kpagecount counts the mappings of a page in all page tables of user space (Documentation/admin-guide/mm/pagemap.rst).
-What it counts beyond those of the audited process is somebody else's. It knows nothing of pages without a ``struct
-page`` and of VM_PFNMAP mappings. On a kernel with CONFIG_NO_PAGE_MAPCOUNT it gives an average over a large folio.
+Mappings beyond those of the audited process are another process's. It knows nothing of pages without a ``struct page``
+and of VM_PFNMAP mappings. On a kernel with CONFIG_NO_PAGE_MAPCOUNT it gives an average over a large folio.
 """
 
 import os
@@ -205,7 +205,7 @@ def _pages_of(process: Process, guest: Intervals, files: set[File], same_file: b
 
 @dataclass(frozen=True)
 class MappedBy:
-    """One process that has a page, at which address, in a mapping of which file (empty for none)."""
+    """One process that has a page: the address, and the mapping's file (empty for none)."""
 
     pid: int
     process: str

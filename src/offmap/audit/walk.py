@@ -10,9 +10,9 @@ levels are read a second time at the end: if one changed, a table below it may h
 the pass starts again.
 
 One pass is no snapshot: a mapping can move from a table that was not read yet to one that was. So a ``Walker`` makes
-many, and what any of them saw counts. Say that a page is mapped all the time, at this address or that. Then a pass
-whose reads fall on moments that nobody foresees misses it with a probability of at most 1/e, however many addresses
-there are: the product of (1 - d) over shares d of time that sum to 1. Twenty passes miss it once in 500 million audits.
+many, and what any of them saw counts. Say that a page is mapped all the time, at this address or that. Then a pass that
+reads at random moments misses it with a probability of at most 1/e, however many addresses there are: the product of (1
+- d) over shares d of time that sum to 1. Twenty passes miss it once in 500 million audits.
 """
 
 import os

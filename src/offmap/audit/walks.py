@@ -1,4 +1,4 @@
-"""Walks over a stretch of time: at moments that nobody foresees, until it is over or nothing more can be found."""
+"""Walks over a stretch of time: at random moments, until the time is over or nothing more can be found."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""``offmap attack``: what somebody gets who can read the host kernel's memory where it is mapped."""
+"""``offmap attack``: what an attacker gets who can read everything that the host kernel maps."""
 
 import argparse
 import json

@@ -111,7 +111,7 @@ def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Outp
 
 
 def _tell(snapshot: "Snapshot", before: "Snapshot | None", output: Output) -> None:
-    """Print the first result whole, and of a later one what is different."""
+    """Print the first result in full, and the differences of each later one."""
     from offmap.audit.changes import compare
     from offmap.audit.report.changes import render_changes
     from offmap.audit.report.hosts import parse_report

@@ -1,4 +1,4 @@
-"""``offmap-wrap``: what a link with a VMM's name leads to, so that others start the VMM wrapped and know nothing of it.
+"""``offmap-wrap``: the target of a link that has a VMM's name. Programs that start the VMM by that name get it wrapped.
 
 Called by its own name it is ``offmap wrap``.
 """

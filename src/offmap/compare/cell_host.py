@@ -117,7 +117,7 @@ class CellHost(Owned):
         self._loaded.add(module)
 
     def measure(self, job: Job, transcript: Transcript, seconds: float, *, last: bool) -> tuple[int, str]:
-        """Have a cell measured; return the measuring program's exit status and what it complained about.
+        """Have a cell measured; return the measuring program's exit status and its standard error.
 
         Args:
             transcript: gets what the program says.

@@ -1,4 +1,4 @@
-"""The demonstration: what it claims of each kind of RAM, what it measured, and where the two differ."""
+"""The demonstration: its claims about each kind of RAM, its measurements, and where the two differ."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum

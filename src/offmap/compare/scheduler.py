@@ -127,7 +127,7 @@ class Scheduler:
         return done, to_run
 
     def run(self, specs: Sequence[CellSpec], pool: Pool) -> dict[CellSpec, CellResult]:
-        """Start the cells in this order, and keep each result as soon as it is there.
+        """Start the cells in this order, and store each result as soon as it is ready.
 
         Raises:
             OffmapError: a result could not be kept, or no worker is left.

@@ -1,4 +1,4 @@
-"""A VMM as a process of its own, whose guest's console is read and typed at."""
+"""A VMM in its own process, and its guest's console: to read, and to type at."""
 
 import json
 import os
@@ -22,7 +22,7 @@ class VmProcess:
 
     Args:
         argv: what to run.
-        folder: for what it complains about, and for the report that `offmap run` writes.
+        folder: gets its standard error, and the report that `offmap run` writes.
     """
 
     def __init__(self, argv: Sequence[str], folder: Path) -> None:

@@ -56,7 +56,7 @@ class Job(Owned):
         self._headless: Headless | None = None
 
     def _reopened(self, fd: int) -> int:
-        """So that a slow reader stops the guest's writer and nothing of ours."""
+        """The file opened again, without blocking: a slow reader then stops the guest's writer, and no thread here."""
         opened = reopened(fd)
         if opened != fd:
             self._fds.append(opened)

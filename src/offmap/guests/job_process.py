@@ -1,4 +1,4 @@
-"""A job in a process of its own (offmap.vmm.process), for programs: its guest's VMM is confined, and they are not."""
+"""A job in its own process (offmap.vmm.process), for programs: the guest's VMM is confined, the program is not."""
 
 import threading
 from collections.abc import Callable
@@ -85,7 +85,7 @@ class JobProcess(Owned):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End it if it runs, and wait until it has given back what it had."""
+        """End it if it runs, and wait until its memory is given back."""
         self._process.close()
 
 

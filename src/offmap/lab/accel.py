@@ -14,7 +14,6 @@ from offmap.lab.cache import cache_folder, write_atomically
 from offmap.lab.kernel import HostKernel
 from offmap.lab.qemu import find_qemu
 
-ACCELS = ("auto", "tcg", "kvm")
 SIGN_OF_LIFE_SECONDS = 5.0  # to the first byte on the console; under a working KVM it is 0.3
 PROBE_SECONDS = 30.0  # to the agent; under a working KVM it is 2
 

@@ -90,13 +90,13 @@ class AccessReport(msgspec.Struct, frozen=True):
         entries: how often the processor entered a guest.
         guest_frames: frames that a guest touched.
         guest_accesses: accesses to RAM by guests.
-        guest_upper_accesses: those of them by kernel-half addresses, which are the guests' own and not the host's.
+        guest_upper_accesses: those of them by kernel-half addresses, which are the guests' own.
         host_accesses: accesses of the host's kernel to RAM, wherever, by kernel-half addresses.
         during, during_frames: accesses of the host's kernel to frames that a guest had touched before, up to the last
             instruction of the last guest, and how many such frames.
         early, early_frames: accesses of the host's kernel from the first guest's first instruction on, to frames that
-            no guest had touched yet: memory that was cleared for a guest, or that the host used until then. Of
-            frames that nobody named, only those count that a guest touched later.
+            no guest had touched yet: memory that was cleared for a guest, or that the host used until then. A frame
+            that was not named counts only if a guest touched it later.
         after: accesses to frames of guests after the last instruction of the last guest.
         sites: the instructions behind `during` and `after`, but for frames that no guest touched.
         early_sites: the instructions behind `early`.

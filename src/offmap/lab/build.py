@@ -65,7 +65,7 @@ def patched_kernel(spec: str, say: Say = lambda _: None) -> HostKernel:
 
 
 def built_tree(series: PatchSeries) -> Path | None:
-    """Where the kernel is, if it has been built from what there is now. Never downloads the source."""
+    """The built kernel's folder; None if it was built from other sources, or not at all. Never downloads the source."""
     for store in cache_folder("kernels").glob(f"patched-{series.name}-*/version"):
         version = store.read_text().strip()
         if store.parent.name.endswith(series.key(version)) and not damaged(store.parent / "tree"):

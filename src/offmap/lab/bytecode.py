@@ -10,7 +10,7 @@ import offmap
 
 @cache
 def ensure_bytecode() -> None:
-    """Compile what is not compiled of our own package, even under PYTHONDONTWRITEBYTECODE; 10 ms when all of it is.
+    """Compile those modules of our package that are not, even under PYTHONDONTWRITEBYTECODE; 10 ms when all of it is.
 
     A folder that we may not write to stays as it is: commands then start more slowly.
     """

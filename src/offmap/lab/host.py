@@ -91,8 +91,8 @@ class LabHost(Owned):
             on_boot: called with each line of its console.
             timeout: seconds that the start may take; by default as long as the host makes progress.
             nodes: NUMA nodes that share its RAM.
-            on_launch: called with the host before its start, for whoever must be able to `kill` it meanwhile; more
-                than once where the host that boots is not the one that is returned.
+            on_launch: called with the host before its start, so that the caller can `kill` it meanwhile; more than once
+                where the host that boots is not the one that is returned.
             fresh: boot in full. Hosts from one snapshot have the same kernel layout and allocator state (docs/lab.md).
             access_log: file to log its kernel's accesses to guests' RAM in (`access_log.AccessLog` reads it); the host
                 is emulated then, boots in full, and is a third as fast.

@@ -32,7 +32,7 @@ def settings(kernel: HostKernel, options: HostOptions, token: str) -> bytes:
     """Return the GO of a host that starts now (guest/root.py has its form).
 
     Raises:
-        LabError: something that the host needs lies where it has a file system of its own.
+        LabError: a file that the host needs lies below a mount point of the host's own.
     """
     source = Path(offmap.__file__).resolve().parent.parent
     for path in (source, Path(sys.executable), options.out):

@@ -5,5 +5,5 @@
 - seccomp: filters made of rules; how a violation is reported
 - confine: everything else that the process gives up: user, capabilities, namespaces, files
 - broker: the process that keeps what the VMM must not have
-- confinement: the steps in their order, for whoever runs a guest in a process of its own
+- confinement: the steps in their order, for a process with one guest
 """

@@ -89,7 +89,7 @@ class Broker(Owned):
         self._ask(_RELEASED, 0)
 
     def connect(self, folder: int, port: int) -> "socket.socket":
-        """A connection to whoever waits at `port` of vsock number `folder`. Raises OSError: nobody does."""
+        """A connection to the program that listens at `port` of vsock number `folder`. Raises OSError: nobody does."""
         with self._lock:
             status, fds = self._ask_for_fds(_CONNECT, folder, port)
         if not fds:

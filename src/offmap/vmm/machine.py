@@ -68,8 +68,8 @@ class _VmIrqLine:
 class Machine(Owned):
     """One guest, from its making to its end. A context manager: leaving it leaves no thread, fd or mapping behind.
 
-    What runs when: the constructor makes everything and loads the guest; `start` lets the vCPUs go, each on a thread
-    of its own; somebody waits for `stopped_fd` and calls `tick` and the console's `flush` in between; `close` takes it
+    What runs when: the constructor makes everything and loads the guest; `start` lets the vCPUs go, each on a thread of
+    its own; the caller waits for `stopped_fd`, and calls `tick` and the console's `flush` in between; `close` takes it
     apart. Any thread may call any of it, and two may at the same time: what they do happens one after the other.
 
     Args:

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
+
 from offmap.errors import OffmapError
 from offmap.uapi import seccomp as uapi
 from offmap.vmm import records
@@ -53,7 +55,7 @@ class Program:
         return records.decode_to_vm(data) if data else None
 
 
-def ordered() -> tuple[Program, Any]:
+def ordered() -> tuple[Program, Any]:  # an order is what its entry point takes: pickled, and not checked
     """Return who started this process, and what it ordered. From now on this process ends with it."""
     ctypes.CDLL(None).prctl(uapi.PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     program, starter = int(sys.argv[1]), int(sys.argv[2])
@@ -81,8 +83,9 @@ def confined(config: MachineConfig, *, sandbox: bool) -> Iterator[Confinement | 
 
 def facts(machine: Machine) -> records.RamFacts:
     """What is known of the RAM of a machine."""
-    known: Any = machine.ram.to_json()
-    return records.RamFacts(size=machine.ram.memory.size, populate_seconds=machine.ram.populate_seconds, **known)
+    ram = machine.ram
+    known = {"size": ram.memory.size, "populate_seconds": ram.populate_seconds, **ram.to_json()}
+    return msgspec.convert(known, records.RamFacts)
 
 
 class _Served:

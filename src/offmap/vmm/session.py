@@ -144,7 +144,7 @@ class Session:
         self._wake()
 
     def _quit(self, machine: Machine, reason: OffmapError | None = None) -> None:
-        """End it as the user asked, whether or not somebody reads what it has said."""
+        """End it as the user asked, even if nobody reads its output."""
         if self._output is not None:
             self._output.abandon()
         machine.stop(Outcome.QUIT, reason)

@@ -1,9 +1,9 @@
 """The vCPU's inner loop: enter the guest, answer its exit, enter it again.
 
 The interpreter's share of an exit is what this costs beyond the same loop in C (benchmarks/exit_cost.py). Entering a
-guest costs the processor what it had learned of the interpreter's branches, so what counts is how little is executed:
-the exit that a guest makes by far the most, one byte at a port, is answered by one ioctl, three reads of memory, one
-look-up and the device's own method. Everything else takes the long way round.
+guest makes the processor forget the interpreter's branches. So few instructions count most: the exit that a guest makes
+by far the most, one byte at a port, is answered by one ioctl, three reads of memory, one look-up and the device's own
+method. Everything else takes the long way round.
 """
 
 import struct

@@ -94,7 +94,7 @@ def parse_report(document: object, source: str = "") -> HostReport:
 
 
 def _shortened(vm: object) -> object:
-    """A VM's result, its lists of mappings cut to what is ever shown: on large hosts they are most of it."""
+    """A VM's result. Its lists of mappings are cut to the part that is shown: on large hosts they are most of it."""
     if not isinstance(vm, dict):
         return vm
     vm = dict(vm)

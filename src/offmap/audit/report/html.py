@@ -104,7 +104,7 @@ def _figures(reports: Sequence[HostReport]) -> list[View]:
 
 
 def _page_notes(reports: Iterable[HostReport], by_host: bool, single: bool) -> Iterable[str]:
-    """Why a verdict is not what it could be, before the reader goes on."""
+    """Warnings about the verdict, which stand before everything else."""
     for report in reports:
         host = f"{report.host.name}: " if by_host else ""
         for note in report.notes:

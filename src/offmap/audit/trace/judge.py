@@ -148,7 +148,7 @@ class Judge:
             self._keep(made)
 
     def _opens(self, made: Made) -> bool:
-        """Note that it is there; say whether it is another one than that of which this address was told before."""
+        """Record a mapping that was made. Returns False for one that is known: an inner function told of it again."""
         before = self._open.get(made.va)
         if before is not None:
             if (before.event.tid, before.spans) == (made.event.tid, made.spans):

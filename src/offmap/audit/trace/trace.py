@@ -28,7 +28,7 @@ _CONTROL_SECONDS = 5  # the end of the control's mapping comes from a worker of 
 
 
 class Trace(Owned):
-    """What maps memory on this host, and which of it is one process's guest's.
+    """Records what maps memory on this host, and finds the mappings of one process's guest.
 
     Args:
         pid: of the process.

@@ -1,1 +1,1 @@
-"""What is asked of one cell of the comparison, one module for each kind of question."""
+"""The questions to one cell of the comparison: one module for each kind of question."""

@@ -130,7 +130,7 @@ def look_alone(guest: LiveGuest, secrets: Secrets, progress: Progress) -> Look:
     """Audit a guest, and scan all that the kernel has mapped for its secrets.
 
     Raises:
-        Undetermined: this host does not let itself be looked at, or the scan missed its own control.
+        Undetermined: this host cannot be scanned, or the scan missed its own control.
     """
     snapshot = snapshot_process(guest.pid, scan=secrets.key, ranges=guest.ranges(), progress=progress)
     scan = snapshot.audit.scan

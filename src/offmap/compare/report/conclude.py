@@ -42,7 +42,7 @@ class ConclusionText(Struct, frozen=True):
 
 
 class Conclusion(ConclusionText, frozen=True):
-    """A conclusion, and a finding for every kind that was or could have been run, in the order of the matrix."""
+    """A conclusion, and a finding for each kind of the matrix, in its order; also for those that were not run."""
 
     findings: tuple[KindFinding, ...]
 
@@ -152,7 +152,7 @@ _NOUNS = {
     "breaks.hibernation": "the host's hibernation",
     "breaks.kexec": "kexec",
 }
-"""Names of what is lost where a question's statement does not hold. The other titles are nouns already."""
+"""The name of the loss, where a question's answer is no. The other titles are nouns already."""
 
 
 def titles_of(ids: Iterable[str]) -> list[str]:

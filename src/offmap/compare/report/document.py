@@ -1,7 +1,7 @@
 """A comparison as JSON (offmap-compare/1): the cells with all their answers, the questions, and the conclusions.
 
 The types are the published form: the JSON, its schema and its decoding follow from them. Names of hosts are left out:
-they say nothing of the results, and these are made to be shown.
+they are not results.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How a comparison is repeated: the command that makes these cells, what is missing of them, and the hosts' facts."""
+"""How a comparison is repeated: the command that runs these cells, the cells that are missing, and the hosts' facts."""
 
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -28,9 +28,9 @@ VIRTIO_MMIO_BASE = 0xD000_0000
 VIRTIO_MMIO_SIZE = PAGE_SIZE
 
 _GSIS = (5, 6, 9, 10, 11, 3, 12, 14, *range(16, 24))
-"""Inputs of the IO-APIC (24 of them) that nothing of ours uses, those first that a kernel without ACPI reaches through
-the 8259s. Left out: 0 and 2 (timer, cascade), 1, 4 (COM1), 7 and 15 (where an 8259 puts spurious interrupts), 8 (RTC),
-13 (the FPU's)."""
+"""The free inputs of the IO-APIC, which has 24. Those that a kernel without ACPI reaches through the 8259s come first.
+Left out: 0 and 2 (timer, cascade), 1, 4 (COM1), 7 and 15 (where an 8259 puts spurious interrupts), 8 (RTC), 13 (the
+FPU's)."""
 
 MAX_DEVICES = len(_GSIS)
 

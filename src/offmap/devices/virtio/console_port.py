@@ -1,4 +1,4 @@
-"""One port of a virtio console: what it is connected to, and how bytes get from and to there."""
+"""One port of a virtio console: its files on the host, and how bytes get from and to them."""
 
 import contextlib
 import errno

@@ -189,7 +189,7 @@ class Vsock(VirtioDevice):
     # To the guest
 
     def _deliver(self) -> None:
-        """Fill the guest's buffers with what there is for it, one packet a connection and turn."""
+        """Fill the guest's buffers with what waits for it: one packet of each connection in turn."""
         queue = self._rx
         chain: Chain | None = None
         try:

@@ -1,4 +1,4 @@
-"""The folder of vsock's sockets on the host. What is in it is only used if nobody else can have put it there.
+"""The folder of vsock's sockets on the host. A socket in it is used only if no other user can have put it there.
 
 A guest names a port, and PATH_<port> is opened with the rights of the VMM. Somebody who may write to a folder of PATH
 could plant a symbolic link there, and so connect the guest to a socket that he may not use himself.

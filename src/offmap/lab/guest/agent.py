@@ -369,7 +369,7 @@ def main(path: str, made: int, moved: int) -> None:
     agent.send(WAITING, 0)
 
     def go(settings: root.Settings) -> None:
-        """Make this host what it is to be, and say that commands may come."""
+        """Set this host up, and announce that it takes commands."""
         root.personalize(settings)
         root.make(settings)
         new_root = os.open(root.NEW, os.O_PATH | os.O_CLOEXEC)
