@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .unpacked import unpacked
+from offmap.lab.packages import unpacked
 
 __all__ = ["ENVIRONMENT", "SCRIPT", "tpm_root"]
 

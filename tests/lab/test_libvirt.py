@@ -6,21 +6,26 @@ import shutil
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from offmap.compare.cell_result import CellOutcome
 from offmap.compare.guest import guest_initramfs
+from offmap.compare.job import Job, Preset
+from offmap.compare.libvirt_host import libvirt_packages
+from offmap.compare.spec import CellSpec
+from offmap.compare.transcript import Transcript
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.patience import scaled
 
 from .test_pool import BLOCK, MIB, start
-from .unpacked import unpacked
 from .wrapped import Started
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("libvirt.sh")
+SCRIPT = ROOT / "src/offmap/compare/libvirt_host.sh"
 PATIENCE = scaled(120.0)
 OFFMAP = [sys.executable, "-m", "offmap"]
 VIRSH = ["virsh", "--quiet", "--connect", "qemu:///system"]
@@ -101,8 +106,28 @@ def check_guest(host: LabHost, number: int) -> None:
     assert (audit["verdict"], audit["pages"]["pages_populated"]) == ("hidden", SIZE // 4096)
 
 
+def check_cell(host: LabHost, packages: Path, folder: Path) -> None:
+    """What `offmap compare` says of such a guest; libvirt and its pool are there, so that it takes them as they are."""
+    job = Job(
+        CellSpec("libvirt-pool"),
+        str(host.kernel.vmlinuz),
+        str(folder / "guest.initramfs"),
+        str(folder),
+        preset=Preset(("works.boot",), canaries=8),
+        libvirt=str(packages),
+    )
+    transcript = Transcript(lambda _: None)
+    measure = [sys.executable, "-m", "offmap.compare.measure", msgspec.json.encode(job).decode()]
+    transcript.feed(output(host, *measure).encode())
+    said = transcript.said()
+    assert (said.outcome, said.reason) == (CellOutcome.BOOTED, "")
+    values = {id: answer.value for id, answer in said.answers.items()}
+    assert (values["hidden.before_io"], values["hidden.populated_pages"]) == (True, SIZE // 4096)
+    assert (values["hidden.canaries_planted"], values["hidden.canaries_found"]) == (8, 0)
+
+
 def test_a_guest_of_libvirt_on_a_pool_is_hidden(lab_kernel: HostKernel, tmp_path: Path) -> None:
-    packages = unpacked("libvirt", ("libvirt-daemon", "libvirt-clients"))
+    packages = libvirt_packages()
     with start(lab_kernel, tmp_path) as host:
         shutil.copy(host.kernel.vmlinuz, tmp_path / "vmlinuz")
         (tmp_path / "guest.initramfs").write_bytes(guest_initramfs())
@@ -119,5 +144,7 @@ def test_a_guest_of_libvirt_on_a_pool_is_hidden(lab_kernel: HostKernel, tmp_path
         virsh(host, "restore", "/run/saved")
         check_guest(host, 2)
         virsh(host, "destroy", "guest")
+        await_free_pool(host)
+        check_cell(host, packages, tmp_path)
         await_free_pool(host)
         output(host, *OFFMAP, "pool", "destroy")

@@ -39,7 +39,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--backend",
         action="append",
         metavar="RAM",
-        help="a kind of guest RAM; QEMU or Firecracker on one: qemu-unplugged, firecracker-anon, …",
+        help="a kind of guest RAM; another VMM on one: qemu-unplugged, libvirt-pool, firecracker-anon, …",
     )
     axes.add_argument(
         "--host-kernel",

@@ -8,6 +8,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from offmap.compare.inputs import code_digest, firecracker_input, inputs_of, mod
 from offmap.compare.job import FULL, Job, Preset
 from offmap.compare.kinds import Vmm, kind_of
 from offmap.compare.knowledge import knowledge_of
+from offmap.compare.libvirt_host import libvirt_packages
 from offmap.compare.native import refusal_here, run_here
 from offmap.compare.probes.guest_image import probe_initramfs
 from offmap.compare.running import CellStopped, RunningCell, running_cell
@@ -67,6 +69,7 @@ class Settings:
         initrd: the guests' initramfs; None to make one for each cell.
         modules: the host kernel's ``lib/modules/RELEASE`` folder, where it is a bzImage whose folder is elsewhere.
         firecracker: the program; None: the released one, which is fetched.
+        libvirt: the folder of its unpacked packages; set for the cells that need it.
         program: Python's arguments for the measuring program (offmap.compare.job).
     """
 
@@ -77,6 +80,7 @@ class Settings:
     initrd: Path | None = None
     modules: Path | None = None
     firecracker: Path | None = None
+    libvirt: Path | None = None
     program: tuple[str, ...] = MEASURE
 
 
@@ -144,7 +148,7 @@ def run_cell(task: CellTask, report: Report = lambda _: None, hosts: CellHosts |
             inputs = {**inputs_of(host, guest), **module_input(task.spec, host)}
             inputs |= firecracker_input(task.spec, task.how.firecracker)
             module = _module(task.spec, host, report)
-            task = _with_firecracker(task, report)
+            task = _with_vmm(task, report)
             began = time.monotonic()  # the cell's time has no downloads and builds in it
             if task.spec.host_kernel == NATIVE:
                 _run_native(task, host, guest, transcript, cell, end)
@@ -184,6 +188,8 @@ def _job(task: CellTask, host: HostKernel, guest: HostKernel, folder: str) -> Jo
     if task.how.firecracker:
         elf = str(vmlinux_of(guest.vmlinuz))
         job = msgspec.structs.replace(job, firecracker=str(task.how.firecracker), guest_vmlinux=elf)
+    if task.how.libvirt:
+        job = msgspec.structs.replace(job, libvirt=str(task.how.libvirt))
     if task.how.preset.questions and task.spec.backend not in task.how.preset.attacked:
         return job
     paths = Path(folder) / "host-kernel.json", Path(folder) / "guest-kernel.json"
@@ -274,17 +280,27 @@ def _module(spec: CellSpec, kernel: HostKernel, report: Report) -> Path | None:
         raise BackendRefused(f"there is no offmap module for {kernel.release}", error.reason, error.remedy) from None
 
 
-def _with_firecracker(task: CellTask, report: Report) -> CellTask:
-    """The task with the program that it needs, if it needs one: the user's, or the released one."""
-    if kind_of(task.spec.backend).vmm is not Vmm.FIRECRACKER:
-        return replace(task, how=replace(task.how, firecracker=None))
-    if task.how.firecracker is not None:
-        return task
-    report(CellEvent(stage="fetching Firecracker, unless that has been done"))
+def _with_vmm(task: CellTask, report: Report) -> CellTask:
+    """The task with the VMM that it needs, if that is fetched: Firecracker, unless the user has one, or libvirt.
+
+    Raises:
+        BackendRefused: it cannot be had.
+    """
+    vmm, how = kind_of(task.spec.backend).vmm, task.how
+    firecracker = libvirt = None
+    if vmm is Vmm.FIRECRACKER:
+        firecracker = how.firecracker or _fetched("Firecracker", released_firecracker, report)
+    elif vmm is Vmm.LIBVIRT and task.spec.host_kernel != NATIVE:
+        libvirt = _fetched("libvirt", libvirt_packages, report)
+    return replace(task, how=replace(how, firecracker=firecracker, libvirt=libvirt))
+
+
+def _fetched(what: str, fetch: Callable[[], Path], report: Report) -> Path:
+    report(CellEvent(stage=f"fetching {what}, unless that has been done"))
     try:
-        return replace(task, how=replace(task.how, firecracker=released_firecracker()))
+        return fetch()
     except LabError as error:
-        raise BackendRefused("there is no Firecracker here", error.reason, error.remedy) from None
+        raise BackendRefused(f"there is no {what} here", error.reason, error.remedy) from None
 
 
 def _judge(status: int, complaint: str, said: Said, end: _End) -> None:

@@ -48,6 +48,7 @@ class Job(Struct, frozen=True):
         spec: which cell.
         guest_vmlinuz: path of the guest's kernel.
         firecracker, guest_vmlinux: of kinds under Firecracker: the program, and the guest's kernel as an ELF file.
+        libvirt: of kinds under libvirt: the folder of its unpacked packages.
         initrd: path of the guest's initramfs.
         folder: an empty folder to write to; it is removed after the cell.
         boots: how many pairs of guests to boot by turns, to time the boot. With 1, no extra guest is booted.
@@ -67,6 +68,7 @@ class Job(Struct, frozen=True):
     not_known: str = ""
     firecracker: str = ""
     guest_vmlinux: str = ""
+    libvirt: str = ""
 
     @property
     def native(self) -> bool:

@@ -1,6 +1,7 @@
 """The kinds of guest RAM that are compared: each backend under offmap's VMM, and some under other people's VMMs.
 
-QEMU maps a file that is hidden memory. Firecracker takes none: on hidden memory it runs under ``offmap wrap``.
+QEMU maps a file that is hidden memory. libvirt has QEMU make one in a pool. Firecracker takes none: on hidden memory it
+runs under ``offmap wrap``.
 
 The facts about a backend are in its class. This module pairs backends with VMMs and names the pairs.
 """
@@ -21,7 +22,13 @@ class Vmm(Enum):
 
     OFFMAP = "offmap"
     QEMU = "qemu"  # as distributed
+    LIBVIRT = "libvirt"  # as distributed, which runs QEMU without any right
     FIRECRACKER = "firecracker"  # as released
+
+    @property
+    def is_qemu(self) -> bool:
+        """Whether QEMU runs the guest, by whomever it was started."""
+        return self in {Vmm.QEMU, Vmm.LIBVIRT}
 
     @property
     def baseline(self) -> str:
@@ -79,7 +86,7 @@ def kind_of(name: str) -> Kind:
     """
     foreign = next((vmm for vmm in Vmm if name.startswith(f"{vmm.value}-")), None)
     kind = Kind(name.removeprefix(f"{foreign.value}-"), foreign) if foreign else Kind(name)
-    if kind.ram not in BACKENDS or (kind.vmm is Vmm.FIRECRACKER and name not in kind_names()):
+    if kind.ram not in BACKENDS or (kind.vmm in {Vmm.FIRECRACKER, Vmm.LIBVIRT} and name not in kind_names()):
         raise OffmapError(f"{name!r} is no kind of guest RAM", f"choose from {', '.join(kind_names())}")
     return kind
 
@@ -89,6 +96,6 @@ def kind_names() -> tuple[str, ...]:
     """All that are compared, in the order of the report: the plain ones first, other people's VMMs last."""
     compared = {name: backend for name, backend in BACKENDS.items() if backend.compared}
     files = [name for name, backend in compared.items() if backend.file]
-    foreign = [Kind(name, Vmm.QEMU) for name in files]
+    foreign = [*(Kind(name, Vmm.QEMU) for name in files), Kind("pool", Vmm.LIBVIRT)]
     foreign += [Kind(name, Vmm.FIRECRACKER) for name in (Vmm.FIRECRACKER.baseline, *files)]
     return (*compared, *(kind.name for kind in foreign))

@@ -105,7 +105,7 @@ def _refusal(name: str, host_kernel: str, kvm_clock: str) -> str:
         return "memory"
     # offmap (`run` and `wrap`) refuses kvm-clock where it would oops a released kernel. QEMU does not: if the page has
     # no struct page, KVM memremaps it.
-    return "kvm-clock" if kvm_clock == "on" and kind.backend.hides and kind.vmm is not Vmm.QEMU else ""
+    return "kvm-clock" if kvm_clock == "on" and kind.backend.hides and not kind.vmm.is_qemu else ""
 
 
 def longest_first(specs: Iterable[CellSpec]) -> list[CellSpec]:

@@ -11,14 +11,20 @@ import msgspec
 from offmap.compare.cell_result import CellOutcome
 from offmap.compare.facts import this_host
 from offmap.compare.job import Job, Line
-from offmap.compare.kinds import kind_of
+from offmap.compare.kinds import Vmm, kind_of
 from offmap.compare.probes.survey import Survey
 from offmap.errors import BackendRefused, OffmapError
 
 
 def _measure(job: Job, folder: Path, survey: Survey) -> None:
-    if why := kind_of(job.spec.backend).clock_refusal(job.spec.kvm_clock):
+    kind = kind_of(job.spec.backend)
+    if why := kind.clock_refusal(job.spec.kvm_clock):
         raise BackendRefused(f"kvm_clock={job.spec.kvm_clock} is not to be had of this VMM", why, "use kvm_clock=auto")
+    if kind.vmm is Vmm.LIBVIRT:
+        from offmap.compare.libvirt_host import set_up
+
+        survey.stage("installing libvirt into this host")
+        job = set_up(job, folder)
     if job.preset.questions:
         from offmap.compare.first_look import first_look
 

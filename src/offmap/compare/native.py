@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from offmap.compare.kinds import kind_of
+from offmap.compare.kinds import Vmm, kind_of
 from offmap.compare.running import RunningCell
 from offmap.compare.spec import CellSpec
 from offmap.errors import OffmapError
@@ -28,7 +28,10 @@ def refusal_here(spec: CellSpec) -> str:
     """
     if os.geteuid() != 0:
         return "measuring on the running kernel needs root; run it with sudo"
-    if kind_of(spec.backend).backend.needs_module and loaded_module() is None:
+    kind = kind_of(spec.backend)
+    if kind.vmm is Vmm.LIBVIRT:
+        return "libvirt is installed in a disposable host only; leave out --native"
+    if kind.backend.needs_module and loaded_module() is None:
         return f"{spec.backend} needs the offmap module, which the running kernel has not loaded; offmap module load"
     return ""
 

@@ -1,10 +1,11 @@
-"""The command lines of the VMMs that are compared: ``offmap run``, and QEMU and Firecracker as they are."""
+"""The command lines of the VMMs that are compared: ``offmap run``, and QEMU, libvirt and Firecracker as they are."""
 
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.sax.saxutils import escape, quoteattr
 
 from offmap.audit.guest_ram import RamRange
 from offmap.audit.process import Process
@@ -12,6 +13,7 @@ from offmap.audit.result import Source
 from offmap.compare.kinds import Kind, Vmm
 from offmap.kvm import Kvm
 from offmap.lab.qemu import find_qemu
+from offmap.pools import DEFAULT_PATH
 
 MEMORY_SIZE = 256 << 20
 """Bytes of RAM of each guest that is compared. A Debian kernel wants 56 MiB in one piece; aliased pages leave few."""
@@ -66,7 +68,7 @@ def vmm_command(setup: GuestSetup, folder: Path) -> list[str]:
     """What runs it.
 
     Args:
-        folder: for the report of ``offmap run``, and the configuration of Firecracker.
+        folder: for the report of ``offmap run``, and the configuration of Firecracker and libvirt.
 
     Raises:
         OffmapError: there is no QEMU, or KVM does not say how fast its TSC is.
@@ -74,6 +76,8 @@ def vmm_command(setup: GuestSetup, folder: Path) -> list[str]:
     command_line = f"console=ttyS0 quiet {setup.words}".strip()
     if setup.kind.vmm is Vmm.QEMU:
         return _qemu(setup, command_line)
+    if setup.kind.vmm is Vmm.LIBVIRT:
+        return _libvirt(setup, command_line, folder)
     if setup.kind.vmm is Vmm.FIRECRACKER:
         return _firecracker(setup, command_line, folder)
     argv = [sys.executable, "-m", "offmap", "run", "--kernel", str(setup.kernel), "--initrd", str(setup.initrd)]
@@ -120,6 +124,63 @@ def _qemu(setup: GuestSetup, command_line: str) -> list[str]:
     for device in devices:
         argv += ["-device", device]
     return argv
+
+
+_DOMAIN = """<domain type='kvm'>
+  <name>{name}</name>
+  <memory unit='b'>{memory}</memory>
+  <memoryBacking><source type={source}/><access mode='shared'/></memoryBacking>
+  <vcpu>{vcpus}</vcpu>
+  <os>
+    <type arch='x86_64' machine='q35'>hvm</type>
+    <kernel>{kernel}</kernel>
+    <initrd>{initrd}</initrd>
+    <cmdline>{command_line}</cmdline>
+  </os>
+  <features><acpi/></features>
+  <cpu mode='host-passthrough'><feature policy='disable' name='svm'/><feature policy='disable' name='vmx'/></cpu>
+  <clock offset='utc'><timer name='kvmclock' present={clock}/></clock>
+  <on_reboot>destroy</on_reboot>
+  <devices>
+    <serial type='unix'><source mode='bind' path={console}/></serial>
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+    {devices}
+  </devices>
+</domain>
+"""
+
+
+def _libvirt(setup: GuestSetup, command_line: str, folder: Path) -> list[str]:
+    """A guest of libvirt as docs/libvirt.md has it: its RAM a file of the pool, and no kvm-clock unless asked for."""
+    devices = []
+    if setup.disk is not None:
+        driver = "<driver name='qemu' type='raw' cache='writeback'/>"
+        target = "<target dev='vda' bus='virtio'/>"
+        devices += [f"<disk type='file'>{driver}<source file={quoteattr(str(setup.disk))}/>{target}</disk>"]
+    for number, (name, vhost) in enumerate(setup.taps):
+        driver = f"<driver name='{'vhost' if vhost == 'on' else 'qemu'}'/>"
+        card = f"<mac address='{card_mac(number)}'/><model type='virtio'/>{driver}<rom enabled='no'/>"
+        devices += [f"<interface type='ethernet'><target dev={quoteattr(name)} managed='no'/>{card}</interface>"]
+    if setup.vsock is not None:
+        devices += [f"<vsock model='virtio'><cid auto='no' address='{setup.cid}'/></vsock>"]
+    folder.chmod(0o711)  # QEMU runs as another user
+    domain, console = folder / "domain.xml", folder / "console"
+    domain.write_text(
+        _DOMAIN.format(
+            name=escape(folder.name),
+            memory=setup.memory,
+            source=quoteattr("file" if setup.kind.ram == "pool" else setup.kind.ram),
+            vcpus=setup.vcpus,
+            kernel=escape(str(setup.kernel)),
+            initrd=escape(str(setup.initrd)),
+            command_line=escape(command_line),
+            clock=quoteattr("yes" if setup.kvm_clock == "on" else "no"),
+            console=quoteattr(str(console)),
+            devices="\n    ".join(devices),
+        )
+    )
+    return [sys.executable, "-m", "offmap.compare.libvirt_guest", str(domain), folder.name, str(console)]
 
 
 def _firecracker(setup: GuestSetup, command_line: str, folder: Path) -> list[str]:
@@ -177,8 +238,8 @@ def guest_tsc_khz() -> int:
 
 
 def qemu_ranges(pid: int, kind: Kind) -> list[RamRange]:
-    """Where a QEMU that `vmm_command` started has its guest's RAM."""
-    file = kind.backend.file or _QEMU_MEMFD
+    """Where a QEMU that `vmm_command` or libvirt started has its guest's RAM."""
+    file = f"{DEFAULT_PATH}/" if kind.ram == "pool" else kind.backend.file or _QEMU_MEMFD
     with Process(pid) as process:
         return [
             RamRange(mapping.start, mapping.end - mapping.start, Source.REQUESTED)

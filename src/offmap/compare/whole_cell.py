@@ -85,7 +85,7 @@ class WholeCell:
             self._attack(guest, plain)
             for each in (guest, plain):
                 with contextlib.suppress(ProbeError):  # a probe that needs a missing module says so
-                    each.command("load virtio_mmio virtio_blk failover virtio_net vsock msr")
+                    each.command("load virtio_pci virtio_mmio virtio_blk failover virtio_net vsock msr")
             survey.stage("trying its devices")
             self._devices(guest, plain)
             guest.check_alive()

@@ -6,26 +6,26 @@ neither is there. So the packages that the headers depend on are downloaded, unp
 with that folder as its root. Nothing is installed, and no package's script is run.
 """
 
-import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from offmap.kmod.build import build, built_module, why_make_failed
 from offmap.kmod.modinfo import release_of
 from offmap.kmod.source import copy_sources, source_folder
 from offmap.lab import apt
-from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of
+from offmap.lab.cache import cache_folder, locked
 from offmap.lab.errors import LabError
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.lab.packages import COMPLETE, provide
 
 # Packages of tools that the kernel's makefiles run. The headers' packages do not depend on them.
 TOOLS = ("make", "binutils", "dash", "bash", "coreutils", "sed", "grep", "mawk", "findutils", "diffutils", "perl-base")
 # Large, and of no use to a kernel module.
 UNUSED = ("./usr/share/doc*", "./usr/share/man*", "./usr/share/locale*", "*/lib?san.*", "*/libhwasan.*", "*/lto1")
-COMPLETE = "packages.json"
 
 _SCRIPT = """
 mount --rbind /proc "$1/proc" && mount --rbind /dev "$1/dev" || exit 90
@@ -142,20 +142,11 @@ def _provide(release: str, store: Path) -> None:
     headers = f"linux-headers-{release}"
     series = ".".join(release.split(".")[:2])
 
-    def fetch(view: apt.AptView) -> Path:
-        with scratch_folder(store) as scratch:
-            debs = apt.download_closure(view, (headers, *TOOLS), scratch)
-            root = scratch / "root"
-            _unpack(debs, root)
-            (root / COMPLETE).write_text(json.dumps({deb.name: sha256_of(deb) for deb in debs}))
-            replace_folder(root, store)
-        return store
-
     remedy = f"check the network; if Debian has a newer kernel by now, remove {cache_folder('kernels')} and try again"
-    apt.from_views(headers, series, fetch, remedy)
+    provide(store, (headers, *TOOLS), series, _unpack, remedy)
 
 
-def _unpack(debs: list[Path], root: Path) -> None:
+def _unpack(debs: Sequence[Path], root: Path) -> None:
     for name in ("bin", "sbin", "lib", "lib64"):
         (root / "usr" / name).mkdir(parents=True)
         (root / name).symlink_to(f"usr/{name}")

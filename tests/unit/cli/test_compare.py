@@ -20,7 +20,7 @@ def test_the_list_says_how_cells_stand(tmp_path: Path, capsys: pytest.CaptureFix
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("anon on debian:6.12, guest debian:6.12, 1 vCPU: damaged (")
     assert lines[1] == "memfd on debian:6.12, guest debian:6.12, 1 vCPU: oops, 2026-01-01, of other code"
-    assert lines[2].endswith("1 vCPU: not run") and lines[-1] == "12 cells"
+    assert lines[2].endswith("1 vCPU: not run") and lines[-1] == "13 cells"
 
 
 def test_the_list_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

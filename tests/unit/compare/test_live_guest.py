@@ -6,13 +6,15 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from offmap.compare import vmm_command as commands
 from offmap.compare.guest import READY
-from offmap.compare.kinds import kind_of
+from offmap.compare.kinds import Kind, Vmm, kind_of
 from offmap.compare.probes import live_guest, network
 from offmap.compare.probes.guest_program import ProbeError, guest_program
 from offmap.compare.probes.live_guest import LiveGuest
@@ -163,6 +165,37 @@ def test_qemu_has_the_clock_that_its_row_names(kvm_clock: str, offered: bool, mo
     # No more is taken away than offmap's own guests go without (offmap.vmm.cpuid): steal time and the others stay.
     assert cpu == "host,svm=off,vmx=off" + ("" if offered else ",kvmclock=off,kvmclock-stable-bit=off")
     assert command_line == "console=ttyS0 quiet pci=off" + ("" if offered else " tsc_early_khz=2000000 tsc=reliable")
+
+
+@pytest.mark.parametrize(("ram", "source"), [("pool", "file"), ("memfd", "memfd")])
+def test_libvirt_gets_a_domain_as_documented(ram: str, source: str, tmp_path: Path) -> None:
+    setup = GuestSetup(
+        Kind(ram, Vmm.LIBVIRT),
+        Path("/kernel"),
+        Path("/initrd"),
+        words="a<b",
+        disk=Path("/disk"),
+        taps=[("card", "off"), ("fast", "on")],
+        vsock=Path("/socket"),
+    )
+    folder = tmp_path / "guest"
+    folder.mkdir()
+    argv = vmm_command(setup, folder)
+    assert argv[2:] == ["offmap.compare.libvirt_guest", f"{folder}/domain.xml", "guest", f"{folder}/console"]
+    domain = ElementTree.parse(folder / "domain.xml").getroot()
+
+    def has(path: str, attribute: str) -> list[str | None]:
+        return [element.get(attribute) for element in domain.findall(path)]
+
+    assert has("memoryBacking/source", "type") == [source]
+    assert has("clock/timer", "present") == ["no"]
+    assert domain.findtext("os/cmdline") == "console=ttyS0 quiet a<b"
+    assert has("devices/disk/source", "file") == ["/disk"]
+    assert has("devices/interface/target", "dev") == ["card", "fast"]
+    assert has("devices/interface/driver", "name") == ["qemu", "vhost"]
+    assert has("devices/vsock/cid", "address") == ["9"]
+    vmm_command(replace(setup, kvm_clock="on"), folder)
+    assert "present='yes'" in (folder / "domain.xml").read_text().replace('"', "'")
 
 
 @pytest.mark.parametrize("kind", ["firecracker-anon", "firecracker-unplugged"])

@@ -16,7 +16,7 @@ BACKENDS = kind_names()
 
 
 def test_every_kind_of_ram_is_compared() -> None:
-    foreign = {"qemu-unplugged", "firecracker-anon", "firecracker-unplugged"}
+    foreign = {"qemu-unplugged", "libvirt-pool", "firecracker-anon", "firecracker-unplugged"}
     assert set(BACKENDS) == {*(name for name, kind in RAM.items() if kind.compared), *foreign}
     assert [spec.backend for spec in cells_of(DEFAULT_AXES)] == list(BACKENDS)
     assert {(s.host_kernel, s.guest_kernel, s.vcpus, s.kvm_clock) for s in cells_of(DEFAULT_AXES)} == {
@@ -44,7 +44,7 @@ def test_the_full_matrix_has_each_combination_or_one_that_stands_for_it() -> Non
     assert counts["guest_memfd", "debian:7.3"] == 12
     # kvm-clock on hidden memory is refused on kernels as released; with QEMU it is not
     assert counts["unplugged", "debian:6.1"] == 3 * 2 + 1
-    assert counts["qemu-unplugged", "debian:6.1"] == 12
+    assert counts["qemu-unplugged", "debian:6.1"] == counts["libvirt-pool", "debian:6.1"] == 12
     assert counts["firecracker-unplugged", "debian:6.1"] == 3 * 2 + 1
 
 
@@ -89,5 +89,5 @@ def test_no_long_cell_is_left_for_the_end() -> None:
     assert [cell.host_kernel for cell in run] == [cell.host_kernel for cell in cells]  # a setting after the other
     kinds = [cell.backend for cell in run]
     assert kinds[:2] == ["secretmem-bridge", "qemu-unplugged"]
-    assert kinds[9:12] == ["secretmem", "guest_memfd", "guest_memfd-unmapped"]  # refused on 6.12
-    assert kinds[12:15] == ["secretmem-bridge", "secretmem", "guest_memfd-unmapped"]  # and not there
+    assert kinds[10:13] == ["secretmem", "guest_memfd", "guest_memfd-unmapped"]  # refused on 6.12
+    assert kinds[13:16] == ["secretmem-bridge", "secretmem", "guest_memfd-unmapped"]  # and not there

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offmap.audit.guest_ram import RamRange
-from offmap.compare.kinds import Vmm
 from offmap.compare.probes.live_guest import LiveGuest
 from offmap.compare.probes.network import (
     VSOCK_PORT,
@@ -90,7 +89,7 @@ def configure(guest: LiveGuest, card: int, subnet: Subnet) -> None:
 def _vsock_listener(guest: LiveGuest) -> Iterator[socket.socket]:
     if guest.setup.vsock is None:
         return
-    listener = listen_vsock() if guest.setup.kind.vmm is Vmm.QEMU else listen_unix(guest.setup.vsock)
+    listener = listen_vsock() if guest.setup.kind.vmm.is_qemu else listen_unix(guest.setup.vsock)
     with listener:
         yield listener
 
@@ -102,7 +101,7 @@ def vsock(guest: LiveGuest) -> Answer:
         guest.command(f"echo vsock {VSOCK_PORT}")
         if not echoed.result():
             return no(id, "what came back from the guest is not what was sent to it")
-    how = "the host kernel's vhost-vsock" if guest.setup.kind.vmm is Vmm.QEMU else "the VMM's device"
+    how = "the host kernel's vhost-vsock" if guest.setup.kind.vmm.is_qemu else "the VMM's device"
     return yes(id, f"{MIB >> 10} KiB to the guest and back through {how}, compared")
 
 

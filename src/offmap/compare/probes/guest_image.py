@@ -8,6 +8,7 @@ from offmap.lab.cpio import directory, regular
 from offmap.lab.modules import ModuleIndex, load_module
 
 WANTED = (
+    "virtio_pci",
     "virtio_mmio",
     "virtio_blk",
     "virtio_net",

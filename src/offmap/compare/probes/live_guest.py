@@ -11,6 +11,7 @@ from offmap.audit.guest_ram import RamRange, named_ranges
 from offmap.compare.facts import Guest
 from offmap.compare.guest import CLOCKSOURCE, PLANTED, READY, SECRET
 from offmap.compare.kinds import Vmm
+from offmap.compare.libvirt_guest import qemu_pid
 from offmap.compare.probes.guest_program import ProbeError, parse_answer
 from offmap.compare.probes.survey import measured, undetermined, yes
 from offmap.compare.questions import Answer
@@ -46,12 +47,23 @@ class LiveGuest(VmProcess):
         folder.mkdir(parents=True, exist_ok=True)
         super().__init__(vmm_command(setup, folder), folder)
         self.setup = setup
+        self._name = folder.name
         self.facts = Guest()
         self._planted = 0
         self.boot_seconds = 0.0
         self.secret = ""
         self._lost = ""
         self._begun = False
+        self._qemu = -1
+
+    @property
+    def pid(self) -> int:
+        """The process that has the guest's RAM mapped, also once it has ended; -1 if there never was one."""
+        if self.setup.kind.vmm is not Vmm.LIBVIRT:
+            return super().pid
+        if self._qemu < 0:
+            self._qemu = qemu_pid(self._name)
+        return self._qemu
 
     def boot(self) -> str:
         """Wait until its init is ready; returns what its console said by then.
@@ -151,7 +163,7 @@ class LiveGuest(VmProcess):
 
     def ranges(self) -> list[RamRange] | None:
         """Where its RAM is, if KVM's own list does not say so."""
-        if self.setup.kind.vmm is Vmm.QEMU:
+        if self.setup.kind.vmm.is_qemu:
             return qemu_ranges(self.pid, self.setup.kind)
         # A kernel that does not describe its structures (the lab's own) shows no list. Our VMM's word does here.
         return None if self.setup.kind.vmm is not Vmm.OFFMAP or Path(KERNEL_BTF).exists() else named_ranges(self.pid)

@@ -89,7 +89,7 @@ class PreparedHost(Owned):
             for number, name in enumerate(_CARDS):
                 self._subnets.append(Subnet(number))
                 self._owned.enter_context(tap(name, self._subnets[-1]))
-            if self.kind.vmm is Vmm.QEMU:
+            if self.kind.vmm.is_qemu:
                 load_modules("vhost_vsock")
         except OffmapError as error:
             return str(error)
