@@ -45,7 +45,7 @@ class NotAudited:
     """
 
     def __init__(self, reason: str) -> None:
-        if not reason:
+        if not reason or not reason.strip():
             raise ValueError("RAM that is not audited needs a reason")
         self.reason: Final = reason
 
@@ -73,6 +73,12 @@ class Vetted:
         raise TypeError("what an audit said of this process's RAM cannot be copied")
 
 
+def check_vetting(vetting: object) -> None:
+    """Accept `Vet` and `NotAudited`. Raises TypeError: it is anything else, such as None or a class of its own."""
+    if type(vetting) not in (Vet, NotAudited):
+        raise TypeError(f"hidden RAM needs a word on its audit: Vet() or NotAudited(reason), not {vetting!r}")
+
+
 @final
 class Ram(Owned):
     """The RAM of one guest, in its VM's memory slots, published to auditors. Gives the memory back when it is closed.
@@ -95,8 +101,7 @@ class Ram(Owned):
     def __init__(
         self, backend: Backend, vm: Vm, size: int, vetting: Vet | NotAudited, say: Callable[[str], None]
     ) -> None:
-        if type(vetting) not in (Vet, NotAudited):
-            raise TypeError(f"hidden RAM needs a word on its audit: Vet() or NotAudited(reason), not {vetting!r}")
+        check_vetting(vetting)  # a caller may have come by a config that was changed
         with ExitStack() as building:
             started = time.monotonic()
             self.memory = building.enter_context(backend.guest_memory(vm, size))

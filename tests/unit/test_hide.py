@@ -108,8 +108,11 @@ def test_who_says_nothing_of_the_audit_builds_no_machine(name: str) -> None:
     for said in (None, (), lambda: (), Vet, Unseen(), PhysicalRange(0, 4096)):
         with pytest.raises(TypeError, match="needs a word on its audit"):
             Ram(backend, NO_VM, 1 << 28, said, print)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="needs a reason"):
-        NotAudited("")
+        with pytest.raises(TypeError, match="needs a word on its audit"):
+            MachineConfig(source, backend, 1 << 28, vetting=said)  # type: ignore[arg-type]
+    for reason in ("", " \n"):
+        with pytest.raises(ValueError, match="needs a reason"):
+            NotAudited(reason)
 
 
 def test_the_audit_is_not_imported_before_it_is_needed() -> None:

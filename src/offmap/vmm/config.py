@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
-from offmap.hide import NotAudited, Vet
+from offmap.hide import NotAudited, Vet, check_vetting
 from offmap.memory.backend import Backend
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
@@ -36,6 +36,7 @@ class MachineConfig:
 
     Raises:
         OffmapError: a value that no host could satisfy.
+        TypeError: `vetting` is neither of the two.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class MachineConfig:
         self.count_exits: Final = count_exits
         self.devices: Final = devices
         self.virtio_mmio_cmdline: Final = virtio_mmio_cmdline
+        check_vetting(vetting)
         if not 0 < self.memory_size <= MAX_MEMORY or self.memory_size % PAGE_SIZE:
             raise OffmapError(
                 f"a guest cannot have {format_size(self.memory_size)} of RAM",
