@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offmap.compare.cell_result import CellResult
@@ -18,12 +17,12 @@ from offmap.compare.cell_run import CellTask, run_cell
 from offmap.compare.events import Events
 from offmap.compare.running import stop_cells
 from offmap.errors import OffmapError
+from offmap.lab.installed import boot_id
 
 if TYPE_CHECKING:
     from distributed import Client
 
 _CONNECT_SECONDS = "10s"
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ def worker_facts(code: str, kernels: tuple[str, ...]) -> WorkerFacts:
                 raise OffmapError(f"it has no {kernel} in its cache, and no apt-get to get it", "run it on Debian")
     except OffmapError as error:
         reason = str(error)
-    return WorkerFacts(reason, _BOOT_ID.read_text().strip(), cells_at_a_time())
+    return WorkerFacts(reason, boot_id(), cells_at_a_time())
 
 
 def unfit(facts: Mapping[str, object], threads: Mapping[str, int]) -> str:

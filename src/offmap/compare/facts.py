@@ -4,14 +4,13 @@ Unknown facts are left out.
 """
 
 import os
-import subprocess
 from functools import cache
 
 from msgspec import Struct
 
 from offmap.audit.host import host_facts
 from offmap.lab.errors import LabError
-from offmap.lab.qemu import find_qemu
+from offmap.lab.qemu import find_qemu, qemu_version
 
 
 class Host(Struct, frozen=True, omit_defaults=True):
@@ -87,7 +86,6 @@ def this_machine(accel: str) -> Machine:
 def _qemu_version() -> str:
     """``QEMU emulator version 7.2.22 …``; empty if there is no QEMU."""
     try:
-        done = subprocess.run([find_qemu(), "--version"], capture_output=True, text=True, check=False)
+        return qemu_version(find_qemu())
     except (LabError, OSError):
         return ""
-    return next(iter(done.stdout.splitlines()), "")

@@ -5,7 +5,6 @@ that, so that nothing is mounted. Done once for each recipe: the cache keeps the
 """
 
 import os
-import shutil
 import subprocess
 import uuid
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from offmap.guests.recipe import PACKAGES, RootRecipe
 from offmap.lab import apt
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder
 from offmap.lab.errors import LabError
+from offmap.lab.installed import find_program, search_path
 
 IMAGE = "root.img"
 PACKAGE_LIST = "packages"  # one "name version" a line
@@ -58,7 +58,7 @@ def _make(recipe: RootRecipe, scratch: Path) -> None:
     """Make scratch/new/IMAGE and scratch/new/PACKAGE_LIST."""
     bootstrap, customize = _bootstrap_command(recipe), _customize_command(recipe, scratch)
     sources = _sources(recipe.release)
-    environment = {**os.environ, "PATH": _path(), "LC_ALL": "C"}
+    environment = {**os.environ, "PATH": search_path(), "LC_ALL": "C"}
     with (
         (scratch / "mmdebstrap.log").open("w+b") as log,
         subprocess.Popen(
@@ -92,12 +92,8 @@ def _make(recipe: RootRecipe, scratch: Path) -> None:
             )
 
 
-def _path() -> str:
-    return f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where mke2fs is, for users too
-
-
 def _program(name: str, package: str) -> str:
-    found = shutil.which(name, path=_path())
+    found = find_program(name)
     if found is None:
         raise LabError(f"no {name} command, which an image is made with", f"install {package}")
     return found

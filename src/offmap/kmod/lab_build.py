@@ -19,6 +19,7 @@ from offmap.lab import apt
 from offmap.lab.cache import cache_folder, locked
 from offmap.lab.errors import LabError
 from offmap.lab.host import LabHost
+from offmap.lab.installed import search_path
 from offmap.lab.kernel import HostKernel
 from offmap.lab.packages import COMPLETE, provide
 
@@ -122,14 +123,13 @@ def build_in_root(kernel: HostKernel, module: Path, sources: Path | None = None)
 
 def _run_in(root: Path, release: str, work: str) -> "subprocess.CompletedProcess[str]":
     unshare = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
-    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where chroot is, for users too
     return subprocess.run(
         [*unshare, "sh", "-c", _SCRIPT, "sh", str(root), release, work],
         capture_output=True,
         text=True,
         check=False,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": search_path()},
     )
 
 

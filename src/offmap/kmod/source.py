@@ -3,22 +3,16 @@
 import hashlib
 from pathlib import Path
 
-import offmap
-from offmap.errors import OffmapError
+from offmap.lab.installed import shipped
 
 MODULE = "offmap"
-_PACKAGED = "_kernel_module"  # pyproject.toml puts kernel/module there when it makes a wheel
 _KINDS = (".c", ".h")
 _BUILD_FILES = ("Kbuild", "Makefile")
 
 
 def source_folder() -> Path:
-    """The folder of the module's sources. Raises OffmapError if this installation has none."""
-    package = Path(offmap.__file__).parent
-    for folder in (package / _PACKAGED, package.parents[1] / "kernel/module"):
-        if (folder / "Kbuild").is_file():
-            return folder
-    raise OffmapError("this installation of offmap holds no sources of its kernel module", "install offmap again")
+    """The folder of the module's sources. Raises LabError if this installation has none."""
+    return shipped("kernel/module", "_kernel_module", "Kbuild")
 
 
 def _sources(folder: Path) -> list[Path]:

@@ -6,13 +6,13 @@ its own. Neither can be told from outside, so a small host is booted; the answer
 
 import json
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 from offmap.lab.cache import cache_folder, write_atomically
+from offmap.lab.installed import boot_id
 from offmap.lab.kernel import HostKernel
-from offmap.lab.qemu import find_qemu
+from offmap.lab.qemu import find_qemu, qemu_version
 
 SIGN_OF_LIFE_SECONDS = 5.0  # to the first byte on the console; under a working KVM it is 0.3
 PROBE_SECONDS = 30.0  # to the agent; under a working KVM it is 2
@@ -23,7 +23,6 @@ NESTED_PROBE = (
     "raise SystemExit(not (fcntl.ioctl(fd, 0xAE00, 0) == 12 and fcntl.ioctl(fd, 0xAE01, 0) > 0))"
 )
 _DEVICE = Path("/dev/kvm")
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def choose(kernel: HostKernel, probe: Callable[[], bool]) -> str:
@@ -31,10 +30,8 @@ def choose(kernel: HostKernel, probe: Callable[[], bool]) -> str:
     if not os.access(_DEVICE, os.R_OK | os.W_OK):
         return "tcg"
     memory = cache_folder() / "accel.json"
-    version = subprocess.run([find_qemu(), "--version"], capture_output=True, text=True, check=False).stdout.split(
-        "\n", 1
-    )[0]
-    boot = _BOOT_ID.read_text().strip()
+    version = qemu_version(find_qemu())
+    boot = boot_id()
     key = f"{kernel.release} {version}"
     known: dict[str, bool] = {}
     try:

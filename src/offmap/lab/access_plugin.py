@@ -5,15 +5,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import offmap
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder
 from offmap.lab.errors import LabError
+from offmap.lab.installed import shipped
 from offmap.lab.kernel_tree import damaged, write_manifest
 from offmap.lab.qemu_header import HEADER, qemu_header
 from offmap.uapi.page import PAGE_SHIFT
 
 SOURCE = "access-log.c"
-_PACKAGED = "_qemu"  # pyproject.toml puts qemu/ there when it makes a wheel
 _FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wno-parentheses", "-fPIC", "-shared", "-fvisibility=hidden")
 
 
@@ -23,11 +22,7 @@ def plugin_source() -> Path:
     Raises:
         LabError: this installation has none.
     """
-    package = Path(offmap.__file__).parent
-    for folder in (package / _PACKAGED, package.parents[1] / "qemu"):
-        if (folder / SOURCE).is_file():
-            return folder / SOURCE
-    raise LabError("this installation of offmap holds no QEMU plugin", "install offmap again")
+    return shipped("qemu", "_qemu", SOURCE) / SOURCE
 
 
 def access_plugin() -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder
 from offmap.lab.errors import LabError
+from offmap.lab.installed import find_program, search_path
 from offmap.lab.kernel import HostKernel, image_release
 from offmap.lab.kernel_tree import damaged, used_files, write_manifest
 from offmap.lab.series import PatchSeries, missing_options, patch_series
@@ -35,7 +36,6 @@ TOOLS = {
 }
 # objtool is linked against libelf, and everything against a C library.
 HEADERS = {"gelf.h": "libelf-dev", "stdlib.h": "libc6-dev"}
-_SYSTEM_PATH = "/usr/sbin:/sbin"  # where depmod is, for users too
 
 Say = Callable[[str], None]
 
@@ -89,8 +89,7 @@ def missing_packages(
 
 
 def _build(series: PatchSeries, source: KernelSource, store: Path, say: Say) -> None:
-    path = f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATH}"
-    if lacking := missing_packages(lambda tool: shutil.which(tool, path=path)):
+    if lacking := missing_packages(find_program):
         raise LabError(
             f"cannot build {series.spec}: this machine lacks {', '.join(lacking)}",
             f"run: apt-get install {' '.join(lacking)}",
@@ -195,7 +194,6 @@ def run_make(command: list[str], log: Path, what: str = "the kernel") -> None:
     Raises:
         LabError: it failed; says that `what` does not build, and why.
     """
-    path = f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_PATH}"
     # A make that runs us (make test-all) hands down flags and a job server that are not for this one.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     with log.open("ab") as output:
@@ -205,7 +203,7 @@ def run_make(command: list[str], log: Path, what: str = "the kernel") -> None:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             check=False,
-            env={**env, "PATH": path, "LC_ALL": "C"},
+            env={**env, "PATH": search_path(), "LC_ALL": "C"},
         )
     if done.returncode != 0:
         raise LabError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from offmap.lab import apt
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of
 from offmap.lab.errors import LabError
+from offmap.lab.installed import find_program
 from offmap.lab.kernel import HostKernel, image_release
 from offmap.lab.kernel_tree import damaged, used_files, write_manifest
 
@@ -166,8 +167,7 @@ def _release(tree: Path) -> str:
 
 
 def _run(*argv: str) -> None:
-    # depmod is in a folder that users do not have in their PATH.
-    program = shutil.which(argv[0], path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+    program = find_program(argv[0])
     if program is None:
         raise LabError(f"no {argv[0]} command", f"install {'kmod' if argv[0] == 'depmod' else 'dpkg'}")
     done = subprocess.run([program, *argv[1:]], capture_output=True, text=True, check=False)

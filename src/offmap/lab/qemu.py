@@ -1,6 +1,7 @@
 """The QEMU command line of a disposable host."""
 
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,6 +145,12 @@ def command_line(
     if ram is not None and not ram.shared:
         argv += ["-incoming", "defer"]
     return argv
+
+
+def qemu_version(program: str) -> str:
+    """The first line of what the program says of its version: ``QEMU emulator version 7.2.22 …``."""
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.partition("\n")[0]
 
 
 def node_sizes(options: HostOptions) -> list[int]:

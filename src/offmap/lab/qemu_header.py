@@ -15,7 +15,7 @@ from pathlib import Path
 from offmap.lab import apt
 from offmap.lab.cache import cache_folder, locked, replace_folder, scratch_folder, sha256_of
 from offmap.lab.errors import LabError
-from offmap.lab.qemu import find_qemu
+from offmap.lab.qemu import find_qemu, qemu_version
 
 HEADER = "qemu-plugin.h"
 _RECORD = "record.json"
@@ -43,18 +43,13 @@ def qemu_header() -> QemuHeader:
     program = Path(find_qemu()).resolve()
     beside = program.parents[1] / "include"
     if (beside / HEADER).is_file():
-        return QemuHeader(_said_version(program), beside)
+        return QemuHeader(qemu_version(str(program)), beside)
     name, version = _source_package(program)
     store = cache_folder("qemu") / re.sub(r"[^\w.+~-]", "_", f"{name}_{version}")
     with locked(store.with_name(f"{store.name}.lock")):
         if not _intact(store):
             _download(name, version, store)
     return QemuHeader(version, store)
-
-
-def _said_version(program: Path) -> str:
-    done = subprocess.run([str(program), "--version"], capture_output=True, text=True, check=False)
-    return done.stdout.partition("\n")[0]
 
 
 def _source_package(program: Path) -> tuple[str, str]:

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import offmap
 from offmap.lab.errors import LabError
+from offmap.lab.installed import shipped
 
-_PACKAGED = "_kernel"  # pyproject.toml puts kernel/ there when it makes a wheel
 # What no kernel is compiled from. Patches to these leave a built kernel as good as new.
 _NOT_BUILT = (b"Documentation/", b"MAINTAINERS", b"tools/testing/")
 _SUBJECT = re.compile(r"^Subject: (?:\[PATCH[^\]]*\] )?(.*(?:\n .*)*)", re.MULTILINE)
@@ -75,21 +74,13 @@ def _subject(patch: Path) -> str:
     return " ".join(match[1].split()) if match else patch.name
 
 
-def _kernel_folder() -> Path:
-    package = Path(offmap.__file__).parent
-    for folder in (package / _PACKAGED, package.parents[1] / "kernel"):
-        if (folder / "lab.config").is_file():
-            return folder
-    raise LabError("this installation of offmap holds no kernel patches", "install offmap again")
-
-
 def all_series() -> Iterator[PatchSeries]:
     """Yield each series that offmap has.
 
     Raises:
         LabError: this installation has none at all.
     """
-    folder = _kernel_folder()
+    folder = shipped("kernel", "_kernel", "lab.config")
     for patches in sorted((folder / "patches").iterdir()):
         if patches.is_dir():
             series = PatchSeries(patches.name, tuple(sorted(patches.glob("*.patch"))), folder / "lab.config")

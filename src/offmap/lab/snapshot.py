@@ -20,6 +20,7 @@ from pathlib import Path
 from offmap.lab.cache import cache_folder, replace_folder, sha256_of, write_atomically
 from offmap.lab.errors import LabError
 from offmap.lab.initramfs import Initramfs
+from offmap.lab.installed import boot_id
 from offmap.lab.kernel import HostKernel
 from offmap.lab.qemu import HostOptions, Ram, command_line, find_qemu, node_sizes, parse_size
 from offmap.owned import Owned
@@ -28,7 +29,6 @@ FORMAT = 1
 DEFAULT_LIMIT = "4G"  # a snapshot takes about 300 MiB
 LIMIT_VARIABLE = "OFFMAP_SNAPSHOT_LIMIT"
 _SPARE = 1 << 30  # bytes of the disk that stay free
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MANIFEST, _STATE, _CONSOLE, _USED = "manifest.json", "state", "console", "used"
 
 
@@ -110,7 +110,7 @@ class Draft:
             "format": FORMAT,
             "kind": self._kind.name,
             "description": self._kind.description,
-            "boot": _BOOT_ID.read_text().strip(),
+            "boot": boot_id(),
             "state": sha256_of(self.folder / _STATE),
             "console": sha256_of(self.folder / _CONSOLE),
             "files": {name: _identity((self.folder / name).stat()) for name in (*self._names, _STATE, _CONSOLE)},
@@ -141,7 +141,7 @@ class Snapshots:
                 manifest = json.loads(_read(_open(folder / _MANIFEST, os.O_RDONLY, files)))
                 if (manifest["format"], manifest["kind"]) != (FORMAT, kind.name):
                     raise SnapshotUnusable("the snapshot is of another kind than its name says")
-                if manifest["boot"] != _BOOT_ID.read_text().strip():
+                if manifest["boot"] != boot_id():
                     raise SnapshotUnusable("the snapshot is older than this machine's last start")
                 fds = {}
                 for name, identity in manifest["files"].items():
@@ -193,7 +193,7 @@ class Snapshots:
 
     def listed(self) -> list[Listed]:
         """List the snapshots, the last used first."""
-        boot = _BOOT_ID.read_text().strip()
+        boot = boot_id()
         found = []
         for folder in self.folder.glob("[!.]*/"):
             if len(folder.name) != 16:

@@ -1,12 +1,11 @@
 """The host's kernel: load modules, write its knobs, read the amounts of memory that it reports."""
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 from offmap.errors import OffmapError
+from offmap.lab.installed import find_program
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -17,7 +16,7 @@ def load_modules(*names: str) -> None:
     Raises:
         OffmapError: a module cannot be loaded.
     """
-    modprobe = shutil.which("modprobe", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    modprobe = find_program("modprobe")
     if modprobe is None:
         raise OffmapError("there is no modprobe", "install kmod")
     done = subprocess.run([modprobe, "-a", *names], capture_output=True, text=True, check=False)
