@@ -56,7 +56,7 @@ class Vetted:
 
     Attributes:
         pages: how many the audit saw, of 4 KiB.
-        excluded: guest-physical pages that the host kernel maps. The guest must not get them.
+        excluded: guest-physical pages that the host kernel maps. They are in no memory slot of the guest's.
     """
 
     __slots__ = ("excluded", "pages")
@@ -106,8 +106,8 @@ class Ram(Owned):
             started = time.monotonic()
             self.memory = building.enter_context(backend.guest_memory(vm, size))
             self.populate_seconds = time.monotonic() - started
-            self.memory.map_into(vm)
             self.vetting = _vetting(backend, self.memory, vetting, say)
+            self.memory.map_into(vm, self.excluded)
             building.callback(os.close, publish_memslots(self.memory, backend.name, self.excluded))
             self._owned = building.pop_all()
             got = format_size(size), backend.name, self.populate_seconds
@@ -115,7 +115,7 @@ class Ram(Owned):
 
     @property
     def excluded(self) -> tuple[PhysicalRange, ...]:
-        """Guest-physical pages that are kept from the guest, because the host kernel maps them."""
+        """Guest-physical pages that are in none of its memory slots, because the host kernel maps them."""
         return self.vetting.excluded if isinstance(self.vetting, Vetted) else ()
 
     def to_json(self) -> dict[str, object]:

@@ -231,6 +231,13 @@ def clock_page_in_hidden_memory() -> None:
     fcntl.ioctl(vcpu, KVM_SET_MSRS, msrs)
 
 
+def page_with_an_alias_that_is_said_to_be_kept_from_the_guest() -> None:
+    clock_page_in_hidden_memory()
+    claim = kept[kept.index(next(each for each in kept if isinstance(each, Vm))) + 1]
+    text = json.loads(os.pread(claim, 4096, 0)) | {"excluded": [[0x2000, PAGE]]}
+    os.pwrite(claim, json.dumps(text).encode(), 0)
+
+
 def guest_memfd_held_by_another() -> None:
     vm = Vm.__new__(Vm)
     vm.kvm = os.open("/dev/kvm", os.O_RDWR)
@@ -279,7 +286,11 @@ LISTED: tuple[Callable[[], None], ...] = (
     read_only_and_as_large_as_ram,
     nested_guest_allowed,
 )
-NEWER: tuple[Callable[[], None], ...] = (clock_page_in_hidden_memory, guest_memfd_held_by_another)
+NEWER: tuple[Callable[[], None], ...] = (
+    clock_page_in_hidden_memory,
+    page_with_an_alias_that_is_said_to_be_kept_from_the_guest,
+    guest_memfd_held_by_another,
+)
 
 
 class Attacker:

@@ -22,6 +22,8 @@ _CHANGED = "came, went or moved during the audit"
 CAME = "came during the audit"
 """Why a page is unknown that was not there before the walks: the next audit can tell."""
 
+_NONE = Intervals(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+
 ReachSets = tuple[tuple[int, Intervals], ...]
 
 
@@ -106,7 +108,18 @@ class Classified:
 
 
 def excluded_ranges(ram: GuestRam) -> Intervals:
-    """The pages, counted through all ranges, that lie wholly in a guest-physical range that the guest does not get."""
+    """The pages, counted through all ranges, that the guest does not get: its VMM says so, and KVM's slots agree.
+
+    A page of memory that any slot of any VM of the process has is its guest's, whatever the VMM says. So is each one
+    where KVM's list could not be read.
+    """
+    if ram.unlisted:
+        return _NONE
+    return claimed_excluded(ram).minus(_in_slots(ram))
+
+
+def claimed_excluded(ram: GuestRam) -> Intervals:
+    """The pages, counted through all ranges, that the VMM says it keeps from its guest: whole ones."""
     starts, ends, position = [], [], 0
     for part in ram.ranges:
         if part.guest_phys_addr is not None:
@@ -117,6 +130,20 @@ def excluded_ranges(ram: GuestRam) -> Intervals:
                 ends.append(position + max(first, last))
         position += part.pages
     return Intervals.union(np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64))
+
+
+def _in_slots(ram: GuestRam) -> Intervals:
+    """The pages, counted through all ranges, that lie in memory of some slot."""
+    slots = [(slot.userspace_addr, slot.bytes) for vm in ram.vms for slot in vm.slots]
+    va, size = np.array(slots, dtype=np.int64).reshape(-1, 2).T // PAGE_SIZE
+    starts, ends, position = [va[:0]], [va[:0]], 0
+    for part in ram.ranges:
+        if part.excluded:
+            first = va - part.va // PAGE_SIZE
+            starts.append(np.clip(first, 0, part.pages) + position)
+            ends.append(np.clip(first + size, 0, part.pages) + position)
+        position += part.pages
+    return Intervals.union(np.concatenate(starts), np.concatenate(ends))
 
 
 def classify(

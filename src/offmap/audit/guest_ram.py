@@ -6,8 +6,9 @@ Our convention, which any VMM may adopt: the VMM holds open a memfd named ``offm
      "slots": [{"guest_phys_addr": 0, "memory_size": 268435456, "userspace_addr": 140737353940992, "backend": "anon"}],
      "excluded": [[guest_phys_addr, size], ...]}
 
-Auditors find it by its link in /proc/PID/fd; it vanishes with the process. ``excluded`` ranges are kept from the guest
-(reserved in its E820 map). The claim says *where* to look and nothing else: ``backend`` is only repeated to the reader.
+Auditors find it by its link in /proc/PID/fd; it vanishes with the process. ``excluded`` ranges are kept from the guest:
+they are in none of its memory slots, which is checked. The claim says *where* to look and nothing else: ``backend`` is
+only repeated to the reader.
 
 What counts is what KVM has in the memory slots of the VMs that this address space made. What the claim leaves out is
 audited too, and without KVM's list no claim is called hidden. Of a VMM without a claim the large writable mappings are
@@ -44,8 +45,8 @@ KVM_VCPU_LINK = re.compile(r"anon_inode:kvm-vcpu:\d+")
 class RamRange:
     """A range of the process's addresses that is to be audited; page-aligned.
 
-    ``excluded``: guest-physical (address, size) of what the guest does not get, by the claim that named the range.
-    Another VM of the process may map the same addresses for its own guest.
+    ``excluded``: guest-physical (address, size) of what the guest does not get, by the claim that named the range. It
+    counts where KVM's slots agree (``classify.excluded_ranges``).
 
     ``guest_memfd``: the pages are in that file, and ``va`` is only where the slot says that they are for the VMM.
     """
@@ -296,9 +297,8 @@ def slot_ranges(
 ) -> tuple[tuple[RamRange, ...], tuple[RamRange, ...]]:
     """The known ranges, and the memory beside them that the guest can write to.
 
-    A slot that lies in a larger one or in one of the ``known`` ranges is left out. A known range that keeps pages from
-    its guest only covers a slot at the same guest-physical place: through any other slot the guest gets them. Pages of
-    a guest_memfd are a range of their own, unless just these pages are what the VMM has mapped there.
+    A slot that lies in a larger one or in one of the ``known`` ranges is left out. Pages of a guest_memfd are a range
+    of their own, unless just these pages are what the VMM has mapped there.
     """
     found = list(known)
     for slot in sorted(slots, key=lambda slot: (-slot.bytes, slot.guest_phys_addr)):
@@ -337,13 +337,7 @@ def _range_of(slot: KvmSlot, mappings: Sequence[Vma]) -> RamRange:
 
 def _covered(slot: KvmSlot, ranges: Sequence[RamRange]) -> bool:
     va, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
-    return any(
-        part.va <= va
-        and end <= part.va + part.bytes
-        and part.guest_memfd is None
-        and (not part.excluded or slot.guest_phys_addr - va == (part.guest_phys_addr or 0) - part.va)
-        for part in ranges
-    )
+    return any(part.va <= va and end <= part.va + part.bytes and part.guest_memfd is None for part in ranges)
 
 
 def _maps_guest_memfd(mappings: Sequence[Vma], slot: KvmSlot, file: GuestMemfd) -> bool:

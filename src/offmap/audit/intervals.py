@@ -32,6 +32,13 @@ class Intervals:
         last = np.append(first[1:] - 1, len(start) - 1)
         return cls(start[first], reach[last])
 
+    def minus(self, other: "Intervals") -> "Intervals":
+        """What is in this set and not in the other."""
+        edges = distinct(self.edges, other.edges)
+        start = edges[:-1]
+        keep = self.contains(start) & ~other.contains(start)
+        return Intervals.union(start[keep], edges[1:][keep])
+
     @property
     def edges(self) -> Ints:
         """All starts and ends, ascending."""

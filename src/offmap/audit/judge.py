@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from offmap.audit.classify import claimed_excluded, excluded_ranges
 from offmap.audit.guest_ram import GuestRam
 from offmap.audit.result import Pages, Source
 from offmap.audit.scan_result import Scan
@@ -32,6 +33,7 @@ def judge(
         verdict = Verdict.UNKNOWN
     why = f": {ram.unlisted}" if ram.unlisted else ""
     unchecked = f": {ram.why_unchecked}" if ram.why_unchecked else ""
+    in_slots = claimed_excluded(ram).size - excluded_ranges(ram).size
     read_only = format_size(sum(part.bytes for part in ram.read_only))
     candidates = {
         **{
@@ -72,6 +74,8 @@ def judge(
         f"{pages.excluded_direct_pages} pages that are said to be kept from the guest are in the direct map": (
             pages.excluded_direct_pages
         ),
+        f"{in_slots} pages that the VMM says it keeps from its guest count all the same: KVM has them in a slot, or "
+        "could not be asked": in_slots,
         f"{pages.excluded_mapped_pages} mapped pages are kept from the guest and do not count": (
             pages.excluded_mapped_pages
         ),

@@ -38,7 +38,8 @@ class Pages(Document, frozen=True, kw_only=True):
         mapped_pages: Populated pages that any kernel mapping maps: the exposed ones.
         unknown_pages: Pages that could not be judged. Where some page tables could not be read, these include the
             populated pages for which no mapping was found.
-        excluded_pages: Pages that the VMM says it keeps from its guest; no other count but ram_pages includes them.
+        excluded_pages: Pages that the VMM keeps from its guest, in no memory slot. No other count but ram_pages
+            has them.
         excluded_mapped_pages: Excluded pages that any kernel mapping maps.
         excluded_direct_pages: Excluded pages in the direct map.
         unknown_reasons: Why pages could not be judged, with their number.
@@ -62,8 +63,8 @@ class Pages(Document, frozen=True, kw_only=True):
     def verdict(self, guessed: bool) -> Verdict:
         """Judge. Ranges that were guessed can be found exposed, never hidden: there may be more RAM elsewhere.
 
-        An alias of an excluded page exposes nothing. But a VMM that claims to exclude a page of the direct map may
-        claim that of any page, and nothing here can check it.
+        An alias of an excluded page exposes nothing, as the guest does not have it. Of memory that is hidden, no page
+        is in the direct map, excluded or not.
         """
         if self.mapped_pages:
             return Verdict.EXPOSED

@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from offmap.errors import OffmapError
+from offmap.errors import BackendRefused, OffmapError
 from offmap.kvm import Vm
 from offmap.memory.backing import Backing
+from offmap.memory.iomem import PhysicalRange, subtract
 from offmap.owned import Owned
 
 MMIO_HOLE_START = 3 << 30
@@ -14,8 +15,9 @@ MMIO_HOLE_START = 3 << 30
 
 MMIO_HOLE_END = 4 << 30
 
-DEVICE_SLOTS = 256
-"""The number of the first memory slot that devices may use. RAM has one a region, KVM 509 in all or more."""
+DEVICE_SLOTS = 1 << 14
+"""The number of the first memory slot that devices may use. RAM has one for each stretch that the guest gets; KVM has
+32,764 (``KVM_USER_MEM_SLOTS``)."""
 
 
 class GuestAddressError(OffmapError):
@@ -82,14 +84,32 @@ class GuestMemory(Owned):
         """Bytes of RAM."""
         return sum(region.size for region in self.regions)
 
-    def map_into(self, vm: Vm) -> None:
-        """Make every region a memory slot of `vm`, numbered from 0. Raises KernelError: KVM refused one."""
-        for slot, region in enumerate(self.regions):
-            where = (slot, region.guest_phys_addr, region.size, region.userspace_addr)
-            if region.backing.guest_memfd is None:
-                vm.set_user_memory_region(*where)
-            else:
-                vm.set_user_memory_region2(*where, region.backing.guest_memfd, region.offset)
+    def map_into(self, vm: Vm, excluded: Iterable[PhysicalRange] = ()) -> None:
+        """Make every region memory slots of `vm`, numbered from 0.
+
+        Args:
+            excluded: guest-physical pages that are in no slot. What the guest does there is an exit to its VMM.
+
+        Raises:
+            KernelError: KVM refused one.
+            BackendRefused: they would be too many.
+        """
+        excluded, slot = list(excluded), 0
+        for region in self.regions:
+            for part in subtract([PhysicalRange(region.guest_phys_addr, region.end)], excluded):
+                if slot == DEVICE_SLOTS:
+                    raise BackendRefused(
+                        "the guest cannot have its RAM",
+                        f"pages are left out of it at so many places that it needs over {DEVICE_SLOTS} memory slots",
+                        "use another backend",
+                    )
+                offset = part.start - region.guest_phys_addr
+                where = (slot, part.start, part.size, region.userspace_addr + offset)
+                if region.backing.guest_memfd is None:
+                    vm.set_user_memory_region(*where)
+                else:
+                    vm.set_user_memory_region2(*where, region.backing.guest_memfd, region.offset + offset)
+                slot += 1
 
     def view(self, guest_phys_addr: int, size: int) -> memoryview:
         """A writable view of `size` bytes, for the kernel to read into or write from.

@@ -4,6 +4,7 @@ Pure functions over the text of these files.
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -103,18 +104,19 @@ def intersect(left: Iterable[PhysicalRange], right: Iterable[PhysicalRange]) -> 
 
 def subtract(ranges: Iterable[PhysicalRange], taken: Iterable[PhysicalRange]) -> list[PhysicalRange]:
     """What is in `ranges` and not in `taken`, in order."""
-    rest = sorted(ranges)
-    for t in taken:
-        rest = [
-            piece
-            for r in rest
-            for piece in (
-                PhysicalRange(r.start, min(r.end, max(r.start, t.start))),
-                PhysicalRange(max(r.start, min(r.end, t.end)), r.end),
-            )
-            if piece.size > 0
-        ]
-    return sorted(set(rest))
+    away = merged(t for t in taken if t.size > 0)
+    rest: set[PhysicalRange] = set()
+    for r in ranges:
+        start = r.start
+        for t in away[bisect_right(away, r.start, key=lambda t: t.end) :]:
+            if t.start >= r.end:
+                break
+            if start < t.start:
+                rest.add(PhysicalRange(start, t.start))
+            start = t.end
+        if start < r.end:
+            rest.add(PhysicalRange(start, r.end))
+    return sorted(rest)
 
 
 def merged(ranges: Iterable[PhysicalRange]) -> list[PhysicalRange]:

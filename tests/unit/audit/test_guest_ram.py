@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offmap.audit.btf import Unknown
+from offmap.audit.classify import claimed_excluded, excluded_ranges
 from offmap.audit.guest_ram import (
     GuestRam,
     OthersVm,
@@ -142,13 +143,23 @@ def test_what_one_vm_keeps_from_its_guest_another_may_give_to_its_own() -> None:
     assert {part.va: part.excluded for part in ranges} == {0x7F00_0000_0000: ((0, 4096),), 0x7F10_0000_0000: ()}
 
 
-def test_page_kept_from_the_guest_at_one_address_counts_at_another() -> None:
-    part = RamRange(0x7F00_0000_0000, 1 << 20, Source.MEMSLOT, 0, excluded=((0x1000, 4096),))
-    same, other = (KvmSlot(gpa, part.va, part.bytes, False) for gpa in (0, 1 << 30))
-    assert slot_ranges([same], [], [part]) == ((part,), ())
-    assert [(found.guest_phys_addr, found.excluded) for found in slot_ranges([same, other], [], [part])[1]] == [
-        (1 << 30, ())
-    ]
+def test_a_page_that_is_said_to_be_kept_from_the_guest_counts_if_a_slot_has_it() -> None:
+    part = RamRange(0x7F00_0000_0000, 16 << 12, Source.MEMSLOT, 0, excluded=((0x1000, 0x3000),))
+    other = RamRange(0x7E00_0000_0000, 4096, Source.KVM, 0x5000)
+
+    def excused(*slots: KvmSlot) -> list[int]:
+        found: list[int] = excluded_ranges(GuestRam((other, part), (made(*slots),))).edges.tolist()
+        return found
+
+    def slot(first: int, pages: int, gpa: int = 0) -> KvmSlot:
+        return KvmSlot(gpa + (first << 12), part.va + (first << 12), pages << 12, False)
+
+    assert excused() == excused(slot(0, 1), slot(4, 12)) == [2, 5]  # the other range's page is number 0
+    assert excused(slot(0, 2), slot(3, 12)) == [3, 4]
+    assert excused(slot(0, 16)) == excused(slot(0, 16, gpa=1 << 30)) == []
+    assert excused(replace(slot(2, 1), read_only=True)) == [2, 3, 4, 5]
+    ram = GuestRam((part,), (made(slot(0, 1)),), unlisted="no BTF")
+    assert (excluded_ranges(ram).size, claimed_excluded(ram).size) == (0, 3)
 
 
 def test_pages_of_a_guest_memfd_are_judged_by_its_file_whatever_the_vmm_maps() -> None:

@@ -36,6 +36,13 @@ def test_union(pairs: list[tuple[int, int]]) -> None:
     assert union.edges.tolist() == sorted([*union.start.tolist(), *union.end.tolist()])
 
 
+@given(LIST, LIST)
+def test_minus(pairs: list[tuple[int, int]], others: list[tuple[int, int]]) -> None:
+    one, other = (Intervals.union(start, start + length) for start, length in map(columns, (pairs, others)))
+    every = np.arange(60)
+    assert set(every[one.minus(other).contains(every)].tolist()) == numbers(pairs) - numbers(others)
+
+
 @given(LIST, st.lists(st.integers(0, 50), max_size=8))
 def test_cut(pairs: list[tuple[int, int]], at: list[int]) -> None:
     edges = distinct(np.array(at, dtype=np.int64))

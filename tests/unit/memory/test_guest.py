@@ -8,8 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offmap.errors import BackendRefused
+from offmap.kvm import Vm
 from offmap.memory.backing import Backing
-from offmap.memory.guest import MMIO_HOLE_END, MMIO_HOLE_START, GuestAddressError, GuestMemory, layout
+from offmap.memory.guest import (
+    DEVICE_SLOTS,
+    MMIO_HOLE_END,
+    MMIO_HOLE_START,
+    GuestAddressError,
+    GuestMemory,
+    layout,
+)
+from offmap.memory.iomem import PhysicalRange
 from offmap.uapi.mman import MAP_NORESERVE
 
 PAGE = 4096
@@ -45,6 +55,35 @@ def test_ram_goes_around_the_hole(memory: GuestMemory) -> None:
     first, second, third = memory.regions
     assert second.userspace_addr == first.userspace_addr + 3 * GIB
     assert (third.backing, third.offset) == (memory.backings[1], 0)
+
+
+class Slots(Vm):
+    """Notes the slots that it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int, int, int]] = []
+
+    def set_user_memory_region(
+        self, slot: int, guest_phys_addr: int, size: int, userspace_addr: int, *, readonly: bool = False
+    ) -> None:
+        self.asked.append((slot, guest_phys_addr, size, userspace_addr))
+
+
+def test_what_is_excluded_is_in_no_slot(memory: GuestMemory) -> None:
+    vm, start = Slots(), [region.userspace_addr for region in memory.regions]
+    memory.map_into(vm, [PhysicalRange(2 * PAGE, 3 * PAGE), PhysicalRange(4 * GIB, 4 * GIB + PAGE)])
+    assert vm.asked == [
+        (0, 0, 2 * PAGE, start[0]),
+        (1, 3 * PAGE, 3 * GIB - 3 * PAGE, start[0] + 3 * PAGE),
+        (2, 4 * GIB + PAGE, GIB // 2 - PAGE, start[1] + PAGE),
+        (3, 9 * GIB // 2, 3 * GIB // 2, start[2]),
+    ]
+
+
+def test_more_slots_than_there_are_for_ram_are_refused(memory: GuestMemory) -> None:
+    holes = [PhysicalRange(n * PAGE, (n + 1) * PAGE) for n in range(1, 2 * DEVICE_SLOTS, 2)]
+    with pytest.raises(BackendRefused, match="memory slots"):
+        memory.map_into(Slots(), holes)
 
 
 @given(ADDRESS, SIZE)
