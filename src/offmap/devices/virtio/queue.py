@@ -13,6 +13,7 @@ are full fences on x86.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from operator import add
 from struct import Struct
 from typing import NamedTuple
@@ -33,7 +34,7 @@ MAX_QUEUE_SIZE = 1 << 15  # virtio 1.2, 2.7: "The maximum Queue Size value is 32
 
 _WORTHWHILE = 8  # descriptors in a table from which on looking at it as a whole is quicker
 
-_MOST_REMEMBERED = 1 << 13  # descriptors of all kinds of tables that are remembered, of some 128 bytes each
+_AT_ONCE = 64  # descriptors of a table that one Struct unpacks; it takes 128 bytes for each. All sizes take 266 KiB
 _MOST_BYTES = (1 << 32) - 1  # of a chain (2.7.5.2), so that what was written of it fits into its used element
 
 _SHARE = 64 << 20  # bytes that `chains` goes through before others have their turn; a buffer counts as _AT_LEAST
@@ -59,17 +60,21 @@ class Chain(NamedTuple):
     writable_bytes: int
 
 
-class _Tables(dict[int, Struct]):
-    """Structs that unpack a whole table, by its number of descriptors. All queues share them, on any thread."""
-
-    def __missing__(self, count: int) -> Struct:
-        if sum(self.copy()) + count > _MOST_REMEMBERED:
-            self.clear()  # a driver that makes one of each size shall not fill our memory with them
-        self[count] = struct = Struct("<" + count * "QIHH")
-        return struct
+@cache
+def _table(count: int) -> Struct:
+    """The Struct that unpacks `count` descriptors of a table, at most _AT_ONCE."""
+    return Struct("<" + count * "QIHH")
 
 
-_TABLES = _Tables()
+def _descriptors(ram: memoryview, at: int, count: int) -> tuple[int, ...]:
+    """Address, length, flags and next of each of the `count` descriptors at `at` of `ram`, one after the other."""
+    if count <= _AT_ONCE:
+        return _table(count).unpack_from(ram, at)
+    words: list[int] = []
+    end = at + 16 * count
+    for piece in range(at, end, 16 * _AT_ONCE):
+        words += _table(min(_AT_ONCE, (end - piece) // 16)).unpack_from(ram, piece)
+    return tuple(words)
 
 
 class Queue:
@@ -193,7 +198,7 @@ class Queue:
                 left += 1  # it is no buffer itself: a chain of the queue's size may be in its table
                 count = length // 16
                 if count <= size:
-                    words = _TABLES[count].unpack_from(ram, address)
+                    words = _descriptors(ram, address, count)
                     if left == size and count >= _WORTHWHILE:
                         chain = _straight(head, words, start, end, ram)
                         if chain is not None:
@@ -343,7 +348,8 @@ def _straight(head: int, words: tuple[int, ...], start: int, end: int, ram: memo
     lengths = words[1::4]
     if sum(lengths) > _MOST_BYTES:
         return None
-    ends = tuple(map(add, words[::4], lengths))
+    # tuple(map()) would put one more tuple into the free lists of CPython each time: 3 MiB in the end.
+    ends = list(map(add, words[::4], lengths))
     if min(words[::4]) < start or max(ends) > end:
         return None
     views = [ram[low - start : high - start] for low, high in zip(words[::4], ends, strict=True)]

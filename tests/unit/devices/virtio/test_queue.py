@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offmap.devices.virtio.dma import DriverError
-from offmap.devices.virtio.queue import _TABLES, Chain, Queue
+from offmap.devices.virtio.queue import Chain, Queue, _table
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
 
@@ -221,14 +221,18 @@ def test_a_chain_is_no_longer_than_a_used_element_can_say(indirect: bool) -> Non
         driver.dma.release()
 
 
-def test_tables_of_every_length_do_not_pile_up(memory: GuestMemory) -> None:
+def test_tables_of_every_length(memory: GuestMemory) -> None:
     driver = Driver(memory, size=512)
     queue = Queue(driver.dma, 512, driver.desc, driver.avail, driver.used, interrupt=lambda: None, indirect=True)
     for count in range(1, 513):
+        for number in range(count):
+            flags = NEXT if number < count - 1 else 0
+            driver.descriptor(number, 0x40000 + 16 * number, number + 1, flags, number + 1, 0x20000)
         driver.descriptor(0, 0x20000, 16 * count, INDIRECT)
         driver.make_available(0)
-        assert queue.pop() is not None
-    assert len(_TABLES) <= 128
+        assert (chain := queue.pop()) is not None
+        assert [len(view) for view in chain.readable] == list(range(1, count + 1))
+    assert _table.cache_info().currsize <= 64, "a Struct of each length is memory that a driver fills"
 
 
 @pytest.mark.parametrize("change", ["order", "shuffled", "flags", "outside"])
