@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Annotated
 
 from offmap.report.typed import Address, Count, Document, one_of
+from offmap.uapi.page import PAGE_SIZE
 
 LISTED = 1 << 14  # ranges a list holds: some 5 MB of JSON
 
@@ -40,7 +41,7 @@ KINDS = tuple(Kind)
 KindName = Annotated[str, one_of(Kind)]
 """A Kind, or what a later version calls one."""
 
-PageBytes = Annotated[Count, one_of((4096, 2 << 20, 1 << 30))]
+PageBytes = Annotated[Count, one_of((PAGE_SIZE, 2 << 20, 1 << 30))]
 
 
 class Reach(Document, frozen=True):

@@ -10,6 +10,7 @@ from offmap.boot.linux import BOOT_PARAMS
 from offmap.kvm import Vcpu
 from offmap.memory.guest import GuestMemory
 from offmap.uapi.kvm import kvm_regs, kvm_segment
+from offmap.uapi.page import PAGE_SIZE
 
 _GDT = 0x1000
 _STACK = 0x6FF0
@@ -48,7 +49,7 @@ def _descriptor(segment: kvm_segment) -> bytes:
 def _page_tables() -> bytes:
     """4 GiB mapped to itself by 2 MiB pages: PML4, PDPT and four PDs, to stand at `_PML4`."""
     pml4 = struct.pack("<Q4088x", _PDPT | _PRESENT_WRITABLE)
-    pdpt = struct.pack("<4Q4064x", *(_PD + 0x1000 * n | _PRESENT_WRITABLE for n in range(4)))
+    pdpt = struct.pack("<4Q4064x", *(_PD + PAGE_SIZE * n | _PRESENT_WRITABLE for n in range(4)))
     pds = struct.pack("<2048Q", *range(_PAGE_SIZE_2M | _PRESENT_WRITABLE, 1 << 32, 1 << 21))
     return pml4 + pdpt + pds
 

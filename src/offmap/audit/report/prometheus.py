@@ -19,7 +19,7 @@ LISTED = 512
 
 _REGIONS = 32  # a kernel has fewer; a file to be merged may say anything
 _VERDICTS = (Verdict.HIDDEN, Verdict.EXPOSED, Verdict.UNKNOWN)
-_DIRECT_MAP_SIZES = {"4K": 4096, "2M": 2 << 20, "1G": 1 << 30}
+_DIRECT_MAP_SIZES = {"4K": PAGE_SIZE, "2M": 2 << 20, "1G": 1 << 30}
 
 Labels = dict[str, str | int]
 
