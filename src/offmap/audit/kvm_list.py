@@ -23,6 +23,7 @@ from offmap.audit.intervals import Ints
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects, module_symbol
 from offmap.audit.kvm_btf import kvm_types, vendor_types
+from offmap.audit.kvm_slots import generations_of, slots_of
 from offmap.audit.kvm_times import KvmTimes
 from offmap.audit.kvm_vcpu import VCpu, clocks_at, vcpu_at
 from offmap.audit.regions import VMALLOC, Layout
@@ -32,12 +33,6 @@ _MODULES = Path("/sys/module")
 _ATTEMPTS = 16
 _MOST_VMS = 1 << 16
 _MOST_CACHES = 1 << 16
-_MOST_SLOTS = 32767  # KVM_MEM_SLOTS_NUM, SHRT_MAX
-_OF_KVM = _MOST_SLOTS - 3  # KVM_USER_MEM_SLOTS: from there on they are KVM's own (APIC access page, TSS, identity map)
-_KVM_MEM_READONLY = 1 << 1  # include/uapi/linux/kvm.h
-_KVM_MEM_GUEST_MEMFD = 1 << 2  # the same
-_KVM_MEMSLOT_INVALID = 1 << 16  # include/linux/kvm_host.h: being deleted or moved
-_UPDATE_IN_PROGRESS = 1 << 63  # KVM_MEMSLOT_GEN_UPDATE_IN_PROGRESS
 
 _T = TypeVar("_T")
 
@@ -303,8 +298,8 @@ class KvmList(KvmTimes):
         slots, total, updates = [], 0, True
         for space, (active, generation) in enumerate(generations):
             here = list(self._slots(active)) if active else []
-            total += sum(pages for _, _, pages in here)
-            slots += [slot for number, slot, _ in here if number < _OF_KVM]
+            total += sum(pages for _, pages in here)
+            slots += [slot for slot, _ in here if slot is not None]
             # Each slot that is made raises the generation once; whatever else is done to one raises it too.
             step = sum(bool(each) for each, _ in generations)
             updates = updates and (not active or generation == space + step * len(here))
@@ -331,50 +326,16 @@ class KvmList(KvmTimes):
 
     def _generations(self, address: int) -> tuple[tuple[int, int], ...]:
         """(active set of slots, its generation) of each address space."""
-        spaces = self._btf.elements("kvm", "memslots")
-        at = address + self._btf.offset("kvm", "memslots")
-        found = []
-        for active in struct.unpack(f"<{spaces}Q", self._read(at, 8 * spaces)):
-            generation = self._field(active, "kvm_memslots", "generation") if active else 0
-            if generation & _UPDATE_IN_PROGRESS:
-                raise Unknown("KVM's slots are being changed")
-            found.append((active, generation))
-        return tuple(found)
+        return generations_of(self._read, self._btf, address)
 
-    def _slots(self, active: int) -> Iterator[tuple[int, KvmSlot, int]]:
-        """(number, slot, pages) of each slot of a set."""
-        node = self._field(active, "kvm_memslots", "node_idx", size=4)
-        if node >= self._btf.elements("kvm_memory_slot", "id_node"):
-            raise Unknown("KVM's slots are not as expected")
-        buckets = self._btf.elements("kvm_memslots", "id_hash")
-        offset = self._btf.offset("kvm_memory_slot", "id_node") + 16 * node  # struct hlist_node: next, pprev
-        seen: set[int] = set()
-        for (at,) in struct.iter_unpack(
-            "<Q", self._read(active + self._btf.offset("kvm_memslots", "id_hash"), 8 * buckets)
-        ):
-            while at:
-                if at in seen:
-                    raise Unknown("KVM's slots do not end")
-                seen.add(at)
-                yield self._slot(at - offset)
-                at = self._pointer(at)  # noqa: PLW2901 - along the bucket
-
-    def _slot(self, at: int) -> tuple[int, KvmSlot, int]:
-        first, pages, where = (
-            self._field(at, "kvm_memory_slot", name) for name in ("base_gfn", "npages", "userspace_addr")
-        )
-        flags = self._field(at, "kvm_memory_slot", "flags", size=4)
-        number = self._field(at, "kvm_memory_slot", "id", size=2)
-        fits = 0 < pages < 1 << 40 and first < 1 << 40 and not where % PAGE_SIZE and not where >> 56
-        if not fits or flags & _KVM_MEMSLOT_INVALID:
-            raise Unknown("KVM's slots are being changed")
-        part = None
-        if flags & _KVM_MEM_GUEST_MEMFD:
-            file = self._field(at, "kvm_memory_slot", "gmem", "file")
-            offset = self._field(at, "kvm_memory_slot", "gmem", "pgoff") * PAGE_SIZE
-            part = GuestMemfd(file, self._inode(file) if file else 0, offset)
-        read_only = bool(flags & _KVM_MEM_READONLY)
-        return number, KvmSlot(first * PAGE_SIZE, where, pages * PAGE_SIZE, read_only, part), pages
+    def _slots(self, active: int) -> Iterator[tuple[KvmSlot | None, int]]:
+        """Each slot of a set, None for those of KVM's own, and its pages."""
+        for slot in slots_of(self._read, self._btf, active):
+            part = None
+            if slot.guest_memfd:
+                part = GuestMemfd(slot.file, self._inode(slot.file) if slot.file else 0, slot.offset)
+            found = None if slot.of_kvm else KvmSlot(slot.gpa, slot.hva, slot.bytes, slot.read_only, part)
+            yield found, slot.bytes // PAGE_SIZE
 
     def _inode(self, file: int) -> int:
         return self._field(self._field(file, "file", "f_inode"), "inode", "i_ino")
