@@ -5,13 +5,16 @@ key is made in the guest's RAM after its boot, and its file is deleted. The SSH 
 in the host's RAM: so it is in its page cache, where the key can be read whatever the guest's RAM is.
 A read is a word of eight bytes. Each key is recovered when it has signed what the public key verifies.
 
-With ``--plain``, the TLS key on each kind of plain RAM instead, under offmap and under QEMU.
+A file of the image is looked for in the same way, in the guest's page cache.
+
+With ``--plain``, the TLS key on each kind of plain RAM instead, under offmap and under QEMU; with ``--kind``, on these.
 """
 
 import json
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -117,10 +120,10 @@ def figure(name: str, ram: str, attempt: Attempt, limit: Limit | None) -> None:
     Figure("attack_keys", f"{name}, {ram}", "reads", [attempt.reads], limit=limit, facts=facts).print()
 
 
-def on_plain_ram(image: Path, learnt: Path) -> int:
-    """Measure the TLS key on each kind of plain RAM, in the disposable host."""
+def on_plain_ram(image: Path, learnt: Path, kinds: Sequence[str]) -> int:
+    """Measure the TLS key on these kinds of plain RAM, in the disposable host."""
     knowledge = Beforehand(known(learnt), known(learnt))
-    for kind in PLAIN:
+    for kind in kinds:
         with ExitStack() as stack, KcorePrimitive() as primitive:
             if kind.endswith("hugetlb"):
                 _HUGE_PAGES.write_text(str(parse_size(_GUEST) >> 21))
@@ -168,18 +171,21 @@ def main() -> int:
     parser = benchmark_parser(__doc__, rounds=1, quick="the same: the reads are counted, not timed")
     parser.add_argument("--host-kernel", default="debian:6.12", help="of host and guest (default: %(default)s)")
     parser.add_argument("--plain", action="store_true", help="the TLS key on each kind of plain RAM")
+    parser.add_argument("--kind", action="append", choices=PLAIN, help="on this one; can be given again")
     add_inside_options(parser, "--image", "--learnt")
     args = parser.parse_args()
+    kinds = args.kind or (PLAIN if args.plain else ())
 
     def run() -> int:
         if args.inside:
-            return (on_plain_ram if args.plain else inside)(copied(Path(args.image)), Path(args.learnt))
+            image, learnt = copied(Path(args.image)), Path(args.learnt)
+            return on_plain_ram(image, learnt, kinds) if kinds else inside(image, learnt)
         kernel = host_kernel(args.host_kernel)
         with tempfile.TemporaryDirectory() as folder:
             image, learnt = Path(folder) / "image", Path(folder) / "learnt.json"
             build_image(RootRecipe(include=PACKAGES), kernel, image)
             learnt.write_text(json.dumps(learn(kernel.vmlinuz, sorted(kernel.modules.rglob("kvm.ko*"))).to_json()))
-            more = ["--image", str(image), "--learnt", str(learnt), *(["--plain"] if args.plain else [])]
+            more = ["--image", str(image), "--learnt", str(learnt), *(f"--kind={kind}" for kind in kinds)]
             return run_in_lab(__file__, more, memory=_HOST, kernel=kernel, timeout=scaled(900.0))
 
     return exit_status("attack_keys", run)

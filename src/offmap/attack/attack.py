@@ -62,7 +62,9 @@ def attack(primitive: Primitive, known: Beforehand, victim: Victim, control: Vic
     beside = None if control is None else attempt(control, plain=True)
     found = attempt(victim, plain=False)
     outcome, reason = Outcome(found.outcome), f"{headline(found)}: {found.reason}"
-    if outcome is Outcome.ENDS:
+    if outcome is Outcome.ENDS and not primitive.exact:
+        outcome, reason = Outcome.UNKNOWN, f"{reason}; but a primitive that errs cannot tell that (--error-rate)"
+    elif outcome is Outcome.ENDS:
         # What stops here may only be what is wrong with the chain.
         if beside is None:
             outcome = Outcome.UNKNOWN
@@ -72,6 +74,8 @@ def attack(primitive: Primitive, known: Beforehand, victim: Victim, control: Vic
             reason = f"the control does not get through, so nothing follows: {headline(beside)}: {beside.reason}"
         else:
             reason = f"{reason}; the control beside it was recovered in {beside.reads:,} reads"
+            if found.sweep is None:
+                reason += "; what else the kernel maps was not searched (--pieces)"
     return AttackResult(
         offmap=__version__,
         time=utc_now(),

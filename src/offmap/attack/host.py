@@ -10,8 +10,9 @@ from offmap.attack.knowledge import Kernel
 from offmap.attack.linux import IMAGE_ALIGN, Linux, Lost, Process
 from offmap.attack.primitive import NotMapped, Primitive, Unreadable
 from offmap.audit.mappings import KernelMappings
+from offmap.audit.tops import TOP_ENTRY, Tops
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
-from offmap.audit.walk import walk_kernel_half
+from offmap.audit.walk import Walker
 from offmap.uapi.page import PAGE_SIZE
 
 _IMAGE_SPACE = 1 << 30  # KERNEL_IMAGE_SIZE with KASLR
@@ -127,8 +128,12 @@ class Host(Linux):
         except NotMapped:
             return False
 
-    def mappings(self) -> KernelMappings:
+    def mappings(self, other: int | None = None) -> KernelMappings:
         """All that the kernel half of the page tables maps, read through the primitive.
+
+        Args:
+            other: physical address of another top table whose kernel half is walked too: a process has a few mappings
+                of its own there (its LDT, with page-table isolation).
 
         Raises:
             Lost: the tables cannot be found.
@@ -139,9 +144,22 @@ class Host(Linux):
         if self.read(root, 8 * 512)[2048:] != self.physical(root_pa, 8 * 512)[2048:]:
             raise Lost("the kernel's top page table is not where phys_base says")
         encrypted = ((1 << 52) - PAGE_SIZE) & ~self.mask
-        return walk_kernel_half(
-            _Tables(self._primitive, self.direct_map), root_pa, self.levels, self.direct_map, encrypted
+        tables = _Tables(self._primitive, self.direct_map)
+        walker = Walker(
+            tables, root_pa, self.levels, self.direct_map, encrypted, lambda: self._kernel_half(other, root_pa)
         )
+        walker.walk()
+        return walker.mappings()
+
+    def _kernel_half(self, other: int | None, root_pa: int) -> Tops:
+        """What a top table has in its kernel half beside the kernel's own."""
+        if other is None:
+            return Tops.none()
+        its, own = (np.frombuffer(self.physical(table, PAGE_SIZE), dtype=np.uint64)[256:] for table in (other, root_pa))
+        differs = np.flatnonzero((its != own) & (its != 0))
+        found = np.empty(len(differs), dtype=TOP_ENTRY)
+        found["index"], found["entry"] = differs + 256, its[differs]
+        return Tops(found, {"the VMM's": 1})
 
 
 class _Tables:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from offmap.errors import KernelError, OffmapError
 
 _PEM = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----[A-Za-z0-9+/=\r\n]+-----END \1PRIVATE KEY-----\n?")
+_BEGIN, _END = b"-----BEGIN ", b"-----END "
+_MOST_PAIRS = 1 << 22
 _NEEDS = "install them: pip install 'offmap[attack]'"
 
 
@@ -65,13 +68,40 @@ class PublicKey:
 
         return self._key.public_numbers().n if isinstance(self._key, RSAPublicKey) else 0
 
+    @property
+    def prime_bytes(self) -> int:
+        """Bytes of a prime of its RSA modulus, in whole words."""
+        return (self.modulus.bit_length() + 127) // 128 * 8
+
+    def prime_across(self, begins: Sequence[bytes], ends: Sequence[bytes]) -> bool:
+        """Whether a prime begins in one of these ends of pages, and goes on in one of those starts of pages.
+
+        Raises:
+            ValueError: there are too many to try.
+        """
+        modulus, count = self.modulus, self.prime_bytes // 8
+        if not (modulus and begins and ends):
+            return False
+        pairs = []
+        for words in range(1, count):  # of the prime in the first page
+            low = {each[-8 * words :] for each in begins if each[-8 * words] & 1}
+            high = {each[: 8 * (count - words)] for each in ends if each[8 * (count - words) - 1] >> 6 == 3}
+            pairs.append((8 * words, low, high))
+        if sum(len(low) * len(high) for _, low, high in pairs) > _MOST_PAIRS:
+            raise ValueError(f"{len(begins)} begin and {len(ends)} end with words of a number")
+        for size, low, high in pairs:
+            tops = [int.from_bytes(each, "little") << 8 * size for each in high]
+            for bottom in (int.from_bytes(each, "little") for each in low):
+                if any(modulus % (top | bottom) == 0 and self._from_prime(modulus, top | bottom) for top in tops):
+                    return True
+        return False
+
     def prime_in(self, data: bytes) -> int:
         """Where a prime of its RSA modulus stands, as OpenSSL keeps big numbers in memory; -1 if none does.
 
         The two highest bits of such a prime are set, and so is the lowest: few places have to be tried.
         """
-        modulus = self.modulus
-        size = (modulus.bit_length() + 127) // 128 * 8  # bytes of a prime, in whole words
+        modulus, size = self.modulus, self.prime_bytes
         words = np.frombuffer(data, dtype="<u8", count=len(data) // 8)
         count = size // 8
         if not modulus or len(words) < count:
@@ -126,3 +156,15 @@ class PublicKey:
         except InvalidSignature:
             return False
         return True
+
+
+def begins_pem(page: bytes) -> bytes:
+    """This page, if a key in PEM may begin there that goes on in another page; else nothing."""
+    cut = any(page.endswith(_BEGIN[:size]) for size in range(1, len(_BEGIN)))
+    return page if cut or page.rfind(_BEGIN) > page.rfind(_END) else b""
+
+
+def ends_pem(page: bytes) -> bytes:
+    """This page, if a key in PEM may end there that began in another page; else nothing."""
+    end = page.find(b"-----")
+    return page if end >= 0 and re.fullmatch(rb"[A-Za-z0-9+/=\r\n -]*", page[:end]) else b""

@@ -34,11 +34,12 @@ vm_area_struct vm_start; vm_area_struct vm_end; vm_area_struct vm_flags; vm_area
 inode i_sb; super_block s_magic; super_block s_type; super_block s_root; super_block s_list; file_system_type name
 address_space i_pages; address_space host; address_space nrpages
 xarray xa_head; xa_node shift; xa_node parent; xa_node array; xa_node slots
-kvm mm; kvm memslots; kvm nr_memslot_pages; kvm stats_id; kvm vcpu_array; kvm online_vcpus
+kvm mm; kvm vm_list; kvm memslots; kvm nr_memslot_pages; kvm stats_id; kvm vcpu_array; kvm online_vcpus
 kvm_memslots id_hash; kvm_memslots node_idx; kvm_memslots generation
 kvm_memory_slot id_node; kvm_memory_slot base_gfn; kvm_memory_slot npages; kvm_memory_slot userspace_addr
 kvm_memory_slot flags; kvm_memory_slot id; kvm_memory_slot gmem file; kvm_memory_slot gmem pgoff
 kvm_vcpu kvm; kvm_vcpu arch regs; kvm_vcpu arch cr3; kvm_vcpu run
+kvm_vcpu arch pio_data
 kvm_vcpu arch root_mmu root hpa; kvm_vcpu arch root_mmu root_role word
 kvm_vcpu arch guest_fpu fpstate; fpstate size; fpstate regs
 """

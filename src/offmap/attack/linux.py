@@ -235,17 +235,22 @@ class Linux(ABC):
                 yield Leaf(each, raw & self.mask & -size, size, bool(raw & _RW))
 
     def leaf_entries(
-        self, table: int, start: int, end: int
+        self, table: int, start: int, end: int, levels: int | None = None
     ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.uint64]]]:
-        """The same, a table at a time: the size that each of its leaves maps, their addresses, their entries."""
-        yield from self._leaves(table, self.levels, 0, start, end)
+        """The same, a table at a time: the size that each of its leaves maps, their addresses, their entries.
+
+        Args:
+            levels: of these tables; None: as many as the kernel's own have.
+        """
+        levels = levels or self.levels
+        yield from self._leaves(table, levels, 0, start, min(end, 1 << PAGE_SHIFT + 9 * levels - 1))
 
     def _leaves(
         self, table: int, level: int, base: int, start: int, end: int
     ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.uint64]]]:
         shift = PAGE_SHIFT + 9 * (level - 1)
         first = max(start - base, 0) >> shift
-        last = min((max(end - base, 1) - 1 >> shift) + 1, 256 if level == self.levels else 512)
+        last = min((max(end - base, 1) - 1 >> shift) + 1, 512)
         if first >= last:
             return
         raw = self.physical(table + 8 * first, 8 * (last - first))

@@ -64,11 +64,13 @@ class Primitive(Owned):
         name: for results.
         counts: of all reads so far.
         by_kcore: it reads what /proc/kcore shows, and no more.
+        exact: what it reads is what stands there. By one that errs, nothing can be said to be absent.
         user_memory: it may read the VMM's user memory too, as a leak in the VMM's process would.
     """
 
     name: str
     by_kcore = False
+    exact = True
     user_memory = False
 
     def __init__(self) -> None:
@@ -162,6 +164,7 @@ class Noisy(Primitive):
         self._random, self._sleep = Random(seed), sleep
         self.name, self.counts = of.name, of.counts
         self.by_kcore, self.user_memory = of.by_kcore, of.user_memory
+        self.exact = of.exact and not errors
 
     def _fetch(self, va: int, size: int) -> bytes:
         return self._voted(lambda: self._of._fetch(va, size), va, size)

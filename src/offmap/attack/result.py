@@ -10,6 +10,9 @@ from offmap.audit.host import HostFacts, Time
 from offmap.errors import ExitStatus
 from offmap.report.typed import Address, Count, Document, Seconds, json_schema, one_of
 
+SHORTEST_RUN = 16
+"""Fewer bytes of a secret are no finding: eight may stand anywhere by chance, and the console said them."""
+
 
 class Outcome(StrEnum):
     """How an attack came out."""
@@ -84,6 +87,18 @@ class Run(Document, frozen=True, kw_only=True):
     region: str
 
 
+class Part(Document, frozen=True, kw_only=True):
+    """A part of the memory that was searched.
+
+    Attributes:
+        name: What it is: free pages, slab, kernel stacks, …
+        bytes: How much.
+    """
+
+    name: str
+    bytes: Count
+
+
 class Sweep(Document, frozen=True, kw_only=True):
     """The search for any 16 bytes of the secret in all memory that the host kernel maps.
 
@@ -95,6 +110,7 @@ class Sweep(Document, frozen=True, kw_only=True):
         seconds: How long it took here.
         longest: Bytes of the longest run; 0 if there is none of 16 or more.
         runs: Where they stand; 1000 at most.
+        parts: What was searched.
     """
 
     secret_bytes: Count
@@ -104,6 +120,7 @@ class Sweep(Document, frozen=True, kw_only=True):
     seconds: Seconds
     longest: Count
     runs: tuple[Run, ...]
+    parts: tuple[Part, ...] = ()
 
 
 class Hours(Document, frozen=True, kw_only=True):

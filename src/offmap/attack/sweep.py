@@ -5,6 +5,7 @@ buffer, another process. It is no part of the attack: it is told the secret, in 
 apart, so that it does not find itself. Whichever 16 bytes of the secret stand somewhere, a whole piece is among them.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,7 +15,8 @@ import numpy as np
 
 from offmap.attack.linux import Lost
 from offmap.attack.primitive import Primitive, Unreadable
-from offmap.attack.result import Run, Sweep
+from offmap.attack.result import SHORTEST_RUN, Part, Run, Sweep
+from offmap.attack.sweep_parts import parts_of
 from offmap.audit.beside_ram import beside_ram, firmware_map
 from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import KernelMappings
@@ -27,9 +29,6 @@ from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
 PIECE = 8
-SHORTEST_RUN = 16
-"""Fewer bytes of a secret are no finding: eight may stand anywhere by chance, and the console said them."""
-
 _CHUNK = 2 << 20
 _LINE = 64  # pieces are this far from each other in our own memory
 _LONGEST = 1 << 12  # bytes of a secret
@@ -52,6 +51,13 @@ class Pieces:
         if not SHORTEST_RUN <= self.bytes <= _LONGEST or len(set(self.each)) != len(self.each):
             what = f"a secret to sweep for has {SHORTEST_RUN} to {_LONGEST} bytes, and no piece of eight twice"
             raise OffmapError(what, _HOW)
+
+    def digest(self) -> str:
+        """The SHA-256 of the whole, which is put together nowhere but in OpenSSL's own state; that is cleared."""
+        sha256 = hashlib.sha256()
+        for piece in self.each:
+            sha256.update(piece)
+        return sha256.hexdigest()
 
     def around(self, data: memoryview, at: int, number: int) -> tuple[int, int]:
         """The run of the secret in ``data`` that the piece of this number, at this place, is of: start and end."""
@@ -90,12 +96,14 @@ class SweepPlan:
         unread: memory that it cannot read by these mappings.
         device_pages: mapped registers of devices and tables of firmware: reading them has effects, so they are not.
         layout: names regions of kernel addresses.
+        parts: what it is that is read, each with its bytes.
     """
 
     readable: Sequence[Piece]
     unread: Sequence[Piece]
     device_pages: int
     layout: Layout
+    parts: Sequence[Part] = ()
 
 
 Planner = Callable[[KernelMappings, Primitive], SweepPlan]
@@ -120,9 +128,10 @@ def plan_sweep(mappings: KernelMappings, primitive: Primitive) -> SweepPlan:
                 columns = (mappings.runs[name].tolist() for name in ("va", "pa", "bytes"))
                 readable, _ = clip([Piece(*row) for row in zip(*columns, strict=True)], memory)
                 unread = []
+            parts = parts_of(readable, kcore.page_flags, layout)
     except Undetermined as error:
         raise Lost(f"what is to be swept is not known: {error}") from None
-    return SweepPlan(sorted(readable), unread, beside.device_pages, layout)
+    return SweepPlan(sorted(readable), unread, beside.device_pages, layout, parts)
 
 
 def sweep(primitive: Primitive, plan: SweepPlan, pieces: Pieces) -> Sweep:
@@ -155,6 +164,7 @@ def sweep(primitive: Primitive, plan: SweepPlan, pieces: Pieces) -> Sweep:
             Run(va=Address(run.va), pa=Address(run.pa), bytes=run.bytes, region=plan.layout.name(run.va))
             for run in runs[:_MOST_RUNS]
         ),
+        parts=tuple(plan.parts),
     )
 
 

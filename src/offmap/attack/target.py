@@ -6,13 +6,14 @@ The attack is told a digest or a public key, never the secret: nothing of ours h
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from offmap.attack.keys import PublicKey
+from offmap.attack.keys import PublicKey, begins_pem, ends_pem
 from offmap.attack.linux import Leaf, Linux, Lost, Process
 from offmap.attack.page_cache import find_files, pages_of
+from offmap.attack.seeker import Seeker
 from offmap.errors import OffmapError
 from offmap.uapi.page import PAGE_SIZE
 
@@ -20,6 +21,12 @@ PLANTED = "OFFMAP-SECRET-"
 """What stands in front of a planted secret: 32 hexadecimal digits."""
 
 _PLANTED = re.compile(PLANTED.encode() + rb"([0-9a-f]{32})")
+_BEGINS = re.compile(PLANTED.encode() + rb"[0-9a-f]{0,31}\Z")
+_SUFFIXES = "|".join(PLANTED[at:] for at in range(1, len(PLANTED)))
+_ENDS = re.compile(f"(?:{_SUFFIXES})[0-9a-f]{{32}}|[0-9a-f]{{1,32}}".encode())
+_LEAST_PART = 16  # fewer digits are no finding, as in a sweep
+_PART = re.compile(rb"[0-9a-f]{16,}")
+_MOST_PAIRS = 1 << 20
 _DIGEST = re.compile("[0-9a-f]{64}")
 _USER_HALF = 1 << 47
 _LARGEST_FILE = 1 << 20
@@ -38,9 +45,14 @@ class Target(ABC):
 
     Attributes:
         name: for results.
+        overlap: bytes that are looked at together with the page after them: no less than the secret, in words; 0: it
+            always begins with a page, and is no longer.
+        digest: the secret's SHA-256; empty if it is not known by that.
     """
 
     name: str
+    overlap: int
+    digest = ""
 
     @abstractmethod
     def find(self, guest: Linux) -> Found | None:
@@ -50,6 +62,24 @@ class Target(ABC):
     def within(self, data: bytes) -> int:
         """Where the secret stands in these bytes, a page or more; -1 if it does not."""
 
+    def begins(self, page: bytes) -> bytes:
+        """The end of this page, if a secret may begin there that goes on in another page; else nothing."""
+        return b""
+
+    def ends(self, page: bytes) -> bytes:
+        """The start of this page, if a secret may end there that began in another page; else nothing."""
+        return b""
+
+    def across(self, begins: Sequence[bytes], ends: Sequence[bytes]) -> bool:
+        """Whether the secret begins in one of the first, and goes on in one of the second.
+
+        Raises:
+            Lost: there are too many of them to tell; or one has what may be a part of it, and none has the rest.
+        """
+        if len(begins) * len(ends) > _MOST_PAIRS:
+            raise Lost(f"{len(begins)} mapped pages may have the start of the secret: too many to try")
+        return any(self.within(one + other) >= 0 for one in begins for other in ends)
+
 
 class _InProcess(Target):
     """A secret in the memory of a process.
@@ -57,28 +87,20 @@ class _InProcess(Target):
     Attributes:
         process: the name of the guest's processes that may have it.
         size: in bytes.
-        overlap: bytes that are looked at together with the page after them: no less than the secret, in words.
     """
 
     process: str
     size: int
-    overlap: int
 
     def find(self, guest: Linux) -> Found | None:
         for process in _named(guest, self.process):
             for area, leaves in _areas(guest, process):
-                rest, before = b"", 0
+                seeker = Seeker(self)
                 for leaf in leaves:
-                    if leaf.va != before:
-                        rest = b""
-                    before = leaf.va + leaf.bytes
                     for start in range(0, leaf.bytes, PAGE_SIZE):
-                        data = rest + guest.physical(leaf.pa + start, PAGE_SIZE)
-                        at = self.within(data)
-                        if at >= 0:
-                            va = leaf.va + start - len(rest) + at
+                        va = seeker.look(leaf.va + start, guest.physical(leaf.pa + start, PAGE_SIZE))
+                        if va is not None:
                             return Found(f"{process.name} ({process.pid}), {area}, {va:#x}", self.size)
-                        rest = data[-self.overlap :]
         return None
 
 
@@ -95,14 +117,34 @@ class PlantedSecret(_InProcess):
     def __init__(self, process: str, digest: str) -> None:
         if not _DIGEST.fullmatch(digest):
             raise OffmapError(f"{digest[:80]!r} is no SHA-256", "give the 64 hexadecimal digits that the guest printed")
-        self.process, self._digest = process, digest
+        self.process, self.digest = process, digest
         self.name = f"the secret planted in {process}"
 
     def within(self, data: bytes) -> int:
         for match in _PLANTED.finditer(data):
-            if hashlib.sha256(match[1]).hexdigest() == self._digest:
+            if self._is(match[1]):
                 return match.start(1)
         return -1
+
+    def begins(self, page: bytes) -> bytes:
+        match = _BEGINS.search(page, len(page) - self.overlap)
+        return match[0] if match else b""
+
+    def ends(self, page: bytes) -> bytes:
+        match = _ENDS.match(page)
+        return match[0] if match else b""
+
+    def across(self, begins: Sequence[bytes], ends: Sequence[bytes]) -> bool:
+        # The mark may be in the page before, or a part of it.
+        if super().across(begins, ends) or any(self._is(each[-self.size :]) for each in ends):
+            return True
+        least = len(PLANTED) + _LEAST_PART
+        if any(len(each) >= least for each in begins) or any(_PART.match(each) for each in ends):
+            raise Lost(f"a mapped page has what may be a part of {self.name}, and no other has the rest")
+        return False
+
+    def _is(self, digits: bytes) -> bool:
+        return hashlib.sha256(digits).hexdigest() == self.digest
 
 
 class TlsKey(_InProcess):
@@ -120,18 +162,37 @@ class TlsKey(_InProcess):
             )
         self.process, self._key = process, key
         self.size = key.modulus.bit_length() // 8
-        self.overlap = 4096  # a key in PEM
+        self.overlap = PAGE_SIZE  # a key in PEM
+        self._edge = key.prime_bytes - 8
         self.name = f"the TLS key of {process}"
 
     def within(self, data: bytes) -> int:
         at = self._key.prime_in(data)
         return at if at >= 0 else self._key.pem_in(data)
 
+    def begins(self, page: bytes) -> bytes:
+        return begins_pem(page) or (page[-self._edge :] if any(page[-8:]) else b"")
+
+    def ends(self, page: bytes) -> bytes:
+        return ends_pem(page) or (page[: self._edge] if any(page[:8]) else b"")
+
+    def across(self, begins: Sequence[bytes], ends: Sequence[bytes]) -> bool:
+        pem = [each for each in begins if begins_pem(each)], [each for each in ends if ends_pem(each)]
+        if super().across(*pem):
+            return True
+        try:
+            return self._key.prime_across(
+                [each[-self._edge :] for each in begins], [each[: self._edge] for each in ends]
+            )
+        except ValueError as error:
+            raise Lost(f"too many mapped pages may have a part of {self.name}: {error}") from None
+
 
 class _InFile(Target):
     """A file, in the guest's page cache."""
 
     path: str
+    overlap = 0
 
     @abstractmethod
     def is_content(self, data: bytes) -> bool:
@@ -166,11 +227,11 @@ class FileContent(_InFile):
         if not _DIGEST.fullmatch(digest) or not size.isascii() or not size.isdigit() or not 0 < int(size) <= PAGE_SIZE:
             what = f"{content[:100]!r} does not describe a file's content"
             raise OffmapError(what, f"write SHA256:BYTES, of a file of at most {PAGE_SIZE} bytes")
-        self.path, self._digest, self._size = path, digest, int(size)
+        self.path, self.digest, self._size = path, digest, int(size)
         self.name = f"the file {path}"
 
     def is_content(self, data: bytes) -> bool:
-        return hashlib.sha256(data).hexdigest() == self._digest
+        return hashlib.sha256(data).hexdigest() == self.digest
 
     def within(self, data: bytes) -> int:
         # In a page cache it begins with a page.
@@ -186,6 +247,8 @@ class KeyFile(_InFile):
         key: the public one.
     """
 
+    overlap = PAGE_SIZE
+
     def __init__(self, path: str, key: PublicKey) -> None:
         self.path, self._key = path, key
         self.name = f"the key in {path}"
@@ -195,6 +258,12 @@ class KeyFile(_InFile):
 
     def within(self, data: bytes) -> int:
         return self._key.pem_in(data)
+
+    def begins(self, page: bytes) -> bytes:
+        return begins_pem(page)
+
+    def ends(self, page: bytes) -> bytes:
+        return ends_pem(page)
 
 
 def parse_target(text: str, secret: str, process: str | None) -> Target:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from offmap.attack.result import AttackResult, Attempt, Outcome
+from offmap.attack.result import SHORTEST_RUN, AttackResult, Attempt, Outcome
 from offmap.report.typed import plain
 from offmap.units import format_size
 
@@ -42,7 +42,7 @@ def _lines(result: AttackResult, color: bool) -> Iterator[str]:
             yield f"  guest pages read by the VMM's own mapping {attempt.user_pages:,}"
         if attempt.guest_pages is not None:
             yield f"  guest pages {attempt.guest_pages:,}, of them mapped {attempt.mapped_pages:,}"
-    yield from _runs(result.attempt)
+    yield from _sweep(result.attempt)
     if result.attempt.residues:
         yield ""
         yield "  what is read of the guest all the same"
@@ -57,8 +57,14 @@ def _lines(result: AttackResult, color: bool) -> Iterator[str]:
     yield "  No speculative execution took place: the primitive stands for a leak."
 
 
-def _runs(attempt: Attempt) -> Iterator[str]:
-    if attempt.sweep is None or not attempt.sweep.runs:
+def _sweep(attempt: Attempt) -> Iterator[str]:
+    if attempt.sweep is None:
+        return
+    yield ""
+    yield f"  what was searched for any {SHORTEST_RUN} bytes of the secret"
+    for part in attempt.sweep.parts:
+        yield f"  {format_size(part.bytes):>10}  {part.name}"
+    if not attempt.sweep.runs:
         return
     yield ""
     yield "  where the secret stands in what the host kernel maps"

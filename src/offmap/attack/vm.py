@@ -1,25 +1,26 @@
 """A VM of the host's, as the attacker sees it: KVM's structures, the guest's memory by way of the VMM's page tables."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 from offmap.attack.host import Host
 from offmap.attack.linux import Lost, Process
+from offmap.attack.page_cache import pages_of
 from offmap.attack.primitive import NotMapped, Unreadable
 from offmap.attack.vma import vma_at
 from offmap.audit import xarray
 from offmap.audit.intervals import Ints
+from offmap.audit.kvm_slots import Memslot, generations_of, slots_of
 from offmap.audit.mappings import KernelMappings, covered
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
 
-_MOST_SLOTS = 32767  # KVM_MEM_SLOTS_NUM
-_OF_KVM = _MOST_SLOTS - 3  # KVM_USER_MEM_SLOTS: from there on they are KVM's own
-_KVM_MEMSLOT_INVALID = 1 << 16  # include/linux/kvm_host.h
-_KVM_MEM_GUEST_MEMFD = 1 << 2  # include/uapi/linux/kvm.h
-_FILE = "kvm-vm"  # the name that KVM gives a VM's file (virt/kvm/kvm_main.c)
+_VM, _VCPU = "kvm-vm", "kvm-vcpu:"  # the names that KVM gives its files (virt/kvm/kvm_main.c)
+_MOST_VMS = 1 << 16
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 class Hidden(Exception):
@@ -47,80 +48,94 @@ class NotThere(Exception):
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A memory slot: where the guest has it, where the VMM has it, its bytes."""
+class Pages:
+    """The pages of guest RAM that the host has, as page numbers.
 
-    gpa: int
-    hva: int
-    bytes: int
-    guest_memfd: bool
+    Attributes:
+        guest, host: pairs. A guest page stands there twice if it was found at two places.
+        missing: pages of guest RAM that neither the VMM's page tables nor a guest_memfd have.
+        doubtful: pages that the VMM's page tables do not have, and that Linux may keep elsewhere.
+        nested: pages that KVM's own page tables have.
+        astray: of these, those that lead to a host page that nothing else has for that guest page.
+    """
+
+    guest: Ints
+    host: Ints
+    missing: int
+    doubtful: int
+    nested: int
+    astray: int
 
 
-def find_vm(host: Host, vmm: Process) -> int:
-    """Address of the ``struct kvm`` that this process has open, and made.
+def find_vm(host: Host, vmm: Process) -> tuple[int, int]:
+    """Address of the ``struct kvm`` that this process made, and how many VMs there are beside it.
+
+    What the process has open leads to one. From there KVM's own list leads to all of them.
 
     Raises:
-        Lost: there is none, or more than one has memory.
+        Lost: there is none, or more than one with memory.
     """
-    found = []
+    open_one = next(_opened(host, vmm), 0)
+    if not open_one:
+        raise Lost(f"process {vmm.pid} ({vmm.name}) has no VM")
+    own, listed = [], 0
+    for kvm in _listed(host, open_one):
+        listed += 1
+        with suppress(NotMapped, Unreadable):  # the head of the list is no VM
+            if host.field(kvm, "kvm", "mm") == vmm.memory and host.field(kvm, "kvm", "nr_memslot_pages"):
+                own.append(kvm)
+    if len(own) != 1:
+        raise Lost(f"process {vmm.pid} ({vmm.name}) has {len(own)} VMs with memory, not one")
+    return own[0], listed - 2
+
+
+def _opened(host: Host, vmm: Process) -> Iterator[int]:
+    """The VMs that this process made and has open, or a vCPU of them."""
     for file in host.files(vmm):
-        if file.name == _FILE:
+        if file.name == _VM or file.name.startswith(_VCPU):
             kvm = host.pointer_in(file.file, "file", "private_data")
-            if host.field(kvm, "kvm", "mm") == vmm.memory and kvm not in found:
-                found.append(kvm)
-    with_memory = [kvm for kvm in found if host.field(kvm, "kvm", "nr_memslot_pages")]
-    if len(with_memory) != 1:
-        raise Lost(f"process {vmm.pid} ({vmm.name}) has {len(with_memory)} VMs with memory, not one")
-    return with_memory[0]
+            if file.name != _VM:
+                kvm = host.pointer_in(kvm, "kvm_vcpu", "kvm")
+            if host.field(kvm, "kvm", "mm") == vmm.memory:
+                yield kvm
 
 
-def read_slots(host: Host, kvm: int) -> list[Slot]:
+def _listed(host: Host, kvm: int) -> Iterator[int]:
+    """All that is on KVM's list (``vm_list``), from one VM on; among it where the head would be, were it a VM."""
+    offset = host.kernel.offset("kvm", "vm_list")
+    first = before = at = kvm + offset
+    for _ in range(_MOST_VMS):
+        following, previous = struct.unpack("<QQ", host.read(at, 16))
+        if at != first and previous != before:
+            raise Lost("KVM's list of VMs is being changed")
+        yield at - offset
+        before, at = at, following
+        if at == first:
+            return
+    raise Lost("KVM's list of VMs does not end")
+
+
+def read_slots(host: Host, kvm: int) -> list[Memslot]:
     """The memory slots of a VM, all address spaces, each once; not KVM's own.
 
     Raises:
         Lost: they do not add up.
+        Unknown: they are no slots, or are being changed.
     """
-    kernel, found, total = host.kernel, [], 0
-    spaces = kernel.elements("kvm", "memslots")
-    pointers = host.read(kvm + kernel.offset("kvm", "memslots"), 8 * spaces)
-    for active in struct.unpack(f"<{spaces}Q", pointers):
-        for number, slot in _slots(host, active) if active else ():
+    found, total = [], 0
+    generations = generations_of(host.read, host.kernel, kvm)
+    for active, _ in generations:
+        for slot in slots_of(host.read, host.kernel, active) if active else ():
             total += slot.bytes // PAGE_SIZE
-            if number < _OF_KVM:
+            if not slot.of_kvm:
                 found.append(slot)
     if total != host.field(kvm, "kvm", "nr_memslot_pages"):
         raise Lost("KVM's memory slots do not add up to the pages that it counts")
+    if generations_of(host.read, host.kernel, kvm) != generations:
+        raise Lost("KVM's memory slots are being changed")
     if not found:
         raise Lost("the VM has no memory slots")
     return sorted(dict.fromkeys(found), key=lambda slot: slot.gpa)
-
-
-def _slots(host: Host, active: int) -> Iterator[tuple[int, Slot]]:
-    kernel = host.kernel
-    node = host.field(active, "kvm_memslots", "node_idx", size=4)
-    if node >= kernel.elements("kvm_memory_slot", "id_node"):
-        raise Lost(f"kvm_memslots.node_idx cannot be {node}")
-    offset = kernel.offset("kvm_memory_slot", "id_node") + 16 * node  # struct hlist_node
-    buckets = kernel.elements("kvm_memslots", "id_hash")
-    heads = host.read(active + kernel.offset("kvm_memslots", "id_hash"), 8 * buckets)
-    seen = 0
-    for (head,) in struct.iter_unpack("<Q", heads):
-        at = head
-        while at:
-            seen += 1
-            if seen > _MOST_SLOTS:
-                raise Lost("KVM's memory slots do not end")
-            yield _slot(host, at - offset)
-            at = int.from_bytes(host.read(at), "little")
-
-
-def _slot(host: Host, at: int) -> tuple[int, Slot]:
-    gfn, pages, hva = (host.field(at, "kvm_memory_slot", name) for name in ("base_gfn", "npages", "userspace_addr"))
-    flags = host.field(at, "kvm_memory_slot", "flags", size=4)
-    number = host.field(at, "kvm_memory_slot", "id", size=2)
-    if flags & _KVM_MEMSLOT_INVALID or not 0 < pages < 1 << 40 or gfn >= 1 << 40 or hva % PAGE_SIZE or hva >> 56:
-        raise Lost("a memory slot of KVM's is not what it should be, or being changed")
-    return number, Slot(gfn << PAGE_SHIFT, hva, pages << PAGE_SHIFT, bool(flags & _KVM_MEM_GUEST_MEMFD))
 
 
 class GuestMemory:
@@ -135,13 +150,13 @@ class GuestMemory:
         Lost: the VMM has no page tables where they should be.
     """
 
-    def __init__(self, host: Host, vmm: Process, slots: list[Slot]) -> None:
+    def __init__(self, host: Host, vmm: Process, slots: list[Memslot]) -> None:
         self._host, self._vmm, self.slots = host, vmm, slots
         self.table = host.top_table(vmm.memory)
         self._known: dict[int, int] = {}  # page of the guest: page of the host
+        self._files: dict[Memslot, dict[int, int]] = {}  # of those that have a guest_memfd
         self._mappings: KernelMappings | None = None
-        none = np.zeros(0, dtype=np.int64)
-        self._mapped = none, none  # pages of the guest that are mapped, and the host's for each
+        self._mapped = _NONE, _NONE  # pages of the guest that are mapped, and the host's for each
         self.by_user: set[int] = set()  # pages of the guest that only the VMM's own mapping led to
 
     def place(self, gpa: int) -> int:
@@ -152,11 +167,15 @@ class GuestMemory:
         """
         page = gpa >> PAGE_SHIFT
         if page not in self._known:
-            hva = self._hva(gpa)
-            leaf = self._host.leaf(self.table, hva)
-            if leaf is None:
+            slot = self._slot(gpa)
+            hva = slot.hva + gpa - slot.gpa
+            private = self._of_file(slot)
+            if (index := gpa - slot.gpa >> PAGE_SHIFT) in private:
+                self._known[page] = private[index]
+            elif (leaf := self._host.leaf(self.table, hva)) is not None:
+                self._known[page] = leaf.pa + (hva - leaf.va) >> PAGE_SHIFT
+            else:
                 raise NotThere(f"the VMM's page tables have no page for guest address {gpa:#x}")
-            self._known[page] = leaf.pa + (hva - leaf.va) >> PAGE_SHIFT
         return self._known[page] << PAGE_SHIFT | gpa % PAGE_SIZE
 
     def read(self, gpa: int, size: int = 8) -> bytes:
@@ -190,76 +209,111 @@ class GuestMemory:
         return data
 
     def _hva(self, gpa: int) -> int:
-        """Where the VMM has it.
+        """Where the VMM has it; raises as ``_slot``."""
+        slot = self._slot(gpa)
+        return slot.hva + gpa - slot.gpa
+
+    def _slot(self, gpa: int) -> Memslot:
+        """The slot that has it.
 
         Raises:
-            NotThere: it is in no slot.
+            NotThere: it is in none.
         """
         slot = next((slot for slot in self.slots if slot.gpa <= gpa < slot.gpa + slot.bytes), None)
         if slot is None:
             raise NotThere(f"guest address {gpa:#x} is in no memory slot")
-        return slot.hva + gpa - slot.gpa
+        return slot
 
     def _aliases_of(self, pa: int) -> list[int]:
         return [] if self._mappings is None else self._mappings.addresses_of(pa)
 
-    def frames(self) -> tuple[Ints, Ints]:
-        """All pages of the guest's that the VMM's page tables have: guest pages, host pages."""
-        guest, host = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-        for slot in self.slots:
-            end = slot.hva + slot.bytes
-            for size, va, entry in self._host.leaf_entries(self.table, slot.hva, end):
-                within = np.arange(size >> PAGE_SHIFT, dtype=np.int64)
-                pa = (entry & np.uint64(self._host.mask & -size)).astype(np.int64)
-                pages = ((va >> PAGE_SHIFT)[:, None] + within).reshape(-1)
-                frames = ((pa >> PAGE_SHIFT)[:, None] + within).reshape(-1)
-                ours = (pages >= slot.hva >> PAGE_SHIFT) & (pages < end >> PAGE_SHIFT)
-                guest.append(pages[ours] + (slot.gpa - slot.hva >> PAGE_SHIFT))
-                host.append(frames[ours])
-        return np.concatenate(guest), np.concatenate(host)
+    def _of_file(self, slot: Memslot) -> dict[int, int]:
+        """The pages that a slot's guest_memfd has: the host's for each page of the slot, in order."""
+        if slot not in self._files:
+            self._files[slot] = dict(self._file_pages(slot)) if slot.guest_memfd else {}
+        return self._files[slot]
 
-    def missing(self, guest: Ints) -> tuple[int, int]:
-        """How many pages of guest RAM the VMM's page tables do not have; and how many of these may hold something.
+    def _file_pages(self, slot: Memslot) -> Iterator[tuple[int, int]]:
+        if not slot.file:
+            raise Lost("the guest_memfd of a memory slot was closed, so that its pages cannot be found")
+        inode = self._host.pointer_in(slot.file, "file", "f_inode")
+        mapping = self._host.pointer_in(inode, "inode", "i_mapping")
+        for number, pa in pages_of(self._host, mapping):
+            index = number - (slot.offset >> PAGE_SHIFT)
+            if 0 <= index < slot.bytes >> PAGE_SHIFT:
+                yield index, pa >> PAGE_SHIFT
+
+    def pages(self, roots: Iterable[tuple[int, int]]) -> Pages:
+        """All pages of the guest's that the host has now.
 
         Args:
-            guest: those that they have.
+            roots: of KVM's own page tables for this guest (`nested_roots`).
 
         Raises:
-            Lost: what backs them cannot be told.
+            Lost: what backs a page that is missing cannot be told.
         """
-        missing = doubtful = 0
+        self._files.clear()
+        guest, host = [_NONE], [_NONE]
+        missing = doubtful = nested = astray = 0
+        roots = list(roots)
         for slot in self.slots:
             first, count = slot.gpa >> PAGE_SHIFT, slot.bytes >> PAGE_SHIFT
+            private = self._of_file(slot)
+            of_file = np.array(list(private), dtype=np.int64), np.array(list(private.values()), dtype=np.int64)
+            of_vmm = self._mapped_by(self.table, None, slot.hva, slot.bytes)
             there = np.zeros(count, dtype=np.bool_)
-            there[guest[(guest >= first) & (guest < first + count)] - first] = True
-            gone = np.flatnonzero(~there)
-            missing += len(gone)
-            if slot.guest_memfd:
-                doubtful += len(gone)
-                continue
-            while len(gone):
-                va = slot.hva + (int(gone[0]) << PAGE_SHIFT)
-                vma = vma_at(self._host, self._vmm.memory, va)
-                if vma is None:
-                    raise Lost(f"the VMM has nothing at {va:#x}, where a memory slot is")
-                within = int(np.searchsorted(gone, (vma.end - slot.hva) >> PAGE_SHIFT))
-                doubtful += 0 if vma.own else within
-                gone = gone[within:]
-        return missing, doubtful
+            there[of_vmm[0]] = True
+            doubtful += self._doubtful(slot, np.flatnonzero(~there))
+            there[of_file[0]] = True
+            missing += int(count - there.sum())
+            found = [of_vmm, of_file]
+            for root, levels in roots:
+                index, frame = self._mapped_by(root, levels, slot.gpa, slot.bytes)
+                stray = (_found(of_vmm, index) != frame) & (_found(of_file, index) != frame)
+                nested, astray = nested + len(index), astray + int(stray.sum())
+                found.append((index[stray], frame[stray]))
+            guest += [index + first for index, _ in found]
+            host += [frame for _, frame in found]
+        return Pages(np.concatenate(guest), np.concatenate(host), missing, doubtful, nested, astray)
 
-    def use_aliases(self, mappings: KernelMappings, guest: Ints, host: Ints) -> int:
+    def _mapped_by(self, table: int, levels: int | None, start: int, size: int) -> tuple[Ints, Ints]:
+        """What page tables have of a stretch of addresses: pages from its start on, in order; the host's for each."""
+        index, frame = [_NONE], [_NONE]
+        for bytes_, va, entry in self._host.leaf_entries(table, start, start + size, levels):
+            within = np.arange(bytes_ >> PAGE_SHIFT, dtype=np.int64)
+            pa = (entry & np.uint64(self._host.mask & -bytes_)).astype(np.int64)
+            index.append(((va - start >> PAGE_SHIFT)[:, None] + within).reshape(-1))
+            frame.append(((pa >> PAGE_SHIFT)[:, None] + within).reshape(-1))
+        pages, frames = np.concatenate(index), np.concatenate(frame)
+        ours = (pages >= 0) & (pages < size >> PAGE_SHIFT)
+        return pages[ours], frames[ours]
+
+    def _doubtful(self, slot: Memslot, gone: Ints) -> int:
+        """How many of these pages of a slot, which the VMM's page tables do not have, Linux may keep elsewhere."""
+        doubtful = 0
+        inode = self._host.pointer_in(slot.file, "file", "f_inode") if slot.guest_memfd else 0
+        while len(gone):
+            va = slot.hva + (int(gone[0]) << PAGE_SHIFT)
+            vma = vma_at(self._host, self._vmm.memory, va)
+            if vma is None:
+                raise Lost(f"the VMM has nothing at {va:#x}, where a memory slot is")
+            within = int(np.searchsorted(gone, (vma.end - slot.hva) >> PAGE_SHIFT))
+            # The pages of a guest_memfd were all found; Linux does not swap them out.
+            doubtful += 0 if vma.own or (inode and vma.inode == inode) else within
+            gone = gone[within:]
+        return doubtful
+
+    def use_aliases(self, mappings: KernelMappings, pages: Pages) -> tuple[int, int]:
         """Read by any of these mappings from now on.
 
-        Args:
-            guest, host: the guest's pages, as ``frames`` gives them.
-
         Returns:
-            How many of them are mapped.
+            How many host pages these are, and how many of them are mapped.
         """
         self._mappings = mappings
+        host, first = np.unique(pages.host, return_index=True)
         mapped = covered(mappings.runs, host.astype(np.uint64))
-        self._mapped = guest[mapped], host[mapped]
-        return int(mapped.sum())
+        self._mapped = pages.guest[first][mapped], host[mapped]
+        return len(host), int(mapped.sum())
 
     def mapped(self) -> Iterator[tuple[int, bytes]]:
         """The pages that ``use_aliases`` found mapped: guest-physical address, content.
@@ -293,12 +347,13 @@ def vcpus(host: Host, kvm: int) -> list[int]:
     return [int(each) for each in found.tolist()]
 
 
-def nested_place(host: Host, kvm: int, gpa: int) -> int | None:
-    """The host-physical address that KVM's own page tables have for a guest-physical one; None if they have none now.
+def nested_roots(host: Host, kvm: int) -> list[tuple[int, int]]:
+    """The top tables of KVM's own page tables for a guest: physical address and levels, each once.
 
     Raises:
-        Lost: there are no such tables.
+        Lost: they are not where they should be.
     """
+    found: dict[tuple[int, int], None] = {}
     for vcpu in vcpus(host, kvm):
         root = host.field(vcpu, "kvm_vcpu", "arch", "root_mmu", "root", "hpa")
         level = host.field(vcpu, "kvm_vcpu", "arch", "root_mmu", "root_role", "word", size=4) & 15
@@ -306,6 +361,27 @@ def nested_place(host: Host, kvm: int, gpa: int) -> int | None:
             continue
         if root % PAGE_SIZE or level not in {4, 5}:
             raise Lost("the root of the nested page tables is not where it should be")
-        leaf = host.leaf_of(root & host.mask, level, gpa)
-        return None if leaf is None else leaf.pa + gpa - leaf.va
+        found[root & host.mask, level] = None
+    return list(found)
+
+
+def nested_place(host: Host, kvm: int, gpa: int) -> int | None:
+    """The host-physical address that KVM's own page tables have for a guest-physical one; None if they have none now.
+
+    Raises:
+        Lost: there are no such tables.
+    """
+    for root, level in nested_roots(host, kvm):
+        leaf = host.leaf_of(root, level, gpa)
+        if leaf is not None:
+            return leaf.pa + gpa - leaf.va
     return None
+
+
+def _found(pages: tuple[Ints, Ints], wanted: Ints) -> Ints:
+    """The host's page for each of these pages, -1 where there is none, in what ``_mapped_by`` found."""
+    index, frame = pages
+    if not len(index):
+        return np.full(len(wanted), -1, dtype=np.int64)
+    at = np.minimum(np.searchsorted(index, wanted), len(index) - 1)
+    return np.where(index[at] == wanted, frame[at], -1)

@@ -26,11 +26,13 @@ class Vma:
         start, end: its addresses.
         own: its pages are a driver's (``VM_PFNMAP``) or secret memory's. Linux never takes one out of
             the page tables and keeps what it held: a page that is not there never held anything of the guest's.
+        inode: address of the ``struct inode`` of the file that it maps; 0: it maps none.
     """
 
     start: int
     end: int
     own: bool
+    inode: int
 
 
 def vma_at(linux: Linux, memory: int, va: int) -> Vma | None:
@@ -64,8 +66,9 @@ def _vma(linux: Linux, at: int, va: int) -> Vma:
     )
     if not start <= va < end:
         raise Lost("a mapping of the VMM's is not where its tree has it")
-    own = bool(flags & _VM_PFNMAP)
-    if not own and file:
-        block = linux.pointer_in(linux.pointer_in(file, "file", "f_inode"), "inode", "i_sb")
-        own = linux.field(block, "super_block", "s_magic") == _SECRETMEM_MAGIC
-    return Vma(start, end, own)
+    own, inode = bool(flags & _VM_PFNMAP), 0
+    if file:
+        inode = linux.pointer_in(file, "file", "f_inode")
+        block = linux.pointer_in(inode, "inode", "i_sb")
+        own = own or linux.field(block, "super_block", "s_magic") == _SECRETMEM_MAGIC
+    return Vma(start, end, own, inode)

@@ -121,6 +121,10 @@ def run(args: argparse.Namespace) -> int:
         raise OffmapError("no guest to attack", "give the PID of its VMM and --secret")
     victim, control = _victim(args, args.pid, args.secret, args.pieces), _control(args)
     known = _beforehand(args)
+    if args.html is not None:
+        from offmap.report.files import check_replaceable
+
+        check_replaceable(args.html)
     with _primitive(args) as primitive:
         result = attack(primitive, known, victim, control)
     if args.json:
@@ -175,9 +179,12 @@ def _victim(args: argparse.Namespace, pid: int, secret: str, pieces: str | None 
     from offmap.attack.sweep import parse_pieces
     from offmap.attack.target import parse_target
 
-    return Victim(
-        pid, parse_target(args.target, secret, args.process), parse_pieces(pieces) if pieces is not None else None
-    )
+    target = parse_target(args.target, secret, args.process)
+    if pieces is None:
+        return Victim(pid, target)
+    if not target.digest:
+        raise OffmapError(f"pieces of {target.name} cannot be checked", "sweep for a planted secret or a file")
+    return Victim(pid, target, parse_pieces(pieces))
 
 
 def _control(args: argparse.Namespace) -> "Victim | None":
@@ -186,6 +193,8 @@ def _control(args: argparse.Namespace) -> "Victim | None":
     pid, _, secret = args.control.partition(":")
     if not (pid.isascii() and pid.isdigit()):
         raise OffmapError(f"{args.control[:80]!r} is no control", "write PID:SECRET")
+    if int(pid) == args.pid:
+        raise OffmapError(f"process {pid} is attacked, and cannot be its own control", "name a guest on plain RAM")
     return _victim(args, int(pid), secret)
 
 

@@ -22,16 +22,7 @@ def replace_file(path: Path, text: str, mode: int) -> None:
         OffmapError: there is something else than a file.
         KernelError: it cannot be written; what was there before is untouched.
     """
-    target = Path(os.path.realpath(path))  # a symbolic link is kept, and its target is replaced
-    with contextlib.suppress(OSError):
-        if not stat.S_ISREG(target.stat().st_mode):
-            raise OffmapError(f"{path} is not a file", "name one to write or to replace")
-    try:
-        # Not *.prom, which node_exporter would read half written.
-        fd, name = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent)
-    except OSError as error:
-        raise KernelError(f"making a file in {target.parent}", error, "name a folder that can be written") from None
-    beside = Path(name)
+    target, beside, fd = _beside(path)
     try:
         with os.fdopen(fd, "w", encoding="utf-8", errors="replace", newline="") as file:
             os.fchmod(file.fileno(), mode)
@@ -43,3 +34,24 @@ def replace_file(path: Path, text: str, mode: int) -> None:
         raise KernelError(f"writing {path}", error) from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Find out whether ``replace_file`` can write there, before the work whose result it is to be; raises as that."""
+    _, beside, fd = _beside(path)
+    os.close(fd)
+    beside.unlink()
+
+
+def _beside(path: Path) -> tuple[Path, Path, int]:
+    """The file that `path` leads to, and a new one beside it with its open descriptor; raises as ``replace_file``."""
+    target = Path(os.path.realpath(path))  # a symbolic link is kept, and its target is replaced
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG(target.stat().st_mode):
+            raise OffmapError(f"{path} is not a file", "name one to write or to replace")
+    try:
+        # Not *.prom, which node_exporter would read half written.
+        fd, name = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent)
+    except OSError as error:
+        raise KernelError(f"making a file in {target.parent}", error, "name a folder that can be written") from None
+    return target, Path(name), fd

@@ -22,7 +22,7 @@ IMAGE_AT = 2 << 20  # where both kernels have their image
 VMEMMAP = 0xFFFF_EA00_0000_0000
 HVA = 0x7F00_0000_0000
 BANNER = "Linux version 6.12.0-test (somebody) #1"
-SECRET = b"0123456789abcdef0123456789abcdef"
+SECRET = b"0123456789abcdeffedcba9876543210"
 DIGEST = hashlib.sha256(SECRET).hexdigest()
 PID = 42
 
@@ -70,6 +70,8 @@ OFFSETS = {
     "kvm.nr_memslot_pages": 0x8,
     "kvm.memslots": 0x10,
     "kvm.vcpu_array": 0x20,
+    "kvm.vm_list": 0x60,
+    "kvm_memslots.generation": 0x0,
     "kvm_memslots.node_idx": 0x8,
     "kvm_memslots.id_hash": 0x10,
     "kvm_memory_slot.id_node": 0x20,
@@ -78,7 +80,11 @@ OFFSETS = {
     "kvm_memory_slot.userspace_addr": 0x70,
     "kvm_memory_slot.flags": 0x78,
     "kvm_memory_slot.id": 0x7C,
+    "kvm_memory_slot.gmem.file": 0x80,
+    "kvm_memory_slot.gmem.pgoff": 0x88,
+    "kvm_vcpu.kvm": 0x0,
     "kvm_vcpu.run": 0x8,
+    "kvm_vcpu.arch.pio_data": 0xA8,
     "kvm_vcpu.arch.regs": 0x10,
     "kvm_vcpu.arch.cr3": 0x90,
     "kvm_vcpu.arch.root_mmu.root.hpa": 0x98,
@@ -106,7 +112,7 @@ KNOWN = Kernel(
     banner=BANNER,
     symbols={name: Address(TEXT + at) for name, at in SYMBOLS.items()},
     offsets=OFFSETS,
-    sizes={"xa_node": 0x28 + 8 * 64, "page": 64},
+    sizes={"xa_node": 0x28 + 8 * 64, "page": 64, "kvm_vcpu": 0x100},
     arrays=ARRAYS,
 )
 
@@ -222,15 +228,16 @@ class Machine(Primitive):
 
     Args:
         hidden: the guest's RAM is not in the host's direct map.
+        slide: what KASLR moved the guest's image by.
     """
 
     name = "test"
 
-    def __init__(self, hidden: bool = False) -> None:
+    def __init__(self, hidden: bool = False, slide: int = 0x1200_0000) -> None:
         super().__init__()
         self.memory = bytearray(RAM)
         self.host = System(self.memory, 0, GUEST_AT, 0x400_0000)
-        self.guest = System(self.memory, GUEST_AT, GUEST_SIZE, 0x1200_0000)
+        self.guest = System(self.memory, GUEST_AT, GUEST_SIZE, slide)
         self.tables = Tables(self.memory, self.host.frames, IMAGE_AT + SYMBOLS["init_top_pgt"])
         for page in range(0, RAM, PAGE):
             if page < GUEST_AT or not hidden:
@@ -245,7 +252,7 @@ class Machine(Primitive):
         guest.start()
         # Within the guest, physical addresses begin at 0.
         view = memoryview(self.memory)[GUEST_AT:]
-        user = Tables(view, guest.frames, guest.frames.pop())  # type: ignore[arg-type]
+        user = self.guest_user = Tables(view, guest.frames, guest.frames.pop())  # type: ignore[arg-type]
         page = guest.frames.pop()
         user.map(0x1000_1000, page, 7)
         secret = b"OFFMAP-SECRET-" + SECRET
@@ -267,22 +274,60 @@ class Machine(Primitive):
         slot = host.new("kvm_memory_slot", base_gfn=0, npages=GUEST_SIZE // PAGE, userspace_addr=HVA)
         host.put(slots + OFFSETS["kvm_memslots.id_hash"], struct.pack("<Q", slot + OFFSETS["kvm_memory_slot.id_node"]))
         run = host.new("", PAGE)
-        vcpu = host.new("kvm_vcpu", run=run, arch__cr3=0x1000, arch__root_mmu__root__hpa=nested.top)
+        vcpu = host.new("kvm_vcpu", kvm=kvm, run=run, arch__cr3=0x1000, arch__root_mmu__root__hpa=nested.top)
+        host.set(vcpu, "kvm_vcpu", arch__pio_data=host.new("", PAGE))
         host.set(vcpu, "kvm_vcpu", arch__root_mmu__root_role__word=4)
         entry = host.new("dentry", d_name__name=host.text("kvm-vm"))
         mapping = host.new("address_space")
         file_system = host.new("file_system_type", name=host.text("anon_inodefs"))
         inode = host.new("inode", i_mapping=mapping, i_sb=host.new("super_block", s_type=file_system))
         file = host.new("file", f_path__dentry=entry, private_data=kvm, f_inode=inode, f_mapping=mapping)
+        self.vm_file, self.slots = file, slots
         self.files = host.new("")
         table = host.new("fdtable", max_fds=4, fd=self.files)
         host.put(self.files + 8, struct.pack("<Q", file))
-        task, memory = host.process(PID, "qemu", user.top, files=host.new("files_struct", fdt=table))
+        task, memory = self.task, self.mm = host.process(
+            PID, "qemu", user.top, files=host.new("files_struct", fdt=table)
+        )
         self._make_tree(memory)
         host.set(kvm, "kvm", mm=memory, nr_memslot_pages=GUEST_SIZE // PAGE, memslots=slots)
         host.put(kvm + OFFSETS["kvm.vcpu_array"] + OFFSETS["xarray.xa_head"], struct.pack("<Q", vcpu))
         host.processes(task)
         self.kvm, self.slot, self.vcpu = kvm, slot, vcpu
+        self.list_vms(kvm)
+
+    def take(self, page: int) -> None:
+        """Take a page of the guest's out of the VMM's page tables, and so out of KVM's own."""
+        self.user.unmap(HVA + page)
+        self.nested.unmap(page)
+
+    def guest_memfd(self, *pages: int) -> None:
+        """Let the slot have a guest_memfd with these pages of the host, for the guest's pages from 0 on."""
+        host = self.host
+        host.put(host.symbol("vmemmap_base"), VMEMMAP.to_bytes(8, "little"))
+        file = self._file("guest_memfd", nrpages=len(pages))
+        inode = self.value(file + OFFSETS["file.f_inode"])
+        mapping = self.value(inode + OFFSETS["inode.i_mapping"])
+        host.at = -(-host.at // PAGE) * PAGE
+        node = host.new("", PAGE)
+        array = mapping + OFFSETS["address_space.i_pages"]
+        host.set(array, "xarray", xa_head=node + 2)
+        host.set(node, "xa_node", array=array)
+        entries = struct.pack(f"<{len(pages)}Q", *(VMEMMAP + page // PAGE * 64 for page in pages))
+        host.put(node + OFFSETS["xa_node.slots"], entries)
+        host.set(self.slot, "kvm_memory_slot", gmem__file=file)
+        host.put(self.slot + OFFSETS["kvm_memory_slot.flags"], struct.pack("<I", 1 << 2))
+
+    def value(self, va: int) -> int:
+        """The number at an address of the host's."""
+        at = self.host.place(va)
+        return int.from_bytes(self.memory[at : at + 8], "little")
+
+    def list_vms(self, *vms: int) -> None:
+        """Put these on KVM's list."""
+        nodes = [self.host.new(""), *(kvm + OFFSETS["kvm.vm_list"] for kvm in vms)]
+        for number, node in enumerate(nodes):
+            self.host.put(node, struct.pack("<QQ", nodes[(number + 1) % len(nodes)], nodes[number - 1]))
 
     def open_drive(self, content: bytes, overlay: str = "") -> None:
         """Let the VMM have a file open of which the host has a page in its cache.

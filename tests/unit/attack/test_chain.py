@@ -117,7 +117,7 @@ def test_a_page_table_that_cannot_be_read_is_no_end() -> None:
 
 def test_pages_that_the_vmm_does_not_have_are_no_end() -> None:
     machine = Machine(hidden=True)
-    machine.user.unmap(HVA + 5 * PAGE)
+    machine.take(5 * PAGE)
     found = run(machine)
     assert (found.outcome, found.missing_pages) == (Outcome.UNKNOWN, 1)
     # But a driver's are not there before they are touched, and then hold nothing.
@@ -128,7 +128,7 @@ def test_pages_that_the_vmm_does_not_have_are_no_end() -> None:
 
 def test_missing_pages_of_secret_memory_hold_nothing() -> None:
     machine = Machine(hidden=True)
-    machine.user.unmap(HVA)
+    machine.take(0)
     host = machine.host
     inode = host.new("inode", i_sb=host.new("super_block", s_magic=0x5345_434D))
     host.set(machine.vma, "vm_area_struct", vm_file=host.new("file", f_inode=inode))
@@ -153,7 +153,7 @@ def test_a_wrong_offset_is_never_an_end(name: str, by: int) -> None:
     assert run(Machine(), wrong, wrong).outcome in {Outcome.UNKNOWN, Outcome.RECOVERED}
     machines = Machine(), Machine(hidden=True)
     for machine in machines:
-        machine.user.unmap(HVA + 5 * PAGE)
+        machine.take(5 * PAGE)
     control, found = (
         Chain(machine, wrong, wrong, PID, PlantedSecret("sh", DIGEST), control=not number).run()
         for number, machine in enumerate(machines)
@@ -164,8 +164,9 @@ def test_a_wrong_offset_is_never_an_end(name: str, by: int) -> None:
 def test_a_control_finds_all_of_its_pages_mapped() -> None:
     found = Chain(Machine(), KNOWN, KNOWN, PID, PlantedSecret("sh", DIGEST), control=True).run()
     assert (found.outcome, found.guest_pages, found.mapped_pages) == (Outcome.RECOVERED, 1024, 1024)
-    assert found.stages[-1].name == "other mappings of the guest's pages"
-    assert found.reads == sum(stage.reads for stage in found.stages[:-2])
+    after = [stage.name for stage in found.stages].index("guest: secret") + 1
+    assert found.stages[after + 1].name == "other mappings of the guest's pages"
+    assert found.reads == sum(stage.reads for stage in found.stages[:after])
     # Kernel page tables that nothing is found in, though the secret was read, are no good for saying that it ends.
     machine = Machine()
     wrong = machine.host.new("")
@@ -250,10 +251,10 @@ def test_user_memory_is_recovered_whatever_the_kernel_maps() -> None:
     assert run(Machine()).user_pages == 0
 
 
-PIECES = Pieces(tuple(SECRET[at : at + 8] for at in range(0, 16, 8)))  # the other half is the same again
+PIECES = Pieces(tuple(SECRET[at : at + 8] for at in range(0, 32, 8)))
 
 
-def swept(machine: Machine, monkeypatch: pytest.MonkeyPatch, unread: int = 0) -> Attempt:
+def swept(machine: Machine, monkeypatch: pytest.MonkeyPatch, unread: int = 0, pieces: Pieces = PIECES) -> Attempt:
     """An attack with a sweep of the machine's direct map."""
     monkeypatch.setattr("offmap.attack.sweep._Seen.control", lambda self: None)
     monkeypatch.setattr("offmap.attack.sweep.frames_at", lambda va, pages: set())
@@ -263,7 +264,7 @@ def swept(machine: Machine, monkeypatch: pytest.MonkeyPatch, unread: int = 0) ->
         return SweepPlan(readable, [Piece(0, 1 << 40, unread)] if unread else [], 0, Layout([]))
 
     target = PlantedSecret("sh", DIGEST)
-    return Chain(machine, KNOWN, KNOWN, PID, target, pieces=PIECES, planner=plan).run()
+    return Chain(machine, KNOWN, KNOWN, PID, target, pieces=pieces, planner=plan).run()
 
 
 def test_a_sweep_that_finds_nothing_lets_an_end_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +272,7 @@ def test_a_sweep_that_finds_nothing_lets_an_end_stand(monkeypatch: pytest.Monkey
     assert (found.outcome, found.stage) == (Outcome.ENDS, "guest: kernel")
     assert found.reason.endswith("in all that it maps, no 16 bytes of the secret stand in it")
     assert found.sweep is not None and found.sweep.bytes_read == GUEST_AT
-    assert found.stages[-1].name == "all that the host kernel maps"
+    assert found.stages[-2].name == "all that the host kernel maps"
 
 
 def test_sixteen_bytes_of_the_secret_anywhere_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,4 +293,9 @@ def test_what_the_sweep_cannot_read_is_reached_and_no_end(monkeypatch: pytest.Mo
 def test_on_plain_ram_the_sweep_finds_the_guests_own(monkeypatch: pytest.MonkeyPatch) -> None:
     found = swept(Machine(), monkeypatch)
     assert (found.outcome, found.stage) == (Outcome.RECOVERED, "guest: secret")
-    assert found.sweep is not None and found.sweep.longest == 16
+    assert found.sweep is not None and found.sweep.longest == 32
+
+
+def test_pieces_of_something_else_are_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = swept(Machine(hidden=True), monkeypatch, pieces=Pieces(PIECES.each[::-1]))
+    assert (found.outcome, found.stage) == (Outcome.UNKNOWN, "all that the host kernel maps")
