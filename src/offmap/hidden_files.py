@@ -11,6 +11,8 @@ from offmap.errors import BackendRefused, KernelError
 from offmap.uapi import offmap_module as uapi
 
 SEE_LOG = "see the kernel's log: dmesg"
+DEFAULT_POOL = "/run/hidden"
+"""Where a pool is mounted unless somebody says otherwise."""
 
 _POOL_REMEDY = {
     errno.EACCES: "ask the administrator for the right to write to that folder",

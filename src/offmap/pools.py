@@ -8,7 +8,6 @@ from offmap.uapi.offmap_module import POOLS
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 FILE_SYSTEM = "offmapfs"
-DEFAULT_PATH = "/run/hidden"
 
 
 @dataclass(frozen=True, slots=True)

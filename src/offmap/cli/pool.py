@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from offmap.pools import DEFAULT_PATH
+from offmap.hidden_files import DEFAULT_POOL
 from offmap.units import format_size, parse_size
 
 
@@ -32,7 +32,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     destroy = commands.add_parser("destroy", help="unmount it: all goes back to the kernel, zeroed")
     destroy.set_defaults(run=run_destroy)
     for command in (create, resize, destroy):
-        command.add_argument("--path", default=DEFAULT_PATH, metavar="FOLDER", help="where (default: %(default)s)")
+        command.add_argument("--path", default=DEFAULT_POOL, metavar="FOLDER", help="where (default: %(default)s)")
     status = commands.add_parser("status", help="each pool: how much of it is free, used, being zeroed, held, failed")
     status.add_argument("--json", action="store_true", help="as JSON")
     status.set_defaults(run=run_status)

@@ -6,12 +6,11 @@ A user who may create files in the pool's folder needs no other right. It is zer
 import os
 from typing import Self
 
-from offmap.hidden_files import pool_file
+from offmap.hidden_files import DEFAULT_POOL, pool_file
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing
 from offmap.options import Options
-from offmap.pools import DEFAULT_PATH
 from offmap.uapi.page import PAGE_SIZE
 
 
@@ -19,19 +18,19 @@ class Pool(Backend):
     """``pool[,path=FOLDER]``: of the pool that is mounted there."""
 
     name = "pool"
-    usage = f"path=FOLDER, in a pool ({DEFAULT_PATH} without it)"
+    usage = f"path=FOLDER, in a pool ({DEFAULT_POOL} without it)"
     hides = True
     may_be_aliased = False
     needs_module = True
     linux_owned = False
     compared = False
 
-    def __init__(self, path: str = DEFAULT_PATH) -> None:
+    def __init__(self, path: str = DEFAULT_POOL) -> None:
         self.path = path
 
     @classmethod
     def from_options(cls, options: Options) -> Self:
-        return cls(options.text("path", DEFAULT_PATH, str))
+        return cls(options.text("path", DEFAULT_POOL, str))
 
     def allocate(self, vm: Vm, size: int) -> list[Backing]:
         fd = pool_file(self.path, size)

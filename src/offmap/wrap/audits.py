@@ -1,8 +1,14 @@
-"""Audits of a wrapped VMM, each in a process of its own, so that the supervisor stays small."""
+"""Audits of a wrapped VMM, each in a process of its own, so that the supervisor stays small.
+
+An audit takes seconds of processor time, and the guest is there meanwhile. So for some time it gets only what nobody
+else wants (SCHED_IDLE, which is so for its reads as well); then it takes its share, however busy the host is.
+"""
 
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 
 from offmap.errors import ExitStatus
 from offmap.owned import Owned
@@ -11,6 +17,8 @@ CLOCK_ALONE = 10
 """Exit status of ``judge``, beside those of ``offmap audit``: nothing is exposed but kvm-clock's page."""
 
 _MOST = 1 << 20  # bytes of output that are read
+_IDLE = 30.0  # seconds for which an audit gives way to all others
+_LEAST, _USUAL = 19, 0  # nice values
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)  # by the supervisor
 
 
@@ -30,7 +38,7 @@ class Answer:
 
 
 class Audit(Owned):
-    """An audit that runs. Poll `fd`: POLLIN when it has ended.
+    """An audit that runs. Poll `fd`: POLLIN when it has ended. Call `hurry` after `patience` seconds.
 
     Raises:
         OSError: no more processes or files can be had.
@@ -46,11 +54,23 @@ class Audit(Owned):
                 os.environ,
                 file_actions=[(os.POSIX_SPAWN_DUP2, self._said, 1), (os.POSIX_SPAWN_DUP2, self._said, 2)],
                 setsigdef=_IGNORED,
+                setsid=True,
             )
         except OSError:
             os.close(self._said)
             raise
         self.fd = os.pidfd_open(self._child)
+        self._yields_until: float | None = time.monotonic() + _IDLE
+        self._schedule(os.SCHED_IDLE, _LEAST)
+
+    def patience(self) -> float | None:
+        """The seconds for which it gives way to others still; None: it does not."""
+        return None if self._yields_until is None else max(0.0, self._yields_until - time.monotonic())
+
+    def hurry(self) -> None:
+        """Have it take its share of the processors from now on."""
+        self._yields_until = None
+        self._schedule(os.SCHED_OTHER, _USUAL)
 
     def answer(self) -> Answer:
         """What it said."""
@@ -65,6 +85,15 @@ class Audit(Owned):
             os.close(self.fd)
             os.close(self._said)
             self.fd = -1
+
+    def _schedule(self, policy: int, nice: int) -> None:
+        """Set how it is scheduled, as far as we may: an ordinary user's audit stays idle, which has little to do."""
+        with suppress(OSError):
+            for task in os.listdir(f"/proc/{self._child}/task"):  # noqa: PTH208 - pathlib costs half a megabyte
+                os.sched_setscheduler(int(task), policy, os.sched_param(0))
+        # Its session may be a group of the scheduler's (sched_autogroup), which compares policies within one only.
+        with suppress(OSError), open(f"/proc/{self._child}/autogroup", "w", encoding="ascii") as file:  # noqa: PTH123
+            file.write(str(nice))
 
     def _wait(self) -> int:
         _, status = os.waitpid(self._child, 0)

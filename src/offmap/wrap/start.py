@@ -1,13 +1,12 @@
 """The start of a wrapped VMM: it takes the place of this process, so that its parent sees nothing but the VMM."""
 
+import _socket  # `socket` takes as long to import as all of this
 import array
 import ctypes
 import os
-import shutil
 import signal
-import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
 import offmap
@@ -17,13 +16,15 @@ from offmap.memory.backend import parse_backend
 from offmap.uapi import seccomp_notify
 from offmap.wrap import filter as call_filter
 from offmap.wrap.policy import Policy
-from offmap.wrap.supervise import command
 
 _log = Logger("offmap.cli.wrap")
 
 
 def run(argv: Sequence[str], memory: str, policy: Policy, *, verbose: bool, as_json: bool) -> NoReturn:
     """Start a supervisor, put the filter on this process, and become `argv`.
+
+    The supervisor is not waited for: while it begins, so does the VMM, whose calls wait for it. If it fails, the kernel
+    refuses these calls, and the VMM has no guest.
 
     Args:
         memory: what is placed, as ``--memory`` names it.
@@ -33,14 +34,14 @@ def run(argv: Sequence[str], memory: str, policy: Policy, *, verbose: bool, as_j
     Raises:
         OffmapError: this cannot be done here; nothing has been started.
     """
-    if shutil.which(argv[0]) is None:
+    if not _is_program(argv[0]):
         raise OffmapError(f"there is no program {argv[0]}", "name the VMM by its path")
-    words = [*parse_backend(memory).placed_from(), *policy.words()]
-    folder = os.path.dirname(os.path.dirname(os.path.abspath(offmap.__file__)))  # noqa: PTH100, PTH120
-    ours, theirs = socket.socketpair()
+    words = [*words_of(memory), *policy.words()]
+    ours, theirs = _socket.socketpair()
+>>>>>>> 4cbf116 (wrap: the audit gives way to the guest at first; the supervisor and the VMM begin at the same time)
     pid = os.fork()
     if pid == 0:
-        _supervise(ours, lambda fd: command(folder, fd, verbose=verbose, as_json=as_json, words=words))
+        _supervise(ours, _command(ours.fileno(), verbose=verbose, as_json=as_json, words=words))
     os.waitpid(pid, 0)
     ours.close()
     supervisor = theirs.recv(16)
@@ -49,9 +50,7 @@ def run(argv: Sequence[str], memory: str, policy: Policy, *, verbose: bool, as_j
     # For Yama, where it is: the supervisor may trace us, though it is no child of ours.
     ctypes.CDLL(None).prctl(seccomp_notify.PR_SET_PTRACER, ctypes.c_ulong(int(supervisor)), 0, 0, 0)
     listener = call_filter.install()
-    theirs.sendmsg([b"l"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener]))])
-    if theirs.recv(1) != b"r":
-        raise OffmapError("the supervisor ended", "see its message above")
+    theirs.sendmsg([b"l"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", [listener]))])
     os.close(listener)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and an ignored signal stays so
         signal.signal(number, signal.SIG_DFL)
@@ -61,7 +60,35 @@ def run(argv: Sequence[str], memory: str, policy: Policy, *, verbose: bool, as_j
         raise OffmapError(f"cannot run {argv[0]}: {error.strerror}", "name a program") from None
 
 
+<<<<<<< HEAD
 def _supervise(ours: socket.socket, command: Callable[[int], list[str]]) -> NoReturn:
+    """Become the supervisor: a small program in its own session, and no child of the VMM."""
+=======
+def _is_program(name: str) -> bool:
+    """Whether execvp(3) would find it. (`shutil` would bring what unpacks archives.)"""
+    folders = [""] if "/" in name else os.get_exec_path()
+    return any(os.access(os.path.join(folder, name), os.X_OK) for folder in folders)  # noqa: PTH118
+
+
+def _command(fd: int, *, verbose: bool, as_json: bool, words: Sequence[str]) -> list[str]:
+    """The command line of a supervisor (``offmap.wrap.supervise.main``).
+
+    Args:
+        fd: the socket that the listener comes by.
+        words: of the memory's source, then the policy's.
+    """
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(offmap.__file__)))  # noqa: PTH100, PTH120
+    program = "import sys; sys.path.append(sys.argv[1]); from offmap.wrap.supervise import main; main(sys.argv[3:])"
+    options = ["-I", "-S"]  # none of the user's modules, nor of the site's
+    if sys.dont_write_bytecode:
+        options += ["-B"]
+    if sys.pycache_prefix is not None:
+        options += ["-X", f"pycache_prefix={sys.pycache_prefix}"]
+    how = ["verbose" if verbose else "quiet", "json" if as_json else "text"]
+    return [sys.executable, *options, "-c", program, folder, "offmap wrap", str(fd), *how, *words]
+
+
+def _supervise(ours: _socket.socket, command: list[str]) -> NoReturn:
     """Become the supervisor: a small program in its own session, and no child of the VMM."""
     try:
         if os.fork():
@@ -72,9 +99,9 @@ def _supervise(ours: socket.socket, command: Callable[[int], list[str]]) -> NoRe
         ours.send(str(os.getpid()).encode())
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)
         os.dup2(0, 1)
-        ours.set_inheritable(True)
+        os.set_inheritable(ours.fileno(), True)
         os.chdir("/")
-        os.execv(sys.executable, command(ours.fileno()))
+        os.execv(sys.executable, command)
     except BaseException as error:
         _log.log(ERROR, "the supervisor failed: %s", error, error=error)
     finally:

@@ -22,7 +22,7 @@ def main(words: Sequence[str]) -> None:
     """Serve the VMM that sends its listener, until it has ended.
 
     Args:
-        words: of `command`, from its socket on.
+        words: what ``start`` says: the socket, how to log, where memory is from, and the policy.
     """
     fd, verbose, log_format, kind, value, *policy = words
     log.set_up_with(None, log.DEBUG if verbose == "verbose" else log.INFO)
@@ -34,7 +34,6 @@ def main(words: Sequence[str]) -> None:
             _, control, _, _ = vmm.recvmsg(1, _socket.CMSG_SPACE(4))
             if control:
                 listener = Listener(array.array("i", control[0][2])[0])
-                vmm.send(b"r")
         if control:
             gc.freeze()
             Supervisor(listener, source, Policy.from_words(policy)).serve()
@@ -43,24 +42,6 @@ def main(words: Sequence[str]) -> None:
         log.Logger("offmap.cli.wrap").log(log.ERROR, "the supervisor failed: %s", error, error=error)
     finally:
         os._exit(status)
-
-
-def command(folder: str, fd: int, *, verbose: bool, as_json: bool, words: Sequence[str]) -> list[str]:
-    """The command line of a supervisor.
-
-    Args:
-        folder: where the package is.
-        fd: the socket that the listener comes by.
-        words: of the memory's source, then the policy's.
-    """
-    program = "import sys; sys.path.append(sys.argv[1]); from offmap.wrap.supervise import main; main(sys.argv[3:])"
-    options = ["-I", "-S"]  # none of the user's modules, nor of the site's
-    if sys.dont_write_bytecode:
-        options += ["-B"]
-    if sys.pycache_prefix is not None:
-        options += ["-X", f"pycache_prefix={sys.pycache_prefix}"]
-    how = ["verbose" if verbose else "quiet", "json" if as_json else "text"]
-    return [sys.executable, *options, "-c", program, folder, "offmap wrap", str(fd), *how, *words]
 
 
 def _lines(as_json: bool) -> log.Sink:

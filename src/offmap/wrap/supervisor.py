@@ -52,10 +52,12 @@ class Supervisor:
         due = None
         if self._audit is not None:
             poll.register(self._audit[0].fd, select.POLLIN)
+            left = self._audit[0].patience()
         else:
             due = self._vmms.next()
+            left = None if due is None else due[1]
         waiting = self._vmms.waiting()
-        timeout = None if due is None else int(due[1] * 1000) + 1
+        timeout = None if left is None else int(left * 1000) + 1
         if waiting:
             timeout = _LOOK_AGAIN if timeout is None else min(timeout, _LOOK_AGAIN)
         elif due is None and self._audit is None and self._untrimmed:
@@ -68,9 +70,12 @@ class Supervisor:
             self._serve_one()
         elif self._listener.fd in events:
             return False
-        elif self._audit is not None and events:
-            self._judge(*self._audit)
-            self._audit, self._untrimmed = None, True
+        elif self._audit is not None:
+            if events:
+                self._judge(*self._audit)
+                self._audit, self._untrimmed = None, True
+            elif self._audit[0].patience() == 0:
+                self._audit[0].hurry()
         elif due is not None and due[0].waiting is None and not due[0].seconds_left():
             due[0].audit_begins()
             self._audit = Audit(due[0].pid), due[0]

@@ -1,9 +1,13 @@
 """What the end of an audit means for a wrapped VMM."""
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 
 from offmap.errors import ExitStatus
-from offmap.wrap.audits import CLOCK_ALONE, answer_of
+from offmap.wrap.audits import CLOCK_ALONE, Audit, answer_of
 
 
 def test_only_an_audit_that_ended_well_says_hidden() -> None:
@@ -33,3 +37,16 @@ def test_all_else_is_placed_and_not_audited(status: int, said: str, reason: str)
     assert answer.line.startswith(f"placed, not audited: {reason}")
     assert answer.line.endswith("(again: offmap audit 7)")
     assert answer.status is ExitStatus.UNDETERMINED
+
+
+def test_an_audit_gives_way_to_others_until_it_is_to_hurry() -> None:
+    with Audit(os.getpid()) as audit:
+        said = Path(f"/proc/self/fdinfo/{audit.fd}").read_text()
+        child = int(re.findall(r"^Pid:\s+(\d+)$", said, re.MULTILINE)[0])
+        assert os.sched_getscheduler(child) == os.SCHED_IDLE
+        assert (left := audit.patience()) is not None
+        assert 0 < left <= 30
+        audit.hurry()
+        assert audit.patience() is None
+        if os.getuid() == 0:
+            assert os.sched_getscheduler(child) == os.SCHED_OTHER
