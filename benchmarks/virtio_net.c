@@ -169,6 +169,8 @@ int main(int argc, char **argv)
 		/* Words of the kernel's command line that it does not know are init's environment. */
 		load_modules();
 		set_address("eth0", getenv("OFFMAP_ADDRESS"));
+		if (getenv("OFFMAP_SETTLE"))
+			sleep(atoi(getenv("OFFMAP_SETTLE")));
 		client(getenv("OFFMAP_HOST"), atoi(getenv("OFFMAP_PORT")), atoll(getenv("OFFMAP_BYTES")),
 		       getenv("OFFMAP_LETTERS"));
 		puts("offmap-benchmark: done");

@@ -51,9 +51,13 @@ def guest() -> bytes:
     return newc(entries)
 
 
-def command_line(size: int, letters: str) -> str:
-    """What the guest's init is told, as words that its kernel does not know."""
-    words = {"ADDRESS": GUEST, "HOST": str(HOST.ip), "PORT": PORT, "BYTES": size, "LETTERS": letters}
+def command_line(size: int, letters: str, settle: int = 0) -> str:
+    """What the guest's init is told, as words that its kernel does not know.
+
+    Args:
+        settle: seconds that it waits before it begins.
+    """
+    words = {"SETTLE": settle, "ADDRESS": GUEST, "HOST": str(HOST.ip), "PORT": PORT, "BYTES": size, "LETTERS": letters}
     return "console=ttyS0 quiet " + " ".join(f"OFFMAP_{name}={value}" for name, value in words.items())
 
 

@@ -1,9 +1,10 @@
 """QEMU and Firecracker wrapped against the same VMM plain, by turns in one disposable host.
 
 From the start of the VMM's process to the guest's init, on `unplugged` and on a pool, and of `offmap run` with
-Firecracker's guest. Then, of a QEMU whose audit has
-said its word: the memory of the supervisor (PSS), and how often it wakes up while nothing happens. Last, the guest's
-reads and writes of a QEMU's virtio-blk drive.
+Firecracker's guest; and the processor time that these took meanwhile, of the VMM, the supervisor and an audit that has
+begun, which says more on a busy machine. Then, of a QEMU whose audit has said its word: the memory of the supervisor
+(PSS), and how often it wakes up while nothing happens. Last, the guest's reads and writes of a QEMU's virtio-blk drive,
+and one TCP stream to it and from it.
 """
 
 import argparse
@@ -17,12 +18,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import virtio_blk
+import virtio_net
 from boot_time import COMMAND_LINE, TUNED_MACHINE, offmap_command, qemu_command, time_to
+from c_program import compile_program
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
 from lab_runs import add_inside_options, run_in_lab
@@ -39,7 +42,8 @@ SOURCE = Path("/run/source")  # in the disposable host: the package as pip insta
 POOL = Path("/run/hidden")
 MAX_RATIO = 1.1
 MAX_MIB = 10.0
-LEAST_BLOCK, MOST_BLOCK = 0.97, 1.03
+LEAST_BLOCK, MOST_BLOCK = 0.97, 1.03  # of the network as well
+NET_MB = 30  # of one stream
 IDLE = 10.0  # seconds
 AUDITED = 30.0  # seconds after a boot: until then the first audit uses the host's only processor too
 VERDICT = re.compile(rb"offmap wrap: process \d+: (HIDDEN|EXPOSED|placed, not audited)")
@@ -65,16 +69,26 @@ def firecracker_command(binary: str, vmlinux: str, initrd: str, folder: Path) ->
     return [binary, "--no-api", "--config-file", str(folder / "config.json")]
 
 
-def supervisors() -> list[int]:
-    """Those of this host."""
+def supervisors(*words: bytes) -> list[int]:
+    """Those of this host, and processes that have one of these words on their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"\0offmap wrap\0" in path.read_bytes():
+            if {b"offmap wrap", *words} & set(path.read_bytes().split(b"\0")):
                 found.append(int(path.parent.name))
         except OSError:
             continue
     return found
+
+
+def processor_seconds(vmm: int) -> float:
+    """How long a VMM, its supervisor and its audit have run, user and system, to a hundredth of a second."""
+    ticks = 0
+    for pid in (vmm, *supervisors(b"offmap.wrap.judge")):
+        with suppress(FileNotFoundError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(int(fields[n]) for n in (11, 12, 13, 14))  # utime, stime, and of children: proc(5)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def number(pid: int, file: str, name: str) -> int:
@@ -120,14 +134,19 @@ def inside(rounds: int, module: str, firecracker: str, vmlinux: str, kernel: str
             if name == "Firecracker":
                 commands["ours"] = offmap_command(here[0], here[1], "unplugged")
             samples: dict[str, list[float]] = {command: [] for command in commands}
+            busy: dict[str, list[float]] = {command: [] for command in commands}
             for count in range(rounds + 1):
                 for command, argv in commands.items():
-                    taken = time_to(READY.encode(), argv)
+                    worked: list[float] = []
+                    taken = time_to(READY.encode(), argv, lambda pid, to=worked: to.append(processor_seconds(pid)))
                     if count:  # the first round fills the page cache for all of them
                         samples[command].append(taken)
+                        busy[command] += worked
             for memory, limit in (("pool", Limit("ratio", MAX_RATIO)), ("unplugged", None)):
                 title = f"{name} wrapped, process start to init, 256M, {memory}"
                 Figure("wrap", title, "s", samples[memory], f"{name} plain", samples["plain"], limit).print()
+                title = f"{name} wrapped, processor time until then, {memory}"
+                Figure("wrap", title, "s", busy[memory], f"{name} plain", busy["plain"]).print()
             if ours := samples.get("ours"):
                 title = "offmap run, process start to init, 256M, unplugged"
                 Figure("wrap", title, "s", ours, f"{name} plain", samples["plain"], Limit("ratio", MAX_RATIO)).print()
@@ -162,14 +181,37 @@ def inside_block(rounds: int, module: str, kernel: str, initrd: str) -> int:
     return 0
 
 
+def inside_net(rounds: int, module: str, kernel: str, initrd: str) -> int:
+    """Measure a network card, in a third one."""
+    subprocess.run(["insmod", module], check=True)
+    virtio_net.make_tap()
+    size, letters = NET_MB * 1_000_000, "ud" * 4
+    words = virtio_net.command_line(size, letters, int(AUDITED))
+    plain = told(virtio_net.qemu_command(kernel, initrd, words, "off"))
+    who = {"wrapped": wrapped(plain, "unplugged"), "plain": plain}
+    samples: dict[str, dict[str, list[float]]] = {name: {letter: [] for letter in "ud"} for name in who}
+    with tempfile.TemporaryDirectory() as folder:
+        program = compile_program(ROOT / "benchmarks" / "virtio_net.c", Path(folder), "-static")
+        for _ in range(rounds):
+            for name, argv in who.items():
+                for letter, rates in virtio_net.measure(argv, program, size, letters).items():
+                    samples[name][letter] += rates
+    for letter, direction in virtio_net.DIRECTIONS.items():
+        ours, peer = (samples[name][letter] for name in ("wrapped", "plain"))
+        limit = Limit("ratio", MOST_BLOCK, at_least=LEAST_BLOCK)
+        Figure("wrap", f"TCP {direction}, wrapped", "MB/s", ours, "QEMU plain", peer, limit).print()
+    return 0
+
+
 def main() -> int:
     parser = benchmark_parser(__doc__, rounds=5, quick="one round")
     add_inside_options(parser, "--module", "--vmlinux")
-    parser.add_argument("--block", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("start", "block", "net"), help="measure nothing else")
     parser.add_argument("--firecracker", default="", metavar="PATH", help="instead of the released one that is fetched")
     args = parser.parse_args()
-    if args.block:
-        return exit_status("wrap", lambda: inside_block(args.rounds, args.module, args.guest_kernel, args.guest_initrd))
+    if args.inside and args.only != "start":
+        devices = {"block": inside_block, "net": inside_net}[args.only]
+        return exit_status("wrap", partial(devices, args.rounds, args.module, args.guest_kernel, args.guest_initrd))
     if args.inside:
         files = (args.firecracker, args.vmlinux, args.guest_kernel, args.guest_initrd)
         return exit_status("wrap", partial(inside, args.rounds, args.module, *files))
@@ -187,9 +229,17 @@ def main() -> int:
                 "--firecracker",
                 args.firecracker or str(released_firecracker()),
             ]
-            status = run_in_lab(__file__, arguments, memory="4G", timeout=1800.0)
-        initrd = virtio_blk.guest(1.0, virtio_blk.PATTERNS, AUDITED)
-        return status or run_in_lab(__file__, [*common, "--block"], initrd=initrd)
+            guests = {
+                "block": lambda: virtio_blk.guest(1.0, virtio_blk.PATTERNS, AUDITED),
+                "net": virtio_net.guest,
+            }
+            status = 0
+            if args.only in {None, "start"}:
+                status = run_in_lab(__file__, [*arguments, "--only", "start"], memory="4G", timeout=1800.0)
+        for what, guest in guests.items():
+            if not status and args.only in {None, what}:
+                status = run_in_lab(__file__, [*common, "--only", what], initrd=guest())
+        return status
 
     return exit_status("wrap", run)
 

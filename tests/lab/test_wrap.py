@@ -101,6 +101,7 @@ def test_on_other_kernels(series: str, tmp_path: Path) -> None:
 
 
 def test_a_vmm_that_would_get_around_it(host: LabHost) -> None:
+    assert host.run([*OFFMAP, "pool", "create", "64M", "--path", "/run/own", "--allow-nested"]) == 0
     vmm = Started(host, [*OFFMAP, "wrap", "--", *VMM])
     try:
         found = json.loads(vmm.await_(r"^(\{.*\})$"))
@@ -127,12 +128,24 @@ def test_a_vmm_that_would_get_around_it(host: LabHost) -> None:
             "clock": dict.fromkeys(("usual", "behind others", "no CPUID"), "refused"),
             "placed": {**{slot: ["", HERE, True] for slot in slots}, "around it": ["", ""]},
             "zeroed": [True, False],
+            "brought": {
+                **{file: ["", "EPERM", True, True, "", ""] for file in ("open", "closed")},
+                "device": ["EPERM", ""],
+            },
+            "forked": 1,
+            "shared with KVM": [],
             "kept": {
                 "unmap a part": "EPERM",
                 "map over": "EPERM",
                 "protect": "EPERM",
                 "move": "EPERM",
                 "give back": "EINVAL",
+                "page out": "EINVAL",
+                "punch": "ENODEV",
+                "move and leave": "EINVAL",
+                "exchange": "EPERM",
+                "key": "EPERM",
+                "pin": "EFAULT",
                 "whole": True,
             },
             "flipped": [""],

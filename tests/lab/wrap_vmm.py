@@ -21,12 +21,15 @@ from offmap.audit.pagemap import own_entries, pfn
 from offmap.audit.residency import physical_ranges
 from offmap.kvm import Kvm, Vm
 from offmap.uapi import kvm as uapi
-from offmap.uapi import offmap_module
+from offmap.uapi.offmap_module import DEVICE as HERE
 
 PAGE, MIB = 4096, 1 << 20
 MAP_FIXED = 0x10
-MREMAP_MAYMOVE, MREMAP_FIXED = 1, 2
-SYS_USERFAULTFD, SYS_IOCTL_I386 = 323, 54
+MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
+MADV_PAGEOUT = 21
+SYS_USERFAULTFD, SYS_REMAP_FILE_PAGES, SYS_PKEY_MPROTECT = 323, 216, 329
+SYS_IO_URING_SETUP, SYS_IO_URING_REGISTER, IORING_REGISTER_BUFFERS = 425, 427, 0
+POOL = "/run/own"  # where the test mounts one
 UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 FLIPS = 16
 
@@ -49,8 +52,8 @@ def new(size: int, protection: int = 3, flags: int = mmap.MAP_PRIVATE | mmap.MAP
     return int(at)
 
 
-def filled(size: int) -> int:
-    at = new(size)
+def filled(size: int, flags: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, fd: int = -1) -> int:
+    at = new(size, flags=flags, fd=fd)
     for offset in range(0, size, PAGE):
         ctypes.memmove(at + offset, (at + offset).to_bytes(8, "little"), 8)
     return at
@@ -195,8 +198,90 @@ def kept_as_it_is(slots: Slots) -> dict[str, Any]:
             ctypes.c_void_p(at), ctypes.c_size_t(size), ctypes.c_size_t(size), MREMAP_MAYMOVE | MREMAP_FIXED, new(size)
         ),
         "give back": lambda: libc.madvise(part, ctypes.c_size_t(PAGE), mmap.MADV_DONTNEED),
+        "page out": lambda: libc.madvise(part, ctypes.c_size_t(PAGE), MADV_PAGEOUT),
+        "punch": lambda: libc.madvise(part, ctypes.c_size_t(PAGE), mmap.MADV_REMOVE),
+        "move and leave": lambda: libc.mremap(
+            ctypes.c_void_p(at), ctypes.c_size_t(size), ctypes.c_size_t(size), MREMAP_MAYMOVE | MREMAP_DONTUNMAP
+        ),
+        "exchange": lambda: libc.syscall(SYS_REMAP_FILE_PAGES, part, ctypes.c_size_t(PAGE), 0, ctypes.c_size_t(3), 0),
+        "key": lambda: libc.syscall(SYS_PKEY_MPROTECT, part, ctypes.c_size_t(PAGE), 0, -1),
+        "pin": lambda: pin(at, PAGE),
     }
     return {**{what: name(attempt()) for what, attempt in attempts.items()}, "whole": is_full(at, size)}
+
+
+def pin(at: int, size: int) -> int:
+    """Make memory a fixed buffer of io_uring's."""
+    ring = libc.syscall(SYS_IO_URING_SETUP, 8, ctypes.create_string_buffer(120))
+    buffer = (ctypes.c_uint64 * 2)(at, size)
+    return int(libc.syscall(SYS_IO_URING_REGISTER, ring, IORING_REGISTER_BUFFERS, buffer, 1))
+
+
+def brought(slots: Slots) -> dict[str, Any]:
+    """Slots of hidden memory that this VMM has itself, all but its first and last page: how each ended.
+
+    Of each: the slot's error; that of unmapping it then; whether it has what was there; and whether it is that file.
+    """
+    size, found = MIB, {}
+    for what in ("open", "closed", "device"):
+        if what == "device":
+            fd = os.open(HERE, os.O_RDWR)
+            at = filled(size, mmap.MAP_SHARED, fd)
+        else:
+            fd = os.open(POOL, os.O_TMPFILE | os.O_RDWR)
+            os.ftruncate(fd, size)
+            at = filled(size, mmap.MAP_SHARED, fd)
+        view = new(size, flags=mmap.MAP_SHARED, fd=fd)
+        if what == "closed":
+            os.close(fd)
+        errors = [slots.set(at + PAGE, size - 2 * PAGE)]
+        errors.append(name(libc.munmap(ctypes.c_void_p(at + 2 * PAGE), ctypes.c_size_t(PAGE))))
+        if not errors[1]:
+            found[what] = errors
+            continue
+        found[what] = [*errors, is_full(at, size), ctypes.string_at(view, size) == ctypes.string_at(at, size)]
+        again = slots.set(at + PAGE, PAGE), name(libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(PAGE)))
+        found[what] += again
+    return found
+
+
+def forked(slots: Slots) -> int:
+    """Set a slot in a child, which has the VM's file and not its memory; whether KVM refused it."""
+    at = filled(PAGE)
+    if not (pid := os.fork()):
+        os._exit(slots.set(at, PAGE) == "EIO")
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+PV_MSRS = {
+    "wall clock": (0x4B564D00, 0),
+    "steal time": (0x4B564D03, 1),
+    "page faults": (0x4B564D02, 1),
+    "end of interrupt": (0x4B564D04, 1),
+    "Hyper-V guest": (0x40000000, 1),
+    "Hyper-V hypercalls": (0x40000001, 1),
+    "Hyper-V clock": (0x40000021, 1),
+    "Hyper-V processor": (0x40000073, 1),
+}
+"""MSRs that name a page which KVM and the guest share, and the bit that makes it so."""
+
+
+def paravirtual(kvm: Kvm) -> list[str]:
+    """Have KVM share a page with the guest for each of these MSRs; returns those that it took. The VM stays."""
+    vm = kvm.create_vm()
+    vm.create_irqchip()
+    slots = Slots(vm)
+    slots.set(filled(MIB), MIB)
+    vcpu = vm.create_vcpu(0)
+    kept.extend((vm, vcpu))
+    vcpu.set_cpuid(kvm.supported_cpuid())
+    found = []
+    for number, (what, (msr, bit)) in enumerate(PV_MSRS.items()):
+        value = 1 if msr == 0x40000000 else (1 << 24) + number * PAGE | bit
+        if libc.ioctl(vcpu.fd, uapi.KVM_SET_MSRS, (ctypes.c_uint64 * 3)(1, msr, value)) == 1:
+            found.append(what)
+    vcpu.run()  # it comes to nothing, but KVM does what it does before a guest runs
+    return found
 
 
 def flipped(slots: Slots) -> set[str]:
@@ -284,6 +369,9 @@ def main() -> None:
                 "clock": clock_is_refused(kvm, slots),
                 "placed": placed(slots),
                 "zeroed": zeroed(slots),
+                "brought": brought(slots),
+                "forked": forked(slots),
+                "shared with KVM": paravirtual(kvm),
                 "refused": refused(slots, kvm),
                 "kept": kept_as_it_is(slots),
                 "flipped": sorted(flipped(slots)),
@@ -293,7 +381,7 @@ def main() -> None:
             return
         at = filled(MIB)
         slots.set(at, MIB)
-        if file_of(at) == offmap_module.DEVICE:
+        if file_of(at) == HERE:
             kept.append(plant(at))
         slots.set(filled(PAGE), PAGE)
         sys.stdin.read()

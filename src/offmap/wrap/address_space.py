@@ -25,14 +25,22 @@ class _iovec(ctypes.Structure):
 
 
 class Area:
-    """One mapping: addresses [start, end), permissions like ``rw-p``, its file, and the kernel's flags of it."""
+    """One mapping, or a part of one: addresses [start, end), its file, and the kernel's flags of it.
+
+    Attributes:
+        perms: permissions like ``rw-p``.
+        offset: of its first byte in the file.
+        whole: the addresses of all of the mapping.
+    """
 
     def __init__(
-        self, start: int, end: int, perms: str, device: int, inode: int, path: str, flags: frozenset[str]
+        self, start: int, end: int, perms: str, offset: int, device: int, inode: int, path: str, flags: frozenset[str]
     ) -> None:
         self.start = start
         self.end = end
+        self.whole = start, end
         self.perms = perms
+        self.offset = offset
         self.device = device
         self.inode = inode
         self.path = path
@@ -41,6 +49,11 @@ class Area:
     @property
     def shared(self) -> bool:
         return self.perms[3] == "s"
+
+    def cut(self, start: int, end: int) -> None:
+        """Leave out what is not in [start, end)."""
+        self.offset += max(0, start - self.start)
+        self.start, self.end = max(self.start, start), min(self.end, end)
 
 
 def areas(pid: int, start: int, end: int) -> list[Area]:
@@ -57,7 +70,8 @@ def areas(pid: int, start: int, end: int) -> list[Area]:
                     major, minor = (int(text, 16) for text in head[3].split(":"))
                     path = head[5].strip() if len(head) > 5 else ""
                     device = os.makedev(major, minor)
-                    found.append(Area(first, last, head[1], device, int(head[4]), path, frozenset(line.split()[1:])))
+                    flags = frozenset(line.split()[1:])
+                    found.append(Area(first, last, head[1], int(head[2], 16), device, int(head[4]), path, flags))
             elif line[0] in "0123456789abcdef":
                 head = line.split(maxsplit=5)
     return found

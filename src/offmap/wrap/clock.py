@@ -14,6 +14,7 @@ from offmap.wrap.source import Piece
 _SPIN = 0xFEEB  # jmp to itself
 _FLAGS = 0x2  # RFLAGS as boot protocols have it: its reserved bit, and no interrupts
 _UNUSED = ("rax", "rcx", "rdx", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15")
+_ADDRESS_SPACE = 16  # bits of a slot's number below that of its address space: Documentation/virt/kvm/api.rst
 _START_INFO = 0x336EC578  # XEN_HVM_START_MAGIC_VALUE of xen/include/public/arch-x86/hvm/start_info.h
 _START_INFO_COMMAND_LINE = 24  # u64: cmdline_paddr, the same
 
@@ -29,6 +30,7 @@ class GuestRam:
     def __init__(self) -> None:
         self._placed: list[tuple[int, Piece]] = []  # by the VMM's address
         self._slots: dict[int, tuple[int, int, int]] = {}  # guest-physical address, bytes and VMM's address, by number
+        self._vms: set[int] = set()
         self._closed = False
 
     def add(self, address: int, piece: Piece) -> None:
@@ -38,12 +40,19 @@ class GuestRam:
         else:
             self._placed.append((address, piece))
 
-    def set_slot(self, region: kvm.kvm_userspace_memory_region) -> None:
-        """A slot has been set."""
-        self._slots[region.slot] = region.guest_phys_addr, region.memory_size, region.userspace_addr
+    def set_slot(self, vm: int, region: kvm.kvm_userspace_memory_region) -> None:
+        """A slot has been set, by the file descriptor `vm`."""
+        self._vms.add(vm)
+        if not region.slot >> _ADDRESS_SPACE:  # else it is of System Management Mode
+            self._slots[region.slot] = region.guest_phys_addr, region.memory_size, region.userspace_addr
 
     def at(self, guest_phys_addr: int, size: int) -> int | None:
-        """Our address of `size` bytes of the guest's; None if they are not in one piece of its RAM."""
+        """Our address of `size` bytes of the guest's; None if they are not in one piece of its RAM.
+
+        Nor is it known where one process has several VMs.
+        """
+        if len(self._vms) > 1:
+            return None
         for start, length, address in self._slots.values():
             if start <= guest_phys_addr and guest_phys_addr + size <= start + length:
                 theirs = address + guest_phys_addr - start

@@ -3,17 +3,18 @@
 import ctypes
 import errno
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from offmap.errors import OffmapError
+from offmap.hidden_files import is_of_a_pool
 from offmap.uapi import kvm
 from offmap.uapi import ptrace as tracing
 from offmap.uapi.page import PAGE_SIZE
 from offmap.wrap import address_space
 from offmap.wrap.address_space import Area
 from offmap.wrap.listener import Call, Listener
-from offmap.wrap.source import Piece, Source, is_hidden
+from offmap.wrap.source import Piece, Source, is_hidden, own_pool_file
 from offmap.wrap.stopped import Stopped
 
 _MAP_FIXED = 0x10  # asm-generic/mman-common.h; not in every Python's mmap
@@ -37,13 +38,16 @@ def region_of(call: Call, pid: int) -> kvm.kvm_userspace_memory_region:
     return region
 
 
-def to_place(region: kvm.kvm_userspace_memory_region, pid: int, *, trust_shared: bool) -> list[Area]:
-    """The parts of the slot's memory that are not hidden yet; empty for a slot that needs nothing.
+def to_place(
+    region: kvm.kvm_userspace_memory_region, pid: int, guarded: Callable[[Area], bool], *, trust_shared: bool
+) -> list[Area]:
+    """The parts of the slot's memory that are not hidden and guarded yet; empty for a slot that needs nothing.
 
     A slot that is deleted needs nothing, nor registers of a VFIO device. One that the guest can only read needs it as
     others do.
 
     Args:
+        guarded: whether a mapping of hidden memory guards itself.
         trust_shared: the user says that no other process uses the VMM's shared files.
 
     Raises:
@@ -55,7 +59,7 @@ def to_place(region: kvm.kvm_userspace_memory_region, pid: int, *, trust_shared:
     if not region.memory_size or start % PAGE_SIZE or end % PAGE_SIZE:
         return []  # KVM deletes the slot, or refuses what is not of pages
     covered = _covered(address_space.areas(pid, start, end), start, end)
-    return [area for area in covered if _wanted(area, trust_shared)]
+    return [area for area in covered if _wanted(area, guarded, trust_shared)]
 
 
 def _covered(found: list[Area], start: int, end: int) -> Iterator[Area]:
@@ -63,15 +67,16 @@ def _covered(found: list[Area], start: int, end: int) -> Iterator[Area]:
     for area in found:
         if area.start > at:
             break
-        at = min(area.end, end)
-        yield Area(max(area.start, start), at, area.perms, area.device, area.inode, area.path, area.flags)
+        area.cut(start, end)
+        at = area.end
+        yield area
     if at < end:
         raise SlotRefused(None, f"nothing is mapped at {at:#x}", "report which VMM sets a slot before it has memory")
 
 
-def _wanted(area: Area, trust_shared: bool) -> bool:
-    if area.shared and is_hidden(area.device, area.inode):
-        return False
+def _wanted(area: Area, guarded: Callable[[Area], bool], trust_shared: bool) -> bool:
+    if _hidden(area):
+        return not guarded(area)
     if area.flags & {"um", "uw", "ui"}:
         raise SlotRefused(
             area,
@@ -96,8 +101,14 @@ def _wanted(area: Area, trust_shared: bool) -> bool:
     return True
 
 
+def _hidden(area: Area) -> bool:
+    return area.shared and is_hidden(area.device, area.inode)
+
+
 def place(stopped: Stopped, listener: Listener, call: Call, areas: list[Area], source: Source) -> list[Piece]:
     """Replace these areas by hidden memory with the same contents; returns the piece of each, which the caller owns.
+
+    Hidden memory that the VMM has brought itself is mapped again, by its own file, so that it guards itself.
 
     Nothing is changed before there is memory for all of them.
 
@@ -105,7 +116,7 @@ def place(stopped: Stopped, listener: Listener, call: Call, areas: list[Area], s
         OffmapError: it failed, and the VMM has the memory that it had; or has been ended.
     """
     with ExitStack() as owned:
-        pieces = [owned.enter_context(source.take(area.end - area.start, area.start)) for area in areas]
+        pieces = [owned.enter_context(_piece(stopped.pid, area, source)) for area in areas]
         files = {fd: listener.give_file(call, fd) for fd in {piece.fd for piece in pieces}}
         stopped.interrupt()
         try:
@@ -118,7 +129,20 @@ def place(stopped: Stopped, listener: Listener, call: Call, areas: list[Area], s
     return pieces
 
 
+def _piece(pid: int, area: Area, source: Source) -> Piece:
+    if not _hidden(area):
+        return source.take(area.end - area.start, area.start)
+    if not is_of_a_pool(area.device):
+        raise SlotRefused(
+            area, "the VMM has opened it itself, so it does not guard itself", "give the VMM ordinary memory, or a pool's"
+        )
+    return own_pool_file(pid, area)
+
+
 def _replace(stopped: Stopped, area: Area, piece: Piece, fd: int) -> None:
+    if _hidden(area):
+        _map(stopped, area, piece, fd)
+        return
     pid, size, here = stopped.pid, piece.size, piece.address
     # Of a file every byte counts, of other memory only what is there.
     whole = [(area.start, area.end)]
@@ -130,11 +154,18 @@ def _replace(stopped: Stopped, area: Area, piece: Piece, fd: int) -> None:
         address_space.zero(pid, start, end)
     if area.shared:
         stopped.inject(tracing.SYS_madvise, area.start, size, mmap.MADV_REMOVE)  # else its file would keep the pages
-    flags = mmap.MAP_SHARED | _MAP_FIXED
-    protection = mmap.PROT_READ | (mmap.PROT_WRITE if area.perms[1] == "w" else 0)
-    at = stopped.inject(tracing.SYS_mmap, area.start, size, protection, flags, fd, piece.offset)
-    if at != area.start:
+    try:
+        _map(stopped, area, piece, fd)
+    except OffmapError:
         for start, end in zeroed:
             address_space.write_from(pid, start, here + start - area.start, end - start)
+        raise
+
+
+def _map(stopped: Stopped, area: Area, piece: Piece, fd: int) -> None:
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if area.perms[1] == "w" else 0)
+    at = stopped.inject(tracing.SYS_mmap, area.start, piece.size, protection, flags, fd, piece.offset)
+    if at != area.start:
         name = errno.errorcode.get(-at, str(at))
         raise OffmapError("the VMM could not map hidden memory", "see docs/wrap.md", why=f"mmap: {name}")

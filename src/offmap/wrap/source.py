@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from fcntl import ioctl
 
-from offmap.errors import KernelError
+from offmap.errors import KernelError, OffmapError
 from offmap.files import fallocate
 from offmap.hidden_files import is_of_a_pool, pool_file, unplugged_file
 from offmap.owned import Owned
 from offmap.uapi import offmap_module as uapi
 from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from offmap.wrap.address_space import Area
 
 _LARGE_PAGES = (1 << 30, 2 << 20)
 
@@ -99,17 +100,48 @@ class PoolFiles(Source):
         try:
             if phase:
                 fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, phase)
-            memory, here = _mapped(fd, size, phase)
-            _guard(fd)
         except BaseException:
             os.close(fd)
             raise
+        return _piece_of(fd, size, phase)
 
-        def end() -> None:
-            memory.close()
-            os.close(fd)
 
-        return Piece(fd, phase, size, here, end)
+def own_pool_file(pid: int, area: Area) -> Piece:
+    """The memory of this mapping of a pool's file, by another open file of it.
+
+    Raises:
+        OffmapError: the process has closed the file, and we may not open what is mapped; or it may not be opened.
+    """
+    mapped = f"/proc/{pid}/map_files/{area.whole[0]:x}-{area.whole[1]:x}"  # for root, or CAP_CHECKPOINT_RESTORE
+    files = f"/proc/{pid}/fd"
+    for path in (mapped, *(f"{files}/{name}" for name in os.listdir(files))):  # noqa: PTH208
+        try:
+            found = os.stat(path)  # noqa: PTH116
+            if (found.st_dev, found.st_ino) == (area.device, area.inode):
+                return _piece_of(os.open(path, os.O_RDWR | os.O_CLOEXEC), area.end - area.start, area.offset)
+        except OSError:
+            continue
+    raise OffmapError(
+        f"the guest's memory at {area.start:#x} cannot be guarded",
+        "wrap it as root, or give the VMM ordinary memory",
+        why=f"no open file of {area.path} can be had",
+    )
+
+
+def _piece_of(fd: int, size: int, offset: int) -> Piece:
+    """A piece that owns a pool's file."""
+    try:
+        memory, here = _mapped(fd, size, offset)
+        _guard(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+    def end() -> None:
+        memory.close()
+        os.close(fd)
+
+    return Piece(fd, offset, size, here, end)
 
 
 class _Blocks:

@@ -130,17 +130,17 @@ class Supervisor:
 
     def _set_slot(self, call: Call, stopped: Stopped) -> None:
         region = slots.region_of(call, stopped.pid)
-        areas = slots.to_place(region, stopped.pid, trust_shared=self._policy.trust_shared)
         vmm = self._vmms.of(stopped.pid)
+        areas = slots.to_place(region, stopped.pid, vmm.guards, trust_shared=self._policy.trust_shared)
         if areas:
             began = time.monotonic()
             pieces = slots.place(stopped, self._listener, call, areas, self._source)  # and the call comes again
             for area, piece in zip(areas, pieces, strict=True):
-                vmm.ram.add(area.start, piece)
+                vmm.placed(area, piece)
             placed = sum(piece.size for piece in pieces) >> 10
             _log.debug("process %d: %d KiB placed in %.2f s", stopped.pid, placed, time.monotonic() - began)
         elif stopped.let_run() == 0:
-            vmm.ram.set_slot(region)
+            vmm.ram.set_slot(call.fd, region)
         vmm.called()
 
     def _create_vcpu(self, stopped: Stopped) -> None:

@@ -4,7 +4,9 @@ import os
 import signal
 import time
 
+from offmap.wrap.address_space import Area
 from offmap.wrap.clock import GuestRam, Waiting
+from offmap.wrap.source import Piece
 
 _SETTLED = 2.0  # seconds without a call, after which a VMM has settled
 _NEVER = 60.0  # seconds after which nobody waits for a guest to begin any more
@@ -21,12 +23,22 @@ def guest_ticks(pid: int) -> int:
         return 0
 
 
+def program_of(pid: int) -> bytes:
+    """What differs when a process has become another program by execve(2), whose memory is another: its auxv."""
+    try:
+        with open(f"/proc/{pid}/auxv", "rb") as file:  # noqa: PTH123
+            return file.read()
+    except OSError:  # it has just ended
+        return b""
+
+
 class Vmm:
-    """One process.
+    """One process that runs one program.
 
     Attributes:
         pid: its number, which is its own while ``alive``.
         ram: what was placed, until the first audit.
+        program: of ``program_of``.
         waiting: its guest, if that waits to be told of its clock.
     """
 
@@ -36,9 +48,20 @@ class Vmm:
         self._first: float | None = None  # when the first call came that no audit has seen
         self._due = 0.0
         self.ram = GuestRam()
+        self.program = program_of(pid)
+        self._guarded: list[tuple[int, int]] = []  # addresses [start, end)
         self.waiting: Waiting | None = None
         self._ticks = 0
         self._patience = 0.0
+
+    def placed(self, area: Area, piece: Piece) -> None:
+        """Hidden memory that guards itself is mapped there now."""
+        self.ram.add(area.start, piece)
+        self._guarded.append((area.start, area.end))
+
+    def guards(self, area: Area) -> bool:
+        """Whether a mapping of hidden memory guards itself. Before Linux 6.10 the kernel does not say so."""
+        return "sl" in area.flags or any(start <= area.start and area.end <= end for start, end in self._guarded)
 
     def called(self) -> None:
         """It has changed a memory slot or a vCPU's CPUID."""
@@ -75,11 +98,14 @@ class Vmm:
         self._signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """Forget the process."""
+        """Forget the process, which does not count as alive from now on."""
         self.ram.close()
         os.close(self._fd)
+        self._fd = -1
 
     def _signal(self, number: int) -> bool:
+        if self._fd < 0:
+            return False
         try:
             signal.pidfd_send_signal(self._fd, number)
         except ProcessLookupError:
@@ -98,7 +124,7 @@ class Vmms:
     def of(self, pid: int) -> Vmm:
         """The process that waits for an answer. Its PID cannot be reused meanwhile."""
         known = self._all.get(pid)
-        if known is not None and not known.alive():
+        if known is not None and not (known.alive() and known.program == program_of(pid)):
             self._all.pop(pid).close()
             known = None
         if known is None:

@@ -25,7 +25,7 @@ class Guest:
         self.ended = 0
         self.ram = GuestRam()
         self.ram.add(THERE + 4096, Piece(-1, 0, SIZE - 4096, ctypes.addressof(self.bytes) + 4096, self._end))
-        self.ram.set_slot(kvm.kvm_userspace_memory_region(0, 0, 0, SIZE, THERE))
+        self.ram.set_slot(9, kvm.kvm_userspace_memory_region(0, 0, 0, SIZE, THERE))
         self.write(ENTRY, b"\xfa\xfc")
 
     def _end(self) -> None:
@@ -114,6 +114,16 @@ def test_where_it_cannot_be_told_the_guest_goes_on_as_it_was(guest: Guest, what:
         guest.write(ENTRY, b"\xfa\xfc")
     assert not waiting.complete()
     assert (guest.line(), guest.read(ENTRY, 2)) == (before, b"\xfa\xfc")
+
+
+def test_smms_memory_and_several_vms_are_not_looked_at(guest: Guest) -> None:
+    here = guest.ram.at(ENTRY, 2)
+    smm = 1 << 16
+    guest.ram.set_slot(9, kvm.kvm_userspace_memory_region(smm, 0, 1 << 30, SIZE, THERE))
+    assert guest.ram.at((1 << 30) + ENTRY, 2) is None
+    assert guest.ram.at(ENTRY, 2) == here
+    guest.ram.set_slot(10, kvm.kvm_userspace_memory_region(0, 0, 1 << 30, SIZE, THERE))
+    assert guest.ram.at(ENTRY, 2) is None
 
 
 def test_what_nobody_needs_any_more_is_closed(guest: Guest) -> None:
