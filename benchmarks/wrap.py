@@ -7,7 +7,6 @@ begun, which says more on a busy machine. Then, of a QEMU whose audit has said i
 and one TCP stream to it and from it.
 """
 
-import argparse
 import compileall
 import json
 import os
@@ -91,6 +90,10 @@ def processor_seconds(vmm: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def _note_processor_time(samples: list[float], vmm: int) -> None:
+    samples.append(processor_seconds(vmm))
+
+
 def number(pid: int, file: str, name: str) -> int:
     """The number after this name in a file of /proc/PID."""
     match = re.search(rf"^{name}:\s+(\d+)", Path(f"/proc/{pid}/{file}").read_text(), re.MULTILINE)
@@ -137,11 +140,11 @@ def inside(rounds: int, module: str, firecracker: str, vmlinux: str, kernel: str
             busy: dict[str, list[float]] = {command: [] for command in commands}
             for count in range(rounds + 1):
                 for command, argv in commands.items():
-                    worked: list[float] = []
-                    taken = time_to(READY.encode(), argv, lambda pid, to=worked: to.append(processor_seconds(pid)))
-                    if count:  # the first round fills the page cache for all of them
+                    # The first round fills the page cache for all of them.
+                    kept = busy[command] if count else []
+                    taken = time_to(READY.encode(), argv, partial(_note_processor_time, kept))
+                    if count:
                         samples[command].append(taken)
-                        busy[command] += worked
             for memory, limit in (("pool", Limit("ratio", MAX_RATIO)), ("unplugged", None)):
                 title = f"{name} wrapped, process start to init, 256M, {memory}"
                 Figure("wrap", title, "s", samples[memory], f"{name} plain", samples["plain"], limit).print()

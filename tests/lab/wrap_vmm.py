@@ -222,7 +222,8 @@ def brought(slots: Slots) -> dict[str, Any]:
 
     Of each: the slot's error; that of unmapping it then; whether it has what was there; and whether it is that file.
     """
-    size, found = MIB, {}
+    size = MIB
+    found: dict[str, list[str | bool]] = {}
     for what in ("open", "closed", "device"):
         if what == "device":
             fd = os.open(HERE, os.O_RDWR)
@@ -234,7 +235,7 @@ def brought(slots: Slots) -> dict[str, Any]:
         view = new(size, flags=mmap.MAP_SHARED, fd=fd)
         if what == "closed":
             os.close(fd)
-        errors = [slots.set(at + PAGE, size - 2 * PAGE)]
+        errors: list[str | bool] = [slots.set(at + PAGE, size - 2 * PAGE)]
         errors.append(name(libc.munmap(ctypes.c_void_p(at + 2 * PAGE), ctypes.c_size_t(PAGE))))
         if not errors[1]:
             found[what] = errors

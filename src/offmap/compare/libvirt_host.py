@@ -13,9 +13,10 @@ import msgspec
 from offmap.compare.job import Job
 from offmap.compare.vmm_command import MEMORY_SIZE
 from offmap.errors import OffmapError
+from offmap.hidden_files import DEFAULT_POOL
 from offmap.kmod.pool import create
 from offmap.lab.packages import unpacked
-from offmap.pools import DEFAULT_PATH, pools
+from offmap.pools import pools
 
 GROUP = "libvirt-qemu"
 """Of QEMU's user, which must be able to make files in the pool."""
@@ -54,9 +55,9 @@ def set_up(job: Job, folder: Path) -> Job:
     Raises:
         OffmapError: it failed.
     """
-    if not any(DEFAULT_PATH in pool.paths for pool in pools()):
+    if not any(DEFAULT_POOL in pool.paths for pool in pools()):
         install(Path(job.libvirt))
-        create(DEFAULT_PATH, MEMORY_SIZE + _SPARE, group=GROUP, allow_nested=True)
+        create(DEFAULT_POOL, MEMORY_SIZE + _SPARE, group=GROUP, allow_nested=True)
         _run("libvirtd", "--daemon")  # with the pool there: it makes a folder for its guests in it
     folder.chmod(0o711)
     kernel, initrd = folder / "libvirt-kernel", folder / "libvirt-initrd"

@@ -11,9 +11,9 @@ from offmap.audit.guest_ram import RamRange
 from offmap.audit.process import Process
 from offmap.audit.result import Source
 from offmap.compare.kinds import Kind, Vmm
+from offmap.hidden_files import DEFAULT_POOL
 from offmap.kvm import Kvm
 from offmap.lab.qemu import find_qemu
-from offmap.pools import DEFAULT_PATH
 
 MEMORY_SIZE = 256 << 20
 """Bytes of RAM of each guest that is compared. A Debian kernel wants 56 MiB in one piece; aliased pages leave few."""
@@ -239,7 +239,7 @@ def guest_tsc_khz() -> int:
 
 def qemu_ranges(pid: int, kind: Kind) -> list[RamRange]:
     """Where a QEMU that `vmm_command` or libvirt started has its guest's RAM."""
-    file = f"{DEFAULT_PATH}/" if kind.ram == "pool" else kind.backend.file or _QEMU_MEMFD
+    file = f"{DEFAULT_POOL}/" if kind.ram == "pool" else kind.backend.file or _QEMU_MEMFD
     with Process(pid) as process:
         return [
             RamRange(mapping.start, mapping.end - mapping.start, Source.REQUESTED)

@@ -134,7 +134,9 @@ def _piece(pid: int, area: Area, source: Source) -> Piece:
         return source.take(area.end - area.start, area.start)
     if not is_of_a_pool(area.device):
         raise SlotRefused(
-            area, "the VMM has opened it itself, so it does not guard itself", "give the VMM ordinary memory, or a pool's"
+            area,
+            "the VMM has opened it itself, so it does not guard itself",
+            "give the VMM ordinary memory, or a pool's",
         )
     return own_pool_file(pid, area)
 

@@ -36,9 +36,8 @@ def run(argv: Sequence[str], memory: str, policy: Policy, *, verbose: bool, as_j
     """
     if not _is_program(argv[0]):
         raise OffmapError(f"there is no program {argv[0]}", "name the VMM by its path")
-    words = [*words_of(memory), *policy.words()]
+    words = [*parse_backend(memory).placed_from(), *policy.words()]
     ours, theirs = _socket.socketpair()
->>>>>>> 4cbf116 (wrap: the audit gives way to the guest at first; the supervisor and the VMM begin at the same time)
     pid = os.fork()
     if pid == 0:
         _supervise(ours, _command(ours.fileno(), verbose=verbose, as_json=as_json, words=words))
@@ -60,10 +59,6 @@ def run(argv: Sequence[str], memory: str, policy: Policy, *, verbose: bool, as_j
         raise OffmapError(f"cannot run {argv[0]}: {error.strerror}", "name a program") from None
 
 
-<<<<<<< HEAD
-def _supervise(ours: socket.socket, command: Callable[[int], list[str]]) -> NoReturn:
-    """Become the supervisor: a small program in its own session, and no child of the VMM."""
-=======
 def _is_program(name: str) -> bool:
     """Whether execvp(3) would find it. (`shutil` would bring what unpacks archives.)"""
     folders = [""] if "/" in name else os.get_exec_path()
