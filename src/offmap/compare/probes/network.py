@@ -75,16 +75,13 @@ def echo_peer(listener: socket.socket, size: int) -> bool:
     """Send random bytes to the first caller. Return whether the same bytes came back."""
     data = os.urandom(size)
     with _accept(listener) as peer, ThreadPoolExecutor(1) as pool:
-
-        def send() -> None:
-            peer.sendall(data)
-            peer.shutdown(socket.SHUT_WR)
-
-        sending = pool.submit(send)
+        sending = pool.submit(peer.sendall, data)
         got = bytearray()
-        while len(got) <= size and (piece := peer.recv(1 << 16)):
+        while len(got) < size and (piece := peer.recv(1 << 16)):
             got += piece
         sending.result()
+        peer.shutdown(socket.SHUT_WR)  # not before: Firecracker's vsock ends both directions with it
+        got += peer.recv(1)  # nothing more may come
     return bytes(got) == data
 
 
