@@ -76,7 +76,7 @@ class _Alone:
 
     parser: argparse.ArgumentParser
 
-    def add_parser(self, name: str, *, help: str = "", **options: Any) -> argparse.ArgumentParser:
+    def add_parser(self, name: str, *, help: str = "", **options: Any) -> argparse.ArgumentParser:  # argparse's
         self.parser = _Parser(prog=f"offmap {name}", **options)
         return self.parser
 
