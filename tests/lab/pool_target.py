@@ -125,6 +125,17 @@ def use(size: int = 64 * MIB) -> None:
     unlink("ram")
 
 
+def leave() -> None:
+    """What a VMM does that will be started again, as for an update."""
+    words(mmap.mmap(make("kept", 4 * MIB), 4 * MIB))[:: PAGE // 8] = 0x5A5A
+
+
+def find() -> None:
+    """What it does then."""
+    with open(f"{POOL}/kept", "r+b") as file:  # noqa: PTH123
+        assert (words(mmap.mmap(file.fileno(), 4 * MIB))[:: PAGE // 8] == 0x5A5A).all()
+
+
 def basics() -> Any:
     """From mount to unmount: who may use a pool, for what, and what the host has afterwards."""
     before = state()
@@ -136,6 +147,10 @@ def basics() -> Any:
         result["size"] = [all_of_it.f_blocks * PAGE, all_of_it.f_bavail * PAGE]
         result["the group"] = in_child(use, USER, GROUP)
         result["others"] = in_child(use, USER, USER)
+        result["left"] = in_child(leave, USER, GROUP)
+        result["found again"] = in_child(find, USER, GROUP)
+        result["found by others"] = in_child(find, USER, USER)
+        unlink("kept")
         result["more than there is"] = failure(lambda: make("large", SIZE + PAGE))
         fd = make("ram", SIZE)  # all: so what the other had is clean again by now
         memory = mmap.mmap(fd, SIZE)

@@ -3,9 +3,13 @@
 import argparse
 import json
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from offmap.hidden_files import DEFAULT_POOL
 from offmap.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from offmap.kmod.pool_processes import PoolProcess
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -33,7 +37,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     destroy.set_defaults(run=run_destroy)
     for command in (create, resize, destroy):
         command.add_argument("--path", default=DEFAULT_POOL, metavar="FOLDER", help="where (default: %(default)s)")
-    status = commands.add_parser("status", help="each pool: how much of it is free, used, being zeroed, held, failed")
+    status = commands.add_parser("status", help="each pool: how much is used, free, zeroed, held; who maps it")
     status.add_argument("--json", action="store_true", help="as JSON")
     status.set_defaults(run=run_status)
 
@@ -81,11 +85,17 @@ def run_destroy(args: argparse.Namespace) -> int:
 def run_status(args: argparse.Namespace) -> int:
     """Run ``offmap pool status``; status 2 if there is no pool."""
     from offmap.errors import OffmapError
+    from offmap.kmod.pool_processes import pool_processes
     from offmap.pools import pools
 
     found = pools()
+    using = pool_processes() if found else {}
     if args.json:
-        print(json.dumps([asdict(pool) for pool in found], indent=2))
+        listed = [
+            {**asdict(pool), "processes": [_process_facts(process) for process in using.get(pool.device, ())]}
+            for pool in found
+        ]
+        print(json.dumps(listed, indent=2))
         return 0 if found else OffmapError.exit_status
     if not found:
         raise OffmapError("there is no pool", "make one: offmap pool create SIZE")
@@ -102,4 +112,12 @@ def run_status(args: argparse.Namespace) -> int:
         shown = [f"{format_size(size)} {name}" for name, size in parts.items() if size or name in ("used", "free")]
         node = "" if pool.node is None else f", NUMA node {pool.node}"
         print(f"{where}: {format_size(pool.size)}{node}: {', '.join(shown)}, {pool.files} files")
+        for process in using.get(pool.device, ()):
+            guest = "" if process.kvm is None else f"; KVM maps its guest's RAM by {process.kvm}"
+            print(f"  process {process.pid} ({process.name}): {format_size(process.mapped)}{guest}")
     return 0
+
+
+def _process_facts(process: "PoolProcess") -> dict[str, object]:
+    pages = None if process.kvm is None else process.kvm.by_size()
+    return {"pid": process.pid, "name": process.name, "mapped": process.mapped, "kvm_pages": pages}

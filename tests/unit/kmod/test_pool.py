@@ -1,11 +1,15 @@
 """Pools by the command line, where there is none."""
 
+import mmap
+import os
 from pathlib import Path
 
 import pytest
 
 from offmap.errors import OffmapError
 from offmap.kmod import pool
+from offmap.kmod.pool_processes import kvm_pages, pool_processes
+from offmap.kvm.stats import MappedPages
 from offmap.memory.backend import parse_backend
 
 
@@ -25,3 +29,22 @@ def test_a_folder_that_is_no_pool_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OffmapError, match="cannot give hidden memory: it is in no pool of the offmap module; make"):
         backend.allocate(None, 4096)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_pages_by_which_kvm_maps_the_guests_of_a_process(tmp_path: Path) -> None:
+    for vm, counts in (("12-9", (3, 128, 0)), ("12-11", (1, 0, 1)), ("112-9", (7, 7, 7)), ("12-13", ())):
+        (tmp_path / vm).mkdir()
+        for size, count in zip(("4k", "2m", "1g"), counts, strict=False):
+            (tmp_path / vm / f"pages_{size}").write_text(f"{count}\n")
+    assert kvm_pages(12, tmp_path) == MappedPages(4, 128, 1)
+    assert kvm_pages(2, tmp_path) is None
+
+
+def test_who_maps_files_of_a_file_system() -> None:
+    fd = os.memfd_create("file")
+    os.truncate(fd, 8192)
+    device = os.fstat(fd).st_dev
+    with mmap.mmap(fd, 8192):
+        users = pool_processes()[f"{os.major(device)}:{os.minor(device)}"]
+    os.close(fd)
+    assert any(user.pid == os.getpid() and user.mapped >= 8192 for user in users)
