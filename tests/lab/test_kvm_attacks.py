@@ -16,6 +16,7 @@ from .conftest import words_for
 
 pytestmark = pytest.mark.lab
 
+ROOT = Path(__file__).parents[2]
 TARGET = str(Path(__file__).with_name("kvm_attack_target.py"))
 PATIENCE = scaled(240.0)
 
@@ -118,6 +119,12 @@ def test_honest_vms_stay_hidden_while_others_begin_and_end(found: Found) -> None
     for status, notes, reasons, verdicts in found["churn"]["every"]:
         # The VMs that come and go are of ordinary memory: one may have been there to be seen.
         assert (status in {0, 1}, notes, reasons, verdicts) == (True, [], [], ["hidden", "hidden"]), found["churn"]
+
+
+def test_more_programs_of_each_kind(lab_host: LabHost) -> None:
+    """All beside each other, in one audit; the honest one among them is hidden."""
+    done = lab_host.output([sys.executable, "-m", "tests.lab.nine_ways"], timeout=PATIENCE, cwd=ROOT)
+    assert done.status == 0, (done.stdout.decode(), done.stderr.decode())
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ if their generation is the same before and after: KVM raises it at each change. 
 which is never an empty list.
 """
 
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -23,16 +22,15 @@ from offmap.audit.intervals import Ints
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects, module_symbol
 from offmap.audit.kvm_btf import kvm_types, vendor_types
+from offmap.audit.kvm_caches import KvmCaches
 from offmap.audit.kvm_slots import generations_of, slots_of
-from offmap.audit.kvm_times import KvmTimes
-from offmap.audit.kvm_vcpu import VCpu, clocks_at, vcpu_at
+from offmap.audit.kvm_vcpu import VCpu, vcpu_at
 from offmap.audit.regions import VMALLOC, Layout
 from offmap.uapi.page import PAGE_SIZE
 
 _MODULES = Path("/sys/module")
 _ATTEMPTS = 16
 _MOST_VMS = 1 << 16
-_MOST_CACHES = 1 << 16
 
 _T = TypeVar("_T")
 
@@ -78,6 +76,7 @@ class Vm:
         vcpus: its virtual processors.
         caches: guest-physical addresses of pages that KVM keeps a kernel mapping of (``gfn_to_pfn_cache``).
         clocks: those of them at which a virtual processor's kvm-clock is.
+        once_mapped: members of KVM's structures that have been such a cache, and hold no mapping now.
     """
 
     address: int
@@ -92,6 +91,7 @@ class Vm:
     caches: tuple[int, ...]
     made: int | None = field(default=None, compare=False)
     clocks: tuple[int, ...] = ()
+    once_mapped: tuple[str, ...] = ()
 
     @property
     def identity(self) -> tuple[int, int, str]:
@@ -106,6 +106,10 @@ class Vm:
     def doubts(self) -> tuple[str, ...]:
         """Why its RAM cannot be called hidden, whatever the page tables show at a moment."""
         found = [f"KVM keeps a kernel mapping of the guest's page at {page:#x}" for page in self.caches]
+        found += [
+            f"KVM once had a kernel mapping of a page of the guest ({name}), and may have it again for a moment"
+            for name in self.once_mapped
+        ]
         found += [f"vCPU {vcpu.number} {doubt}" for vcpu in self.vcpus for doubt in vcpu.doubts]
         if any(slot.guest_memfd is not None and not slot.guest_memfd.file for slot in self.slots):
             found.append("the guest_memfd of a memory slot was closed, so that its pages cannot be found")
@@ -117,7 +121,7 @@ def _loaded() -> bool:
     return (_MODULES / "kvm").exists() or not _MODULES.is_dir()
 
 
-class KvmList(KvmTimes):
+class KvmList(KvmCaches):
     """Reads KVM's list through an open kcore.
 
     Raises:
@@ -276,20 +280,6 @@ class KvmList(KvmTimes):
         except Unknown:
             return None
 
-    def _links(self, head: int, most: int) -> Iterator[int]:
-        """The members of a list. KVM adds at the front, so that what stays on the list stays behind what it was behind:
-        if each member is found right behind the one before it, none was passed over."""
-        before, at = head, self._pointer(head)
-        for _ in range(most):
-            following, previous = struct.unpack("<QQ", self._read(at, 16))
-            if previous != before:
-                raise Unknown("a list of KVM's is being changed")
-            if at == head:
-                return
-            yield at
-            before, at = at, following
-        raise Unknown("a list of KVM's does not end")
-
     def _read_vm(self, address: int) -> Vm:
         memory = self._field(address, "kvm", "mm")
         generations = self._generations(address)
@@ -306,6 +296,7 @@ class KvmList(KvmTimes):
         if total != self._field(address, "kvm", "nr_memslot_pages"):
             raise Unknown("KVM's slots do not add up to the pages that it counts")
         caches = dict(self._caches(address))
+        vcpus = self._vcpu_addresses(address)
         vm = Vm(
             address,
             memory,
@@ -318,7 +309,8 @@ class KvmList(KvmTimes):
             self._vcpus(address),
             tuple(caches.values()),
             self._made(address),
-            tuple(caches[at] for at in clocks_at(self._btf, self._vcpu_addresses(address)) if at in caches),
+            tuple(caches[at] for at in self._clocks(vcpus) if at in caches),
+            tuple(dict.fromkeys(self._once_mapped(address, vcpus, set(caches)))),
         )
         if self._generations(address) != generations or not memory:
             raise Unknown("KVM's slots are being changed")
@@ -350,10 +342,3 @@ class KvmList(KvmTimes):
             raise Unknown("a vCPU is being made")
         vendor = vendor_types() if len(found) else (self._btf, "kvm_vcpu")
         return tuple(vcpu_at(self._read, self._btf, vendor, at) for at in found)
-
-    def _caches(self, address: int) -> Iterator[tuple[int, int]]:
-        """Each cache of KVM's that holds a mapping, and its guest-physical address (``virt/kvm/pfncache.c``)."""
-        node = self._btf.offset("gfn_to_pfn_cache", "list")
-        for at in self._links(address + self._btf.offset("kvm", "gpc_list"), _MOST_CACHES):
-            if self._field(at - node, "gfn_to_pfn_cache", "khva"):
-                yield at - node, self._field(at - node, "gfn_to_pfn_cache", "gpa")

@@ -4,7 +4,6 @@ KVM maps pages of a guest that runs guests of its own (``kvm_vcpu_map``), some o
 the page tables need see that. But a vCPU cannot do it without EFER.SVME or CR4.VMXE, and KVM counts each time.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offmap.audit.btf import Btf, Unknown
@@ -23,12 +22,14 @@ class VCpu:
         nested: it has switched on what it takes to run guests of its own.
         nested_runs: how often it has run one.
         mapped: members of KVM's structures that hold a kernel mapping of a guest page (``struct kvm_host_map``).
+        nested_once: it once had EFER.SVME set. KVM may have mapped a page of its guest though it ran none (VMSAVE).
     """
 
     number: int
     nested: bool
     nested_runs: int
     mapped: tuple[str, ...] = ()
+    nested_once: bool = False
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -38,6 +39,8 @@ class VCpu:
             found.append(f"has run guests of its own ({self.nested_runs} times), for which KVM maps pages of its guest")
         elif self.nested:
             found.append("can run guests of its own (EFER.SVME or CR4.VMXE), for which KVM maps pages of its guest")
+        elif self.nested_once:
+            found.append("could once run guests of its own (EFER.SVME), for which KVM maps pages of its guest")
         return tuple(found)
 
 
@@ -59,13 +62,14 @@ def vcpu_at(read: Read, kernel: Btf, vendor: tuple[Btf, str], at: int) -> VCpu:
         bool(field(8, "arch", "efer") & _EFER_SVME or field(8, "arch", "cr4") & _CR4_VMXE),
         field(8, "stat", "nested_run"),
         tuple(mapped),
+        nested_once=any(any(read(at + offset, 8)) for offset in _once_nested(types, name)),
     )
 
 
-def clocks_at(kernel: Btf, vcpus: Sequence[int]) -> list[int]:
-    """Where each vCPU has the ``struct gfn_to_pfn_cache`` of its kvm-clock; none if this KVM has no such thing."""
+def _once_nested(types: Btf, name: str) -> list[int]:
+    """Where the address of the page is that KVM makes when EFER.SVME is set. It frees that page later, and leaves the
+    address (``svm_allocate_nested``, ``svm_free_nested``)."""
     try:
-        clock = kernel.offset("kvm_vcpu", "arch", "pv_time")
+        return [types.offset(name, "nested", "vmcb02", "pa")]
     except Unknown:
         return []
-    return [at + clock for at in vcpus]

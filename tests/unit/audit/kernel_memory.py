@@ -47,11 +47,13 @@ OFFSETS: dict[tuple[str, ...], int] = {
     ("gfn_to_pfn_cache", "list"): 0x10,
     ("gfn_to_pfn_cache", "khva"): 0x20,
     ("gfn_to_pfn_cache", "gpa"): 0x28,
+    ("gfn_to_pfn_cache", "uhva"): 0x30,
     ("kvm_vcpu", "vcpu_idx"): 0x0,
     ("kvm_vcpu", "arch", "efer"): 0x8,
     ("kvm_vcpu", "arch", "cr4"): 0x10,
     ("kvm_vcpu", "stat", "nested_run"): 0x18,
     ("kvm_host_map", "hva"): 0x8,
+    ("vcpu_svm", "nested", "vmcb02", "pa"): 0x180,
     ("pid_namespace", "idr", "idr_rt"): 0x0,
     ("pid", "tasks"): 0x20,
     ("task_struct", "flags"): 0x8,
@@ -67,7 +69,11 @@ ELEMENTS: dict[tuple[str, ...], int] = {
     ("kvm_memory_slot", "id_node"): 2,
     ("kvm_memslots", "id_hash"): 128,
 }
-PLACES = {("vcpu_svm", "kvm_host_map"): [("sev_es.ghcb_map", 0x100)]}
+PLACES = {
+    ("vcpu_svm", "kvm_host_map"): [("sev_es.ghcb_map", 0x100)],
+    ("kvm", "gfn_to_pfn_cache"): [],
+    ("kvm_vcpu", "gfn_to_pfn_cache"): [("arch.pv_time", 0x200)],
+}
 
 
 class Types:

@@ -77,7 +77,9 @@ class Kernel(KvmList):
         memory.write(active, memory.get(active) + 2)
         return at
 
-    def vcpu(self, kvm: int, efer: int = 0, cr4: int = 0, runs: int = 0, mapped: int = 0) -> None:
+    def vcpu(
+        self, kvm: int, efer: int = 0, cr4: int = 0, runs: int = 0, mapped: int = 0, once: int = 0, clock: int = 0
+    ) -> None:
         vcpu = self.memory.make()
         for members, value in (
             (("arch", "efer"), efer),
@@ -86,6 +88,8 @@ class Kernel(KvmList):
         ):
             self.memory.put(vcpu, "kvm_vcpu", *members, value=value)
         self.memory.write(vcpu + 0x100 + OFFSETS["kvm_host_map", "hva"], mapped)
+        self.memory.put(vcpu, "vcpu_svm", "nested", "vmcb02", "pa", value=once)
+        self.memory.put(vcpu + 0x200, "gfn_to_pfn_cache", "uhva", value=clock)
         self.memory.put(kvm + OFFSETS["kvm", "vcpu_array"], "xarray", "xa_head", value=vcpu)
         self.memory.put(kvm, "kvm", "online_vcpus", value=1, size=4)
 
@@ -205,11 +209,13 @@ def test_a_cache_a_host_map_and_a_nested_guest_are_doubts(kernel: Kernel) -> Non
         ({"cr4": VMXE}, "EFER.SVME"),
         ({"runs": 3}, r"3 times"),
         ({"mapped": 0x1000}, "ghcb_map"),
+        ({"once": 0x1000}, "once run guests"),
+        ({"clock": 0x7F00_0000_1000}, "once had a kernel mapping of a page of the guest (arch.pv_time)"),
     ):
         kernel.vcpu(kvm, **told)
         (doubt,) = kernel.vms()[0].doubts
-        assert said in doubt and doubt.startswith("vCPU 0 ")
-    kernel.vcpu(kvm)
+        assert said in doubt
+    kernel.vcpu(kvm, clock=0xFFFF_8880_0000_0000)
     cache = kernel.memory.make()
     kernel.memory.list_add(cache + OFFSETS["gfn_to_pfn_cache", "list"], kvm + OFFSETS["kvm", "gpc_list"])
     assert not kernel.vms()[0].doubts
