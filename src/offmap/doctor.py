@@ -1,9 +1,11 @@
 """The kinds of guest RAM that this host can give: try each backend, and audit its memory."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from offmap.audit.audit import audit_process
 from offmap.audit.guest_ram import RamRange
@@ -11,9 +13,10 @@ from offmap.audit.result import AuditResult, Source
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus, OffmapError, Undetermined
 from offmap.kvm import Kvm
-from offmap.memory.backend import BACKENDS, parse_backend
+from offmap.memory.backend import BACKENDS, Backend, parse_backend
 from offmap.memory.probe import try_out
 
+_AMD_NESTED = Path("/sys/module/kvm_amd/parameters/nested")
 _SIZE = 4 << 20  # bytes of RAM to try with: whole huge pages, and little enough for any host
 
 
@@ -65,7 +68,29 @@ def _examine(name: str) -> Diagnosis:
                 return Diagnosis(name, backend.hides, health, f"not audited: {error.reason}", error.remedy)
     except OffmapError as error:
         return Diagnosis(name, backend.hides, Health.REFUSED, error.reason, error.remedy)
-    return Diagnosis(name, backend.hides, _health(result), _what_was_seen(result))
+    return Diagnosis(name, backend.hides, _health(result), _what_was_seen(result), _danger(backend))
+
+
+def _danger(backend: Backend) -> str:
+    """What another VMM must not do on such memory, on this kernel; empty if there is nothing.
+
+    KVM maps the control block of a nested guest. Before Linux 6.13 that panics on memory without ``struct page``.
+    """
+    if backend.may_be_aliased or not backend.hides or not _nesting_panics(os.uname().release, _AMD_NESTED):
+        return ""
+    return (
+        "on this kernel (before 6.13), VMRUN in a guest of another VMM on such memory panics the host: keep svm out of "
+        "its CPUID, or load kvm_amd with nested=0 (offmap's own guests have none)"
+    )
+
+
+def _nesting_panics(release: str, nested: Path) -> bool:
+    """Whether KVM lets guests of this processor run guests, on a kernel which that can panic."""
+    numbers = [int(part) for part in re.findall(r"\d+", release)[:2]]
+    try:
+        return numbers < [6, 13] and nested.read_text(encoding="ascii").strip() in {"1", "Y"}
+    except OSError:
+        return False
 
 
 def _health(result: AuditResult) -> Health:

@@ -1,5 +1,6 @@
 """The doctor's exit status: what hides, what does not, what cannot be said."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from offmap.audit.result import Pages
 from offmap.audit.verdict import Verdict
-from offmap.doctor import Diagnosis, Health, _health, exit_status
+from offmap.doctor import Diagnosis, Health, _health, _nesting_panics, exit_status
 from offmap.errors import ExitStatus
 
 from .audit.report.samples import page_counts
@@ -46,3 +47,18 @@ def test_a_plain_backend_never_counts_as_hiding() -> None:
 def test_what_was_not_seen_is_never_called_hiding(verdict: Verdict, pages: Pages, health: Health) -> None:
     result: Any = SimpleNamespace(verdict=verdict, pages=pages)
     assert _health(result) is health
+
+
+@pytest.mark.parametrize(
+    ("release", "nested", "panics"),
+    [
+        ("6.12.117+deb12-amd64", "1\n", True),
+        ("6.1.0-1-amd64", "Y\n", True),
+        ("6.12.1", "0\n", False),
+        ("7.3.0", "1\n", False),
+    ],
+)
+def test_where_a_nested_guest_would_panic_the_host(release: str, nested: str, panics: bool, tmp_path: Path) -> None:
+    (tmp_path / "nested").write_text(nested)
+    assert _nesting_panics(release, tmp_path / "nested") is panics
+    assert not _nesting_panics(release, tmp_path / "none")
