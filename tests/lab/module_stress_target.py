@@ -1,22 +1,27 @@
-"""All at once that makes memory hard to take: ``python -m tests.lab.module_stress_target SECONDS TAKERS [TAKES]``.
+"""All at once that makes memory hard to take: ``python -m tests.lab.module_stress_target SECONDS TAKERS``.
 
 Takers come, are killed, and leave, while other processes fill memory, compact it, pin pages, let pages fail, and ask
 for huge pages. Prints JSON: what was done, what went wrong, and whether the host's memory is as it was.
-It goes on after SECONDS until memory has been taken TAKES times.
+``--takes N``: it goes on after SECONDS until memory has been taken N times. ``--block-timeout``, ``--timeout``: the
+module's parameters, in seconds.
+
+A taker has its answer by the deadline of its request, whatever it had to queue for in the module and the kernel. It
+asks with real-time priority, so it does not queue for the processor as well: with many takers on one, that takes longer
+than the deadline.
 """
 
+import argparse
 import ctypes
 import json
 import mmap
 import os
 import random
 import signal
-import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,8 +47,7 @@ from .module_target import (
 )
 
 BLOCK_TIMEOUT, TIMEOUT = 2, 10
-LIMIT = TIMEOUT + 2 * BLOCK_TIMEOUT  # seconds after which a taker has its answer (docs/module.md)
-GRACE = 60  # more seconds, on a busy machine
+GRACE = 60  # more seconds, on a busy machine that takes its time from all of this one
 EXPECTED = ("", "ENOMEM", "ETIMEDOUT")
 SPARE = 256 * MIB  # left by the workers, so that none is ended for lack of memory
 MADV_HWPOISON = 100
@@ -55,12 +59,13 @@ class Worker:
     """A process that does one thing again and again, and says what came of it in lines of JSON.
 
     Args:
-        step: does it once, and returns what to count.
+        step: does it once, and returns what to count; and for how many seconds it waited, if that matters.
     """
 
-    def __init__(self, name: str, step: Callable[[random.Random], str], seed: int) -> None:
+    def __init__(self, name: str, step: Callable[[random.Random], str | tuple[str, float]], seed: int) -> None:
         self.name = name
         self.seen: Counter[str] = Counter()
+        self.longest = 0.0  # seconds of waiting
         self._step = step
         self._seed = seed
         self._text = b""
@@ -96,7 +101,10 @@ class Worker:
         with suppress(BlockingIOError):
             while data := os.read(self.pipe, 1 << 16):
                 *lines, self._text = (self._text + data).split(b"\n")
-                self.seen.update(json.loads(line) for line in lines)
+                for said in map(json.loads, lines):
+                    what, waited = (said, 0) if isinstance(said, str) else said
+                    self.seen[what] += 1
+                    self.longest = max(self.longest, waited)
 
     def end(self, how: signal.Signals = signal.SIGKILL) -> bool:
         """Kill it, or let it end after its step (SIGTERM); return whether it was alive."""
@@ -109,32 +117,48 @@ class Worker:
         return alive
 
 
-def taker(chance: random.Random) -> str:
-    """Take one block or two, look whether they are zero, fill them, and give them back by one of three ways."""
+@contextmanager
+def real_time() -> Iterator[None]:
+    """Run before all ordinary processes."""
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    yield
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def taker(limit: float, chance: random.Random) -> tuple[str, float]:
+    """Take one block or two, look whether they are zero, fill them, and give them back by one of three ways.
+
+    Args:
+        limit: seconds that an answer may take.
+    """
     fd = open_device()
     size = chance.choice((BLOCK, 2 * BLOCK))
     began = time.monotonic()
-    error = failure(partial(take, fd, size))
-    late = time.monotonic() - began > LIMIT + GRACE
-    if not error:
-        memory = mmap.mmap(fd, size)
-        view = words(memory)[:: PAGE // 8]
-        if view[:: chance.randrange(1, 64)].any():
-            return "wrong: not zero"
-        view[:] = GUESTS
+    with real_time():
+        error = failure(partial(take, fd, size))
+        wait = time.monotonic() - began
+    if wait > limit + GRACE:
+        return f"wrong: {error or 'taken'} after {wait:.0f} s", wait
+    if error:
         time.sleep(chance.random())
-        if not (view == GUESTS).all():
-            return "wrong: not what was written"
-        del view
-        if chance.random() < 0.5:
-            os.close(fd)
-            del memory
-            return "taken"
+        os.close(fd)
+        return error, wait
+    memory = mmap.mmap(fd, size)
+    view = words(memory)[:: PAGE // 8]
+    if view[:: chance.randrange(1, 64)].any():
+        return "wrong: not zero", wait
+    view[:] = GUESTS
+    time.sleep(chance.random())
+    if not (view == GUESTS).all():
+        return "wrong: not what was written", wait
+    del view
+    if chance.random() < 0.5:  # the mapping, or the file, is the last that holds the memory
+        os.close(fd)
         del memory
     else:
-        time.sleep(chance.random())
-    os.close(fd)
-    return f"wrong: {error or 'taken'} after {time.monotonic() - began:.0f} s" if late else error or "taken"
+        del memory
+        os.close(fd)
+    return "taken", wait
 
 
 def binder(chance: random.Random) -> str:
@@ -155,11 +179,15 @@ def pressure(chance: random.Random) -> str:
     memory = mmap.mmap(-1, size, flags=chance.choice((mmap.MAP_PRIVATE, mmap.MAP_SHARED)) | mmap.MAP_ANONYMOUS)
     libc.madvise(ctypes.c_void_p(address(memory)), ctypes.c_size_t(size), chance.choice((14, 15)))  # MADV_[NO]HUGEPAGE
     view = words(memory)[:: PAGE // 8]
+    began = time.monotonic()
     for start in range(0, len(view), 4096):  # takers take meanwhile
         if available() < SPARE:
-            return "filled"
+            break
         view[start : start + 4096] = 1
+    took = time.monotonic() - began
     time.sleep(chance.random() / 2)
+    del view, memory
+    time.sleep(took * chance.random())  # the slower a host fills memory, the longer none is left for a taker
     return "filled"
 
 
@@ -220,13 +248,14 @@ def hugepages(chance: random.Random) -> str:
     return "reserved"
 
 
-def stress(seconds: float, takers: int, takes: int) -> dict[str, Any]:
+def stress(seconds: float, takers: int, takes: int, limit: float) -> dict[str, Any]:
     """Run all of it, and kill a taker, the binder or who fills memory about every second."""
     NR_HUGEPAGES.write_text("0")
     before, failed = state(), corrupted()
     chance = random.Random(5)
     others = (binder, pressure, compaction, pins, poison, hugepages)
-    workers = [Worker(work.__name__, work, place) for place, work in enumerate([taker] * takers + list(others))]
+    workers = [Worker("taker", partial(taker, limit), place) for place in range(takers)]
+    workers += [Worker(work.__name__, work, takers + place) for place, work in enumerate(others)]
     killed, wrong = 0, []
     ends = time.monotonic() + seconds
     while time.monotonic() < ends or sum(worker.seen["taken"] for worker in workers) < takes:
@@ -248,13 +277,15 @@ def stress(seconds: float, takers: int, takes: int) -> dict[str, Any]:
             wrong.append(f"{worker.name} ended by itself")
         done.update({f"{worker.name}: {what}": count for what, count in worker.seen.items()})
     NR_HUGEPAGES.write_text("0")
-    left = await_returned(4 * LIMIT)
+    left = await_returned(4 * limit)
     wrong += [what for what in done if "wrong" in what]
     wrong += [what for what in done if what.startswith("taker") and what[7:] not in (*EXPECTED, "taken")]
     after = state()
     return {
         "done": dict(sorted(done.items())),
         "killed": killed,
+        "limit": limit,
+        "longest": max(worker.longest for worker in workers),
         "wrong": wrong,
         "left": left,
         "holders": holders(),
@@ -266,5 +297,14 @@ def stress(seconds: float, takers: int, takes: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with parameters(block_timeout=BLOCK_TIMEOUT, timeout=TIMEOUT, reserve=SPARE >> 20):
-        print(json.dumps(stress(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 1)))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("takers", type=int)
+    parser.add_argument("--takes", type=int, default=1)
+    parser.add_argument("--block-timeout", type=int, default=BLOCK_TIMEOUT)
+    parser.add_argument("--timeout", type=int, default=TIMEOUT)
+    args = parser.parse_args()
+    # After how long a taker has its answer: docs/module.md.
+    limit = args.timeout + 2 * args.block_timeout
+    with parameters(block_timeout=args.block_timeout, timeout=args.timeout, reserve=SPARE >> 20):
+        print(json.dumps(stress(args.seconds, args.takers, args.takes, limit)))

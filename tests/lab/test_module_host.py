@@ -122,7 +122,7 @@ def test_memory_that_was_added_after_boot_is_not_taken(host: LabHost) -> None:
 def test_all_of_it_at_once_loses_nothing_and_holds_nobody_up(host: LabHost) -> None:
     """A short share of what can be run for long (docs/module.md)."""
     assert host.output(["modprobe", "hwpoison_inject"]).status == 0
-    argv = [sys.executable, "-m", "tests.lab.module_stress_target", "0", "6", "12"]
+    argv = [sys.executable, "-m", "tests.lab.module_stress_target", "0", "6", "--takes", "12"]
     done = host.output(argv, timeout=PATIENCE, cwd=ROOT)
     assert done.status == 0, done.stderr.decode()
     found = json.loads(done.stdout)
