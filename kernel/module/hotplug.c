@@ -17,15 +17,14 @@
  *  - offline_pages() tries for ever, unless a signal is pending: each block has
  *    a time after which its taker, a thread of ours, gets one.
  *
- *  - Whoever walks over page frames has left the block before its struct pages
- *    go.
- *
  *  - A block that comes back goes online in the zone that it came from, or
  *    not until that is asked for.
+ *
+ * Between the two steps of removing, offline and gone, no lock is held: then
+ * whoever walks over page frames has the time to leave the block.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
-#include <linux/delay.h>
 #include <linux/fs.h>
 #include <linux/hugetlb.h>
 #include <linux/ioport.h>
@@ -170,6 +169,12 @@ const char *offmap_obstacle(phys_addr_t start, u64 size)
 
 /* --- the notifier -------------------------------------------------------- */
 
+/* There are at most eight: nothing larger than 1 GiB, or one block, is removed at once. */
+static unsigned int block_in(const struct offmap_operation *op, unsigned long pfn)
+{
+	return div64_u64(PFN_PHYS(pfn) - op->start, memory_block_size_bytes());
+}
+
 static int going_offline(struct offmap_operation *op, const struct memory_notify *arg)
 {
 	unsigned long timeout = offmap_block_timeout(), left;
@@ -185,20 +190,13 @@ static int going_offline(struct offmap_operation *op, const struct memory_notify
 		if (ret)
 			return notifier_from_errno(ret);
 		op->has_split = true;
+		op->split_for = arg->start_pfn;
 	}
+	if (is_zone_movable_page(pfn_to_page(arg->start_pfn)))
+		op->was_movable |= BIT(block_in(op, arg->start_pfn));
 	left = time_before(jiffies, op->deadline) ? op->deadline - jiffies : 0;
 	mod_delayed_work(offmap_workqueue, &op->expiry, min(timeout, left));
 	return NOTIFY_OK;
-}
-
-static bool all_offline(const struct offmap_operation *op)
-{
-	phys_addr_t start;
-
-	for (start = op->start; start < op->start + op->size; start += memory_block_size_bytes())
-		if (pfn_to_online_page(PHYS_PFN(start)))
-			return false;
-	return true;
 }
 
 static int going_online(struct offmap_operation *op, const struct memory_notify *arg)
@@ -217,12 +215,13 @@ static int offmap_memory_notify(struct notifier_block *nb, unsigned long action,
 		return NOTIFY_DONE;
 	if (action == MEM_GOING_OFFLINE && !op->adding)
 		return going_offline(op, arg);
-	if (action == MEM_CANCEL_OFFLINE && op->has_split) {
+	if (action == MEM_CANCEL_OFFLINE && op->has_split && op->split_for == arg->start_pfn) {
 		offmap_unsplit_ram(&op->split);
 		op->has_split = false;
 	}
 	if (action == MEM_OFFLINE && !op->adding) {
 		op->poisoned |= any_poisoned(arg->start_pfn, arg->nr_pages);
+		op->offline |= BIT(block_in(op, arg->start_pfn));
 		/* The next block has a time of its own. */
 		cancel_delayed_work(&op->expiry);
 		/*
@@ -230,8 +229,6 @@ static int offmap_memory_notify(struct notifier_block *nb, unsigned long action,
 		 * kernel sets this anew right after, under the hotplug lock.
 		 */
 		page_zone(pfn_to_page(arg->start_pfn))->contiguous = false;
-		if (all_offline(op))
-			offmap_await_walkers();
 	}
 	if (action == MEM_GOING_ONLINE && op->adding)
 		return going_online(op, arg);
@@ -241,6 +238,79 @@ static int offmap_memory_notify(struct notifier_block *nb, unsigned long action,
 static struct notifier_block memory_notifier = {
 	.notifier_call = offmap_memory_notify,
 };
+
+/* --- blocks online and offline -------------------------------------------- */
+
+/*
+ * No exported function sets whether a block is online, and in which zone. A file
+ * of sysfs does, written by a thread of ours in a sysfs of its own: since 7.x the
+ * root folder of kernel threads is empty.
+ */
+static struct vfsmount *sysfs;
+
+static int mount_sysfs(void)
+{
+	struct file_system_type *type = get_fs_type("sysfs");
+
+	sysfs = type ? kern_mount(type) : ERR_PTR(-ENODEV);
+	return PTR_ERR_OR_ZERO(sysfs);
+}
+
+static struct file *open_sysfs(const char *name, int flags)
+{
+	const struct path root = { .mnt = sysfs, .dentry = sysfs->mnt_root };
+
+	return file_open_root(&root, name, flags, 0);
+}
+
+ssize_t offmap_read_sysfs(const char *name, char *buf, size_t size)
+{
+	struct file *file = open_sysfs(name, O_RDONLY);
+	loff_t pos = 0;
+	ssize_t ret;
+
+	if (IS_ERR(file))
+		return PTR_ERR(file);
+	ret = kernel_read(file, buf, size, &pos);
+	filp_close(file, NULL);
+	return ret;
+}
+
+/* With @deadline, in jiffies: end then, or when a signal is pending. */
+static int set_block_state(phys_addr_t start, const char *state, const unsigned long *deadline)
+{
+	struct file *file;
+	char path[64];
+	loff_t pos = 0;
+	ssize_t ret;
+
+	snprintf(path, sizeof(path), "devices/system/memory/memory%llu/state",
+		 div64_u64(start, memory_block_size_bytes()));
+	file = open_sysfs(path, O_WRONLY);
+	if (IS_ERR(file))
+		return PTR_ERR(file);
+	/* For this, a system call would start again: somebody has the hotplug lock, and 5 ms are over. */
+	while ((ret = kernel_write(file, state, strlen(state), &pos)) == -ERESTARTNOINTR) {
+		if (!deadline) {
+			flush_signals(current);
+			continue;
+		}
+		recalc_sigpending();
+		if (signal_pending(current) || time_after_eq(jiffies, *deadline)) {
+			ret = -EINTR;
+			break;
+		}
+	}
+	filp_close(file, NULL);
+	return ret < 0 ? ret : 0;
+}
+
+static int set_online(phys_addr_t start, bool movable)
+{
+	if (pfn_to_online_page(PHYS_PFN(start)))
+		return 0;
+	return set_block_state(start, movable ? "online_movable" : "online_kernel", NULL);
+}
 
 /* --- removing ------------------------------------------------------------ */
 
@@ -252,16 +322,53 @@ static void expire(struct work_struct *work)
 	send_sig(SIGKILL, op->task, 1);
 }
 
-int offmap_remove_memory(struct offmap_operation *op)
+static int set_all_offline(struct offmap_operation *op)
 {
-	int ret;
+	phys_addr_t start;
+	int ret = 0;
 
 	INIT_DELAYED_WORK_ONSTACK(&op->expiry, expire);
-	ret = offline_and_remove_memory(op->start, op->size);
+	for (start = op->start; !ret && start < op->start + op->size;
+	     start += memory_block_size_bytes())
+		ret = set_block_state(start, "offline", &op->deadline);
 	cancel_delayed_work_sync(&op->expiry);
 	destroy_delayed_work_on_stack(&op->expiry);
-	if (ret)
+	return ret;
+}
+
+/* What went offline is as it was. */
+static void undo_offline(const struct offmap_operation *op)
+{
+	unsigned long bits = op->offline;
+	phys_addr_t start;
+	unsigned int i;
+	int ret;
+
+	for_each_set_bit(i, &bits, BITS_PER_LONG) {
+		start = op->start + i * memory_block_size_bytes();
+		ret = set_online(start, op->was_movable & BIT(i));
+		if (ret)
+			pr_err("the memory block at %pa stays offline: %d; see /sys/devices/system/memory\n",
+			       &start, ret);
+	}
+}
+
+int offmap_remove_memory(struct offmap_operation *op)
+{
+	unsigned long deadline;
+	int ret = set_all_offline(op);
+
+	deadline = jiffies + offmap_block_timeout();
+	if (!ret)
+		ret = offmap_await_walkers(time_before(deadline, op->deadline) ? deadline :
+									       op->deadline);
+	/* Somebody else may have set one online meanwhile. */
+	if (!ret)
+		ret = remove_memory(op->start, op->size);
+	if (ret) {
+		undo_offline(op);
 		return ret;
+	}
 	if (region_intersects(op->start, op->size, IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) !=
 	    REGION_DISJOINT)
 		pr_err("the memory at %pa was removed and still counts as RAM\n", &op->start);
@@ -273,83 +380,21 @@ int offmap_remove_memory(struct offmap_operation *op)
 /*
  * The kernel onlines added memory, or not, as the host's policy for new memory
  * says. But this memory is not new: it was online, and maybe in ZONE_MOVABLE.
- * No exported function sets that. A file of sysfs does, written by a thread of
- * ours in a sysfs of its own: since 7.x the root folder of kernel threads is
- * empty.
  *
  * Among the zones for kernel memory the kernel chooses, by what still spans the
  * block: one from the very end of ZONE_DMA32 comes back in ZONE_NORMAL.
  */
-static struct vfsmount *mount_sysfs(void)
-{
-	struct file_system_type *type = get_fs_type("sysfs");
-
-	return type ? kern_mount(type) : ERR_PTR(-ENODEV);
-}
-
-static int set_block_state(struct vfsmount *sysfs, u64 block, const char *state)
-{
-	const struct path root = { .mnt = sysfs, .dentry = sysfs->mnt_root };
-	struct file *file;
-	char path[64];
-	loff_t pos = 0;
-	ssize_t ret;
-
-	snprintf(path, sizeof(path), "devices/system/memory/memory%llu/state", block);
-	file = file_open_root(&root, path, O_WRONLY, 0);
-	if (IS_ERR(file))
-		return PTR_ERR(file);
-	/* What a system call would be restarted for: the hotplug lock was taken. */
-	while ((ret = kernel_write(file, state, strlen(state), &pos)) == -ERESTARTNOINTR) {
-		flush_signals(current);
-		msleep(20);
-	}
-	filp_close(file, NULL);
-	return ret < 0 ? ret : 0;
-}
-
-ssize_t offmap_read_sysfs(const char *name, char *buf, size_t size)
-{
-	struct vfsmount *sysfs = mount_sysfs();
-	struct file *file;
-	struct path root;
-	loff_t pos = 0;
-	ssize_t ret;
-
-	if (IS_ERR(sysfs))
-		return PTR_ERR(sysfs);
-	root = (struct path){ .mnt = sysfs, .dentry = sysfs->mnt_root };
-	file = file_open_root(&root, name, O_RDONLY, 0);
-	ret = PTR_ERR_OR_ZERO(file);
-	if (!ret) {
-		ret = kernel_read(file, buf, size, &pos);
-		filp_close(file, NULL);
-	}
-	kern_unmount(sysfs);
-	return ret;
-}
-
 static int online(const struct piece *piece)
 {
-	u64 block = memory_block_size_bytes();
-	struct vfsmount *sysfs = NULL;
 	phys_addr_t start;
 	int ret = 0, err;
 
-	for (start = piece->start; start < piece->start + piece->size; start += block) {
-		if (pfn_to_online_page(PHYS_PFN(start)))
-			continue;
-		if (!sysfs)
-			sysfs = mount_sysfs();
-		if (IS_ERR(sysfs))
-			return PTR_ERR(sysfs);
-		err = set_block_state(sysfs, div64_u64(start, block),
-				      piece->movable ? "online_movable" : "online_kernel");
+	for (start = piece->start; start < piece->start + piece->size;
+	     start += memory_block_size_bytes()) {
+		err = set_online(start, piece->movable);
 		if (err)
 			ret = err;
 	}
-	if (sysfs)
-		kern_unmount(sysfs);
 	return ret;
 }
 
@@ -385,10 +430,18 @@ int offmap_add_memory(const struct piece *piece)
 
 int offmap_hotplug_init(void)
 {
-	return register_memory_notifier(&memory_notifier);
+	int ret = mount_sysfs();
+
+	if (ret)
+		return ret;
+	ret = register_memory_notifier(&memory_notifier);
+	if (ret)
+		kern_unmount(sysfs);
+	return ret;
 }
 
 void offmap_hotplug_exit(void)
 {
 	unregister_memory_notifier(&memory_notifier);
+	kern_unmount(sysfs);
 }

@@ -129,19 +129,23 @@ struct offmap_operation {
 	u64 size;
 	bool adding;
 	bool movable;			/* adding: to ZONE_MOVABLE */
-	bool poisoned;			/* removing: a page had failed when it went offline */
-	unsigned long deadline;		/* removing: jiffies */
+	/* What follows is of a removal. */
+	bool poisoned;			/* a page had failed when it went offline */
+	unsigned long deadline;		/* jiffies */
+	unsigned long offline;		/* a bit a block: it went offline */
+	unsigned long was_movable;	/* a bit a block: it was in ZONE_MOVABLE */
 	struct delayed_work expiry;
 	struct ram_split split;
 	bool has_split;
+	unsigned long split_for;	/* the first PFN of the block that it was made for */
 };
 
 int offmap_begin(struct offmap_operation *op);
 void offmap_end(struct offmap_operation *op);
 /*
- * May take as long as one block's timeout for each block, and ends soon after
- * the deadline, or when a signal is pending. -EHWPOISON: it is removed, and a
- * page of it failed meanwhile.
+ * May take as long as one block's timeout for each block, and once more. Ends
+ * soon after the deadline, or when a signal is pending: then all of it is online
+ * again. -EHWPOISON: it is removed, and a page of it failed meanwhile.
  */
 int offmap_remove_memory(struct offmap_operation *op);
 int offmap_add_memory(const struct piece *piece);
@@ -205,8 +209,11 @@ void offmap_sort_pieces(struct list_head *pieces);
 /* Sorts them, and sets piece->mapped. */
 int offmap_find_mapped_pieces(struct list_head *pieces);
 
-/* walkers.c: wait until nobody reads struct pages of memory that is offline now. */
-void offmap_await_walkers(void);
+/*
+ * walkers.c: wait until nobody reads struct pages of memory that is offline now.
+ * -ETIMEDOUT: at @deadline, somebody may still do so.
+ */
+int offmap_await_walkers(unsigned long deadline);
 
 /* zero.c */
 extern struct workqueue_struct *offmap_workqueue;

@@ -9,7 +9,9 @@
  * So such a resource becomes two before: one up to the end of the block, and one
  * above it with those children. Each step is one call that holds the tree's
  * lock, and all RAM is in the tree after each. Beyond that, a System RAM resource
- * from boot changes only by memory hotplug: all this is done under its lock.
+ * from boot changes only by memory hotplug: all this is done under its lock. It
+ * is undone only before that lock is dropped: others may have removed some of that
+ * RAM after it.
  */
 #include <linux/ioport.h>
 #include <linux/slab.h>

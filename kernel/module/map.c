@@ -118,6 +118,7 @@ static vm_fault_t offmap_fault(struct vm_fault *vmf)
 		filemap_invalidate_unlock_shared(mapping);
 		/* There is nothing there: maybe there can be. */
 	} while (ret == VM_FAULT_FALLBACK && mem->source->fill &&
+		 !fatal_signal_pending(current) &&
 		 !mem->source->fill(mem, vma_offset(vmf->vma, vmf->address & PAGE_MASK)));
 	return ret == VM_FAULT_FALLBACK ? VM_FAULT_SIGBUS : ret;
 }

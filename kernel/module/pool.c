@@ -297,7 +297,8 @@ static void settle(struct pool *pool, struct run *run, bool clean)
 		pool->nr_held -= nr;
 	else
 		pool->nr_dirty -= nr;
-	if (clean) {
+	/* A page that failed while it was being cleaned is cut out the next time. */
+	if (clean && first_failed(pool, run->pfn, nr) == run->pfn + nr) {
 		pool->nr_free += nr;
 		run_insert_free(&pool->free, run);
 	} else {
@@ -508,7 +509,7 @@ static int take_holes(struct pool_file *file, struct list_head *taken, unsigned 
 	return ret;
 }
 
-int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long last, bool killable)
+int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long last, bool fault)
 {
 	struct address_space *mapping = file->inode->i_mapping;
 	struct pool *pool = file->pool;
@@ -519,6 +520,11 @@ int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long la
 
 	do {
 		filemap_invalidate_lock(mapping);
+		/* A file that has become shorter has given back what was behind its end. */
+		if (fault && last >= DIV_ROUND_UP_ULL(i_size_read(file->inode), PAGE_SIZE)) {
+			filemap_invalidate_unlock(mapping);
+			return -EFAULT;
+		}
 		nr = count_holes(file, first, last);
 		ret = nr ? take_holes(file, &taken, first, last) : 0;
 		list_for_each_entry_safe(run, next, &taken, list) {
@@ -528,7 +534,7 @@ int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long la
 		filemap_invalidate_unlock(mapping);
 		if (ret != -ENOSPC || decided(pool, nr))
 			break;
-		if (killable)
+		if (fault)
 			ret = wait_event_killable(pool->cleaned, decided(pool, nr));
 		else
 			ret = wait_event_interruptible(pool->cleaned, decided(pool, nr));
@@ -542,7 +548,7 @@ int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long la
 /* The part of a file's run from @first on becomes one of its own. */
 static void split_run(struct pool_file *file, struct run *run, unsigned long first)
 {
-	struct run *rest = kzalloc(sizeof(*rest), GFP_KERNEL | __GFP_NOFAIL);
+	struct run *rest = kzalloc(sizeof(*rest), GFP_KERNEL_ACCOUNT | __GFP_NOFAIL);
 
 	remove_run(file, run);
 	rest->node.start = first;
@@ -628,12 +634,9 @@ static const struct offmap_source pool_source = {
 	.poisoned = pool_poisoned,
 };
 
-#define MAX_FILES 65536
-
 int pool_file_init(struct pool *pool, struct inode *inode)
 {
 	struct pool_file *file = kzalloc(sizeof(*file), GFP_KERNEL_ACCOUNT);
-	int ret = 0;
 
 	if (!file)
 		return -ENOMEM;
@@ -648,22 +651,12 @@ int pool_file_init(struct pool *pool, struct inode *inode)
 	file->pool = pool;
 	file->inode = inode;
 	file->runs = RB_ROOT_CACHED;
+	inode->i_private = file;
 	mutex_lock(&pool->files_lock);
-	if (pool->nr_files < MAX_FILES) {
-		pool->nr_files++;
-		list_add(&file->node, &pool->files);
-		inode->i_private = file;
-	} else {
-		ret = -ENOSPC;
-	}
+	pool->nr_files++;
+	list_add(&file->node, &pool->files);
 	mutex_unlock(&pool->files_lock);
-	if (ret) {
-		mutex_lock(&pool->lock);
-		put_user_of(file->user);
-		mutex_unlock(&pool->lock);
-		kfree(file);
-	}
-	return ret;
+	return 0;
 }
 
 void pool_file_free(struct pool_file *file)

@@ -75,6 +75,7 @@ struct pool {
 	unsigned long pause;		/* jiffies, until it tries again */
 	wait_queue_head_t cleaned;
 
+	atomic_t nr_inodes;		/* files and folders */
 	struct mutex files_lock;	/* guards what follows */
 	unsigned long nr_files;
 	struct list_head files;
@@ -106,6 +107,9 @@ struct run *run_carve(struct rb_root_cached *root, struct run *run, unsigned lon
  */
 struct run *run_take(struct rb_root_cached *root, unsigned long pgoff, unsigned long nr);
 
+/* How many files and folders a pool may have. */
+#define POOL_MAX_INODES 65536
+
 /* pool.c */
 int pool_grow(struct pool *pool, u64 size);
 /* Give back down to @size bytes. How many bytes there are then. */
@@ -115,10 +119,10 @@ void pool_destroy(struct pool *pool);
 /*
  * Fill holes of a file among the pages @first to @last. All or nothing: -ENOSPC
  * if there is no room, -EDQUOT if its owner may not have so much. Waits for pages
- * that are being cleaned: interruptibly or, with @killable, until the caller is
- * killed.
+ * that are being cleaned: interruptibly or, for a @fault, until the caller is
+ * killed. A fault gets nothing behind the end of the file (-EFAULT).
  */
-int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long last, bool killable);
+int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long last, bool fault);
 void pool_file_punch(struct pool_file *file, unsigned long first, unsigned long last);
 int pool_file_init(struct pool *pool, struct inode *inode);
 /* The owner of the inode has changed. */

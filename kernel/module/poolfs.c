@@ -153,11 +153,18 @@ static const struct inode_operations poolfs_file_operations = {
 
 static struct inode *new_file(struct super_block *sb, const struct inode *dir, umode_t mode)
 {
-	struct inode *inode = new_inode(sb);
+	struct pool *pool = sb->s_fs_info;
+	struct inode *inode;
 	int ret;
 
-	if (!inode)
+	/* Each takes memory of the kernel's, until somebody removes it. */
+	if (!atomic_add_unless(&pool->nr_inodes, 1, POOL_MAX_INODES))
+		return ERR_PTR(-ENOSPC);
+	inode = new_inode(sb);
+	if (!inode) {
+		atomic_dec(&pool->nr_inodes);
 		return ERR_PTR(-ENOMEM);
+	}
 	inode->i_ino = get_next_ino();
 	inode_init_owner(&nop_mnt_idmap, inode, dir, mode);
 	offmap_init_times(inode);
@@ -169,7 +176,7 @@ static struct inode *new_file(struct super_block *sb, const struct inode *dir, u
 	}
 	inode->i_op = &poolfs_file_operations;
 	inode->i_fop = &poolfs_file_fops;
-	ret = pool_file_init(sb->s_fs_info, inode);
+	ret = pool_file_init(pool, inode);
 	if (!ret)
 		return inode;
 	iput(inode);
@@ -234,10 +241,13 @@ static const struct inode_operations poolfs_dir_operations = {
 
 static void poolfs_evict_inode(struct inode *inode)
 {
+	struct pool *pool = inode->i_sb->s_fs_info;
+
 	truncate_inode_pages_final(&inode->i_data);
 	clear_inode(inode);
 	if (inode->i_private)
 		pool_file_free(inode->i_private);
+	atomic_dec(&pool->nr_inodes);
 }
 
 static int poolfs_statfs(struct dentry *dentry, struct kstatfs *buf)
@@ -252,6 +262,8 @@ static int poolfs_statfs(struct dentry *dentry, struct kstatfs *buf)
 	buf->f_bfree = pool->nr_free;
 	buf->f_bavail = pool->nr_free;
 	mutex_unlock(&pool->lock);
+	buf->f_files = POOL_MAX_INODES;
+	buf->f_ffree = POOL_MAX_INODES - atomic_read(&pool->nr_inodes);
 	return 0;
 }
 
@@ -324,7 +336,9 @@ static int poolfs_parse_param(struct fs_context *fc, struct fs_parameter *param)
 			return invalfc(fc, "size=%s is no number of bytes", param->string);
 		break;
 	case OPT_QUOTA:
-		opts->set.quota = memparse(param->string, &rest) >> PAGE_SHIFT;
+		/* Part of a page is a page: 0 would be any number of them. */
+		opts->set.quota = DIV_ROUND_UP_ULL(min_t(u64, memparse(param->string, &rest),
+							 MAX_LFS_FILESIZE), PAGE_SIZE);
 		if (*rest || !*param->string)
 			return invalfc(fc, "quota=%s is no number of bytes", param->string);
 		break;

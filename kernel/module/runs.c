@@ -56,7 +56,8 @@ void run_insert_free(struct rb_root_cached *root, struct run *run)
 
 static struct run *new_run(unsigned long first, unsigned long last)
 {
-	struct run *run = kzalloc(sizeof(*run), GFP_KERNEL);
+	/* Who takes pages one by one pays for what describes them. */
+	struct run *run = kzalloc(sizeof(*run), GFP_KERNEL_ACCOUNT);
 
 	if (!run)
 		return NULL;

@@ -437,10 +437,14 @@ static u64 spare(u64 block, int nid)
  */
 static bool promise(u64 *want, u64 *had, u64 block, int nid)
 {
+	u64 whole = round_up(*want, block);
+
 	/* Do not starve the host only to find out that it is too much. */
-	*want = round_up(*want, block);
-	*had = commit(*want, spare(block, nid), block);
-	return *had >= *want;
+	*had = commit(whole < *want ? U64_MAX : whole, spare(block, nid), block);
+	if (whole < *want || *had < whole)
+		return false;
+	*want = whole;
+	return true;
 }
 
 static int take_memory(struct request *req)

@@ -13,6 +13,10 @@
  * fault, or has had a processor for long enough. Who asks later is told that the
  * block is offline.
  *
+ * A task that gets no processor has left by none of these: one of a low priority
+ * beside many others, or beside a real-time one that never rests. So the wait has
+ * a deadline. No lock is held meanwhile, and the block can still go online again.
+ *
  * synchronize_rcu_tasks() would wait for the first two of these. It takes 50 to
  * 300 ms on an idle host, and has no end where a task does nothing but run into
  * page faults.
@@ -78,10 +82,11 @@ static unsigned int find_runners(struct runner *runners, unsigned int max)
 	return nr;
 }
 
-void offmap_await_walkers(void)
+int offmap_await_walkers(unsigned long deadline)
 {
 	struct runner *runners = NULL;
 	unsigned int nr, max = 0, i;
+	int ret = 0;
 
 	/* Not before what they ask is answered in a new way. */
 	smp_mb();
@@ -90,12 +95,19 @@ void offmap_await_walkers(void)
 			put_task_struct(runners[i].task);
 		kvfree(runners);
 		max = nr + MORE;
-		runners = kvmalloc_array(max, sizeof(*runners), GFP_KERNEL | __GFP_NOFAIL);
+		runners = kvmalloc_array(max, sizeof(*runners), GFP_KERNEL);
+		if (!runners)
+			return -ENOMEM;
 	}
 	for (i = 0; i < nr; i++) {
-		while (!has_left(&runners[i]))
-			usleep_range(500, 1000);
+		while (!ret && !has_left(&runners[i])) {
+			if (time_after_eq(jiffies, deadline))
+				ret = -ETIMEDOUT;
+			else
+				usleep_range(500, 1000);
+		}
 		put_task_struct(runners[i].task);
 	}
 	kvfree(runners);
+	return ret;
 }

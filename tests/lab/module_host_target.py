@@ -39,6 +39,7 @@ from .module_target import (
     meminfo,
     open_device,
     secret_file,
+    state,
     take,
     words,
 )
@@ -189,6 +190,41 @@ def pinned() -> Any:
         result["left after"] = time.monotonic() - began
     pins.close()
     result["then"] = take(open_device())
+    return result
+
+
+def starved() -> Any:
+    """A taker while tasks that could run get next to no processor: they may be about to read struct pages."""
+    root = Path("/sys/fs/cgroup")
+    if not (root / "cgroup.controllers").exists():
+        subprocess.run(["mount", "-t", "cgroup2", "none", root], check=True)
+    (root / "cgroup.subtree_control").write_text("+cpu")
+    slow = root / "slow"
+    slow.mkdir()
+    (slow / "cpu.max").write_text("1000 1000000")  # a millisecond of each second, for all of them
+    before = state()
+    spinners = []
+    for _ in range(4):
+        child = os.fork()
+        while child == 0:
+            pass
+        (slow / "cgroup.procs").write_text(str(child))
+        spinners.append(child)
+    while "nr_throttled 0\n" in (slow / "cpu.stat").read_text():
+        time.sleep(0.01)
+    with parameters(block_timeout=1, timeout=2):
+        began = time.monotonic()
+        result: dict[str, Any] = {"error": failure(lambda: take(open_device(), BLOCK))}
+        result["seconds"] = time.monotonic() - began
+        while (SYSFS / "requests").read_text():
+            time.sleep(0.01)
+    result["lost"] = {name: after for name, after in state().items() if name != "total_kib" and after != before[name]}
+    (slow / "cpu.max").write_text("max")
+    for child in spinners:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    slow.rmdir()
+    result["then"] = take(open_device(), BLOCK)
     return result
 
 
@@ -387,5 +423,5 @@ def fail_while_out(how: str) -> Any:
 
 
 if __name__ == "__main__":
-    actions = (poison, pinned, hugepages, limits, alias, tree, misuse, dimm, fail_while_out)
+    actions = (poison, pinned, starved, hugepages, limits, alias, tree, misuse, dimm, fail_while_out)
     print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]](*sys.argv[2:])))

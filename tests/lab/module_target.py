@@ -143,6 +143,7 @@ def hostile() -> Any:
     result["offset"] = failure(lambda: mmap.mmap(fd, PAGE, offset=PAGE))
     result["no size"] = failure(lambda: take(fd, 0))
     result["2^63"] = failure(lambda: take(fd, 1 << 63))
+    result["2^64 - 1"] = failure(lambda: take(fd, (1 << 64) - 1))
     result["no such node"] = failure(lambda: take(fd, SIZE, 77))
     result["negative node"] = failure(lambda: take(fd, SIZE, -2))
     result["flags"] = failure(lambda: fcntl.ioctl(fd, uapi.OFFMAP_UNPLUG, uapi.offmap_unplug(SIZE, -1, 1)))

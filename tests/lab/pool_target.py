@@ -141,6 +141,7 @@ def basics() -> Any:
     before = state()
     result: dict[str, Any] = {"no size": failure(lambda: mount(ACCESS + ",allow_nested"))}
     result["too much"] = failure(lambda: mount("size=1T,allow_nested"))
+    result["2^64 - 1"] = failure(lambda: mount(f"size={(1 << 64) - 1},allow_nested"))
     result["unprivileged mount"] = in_child(lambda: mount("size=128M,allow_nested"), USER, GROUP)
     with pool():
         all_of_it = os.statvfs(POOL)
@@ -175,7 +176,9 @@ def basics() -> Any:
         result["link"] = failure(lambda: os.link(f"{POOL}/ram", f"{POOL}/name"))
         result["symlink"] = failure(lambda: os.symlink("ram", f"{POOL}/name"))  # noqa: PTH211
         result["busy"] = failure(unmount)
+        inodes = os.statvfs(POOL).f_ffree
         os.mkdir(f"{POOL}/folder")  # noqa: PTH102
+        result["a folder counts"] = inodes - os.statvfs(POOL).f_ffree
         os.rename(f"{POOL}/ram", f"{POOL}/folder/ram")  # noqa: PTH104
         unlink("folder/ram")
         words(memory)[:: PAGE // 8] = 0x5A5A
@@ -297,6 +300,8 @@ def quotas() -> Any:
         subprocess.run(["mount", "-o", f"remount,quota=0,size={SIZE + BLOCK}", POOL], check=True)
         result["no quota"] = in_child(lambda: os.truncate(f"{POOL}/root's", 70 * MIB), USER + 1, GROUP)
         result["size"] = figures()[0]
+        subprocess.run(["mount", "-o", "remount,quota=1", POOL], check=True)
+        result["a byte is a page"] = [in_child(lambda n=n: make("tiny", n * PAGE), USER + 2, GROUP) for n in (1, 2)]  # type: ignore[misc]
     await_returned()
     return result
 

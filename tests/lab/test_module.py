@@ -171,6 +171,7 @@ def test_hostile_use_is_refused(host: LabHost) -> None:
         "offset": "EINVAL",
         "no size": "EINVAL",
         "2^63": "ENOMEM",
+        "2^64 - 1": "ENOMEM",
         "no such node": "EINVAL",
         "negative node": "EINVAL",
         "flags": "EINVAL",

@@ -112,6 +112,15 @@ def test_pages_that_cannot_be_moved_hold_nobody_up(host: LabHost) -> None:
     assert found["then"] == 2 * BLOCK
 
 
+def test_tasks_that_get_no_processor_hold_nobody_up(host: LabHost) -> None:
+    """Who never shows that he has done reading struct pages of what is offline does not stop it for ever."""
+    found = ask(host, "starved")
+    assert found["error"] == "ETIMEDOUT"
+    assert found["seconds"] < 60  # two for all, and two for each block
+    assert found["lost"] == {}  # what was offline is online again
+    assert found["then"] == BLOCK
+
+
 def test_memory_that_was_added_after_boot_is_not_taken(host: LabHost) -> None:
     found = ask(host, "dimm")
     assert found["added"] == 2  # the control: there is some, and it is online

@@ -81,6 +81,7 @@ def test_a_pool_from_mount_to_unmount(host: LabHost) -> None:
     assert found == {
         "no size": "EINVAL",
         "too much": "ENOMEM",
+        "2^64 - 1": "ENOMEM",
         "unprivileged mount": "EPERM",
         "size": [SIZE, SIZE],
         "the group": "",
@@ -104,6 +105,7 @@ def test_a_pool_from_mount_to_unmount(host: LabHost) -> None:
         "link": "EPERM",
         "symlink": "EPERM",
         "busy": "EBUSY",
+        "a folder counts": 1,
         "zero again": True,
         "back": dict.fromkeys(("direct_map", "blocks", "offline", "claimed", "memtypes"), True),
     }
@@ -149,6 +151,7 @@ def test_one_user_cannot_have_more_than_the_quota(host: LabHost) -> None:
         "users": [["4711", str(66 * MIB), "3"], ["4712", str(132 * MIB), "2"]],
         "no quota": "",
         "size": SIZE + BLOCK,
+        "a byte is a page": ["", "EDQUOT"],
     }
 
 
