@@ -12,7 +12,8 @@
  *
  *  - The host keeps its reserve of memory.
  *
- *  - The resource tree is made ready. Nobody else adds or removes memory now.
+ *  - What is offline is no RAM in the resource tree. Nobody else adds or removes
+ *    memory now, and who makes a list of RAM upon this notice comes after us.
  *
  *  - offline_pages() tries for ever, unless a signal is pending: each block has
  *    a time after which its taker, a thread of ours, gets one.
@@ -21,7 +22,8 @@
  *    not until that is asked for.
  *
  * Between the two steps of removing, offline and gone, no lock is held: then
- * whoever walks over page frames has the time to leave the block.
+ * whoever walks over page frames has the time to leave the block. Nobody else
+ * gets it online meanwhile.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -77,6 +79,20 @@ static struct offmap_operation *own_operation(void)
 			own = op;
 	spin_unlock(&operations_lock);
 	return own;
+}
+
+/* Whether one of ours, which is not @own, is about to remove @pfn. */
+static bool being_removed(const struct offmap_operation *own, unsigned long pfn)
+{
+	phys_addr_t start = PFN_PHYS(pfn);
+	struct offmap_operation *op;
+	bool ret = false;
+
+	spin_lock(&operations_lock);
+	list_for_each_entry(op, &operations, node)
+		ret |= op != own && !op->adding && start - op->start < op->size;
+	spin_unlock(&operations_lock);
+	return ret;
 }
 
 /* --- what keeps a block where it is -------------------------------------- */
@@ -185,13 +201,9 @@ static int going_offline(struct offmap_operation *op, const struct memory_notify
 	/* What is free in this block does not count any more. */
 	if ((u64)max(si_mem_available(), 0L) << PAGE_SHIFT < offmap_reserve())
 		return notifier_from_errno(-ENOMEM);
-	if (!op->has_split) {
-		ret = offmap_split_ram(op->start, op->start + op->size - 1, &op->split);
-		if (ret)
-			return notifier_from_errno(ret);
-		op->has_split = true;
-		op->split_for = arg->start_pfn;
-	}
+	ret = offmap_prepare_carving(&op->split);
+	if (ret)
+		return notifier_from_errno(ret);
 	if (is_zone_movable_page(pfn_to_page(arg->start_pfn)))
 		op->was_movable |= BIT(block_in(op, arg->start_pfn));
 	left = time_before(jiffies, op->deadline) ? op->deadline - jiffies : 0;
@@ -199,10 +211,28 @@ static int going_offline(struct offmap_operation *op, const struct memory_notify
 	return NOTIFY_OK;
 }
 
+static void is_offline(struct offmap_operation *op, const struct memory_notify *arg)
+{
+	op->poisoned |= any_poisoned(arg->start_pfn, arg->nr_pages);
+	op->offline |= BIT(block_in(op, arg->start_pfn));
+	/* The next block has a time of its own. */
+	cancel_delayed_work(&op->expiry);
+	/*
+	 * Of a zone without holes nobody asks whether a block is online. The
+	 * kernel sets this anew right after, under the hotplug lock.
+	 */
+	page_zone(pfn_to_page(arg->start_pfn))->contiguous = false;
+	if (hweight_long(op->offline) * (u64)memory_block_size_bytes() == op->size)
+		op->split_error = offmap_carve_ram(op->start, op->start + op->size - 1,
+						   &op->split);
+}
+
 static int going_online(struct offmap_operation *op, const struct memory_notify *arg)
 {
 	bool movable = is_zone_movable_page(pfn_to_page(arg->start_pfn));
 
+	if (!op->adding)
+		return notifier_from_errno(offmap_uncarve_ram(&op->split));
 	return movable == op->movable ? NOTIFY_OK : notifier_from_errno(-EAGAIN);
 }
 
@@ -211,32 +241,23 @@ static int offmap_memory_notify(struct notifier_block *nb, unsigned long action,
 	struct offmap_operation *op = own_operation();
 	const struct memory_notify *arg = data;
 
+	if (action == MEM_GOING_ONLINE && being_removed(op, arg->start_pfn))
+		return notifier_from_errno(-EBUSY);
 	if (!op)
 		return NOTIFY_DONE;
 	if (action == MEM_GOING_OFFLINE && !op->adding)
 		return going_offline(op, arg);
-	if (action == MEM_CANCEL_OFFLINE && op->has_split && op->split_for == arg->start_pfn) {
-		offmap_unsplit_ram(&op->split);
-		op->has_split = false;
-	}
-	if (action == MEM_OFFLINE && !op->adding) {
-		op->poisoned |= any_poisoned(arg->start_pfn, arg->nr_pages);
-		op->offline |= BIT(block_in(op, arg->start_pfn));
-		/* The next block has a time of its own. */
-		cancel_delayed_work(&op->expiry);
-		/*
-		 * Of a zone without holes nobody asks whether a block is online. The
-		 * kernel sets this anew right after, under the hotplug lock.
-		 */
-		page_zone(pfn_to_page(arg->start_pfn))->contiguous = false;
-	}
-	if (action == MEM_GOING_ONLINE && op->adding)
+	if (action == MEM_OFFLINE && !op->adding)
+		is_offline(op, arg);
+	if (action == MEM_GOING_ONLINE)
 		return going_online(op, arg);
 	return NOTIFY_DONE;
 }
 
 static struct notifier_block memory_notifier = {
 	.notifier_call = offmap_memory_notify,
+	/* Before the kernel makes the crash kernel's list of memory again. */
+	.priority = 1,
 };
 
 /* --- blocks online and offline -------------------------------------------- */
@@ -360,15 +381,17 @@ int offmap_remove_memory(struct offmap_operation *op)
 
 	deadline = jiffies + offmap_block_timeout();
 	if (!ret)
+		ret = op->split_error;
+	if (!ret)
 		ret = offmap_await_walkers(time_before(deadline, op->deadline) ? deadline :
 									       op->deadline);
-	/* Somebody else may have set one online meanwhile. */
 	if (!ret)
 		ret = remove_memory(op->start, op->size);
-	if (ret) {
+	if (ret)
 		undo_offline(op);
+	offmap_end_carving(&op->split);
+	if (ret)
 		return ret;
-	}
 	if (region_intersects(op->start, op->size, IORESOURCE_SYSTEM_RAM, IORES_DESC_NONE) !=
 	    REGION_DISJOINT)
 		pr_err("the memory at %pa was removed and still counts as RAM\n", &op->start);

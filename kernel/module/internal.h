@@ -108,15 +108,20 @@ ssize_t offmap_show_requests(char *buf);
 int offmap_pgoff(const struct offmap_memory *mem, unsigned long pfn, pgoff_t *pgoff);
 
 /*
- * iomem.c: so that removing memory up to @end leaves the resource tree right. With
- * the kernel's hotplug lock held, as in a memory notifier, for both.
+ * iomem.c: what is offline becomes a resource of its own that does not count as
+ * RAM, and RAM again before it goes online. Both with the kernel's hotplug lock
+ * held, as in a memory notifier, and once the resources for it are there.
  */
 struct ram_split {
-	struct resource *whole, *low, *high;
+	struct resource *below, *block, *above, *again;
+	bool carved;
 };
 
-int offmap_split_ram(phys_addr_t start, phys_addr_t end, struct ram_split *split);
-void offmap_unsplit_ram(struct ram_split *split);
+int offmap_prepare_carving(struct ram_split *split);
+int offmap_carve_ram(phys_addr_t start, phys_addr_t end, struct ram_split *split);
+int offmap_uncarve_ram(struct ram_split *split);
+/* It is removed, or RAM: free what is left. */
+void offmap_end_carving(struct ram_split *split);
 
 /*
  * hotplug.c. What a thread of ours does to a range. No two do anything to the
@@ -136,8 +141,7 @@ struct offmap_operation {
 	unsigned long was_movable;	/* a bit a block: it was in ZONE_MOVABLE */
 	struct delayed_work expiry;
 	struct ram_split split;
-	bool has_split;
-	unsigned long split_for;	/* the first PFN of the block that it was made for */
+	int split_error;		/* it could not be carved out */
 };
 
 int offmap_begin(struct offmap_operation *op);

@@ -2,18 +2,25 @@
 /*
  * Keep the resource tree right when memory is removed.
  *
- * release_mem_region_adjustable() cannot take a block out of a System RAM
- * resource that has children above the block (the kernel image, a crash
- * kernel). It warns, and the removed memory still counts as RAM.
+ * Two things go wrong where the kernel is left to itself:
  *
- * So such a resource becomes two before: one up to the end of the block, and one
- * above it with those children. Each step is one call that holds the tree's
- * lock, and all RAM is in the tree after each. Beyond that, a System RAM resource
- * from boot changes only by memory hotplug: all this is done under its lock. It
- * is undone only before that lock is dropped: others may have removed some of that
- * RAM after it.
+ *  - release_mem_region_adjustable() cannot take a block out of a System RAM
+ *    resource that has children above the block (the kernel image, a crash
+ *    kernel). It warns, and the removed memory still counts as RAM.
+ *
+ *  - From Linux 6.6 on the kernel makes a loaded crash kernel's list of memory
+ *    again when a block goes offline. The block is in the tree then, so it gets
+ *    into the list; and a crash dump has what a guest keeps there.
+ *
+ * So what is offline becomes a resource of its own, which does not count as RAM,
+ * before the others hear that it is offline. What was around it becomes one
+ * resource below and one above, with their children. Each step is one call that
+ * holds the tree's lock, and all RAM that is online is in the tree after each.
+ * Beyond that, a System RAM resource from boot changes only by memory hotplug:
+ * all this is done under its lock.
  */
 #include <linux/ioport.h>
+#include <linux/mm.h>
 #include <linux/slab.h>
 
 #include "internal.h"
@@ -28,68 +35,107 @@ static int is_around(struct resource *res, void *arg)
 	return 1;
 }
 
-static struct resource *insert_ram(const struct resource *like, phys_addr_t start, phys_addr_t end)
+/* Insert a part of @like, which @res then is; false if a child of it reaches over an end. */
+static bool insert_part(struct resource *res, const struct resource *like, phys_addr_t start,
+			phys_addr_t end)
 {
-	struct resource *res = kzalloc(sizeof(*res), GFP_KERNEL);
-
-	if (!res)
-		return NULL;
-	res->name = "System RAM";
-	res->start = start;
-	res->end = end;
-	res->flags = like->flags;
-	res->desc = like->desc;
-	if (!insert_resource(&iomem_resource, res))
-		return res;
-	/* A child reaches over the end of the block. */
-	kfree(res);
-	return NULL;
+	*res = (struct resource){
+		.name = like->name ? like->name : "System RAM",
+		.start = start,
+		.end = end,
+		.flags = like->flags,
+		.desc = like->desc,
+	};
+	return !insert_resource(&iomem_resource, res);
 }
 
-static void remove_ram(struct resource *res)
+/* Those that the early boot made are in no slab, and are not freed. */
+static void free_resource(struct resource *res)
 {
-	if (res && !remove_resource(res))
+	if (res && PageSlab(virt_to_head_page(res)))
 		kfree(res);
 }
 
-int offmap_split_ram(phys_addr_t start, phys_addr_t end, struct ram_split *split)
+static void remove_part(struct resource **res)
 {
-	const unsigned long flags = IORESOURCE_SYSTEM_RAM | IORESOURCE_BUSY;
-	struct resource ram = { .start = start, .end = end };
-	int ret;
-
-	*split = (struct ram_split){};
-	if (walk_iomem_res_desc(IORES_DESC_NONE, flags, 0, -1, &ram, is_around) != 1)
-		return -ENXIO;
-	if (end == ram.end)
-		return 0;
-	split->high = insert_ram(&ram, end + 1, ram.end);
-	if (!split->high)
-		return -EBUSY;
-	split->whole = split->high->parent;
-	/* Without children above, the kernel can do it. */
-	if (!split->high->child || split->whole->start != ram.start ||
-	    split->whole->end != ram.end || split->whole->parent != &iomem_resource)
-		goto undo;
-	split->low = insert_ram(&ram, ram.start, end);
-	if (!split->low || remove_resource(split->whole))
-		goto undo;
-	/* It came from the early boot, or is one of ours: 100 bytes a block, once. */
-	split->low->name = split->whole->name;
-	split->high->name = split->whole->name;
-	return 0;
-undo:
-	ret = split->high->child ? -EBUSY : 0;
-	remove_ram(split->low);
-	remove_ram(split->high);
-	*split = (struct ram_split){};
-	return ret;
+	if ((*res)->parent)
+		remove_resource(*res);
+	kfree(*res);
+	*res = NULL;
 }
 
-void offmap_unsplit_ram(struct ram_split *split)
+int offmap_prepare_carving(struct ram_split *split)
 {
-	if (!split->low || insert_resource(&iomem_resource, split->whole))
-		return;
-	remove_ram(split->low);
-	remove_ram(split->high);
+	struct resource **res[] = { &split->below, &split->block, &split->above, &split->again };
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(res); i++) {
+		if (!*res[i])
+			*res[i] = kzalloc(sizeof(**res[i]), GFP_KERNEL);
+		if (!*res[i])
+			return -ENOMEM;
+	}
+	return 0;
+}
+
+void offmap_end_carving(struct ram_split *split)
+{
+	kfree(split->below);
+	kfree(split->above);
+	kfree(split->again);
+	/* In the tree, or removed from it by the kernel. */
+	if (!split->carved)
+		kfree(split->block);
+}
+
+int offmap_carve_ram(phys_addr_t start, phys_addr_t end, struct ram_split *split)
+{
+	const unsigned long flags = IORESOURCE_SYSTEM_RAM | IORESOURCE_BUSY;
+	struct resource ram = { .start = start, .end = end }, *whole;
+
+	if (walk_iomem_res_desc(IORES_DESC_NONE, flags, 0, -1, &ram, is_around) != 1)
+		return -ENXIO;
+	if (!insert_part(split->block, &ram, start, end))
+		return -EBUSY;
+	/* What was there is around it or, if it is no larger, beneath it. */
+	whole = split->block->parent;
+	if (whole == &iomem_resource)
+		whole = split->block->child;
+	if (!whole || whole->start != ram.start || whole->end != ram.end ||
+	    (ram.start < start && !insert_part(split->below, &ram, ram.start, start - 1)) ||
+	    (ram.end > end && !insert_part(split->above, &ram, end + 1, ram.end)) ||
+	    remove_resource(whole)) {
+		remove_part(&split->below);
+		remove_part(&split->above);
+		remove_part(&split->block);
+		return -EBUSY;
+	}
+	/* The kernel's own name: this module may go before they do. */
+	split->below->name = whole->name;
+	split->above->name = whole->name;
+	split->block->name = whole->name;
+	WRITE_ONCE(split->block->flags, ram.flags & ~IORESOURCE_SYSRAM);
+	split->carved = true;
+	free_resource(whole);
+	/* Parts that are in the tree are the kernel's from here on. */
+	if (split->below->parent)
+		split->below = NULL;
+	if (split->above->parent)
+		split->above = NULL;
+	return 0;
+}
+
+int offmap_uncarve_ram(struct ram_split *split)
+{
+	struct resource *block = split->block;
+
+	if (!split->carved)
+		return 0;
+	if (!insert_part(split->again, block, block->start, block->end))
+		return -EBUSY;
+	WRITE_ONCE(split->again->flags, block->flags | IORESOURCE_SYSRAM);
+	split->again = NULL;
+	split->carved = false;
+	remove_part(&split->block);
+	return 0;
 }
