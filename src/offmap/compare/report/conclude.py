@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from msgspec import Struct
 
 from offmap.compare.cell_result import CellResult
-from offmap.compare.kinds import BASELINE, kind_names
+from offmap.compare.kinds import BASELINE, kind_names, kind_of
 from offmap.compare.questions import CATALOGUE, MIN_PAIRS, Answer, Group, Question
 from offmap.compare.report.status import (
     KindFinding,
@@ -60,9 +60,13 @@ def kinds_of(results: Sequence[CellResult]) -> list[str]:
 
 
 def _conclusion(kernel: str, cells: Sequence[CellResult]) -> Conclusion:
-    plain = [cell for cell in cells if cell.spec.backend == BASELINE]
+    by_kind: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        by_kind.setdefault(cell.spec.backend, []).append(cell)
+    plain = by_kind.get(BASELINE, [])
     findings = tuple(
-        finding_of(kind, [cell for cell in cells if cell.spec.backend == kind], plain) for kind in kinds_of(cells)
+        finding_of(kind, by_kind.get(kind, []), plain, by_kind.get(_baseline_of(kind), plain))
+        for kind in kinds_of(cells)
     )
     releases = dict.fromkeys(found for cell in cells if (found := release_of(cell)))  # several, of several runs
     return Conclusion(
@@ -73,6 +77,11 @@ def _conclusion(kernel: str, cells: Sequence[CellResult]) -> Conclusion:
         tuple(_unsettled(findings)),
         findings,
     )
+
+
+def _baseline_of(kind: str) -> str:
+    """Plain RAM under the kind's own VMM: what another VMM has not, is no loss of the kind."""
+    return kind_of(kind).baseline.name if kind in kind_names() else BASELINE
 
 
 def _with(findings: Sequence[KindFinding], *statuses: Status) -> list[str]:

@@ -137,18 +137,21 @@ class KindFinding:
         return next((plain for plain in self.baselines if _setting(plain) == _setting(cell)), None)
 
 
-def finding_of(backend: str, cells: Sequence[CellResult], baselines: Iterable[CellResult]) -> KindFinding:
+def finding_of(
+    backend: str, cells: Sequence[CellResult], baselines: Sequence[CellResult], beside: Sequence[CellResult] = ()
+) -> KindFinding:
     """The finding of one kind on one kernel.
 
     Args:
         cells: of this kind, on one kernel.
         baselines: of BASELINE on the same kernel.
+        beside: on plain RAM under the kind's own VMM, on the same kernel; by default `baselines`.
     """
     if not cells:
         return KindFinding(backend, Status.NOT_RUN, (), (), {}, {})
     hiding = tuple(cell for cell in cells if status_of(cell) is Status.HIDES)
     whole = [cell for cell in cells if cell.outcome is CellOutcome.BOOTED]
-    plain = {_setting(cell): cell for cell in baselines}
+    plain = {_setting(cell): cell for cell in beside or baselines}
     lost: dict[str, str] = {}
     open_: dict[str, str] = {}
     for asked in LOSSES:
@@ -160,7 +163,7 @@ def finding_of(backend: str, cells: Sequence[CellResult], baselines: Iterable[Ce
             elif answer.value is False and not (same is not None and same.answer(asked.id).value is False):
                 lost.setdefault(asked.id, answer.reason)
     open_ = {id: why for id, why in open_.items() if id not in lost}
-    return KindFinding(backend, _together(cells), tuple(cells), hiding, lost, open_, tuple(plain.values()))
+    return KindFinding(backend, _together(cells), tuple(cells), hiding, lost, open_, tuple(baselines))
 
 
 def _setting(cell: CellResult) -> tuple[str, int, str]:

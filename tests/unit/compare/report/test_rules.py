@@ -181,6 +181,14 @@ def test_what_plain_ram_has_not_either_is_not_lost() -> None:
     assert "works.async_pf" in finding_of("unplugged", [guest], [without(cell("memfd"), "works.async_pf")]).lost
 
 
+def test_what_its_vmm_has_not_is_not_lost() -> None:
+    no = {"works.vhost_net": Answer("works.vhost_net", False, "Firecracker has no vhost")}
+    hidden, plain = cell("firecracker-unplugged", answers=no), cell("firecracker-anon", answers=no)
+    for cells, lost in (([hidden, plain, cell("memfd")], {}), ([hidden, cell("memfd")], {"works.vhost_net"})):
+        (one,) = conclude(cells)
+        assert {*next(f for f in one.findings if f.backend == "firecracker-unplugged").lost} == {*lost}
+
+
 def test_the_sentences() -> None:
     no = {"works.balloon": Answer("works.balloon", False, "PFNMAP")}
     (one,) = conclude(

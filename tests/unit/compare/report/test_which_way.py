@@ -83,7 +83,7 @@ def test_what_it_calls_hiding_hides() -> None:
         for finding in one.findings
         if finding.status is Status.HIDES
     }
-    kinds = ("unplugged", "reserved", "secretmem-bridge", "qemu-unplugged")
+    kinds = ("unplugged", "reserved", "secretmem-bridge", "qemu-unplugged", "firecracker-unplugged")
     assert {("debian:6.12", kind) for kind in kinds} == {pair for pair in hides if pair[0] == "debian:6.12"}
 
 
