@@ -35,6 +35,10 @@ def _page(result: AttackResult) -> View:
             {"size": format_size(run.bytes), "at": f"{run.va:#x}", "region": run.region}
             for run in (result.attempt.sweep.runs if result.attempt.sweep else ())
         ],
+        "parts": [
+            {"name": part.name, "size": format_size(part.bytes)}
+            for part in (result.attempt.sweep.parts if result.attempt.sweep else ())
+        ],
         "bytes": f"{result.attempt.bytes:,}",
         "times": [
             {"leak": each.leak, "source": each.source, "rate": f"{each.bytes_per_second:,g}", "time": hours(each.hours)}
@@ -51,11 +55,12 @@ def _page(result: AttackResult) -> View:
 
 
 def _path(title: str, attempt: Attempt) -> View:
-    last = len(attempt.stages) - 1
+    last, over = len(attempt.stages) - 1, False
     stages = []
     for number, stage in enumerate(attempt.stages):
         stopped = stage.name == attempt.stage and not stage.passed
         ended = attempt.outcome == Outcome.ENDS
+        over = over or stopped  # what is tried after that is no way
         stages.append(
             {
                 "y": 20 + _STEP * number,
@@ -64,7 +69,7 @@ def _path(title: str, attempt: Attempt) -> View:
                 "failures": f"{stage.failures:,}",
                 "found": plain(stage.found),
                 "short": plain(stage.found[:_SHORT]) + ("…" if len(stage.found) > _SHORT else ""),
-                "next": "" if number == last else "way" if stage.passed else "open",
+                "next": "" if number == last else "open" if over or not stage.passed else "way",
                 "bar": ("stop" if ended else "lost") if stopped else "",
                 "got": attempt.outcome in {Outcome.RECOVERED, Outcome.REACHED} and stage.name == attempt.stage,
             }

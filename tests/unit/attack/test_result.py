@@ -8,7 +8,7 @@ import pytest
 
 from offmap.attack.attack import Beforehand, Victim, attack
 from offmap.attack.html import render_html
-from offmap.attack.result import AttackResult, Run, Sweep, attack_schema
+from offmap.attack.result import AttackResult, Part, Run, Sweep, attack_schema
 from offmap.attack.target import PlantedSecret
 from offmap.attack.text import render_text
 from offmap.report.typed import Address, decode, parse_json
@@ -46,12 +46,20 @@ def test_json_is_of_its_schema(result: AttackResult) -> None:
 def test_runs_of_a_sweep_are_listed(result: AttackResult) -> None:
     run = Run(va=Address(0xFFFF_8880_0000_1000), pa=Address(0x1000), bytes=16, region="slab")
     found = Sweep(
-        secret_bytes=32, bytes_read=1, pages_unread=0, device_pages=0, seconds=1.0, longest=16, runs=(run,) * 10
+        secret_bytes=32,
+        bytes_read=1,
+        pages_unread=0,
+        device_pages=0,
+        seconds=1.0,
+        longest=16,
+        runs=(run,) * 10,
+        parts=(Part(name="free pages", bytes=3 << 20),),
     )
     swept = msgspec.structs.replace(result, attempt=msgspec.structs.replace(result.attempt, sweep=found))
     text = render_text(swept)
     assert text.count("16 B  0xffff888000001000, physical 0x1000, slab") == 8
     assert "and 2 more" in text
+    assert "3 MiB  free pages" in text and "free pages" in render_html(swept)
     assert "0xffff888000001000" in render_html(swept)
     jsonschema.validate(json.loads(json.dumps(swept.to_json())), json.loads(attack_schema()))
 
