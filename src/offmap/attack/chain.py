@@ -145,7 +145,7 @@ class Chain:
                 return self._follow()
             if found := tried.search_mapped():
                 return Ended(Outcome.RECOVERED, self._stages.last, found)
-        if found := tried.search_copies() or tried.search_page_cache():
+        if found := tried.search_kvm() or tried.search_vmm() or tried.search_page_cache():
             return Ended(Outcome.RECOVERED, self._stages.last, found)
         if tried.doubtful:
             reason = f"{tried.doubtful} pages of guest RAM are not in the VMM's page tables: who maps them is unknown"
@@ -193,7 +193,7 @@ class Chain:
         if mapped != pages or tried.doubtful != missing:
             reason = f"of the control's {pages} pages only {mapped} are found mapped, and its RAM is plain"
             raise Ended(Outcome.UNKNOWN, ALIASES, reason)
-        tried.search_copies()
+        tried.search_kvm()  # the VMM's own memory is read as the guest's pages were just now
 
     def _sweep(self, pieces: Pieces) -> Sweep:
         """Search all memory that is mapped for 16 bytes of the secret."""

@@ -130,9 +130,8 @@ class Fallbacks:
             stage.found = f"the secret is in none of their {looked} pages"
         return ""
 
-    def search_copies(self) -> str:
-        """Where the secret stands in what KVM and the VMM keep of the guest; empty if it does not."""
-        assert self._pages is not None and self.mappings is not None
+    def search_kvm(self) -> str:
+        """Where the secret stands in what KVM keeps of the guest; empty if it does not."""
         with self._stages.step("host: registers and kvm_run of the vCPUs") as stage:
             looked = 0
             for copies in copies_of_kvm(self._host, self._kvm):
@@ -141,6 +140,11 @@ class Fallbacks:
                     stage.found = found
                     return found
             stage.found = f"the secret is not in their {looked:,} bytes"
+        return ""
+
+    def search_vmm(self) -> str:
+        """Where the secret stands in the VMM's own memory, as the direct map has it; empty if it does not."""
+        assert self._pages is not None and self.mappings is not None
         with self._stages.step("host: memory of the VMM's own") as stage:
             copies = copies_of_vmm(self._host, self._memory, self._pages, self.mappings)
             if found := self._search(copies):
