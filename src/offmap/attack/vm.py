@@ -266,7 +266,8 @@ class GuestMemory:
             doubtful += self._doubtful(slot, np.flatnonzero(~there))
             there[of_file[0]] = True
             missing += int(count - there.sum())
-            found = [of_vmm, of_file]
+            other = _found(of_vmm, of_file[0]) != of_file[1]
+            found = [of_vmm, (of_file[0][other], of_file[1][other])]
             for root, levels in roots:
                 index, frame = self._mapped_by(root, levels, slot.gpa, slot.bytes)
                 stray = (_found(of_vmm, index) != frame) & (_found(of_file, index) != frame)
@@ -307,13 +308,12 @@ class GuestMemory:
         """Read by any of these mappings from now on.
 
         Returns:
-            How many host pages these are, and how many of them are mapped.
+            How many pages these are, and how many of them are mapped.
         """
         self._mappings = mappings
-        host, first = np.unique(pages.host, return_index=True)
-        mapped = covered(mappings.runs, host.astype(np.uint64))
-        self._mapped = pages.guest[first][mapped], host[mapped]
-        return len(host), int(mapped.sum())
+        mapped = covered(mappings.runs, pages.host.astype(np.uint64))
+        self._mapped = pages.guest[mapped], pages.host[mapped]
+        return len(pages.host), int(mapped.sum())
 
     def mapped(self) -> Iterator[tuple[int, bytes]]:
         """The pages that ``use_aliases`` found mapped: guest-physical address, content.
