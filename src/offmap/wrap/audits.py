@@ -17,7 +17,7 @@ CLOCK_ALONE = 10
 """Exit status of ``judge``, beside those of ``offmap audit``: nothing is exposed but kvm-clock's page."""
 
 _MOST = 1 << 20  # bytes of output that are read
-_IDLE = 30.0  # seconds for which an audit gives way to all others
+_IDLE = 15.0  # seconds for which an audit gives way to all others
 _LEAST, _USUAL = 19, 0  # nice values
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE)  # by the supervisor
 

@@ -75,8 +75,9 @@ def _covered(found: list[Area], start: int, end: int) -> Iterator[Area]:
 
 
 def _wanted(area: Area, guarded: Callable[[Area], bool], trust_shared: bool) -> bool:
-    if _hidden(area):
-        return not guarded(area)
+    hidden = _hidden(area)
+    if hidden and guarded(area):
+        return False
     if area.flags & {"um", "uw", "ui"}:
         raise SlotRefused(
             area,
@@ -85,6 +86,8 @@ def _wanted(area: Area, guarded: Callable[[Area], bool], trust_shared: bool) -> 
         )
     if area.perms[:3] not in {"rw-", "r--"}:
         raise SlotRefused(area, f"its mapping is {area.perms[:3]}", "turn off what maps guest memory late")
+    if hidden:
+        return True
     if area.flags & {"io", "pf"}:
         if area.path.startswith(_REGISTERS):
             return False

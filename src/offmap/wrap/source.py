@@ -119,7 +119,7 @@ def own_pool_file(pid: int, area: Area) -> Piece:
             found = os.stat(path)  # noqa: PTH116
             if (found.st_dev, found.st_ino) == (area.device, area.inode):
                 return _piece_of(os.open(path, os.O_RDWR | os.O_CLOEXEC), area.end - area.start, area.offset)
-        except OSError:
+        except (OSError, ValueError):  # the latter: it is shorter than what is mapped
             continue
     raise OffmapError(
         f"the guest's memory at {area.start:#x} cannot be guarded",
