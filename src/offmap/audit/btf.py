@@ -8,10 +8,11 @@ import struct
 from array import array
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
 from typing import Self
 
 import numpy as np
+
+from offmap.audit.procfs import read_sysfs
 
 PATH = "/sys/kernel/btf/vmlinux"
 _MAGIC = 0xEB9F
@@ -79,7 +80,7 @@ class Btf:
             Unknown: it has none (CONFIG_DEBUG_INFO_BTF is not set).
         """
         try:
-            return cls(Path(path).read_bytes())
+            return cls(read_sysfs(path))
         except OSError as error:
             raise Unknown(f"cannot read {path}: {error.strerror}") from None
 

@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from offmap.audit.btf import Btf, Unknown, host_types
+from offmap.audit.procfs import read_sysfs
 
 _BTF = Path("/sys/kernel/btf")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -41,7 +42,7 @@ def vendor_types() -> tuple[Btf, str]:
 def _with_module(name: str) -> Btf:
     try:
         types, path = host_types(), _BTF / name
-        return types.with_module(path.read_bytes()) if path.exists() else types
+        return types.with_module(read_sysfs(str(path))) if path.exists() else types
     except OSError as error:
         raise Unknown(f"this kernel does not describe its structures: {error.strerror}") from None
     except Unknown as error:

@@ -7,6 +7,7 @@ if their generation is the same before and after: KVM raises it at each change. 
 which is never an empty list.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -25,6 +26,7 @@ from offmap.audit.kvm_btf import kvm_types, vendor_types
 from offmap.audit.kvm_caches import KvmCaches
 from offmap.audit.kvm_slots import generations_of, slots_of
 from offmap.audit.kvm_vcpu import VCpu, vcpu_at
+from offmap.audit.procfs import SYSFS_MAGIC, file_system, read_path
 from offmap.audit.regions import VMALLOC, Layout
 from offmap.uapi.page import PAGE_SIZE
 
@@ -117,8 +119,17 @@ class Vm:
 
 
 def _loaded() -> bool:
-    """Whether KVM is."""
-    return (_MODULES / "kvm").exists() or not _MODULES.is_dir()
+    """Whether KVM is, or may be: a module is in /proc/modules, and one that is built in in the kernel's own sysfs."""
+    try:
+        if b"\nkvm " in b"\n" + read_path("/proc/modules"):
+            return True
+        fd = os.open(_MODULES, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        return file_system(fd) != SYSFS_MAGIC or (_MODULES / "kvm").exists()
+    finally:
+        os.close(fd)
 
 
 class KvmList(KvmCaches):

@@ -11,6 +11,7 @@ import os
 import struct
 
 PROC_SUPER_MAGIC = 0x9FA0  # include/uapi/linux/magic.h
+SYSFS_MAGIC = 0x6265_6572  # the same
 _PROC_ROOT_INO = 1  # include/linux/proc_ns.h
 _SYS_OPENAT2 = 437  # arch/x86/entry/syscalls/syscall_64.tbl
 # include/uapi/linux/openat2.h: RESOLVE_NO_XDEV | RESOLVE_NO_MAGICLINKS | RESOLVE_BENEATH
@@ -60,6 +61,18 @@ def read_path(path: str) -> bytes:
         OSError: it cannot be opened or read.
     """
     with os.fdopen(open_path(path), "rb") as file:
+        return file.read()
+
+
+def read_sysfs(path: str) -> bytes:
+    """The whole of a file of the kernel's own sysfs.
+
+    Raises:
+        OSError: it cannot be opened or read, or a file of another file system is mounted over it.
+    """
+    with open(path, "rb") as file:  # noqa: PTH123 - the open file is asked what it is
+        if file_system(file.fileno()) != SYSFS_MAGIC:
+            raise OSError(errno.EXDEV, "something is mounted over it")
         return file.read()
 
 

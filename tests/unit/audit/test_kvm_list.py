@@ -9,6 +9,7 @@ import pytest
 from offmap.audit.btf import Unknown
 from offmap.audit.kvm_list import GuestMemfd, KvmList, KvmSlot
 from offmap.audit.kvm_vcpu import VCpu
+from offmap.audit.procfs import SYSFS_MAGIC
 
 from .kernel_memory import OFFSETS, Memory, Types
 
@@ -116,7 +117,16 @@ def test_no_list_is_read_where_kvm_is_not_loaded(
     kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("offmap.audit.kvm_list._MODULES", tmp_path)
+    monkeypatch.setattr("offmap.audit.kvm_list.read_path", lambda path: b"kvmgt 4096 0\nloop 4096 0\n")
+    monkeypatch.setattr("offmap.audit.kvm_list.file_system", lambda fd: SYSFS_MAGIC)
     assert kernel.vms() == [] and not kernel.reads
+    # A folder that was mounted there says nothing of the kernel.
+    monkeypatch.setattr("offmap.audit.kvm_list.file_system", lambda fd: 0x0102_1994)
+    assert kernel.vms() == [] and kernel.reads
+    kernel.reads = 0
+    monkeypatch.setattr("offmap.audit.kvm_list.file_system", lambda fd: SYSFS_MAGIC)
+    monkeypatch.setattr("offmap.audit.kvm_list.read_path", lambda path: b"loop 4096 0\nkvm 4096 0\n")
+    assert kernel.vms() == [] and kernel.reads
 
 
 def test_a_list_that_reads_as_zeroes_is_no_empty_list(kernel: Kernel) -> None:
