@@ -40,6 +40,17 @@ def test_a_prime_in_memory_gives_the_key(rsa_key: rsa.RSAPrivateKey, tmp_path: P
     assert wanted.prime_in(other) == -1
 
 
+def test_a_small_prime_is_recognised(tmp_path: Path) -> None:
+    """The highest bits of a prime may be 10: so it is in a quarter of OpenSSL's keys of 2048 bits."""
+    while True:
+        numbers = rsa.generate_private_key(65537, 2048).private_numbers()
+        if min(numbers.p, numbers.q) >> 1022 == 0b10:
+            break
+    wanted = public(numbers.private_key(), tmp_path / "key")
+    for prime in (numbers.p, numbers.q):
+        assert wanted.prime_in(bytes(8) + prime.to_bytes(128, "little")) == 8
+
+
 @pytest.mark.parametrize("kind", ["rsa", "ec", "ed25519"])
 def test_a_key_in_pem(kind: str, rsa_key: rsa.RSAPrivateKey, tmp_path: Path) -> None:
     def new() -> Private:
