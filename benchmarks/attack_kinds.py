@@ -2,8 +2,7 @@
 
 In a disposable host, through kcore, with the small guest and its planted secret (tests/lab/attack_target.py). Plain
 kinds must be recovered in 200,000 reads. On hidden ones the chain must end, and no 16 bytes of the secret may stand in
-anything that the host kernel maps. With ``secretmem-bridge``, kcore cannot read the pages that are kept from the guest:
-that is "reached", and the test module's primitive reads them and must come to the end.
+anything that the host kernel maps.
 """
 
 import json
@@ -45,15 +44,14 @@ def check(kind: str, result: dict[str, Any]) -> None:
     Raises:
         OffmapError: it did not come out as it should.
     """
-    hidden, attempt = kind in HIDDEN, result["attempt"]
-    expected = "reached" if kind == f"{BRIDGE}, kcore" else "ends" if hidden else "recovered"
+    hidden, attempt = kind.removesuffix(", kcore") in HIDDEN, result["attempt"]
+    expected = "ends" if hidden else "recovered"
     if result["outcome"] != expected:
         raise OffmapError(f"{kind}: {result['outcome']} and not {expected}: {result['reason']}")
     facts = {"outcome": result["outcome"], "stage": attempt["stage"], "mapped_pages": attempt["mapped_pages"]}
     limit = Limit("ours", MOST_READS) if expected == "recovered" else None
     Figure("attack_kinds", f"planted secret, {kind}", "reads", [attempt["reads"]], limit=limit, facts=facts).print()
-    if hidden:
-        sweep = attempt["sweep"]
+    if sweep := attempt["sweep"]:
         most = Limit("ours", 0)
         facts = {key: sweep[key] for key in ("bytes_read", "pages_unread", "device_pages")}
         Figure("attack_kinds", f"longest run, {kind}", "bytes", [sweep["longest"]], limit=most, facts=facts).print()

@@ -90,7 +90,6 @@ class Attacks:
         victim = start(stack, kind, self._boot)
         self._note(kind, victim, KcorePrimitive() if "%" in how else ModulePrimitive(), how=how)
         if kind == "secretmem-bridge":
-            # kcore cannot read the pages that are kept from the guest.
             self._note(f"{kind}, kcore", victim, KcorePrimitive())
         if kind == "reserved":
             for name, secret in self._drives.items():
