@@ -270,9 +270,7 @@ class _Subject:
         process, ram = self.process, self._ram
         self._after = resolve(process, ram.ranges, self._kcore.page_flags, self._guest_memfd)
         self._judged = classify(self._before, self._after, self._excluded, walked.mappings, kinds, reach)
-        self._read_only, self._firmware = mapped_read_only(
-            process, ram, self._kcore, walked.mappings, self._guest_memfd
-        )
+        self._read_only = mapped_read_only(process, ram, self._kcore, walked.mappings, self._guest_memfd)
 
     def look_again(self, moment: Moment | None) -> None:
         """Ask KVM again, once everything was looked at."""
@@ -306,11 +304,6 @@ class _Subject:
         named, since = bool(options.get("ranges")), options.get("since") or 0
         replaced, made = not named and ram.replaced_since(since), not named and ram.made_since(since)
         verdict, notes = judge(pages, ram, scan, self._moved, ended, judged.plain, replaced, self._read_only, made)
-        if self._firmware:
-            notes += (
-                f"{self._firmware} mapped pages that the guest cannot write to equal pages of firmware files that any "
-                "user may read, and do not count",
-            )
         notes += unshared
         if ended:
             seen = classify(self._before, self._before, self._excluded, mappings, kinds).counts()

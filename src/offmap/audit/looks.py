@@ -3,11 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from offmap.audit.btf import Unknown
 from offmap.audit.classify import Classified, classify, excluded_ranges
-from offmap.audit.firmware import public_pages
 from offmap.audit.frames import GuestMemfdPages, resolve
 from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange
 from offmap.audit.kcore import Kcore
@@ -73,18 +70,13 @@ def look_again(
 
 def mapped_read_only(
     process: Process, ram: GuestRam, kcore: Kcore, mappings: KernelMappings, guest_memfd: GuestMemfdPages | None
-) -> tuple[int, int]:
-    """How many pages that the guest can only read are mapped, or may be; and how many more hold a public firmware."""
+) -> int:
+    """How many pages that the guest can only read are mapped, or may be."""
     if not ram.read_only:
-        return 0, 0
+        return 0
     frames = resolve(process, ram.read_only, kcore.page_flags, guest_memfd)
-    judged = classify(frames, frames, excluded_ranges(GuestRam(())), mappings)
-    pages = judged.counts()
-    mapped = judged.known & (judged.reached != 0)
-    runs = zip(judged.pfn[mapped].tolist(), judged.pages[mapped].tolist(), strict=True)
-    every = [np.arange(first, first + count, dtype=np.int64) for first, count in runs]
-    public = public_pages(kcore, np.concatenate(every)) if every else 0
-    return pages.ram_pages - pages.pages_populated + pages.mapped_pages - public, public
+    pages = classify(frames, frames, excluded_ranges(GuestRam(())), mappings).counts()
+    return pages.ram_pages - pages.pages_populated + pages.mapped_pages
 
 
 def shared_with(
