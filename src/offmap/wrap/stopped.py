@@ -22,6 +22,8 @@ _RED_ZONE = 128  # System V ABI, x86-64: below the stack pointer, and still in u
 _FORKS = {str(number).encode() for number in (uapi.SYS_vfork, uapi.SYS_clone, uapi.SYS_clone3)}
 _QUICK_LOOKS = 100  # at a thread that does not stand yet; then one each
 _LOOK_AGAIN = 0.001  # second
+_MANY_LOOKS = 10_000  # ten seconds or more
+_ENDED = {"", "Z", "X"}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
@@ -56,6 +58,12 @@ def _state(tid: int) -> str:
             return chr(file.read().rpartition(b")")[2].split()[0][0])
     except (FileNotFoundError, ProcessLookupError):
         return ""
+
+
+def _look_again(looks: int) -> int:
+    """Wait a little, the longer the more often that was done; returns how often it was by now."""
+    time.sleep(0 if looks < _QUICK_LOOKS else _LOOK_AGAIN)
+    return looks + 1
 
 
 def _awaits_child(tid: int) -> bool:
@@ -185,7 +193,7 @@ class Stopped:
             if tid == self._call.tid:
                 raise
         except KernelError:
-            if _state(tid) not in {"", "Z", "X"}:
+            if _state(tid) not in _ENDED:
                 self._others.pop(tid, None)
                 raise
 
@@ -193,12 +201,11 @@ class Stopped:
         """Wait until each of these threads stands, has ended, or waits for a child that stands."""
         for tid in tids:
             looks = 0
-            while not self._stands(tid) and _state(tid) not in {"", "Z", "X"}:
+            while not self._stands(tid) and _state(tid) not in _ENDED:
                 if _awaits_child(tid):
                     self._late.add(tid)
                     break
-                looks += 1
-                time.sleep(0 if looks < _QUICK_LOOKS else _LOOK_AGAIN)
+                looks = _look_again(looks)
 
     def _stands(self, tid: int) -> bool:
         try:
@@ -210,12 +217,21 @@ class Stopped:
         return bool(done)
 
     def _wait(self, tid: int) -> int:
-        """Wait until a thread stops or ends; returns its wait status, 0 if it has ended."""
-        try:
-            _, status = os.waitpid(tid, uapi.WALL)
-        except ChildProcessError:
-            return 0
-        return status if os.WIFSTOPPED(status) else 0
+        """Wait until a thread stops or ends; returns its wait status, 0 if it has ended.
+
+        The end of a process's first thread is not reported before those of the others, which wait for us.
+        """
+        looks = 0
+        while True:
+            try:
+                done, status = os.waitpid(tid, uapi.WALL | os.WNOHANG)
+            except ChildProcessError:
+                return 0
+            if done:
+                return status if os.WIFSTOPPED(status) else 0
+            if looks >= _QUICK_LOOKS and _state(tid) in _ENDED:
+                return 0
+            looks = _look_again(looks)
 
     def _await_end(self) -> int:
         """Wait until the calling thread stops at the end of its call; returns the call's result."""
@@ -252,7 +268,8 @@ class Stopped:
                 self._held = stopped  # SIGSTOP cannot be blocked; it is delivered at the end
 
     def _let_go(self) -> None:
-        """Answer the call if nobody has, and let every thread go on; those that were killed are gone already."""
+        """Answer the call if nobody has, and let every thread go on; take the ends of those that were killed."""
+        left = set()
         try:
             if self._regs is None:
                 self.fail(errno.EPERM)
@@ -266,18 +283,41 @@ class Stopped:
                 _ptrace(uapi.PTRACE_SETSIGMASK, self._call.tid, 8, ctypes.byref(self._mask))
                 _ptrace(uapi.PTRACE_DETACH, self._call.tid, 0, self._held)
         except CallGone:
-            pass
-        for tid, held in self._others.items():
-            if tid not in self._late:
-                self._detach(tid, held)
+            left.add(self._call.tid)
+        left |= {tid for tid, held in self._others.items() if tid not in self._late and not _detached(tid, held)}
         for tid in self._late:  # their children have gone on, and will exec or end
-            if self._wait(tid):
-                self._detach(tid, 0)
+            if not self._wait(tid) or not _detached(tid, 0):
+                left.add(tid)
         self._others.clear()
+        _await_ends(left)
 
-    @staticmethod
-    def _detach(tid: int, held: int) -> None:
-        try:
-            _ptrace(uapi.PTRACE_DETACH, tid, 0, held)
-        except CallGone:
-            return
+
+def _detached(tid: int, held: int) -> bool:
+    """Let a thread go on, with this signal; returns whether it stood."""
+    try:
+        _ptrace(uapi.PTRACE_DETACH, tid, 0, held)
+    except CallGone:
+        return False
+    return True
+
+
+def _await_ends(tids: set[int]) -> None:
+    """Wait for the ends of traced threads that did not stand: their process has no end for its parent before.
+
+    One that stands after all goes on. A first thread that has ended by itself is left: its process may live on.
+    """
+    looks = 0
+    while tids:
+        for tid in tuple(tids):
+            try:
+                done, status = os.waitpid(tid, uapi.WALL | os.WNOHANG)
+            except ChildProcessError:
+                tids.discard(tid)
+                continue
+            if done and os.WIFSTOPPED(status):
+                over = _detached(tid, 0 if status >> 16 else os.WSTOPSIG(status))
+            else:
+                over = bool(done) or (looks > _MANY_LOOKS and bool(_threads(tid) - tids))
+            if over:
+                tids.discard(tid)
+        looks = _look_again(looks)
