@@ -12,7 +12,7 @@ from offmap.errors import KernelError, OffmapError
 _PEM = re.compile(rb"-----BEGIN ([A-Z ]*)PRIVATE KEY-----[A-Za-z0-9+/=\r\n]+-----END \1PRIVATE KEY-----\n?")
 _BEGIN, _END = b"-----BEGIN ", b"-----END "
 _MOST_PAIRS = 1 << 22
-_LEAST_TOP = np.uint64(0xB504F333F9DE6484)  # the highest 64 bits of the square root of 2
+_LEAST_TOP = 0xB504F333F9DE6484  # the highest 64 bits of the square root of 2 (FIPS 186-5, A.1.3)
 _NEEDS = "install them: pip install 'offmap[attack]'"
 
 
@@ -86,7 +86,8 @@ class PublicKey:
         pairs = []
         for words in range(1, count):  # of the prime in the first page
             low = {each[-8 * words :] for each in begins if each[-8 * words] & 1}
-            high = {each[: 8 * (count - words)] for each in ends if each[8 * (count - words) - 1] >> 6 == 3}
+            stop = 8 * (count - words)
+            high = {each[:stop] for each in ends if int.from_bytes(each[stop - 8 : stop], "little") >= _LEAST_TOP}
             pairs.append((8 * words, low, high))
         if sum(len(low) * len(high) for _, low, high in pairs) > _MOST_PAIRS:
             raise ValueError(f"{len(begins)} begin and {len(ends)} end with words of a number")
@@ -100,8 +101,7 @@ class PublicKey:
     def prime_in(self, data: bytes) -> int:
         """Where a prime of its RSA modulus stands, as OpenSSL keeps big numbers in memory; -1 if none does.
 
-        Such a prime of n bits is odd and at least the square root of 2 times 2^(n-1) (FIPS 186-5, A.1.3): few places
-        have to be tried.
+        Such a prime of n bits is odd and at least the square root of 2 times 2^(n-1): few places have to be tried.
         """
         modulus, size = self.modulus, self.prime_bytes
         words = np.frombuffer(data, dtype="<u8", count=len(data) // 8)
@@ -109,7 +109,7 @@ class PublicKey:
         if not modulus or len(words) < count:
             return -1
         first, last = words[: len(words) - count + 1], words[count - 1 :]
-        for at in np.flatnonzero((first & np.uint64(1) == 1) & (last >= _LEAST_TOP)).tolist():
+        for at in np.flatnonzero((first & np.uint64(1) == 1) & (last >= np.uint64(_LEAST_TOP))).tolist():
             prime = int.from_bytes(data[8 * at : 8 * at + size], "little")
             if modulus % prime == 0 and self._from_prime(modulus, prime):
                 return 8 * at

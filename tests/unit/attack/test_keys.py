@@ -48,7 +48,12 @@ def test_a_small_prime_is_recognised(tmp_path: Path) -> None:
             break
     wanted = public(numbers.private_key(), tmp_path / "key")
     for prime in (numbers.p, numbers.q):
-        assert wanted.prime_in(bytes(8) + prime.to_bytes(128, "little")) == 8
+        data = prime.to_bytes(128, "little")
+        assert wanted.prime_in(bytes(8) + data) == 8
+        for size in (8, 64, 120):
+            begin, end = bytes(120 - size) + data[:size], data[size:] + bytes(size - 8)
+            assert wanted.prime_across([bytes(120), begin], [bytes(120), end])
+            assert not wanted.prime_across([begin], [bytes(120)])
 
 
 @pytest.mark.parametrize("kind", ["rsa", "ec", "ed25519"])
