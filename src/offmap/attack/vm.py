@@ -1,6 +1,5 @@
 """A VM of the host's, as the attacker sees it: KVM's structures, the guest's memory by way of the VMM's page tables."""
 
-import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from offmap.attack.primitive import NotMapped, Unreadable
 from offmap.attack.vma import vma_at
 from offmap.audit import xarray
 from offmap.audit.intervals import Ints
+from offmap.audit.kernel_list import links
 from offmap.audit.kvm_slots import Memslot, generations_of, slots_of
 from offmap.audit.mappings import KernelMappings, covered
 from offmap.uapi.page import PAGE_SHIFT, PAGE_SIZE
@@ -74,6 +74,7 @@ def find_vm(host: Host, vmm: Process) -> tuple[int, int]:
 
     Raises:
         Lost: there is none, or more than one with memory.
+        Unknown: KVM's list is being changed.
     """
     open_one = next(_opened(host, vmm), 0)
     if not open_one:
@@ -103,16 +104,9 @@ def _opened(host: Host, vmm: Process) -> Iterator[int]:
 def _listed(host: Host, kvm: int) -> Iterator[int]:
     """All that is on KVM's list (``vm_list``), from one VM on; among it where the head would be, were it a VM."""
     offset = host.kernel.offset("kvm", "vm_list")
-    first = before = at = kvm + offset
-    for _ in range(_MOST_VMS):
-        following, previous = struct.unpack("<QQ", host.read(at, 16))
-        if at != first and previous != before:
-            raise Lost("KVM's list of VMs is being changed")
+    yield kvm
+    for at in links(host.read, kvm + offset, _MOST_VMS):
         yield at - offset
-        before, at = at, following
-        if at == first:
-            return
-    raise Lost("KVM's list of VMs does not end")
 
 
 def read_slots(host: Host, kvm: int) -> list[Memslot]:

@@ -1,10 +1,10 @@
 """The mappings of guest pages that KVM keeps for itself (``gfn_to_pfn_cache``, ``virt/kvm/pfncache.c``)."""
 
-import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 from offmap.audit.btf import Btf, Unknown
+from offmap.audit.kernel_list import links
 from offmap.audit.kvm_times import KvmTimes
 
 _MOST_CACHES = 1 << 16
@@ -26,7 +26,7 @@ class KvmCaches(KvmTimes):
     def _caches(self, address: int) -> Iterator[tuple[int, int]]:
         """Each cache of KVM's that holds a mapping, and its guest-physical address (``virt/kvm/pfncache.c``)."""
         node = self._btf.offset("gfn_to_pfn_cache", "list")
-        for at in self._links(address + self._btf.offset("kvm", "gpc_list"), _MOST_CACHES):
+        for at in links(self._read, address + self._btf.offset("kvm", "gpc_list"), _MOST_CACHES):
             if self._field(at - node, "gfn_to_pfn_cache", "khva"):
                 yield at - node, self._field(at - node, "gfn_to_pfn_cache", "gpa")
 
@@ -37,20 +37,6 @@ class KvmCaches(KvmTimes):
         except Unknown:
             return []
         return [at + clock for at in vcpus]
-
-    def _links(self, head: int, most: int) -> Iterator[int]:
-        """The members of a list. KVM adds at the front, so that what stays on the list stays behind what it was behind:
-        if each member is found right behind the one before it, none was passed over."""
-        before, at = head, self._pointer(head)
-        for _ in range(most):
-            following, previous = struct.unpack("<QQ", self._read(at, 16))
-            if previous != before:
-                raise Unknown("a list of KVM's is being changed")
-            if at == head:
-                return
-            yield at
-            before, at = at, following
-        raise Unknown("a list of KVM's does not end")
 
 
 @lru_cache

@@ -21,6 +21,7 @@ from offmap.audit import xarray
 from offmap.audit.btf import Btf, Unknown
 from offmap.audit.intervals import Ints
 from offmap.audit.kcore import Kcore
+from offmap.audit.kernel_list import links
 from offmap.audit.kernel_objects import KernelObjects, module_symbol
 from offmap.audit.kvm_btf import kvm_types, vendor_types
 from offmap.audit.kvm_caches import KvmCaches
@@ -185,7 +186,7 @@ class KvmList(KvmCaches):
         if not _loaded():
             return []
         head, node = module_symbol("vm_list", "kvm"), self._btf.offset("kvm", "vm_list")
-        return self._again(lambda: [at - node for at in self._links(head, _MOST_VMS)])
+        return self._again(lambda: [at - node for at in links(self._read, head, _MOST_VMS)])
 
     def debugfs_folders(self) -> set[int]:
         """Inode numbers of the folders in debugfs of the VMs that are listed; raises as ``addresses``.
