@@ -89,7 +89,7 @@ def run_status(args: argparse.Namespace) -> int:
     from offmap.pools import pools
 
     found = pools()
-    using = pool_processes() if found else {}
+    using = pool_processes({pool.device for pool in found}) if found else {}
     if args.json:
         listed = [
             {**asdict(pool), "processes": [_process_facts(process) for process in using.get(pool.device, ())]}

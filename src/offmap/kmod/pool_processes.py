@@ -3,6 +3,7 @@
 KVM maps no larger pages than the process does: what it has by 2M pages, the process has by 2M pages or larger ones.
 """
 
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,12 @@ class PoolProcess:
     kvm: MappedPages | None
 
 
-def pool_processes() -> dict[str, list[PoolProcess]]:
-    """Those that this user may look at, by the pool's device (``MAJOR:MINOR``, as in offmap.pools.Pool)."""
+def pool_processes(devices: Collection[str]) -> dict[str, list[PoolProcess]]:
+    """Those that this user may look at, by the pool's device.
+
+    Args:
+        devices: of the pools (``MAJOR:MINOR``, as in offmap.pools.Pool).
+    """
     found: dict[str, list[PoolProcess]] = {}
     for pid in process_ids():
         mapped: dict[str, int] = {}
@@ -41,7 +46,10 @@ def pool_processes() -> dict[str, list[PoolProcess]]:
                 for mapping in process.maps():
                     major, _, minor = mapping.device.partition(":")
                     device = f"{int(major, 16)}:{int(minor, 16)}"
-                    mapped[device] = mapped.get(device, 0) + mapping.size
+                    if device in devices:
+                        mapped[device] = mapped.get(device, 0) + mapping.size
+            if not mapped:
+                continue
             name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
             kvm = kvm_pages(pid)
             for device, size in mapped.items():

@@ -43,8 +43,11 @@ def test_the_pages_by_which_kvm_maps_the_guests_of_a_process(tmp_path: Path) -> 
 def test_who_maps_files_of_a_file_system() -> None:
     fd = os.memfd_create("file")
     os.truncate(fd, 8192)
-    device = os.fstat(fd).st_dev
+    status = os.fstat(fd)
+    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
     with mmap.mmap(fd, 8192):
-        users = pool_processes()[f"{os.major(device)}:{os.minor(device)}"]
+        found = pool_processes({device})
     os.close(fd)
+    assert found.keys() == {device}
+    users = found[device]
     assert any(user.pid == os.getpid() and user.mapped >= 8192 for user in users)
