@@ -128,7 +128,7 @@ def _loaded() -> bool:
     except OSError:
         return True
     try:
-        return file_system(fd) != SYSFS_MAGIC or (_MODULES / "kvm").exists()
+        return file_system(fd) != SYSFS_MAGIC or os.access("kvm", os.F_OK, dir_fd=fd)
     finally:
         os.close(fd)
 
