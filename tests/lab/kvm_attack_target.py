@@ -210,8 +210,8 @@ def small_and_always_read_only() -> None:
     vm.slot(1, plain(PAGE), 1 << 30, READ_ONLY)
 
 
-def nested_guest_allowed() -> None:
-    vm = next(each for each in kept if isinstance(each, Vm))
+def set_svme(vm: Vm, *states: bool) -> None:
+    """Give a VM one more vCPU, with all features that KVM has, and set its EFER.SVME to each of these in turn."""
     vcpu = fcntl.ioctl(vm.fd, KVM_CREATE_VCPU, 1)
     cpuid = bytearray(8 + 40 * 100)
     struct.pack_into("<I", cpuid, 0, 100)
@@ -220,8 +220,14 @@ def nested_guest_allowed() -> None:
     sregs = bytearray(SREGS_SIZE)
     fcntl.ioctl(vcpu, KVM_GET_SREGS, sregs)
     at = 8 * 24 + 2 * 16 + 5 * 8  # segments, gdt and idt, cr0 cr2 cr3 cr4 cr8
-    struct.pack_into("<Q", sregs, at, struct.unpack_from("<Q", sregs, at)[0] | EFER_SVME)
-    fcntl.ioctl(vcpu, KVM_SET_SREGS, bytes(sregs))
+    efer = struct.unpack_from("<Q", sregs, at)[0] & ~EFER_SVME
+    for state in states:
+        struct.pack_into("<Q", sregs, at, efer | (EFER_SVME if state else 0))
+        fcntl.ioctl(vcpu, KVM_SET_SREGS, bytes(sregs))
+
+
+def nested_guest_allowed() -> None:
+    set_svme(next(each for each in kept if isinstance(each, Vm)), True)
 
 
 def clock_page_in_hidden_memory() -> None:

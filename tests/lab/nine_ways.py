@@ -25,23 +25,17 @@ from offmap.audit.vms import VmProcess, audit_every_vm
 from offmap.errors import OffmapError
 
 from .kvm_attack_target import (
-    EFER_SVME,
     GUEST_MEMFD,
     KVM_CREATE_GUEST_MEMFD,
     KVM_CREATE_VCPU,
     KVM_CREATE_VM,
-    KVM_GET_SREGS,
-    KVM_GET_SUPPORTED_CPUID,
     KVM_GET_VCPU_MMAP_SIZE,
-    KVM_SET_CPUID2,
     KVM_SET_MSRS,
-    KVM_SET_SREGS,
     KVM_SET_USER_MEMORY_REGION2,
     MIB,
     PAGE,
     READ_ONLY,
     RESERVED,
-    SREGS_SIZE,
     Attacker,
     Vm,
     address,
@@ -51,12 +45,12 @@ from .kvm_attack_target import (
     libc,
     nothing,
     plain,
+    set_svme,
 )
 
 KVM_GET_STATS_FD, KVM_CREATE_DEVICE, KVM_DEV_TYPE_VFIO = 0xAECE, 0xC00CAEE0, 4
 CLONE_NEWPID, CLONE_NEWNS = 0x2000_0000, 0x2_0000
 SYS_EXIT, PR_SET_NAME = 60, 15
-EFER_AT = 8 * 24 + 2 * 16 + 5 * 8  # in struct kvm_sregs: segments, gdt and idt, cr0 cr2 cr3 cr4 cr8
 CLOCK_ON = struct.pack("<IIIIQ", 1, 0, 0x4B56_4D01, 0, 0x2000 | 1)  # MSR_KVM_SYSTEM_TIME_NEW
 CLOCK_OFF = struct.pack("<IIIIQ", 1, 0, 0x4B56_4D01, 0, 0)
 
@@ -199,18 +193,7 @@ def clock_page_that_comes_and_goes() -> None:
 
 
 def nesting_that_comes_and_goes() -> None:
-    vm = honest()
-    vcpu = fcntl.ioctl(vm.fd, KVM_CREATE_VCPU, 1)
-    cpuid = bytearray(8 + 40 * 100)
-    struct.pack_into("<I", cpuid, 0, 100)
-    fcntl.ioctl(vm.kvm, KVM_GET_SUPPORTED_CPUID, cpuid)
-    fcntl.ioctl(vcpu, KVM_SET_CPUID2, cpuid)
-    sregs = bytearray(SREGS_SIZE)
-    fcntl.ioctl(vcpu, KVM_GET_SREGS, sregs)
-    efer = struct.unpack_from("<Q", sregs, EFER_AT)[0]
-    for value in (efer | EFER_SVME, efer):
-        struct.pack_into("<Q", sregs, EFER_AT, value)
-        fcntl.ioctl(vcpu, KVM_SET_SREGS, bytes(sregs))
+    set_svme(honest(), True, False)
 
 
 # 5. Slots over what is in no ordinary page table.
