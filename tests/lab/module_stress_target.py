@@ -12,6 +12,7 @@ than the deadline.
 
 import argparse
 import ctypes
+import errno
 import json
 import mmap
 import os
@@ -25,6 +26,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from offmap.audit.pageflags import KPF_HWPOISON
 
 from .module_host_target import NR_HUGEPAGES, available, corrupted, parameters
 from .module_target import (
@@ -176,7 +179,12 @@ def binder(chance: random.Random) -> str:
 def pressure(chance: random.Random) -> str:
     """Fill memory, in base pages or huge ones, with anonymous memory or a file's, as far as there is some."""
     size = int(available() * chance.uniform(0.2, 0.9)) // PAGE * PAGE
-    memory = mmap.mmap(-1, size, flags=chance.choice((mmap.MAP_PRIVATE, mmap.MAP_SHARED)) | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, size, flags=chance.choice((mmap.MAP_PRIVATE, mmap.MAP_SHARED)) | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        if error.errno != errno.ENOMEM:
+            raise
+        return "no room"  # takers have taken so much since, that the kernel does not promise it
     libc.madvise(ctypes.c_void_p(address(memory)), ctypes.c_size_t(size), chance.choice((14, 15)))  # MADV_[NO]HUGEPAGE
     view = words(memory)[:: PAGE // 8]
     began = time.monotonic()
@@ -222,18 +230,27 @@ def poison(chance: random.Random) -> str:
     words(memory)[:: PAGE // 8] = 1
     signal.signal(signal.SIGBUS, lambda *_: None)  # since 6.11 for who lets a page of its own fail
     at = address(memory) + chance.randrange(MIB // PAGE) * PAGE
-    if libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(PAGE), MADV_HWPOISON):
-        return "not poisoned"
+    refused = libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(PAGE), MADV_HWPOISON)
     # Which one it was when it failed: the kernel moves pages all the time. pagemap(5): an entry like one for swap.
-    with open("/proc/self/pagemap", "rb") as file:  # noqa: PTH123
-        file.seek(at // PAGE * 8)
-        frame = int.from_bytes(file.read(8), "little") >> 5 & (1 << 50) - 1
+    entry = _entry("/proc/self/pagemap", at // PAGE)
+    frame = entry & (1 << 55) - 1 if entry >> 63 else entry >> 5 & (1 << 50) - 1
+    if refused:
+        if not _entry("/proc/kpageflags", frame) >> KPF_HWPOISON & 1:
+            return "not poisoned"
+        del memory  # it counts as failed, and was left where it is: the kernel does not make it good while it is mapped
     time.sleep(chance.random())
     for _ in range(1000):
         if not failure(lambda: UNPOISON.write_text(f"{frame}\n")):
             return "poisoned"
         time.sleep(0.01)
     return "wrong: poisoned for good"
+
+
+def _entry(path: str, number: int) -> int:
+    """A number of eight bytes of a table in /proc."""
+    with open(path, "rb") as file:  # noqa: PTH123
+        file.seek(8 * number)
+        return int.from_bytes(file.read(8), "little")
 
 
 def hugepages(chance: random.Random) -> str:
