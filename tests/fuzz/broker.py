@@ -25,7 +25,7 @@ class BrokerTarget(Target):
         self._ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._theirs = theirs
         broker = _Broker.__new__(_Broker)  # its constructor is for a process of its own
-        broker._vmm, broker._ranges, broker._sealed = os.getpid(), [], True
+        broker._vmm, broker._ranges, broker._sealed, broker._zeroed = os.getpid(), [], True, False
         broker._socket = theirs
         broker._services = Services(self._connect, lambda _pid: None, lambda wait: 3 if wait else None)
         self._folder = os.open("/", os.O_PATH | os.O_DIRECTORY)
@@ -69,9 +69,6 @@ class BrokerTarget(Target):
                 os.close(struct.unpack("i", rights)[0])
             assert len(data) == 4
             answered = True
-            if self._broker._folders == []:  # it was told that the VMM has given all back
-                self._folder = os.open("/", os.O_PATH | os.O_DIRECTORY)
-                self._broker._folders = [_Folder(self._folder, "fuzzed", 0, 0)]
         return answered
 
     def close(self) -> None:

@@ -150,8 +150,6 @@ def run(args: argparse.Namespace) -> int:
     finally:
         progress.clear()
         audited = verdict(wait=False)
-        if confinement is not None:
-            confinement.broker.released()
     if error is not None:
         raise error
     if command_status is not None:

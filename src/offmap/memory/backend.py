@@ -26,10 +26,10 @@ class Keeper(Protocol):
     """A process that outlives this one, whatever ends it."""
 
     def keep_range(self, lock: int, start: int, size: int) -> None:
-        """Take the locked file of a range of physical memory. It zeroes the range and unlocks it in the end."""
+        """Take the locked file of a range of physical memory. Once this process has ended, it zeroes and unlocks it."""
 
-    def released(self) -> None:
-        """The range is zeroed, and may be unlocked."""
+    def zeroed(self) -> None:
+        """The range is zeroed already."""
 
 
 class Backend(ABC):

@@ -9,6 +9,8 @@ VMM ended.
 import errno
 import fcntl
 import os
+import time
+from collections.abc import Sequence
 
 from offmap.errors import KernelError
 from offmap.files import FileName
@@ -16,6 +18,9 @@ from offmap.kvm.handle import open_device
 from offmap.memory.iomem import PhysicalRange, intersect, subtract
 from offmap.owned import Owned
 from offmap.uapi.mman import F_OFD_GETLK, F_OFD_SETLK, FLOCK
+
+_MOMENT = 0.5  # seconds from a VMM's last words until its broker lets go
+_AGAIN = 0.01
 
 
 class RangeLock(Owned):
@@ -40,6 +45,20 @@ class RangeLock(Owned):
                     continue  # somebody was faster: ask again who
                 start = -(-holder.end // alignment) * alignment
         return None
+
+    def take_soon(self, free: list[PhysicalRange], size: int, alignments: Sequence[int]) -> PhysicalRange | None:
+        """As `take`, with the first alignment that there is room for. A lock outlives its VMM by a moment.
+
+        None where there is no such run, and for half a second there was none.
+        """
+        until = time.monotonic() + _MOMENT
+        while True:
+            for alignment in alignments:
+                if (taken := self.take(free, size, alignment)) is not None:
+                    return taken
+            if not any(map(self.held_by_others, free)) or time.monotonic() >= until:
+                return None
+            time.sleep(_AGAIN)  # one can wait for the lock of one range, not for any of several
 
     def held_by_others(self, within: PhysicalRange) -> list[PhysicalRange]:
         """The parts of `within` that other VMMs hold now, in order."""

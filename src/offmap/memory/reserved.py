@@ -71,9 +71,8 @@ class Reserved(Backend):
         with refused(_DEV_MEM_REMEDY):
             lock = RangeLock(_DEV_MEM)
         try:
-            taken = lock.take(free, size, PAGE_SIZE if self.base is not None else _ALIGNMENT)
-            if taken is None and self.base is None:
-                taken = lock.take(free, size, PAGE_SIZE)
+            tries = (PAGE_SIZE,) if self.base is not None else (_ALIGNMENT, PAGE_SIZE)
+            taken = lock.take_soon(free, size, tries)
             if taken is None:
                 raise self._refusal(ranges, lock, size)
             return [_map(taken, lock, self.keeper)]
@@ -148,10 +147,10 @@ def _map(taken: PhysicalRange, lock: RangeLock, keeper: Keeper | None) -> Backin
         try:
             # The next user of the range must not read this guest. No file is opened for it, as a sandbox allows none.
             memset(backing.address, 0, backing.size)
+            if keeper is not None:
+                keeper.zeroed()
         finally:
             lock.close()
-            if keeper is not None:
-                keeper.released()
 
     with refused(_DEV_MEM_REMEDY):
         fd = open_device(_DEV_MEM)

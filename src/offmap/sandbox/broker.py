@@ -1,9 +1,10 @@
 """The broker: a small process beside the VMM, which keeps what the VMM must not have once its guest runs.
 
-It is forked off before the VMM has anything of a guest. It holds the lock on a guest's reserved memory, and zeroes it
-if the VMM ends without having done so. It connects vsock ports, starts the audit, and says what the VMM has to say. It
-looks at nothing of the guest's. Requests are records of a socket pair, each of one size at most; descriptors go to it
-only before `seal`, and later only to the VMM. It ends with the VMM, and the VMM with it.
+It is forked off before the VMM has anything of a guest. It holds the lock on a guest's reserved memory until the VMM's
+process has ended, whatever that says: a mapping needs no descriptor. It zeroes the memory if the VMM has not. It
+connects vsock ports, starts the audit, and says what the VMM has to say. It looks at nothing of the guest's. Requests
+are records of a socket pair, each of one size at most; descriptors go to it only before `seal`, and later only to the
+VMM. It ends with the VMM, and the VMM with it.
 """
 
 # Python's own `socket` takes some milliseconds to import, for names that are not needed here.
@@ -12,6 +13,7 @@ import contextlib
 import errno
 import mmap
 import os
+import select
 import signal
 import struct
 import sys
@@ -30,9 +32,10 @@ if TYPE_CHECKING:
 
 _REQUEST = struct.Struct("<IIQQ")  # kind, a number, two more; a text or a siginfo follows
 _MOST_TEXT = 2048
-_LOG, _CONNECT, _AUDIT, _VERDICT, _KEEP_RANGE, _KEEP_FOLDER, _RELEASED, _SEAL = range(100, 108)
+_LOG, _CONNECT, _AUDIT, _VERDICT, _KEEP_RANGE, _KEEP_FOLDER, _ZEROED, _SEAL = range(100, 108)
 _SIGSYS = int(signal.SIGSYS)
 _NO_STATUS = 0xFFFFFFFF
+_GRACE = 10_000  # milliseconds for a VMM that has closed its end to end itself
 
 
 class Services(NamedTuple):
@@ -71,10 +74,12 @@ class Broker(Owned):
         self._socket = ours
         self.fd = ours.fileno()
         self._lock = threading.RLock()
+        self._outlives = False  # it waits for our end, and we not for its
 
     def keep_range(self, lock: int, start: int, size: int) -> None:
         """Hand over the locked file of a range of physical memory (/dev/mem)."""
         self._ask(_KEEP_RANGE, 0, start, size, fds=[lock])
+        self._outlives = True
 
     def keep_folder(self, folder: int, name: str) -> None:
         """Hand over the folder of a vsock's sockets, and the name that they begin with."""
@@ -84,9 +89,9 @@ class Broker(Owned):
         """From now on it takes no descriptors, and keeps no more than it has."""
         self._ask(_SEAL, 0)
 
-    def released(self) -> None:
-        """The VMM has zeroed its memory: the locks may go. When this returns they are gone."""
-        self._ask(_RELEASED, 0)
+    def zeroed(self) -> None:
+        """The VMM has zeroed its memory. The locks go once its process has ended."""
+        self._ask(_ZEROED, 0)
 
     def connect(self, folder: int, port: int) -> "socket.socket":
         """A connection to the program that listens at `port` of vsock number `folder`. Raises OSError: nobody does."""
@@ -132,11 +137,13 @@ class Broker(Owned):
         return int.from_bytes(answer[:4], "little"), fds
 
     def close(self) -> None:
-        """Let it end, and wait until it has."""
+        """Let it end, and wait until it has; if it holds memory, it ends after this process."""
         if self.fd < 0:
             return
         self._socket.close()
         self.fd = -1
+        if self._outlives:
+            return
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
@@ -162,7 +169,7 @@ class _Broker:
         self._services = services
         self._ranges: list[_Range] = []
         self._folders: list[_Folder] = []
-        self._sealed = False
+        self._sealed = self._zeroed = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)  # it ends with the VMM
         self._socket = connection
@@ -172,6 +179,7 @@ class _Broker:
         os.dup2(null, 1)  # whoever reads the guest's console must see its end
         os.closerange(3, kept)
         os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
+        self._vmm_ends = os.pidfd_open(vmm)
 
     def serve(self) -> int:
         try:
@@ -185,8 +193,18 @@ class _Broker:
                     return 0
                 self._answer(request, fds)
         finally:
-            self._give_back(zero=True)
+            if self._ranges:
+                self._outlive_the_vmm()
+            self._give_back()
             self._services.verdict(False)
+
+    def _outlive_the_vmm(self) -> None:
+        """Wait until the VMM has ended, and with it its mappings. One that does not end is killed."""
+        ended = select.poll()
+        ended.register(self._vmm_ends, select.POLLIN)
+        if not ended.poll(_GRACE):
+            signal.pidfd_send_signal(self._vmm_ends, signal.SIGKILL)
+            ended.poll()
 
     def _answer(self, request: bytes, fds: list[int]) -> None:
         status, answer_fds = 0, list[int]()
@@ -221,8 +239,8 @@ class _Broker:
             case _ if kind == _VERDICT:
                 status = self._services.verdict(bool(number))
                 return (_NO_STATUS if status is None else status), []
-            case _ if kind == _RELEASED:
-                self._give_back(zero=False)
+            case _ if kind == _ZEROED:
+                self._zeroed = True
             case _ if kind == _SEAL:
                 self._sealed = True
             case _ if kind == _KEEP_RANGE and fds and not self._sealed:
@@ -235,22 +253,20 @@ class _Broker:
                 return errno.EINVAL, []
         return 0, []
 
-    def _give_back(self, *, zero: bool) -> None:
+    def _give_back(self) -> None:
         """Let the next VMM have the memory; what was in it is not for that one."""
         for kept in self._ranges:
-            if zero:
+            if not self._zeroed:
                 with contextlib.suppress(OSError), mmap.mmap(kept.fd, kept.size, offset=kept.start) as memory:
                     for at in range(0, kept.size, 1 << 20):
                         memory[at : at + (1 << 20)] = bytes(min(1 << 20, kept.size - at))
             os.close(kept.fd)
-        self._ranges.clear()
         for folder in self._folders:
             with contextlib.suppress(OSError):
                 found = os.stat(folder.name, dir_fd=folder.fd, follow_symlinks=False)
                 if (found.st_dev, found.st_ino) == (folder.device, folder.inode):
                     os.unlink(folder.name, dir_fd=folder.fd)
             os.close(folder.fd)
-        self._folders.clear()
 
 
 def _say(level: int, name: str, message: str) -> None:

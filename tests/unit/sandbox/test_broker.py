@@ -2,12 +2,17 @@
 
 import errno
 import os
+import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from offmap.memory.iomem import PhysicalRange
+from offmap.memory.range_lock import RangeLock
 from offmap.sandbox import broker as module
 from offmap.sandbox.broker import Broker, Services
 
@@ -52,3 +57,56 @@ def test_and_never_afterwards(broker: Broker, tmp_path: Path) -> None:
         assert held(broker) == before
         with pytest.raises(OSError):
             broker.connect(0, 1000)
+
+
+VMM = """
+import os, sys
+sys.path[:0] = {path!r}
+from offmap.sandbox.broker import Broker, Services
+from offmap.memory.range_lock import RangeLock
+
+broker = Broker(Services(lambda _folder, _name: None, lambda _pid: None, lambda _wait: None))
+lock = RangeLock({file!r})
+lock.take([{range!r}], 4096, 4096)
+broker.keep_range(lock.fd, 0, 4096)
+lock.close()
+broker.seal()
+{then}
+print("said", flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "broker.zeroed()", "broker.close()", "broker.zeroed(); broker.close()"])
+def test_memory_stays_locked_for_as_long_as_its_vmm_may_map_it(tmp_path: Path, then: str) -> None:
+    file = tmp_path / "mem"
+    file.write_bytes(b"secret".ljust(4096, b"."))
+    free = PhysicalRange(0, 4096)
+    program = f"from offmap.memory.iomem import PhysicalRange\n{VMM}".format(
+        path=sys.path, file=str(file), range=free, then=then
+    )
+    with (
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as vmm,
+        RangeLock(file) as other,
+    ):
+        assert vmm.stdout is not None and vmm.stdin is not None
+        assert vmm.stdout.readline() == b"said\n"
+        assert other.take([free], 4096, 4096) is None
+        vmm.stdin.close()
+        vmm.wait()
+        assert other.take_soon([free], 4096, (4096,)) == free
+    assert (file.read_bytes() == bytes(4096)) == ("zeroed" not in then)
+
+
+def test_a_vmm_that_goes_on_without_its_broker_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "mem"
+    file.write_bytes(bytes(4096))
+    program = f"from offmap.memory.iomem import PhysicalRange\n{VMM}".format(
+        path=sys.path,
+        file=str(file),
+        range=PhysicalRange(0, 4096),
+        then="broker.close()",
+    ).replace("broker = ", "from offmap.sandbox import broker; broker._GRACE = 1; broker = ", 1)
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as vmm:
+        assert vmm.wait() == -signal.SIGKILL
