@@ -11,7 +11,7 @@ from .choices import Choices
 from .target import Target
 
 _REQUEST = struct.Struct("<IIQQ")
-_KINDS = (*range(100, 108), 0, 99, 108, 0xFFFFFFFF)
+_KINDS = (*range(100, 109), 0, 99, 109, 0xFFFFFFFF)
 _NUMBERS = (0, 1, 2, 7, 40, 0xFFFFFFFF)
 
 

@@ -154,6 +154,9 @@ ATTEMPTS = [
     ("memfd_create", 'text(b"m"), 0', WORKS),
     ("shmget", "0, 4096, 0", NO),  # it would be left behind
     ("mmap", "0, 4096, 7, 0x22, -1, 0", WORKS),  # RWX
+    ("mmap", "0, 1 << 21, 3, 0x40022, -1, 0", MAY),  # a huge page, which another guest waits for
+    ("madvise", "page, 4096, 12", MAY),  # MADV_MERGEABLE: which pages others have
+    ("futex", "page, 6, 0, 0", WORKS),  # FUTEX_LOCK_PI
     ("mprotect", "page, 4096, 5", WORKS),  # what is written shall run
     ("pkey_mprotect", "page, 4096, 4, -1", WORKS),
     ("ioctl", "kvm_vm(), 0xae41, 7", WORKS),  # KVM_CREATE_VCPU

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 
 _REQUEST = struct.Struct("<IIQQ")  # kind, a number, two more; a text or a siginfo follows
 _MOST_TEXT = 2048
-_LOG, _CONNECT, _AUDIT, _VERDICT, _KEEP_RANGE, _KEEP_FOLDER, _ZEROED, _SEAL = range(100, 108)
+_LOG, _CONNECT, _AUDIT, _VERDICT, _KEEP_RANGE, _KEEP_FOLDER, _KEEP_CHILD, _ZEROED, _SEAL = range(100, 109)
 _SIGSYS = int(signal.SIGSYS)
 _NO_STATUS = 0xFFFFFFFF
 _GRACE = 10_000  # milliseconds for a VMM that has closed its end to end itself
+_CHILD_GRACE = 2_000  # milliseconds for one of its children, which are told by its end
 
 
 class Services(NamedTuple):
@@ -84,6 +85,10 @@ class Broker(Owned):
     def keep_folder(self, folder: int, name: str) -> None:
         """Hand over the folder of a vsock's sockets, and the name that they begin with."""
         self._ask(_KEEP_FOLDER, 0, text=name, fds=[folder])
+
+    def keep_child(self, pidfd: int) -> None:
+        """Hand over a process that is to end with the VMM."""
+        self._ask(_KEEP_CHILD, 0, fds=[pidfd])
 
     def seal(self) -> None:
         """From now on it takes no descriptors, and keeps no more than it has."""
@@ -169,6 +174,7 @@ class _Broker:
         self._services = services
         self._ranges: list[_Range] = []
         self._folders: list[_Folder] = []
+        self._children: list[int] = []
         self._sealed = self._zeroed = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)  # it ends with the VMM
@@ -194,17 +200,11 @@ class _Broker:
                 self._answer(request, fds)
         finally:
             if self._ranges:
-                self._outlive_the_vmm()
+                _end(self._vmm_ends, _GRACE)  # and with it its mappings
+            for child in self._children:
+                _end(child, _CHILD_GRACE)
             self._give_back()
             self._services.verdict(False)
-
-    def _outlive_the_vmm(self) -> None:
-        """Wait until the VMM has ended, and with it its mappings. One that does not end is killed."""
-        ended = select.poll()
-        ended.register(self._vmm_ends, select.POLLIN)
-        if not ended.poll(_GRACE):
-            signal.pidfd_send_signal(self._vmm_ends, signal.SIGKILL)
-            ended.poll()
 
     def _answer(self, request: bytes, fds: list[int]) -> None:
         status, answer_fds = 0, list[int]()
@@ -245,6 +245,8 @@ class _Broker:
                 self._sealed = True
             case _ if kind == _KEEP_RANGE and fds and not self._sealed:
                 self._ranges.append(_Range(fds[0], first, second))
+            case _ if kind == _KEEP_CHILD and fds and not self._sealed:
+                self._children.append(fds[0])
             case _ if kind == _KEEP_FOLDER and fds and not self._sealed:
                 name = text.decode()
                 found = os.stat(name, dir_fd=fds[0], follow_symlinks=False)
@@ -267,6 +269,15 @@ class _Broker:
                 if (found.st_dev, found.st_ino) == (folder.device, folder.inode):
                     os.unlink(folder.name, dir_fd=folder.fd)
             os.close(folder.fd)
+
+
+def _end(pidfd: int, grace: int) -> None:
+    """Wait until a process has ended. One that does not within so many milliseconds is killed."""
+    ended = select.poll()
+    ended.register(pidfd, select.POLLIN)
+    if not ended.poll(grace):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        ended.poll()
 
 
 def _say(level: int, name: str, message: str) -> None:

@@ -1,14 +1,19 @@
 """Which system calls each kind of thread may make. A call that is not here ends the VM."""
 
 import fcntl
+import mmap
 import os
 import signal
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from offmap.sandbox.rules import Rule, allow, one_of, with_bit, without
+from offmap.sandbox.rules import Rule, allow, both, one_of, with_bit, without
 from offmap.uapi import fs, kvm
 
-_PROT_EXEC = 4
+_MAP_HOST_POOLS = 0x2000 | 0x40000  # MAP_LOCKED, MAP_HUGETLB: what other guests live on
+_MADV_DONTNEED, _MADV_FREE = 4, 8
+# linux/futex.h: FUTEX_WAIT, _WAKE, _WAIT_BITSET, _WAKE_BITSET; each with _PRIVATE_FLAG and _CLOCK_REALTIME, or without.
+_FUTEX_OPS = [op | private | clock for op in (0, 1, 9, 10) for private in (0, 128) for clock in (0, 256)]
+_PUNCH_HOLE = fs.FALLOC_FL_PUNCH_HOLE | fs.FALLOC_FL_KEEP_SIZE
 _AT_EMPTY_PATH = 0x1000
 _FIONBIO = 0x5421
 # asm-generic/ioctls.h. (A guest without a terminal need not wait for the module termios.)
@@ -18,9 +23,11 @@ _TCGETS, _TCSETS, _TCSETSW, _TCSETSF, _TIOCGWINSZ = 0x5401, 0x5402, 0x5403, 0x54
 def _all_threads() -> list[Rule]:
     """The interpreter's own: memory, locks, time, its end, and what is already open."""
     return [
-        *allow("futex", "munmap", "mremap", "brk", "madvise", "read", "write", "close", "poll"),
-        without("mmap", 2, _PROT_EXEC),
-        without("mprotect", 2, _PROT_EXEC),
+        *allow("munmap", "mremap", "brk", "read", "write", "close", "poll"),
+        one_of("futex", 1, _FUTEX_OPS),
+        one_of("madvise", 2, [_MADV_DONTNEED, _MADV_FREE, mmap.MADV_REMOVE]),
+        both(without("mmap", 2, mmap.PROT_EXEC), without("mmap", 3, _MAP_HOST_POOLS)),
+        without("mprotect", 2, mmap.PROT_EXEC),
         *allow("rt_sigreturn", "rt_sigprocmask", "sigaltstack", "restart_syscall", "exit", "exit_group"),
         *allow("getpid", "gettid", "clock_gettime", "gettimeofday", "sched_yield", "getrandom"),
         *allow("rseq", "set_robust_list"),
@@ -38,7 +45,8 @@ def _main() -> list[Rule]:
         *allow("fstat", "epoll_ctl", "pwrite64"),
         one_of("fcntl", 1, [fcntl.F_GETFD, fcntl.F_GETFL, fcntl.F_SETFL]),
         # What a device does when its driver, or the machine, is ended.
-        *allow("fallocate", "recvfrom"),
+        one_of("fallocate", 1, [_PUNCH_HOLE, fs.FALLOC_FL_ZERO_RANGE]),
+        *allow("recvfrom"),
     ]
 
 
@@ -46,9 +54,9 @@ def _vcpu() -> list[Rule]:
     return [one_of("ioctl", 1, [kvm.KVM_RUN, kvm.KVM_IRQ_LINE, kvm.KVM_GET_REGS])]
 
 
-def _socket() -> list[Rule]:
+def _vsock() -> list[Rule]:
     return [
-        *allow("recvmsg", "sendmsg", "recvfrom", "sendto", "shutdown", "getsockname", "getsockopt", "accept4"),
+        *allow("writev", "recvmsg", "recvfrom", "shutdown", "getsockname", "getsockopt", "accept4"),
         one_of("ioctl", 1, [_FIONBIO]),
         one_of("fcntl", 1, [fcntl.F_GETFL, fcntl.F_SETFL]),
     ]
@@ -56,7 +64,8 @@ def _socket() -> list[Rule]:
 
 def _drive() -> list[Rule]:
     return [
-        *allow("preadv", "pwritev", "preadv2", "pwritev2", "pread64", "pwrite64", "fallocate", "fdatasync"),
+        *allow("preadv", "pwritev", "preadv2", "pwritev2", "pread64", "pwrite64", "fdatasync"),
+        one_of("fallocate", 1, [_PUNCH_HOLE, fs.FALLOC_FL_ZERO_RANGE]),
         one_of("ioctl", 1, [fs.BLKDISCARD, fs.BLKZEROOUT]),
     ]
 
@@ -87,15 +96,14 @@ def _vhost() -> list[Rule]:
 
 def _passt() -> list[Rule]:
     status = with_bit("newfstatat", 3, _AT_EMPTY_PATH)
-    return [*allow("recvmsg", "sendmsg", "sendto", "lseek", "wait4"), status]
+    return [*allow("readv", "writev", "lseek", "wait4"), status]
 
 
 def _console() -> list[Rule]:
     return [
-        *allow("readv", "writev", "dup"),
-        *_socket(),
-        one_of("ioctl", 1, [_TCGETS, _TIOCGWINSZ, _FIONBIO]),
-        one_of("fcntl", 1, [fcntl.F_DUPFD_CLOEXEC]),
+        *allow("readv", "writev", "sendto"),
+        one_of("ioctl", 1, [_TCGETS, _TIOCGWINSZ]),
+        one_of("fcntl", 1, [fcntl.F_GETFL]),
     ]
 
 
@@ -103,24 +111,22 @@ def _console() -> list[Rule]:
 _OF_DEVICES: Mapping[str, Callable[[], list[Rule]]] = {
     "drive": _drive,
     "rng": lambda: allow("readv"),
-    "balloon": lambda: allow("fallocate"),
+    "balloon": lambda: [one_of("fallocate", 1, [_PUNCH_HOLE])],
     "tap": _tap,
     "vhost": _vhost,
     "passt": _passt,
-    "vsock": _socket,
+    "vsock": _vsock,
     "console": _console,
 }
 
 
-def rules_of_main(devices: Iterable[str], children: Collection[int] = ()) -> list[Rule]:
+def rules_of_main(devices: Iterable[str]) -> list[Rule]:
     """Of the thread that waits for the user and ends the machine.
 
     Args:
         devices: rows of the table, of all devices: their drivers are reset on this thread when the machine ends.
-        children: processes that it may end.
     """
-    rules = [*_all_threads(), *_main(), *(rule for name in devices for rule in _OF_DEVICES[name]())]
-    return [*rules, one_of("kill", 0, children)] if children else rules
+    return [*_all_threads(), *_main(), *(rule for name in devices for rule in _OF_DEVICES[name]())]
 
 
 def rules_of_vcpu() -> list[Rule]:

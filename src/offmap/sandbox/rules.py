@@ -44,6 +44,11 @@ def with_bit(name: str, number: int, bits: int) -> Rule:
     return name, (Argument(number, with_=bits),)
 
 
+def both(one: Rule, other: Rule) -> Rule:
+    """What two rules of one call allow both."""
+    return one[0], one[1] + other[1]
+
+
 def by_call(rules: Iterable[Rule]) -> Mapping[str, list[tuple[Argument, ...]]]:
     """The conditions of each call, those together of which one must hold; none at all where any arguments do."""
     calls: dict[str, list[tuple[Argument, ...]]] = {}

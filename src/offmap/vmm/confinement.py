@@ -91,9 +91,8 @@ class Confinement(Owned):
         try:
             yield gate
             gate.wait_for_all()
-            children = [device.child for device in machine.devices if device.child is not None]
             kinds = [kind for device in machine.devices for kind in device.kinds]
-            seccomp.install(seccomp.compiled(policy.rules_of_main(kinds, children)))
+            seccomp.install(seccomp.compiled(policy.rules_of_main(kinds)))
         except BaseException as error:
             # Before any of them goes on: one may have no filter.
             why = error if isinstance(error, OffmapError) else OffmapError("the VMM could not be confined")
@@ -103,9 +102,13 @@ class Confinement(Owned):
             gate.open()
 
     def _hand_over(self, machine: "Machine") -> None:
-        """Let the broker have the folders of vsocks."""
+        """Let the broker have the folders of vsocks, and devices' processes."""
         number = 0
         for device in machine.devices:
+            if device.child is not None:
+                child = device.child.hand_over()
+                self.broker.keep_child(child)
+                os.close(child)
             if "vsock" in device.kinds:
                 from offmap.devices.virtio.vsock import Vsock
 

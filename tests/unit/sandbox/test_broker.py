@@ -18,8 +18,9 @@ from offmap.sandbox.broker import Broker, Services
 
 
 @pytest.fixture
-def broker() -> Iterator[Broker]:
-    """Give one whose vsock ports all lead to a socket of its own."""
+def broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Broker]:
+    """Give one whose vsock ports all lead to a socket of its own, and which waits for no child."""
+    monkeypatch.setattr(module, "_CHILD_GRACE", 0)
     services = Services(lambda _folder, _name: socket.socketpair()[0], lambda _pid: None, lambda _wait: None)
     with Broker(services) as broker:
         yield broker
@@ -46,13 +47,22 @@ def test_descriptors_go_to_it_before_it_is_sealed(broker: Broker, tmp_path: Path
     assert refused.value.errno == errno.EINVAL
 
 
+def test_a_child_that_does_not_end_is_killed(broker: Broker) -> None:
+    with subprocess.Popen(["sleep", "100"]) as child:
+        pidfd = os.pidfd_open(child.pid)
+        broker.keep_child(pidfd)
+        os.close(pidfd)
+        broker.close()
+        assert child.wait() == -signal.SIGKILL
+
+
 def test_and_never_afterwards(broker: Broker, tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.touch()
     with file.open() as opened:
         broker.seal()
         before = held(broker)
-        for request in (module._KEEP_RANGE, module._KEEP_FOLDER, module._LOG, 0):
+        for request in (module._KEEP_RANGE, module._KEEP_FOLDER, module._KEEP_CHILD, module._LOG, 0):
             broker._ask(request, 0, 0, 1 << 40, text="sock", fds=[opened.fileno()])
         assert held(broker) == before
         with pytest.raises(OSError):

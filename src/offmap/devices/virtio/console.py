@@ -113,6 +113,10 @@ class Console(VirtioDevice):
         self._multiport = False
         self._worker = None
 
+    def close(self) -> None:
+        for stream in self._streams:
+            stream.close()
+
     def handle(self, queue: int) -> None:
         if self._multiport and queue == _CONTROL_FROM_DRIVER:
             self._take_messages()
@@ -281,9 +285,8 @@ class Console(VirtioDevice):
         if fd is None or stream.output_failed or not buffers:
             return chain.readable_bytes - start
         try:
-            if stream.output_is_socket:
-                with socket.socket(fileno=os.dup(fd)) as peer:
-                    return peer.sendmsg(buffers, [], socket.MSG_DONTWAIT)
+            if stream.peer is not None:
+                return stream.peer.send(next(filter(len, buffers)), socket.MSG_DONTWAIT)
             if stream.output_blocks:
                 # poll(2) promises room for so much.
                 poll = select.poll()

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import select
+import socket
 import stat
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -55,7 +56,9 @@ class Stream:
         self.unwritten: tuple[Chain, int] | None = None  # popped, and written up to there
         self.input_polls = port.input is not None and _polls(port.input)
         mode = 0 if port.output is None else os.fstat(port.output).st_mode
-        self.output_is_socket = stat.S_ISSOCK(mode)
+        self.peer: socket.socket | None = None  # the output, where it is a socket
+        if port.output is not None and stat.S_ISSOCK(mode):
+            self.peer = socket.socket(fileno=os.dup(port.output))
         # What could not be opened anew to be non-blocking, such as another user's terminal.
         waits = not stat.S_ISSOCK(mode) and not stat.S_ISREG(mode)
         self.output_blocks = port.output is not None and waits and os.get_blocking(port.output)
@@ -64,6 +67,10 @@ class Stream:
         if self.in_use != in_use:
             self.in_use = in_use
             (self.port.on_open if in_use else self.port.on_close)()
+
+    def close(self) -> None:
+        if self.peer is not None:
+            self.peer.close()
 
     def forget(self) -> None:
         self.use(False)

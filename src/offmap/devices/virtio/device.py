@@ -57,6 +57,13 @@ class Activation(NamedTuple):
         return bool(self.features >> feature & 1)
 
 
+class Child(Protocol):
+    """A process of a device."""
+
+    def hand_over(self) -> int:
+        """Return a pidfd of it. Whoever has that sees to its end."""
+
+
 class VirtioDevice(Owned, ABC):
     """A device, without its transport.
 
@@ -65,7 +72,7 @@ class VirtioDevice(Owned, ABC):
         queue_sizes: the largest size of each queue, powers of two.
         features: bit mask of the device's own features; the transport adds those of queues and of virtio 1.
         kinds: what it does on the host, as rows of the table of system calls (offmap.sandbox.policy).
-        child: a process of its own that it ends, or None.
+        child: a process of its own, or None.
         limit: what the guest may have of each queue in a second; None: as much as there is.
     """
 
@@ -73,7 +80,7 @@ class VirtioDevice(Owned, ABC):
     queue_sizes: Sequence[int] = (256,)
     features: int = 0
     kinds: Sequence[str] = ()
-    child: int | None = None
+    child: Child | None = None
     limit: Limit | None = None
 
     def config(self) -> bytes:

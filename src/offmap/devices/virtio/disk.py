@@ -31,7 +31,6 @@ _MOST_WRITTEN = 4 << 20  # bytes of zeroes at once
 _MOST_QUICK = 256 << 20  # bytes that the file system forgets at once
 _DEFAULT_PHYSICAL_BLOCK = 4096  # the usual block of file systems; an aligned guest spares the host a read
 _PUNCH_HOLE = fs.FALLOC_FL_PUNCH_HOLE | fs.FALLOC_FL_KEEP_SIZE
-_ZERO_RANGE = fs.FALLOC_FL_ZERO_RANGE | fs.FALLOC_FL_KEEP_SIZE
 _RANGE = struct.Struct("=QQ")  # of BLKDISCARD and BLKZEROOUT
 
 
@@ -261,7 +260,7 @@ class Disk(Owned):
             fcntl.ioctl(self.fd, fs.BLKZEROOUT, _RANGE.pack(offset, size))
             return size, False
         quick = min(size, _MOST_QUICK)
-        for mode in (_PUNCH_HOLE, _ZERO_RANGE) if unmap else (_ZERO_RANGE,):
+        for mode in (_PUNCH_HOLE, fs.FALLOC_FL_ZERO_RANGE) if unmap else (fs.FALLOC_FL_ZERO_RANGE,):
             try:
                 fallocate(self.fd, mode, offset, quick)
             except OSError as error:

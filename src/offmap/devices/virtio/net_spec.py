@@ -65,7 +65,7 @@ class NetSpec(NamedTuple):
             backend.close()
             raise
         net.limit = self.limit
-        net.child = backend.pid if isinstance(backend, Passt) else None
+        net.child = backend if isinstance(backend, Passt) else None
         return net
 
 

@@ -98,7 +98,7 @@ class FrameStream(Owned):
         return self._size
 
     def _read(self, buffers: Sequence[memoryview]) -> int:
-        got = self._stream.recvmsg_into(buffers)[0]
+        got = os.readv(self.fd, buffers)
         if not got:
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         return got
@@ -116,7 +116,7 @@ class FrameStream(Owned):
         size = length(frame)
         if not 0 < size <= MAX_FRAME:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        sent = self._stream.sendmsg([_LENGTH.pack(size), *frame])
+        sent = os.writev(self.fd, [_LENGTH.pack(size), *frame])
         if sent < _LENGTH.size + size:
             # A copy, since its buffers go back to the guest: at most one frame.
             rest = b"".join([_LENGTH.pack(size), *frame])[sent:]
@@ -126,7 +126,7 @@ class FrameStream(Owned):
         """Write the rest of a frame. Return whether all of it is written; if not, `fd` becomes writable."""
         while self._unsent:
             try:
-                self._unsent = part(self._unsent, self._stream.send(self._unsent[0]))
+                self._unsent = part(self._unsent, os.write(self.fd, self._unsent[0]))
             except BlockingIOError:
                 return False
             except OSError:
@@ -156,6 +156,7 @@ class Passt(FrameStream):
     """
 
     changes = None
+    _handed_over = False
 
     def __init__(self, options: Sequence[str] = ()) -> None:
         program = shutil.which("passt")
@@ -185,10 +186,10 @@ class Passt(FrameStream):
             super().__init__(ours)
             undo.pop_all()
 
-    @property
-    def pid(self) -> int:
-        """Of its process."""
-        return self._process.pid
+    def hand_over(self) -> int:
+        """Return a pidfd of its process. If closing the stream does not end it, whoever has the pidfd does."""
+        self._handed_over = True
+        return os.pidfd_open(self._process.pid)
 
     def is_up(self) -> bool:
         """Whether it runs."""
@@ -205,9 +206,11 @@ class Passt(FrameStream):
         if self.fd < 0:
             return
         super().close()
+        self._log.close()
         try:
             self._process.wait(_END_SECONDS)
         except subprocess.TimeoutExpired:
+            if self._handed_over:
+                return
             self._process.kill()
             self._process.wait()
-        self._log.close()

@@ -6,6 +6,7 @@ copied only if the host's socket does not take it at once: BUF_ALLOC bytes at mo
 """
 
 import errno
+import os
 import select
 import socket
 from collections.abc import Sequence
@@ -135,7 +136,8 @@ class Connection:
     def _send(self, payload: Sequence[memoryview], *, counts: bool = True) -> int:
         """Write to the socket. Return how many bytes are done, written or lost."""
         try:
-            done = self.socket.sendmsg(payload, (), socket.MSG_NOSIGNAL) if payload else 0
+            # Not sendmsg, which could send descriptors: no thread of a VMM has it.
+            done = os.writev(self.socket.fileno(), payload) if payload else 0
         except BlockingIOError:
             done = 0
         except OSError:
