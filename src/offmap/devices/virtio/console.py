@@ -26,6 +26,8 @@ _CONTROL_TO_DRIVER, _CONTROL_FROM_DRIVER = 2, 3
 _DATA_QUEUE_SIZE = 16  # Linux fills an input queue with pages: of 256, they would be 1 MiB of the guest's RAM
 _CONTROL_QUEUE_SIZE = 32
 _MOST_MESSAGES = 1024  # to the driver that it has not taken; an honest one leaves a few for each port
+_BUDGET = 64  # buffers of one port and direction before others have their turn
+_MOST_MOVED = 1 << 20  # bytes at once
 _TERMINAL_ROOM = 128  # a pty counts its room in 256 bytes (TTYB_ALIGN_MASK, tty_buffer.c), and a newline takes two
 
 
@@ -206,8 +208,12 @@ class Console(VirtioDevice):
             else:
                 worker.unwatch(fd)
             return
-        while not stream.input_ended and self._has_room(queue):
+        for _ in range(_BUDGET):
+            if stream.input_ended or not self._has_room(queue):
+                break
             self._read_once(stream, fd, queue)
+        else:
+            queue.go_on_later()
         queue.notify()
 
     def _input_ready(self, stream: Stream) -> None:
@@ -231,7 +237,7 @@ class Console(VirtioDevice):
         if not chain.writable_bytes:
             raise DriverError("gives an empty buffer for input")
         try:
-            size = read_into(fd, chain)
+            size = read_into(fd, part(chain.writable, 0, _MOST_MOVED))
         except BlockingIOError:
             queue.undo_pop()
             return
@@ -253,16 +259,16 @@ class Console(VirtioDevice):
             for other in self._streams:
                 if other is not stream and not other.port.last:
                     self._write_all(other)
-                    if other.unwritten is not None:
+                    if other.unwritten is not None or other.goes_on:
                         return  # whoever writes the rest of it comes back here
         self._write_all(stream)
 
     def _write_all(self, stream: Stream) -> None:
-        """Write the guest's output until its reader is too slow."""
-        queue = stream.output_queue
-        if queue is None:
+        """Write the guest's output until its reader is too slow, or others have their turn."""
+        queue, worker = stream.output_queue, self._worker
+        if queue is None or worker is None:
             return
-        while True:
+        for _ in range(_BUDGET):
             chain, start = stream.unwritten or (queue.take(), 0)
             if chain is None:
                 break
@@ -276,17 +282,29 @@ class Console(VirtioDevice):
                 continue
             stream.unwritten = None
             queue.push(chain, 0)
+        else:
+            if not stream.goes_on:
+                stream.goes_on = True  # once: each kick would post another one
+                worker.post(lambda: self._go_on(stream))
         queue.notify()
+
+    def _go_on(self, stream: Stream) -> None:
+        stream.goes_on = False
+        self._write_all(stream)
+        if stream.unwritten is None and not stream.goes_on:
+            for other in self._streams:
+                if other.port.last:
+                    self._transmit(other)
 
     def _write(self, stream: Stream, chain: Chain, start: int) -> int:
         """Write a part of a chain. Return how many bytes are done; 0 if they wait for poll to find room."""
         fd = stream.port.output
-        buffers = part(chain.readable, start)[:IOV_MAX]
+        buffers = part(chain.readable, start, _MOST_MOVED)[:IOV_MAX]
         if fd is None or stream.output_failed or not buffers:
             return chain.readable_bytes - start
         try:
             if stream.peer is not None:
-                return stream.peer.send(next(filter(len, buffers)), socket.MSG_DONTWAIT)
+                return stream.peer.send(buffers[0], socket.MSG_DONTWAIT)
             if stream.output_blocks:
                 # poll(2) promises room for so much.
                 poll = select.poll()
@@ -307,8 +325,4 @@ class Console(VirtioDevice):
     def _output_ready(self, stream: Stream) -> None:
         if self._worker is not None and stream.port.output is not None:
             self._worker.unwatch(stream.port.output)
-        self._write_all(stream)
-        if stream.unwritten is None:
-            for other in self._streams:
-                if other.port.last:
-                    self._transmit(other)
+        self._go_on(stream)

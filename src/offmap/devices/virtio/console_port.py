@@ -54,6 +54,7 @@ class Stream:
         self.input_queue: Queue | None = None
         self.output_queue: Queue | None = None
         self.unwritten: tuple[Chain, int] | None = None  # popped, and written up to there
+        self.goes_on = False  # the rest is written once others have had their turn
         self.input_polls = port.input is not None and _polls(port.input)
         mode = 0 if port.output is None else os.fstat(port.output).st_mode
         self.peer: socket.socket | None = None  # the output, where it is a socket
@@ -86,17 +87,17 @@ def _polls(fd: int) -> bool:
     return False
 
 
-def read_into(fd: int, chain: Chain) -> int:
-    """Read from `fd` into the chain's writable part; return how many bytes."""
+def read_into(fd: int, buffers: Sequence[memoryview]) -> int:
+    """Read from `fd` into the buffers; return how many bytes."""
     try:
-        return os.readv(fd, chain.writable[:IOV_MAX])
+        return os.readv(fd, buffers[:IOV_MAX])
     except OSError as error:
         if error.errno != errno.EFAULT:
             raise
     # Some file systems read by GUP (uncached 9p), which hidden RAM refuses.
-    with memoryview(bytearray(min(chain.writable_bytes, _BOUNCE_SIZE))) as bounce:
+    with memoryview(bytearray(min(length(buffers), _BOUNCE_SIZE))) as bounce:
         size = os.readv(fd, [bounce])
-        scatter(bounce[:size], chain.writable)
+        scatter(bounce[:size], buffers)
         bounce[:size] = bytes(size)
     return size
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from operator import add
 from struct import Struct
+from time import monotonic
 from typing import NamedTuple
 
 from offmap.devices.virtio.dma import Dma, DriverError, Piece
@@ -39,6 +40,7 @@ _MOST_BYTES = (1 << 32) - 1  # of a chain (2.7.5.2), so that what was written of
 
 _SHARE = 64 << 20  # bytes that `chains` goes through before others have their turn; a buffer counts as _AT_LEAST
 _AT_LEAST = 256 << 10
+_TURN = 0.05  # seconds, likewise: a request may wait for a disk (a flush)
 
 _DESCRIPTOR = Struct("<QIHH")  # struct vring_desc: addr, len, flags, next
 
@@ -282,17 +284,18 @@ class Queue:
         """Yield the available buffers. At the end the driver is asked for a kick with the next one.
 
         A driver may add buffers as quickly as they are used. It need not even run for it: a drive's data can be read
-        into the available ring. So after a share of buffers the rest waits (`again`). Whoever waits for the thread
-        gets a turn in between, to stop the device for example.
+        into the available ring. So after a share of buffers, or some time, the rest waits (`again`). Whoever waits for
+        the thread gets a turn in between, to stop the device for example.
 
         Raises:
             DriverError: as `pop`.
         """
         self._share = _SHARE
+        until = monotonic() + _TURN
         while (chain := self.take()) is not None:
             self._share -= chain.readable_bytes + chain.writable_bytes + _AT_LEAST
             yield chain
-            if self._share <= 0 and self._again is not None:
+            if (self._share <= 0 or monotonic() >= until) and self._again is not None:
                 self._again()
                 return
 

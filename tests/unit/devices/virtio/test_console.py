@@ -6,11 +6,12 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import pytest
 
@@ -18,6 +19,7 @@ from offmap.devices.virtio.console import Console
 from offmap.devices.virtio.console_port import Port
 from offmap.devices.virtio.device import Activation
 from offmap.devices.virtio.dma import DriverError
+from offmap.devices.virtio.queue import Chain, Queue
 from offmap.devices.virtio.worker import Worker
 from offmap.owned import Owned
 from offmap.patience import scaled
@@ -299,6 +301,41 @@ def test_the_last_port_waits_for_the_others(stack: ExitStack) -> None:
         total += len(out.read())
     until(lambda: _readable(status.r))
     assert status.read() == b"exit 0\n"
+
+
+class Endless:
+    """A queue whose driver, or another device, adds buffers as quickly as they are used."""
+
+    stopped = False
+
+    def __init__(self) -> None:
+        self._data = [memoryview(bytearray(8))]
+        self.used = 0
+
+    def take(self) -> Chain | None:
+        return None if self.stopped else Chain(0, self._data, [], 8, 0)
+
+    def push(self, _chain: Chain, _written: int) -> None:
+        self.used += 1
+
+    def notify(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("output", [os.devnull, None])
+def test_a_guest_that_never_stops_writing_leaves_the_thread_to_others(stack: ExitStack, output: str | None) -> None:
+    fd = None if output is None else os.open(output, os.O_WRONLY)
+    guest = stack.enter_context(Guest(Port(output=fd)))
+    guest.open(0)
+    queue, stream, heard = Endless(), guest.device._streams[0], threading.Event()
+    stack.callback(setattr, queue, "stopped", True)
+    stream.output_queue = cast(Queue, queue)
+    guest.worker.post(lambda: guest.device.handle(1))
+    until(lambda: queue.used)
+    guest.worker.post(heard.set)
+    assert heard.wait(scaled(10.0))
+    used = queue.used
+    until(lambda: queue.used > used)  # and it goes on
 
 
 def test_a_reader_that_has_gone_is_reported_once_and_the_rest_lost(stack: ExitStack) -> None:

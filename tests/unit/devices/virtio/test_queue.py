@@ -158,6 +158,25 @@ def test_a_driver_that_never_stops_adding_leaves_the_thread_to_others(memory: Gu
     assert queue.pop() is not None, "nothing is lost"
 
 
+def test_a_device_that_waits_for_its_host_leaves_the_thread_to_others(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("offmap.devices.virtio.queue.monotonic", lambda: now[0])
+    driver = Driver(memory)
+    again: list[None] = []
+    queue = driver.queue(again=lambda: again.append(None))
+    for _ in range(4):
+        driver.add(b"x")
+    served = 0
+    for chain in queue.chains():
+        now[0] += 0.03  # a disk's flush
+        queue.push(chain, 0)
+        served += 1
+    assert (served, len(again)) == (2, 1)
+    assert len(list(queue.chains())) == 2
+
+
 def test_an_undone_pop_gives_the_same_again(memory: GuestMemory) -> None:
     driver = Driver(memory)
     queue = driver.queue()
