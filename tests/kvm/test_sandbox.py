@@ -254,6 +254,26 @@ def test_without_the_sandbox_it_works(monitor: Path, tmp_path: Path, call: str, 
     assert done.returncode == 77
 
 
+TOO_MUCH = [
+    ("pwrite64", 'next(fd for fd in fds if fds[fd].endswith("drive")), page, 1, 1 << 20', "File too large"),
+    ("ftruncate", 'next(fd for fd in fds if fds[fd].endswith("drive")), 1 << 40', "File too large"),
+    ("mmap", "0, 2 << 30, 3, 0x22, -1, 0", "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize(("call", "arguments", "error"), TOO_MUCH)
+@pytest.mark.parametrize("sandbox", [True, False])
+def test_it_can_fill_neither_disk_nor_memory(
+    monitor: Path, tmp_path: Path, call: str, arguments: str, error: str, sandbox: bool
+) -> None:
+    drive = tmp_path / "drive"
+    drive.write_bytes(bytes(1 << 20))
+    more = () if sandbox else ("--no-sandbox",)
+    done = try_in(monitor, tmp_path, "main", call, arguments, "--drive", str(drive), *more)
+    assert done.returncode == 77, done.stderr
+    assert (f"attempt: -1 {error}\n" in done.stderr) == sandbox, done.stderr
+
+
 @contextmanager
 def opened(path: str) -> Iterator[int]:
     """Give a descriptor."""

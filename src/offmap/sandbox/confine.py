@@ -18,7 +18,10 @@ _UID_BASE = 0x7000_0000
 """User ids of VMs: this and the VMM's pid, which is unique while it runs. No tool gives such ids to people."""
 
 _NOBODY = 65534
-_RLIMIT_CORE, _RLIMIT_NOFILE = 4, 7  # asm-generic/resource.h
+# asm-generic/resource.h
+_RLIMIT_FSIZE, _RLIMIT_STACK, _RLIMIT_CORE, _RLIMIT_NOFILE, _RLIMIT_AS = 1, 3, 4, 7, 9
+_LARGEST_STACK = 64 << 20  # of a thread that is still to come, where no limit says
+_SPARE = 256 << 20  # bytes of memory that it may still take: what devices keep for others is counted, and far less
 _NAMESPACES = (
     ("ipc", uapi.CLONE_NEWIPC),
     ("uts", uapi.CLONE_NEWUTS),
@@ -46,11 +49,24 @@ class Confined(NamedTuple):
     missing: tuple[str, ...]
 
 
-def confine(most_fds: int) -> Confined:
-    """Give up all that can be.
+class Limits(NamedTuple):
+    """What a process may have.
 
-    Args:
-        most_fds: descriptors that it may still open.
+    Attributes:
+        fds: descriptors.
+        file: bytes of the longest file that it writes to; None: any number.
+        memory: bytes that it has mapped already.
+        threads: that it is still to start.
+    """
+
+    fds: int
+    file: int | None
+    memory: int
+    threads: int
+
+
+def confine(limits: Limits) -> Confined:
+    """Give up all that can be.
 
     Raises:
         OffmapError: the least is not to be had: no capabilities, and no new ones.
@@ -79,7 +95,11 @@ def confine(most_fds: int) -> Confined:
         except KernelError as error:
             missing.append(f"empty root ({error.reason})")
     _limit(libc, _RLIMIT_CORE, 0)
-    _limit(libc, _RLIMIT_NOFILE, most_fds)
+    if limits.file is not None:
+        _limit(libc, _RLIMIT_FSIZE, limits.file)
+    stacks = limits.threads * min(_limits(libc, _RLIMIT_STACK)[0], _LARGEST_STACK)
+    _limit(libc, _RLIMIT_AS, limits.memory + stacks + _SPARE)
+    _limit(libc, _RLIMIT_NOFILE, limits.fds)
     if privileged:
         _become_nobody(missing)
     _drop_capabilities(libc)
@@ -93,11 +113,17 @@ def confine(most_fds: int) -> Confined:
 
 def _limit(libc: ctypes.CDLL, resource: int, most: int) -> None:
     """Let it have no more than this, or than it may have already. (Python's own module takes a while to import.)"""
-    limits = (ctypes.c_ulong * 2)()
-    libc.getrlimit(resource, limits)
+    limits = _limits(libc, resource)
     limits[0] = limits[1] = min(most, limits[1])
     if libc.setrlimit(resource, limits):
         raise KernelError("setrlimit", ctypes.get_errno())
+
+
+def _limits(libc: ctypes.CDLL, resource: int) -> "ctypes.Array[ctypes.c_ulong]":
+    """What it may have, and could let itself have."""
+    limits = (ctypes.c_ulong * 2)()
+    libc.getrlimit(resource, limits)
+    return limits
 
 
 def _leave_files(libc: ctypes.CDLL) -> None:

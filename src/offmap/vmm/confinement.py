@@ -7,6 +7,7 @@ too, and none goes on before all have. Only then may the guest run.
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import stat
 import sys
@@ -19,11 +20,13 @@ from typing import TYPE_CHECKING
 
 from offmap import log
 from offmap.errors import OffmapError
+from offmap.files import read_text
 from offmap.owned import Owned
 from offmap.sandbox import policy, seccomp
 from offmap.sandbox.broker import Broker, Services
-from offmap.sandbox.confine import Confined, confine
+from offmap.sandbox.confine import Confined, Limits, confine
 from offmap.uapi.devices import DEV_KVM, PHYSICAL_MEMORY
+from offmap.uapi.page import PAGE_SIZE
 from offmap.vmm.outcome import Outcome
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from offmap.vmm.machine import Machine
 
 _MOST_FDS = 1024
+_IN_MEMORY = ("/memfd:", "anon_inode:")
 _M_ARENA_MAX = -8  # malloc.h
 # What an end may need, and would open a file for.
 _NEEDED = ("select", "signal", "errno", "contextlib")
@@ -81,13 +85,16 @@ class Confinement(Owned):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # with more, the C library counts processors, by a file
         self._hand_over(machine)
         _close_what_reaches_further()
+        threads = len(machine.devices) + machine.config.vcpus
+        mapped = int(read_text("/proc/self/statm").split()[0]) * PAGE_SIZE
+        limits = Limits(_MOST_FDS, _longest_file(machine), mapped, threads)
         self.broker.seal()
         self._page = seccomp.report_violations_to(self.broker.fd)
-        self.confined = confine(_MOST_FDS)
+        self.confined = confine(limits)
         log.forward_to(self.broker.log)
         sys.excepthook = _tell
         threading.excepthook = lambda thrown: _tell(thrown.exc_type, thrown.exc_value, thrown.exc_traceback)
-        gate = Gate(len(machine.devices) + machine.config.vcpus)
+        gate = Gate(threads)
         try:
             yield gate
             gate.wait_for_all()
@@ -204,6 +211,22 @@ def _close_what_reaches_further() -> None:
             device = opened.st_rdev if stat.S_ISCHR(opened.st_mode) else None
             if stat.S_ISDIR(opened.st_mode) or device == DEV_KVM or device in PHYSICAL_MEMORY:
                 os.close(int(name))
+
+
+def _longest_file(machine: "Machine") -> int | None:
+    """Bytes of the longest file that it writes to and that keeps its size, a drive or one in memory.
+
+    None: it has another one open for writing, which may become as long as it will (its output, a report).
+    """
+    longest, drives = 0, {fd for device in machine.devices for fd in device.files}
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        with contextlib.suppress(OSError):
+            opened, fd = os.fstat(int(name)), int(name)
+            if stat.S_ISREG(opened.st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+                if fd not in drives and not os.readlink(f"/proc/self/fd/{fd}").startswith(_IN_MEMORY):  # noqa: PTH115
+                    return None
+                longest = max(longest, opened.st_size)
+    return longest
 
 
 def _connect(folder: int, name: str) -> "socket.socket":

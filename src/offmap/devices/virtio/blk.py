@@ -48,6 +48,7 @@ class Blk(VirtioDevice):
         self, disk: Disk, *, readonly: bool = False, serial: str = "", say: Callable[[str], None] = lambda _: None
     ) -> None:
         self._disk = disk
+        self.files = (disk.fd,)
         self._readonly = readonly
         self._id = serial.encode()[: uapi.VIRTIO_BLK_ID_BYTES].ljust(uapi.VIRTIO_BLK_ID_BYTES, b"\0")
         self._say = say

@@ -73,6 +73,7 @@ class VirtioDevice(Owned, ABC):
         features: bit mask of the device's own features; the transport adds those of queues and of virtio 1.
         kinds: what it does on the host, as rows of the table of system calls (offmap.sandbox.policy).
         child: a process of its own, or None.
+        files: descriptors of files that it writes to, and never makes longer.
         limit: what the guest may have of each queue in a second; None: as much as there is.
     """
 
@@ -81,6 +82,7 @@ class VirtioDevice(Owned, ABC):
     features: int = 0
     kinds: Sequence[str] = ()
     child: Child | None = None
+    files: Sequence[int] = ()
     limit: Limit | None = None
 
     def config(self) -> bytes:
