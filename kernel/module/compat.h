@@ -48,6 +48,13 @@ static inline void offmap_vm_flags_clear(struct vm_area_struct *vma, unsigned lo
 #define offmap_page_movable	__PageMovable
 #endif
 
+/* mapping_inaccessible() came in 6.11. */
+#ifdef OFFMAP_HAVE_INACCESSIBLE
+#define offmap_mapping_fixed	mapping_inaccessible
+#else
+#define offmap_mapping_fixed(mapping)	false
+#endif
+
 /* register_pfn_address_space() came in 7.0. */
 #ifdef OFFMAP_HAVE_PFN_ADDRESS_SPACE
 #include <linux/memory-failure.h>

@@ -30,9 +30,11 @@
 #include <linux/fs.h>
 #include <linux/hugetlb.h>
 #include <linux/ioport.h>
+#include <linux/magic.h>
 #include <linux/memory.h>
 #include <linux/memory_hotplug.h>
 #include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/mount.h>
 #include <linux/pagemap.h>
 #include <linux/path.h>
@@ -129,6 +131,26 @@ static bool on_way_to_lru(struct page *page)
 	return folio_test_swapbacked(folio) || folio_mapping(folio);
 }
 
+/* A page of a file that refuses when it is to be moved: secretmem, guest_memfd. */
+static bool is_fixed(struct folio *folio)
+{
+	struct address_space *mapping;
+	bool ret = false;
+
+	if (!folio_test_unevictable(folio) || !folio_try_get(folio))
+		return false;
+	/* While it is locked, the file is there. */
+	if (folio_trylock(folio)) {
+		mapping = folio_mapping(folio);
+		ret = mapping && mapping->host &&
+		      (offmap_mapping_fixed(mapping) ||
+		       mapping->host->i_sb->s_magic == SECRETMEM_MAGIC);
+		folio_unlock(folio);
+	}
+	folio_put(folio);
+	return ret;
+}
+
 /*
  * As has_unmovable_pages(), which would dump the page to the log. And a page
  * that is pinned: offline_pages() would try to move it until its time is over.
@@ -144,7 +166,8 @@ static bool any_unmovable(unsigned long pfn, unsigned long nr)
 			return true;
 		if (!page_ref_count(page) || PageOffline(page))
 			continue;
-		if (PageLRU(page) ? folio_maybe_dma_pinned(page_folio(page)) :
+		if (PageLRU(page) ? folio_maybe_dma_pinned(page_folio(page)) ||
+				    is_fixed(page_folio(page)) :
 				    !movable_zone && !offmap_page_movable(page) &&
 				    !on_way_to_lru(page))
 			return true;
@@ -389,6 +412,9 @@ int offmap_remove_memory(struct offmap_operation *op)
 		ret = remove_memory(op->start, op->size);
 	if (ret)
 		undo_offline(op);
+	/* What could not be put right in the resource tree has our name. */
+	if (ret && op->split.carved)
+		__module_get(THIS_MODULE);
 	offmap_end_carving(&op->split);
 	if (ret)
 		return ret;

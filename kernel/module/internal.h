@@ -3,6 +3,7 @@
 #define _OFFMAP_INTERNAL_H
 
 #include <linux/completion.h>
+#include <linux/ioport.h>
 #include <linux/list.h>
 #include <linux/mutex.h>
 #include <linux/types.h>
@@ -95,6 +96,9 @@ struct offmap_memory *offmap_vma_memory(struct vm_area_struct *vma);
 u64 offmap_reserve(void);
 unsigned long offmap_block_timeout(void);
 void offmap_uncommit(u64 size);
+/* False if memory is out, or somebody is getting some. Else nobody will. */
+bool offmap_stop_taking(void);
+void offmap_go_on_taking(void);
 
 /*
  * Take @size bytes away from the kernel and zero them. On -ENOMEM and
@@ -114,6 +118,7 @@ int offmap_pgoff(const struct offmap_memory *mem, unsigned long pfn, pgoff_t *pg
  */
 struct ram_split {
 	struct resource *below, *block, *above, *again;
+	struct resource ram;		/* a copy of what was there before */
 	bool carved;
 };
 
@@ -169,6 +174,16 @@ bool offmap_due(void);
 void offmap_due_begin(void);
 void offmap_due_end(void);
 int offmap_await_due(unsigned long deadline, bool killable);
+/*
+ * How many jiffies to wait at once for what ends by @deadline, or 0 if that is
+ * over. The timer of a wait comes up to an eighth of it late.
+ */
+static inline unsigned long offmap_step(unsigned long deadline)
+{
+	long left = deadline - jiffies;
+
+	return left > 0 ? left - left / 8 : 0;
+}
 u64 offmap_kept(void);
 /* Keep a piece out for good, as a page of it has failed. */
 void offmap_keep(struct piece *piece);

@@ -16,6 +16,7 @@
  * before the others hear that it is offline. What was around it becomes one
  * resource below and one above, with their children. Each step is one call that
  * holds the tree's lock, and all RAM that is online is in the tree after each.
+ * Nothing changes a resource that is in the tree: it is made as it has to be.
  * Beyond that, a System RAM resource from boot changes only by memory hotplug:
  * all this is done under its lock.
  */
@@ -40,7 +41,7 @@ static bool insert_part(struct resource *res, const struct resource *like, phys_
 			phys_addr_t end)
 {
 	*res = (struct resource){
-		.name = like->name ? like->name : "System RAM",
+		.name = like->name,
 		.start = start,
 		.end = end,
 		.flags = like->flags,
@@ -91,16 +92,23 @@ void offmap_end_carving(struct ram_split *split)
 int offmap_carve_ram(phys_addr_t start, phys_addr_t end, struct ram_split *split)
 {
 	const unsigned long flags = IORESOURCE_SYSTEM_RAM | IORESOURCE_BUSY;
-	struct resource ram = { .start = start, .end = end }, *whole;
+	struct resource ram = { .start = start, .end = end }, *whole, block;
 
 	if (walk_iomem_res_desc(IORES_DESC_NONE, flags, 0, -1, &ram, is_around) != 1)
 		return -ENXIO;
-	if (!insert_part(split->block, &ram, start, end))
+	split->ram = ram;
+	block = ram;
+	block.flags &= ~IORESOURCE_SYSRAM;
+	block.name = KBUILD_MODNAME;
+	if (!insert_part(split->block, &block, start, end))
 		return -EBUSY;
 	/* What was there is around it or, if it is no larger, beneath it. */
 	whole = split->block->parent;
 	if (whole == &iomem_resource)
 		whole = split->block->child;
+	/* The kernel's own name: this module may go before the parts do. */
+	if (whole)
+		split->ram.name = ram.name = whole->name;
 	if (!whole || whole->start != ram.start || whole->end != ram.end ||
 	    (ram.start < start && !insert_part(split->below, &ram, ram.start, start - 1)) ||
 	    (ram.end > end && !insert_part(split->above, &ram, end + 1, ram.end)) ||
@@ -110,11 +118,6 @@ int offmap_carve_ram(phys_addr_t start, phys_addr_t end, struct ram_split *split
 		remove_part(&split->block);
 		return -EBUSY;
 	}
-	/* The kernel's own name: this module may go before they do. */
-	split->below->name = whole->name;
-	split->above->name = whole->name;
-	split->block->name = whole->name;
-	WRITE_ONCE(split->block->flags, ram.flags & ~IORESOURCE_SYSRAM);
 	split->carved = true;
 	free_resource(whole);
 	/* Parts that are in the tree are the kernel's from here on. */
@@ -131,9 +134,8 @@ int offmap_uncarve_ram(struct ram_split *split)
 
 	if (!split->carved)
 		return 0;
-	if (!insert_part(split->again, block, block->start, block->end))
+	if (!insert_part(split->again, &split->ram, block->start, block->end))
 		return -EBUSY;
-	WRITE_ONCE(split->again->flags, block->flags | IORESOURCE_SYSRAM);
 	split->again = NULL;
 	split->carved = false;
 	remove_part(&split->block);

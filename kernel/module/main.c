@@ -445,10 +445,12 @@ void offmap_changed(bool memory)
 /* What has no struct page is not in the image, and a guest cannot do without. */
 static int offmap_pm_notify(struct notifier_block *nb, unsigned long event, void *unused)
 {
-	if (event == PM_HIBERNATION_PREPARE && offmap_unplug_active()) {
+	if (event == PM_HIBERNATION_PREPARE && !offmap_stop_taking()) {
 		pr_warn("no hibernation while guests run on memory taken from the kernel\n");
 		return notifier_from_errno(-EBUSY);
 	}
+	if (event == PM_POST_HIBERNATION)
+		offmap_go_on_taking();
 	return NOTIFY_DONE;
 }
 

@@ -22,10 +22,10 @@
  *        far as that is known.
  * @node: NUMA node to take from, or OFFMAP_ANY_NODE.
  *
- * -EBUSY: the file has memory already, or somebody is getting it. -EINVAL: no
- * size, or no such node. -EINTR: a signal came; nothing was taken. -ETIMEDOUT:
- * the blocks that were tried did not get free in the time that the module's
- * parameters allow.
+ * -EBUSY: the file has memory already, or somebody is getting it; or the host is
+ * about to hibernate. -EINVAL: no size, or no such node. -EINTR: a signal came;
+ * nothing was taken. -ETIMEDOUT: the blocks that were tried did not get free in
+ * the time that the module's parameters allow.
  */
 struct offmap_unplug {
 	__u64 size;

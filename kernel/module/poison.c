@@ -71,14 +71,17 @@ static int offmap_mce(struct notifier_block *nb, unsigned long val, void *data)
 {
 	struct mce *mce = data;
 	struct piece *piece;
+	phys_addr_t addr;
 
 	if (!mce || !(mce->status & MCI_STATUS_UC) || !mce_is_memory_error(mce) ||
 	    !mce_usable_address(mce))
 		return NOTIFY_DONE;
+	/* Bits above are a key, where memory is encrypted. */
+	addr = mce->addr & (BIT_ULL(boot_cpu_data.x86_phys_bits) - 1);
 	mutex_lock(&offmap_pieces_lock);
 	list_for_each_entry(piece, &offmap_pieces, all)
-		if (mce->addr >= piece->start && mce->addr - piece->start < piece->size)
-			mark_bad(piece, PHYS_PFN(mce->addr));
+		if (addr - piece->start < piece->size)
+			mark_bad(piece, PHYS_PFN(addr));
 	mutex_unlock(&offmap_pieces_lock);
 	return NOTIFY_DONE;
 }

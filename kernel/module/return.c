@@ -56,13 +56,15 @@ bool offmap_due(void)
 
 int offmap_await_due(unsigned long deadline, bool killable)
 {
-	long left = max_t(long, deadline - jiffies, 0);
-	long ret;
+	unsigned long step;
+	long ret = 0;
 
-	if (killable)
-		ret = wait_event_killable_timeout(none_due, !offmap_due(), left);
-	else
-		ret = wait_event_interruptible_timeout(none_due, !offmap_due(), left);
+	while (!ret && (step = offmap_step(deadline))) {
+		if (killable)
+			ret = wait_event_killable_timeout(none_due, !offmap_due(), step);
+		else
+			ret = wait_event_interruptible_timeout(none_due, !offmap_due(), step);
+	}
 	return ret > 0 ? 0 : ret ? -EINTR : -ETIMEDOUT;
 }
 
@@ -165,9 +167,14 @@ void offmap_keep(struct piece *piece)
 
 static void free_piece(struct piece *piece)
 {
+	unsigned long bit;
+
 	mutex_lock(&offmap_pieces_lock);
 	list_del(&piece->all);
 	mutex_unlock(&offmap_pieces_lock);
+	/* What failed since we last looked is the kernel's by now. */
+	for_each_set_bit(bit, piece->bad, PHYS_PFN(piece->size))
+		memory_failure_queue(PHYS_PFN(piece->start) + bit, 0);
 	offmap_uncommit(piece->size);
 	bitmap_free(piece->bad);
 	kfree(piece);

@@ -73,6 +73,7 @@ struct request {
 };
 
 static LIST_HEAD(requests);		/* under requests_lock */
+static bool stopped;			/* no new requests: under requests_lock */
 static DEFINE_SPINLOCK(requests_lock);
 /* What is out, and what has been promised to requests: under requests_lock. */
 static u64 committed;
@@ -614,29 +615,54 @@ static int start_request(struct request *req)
 		kfree(req->unplugged);
 		return PTR_ERR(req->task);
 	}
-	__module_get(THIS_MODULE);
-	kref_get(&req->ref);
 	get_task_struct(req->task);
 	spin_lock(&requests_lock);
-	list_add_tail(&req->node, &requests);
+	if (!stopped)
+		list_add_tail(&req->node, &requests);
 	spin_unlock(&requests_lock);
+	if (list_empty(&req->node)) {
+		/* It has not run, and never will. */
+		kthread_stop(req->task);
+		put_task_struct(req->task);
+		kfree(req->unplugged);
+		return -EBUSY;
+	}
+	__module_get(THIS_MODULE);
+	kref_get(&req->ref);
 	wake_up_process(req->task);
 	return 0;
+}
+
+bool offmap_stop_taking(void)
+{
+	spin_lock(&requests_lock);
+	stopped = list_empty(&requests) && !offmap_unplug_active();
+	spin_unlock(&requests_lock);
+	return stopped;
+}
+
+void offmap_go_on_taking(void)
+{
+	spin_lock(&requests_lock);
+	stopped = false;
+	spin_unlock(&requests_lock);
 }
 
 /* Wait for @req, or leave it to itself. */
 static int await_request(struct request *req, bool killable)
 {
 	/* The thread looks at the deadline itself, between blocks. */
-	unsigned long patience = req->deadline - jiffies + 2 * offmap_block_timeout();
+	unsigned long end = req->deadline + 2 * offmap_block_timeout(), step;
 	bool finished;
-	long left;
+	long ret = 0;
 
-	if (killable)
-		left = wait_for_completion_killable_timeout(&req->done, patience);
-	else
-		left = wait_for_completion_interruptible_timeout(&req->done, patience);
-	if (left > 0)
+	while (!ret && (step = offmap_step(end))) {
+		if (killable)
+			ret = wait_for_completion_killable_timeout(&req->done, step);
+		else
+			ret = wait_for_completion_interruptible_timeout(&req->done, step);
+	}
+	if (ret > 0)
 		return req->ret;
 	spin_lock(&requests_lock);
 	finished = req->finished;
@@ -650,7 +676,7 @@ static int await_request(struct request *req, bool killable)
 		return req->ret;
 	}
 	send_sig(SIGKILL, req->task, 1);
-	return left ? -EINTR : -ETIMEDOUT;
+	return ret ? -EINTR : -ETIMEDOUT;
 }
 
 struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable)
@@ -678,6 +704,7 @@ struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable)
 		goto refuse;
 	}
 	kref_init(&req->ref);
+	INIT_LIST_HEAD(&req->node);
 	init_completion(&req->done);
 	req->pid = task_tgid_nr(current);
 	get_task_comm(req->comm, current);

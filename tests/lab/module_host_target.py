@@ -180,6 +180,7 @@ def pinned() -> Any:
         os.read(ready, 1)
         while not (SYSFS / "requests").read_text():
             time.sleep(0.05)
+        result["hibernation"] = failure(hibernate)
         began = time.monotonic()
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -191,6 +192,12 @@ def pinned() -> Any:
     pins.close()
     result["then"] = take(open_device())
     return result
+
+
+def hibernate() -> None:
+    """Hibernate the host, as far as its processes are frozen."""
+    Path("/sys/power/pm_test").write_text("freezer")
+    Path("/sys/power/state").write_text("disk")
 
 
 def starved() -> Any:
@@ -346,8 +353,10 @@ def misuse() -> Any:
     return result
 
 
-def dimm() -> Any:
-    """Memory that was not there at boot: how much of it is online, and taken with all that can go."""
+def untried() -> Any:
+    """Memory that was not there at boot, and secret memory, which cannot move, when all is taken that can go."""
+    memory = mmap.mmap(secret_file(16 * MIB), 16 * MIB)
+    words(memory)[:: PAGE // 8] = 1
     start = 4 << 30
     blocks = Path("/sys/devices/system/memory")
     added = [path for path in blocks.glob("memory[0-9]*") if int(path.name[6:]) * BLOCK >= start]
@@ -356,7 +365,10 @@ def dimm() -> Any:
             (path / "state").write_text("online")
     ranges = give_back(take_all())
     await_returned()
-    return {"added": len(added), "taken": len(ranges), "of it": sum(at >= start for at, _ in ranges)}
+    # The kernel dumps a page that it could not move.
+    log = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout
+    result = {"added": len(added), "taken": len(ranges), "of it": sum(at >= start for at, _ in ranges)}
+    return {**result, "secret": log.count("secretmem_aops")}
 
 
 def is_mapped(pid: int, at: int) -> bool:
@@ -423,5 +435,5 @@ def fail_while_out(how: str) -> Any:
 
 
 if __name__ == "__main__":
-    actions = (poison, pinned, starved, hugepages, limits, alias, tree, misuse, dimm, fail_while_out)
+    actions = (poison, pinned, starved, hugepages, limits, alias, tree, misuse, untried, fail_while_out)
     print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]](*sys.argv[2:])))

@@ -106,6 +106,7 @@ def test_pages_that_cannot_be_moved_hold_nobody_up(host: LabHost) -> None:
     assert found["error"] in ("ETIMEDOUT", "ENOMEM")
     # Three seconds for all; without an end to it, offline_pages() goes on until the pins are gone.
     assert found["seconds"] < 60
+    assert found["hibernation"] == "EBUSY"  # while somebody is getting memory
     assert found["shown"]  # progress, while it was served
     assert found["killed after"] < 60  # of the 300 s that its block had left
     assert found["left after"] < 60
@@ -121,11 +122,12 @@ def test_tasks_that_get_no_processor_hold_nobody_up(host: LabHost) -> None:
     assert found["then"] == BLOCK
 
 
-def test_memory_that_was_added_after_boot_is_not_taken(host: LabHost) -> None:
-    found = ask(host, "dimm")
+def test_memory_that_was_added_after_boot_or_cannot_move_is_not_tried(host: LabHost) -> None:
+    found = ask(host, "untried")
     assert found["added"] == 2  # the control: there is some, and it is online
     assert found["taken"] > 0
     assert found["of it"] == 0
+    assert found["secret"] == 0
 
 
 def test_all_of_it_at_once_loses_nothing_and_holds_nobody_up(host: LabHost) -> None:
@@ -177,6 +179,6 @@ def test_other_kernels(series: str, tmp_path: Path) -> None:
         test_what_has_no_right_or_no_sense_is_refused(host)
         test_the_resource_tree_names_all_parts_of_ram_at_any_time(host)
         test_pages_that_cannot_be_moved_hold_nobody_up(host)
-        test_memory_that_was_added_after_boot_is_not_taken(host)
+        test_memory_that_was_added_after_boot_or_cannot_move_is_not_tried(host)
         # memory_failure() finds memory without struct page from 7.0 on; a machine check is heard of everywhere.
         check_failures(host, "hard_offline" if series == "7.3" else "mce")
