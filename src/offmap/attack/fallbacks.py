@@ -4,6 +4,7 @@
 """
 
 from contextlib import suppress
+from functools import cached_property
 
 import numpy as np
 
@@ -47,6 +48,7 @@ class Fallbacks:
         self._memory, self._target = memory, target
         self.mappings: KernelMappings | None = None
         self._pages: Pages | None = None
+        self._of_vmm: Copies | None = None
         self.doubtful = 0
         self.count: tuple[int | None, int | None, int | None] = None, None, None
 
@@ -97,6 +99,14 @@ class Fallbacks:
     def _look(self) -> Pages:
         return self._memory.pages(nested_roots(self._host, self._kvm))
 
+    @cached_property
+    def _of_kvm(self) -> list[Copies]:
+        return list(copies_of_kvm(self._host, self._kvm))
+
+    @cached_property
+    def _files(self) -> list[tuple[str, int, int]]:
+        return list(self._host.cached_files(self._vmm))
+
     def search_mapped(self) -> str:
         """Where the secret stands in those pages of the guest's that are mapped; empty if it does not."""
         with self._stages.step_to_the_end("guest: pages that are mapped") as stage:
@@ -116,14 +126,15 @@ class Fallbacks:
         """Where the secret stands in the host's page cache of the VMM's files (a drive); empty if it does not."""
         with self._stages.step("host: page cache of the VMM's files") as stage:
             looked = 0
-            for name, mapping, _ in self._host.cached_files(self._vmm):
+            for name, mapping, _ in self._files:
                 seeker = Seeker(self._target)
-                for number, pa in pages_of(self._host, mapping):
-                    try:
-                        at = seeker.look(number * PAGE_SIZE, self._host.physical(pa, PAGE_SIZE))
-                    except NotMapped:
+                cached = list(pages_of(self._host, mapping))
+                contents = self._host.mapped_pages([pa for _, pa in cached])
+                for (number, _), data in zip(cached, contents, strict=True):
+                    if data is None:
                         continue  # guest RAM that is hidden
                     looked += 1
+                    at = seeker.look(number * PAGE_SIZE, data)
                     if at is not None:
                         stage.found = f"the secret, in {name} at {at:#x}"
                         return stage.found
@@ -134,7 +145,7 @@ class Fallbacks:
         """Where the secret stands in what KVM keeps of the guest; empty if it does not."""
         with self._stages.step("host: registers and kvm_run of the vCPUs") as stage:
             looked = 0
-            for copies in copies_of_kvm(self._host, self._kvm):
+            for copies in self._of_kvm:
                 looked += copies.residue.bytes
                 if found := self._search(copies):
                     stage.found = found
@@ -146,7 +157,7 @@ class Fallbacks:
         """Where the secret stands in the VMM's own memory, as the direct map has it; empty if it does not."""
         assert self._pages is not None and self.mappings is not None
         with self._stages.step("host: memory of the VMM's own") as stage:
-            copies = copies_of_vmm(self._host, self._memory, self._pages, self.mappings)
+            copies = self._of_vmm = copies_of_vmm(self._host, self._memory, self._pages, self.mappings)
             if found := self._search(copies):
                 stage.found = found
                 return found
@@ -162,14 +173,12 @@ class Fallbacks:
         return ""
 
     def residues(self) -> tuple[Residue, ...]:
-        """What is read of the guest all the same, as far as it can be told."""
+        """What is read of the guest all the same, as far as it can be told; the VMM's memory if it was searched."""
         found: list[Residue] = []
         with suppress(Lost, Unknown, NotMapped, Unreadable):
-            found += (copies.residue for copies in copies_of_kvm(self._host, self._kvm))
+            found += (copies.residue for copies in self._of_kvm)
         with suppress(Lost, Unknown, NotMapped, Unreadable):
-            found += filter(None, [page_cache_residue(self._host, self._vmm)])
-        if self._pages is not None and self.mappings is not None:
-            with suppress(Lost, Unknown, NotMapped, Unreadable):
-                own = copies_of_vmm(self._host, self._memory, self._pages, self.mappings).residue
-                found += [own] if own.bytes else []
+            found += page_cache_residue(self._files)
+        if self._of_vmm is not None and self._of_vmm.residue.bytes:
+            found.append(self._of_vmm.residue)
         return tuple(found)

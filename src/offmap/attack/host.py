@@ -1,6 +1,6 @@
 """The host, as the attacker sees it: by the primitive alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from offmap.attack.knowledge import Kernel
 from offmap.attack.linux import IMAGE_ALIGN, Linux, Lost, Process
-from offmap.attack.primitive import NotMapped, Primitive, Unreadable
+from offmap.attack.primitive import NotMapped, Primitive
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.tops import TOP_ENTRY, Tops
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
@@ -45,6 +45,16 @@ class Host(Linux):
 
     def physical(self, pa: int, size: int = 8) -> bytes:
         return self._primitive.read(self.direct_map + pa, size)
+
+    def pages(self, places: Sequence[int]) -> Iterator[bytes]:
+        for pa, data in zip(places, self.mapped_pages(places), strict=True):
+            if data is None:
+                raise NotMapped(self.direct_map + pa)
+            yield data
+
+    def mapped_pages(self, places: Sequence[int]) -> Iterator[bytes | None]:
+        """The content of each of these pages, in order; None of one that the direct map does not have."""
+        return self._primitive.read_pages([self.direct_map + pa for pa in places])
 
     def read_user(self, process: Process, va: int, size: int = 8) -> bytes:
         """Bytes of a process's own, within one page; raises NotMapped where the primitive may not read them."""
@@ -144,7 +154,7 @@ class Host(Linux):
         if self.read(root, 8 * 512)[2048:] != self.physical(root_pa, 8 * 512)[2048:]:
             raise Lost("the kernel's top page table is not where phys_base says")
         encrypted = ((1 << 52) - PAGE_SIZE) & ~self.mask
-        tables = _Tables(self._primitive, self.direct_map)
+        tables = _Tables(self)
         walker = Walker(
             tables, root_pa, self.levels, self.direct_map, encrypted, lambda: self._kernel_half(other, root_pa)
         )
@@ -163,24 +173,17 @@ class Host(Linux):
 
 
 class _Tables:
-    """Page tables by the primitive (``walk.PhysicalReader``)."""
+    """Page tables by the primitive (``walk.PhysicalReader``). One that it cannot read loses the trail."""
 
-    def __init__(self, primitive: Primitive, direct_map: int) -> None:
-        self._primitive, self._direct_map = primitive, direct_map
+    def __init__(self, host: Host) -> None:
+        self._host = host
 
     def in_ram(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        return np.array([self._readable(each) for each in pa.tolist()], dtype=np.bool_)
-
-    def _readable(self, pa: int) -> bool:
-        try:
-            self._primitive.read(self._direct_map + pa)
-        except (NotMapped, Unreadable):
-            return False
-        return True
+        return np.ones(len(pa), dtype=np.bool_)
 
     def read_pages(self, pa: NDArray[np.uint64], out: NDArray[np.uint64]) -> None:
-        for row, each in enumerate(pa.tolist()):
-            out[row] = np.frombuffer(self._primitive.read(self._direct_map + each, PAGE_SIZE), dtype=np.uint64)
+        for row, data in enumerate(self._host.pages(pa.tolist())):
+            out[row] = np.frombuffer(data, dtype=np.uint64)
 
     def zero_filled(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
         return np.zeros(len(pa), dtype=np.bool_)  # the primitive makes nothing up

@@ -1,13 +1,14 @@
 """The primitive for hosts that are no labs: /proc/kcore, which only reads.
 
-Kcore gives zeroes for what it cannot read. So the page tables are asked first whether the address is mapped: for that
-alone, and uncounted. A zero that kcore may have made up is no answer: the address counts as reached.
+Kcore reads by the very address, or by the page tables' entry for it (``fs/proc/kcore.c``), and gives zeroes for what it
+cannot read. So what is not zero is mapped. Of what is zero, the page tables are asked whether the address is mapped:
+for that alone, and uncounted. A zero that kcore may have made up is no answer: the address counts as reached.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from offmap.attack.linux import walk_tables
-from offmap.attack.primitive import NotMapped, Primitive, Unreadable
+from offmap.attack.primitive import NotMapped, Primitive, Unreadable, neighbours
 from offmap.audit.kcore import Kcore
 from offmap.audit.vmcoreinfo import START_KERNEL_MAP
 from offmap.errors import Undetermined
@@ -36,16 +37,33 @@ class KcorePrimitive(Primitive):
         self._kcore.close()
 
     def _fetch(self, va: int, size: int) -> bytes:
+        data = self._shown(va, size)
+        if data is not None and data != bytes(size):
+            return data
         pa = self._translate(va)
         if pa is None:
             raise NotMapped(va)
+        data = self._shown(va, size)
+        if data is None or (data == bytes(size) and not self._of_image(va) and self._blank(pa)):
+            raise Unreadable(va)
+        return data
+
+    def _fetch_pages(self, vas: Sequence[int]) -> "list[bytes | NotMapped | Unreadable]":
+        found: list[bytes | NotMapped | Unreadable] = []
+        for va, count in neighbours(vas):
+            data, zeroes = self._shown(va, count * PAGE_SIZE) or b"", bytes(PAGE_SIZE)
+            for at in range(0, count * PAGE_SIZE, PAGE_SIZE):
+                page = data[at : at + PAGE_SIZE] or zeroes
+                found += [page] if page != zeroes else super()._fetch_pages([va + at])
+        return found
+
+    def _shown(self, va: int, size: int) -> bytes | None:
+        """What kcore shows there; None if that is nothing. Only if it is not zero, it is what stands there for sure."""
         buffer = bytearray(size)
         try:
             self._kcore.read_virtual(va, memoryview(buffer))
         except Undetermined:
-            raise Unreadable(va) from None
-        if not any(buffer) and not self._of_image(va) and self._blank(pa):
-            raise Unreadable(va)
+            return None
         return bytes(buffer)
 
     def _fetch_user(self, pid: int, va: int, size: int) -> bytes:
@@ -64,7 +82,7 @@ class KcorePrimitive(Primitive):
     def _blank(self, pa: int) -> bool:
         """Whether kcore may give zeroes for a page that holds something else: it reads by the direct map."""
         mapped = self._walk(self._kcore.page_offset_base + pa, lambda _: None)
-        return not mapped or bool(self._kcore.page_flags.zero_filled_range(pa >> PAGE_SHIFT, 1)[0])
+        return not mapped or self._kcore.page_flags.is_zero_filled(pa >> PAGE_SHIFT)
 
     def _translate(self, va: int) -> int | None:
         """The physical address behind a kernel address; None if it is not mapped.

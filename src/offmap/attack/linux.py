@@ -6,7 +6,7 @@ tables. Each checks what it reads, so that a wrong offset loses the trail and do
 
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,6 +71,12 @@ def walk_tables(entry_at: Callable[[int], int], table: int, levels: int, va: int
     return None
 
 
+def _entries(level: int, base: int, start: int, end: int) -> tuple[int, int]:
+    """Which entries of a table, whose first one maps ``base``, are for the addresses from ``start`` to ``end``."""
+    shift = PAGE_SHIFT + 9 * (level - 1)
+    return max(start - base, 0) >> shift, min((end - base - 1 >> shift) + 1, 512)
+
+
 class Linux(ABC):
     """What is found out about a kernel, step by step.
 
@@ -97,6 +103,10 @@ class Linux(ABC):
     @abstractmethod
     def physical(self, pa: int, size: int = 8) -> bytes:
         """Bytes at what this kernel takes for a physical address; not across a page's end."""
+
+    def pages(self, places: Sequence[int]) -> Iterator[bytes]:
+        """The content of each of these pages, by what this kernel takes for a physical address, in order."""
+        return (self.physical(pa, PAGE_SIZE) for pa in places)
 
     def symbol(self, name: str) -> int:
         """Its address in the running kernel."""
@@ -243,28 +253,40 @@ class Linux(ABC):
             levels: of these tables; None: as many as the kernel's own have.
         """
         levels = levels or self.levels
-        yield from self._leaves(table, levels, 0, start, min(end, 1 << PAGE_SHIFT + 9 * levels - 1))
+        end = min(end, 1 << PAGE_SHIFT + 9 * levels - 1)
+        if start < end:
+            first, last = _entries(levels, 0, start, end)
+            raw = self.physical(table + 8 * first, 8 * (last - first))
+            yield from self._leaves(raw, levels, 0, start, end)
 
     def _leaves(
-        self, table: int, level: int, base: int, start: int, end: int
+        self, raw: bytes, level: int, base: int, start: int, end: int
     ) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.uint64]]]:
-        shift = PAGE_SHIFT + 9 * (level - 1)
-        first = max(start - base, 0) >> shift
-        last = min((max(end - base, 1) - 1 >> shift) + 1, 512)
-        if first >= last:
-            return
-        raw = self.physical(table + 8 * first, 8 * (last - first))
+        """What a table maps of these addresses.
+
+        Args:
+            raw: those of its entries that are for them.
+            base: what its first entry maps.
+        """
+        shift, (first, _) = PAGE_SHIFT + 9 * (level - 1), _entries(level, base, start, end)
         entries: NDArray[np.uint64] = np.frombuffer(raw, dtype=np.uint64)
         index = np.flatnonzero(entries & np.uint64(_PRESENT))
         va = base + (first + index.astype(np.int64) << shift)
         if level == 1:
             yield 1 << shift, va, entries[index]
             return
-        for number, entry in zip(range(len(index)), entries[index].tolist(), strict=True):
-            if level <= 3 and entry & _PSE:
+        here = list(zip(va.tolist(), entries[index].tolist(), strict=True))
+        large = [level <= 3 and bool(entry & _PSE) for _, entry in here]
+        parts = [_entries(level - 1, at, start, end) for at, _ in here]
+        whole = [part == (0, 512) and not leaf for part, leaf in zip(parts, large, strict=True)]
+        tables = self.pages([entry & self.mask for (_, entry), all_of_it in zip(here, whole, strict=True) if all_of_it])
+        for number, (at, entry) in enumerate(here):
+            if large[number]:
                 yield 1 << shift, va[number : number + 1], entries[index[number : number + 1]]
-            else:
-                yield from self._leaves(entry & self.mask, level - 1, int(va[number]), start, end)
+                continue
+            low, high = parts[number]
+            below = next(tables) if whole[number] else self.physical((entry & self.mask) + 8 * low, 8 * (high - low))
+            yield from self._leaves(below, level - 1, at, start, end)
 
     def in_image(self, va: int) -> bool:
         """Whether it is an address of the kernel's image."""

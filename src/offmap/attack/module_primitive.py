@@ -7,8 +7,9 @@ import ctypes
 import errno
 import fcntl
 import os
+from collections.abc import Sequence
 
-from offmap.attack.primitive import NotMapped, Primitive
+from offmap.attack.primitive import NotMapped, Primitive, Unreadable, neighbours
 from offmap.errors import KernelError
 from offmap.uapi.ioctl import iowr
 from offmap.uapi.page import PAGE_SIZE
@@ -65,6 +66,21 @@ class ModulePrimitive(Primitive):
         if read < size:
             raise NotMapped(va + read)
         return buffer.raw
+
+    def _fetch_pages(self, vas: Sequence[int]) -> "list[bytes | NotMapped | Unreadable]":
+        found: list[bytes | NotMapped | Unreadable] = []
+        for va, count in neighbours(vas):
+            buffer = ctypes.create_string_buffer(count * PAGE_SIZE)
+            done = 0  # pages
+            while done < count:
+                at = ctypes.addressof(buffer) + done * PAGE_SIZE
+                read = self._peek(va + done * PAGE_SIZE, at, (count - done) * PAGE_SIZE) // PAGE_SIZE
+                found += (ctypes.string_at(at + each * PAGE_SIZE, PAGE_SIZE) for each in range(read))
+                done += read
+                if done < count:
+                    found.append(NotMapped(va + done * PAGE_SIZE))
+                    done += 1
+        return found
 
     def _peek(self, va: int, to: int, size: int) -> int:
         """Bytes that were read, from ``va`` on: fewer than asked for, if the next one is not mapped."""

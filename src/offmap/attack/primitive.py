@@ -6,7 +6,7 @@ in words of eight bytes, as a leak of published speed would have to be asked for
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -16,6 +16,7 @@ from offmap.uapi.page import PAGE_SIZE
 WORD = 8
 KERNEL_HALF = 1 << 63
 _LAST = (1 << 64) - 1
+_BATCH = 256  # pages that are fetched in one go
 
 
 class NotMapped(Exception):
@@ -94,6 +95,37 @@ class Primitive(Owned):
             Unreadable: some of it is mapped and cannot be read.
         """
 
+    def _fetch_pages(self, vas: Sequence[int]) -> "list[bytes | NotMapped | Unreadable]":
+        """What ``_fetch`` gives of each of these whole pages, or raises."""
+        found: list[bytes | NotMapped | Unreadable] = []
+        for va in vas:
+            try:
+                found.append(self._fetch(va, PAGE_SIZE))
+            except (NotMapped, Unreadable) as error:
+                found.append(error)
+        return found
+
+    def read_pages(self, vas: Sequence[int]) -> Iterator[bytes | None]:
+        """As ``read`` of each of these whole pages, in order, and counted so; None of one that is not mapped.
+
+        Many are fetched in one go, so a page may be fetched some time before it is asked for.
+
+        Raises:
+            Unreadable: the page is mapped, and cannot be read.
+        """
+        for start in range(0, len(vas), _BATCH):
+            batch = vas[start : start + _BATCH]
+            fetched = iter(self._fetch_pages([va for va in batch if KERNEL_HALF <= va <= _LAST]))
+            for va in batch:
+                data = next(fetched) if KERNEL_HALF <= va <= _LAST else NotMapped(va)
+                if isinstance(data, Unreadable):
+                    raise data
+                mapped = not isinstance(data, NotMapped)
+                self.counts.reads += PAGE_SIZE // WORD if mapped else 1
+                self.counts.bytes += PAGE_SIZE if mapped else 0
+                self.counts.failures += not mapped
+                yield None if isinstance(data, NotMapped) else data
+
     def read_user(self, pid: int, va: int, size: int = WORD) -> bytes:
         """The bytes at an address of a process's own, within one page, by its own mapping.
 
@@ -137,6 +169,15 @@ class Primitive(Owned):
             self.counts.bytes += step
             va, size = va + step, size - step
         return b"".join(parts)
+
+
+def neighbours(vas: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """These pages as stretches of pages that follow each other: the first one's address, how many."""
+    start = 0
+    for at in range(1, len(vas) + 1):
+        if at == len(vas) or vas[at] != vas[at - 1] + PAGE_SIZE:
+            yield vas[start], at - start
+            start = at
 
 
 class Noisy(Primitive):

@@ -3,14 +3,13 @@
 An attacker reads them first. So each is searched for the secret before it is said that a chain ends.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from offmap.attack.host import Host
-from offmap.attack.linux import Lost, Process
-from offmap.attack.primitive import NotMapped
+from offmap.attack.linux import Lost
 from offmap.attack.result import Residue
 from offmap.attack.vm import GuestMemory, Pages, vcpus
 from offmap.audit.mappings import KernelMappings, covered
@@ -84,17 +83,14 @@ def _vectors(host: Host, vcpu: int) -> tuple[int, int]:
     return state + host.kernel.offset("fpstate", "regs"), size
 
 
-def page_cache_residue(host: Host, vmm: Process) -> Residue | None:
-    """The host's page cache of the files that the VMM has open; None if there is nothing in it."""
-    cached, names = 0, []
-    for name, _, pages in host.cached_files(vmm):
-        cached += pages * PAGE_SIZE
-        names.append(name)
-    if not cached:
-        return None
+def page_cache_residue(files: Sequence[tuple[str, int, int]]) -> Iterator[Residue]:
+    """The host's page cache of the files that the VMM has open (`Host.cached_files`), if there is anything in it."""
+    if not files:
+        return
+    names = [name for name, _, _ in files]
     more = f" and {len(names) - _FILE_NAMES} more" if len(names) > _FILE_NAMES else ""
     note = "pages of files that the VMM has open: " + ", ".join(names[:_FILE_NAMES]) + more
-    return Residue(name="page cache", bytes=cached, note=note)
+    yield Residue(name="page cache", bytes=sum(pages for _, _, pages in files) * PAGE_SIZE, note=note)
 
 
 def copies_of_vmm(host: Host, memory: GuestMemory, pages: Pages, mappings: KernelMappings) -> Copies:
@@ -111,10 +107,9 @@ def copies_of_vmm(host: Host, memory: GuestMemory, pages: Pages, mappings: Kerne
     note = "its buffers of consoles, drives and cards; libraries"
 
     def parts() -> Parts:
-        for at, pa in zip((page << PAGE_SHIFT).tolist(), (frame << PAGE_SHIFT).tolist(), strict=True):
-            try:
-                yield at, host.physical(pa, PAGE_SIZE)
-            except NotMapped:
-                continue  # given away meanwhile
+        contents = host.mapped_pages((frame << PAGE_SHIFT).tolist())
+        for at, data in zip((page << PAGE_SHIFT).tolist(), contents, strict=True):
+            if data is not None:  # else it was given away meanwhile
+                yield at, data
 
     return Copies(Residue(name="memory of the VMM's own", bytes=len(np.unique(frame)) * PAGE_SIZE, note=note), parts)

@@ -97,6 +97,7 @@ class Kcore(Owned):
                 for h in self._headers
                 if h.p_type == PT_LOAD
             )
+            self._last = Segment(0, None, 0, 0)  # that was read from
             self.vmcoreinfo = self._read_vmcoreinfo()
             self.page_offset_base = direct_map_base(self.segments)
             ram = sorted(
@@ -160,9 +161,12 @@ class Kcore(Owned):
         done = 0
         while done < len(buffer):
             at = va + done
-            segment = next((s for s in self.segments if s.va <= at < s.va + s.size), None)
-            if segment is None:
-                raise Undetermined(f"/proc/kcore does not offer {len(buffer) - done} bytes at {at:#x}")
+            segment = self._last
+            if not segment.va <= at < segment.va + segment.size:
+                found = next((s for s in self.segments if s.va <= at < s.va + s.size), None)
+                if found is None:
+                    raise Undetermined(f"/proc/kcore does not offer {len(buffer) - done} bytes at {at:#x}")
+                self._last = segment = found
             step = min(len(buffer) - done, segment.va + segment.size - at)
             self._pread(segment.offset + at - segment.va, buffer[done : done + step], fd)
             done += step

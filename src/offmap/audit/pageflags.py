@@ -95,6 +95,11 @@ class PageFlags(Owned):
         """Whether /proc/kcore zero-fills each of these pages rather than reading it."""
         return np.asarray(self.of(pfns) & _ZERO_FILLED != 0, dtype=np.bool_)
 
+    def is_zero_filled(self, pfn: int) -> bool:
+        """The same of one page."""
+        flags = os.pread(self._fd, 8, 8 * pfn)
+        return len(flags) < 8 or int.from_bytes(flags, "little") & int(_ZERO_FILLED) != 0
+
     def zero_filled_range(self, first_pfn: int, count: int) -> NDArray[np.bool_]:
         """Whether /proc/kcore zero-fills each of ``count`` neighbouring pages."""
         return np.asarray(self.range(first_pfn, count) & _ZERO_FILLED != 0, dtype=np.bool_)
