@@ -2,11 +2,10 @@
 
 In a disposable host, through kcore, with the small guest and its planted secret (tests/lab/attack_target.py). Plain
 kinds must be recovered in 200,000 reads. On hidden ones the chain must end, and no 16 bytes of the secret may stand in
-anything that the host kernel maps.
+anything that the host kernel maps. ``--host-kernel patched:7.3`` has the kinds that need our patches.
 """
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,13 @@ from typing import Any
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
 from lab_runs import add_inside_options, run_in_lab
-from offmap.attack.knowledge import learn
+from offmap.boot.packed import unpacked
+from offmap.compare.knowledge import knowledge_of
 from offmap.errors import OffmapError
 from offmap.kmod.lab_build import lab_module
-from offmap.lab.provision import host_kernel
+from offmap.lab.firecracker import released_firecracker
+from offmap.lab.kernel import HostKernel
+from offmap.lab.provision import default_spec, host_kernel
 from offmap.patience import scaled
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +29,9 @@ MOST_READS = 200_000
 PLAIN = ("memfd", "hugetlb", "qemu-anon", "qemu-memfd")
 SINCE_6_18 = "guest_memfd"
 BRIDGE = "secretmem-bridge"
+PATCHED = ("guest_memfd-unmapped", "secretmem")
 HIDDEN = (
+    *PATCHED,
     "reserved",
     "unplugged",
     BRIDGE,
@@ -35,6 +39,8 @@ HIDDEN = (
     "qemu-unplugged",
     "qemu-pool",
     "wrapped-qemu",
+    "wrapped-firecracker",
+    "wrapped-firecracker-pool",
 )
 
 
@@ -55,6 +61,18 @@ def check(kind: str, result: dict[str, Any]) -> None:
         most = Limit("ours", 0)
         facts = {key: sweep[key] for key in ("bytes_read", "pages_unread", "device_pages")}
         Figure("attack_kinds", f"longest run, {kind}", "bytes", [sweep["longest"]], limit=most, facts=facts).print()
+    if hidden:
+        sizes = {each["name"]: each["bytes"] for each in attempt["residues"]}
+        Figure("attack_kinds", f"residues, {kind}", "bytes", [sum(sizes.values())], facts=sizes).print()
+
+
+def kinds_on(kernel: HostKernel) -> tuple[str, ...]:
+    """The kinds that a host with this kernel has."""
+    if kernel.name.startswith("patched:"):
+        return (SINCE_6_18, *PATCHED)
+    newer = tuple(map(int, kernel.release.split(".")[:2])) >= (6, 18)
+    others = (kind for kind in HIDDEN if kind not in PATCHED)
+    return (*PLAIN, *([SINCE_6_18] if newer else []), *others)
 
 
 def inside(job: Path, modules: list[str], kinds: list[str]) -> int:
@@ -76,9 +94,9 @@ def main() -> int:
     parser.add_argument(
         "--host-kernel", default="debian:6.12", help="of the host and the guests (default: %(default)s)"
     )
-    every = (*PLAIN, SINCE_6_18, *HIDDEN)
+    every = (*PLAIN, SINCE_6_18, *HIDDEN)  # guests of a patched host have the default
     parser.add_argument("--kind", action="append", choices=every, help="only this one; can be given again")
-    add_inside_options(parser, "--learnt", "--modules", "--guest")
+    add_inside_options(parser, "--learnt", "--learnt-guest", "--modules", "--guest", "--vmlinux", "--firecracker")
     args = parser.parse_args()
 
     def run() -> int:
@@ -87,19 +105,29 @@ def main() -> int:
 
         if args.inside:
             boot = {"kernel": args.guest, "initrd": args.guest_initrd}
-            newer = tuple(map(int, platform.release().split(".")[:2])) >= (6, 18)
+            if args.firecracker:
+                boot |= {"vmlinux": args.vmlinux, "firecracker": args.firecracker}
             with tempfile.TemporaryDirectory() as folder:
                 job = Path(folder) / "job.json"
-                job.write_text(json.dumps({"boot": boot, "learnt": args.learnt, "drives": {}}))
-                kinds = args.kind or [kind for kind in every if newer or kind != SINCE_6_18]
-                return inside(job, args.modules.split(","), kinds)
-        kernel = host_kernel(args.host_kernel)
+                known = {"learnt": args.learnt, "learnt_guest": args.learnt_guest}
+                job.write_text(json.dumps({"boot": boot, **known, "drives": {}}))
+                return inside(job, args.modules.split(","), args.kind)
+        kernel = guest = host_kernel(args.host_kernel)
+        if patched := kernel.name.startswith("patched:"):
+            guest = host_kernel(default_spec())
         with tempfile.TemporaryDirectory() as folder:
-            learnt = Path(folder) / "learnt.json"
-            learnt.write_text(json.dumps(learn(kernel.vmlinuz, sorted(kernel.modules.rglob("kvm.ko*"))).to_json()))
-            modules = ",".join(str(make(kernel)) for make in (lab_module, peek_module))
-            more = ["--learnt", str(learnt), "--modules", modules, "--guest", str(kernel.vmlinuz)]
-            more += [f"--kind={kind}" for kind in args.kind or ()]
+            modules = [lab_module(kernel), *([] if patched else [peek_module(kernel)])]
+            more = ["--modules", ",".join(map(str, modules)), "--guest", str(guest.vmlinuz)]
+            for option, one in (("--learnt", kernel), ("--learnt-guest", guest)):
+                learnt = Path(folder) / f"{option[2:]}.json"
+                learnt.write_bytes(knowledge_of(one))
+                more += [option, str(learnt)]
+            kinds = args.kind or kinds_on(kernel)
+            more += [f"--kind={kind}" for kind in kinds]
+            if any("firecracker" in kind for kind in kinds):
+                vmlinux = Path(folder) / "vmlinux"
+                vmlinux.write_bytes(unpacked(guest.vmlinuz))
+                more += ["--vmlinux", str(vmlinux), "--firecracker", str(released_firecracker())]
             return run_in_lab(__file__, more, kernel=kernel, timeout=scaled(900.0))
 
     return exit_status("attack_kinds", run)

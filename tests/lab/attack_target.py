@@ -1,8 +1,9 @@
 """Attacks on guests of several kinds of RAM, each beside a plain one, run in a disposable host.
 
 ``python -m tests.lab.attack_target JOB KIND…`` prints one JSON object: the result of the attack on each kind, by its
-name. JOB is a JSON file: ``boot`` (`attack_guests.Boot`), and ``learnt``, what ``offmap attack --learn`` wrote. A kind
-is one of ``offmap compare``'s, or one of `Boot.command`. What may follow it:
+name. JOB is a JSON file: ``boot`` (`attack_guests.Boot`); ``learnt``, what ``offmap attack --learn`` wrote of the
+host's kernel; ``learnt_guest``, the same of the guests', if that is another. A kind is one of ``offmap compare``'s, or
+one of `Boot.command`. What may follow it:
 
 - ``+``: it is attacked by the command line too, through kcore, with knowledge that is wrong, through the VMM's own
   mapping, and with its RAM mapped by the test module.
@@ -66,6 +67,7 @@ class Attacks:
     def __init__(self, job: Any) -> None:
         self._boot, self._drives, self._learnt = Boot(**job["boot"]), job["drives"], job["learnt"]
         self._kernel = known(Path(self._learnt))
+        self._guest = known(Path(job.get("learnt_guest", self._learnt)))
         self.found: dict[str, Any] = {}
 
     def run(self, kinds: list[str]) -> None:
@@ -76,9 +78,9 @@ class Attacks:
                     self._kind(inner, kind)
 
     def _note(self, name: str, victim: Planted, made: Primitive, build: Kernel | None = None, how: str = "") -> None:
-        build = build or self._kernel
+        beforehand = Beforehand(build or self._kernel, build or self._guest)
         with made as primitive:
-            result = attack(primitive, Beforehand(build, build), victim.victim("=" in how), self._control.victim())
+            result = attack(primitive, beforehand, victim.victim("=" in how), self._control.victim())
         self.found[name] = result.to_json()
 
     def _kind(self, stack: ExitStack, which: str) -> None:

@@ -18,6 +18,7 @@ from offmap.compare.claims import CANARIES, DemoRow
 from offmap.compare.demo import PRESET, row_of
 from offmap.compare.guest import READY, guest_initramfs
 from offmap.compare.job import Job
+from offmap.compare.knowledge import knowledge_of
 from offmap.compare.spec import CellSpec
 from offmap.compare.transcript import Transcript
 from offmap.kmod.lab_build import lab_module
@@ -94,6 +95,10 @@ def test_it_has_what_the_comparison_asks_of_a_kernel(patched_host: LabHost) -> N
     module = lab_module(patched_host.kernel)
     done = patched_host.output(["sh", "-c", f"insmod {module} && test -c /dev/offmap && rmmod offmap"])
     assert done.status == 0, done.stderr
+    # The image has no BTF; what is compiled from its headers says all that an attack reads.
+    known = msgspec.json.decode(knowledge_of(patched_host.kernel))
+    assert known["offsets"].keys() > {"kvm_memory_slot.gmem.file", "kvm_vcpu.arch.root_mmu.root.hpa", "task_struct.mm"}
+    assert set(known["sizes"]) == {"page", "xa_node", "kvm", "kvm_vcpu"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

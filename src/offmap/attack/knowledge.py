@@ -94,25 +94,33 @@ class Kernel(Document, frozen=True, kw_only=True):
         return int(found[name])
 
 
-def learn(image: Path, modules: Sequence[Path] = ()) -> Kernel:
+def has_btf(image: Path) -> bool:
+    """Whether a kernel's image says what its structures are like; raises as ``learn``."""
+    return ".BTF" in sections_of(image)
+
+
+def learn(image: Path, modules: Sequence[Path] = (), types: Path | None = None) -> Kernel:
     """What the files of a kernel's package say of it.
 
     Args:
         image: its vmlinuz or vmlinux.
         modules: modules whose structures are of use, each by itself: kvm.ko where KVM is one.
+        types: an object that was compiled with its headers (kernel/types), for an image without BTF.
 
     Raises:
         OffmapError: a file cannot be used.
     """
     sections = sections_of(image)
+    described = sections if types is None else sections_of(types)
     try:
-        rodata, data = sections[".rodata"], sections[".BTF"].data
+        rodata, data = sections[".rodata"], described[".BTF"].data
     except KeyError as error:
-        raise OffmapError(f"{image} has no section {error.args[0]}", "give a kernel built with BTF") from None
+        what, remedy = f"{image} has no section {error.args[0]}", "give a kernel built with BTF, or --types"
+        raise OffmapError(what, remedy) from None
     try:
         symbols = read_symbols(rodata.data, rodata.va, SYMBOLS)
-        types = Btf(data)
-        all_types = [types, *(types.with_module(_btf_of(path)) for path in modules)]
+        first = Btf(data)
+        all_types = [first, *(first.with_module(_btf_of(path)) for path in modules)]
     except Unknown as error:
         raise OffmapError(f"{image} cannot be learnt from: {error}", "give a kernel with kallsyms and BTF") from None
     start = symbols.get("linux_banner", 0) - rodata.va
@@ -140,8 +148,8 @@ def learn(image: Path, modules: Sequence[Path] = ()) -> Kernel:
     )
 
 
-def known(path: Path, modules: Sequence[Path] = ()) -> Kernel:
-    """What a file says: one that an earlier ``learn`` was written to, else a kernel's image.
+def known(path: Path, modules: Sequence[Path] = (), types: Path | None = None) -> Kernel:
+    """What a file says: one that an earlier ``learn`` was written to, else a kernel's image and these other files.
 
     Raises:
         OffmapError: it cannot be used.
@@ -153,7 +161,7 @@ def known(path: Path, modules: Sequence[Path] = ()) -> Kernel:
     except OSError as error:
         raise KernelError(f"reading {path}", error, "name a kernel's image, or what --learn wrote") from None
     if not text:
-        return learn(path, modules)
+        return learn(path, modules, types)
     try:
         return decode(Kernel, parse_json(text))
     except Malformed as error:

@@ -66,7 +66,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="kvm.ko of the host's kernel (default: that of the running kernel in /lib/modules)",
     )
     parser.add_argument(
-        "--learn", type=Path, metavar="FILE", help="only write down what --host-kernel and --module tell, and end"
+        "--types",
+        type=Path,
+        metavar="FILE",
+        help="for a kernel without BTF: kernel/types/offmap_types.c, compiled with the kernel's headers",
+    )
+    parser.add_argument(
+        "--learn",
+        type=Path,
+        metavar="FILE",
+        help="only write down what these three files tell, and end",
     )
     parser.add_argument(
         "--primitive",
@@ -144,7 +153,8 @@ def _learn(args: argparse.Namespace) -> int:
     from offmap.attack.knowledge import learn
     from offmap.report.files import PUBLIC, replace_file
 
-    kernel = learn(args.host_kernel or _running_image(), args.module or _running_modules(args.host_kernel))
+    modules = args.module or _running_modules(args.host_kernel)
+    kernel = learn(args.host_kernel or _running_image(), modules, args.types)
     replace_file(args.learn, json.dumps(kernel.to_json(), indent=1) + "\n", PUBLIC)
     return ExitStatus.DONE
 
@@ -153,7 +163,8 @@ def _beforehand(args: argparse.Namespace) -> "Beforehand":
     from offmap.attack.attack import Beforehand
     from offmap.attack.knowledge import known
 
-    host = known(args.host_kernel or _running_image(), args.module or _running_modules(args.host_kernel))
+    modules = args.module or _running_modules(args.host_kernel)
+    host = known(args.host_kernel or _running_image(), modules, args.types)
     guest = host if args.guest_kernel is None else known(args.guest_kernel)
     try:
         base = None if args.kaslr is None else int(args.kaslr, 16)

@@ -1,4 +1,4 @@
-"""Building the module for a kernel of this machine, against the headers that its distribution installed."""
+"""Building for a kernel against its headers: the module, and an object that says what its structures are like."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from offmap.errors import OffmapError
 from offmap.kmod.modinfo import release_of
-from offmap.kmod.source import MODULE, copy_sources, source_folder, source_hash
+from offmap.kmod.source import MODULE, copy_sources, source_folder, source_hash, types_folder
 from offmap.lab.cache import cache_folder, locked, scratch_folder
 from offmap.log import Logger
 
@@ -40,7 +40,7 @@ def build(release: str | None = None, *, again: bool = False, modules: Path | No
     headers = (modules or _INSTALLED / release) / "build"
     with locked(module.parent.with_name(f"{module.parent.name}.lock")):
         if again or not module.is_file() or _is_older(module, headers):
-            _make(release, headers, module)
+            _make(release, headers, module, source_folder())
     made_for = release_of(module)
     if made_for != release:
         raise OffmapError(
@@ -50,6 +50,23 @@ def build(release: str | None = None, *, again: bool = False, modules: Path | No
     return module
 
 
+def build_types(release: str, modules: Path) -> Path:
+    """An object with the BTF of those structures that an attack reads, unless that has been built.
+
+    Args:
+        modules: the kernel's ``lib/modules/RELEASE`` folder.
+
+    Raises:
+        OffmapError: with what is missing.
+    """
+    made = cache_folder("modules") / f"{release}-types-{source_hash(types_folder())}" / "offmap_types.o"
+    headers = modules / "build"
+    with locked(made.parent.with_name(f"{made.parent.name}.lock")):
+        if not made.is_file() or _is_older(made, headers):
+            _make(release, headers, made, types_folder(), made.name)
+    return made
+
+
 def _is_older(module: Path, headers: Path) -> bool:
     """Whether the kernel was rebuilt since: its configuration or its exported symbols differ."""
     made = module.stat().st_mtime
@@ -57,7 +74,7 @@ def _is_older(module: Path, headers: Path) -> bool:
     return any(file.is_file() and file.stat().st_mtime > made for file in files)
 
 
-def _make(release: str, headers: Path, module: Path) -> None:
+def _make(release: str, headers: Path, made: Path, sources: Path, target: str = "modules") -> None:
     if not (headers / "Makefile").is_file():
         raise OffmapError(
             f"the headers of kernel {release} are not installed ({headers} is missing)",
@@ -65,10 +82,10 @@ def _make(release: str, headers: Path, module: Path) -> None:
         )
     if shutil.which("make") is None:
         raise OffmapError("there is no make to build the module with", "run: apt-get install make gcc")
-    module.parent.mkdir(exist_ok=True)
-    with scratch_folder(module.parent) as scratch:
-        copy_sources(source_folder(), scratch)
-        command = ["make", "-C", str(headers), f"M={scratch}", "modules"]
+    made.parent.mkdir(exist_ok=True)
+    with scratch_folder(made.parent) as scratch:
+        copy_sources(sources, scratch)
+        command = ["make", "-C", str(headers), f"M={scratch}", target]
         _log.debug("%s", " ".join(command))
         done = subprocess.run(
             command,
@@ -80,7 +97,7 @@ def _make(release: str, headers: Path, module: Path) -> None:
         )
         if done.returncode != 0:
             raise why_make_failed(release, done.stdout + done.stderr)
-        (scratch / module.name).replace(module)
+        (scratch / made.name).replace(made)
 
 
 def why_make_failed(release: str, output: str) -> OffmapError:

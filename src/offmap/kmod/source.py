@@ -15,6 +15,11 @@ def source_folder() -> Path:
     return shipped("kernel/module", "_kernel_module", "Kbuild")
 
 
+def types_folder() -> Path:
+    """The folder of the program that says what a kernel's structures are like. Raises LabError if there is none."""
+    return shipped("kernel/types", "_kernel_types", "Kbuild")
+
+
 def _sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in _KINDS or path.name in _BUILD_FILES)
 
