@@ -10,9 +10,9 @@ def main() -> int:
     What the imports make stays: to look for garbage in it takes a millisecond. `offmap.cli.main` enables it again.
     """
     gc.disable()
-    from offmap.cli.main import main as run_command_line
+    from offmap.cli.entry import run
 
-    return run_command_line()
+    return run(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ Importing ``logging`` would take a tenth of the start of ``offmap run``. Until i
 records, so those below WARNING are dropped, as ``logging`` itself would drop them.
 """
 
+import _thread  # `threading` takes as long to import as all else here
 import sys
-import threading
 from collections.abc import Callable
 
 DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 
-_lock = threading.RLock()  # a signal's handler may log inside `log`
+_lock = _thread.RLock()  # a signal's handler may log inside `log`
 _level = WARNING
 _set_up: Callable[[], None] | None = None
 Sink = Callable[[int, str, str], None]

@@ -116,6 +116,7 @@ def test_a_vmm_that_would_get_around_it(host: LabHost) -> None:
                 "shared anonymous",
                 "hole",
                 "of the kernel",
+                "pinned",
                 "Xen",
                 "guest_memfd",
                 "KVM_SET_CPUID",
@@ -137,7 +138,15 @@ def test_a_vmm_that_would_get_around_it(host: LabHost) -> None:
             "pin": "EFAULT",
             "whole": True,
         }
-        slots = ("anonymous", "read-only slot", "private file", "part of a mapping", "two mappings")
+        slots = [
+            "anonymous",
+            "read-only slot",
+            "private file",
+            "part of a mapping",
+            "two mappings",
+            "newer call",
+            "dirty log",
+        ]
         assert found == {
             "clock": dict.fromkeys(("usual", "behind others", "no CPUID"), "refused"),
             "placed": {**{slot: ["", HERE, True] for slot in slots}, "around it": ["", ""]},
@@ -160,7 +169,14 @@ def test_a_vmm_that_would_get_around_it(host: LabHost) -> None:
         assert vmm.command.wait(PATIENCE) in {-9, 137}
     finally:
         said = vmm.end()
-    for why in ("registered with userfaultfd", "is a shared file", "nothing is mapped", "guest_memfd", "another ABI"):
+    for why in (
+        "registered with userfaultfd",
+        "has pinned memory",
+        "is a shared file",
+        "nothing is mapped",
+        "guest_memfd",
+        "another ABI",
+    ):
         assert why in said
 
 

@@ -28,7 +28,7 @@ MAP_FIXED = 0x10
 MREMAP_MAYMOVE, MREMAP_FIXED, MREMAP_DONTUNMAP = 1, 2, 4
 MADV_PAGEOUT = 21
 SYS_USERFAULTFD, SYS_REMAP_FILE_PAGES, SYS_PKEY_MPROTECT = 323, 216, 329
-SYS_IO_URING_SETUP, SYS_IO_URING_REGISTER, IORING_REGISTER_BUFFERS = 425, 427, 0
+SYS_IO_URING_SETUP, SYS_IO_URING_REGISTER, IORING_REGISTER_BUFFERS, IORING_UNREGISTER_BUFFERS = 425, 427, 0, 1
 POOL = "/run/own"  # where the test mounts one
 UFFDIO_API, UFFDIO_REGISTER = 0xC018AA3F, 0xC020AA00
 FLIPS = 16
@@ -120,6 +120,18 @@ def placed(slots: Slots) -> dict[str, Any]:
     found["around it"] = [file_of(inside), file_of(inside + 3 * PAGE)]
     libc.mprotect(ctypes.c_void_p(two := filled(2 * PAGE)), ctypes.c_size_t(PAGE), mmap.PROT_READ)
     found["two mappings"] = [slots.set(two, 2 * PAGE), file_of(two), is_full(two, 2 * PAGE)]
+    region = slots.region(newer := filled(PAGE), PAGE)
+    newer_region = uapi.kvm_userspace_memory_region2(
+        region.slot, 0, region.guest_phys_addr, region.memory_size, region.userspace_addr
+    )
+    error = name(libc.ioctl(slots.vm.fd, uapi.KVM_SET_USER_MEMORY_REGION2, ctypes.addressof(newer_region)))
+    found["newer call"] = [error, file_of(newer), is_full(newer, PAGE)]
+    region = slots.region(logged := filled(PAGE), PAGE)
+    errors = []
+    for flags in (0, uapi.KVM_MEM_LOG_DIRTY_PAGES, 0):
+        region.flags = flags
+        errors.append(slots.set_region(region))
+    found["dirty log"] = ["".join(errors), file_of(logged), is_full(logged, PAGE)]
     return found
 
 
@@ -160,6 +172,7 @@ def refused(slots: Slots, kvm: Kvm) -> dict[str, str]:
         "shared anonymous": slots.set(new(PAGE, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS), PAGE),
         "of the kernel": slots.set(of_the_kernel(), PAGE),
         "Xen": name(libc.ioctl(slots.vm.fd, uapi.KVM_XEN_HVM_CONFIG, bytes(ctypes.sizeof(uapi.kvm_xen_hvm_config)))),
+        "pinned": set_pinned(slots),
         "guest_memfd": slots.set(filled(PAGE), PAGE, uapi.KVM_MEM_GUEST_MEMFD),
     }
     with slots.vm.create_vcpu(0) as vcpu:
@@ -210,11 +223,25 @@ def kept_as_it_is(slots: Slots) -> dict[str, Any]:
     return {**{what: name(attempt()) for what, attempt in attempts.items()}, "whole": is_full(at, size)}
 
 
-def pin(at: int, size: int) -> int:
+def new_ring() -> int:
+    return int(libc.syscall(SYS_IO_URING_SETUP, 8, ctypes.create_string_buffer(120)))
+
+
+def pin(at: int, size: int, ring: int | None = None) -> int:
     """Make memory a fixed buffer of io_uring's."""
-    ring = libc.syscall(SYS_IO_URING_SETUP, 8, ctypes.create_string_buffer(120))
     buffer = (ctypes.c_uint64 * 2)(at, size)
+    ring = new_ring() if ring is None else ring
     return int(libc.syscall(SYS_IO_URING_REGISTER, ring, IORING_REGISTER_BUFFERS, buffer, 1))
+
+
+def set_pinned(slots: Slots) -> str:
+    """Set a slot of memory that a device may write to; returns the error, or that it could not be pinned."""
+    at, ring = filled(PAGE), new_ring()
+    if error := name(pin(at, PAGE, ring)):
+        return f"not pinned: {error}"
+    error = slots.set(at, PAGE)
+    libc.syscall(SYS_IO_URING_REGISTER, ring, IORING_UNREGISTER_BUFFERS, None, 0)
+    return error
 
 
 def brought(slots: Slots) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from offmap.cli.main import main as offmap
+from offmap.cli.entry import run as offmap
 from offmap.errors import ExitStatus, OffmapError
 
 CONFIG = Path("/etc/offmap/wrap.toml")

@@ -162,16 +162,27 @@ def _main(
             _forget_output()
             return ExitStatus.FAILED
         except (Exception, KeyboardInterrupt) as caught:
-            failure = _failure(caught)
-            if failure is None:
-                # Python would end with 1, which means "exposed".
-                _log_error(program, "this is a bug in offmap", caught)
-                return ExitStatus.FAILED
-            # By this word scripts tell "this host cannot" from "it failed".
-            refused = "refused: " if isinstance(failure, BackendRefused) else ""
-            name = failure.program if isinstance(failure, _WrongUse) else program
-            _log_error(name, f"{refused}{failure}", failure)
-            return failure.exit_status
+            return _say(program, caught)
+
+
+def report(command: str, error: BaseException) -> int:
+    """Say why a command failed that was run without `main`. Returns its exit status."""
+    program = f"offmap {command}"
+    with logging_to_stderr(program, LogOptions()):
+        return _say(program, error)
+
+
+def _say(program: str, error: BaseException) -> ExitStatus:
+    failure = _failure(error)
+    if failure is None:
+        # Python would end with 1, which means "exposed".
+        _log_error(program, "this is a bug in offmap", error)
+        return ExitStatus.FAILED
+    # By this word scripts tell "this host cannot" from "it failed".
+    refused = "refused: " if isinstance(failure, BackendRefused) else ""
+    name = failure.program if isinstance(failure, _WrongUse) else program
+    _log_error(name, f"{refused}{failure}", failure)
+    return failure.exit_status
 
 
 def _failure(error: BaseException) -> OffmapError | None:

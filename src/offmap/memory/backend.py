@@ -90,10 +90,10 @@ class Backend(ABC):
         return GuestMemory(self.allocate(vm, size))
 
     def placed_from(self) -> list[str]:
-        """What `offmap wrap` places under other people's VMMs: words for ``wrap.source.source_from``.
+        """What `offmap wrap` places under other people's VMMs: the kind of a ``wrap.source``, and where it is from.
 
         Raises:
-            OffmapError: it cannot be placed, or this host does not have it.
+            OffmapError: it cannot be placed.
         """
         raise OffmapError(
             f"{self.name} cannot be placed under a VMM", "use --memory pool or --memory unplugged, which are files"

@@ -11,7 +11,6 @@ from offmap.kvm import Vm
 from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing
 from offmap.options import Options
-from offmap.uapi.page import PAGE_SIZE
 
 
 class Pool(Backend):
@@ -41,6 +40,4 @@ class Pool(Backend):
             os.close(fd)
 
     def placed_from(self) -> list[str]:
-        path = os.path.abspath(self.path)  # noqa: PTH100 - it may be a link
-        os.close(pool_file(path, PAGE_SIZE))  # refused now, and not when the guest begins
-        return ["pool", path]
+        return ["pool", os.path.abspath(self.path)]  # noqa: PTH100 - it may be a link

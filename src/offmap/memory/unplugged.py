@@ -7,7 +7,7 @@ hands them out and before it gives them back, however this process ends (kernel/
 import os
 from typing import Self
 
-from offmap.hidden_files import device_file, unplugged_file
+from offmap.hidden_files import unplugged_file
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing
@@ -41,5 +41,4 @@ class Unplugged(Backend):
             os.close(fd)
 
     def placed_from(self) -> list[str]:
-        os.close(device_file())  # refused now, and not when the guest begins
         return ["unplugged", str(self.node)]

@@ -41,6 +41,7 @@ KVM_CAP_GUEST_MEMFD_FLAGS = 244
 KVM_CAP_X86_KVMCLOCK_HVA = 252  # kernel/patches
 
 # --- memory ----------------------------------------------------------------------------------------------------------
+KVM_MEM_LOG_DIRTY_PAGES = 1 << 0
 KVM_MEM_READONLY = 1 << 1
 KVM_MEM_GUEST_MEMFD = 1 << 2
 

@@ -104,6 +104,12 @@ def populated(pid: int, start: int, end: int, *, own: bool = False) -> list[tupl
     return runs
 
 
+def pinned(pid: int) -> int:
+    """KiB of the process's memory that the kernel has pinned for long (VmPin of proc(5))."""
+    with open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123
+        return next((int(line.split()[1]) for line in file if line.startswith(b"VmPin:")), 0)
+
+
 def read_into(pid: int, address: int, target: int, size: int) -> None:
     """Copy `size` bytes of the process at `address` to our address `target`."""
     while size:

@@ -54,6 +54,7 @@ class Audit(Owned):
                 os.environ,
                 file_actions=[(os.POSIX_SPAWN_DUP2, self._said, 1), (os.POSIX_SPAWN_DUP2, self._said, 2)],
                 setsigdef=_IGNORED,
+                setsigmask=(),  # we block one
                 setsid=True,
             )
         except OSError:

@@ -1,7 +1,5 @@
 """What the user of a wrapper allows."""
 
-from collections.abc import Sequence
-
 from offmap.errors import ExitStatus
 
 
@@ -28,10 +26,6 @@ class Policy:
         self.trust_shared = trust_shared
         self.keep_clock = keep_clock
 
-    def words(self) -> list[str]:
-        """What stands for it on a command line."""
-        return [name for name, value in vars(self).items() if value]
-
     def ends(self, status: ExitStatus, *, clock_alone: bool = False) -> str:
         """The option by which a VMM with this verdict is ended; empty: it goes on.
 
@@ -41,8 +35,3 @@ class Policy:
         if status == ExitStatus.EXPOSED and self.kill and not (clock_alone and self.keep_clock):
             return "--on-exposed"
         return "--on-undetermined" if status == ExitStatus.UNDETERMINED and self.kill_undetermined else ""
-
-    @classmethod
-    def from_words(cls, words: Sequence[str]) -> "Policy":
-        """The policy that `words` returned these of."""
-        return cls(**{name: name in words for name in vars(cls())})

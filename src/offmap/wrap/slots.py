@@ -59,7 +59,14 @@ def to_place(
     if not region.memory_size or start % PAGE_SIZE or end % PAGE_SIZE:
         return []  # KVM deletes the slot, or refuses what is not of pages
     covered = _covered(address_space.areas(pid, start, end), start, end)
-    return [area for area in covered if _wanted(area, guarded, trust_shared)]
+    wanted = [area for area in covered if _wanted(area, guarded, trust_shared)]
+    if wanted and address_space.pinned(pid):
+        raise SlotRefused(
+            wanted[0],
+            "the VMM has pinned memory, maybe this: a device would go on with what was there before",
+            "have it pin nothing before its slots are set, like io_uring's fixed buffers",
+        )
+    return wanted
 
 
 def _covered(found: list[Area], start: int, end: int) -> Iterator[Area]:

@@ -4,15 +4,16 @@ import ctypes
 import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fcntl import ioctl
 
 from offmap.errors import KernelError, OffmapError
 from offmap.files import fallocate
-from offmap.hidden_files import is_of_a_pool, pool_file, unplugged_file
+from offmap.hidden_files import DEFAULT_POOL, device_file, is_of_a_pool, pool_file, unplugged_file
 from offmap.owned import Owned
 from offmap.uapi import offmap_module as uapi
 from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from offmap.uapi.page import PAGE_SIZE
 from offmap.wrap.address_space import Area
 
 _LARGE_PAGES = (1 << 30, 2 << 20)
@@ -44,6 +45,10 @@ class Source(ABC):
     """Gives hidden memory, by files that can be mapped shared."""
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise OffmapError if this host does not have it, or not for us."""
+
+    @abstractmethod
     def take(self, size: int, address: int) -> Piece:
         """`size` bytes (whole pages) to be mapped at `address`, by large pages where that is possible.
 
@@ -52,9 +57,19 @@ class Source(ABC):
         """
 
 
-def source_from(words: Sequence[str]) -> Source:
-    """The source for a backend's words (``Backend.placed_from``): ``pool FOLDER`` or ``unplugged NODE``."""
-    kind, value = words
+def source_for(memory: str) -> Source:
+    """The source that ``--memory`` names.
+
+    Raises:
+        OffmapError: there is no such kind of memory, or it cannot be placed under a VMM.
+    """
+    if memory == "pool":  # in the usual case nothing needs to be parsed: backends take long to import
+        return PoolFiles(DEFAULT_POOL)
+    if memory == "unplugged":
+        return DeviceFiles(uapi.OFFMAP_ANY_NODE)
+    from offmap.memory.backend import parse_backend
+
+    kind, value = parse_backend(memory).placed_from()
     return PoolFiles(value) if kind == "pool" else DeviceFiles(int(value))
 
 
@@ -94,6 +109,9 @@ class PoolFiles(Source):
     def __init__(self, path: str) -> None:
         self._path = path
 
+    def check(self) -> None:
+        os.close(pool_file(self._path, PAGE_SIZE))
+
     def take(self, size: int, address: int) -> Piece:
         phase = _phase(size, address)
         fd = pool_file(self._path, phase + size)
@@ -116,9 +134,12 @@ def own_pool_file(pid: int, area: Area) -> Piece:
     files = f"/proc/{pid}/fd"
     for path in (mapped, *(f"{files}/{name}" for name in os.listdir(files))):  # noqa: PTH208
         try:
-            found = os.stat(path)  # noqa: PTH116
-            if (found.st_dev, found.st_ino) == (area.device, area.inode):
-                return _piece_of(os.open(path, os.O_RDWR | os.O_CLOEXEC), area.end - area.start, area.offset)
+            if not _is_of(area, os.stat(path)):  # noqa: PTH116 - what it is must be known before it is opened
+                continue
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            if _is_of(area, os.fstat(fd)):
+                return _piece_of(fd, area.end - area.start, area.offset)
+            os.close(fd)
         except (OSError, ValueError):  # the latter: it is shorter than what is mapped
             continue
     raise OffmapError(
@@ -126,6 +147,10 @@ def own_pool_file(pid: int, area: Area) -> Piece:
         "wrap it as root, or give the VMM ordinary memory",
         why=f"no open file of {area.path} can be had",
     )
+
+
+def _is_of(area: Area, found: os.stat_result) -> bool:
+    return (found.st_dev, found.st_ino) == (area.device, area.inode)
 
 
 def _piece_of(fd: int, size: int, offset: int) -> Piece:
@@ -160,6 +185,9 @@ class DeviceFiles(Source):
     def __init__(self, node: int) -> None:
         self._node = node
         self._open: list[_Blocks] = []
+
+    def check(self) -> None:
+        os.close(device_file())
 
     def take(self, size: int, address: int) -> Piece:
         phase = _phase(size, address) % _LARGE_PAGES[-1]  # memory blocks need not be aligned to more

@@ -9,6 +9,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Callable
 
 from offmap.errors import KernelError
 from offmap.uapi import ptrace as uapi
@@ -20,9 +21,9 @@ _WORD = (1 << 64) - 1
 _RED_ZONE = 128  # System V ABI, x86-64: below the stack pointer, and still in use
 
 _FORKS = {str(number).encode() for number in (uapi.SYS_vfork, uapi.SYS_clone, uapi.SYS_clone3)}
-_QUICK_LOOKS = 100  # at a thread that does not stand yet; then one each
+_TOLD = {signal.SIGCHLD}  # which tells of a stop
 _LOOK_AGAIN = 0.001  # second
-_MANY_LOOKS = 10_000  # ten seconds or more
+_PATIENCE = 10.0  # seconds
 _ENDED = {"", "Z", "X"}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -60,10 +61,28 @@ def _state(tid: int) -> str:
         return ""
 
 
-def _look_again(looks: int) -> int:
-    """Wait a little, the longer the more often that was done; returns how often it was by now."""
-    time.sleep(0 if looks < _QUICK_LOOKS else _LOOK_AGAIN)
-    return looks + 1
+def _ended(tid: int) -> bool:
+    return _state(tid) in _ENDED
+
+
+def _wait(tid: int, in_vain: Callable[[int], bool] = _ended) -> int:
+    """Wait until a traced thread stops or ends; returns its wait status, 0 if it has ended.
+
+    SIGCHLD, if it is blocked, ends each of our sleeps as soon as a thread stops. The end of a process's first thread is
+    told neither by that nor by waitpid(2) before those of its others, which may wait for us.
+
+    Args:
+        in_vain: asked now and then about this thread: there is nothing to wait for any more; returns 0.
+    """
+    while True:
+        try:
+            done, status = os.waitpid(tid, uapi.WALL | os.WNOHANG)
+        except ChildProcessError:
+            return 0
+        if done:
+            return status if os.WIFSTOPPED(status) else 0
+        if signal.sigtimedwait(_TOLD, _LOOK_AGAIN) is None and in_vain(tid):
+            return 0
 
 
 def _awaits_child(tid: int) -> bool:
@@ -83,10 +102,13 @@ def _threads(pid: int) -> set[int]:
         return set()
 
 
-def _processes_of_mm(pid: int) -> list[int]:
-    """The processes that share the address space of `pid` (clone(2) with CLONE_VM), itself among them."""
-    others = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != pid]  # noqa: PTH208
-    return [pid, *(other for other in others if _libc.syscall(uapi.SYS_kcmp, pid, other, uapi.KCMP_VM, 0, 0) == 0)]
+def _share_memory(pid: int, other: int) -> bool:
+    """Whether two processes have one address space (clone(2) with CLONE_VM)."""
+    if pid == other or not (result := _libc.syscall(uapi.SYS_kcmp, pid, other, uapi.KCMP_VM, 0, 0)):
+        return True
+    if result < 0 and ctypes.get_errno() == errno.ENOSYS:
+        raise KernelError("kcmp of the VMM", errno.ENOSYS, "use a kernel with CONFIG_KCMP")
+    return False
 
 
 class Stopped:
@@ -107,6 +129,7 @@ class Stopped:
         self._listener = listener
         self._call = call
         self.pid = process_of(call.tid)
+        self._processes: dict[int, bool] = {}  # those that were there, and whether they have this address space
         self._others: dict[int, int] = {}  # threads that stand, and the signal that each was about to get
         self._late: set[int] = set()  # threads that will stand when their child goes on
         self._regs: uapi.user_regs_struct | None = None  # as the answered call left them
@@ -182,7 +205,9 @@ class Stopped:
     def _new_threads(self) -> set[int]:
         """The threads of the address space that do not stand still yet, but the calling one."""
         known = {self._call.tid, *self._others}
-        return {tid for pid in _processes_of_mm(self.pid) for tid in _threads(pid)} - known
+        for pid in {int(name) for name in os.listdir("/proc") if name.isdigit()} - self._processes.keys():  # noqa: PTH208
+            self._processes[pid] = _share_memory(self.pid, pid)
+        return {tid for pid, shares in self._processes.items() if shares for tid in _threads(pid)} - known
 
     def _seize(self, tid: int) -> None:
         """Have a thread stop soon. Raises CallGone: the calling thread has ended. Others may."""
@@ -193,50 +218,27 @@ class Stopped:
             if tid == self._call.tid:
                 raise
         except KernelError:
-            if _state(tid) not in _ENDED:
+            if not _ended(tid):
                 self._others.pop(tid, None)
                 raise
 
     def _await_stops(self, tids: set[int]) -> None:
         """Wait until each of these threads stands, has ended, or waits for a child that stands."""
         for tid in tids:
-            looks = 0
-            while not self._stands(tid) and _state(tid) not in _ENDED:
-                if _awaits_child(tid):
-                    self._late.add(tid)
-                    break
-                looks = _look_again(looks)
+            status = _wait(tid, self._stands_late)
+            if status and not status >> 16:
+                self._others[tid] = os.WSTOPSIG(status)  # it gets its signal when it goes on
 
-    def _stands(self, tid: int) -> bool:
-        try:
-            done, status = os.waitpid(tid, uapi.WALL | os.WNOHANG)
-        except ChildProcessError:  # it has ended before it was seized
+    def _stands_late(self, tid: int) -> bool:
+        if _awaits_child(tid):
+            self._late.add(tid)
             return True
-        if done and os.WIFSTOPPED(status) and not status >> 16:
-            self._others[tid] = os.WSTOPSIG(status)  # it gets its signal when it goes on
-        return bool(done)
-
-    def _wait(self, tid: int) -> int:
-        """Wait until a thread stops or ends; returns its wait status, 0 if it has ended.
-
-        The end of a process's first thread is not reported before those of the others, which wait for us.
-        """
-        looks = 0
-        while True:
-            try:
-                done, status = os.waitpid(tid, uapi.WALL | os.WNOHANG)
-            except ChildProcessError:
-                return 0
-            if done:
-                return status if os.WIFSTOPPED(status) else 0
-            if looks >= _QUICK_LOOKS and _state(tid) in _ENDED:
-                return 0
-            looks = _look_again(looks)
+        return _ended(tid)
 
     def _await_end(self) -> int:
         """Wait until the calling thread stops at the end of its call; returns the call's result."""
         tid = self._call.tid
-        status = self._wait(tid)
+        status = _wait(tid)
         if not status:
             raise CallGone
         if not status >> 16:
@@ -258,7 +260,7 @@ class Stopped:
     def _to_syscall_stop(self) -> None:
         while True:
             _ptrace(uapi.PTRACE_SYSCALL, self._call.tid)
-            status = self._wait(self._call.tid)
+            status = _wait(self._call.tid)
             if not status:
                 raise CallGone
             stopped = os.WSTOPSIG(status)
@@ -286,10 +288,11 @@ class Stopped:
             left.add(self._call.tid)
         left |= {tid for tid, held in self._others.items() if tid not in self._late and not _detached(tid, held)}
         for tid in self._late:  # their children have gone on, and will exec or end
-            if not self._wait(tid) or not _detached(tid, 0):
+            if not _wait(tid) or not _detached(tid, 0):
                 left.add(tid)
         self._others.clear()
-        _await_ends(left)
+        for tid in sorted(left, key=_is_first):
+            _await_end(tid)
 
 
 def _detached(tid: int, held: int) -> bool:
@@ -301,23 +304,24 @@ def _detached(tid: int, held: int) -> bool:
     return True
 
 
-def _await_ends(tids: set[int]) -> None:
-    """Wait for the ends of traced threads that did not stand: their process has no end for its parent before.
+def _is_first(tid: int) -> bool:
+    """Whether a thread is its process's first, whose end is reported after those of its others."""
+    try:
+        return process_of(tid) == tid
+    except CallGone:
+        return False
 
-    One that stands after all goes on. A first thread that has ended by itself is left: its process may live on.
+
+def _await_end(tid: int) -> None:
+    """Wait for the end of a traced thread that did not stand: its process has no end for its parent before.
+
+    If it stands after all, it goes on. A first thread that has ended by itself is left: its process may live on.
     """
-    looks = 0
-    while tids:
-        for tid in tuple(tids):
-            try:
-                done, status = os.waitpid(tid, uapi.WALL | os.WNOHANG)
-            except ChildProcessError:
-                tids.discard(tid)
-                continue
-            if done and os.WIFSTOPPED(status):
-                over = _detached(tid, 0 if status >> 16 else os.WSTOPSIG(status))
-            else:
-                over = bool(done) or (looks > _MANY_LOOKS and bool(_threads(tid) - tids))
-            if over:
-                tids.discard(tid)
-        looks = _look_again(looks)
+    until = time.monotonic() + _PATIENCE
+
+    def lives_on(_: int) -> bool:
+        return time.monotonic() > until and bool(_threads(tid) - {tid})
+
+    while status := _wait(tid, lives_on):
+        if _detached(tid, 0 if status >> 16 else os.WSTOPSIG(status)):
+            return

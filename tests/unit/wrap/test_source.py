@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from offmap.errors import OffmapError
-from offmap.memory.backend import parse_backend
 from offmap.uapi import offmap_module as uapi
+from offmap.wrap.source import source_for
 
 
 def test_a_host_without_the_module_is_told_before_the_vmm_is_started(
@@ -14,10 +14,10 @@ def test_a_host_without_the_module_is_told_before_the_vmm_is_started(
 ) -> None:
     monkeypatch.setattr(uapi, "DEVICE", str(tmp_path / "offmap"))
     with pytest.raises(OffmapError, match="offmap module load"):
-        parse_backend("unplugged").placed_from()
+        source_for("unplugged").check()
 
 
 @pytest.mark.parametrize("memory", ["anon", "reserved", "secretmem"])
 def test_what_is_no_file_cannot_be_placed(memory: str) -> None:
     with pytest.raises(OffmapError, match="cannot be placed under a VMM"):
-        parse_backend(memory).placed_from()
+        source_for(memory)
