@@ -212,6 +212,9 @@ def vmm_of_a_user(host: LabHost, command: str, sign: bytes) -> Iterator[tuple[in
         vmm.wait(PATIENCE)
 
 
+WRAPPED = f"{sys.executable} -m offmap wrap --memory pool -- {sys.executable} -m tests.lab.wrap_vmm own /run/hidden"
+
+
 def audit(host: LabHost, pid: int, *options: str) -> Any:
     return json.loads(host.output([*OFFMAP, "audit", str(pid), "--json", *options], timeout=PATIENCE).stdout)
 
@@ -220,10 +223,17 @@ def test_a_guest_of_a_user_without_any_right_is_hidden(host: LabHost, payload: C
     assert host.options.out is not None
     monitor = host.options.out / "monitor.elf"
     monitor.write_bytes(payload("monitor").read_bytes())
-    with pool_of_256m(host, monitor), vmm_of_a_user(host, RUN, b"U$") as (pid, said):
-        assert f"offmap run: the guest's RAM is placed, not audited: that takes root (offmap audit {pid})" in said
-        result = audit(host, pid)
-        assert (result["verdict"], result["pages"]["pages_populated"]) == ("hidden", SIZE // 4096)
+    with pool_of_256m(host, monitor):
+        with vmm_of_a_user(host, RUN, b"U$") as (pid, said):
+            assert f"offmap run: the guest's RAM is placed, not audited: that takes root (offmap audit {pid})" in said
+            result = audit(host, pid)
+            assert (result["verdict"], result["pages"]["pages_populated"]) == ("hidden", SIZE // 4096)
+        # A wrapped VMM that brings files of the pool: one is guarded, one cannot be opened again without a right.
+        with vmm_of_a_user(host, WRAPPED, b"placed, not audited.*again: offmap audit") as (pid, said):
+            found = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+            assert found == {"pid": pid, "open": ["", "EPERM", True, True, "", ""], "closed": ["EPERM", ""]}
+            assert "no open file of /run/hidden/" in said
+            assert audit(host, pid)["verdict"] == "hidden"
 
 
 @pytest.mark.slow

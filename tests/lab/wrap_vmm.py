@@ -13,7 +13,7 @@ import secrets
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from offmap.audit.kcore import Kcore
@@ -244,19 +244,19 @@ def set_pinned(slots: Slots) -> str:
     return error
 
 
-def brought(slots: Slots) -> dict[str, Any]:
+def brought(slots: Slots, pool: str, kinds: Sequence[str] = ("open", "closed", "device")) -> dict[str, Any]:
     """Slots of hidden memory that this VMM has itself, all but its first and last page: how each ended.
 
     Of each: the slot's error; that of unmapping it then; whether it has what was there; and whether it is that file.
     """
     size = MIB
     found: dict[str, list[str | bool]] = {}
-    for what in ("open", "closed", "device"):
+    for what in kinds:
         if what == "device":
             fd = os.open(HERE, os.O_RDWR)
             at = filled(size, mmap.MAP_SHARED, fd)
         else:
-            fd = os.open(POOL, os.O_TMPFILE | os.O_RDWR)
+            fd = os.open(pool, os.O_TMPFILE | os.O_RDWR)
             os.ftruncate(fd, size)
             at = filled(size, mmap.MAP_SHARED, fd)
         view = new(size, flags=mmap.MAP_SHARED, fd=fd)
@@ -391,13 +391,15 @@ def main() -> None:
         if sys.argv[1:] == ["plain"]:
             at = filled(MIB)
             found: dict[str, Any] = {"placed": [slots.set(at, MIB), file_of(at), is_full(at, MIB)]}
+        elif sys.argv[1:2] == ["own"]:
+            found = brought(slots, sys.argv[2], ("open", "closed"))
         else:
             found = {
                 "cpuid": cpuid(kvm),
                 "clock": clock_is_refused(kvm, slots),
                 "placed": placed(slots),
                 "zeroed": zeroed(slots),
-                "brought": brought(slots),
+                "brought": brought(slots, POOL),
                 "forked": forked(slots),
                 "shared with KVM": paravirtual(kvm),
                 "refused": refused(slots, kvm),
