@@ -117,6 +117,7 @@ def test_a_vmm_that_would_get_around_it(host: LabHost) -> None:
                 "hole",
                 "of the kernel",
                 "pinned",
+                "a child's",
                 "Xen",
                 "guest_memfd",
                 "KVM_SET_CPUID",
@@ -172,6 +173,7 @@ def test_a_vmm_that_would_get_around_it(host: LabHost) -> None:
     for why in (
         "registered with userfaultfd",
         "has pinned memory",
+        "a child's, or merged",
         "is a shared file",
         "nothing is mapped",
         "guest_memfd",

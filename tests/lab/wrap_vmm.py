@@ -173,6 +173,7 @@ def refused(slots: Slots, kvm: Kvm) -> dict[str, str]:
         "of the kernel": slots.set(of_the_kernel(), PAGE),
         "Xen": name(libc.ioctl(slots.vm.fd, uapi.KVM_XEN_HVM_CONFIG, bytes(ctypes.sizeof(uapi.kvm_xen_hvm_config)))),
         "pinned": set_pinned(slots),
+        "a child's": set_while_a_child_has_it(slots),
         "guest_memfd": slots.set(filled(PAGE), PAGE, uapi.KVM_MEM_GUEST_MEMFD),
     }
     with slots.vm.create_vcpu(0) as vcpu:
@@ -232,6 +233,20 @@ def pin(at: int, size: int, ring: int | None = None) -> int:
     buffer = (ctypes.c_uint64 * 2)(at, size)
     ring = new_ring() if ring is None else ring
     return int(libc.syscall(SYS_IO_URING_REGISTER, ring, IORING_REGISTER_BUFFERS, buffer, 1))
+
+
+def set_while_a_child_has_it(slots: Slots) -> str:
+    """Set a slot of memory that a child has too, with what is in it."""
+    at, ends = filled(PAGE), os.pipe()
+    if not (child := os.fork()):
+        os.close(ends[1])
+        os.read(ends[0], 1)
+        os._exit(0)
+    error = slots.set(at, PAGE)
+    for end in ends:
+        os.close(end)
+    os.waitpid(child, 0)
+    return error
 
 
 def set_pinned(slots: Slots) -> str:

@@ -7,10 +7,13 @@ import os
 from offmap.errors import KernelError
 from offmap.uapi.page import PAGE_SIZE
 
-_PRESENT_OR_SWAPPED = 3 << 6  # of the highest byte: Documentation/admin-guide/mm/pagemap.rst
-_OF_FILE = 1 << 5
-_THERE = bytes(bool(flags & _PRESENT_OR_SWAPPED) for flags in range(256))
-_OWN = bytes(bool(flags & _PRESENT_OR_SWAPPED and not flags & _OF_FILE) for flags in range(256))
+_PRESENT, _SWAPPED, _OF_FILE, _EXCLUSIVE = 1 << 7, 1 << 6, 1 << 5, 1  # Documentation/admin-guide/mm/pagemap.rst
+THERE = bytes(bool(flags & (_PRESENT | _SWAPPED)) for flags in range(256))
+"""Which pages have memory, by the highest byte of their entries in pagemap."""
+OWN = bytes(THERE[flags] and not flags & _OF_FILE for flags in range(256))
+"""Those that are not a file's, but the process's own copy."""
+SHARED = bytes(OWN[flags] and flags & (_PRESENT | _EXCLUSIVE) == _PRESENT for flags in range(256))
+"""Of these, those that a child has too, until one of them writes, or KSM has merged; and the page of zeroes."""
 _ENTRIES = 1 << 18  # bytes of pagemap that are read at a time
 _CHUNK = 16 << 20  # bytes
 _ZEROES = 1 << 20
@@ -77,12 +80,8 @@ def areas(pid: int, start: int, end: int) -> list[Area]:
     return found
 
 
-def populated(pid: int, start: int, end: int, *, own: bool = False) -> list[tuple[int, int]]:
-    """The runs [start, end) of addresses there that have memory, present or swapped out.
-
-    Args:
-        own: leave out pages that are a file's, and not the process's own copy.
-    """
+def populated(pid: int, start: int, end: int, wanted: bytes = THERE) -> list[tuple[int, int]]:
+    """The runs [start, end) of addresses there whose pages are THERE, OWN or SHARED."""
     runs: list[tuple[int, int]] = []
     with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as file:  # noqa: PTH123
         file.seek(start // PAGE_SIZE * 8)
@@ -91,7 +90,7 @@ def populated(pid: int, start: int, end: int, *, own: bool = False) -> list[tupl
             if not entries:
                 raise KernelError("read of the VMM's pagemap", errno.EIO)
             # The flags are in an entry's highest byte. Most pages of a VMM that begins are not there: found in C.
-            flags = entries[7::8].translate(_OWN if own else _THERE)
+            flags = entries[7::8].translate(wanted)
             at = flags.find(1)
             while at >= 0:
                 stop = flags.find(0, at)
@@ -108,6 +107,15 @@ def pinned(pid: int) -> int:
     """KiB of the process's memory that the kernel has pinned for long (VmPin of proc(5))."""
     with open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123
         return next((int(line.split()[1]) for line in file if line.startswith(b"VmPin:")), 0)
+
+
+def has_data(pid: int, start: int, end: int) -> bool:
+    """Whether a byte of these is not zero. (process_vm_readv would end that the pages are shared.)"""
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:  # noqa: PTH123
+        for at in range(start, end, _ZEROES):
+            if os.pread(memory.fileno(), min(end - at, _ZEROES), at).strip(b"\0"):
+                return True
+    return False
 
 
 def read_into(pid: int, address: int, target: int, size: int) -> None:

@@ -66,6 +66,14 @@ def to_place(
             "the VMM has pinned memory, maybe this: a device would go on with what was there before",
             "have it pin nothing before its slots are set, like io_uring's fixed buffers",
         )
+    for area in wanted:
+        shared = address_space.populated(pid, area.start, area.end, address_space.SHARED)
+        if any(address_space.has_data(pid, *run) for run in shared):
+            raise SlotRefused(
+                area,
+                "what it holds is also in the memory of another process: a child's, or merged by KSM",
+                "start the guest before the VMM forks, and turn KSM off",
+            )
     return wanted
 
 
@@ -158,10 +166,12 @@ def _replace(stopped: Stopped, area: Area, piece: Piece, fd: int) -> None:
     pid, size, here = stopped.pid, piece.size, piece.address
     # Of a file every byte counts, of other memory only what is there.
     whole = [(area.start, area.end)]
-    for start, end in whole if area.inode else address_space.populated(pid, area.start, area.end):
+    there = whole if area.inode else address_space.populated(pid, area.start, area.end)
+    for start, end in there:
         address_space.read_into(pid, start, here + start - area.start, end - start)
     # What is zeroed is guest memory that would otherwise be freed as it is. A private file's own pages stay its own.
-    zeroed = whole if area.shared else address_space.populated(pid, area.start, area.end, own=True)
+    private_file = area.inode and not area.shared
+    zeroed = address_space.populated(pid, area.start, area.end, address_space.OWN) if private_file else there
     for start, end in zeroed:
         address_space.zero(pid, start, end)
     if area.shared:

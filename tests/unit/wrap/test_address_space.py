@@ -8,7 +8,7 @@ import pytest
 
 from offmap.errors import KernelError
 from offmap.uapi.page import PAGE_SIZE
-from offmap.wrap.address_space import areas, populated, read_into, write_from, zero
+from offmap.wrap.address_space import OWN, SHARED, areas, has_data, populated, read_into, write_from, zero
 
 PID = os.getpid()
 libc = ctypes.CDLL(None)
@@ -42,7 +42,30 @@ def test_areas(at: int) -> None:
 
 def test_only_what_is_there_is_populated(at: int) -> None:
     there = [(at + PAGE_SIZE, at + 3 * PAGE_SIZE)]
-    assert populated(PID, at, at + 4 * PAGE_SIZE) == populated(PID, at, at + 4 * PAGE_SIZE, own=True) == there
+    assert populated(PID, at, at + 4 * PAGE_SIZE) == populated(PID, at, at + 4 * PAGE_SIZE, OWN) == there
+    assert not populated(PID, at, at + 4 * PAGE_SIZE, SHARED)
+
+
+def test_a_child_shares_what_nobody_has_written_to_since(at: int) -> None:
+    ends = os.pipe()
+    if not (child := os.fork()):
+        os.close(ends[1])
+        os.read(ends[0], 1)
+        os._exit(0)
+    try:
+        assert populated(PID, at, at + 4 * PAGE_SIZE, SHARED) == [(at + PAGE_SIZE, at + 3 * PAGE_SIZE)]
+        assert has_data(PID, at + PAGE_SIZE, at + 3 * PAGE_SIZE)
+        kept[-1][PAGE_SIZE] = 1
+        assert populated(PID, at, at + 4 * PAGE_SIZE, SHARED) == [(at + 2 * PAGE_SIZE, at + 3 * PAGE_SIZE)]
+    finally:
+        for end in ends:
+            os.close(end)
+        os.waitpid(child, 0)
+
+
+def test_the_page_of_zeroes_has_no_data(at: int) -> None:
+    assert not kept[-1][0]
+    assert not has_data(PID, at, at + PAGE_SIZE)
 
 
 def test_a_files_pages_are_not_its_own() -> None:
@@ -50,7 +73,7 @@ def test_a_files_pages_are_not_its_own() -> None:
         assert code[0]
         (start,) = (part.start for part in areas(PID, 0, 1 << 47) if part.path == __file__)
         assert populated(PID, start, start + PAGE_SIZE)
-        assert not populated(PID, start, start + PAGE_SIZE, own=True)
+        assert not populated(PID, start, start + PAGE_SIZE, OWN)
 
 
 def test_bytes_are_copied_and_zeroed_where_the_process_may_only_read(at: int) -> None:
