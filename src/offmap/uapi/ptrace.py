@@ -30,6 +30,7 @@ SYS_clone = 56
 SYS_vfork = 58
 SYS_clone3 = 435
 SYS_ioctl = 16
+SYS_seccomp = 317
 SYS_ioctl_i386 = 54
 SYS_ioctl_x32 = 514
 SYSCALL_INSTRUCTION = b"\x0f\x05"

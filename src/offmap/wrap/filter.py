@@ -13,7 +13,6 @@ from offmap.errors import KernelError
 from offmap.uapi import kvm, seccomp
 from offmap.uapi import ptrace as tracing
 from offmap.uapi import seccomp_notify as uapi
-from offmap.uapi.syscall import NUMBERS
 
 REPORTED: tuple[int, ...] = (
     kvm.KVM_SET_USER_MEMORY_REGION,
@@ -69,7 +68,7 @@ def install() -> int:
     flags = uapi.SECCOMP_FILTER_FLAG_NEW_LISTENER | uapi.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 
     def put_on() -> int:
-        result: int = libc.syscall(NUMBERS["seccomp"], seccomp.SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(fprog))
+        result: int = libc.syscall(tracing.SYS_seccomp, seccomp.SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(fprog))
         return result
 
     fd = put_on()
