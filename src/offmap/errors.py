@@ -6,21 +6,20 @@ exits with ``error.exit_status``; anything that is not an OffmapError is a bug a
 
 import errno
 import os
-from enum import IntEnum
 
 TYPE_CHECKING = False  # importing `typing` costs each wrapped VMM's supervisor a megabyte
 if TYPE_CHECKING:
     from typing import Self
 
+    from offmap.exit_status import ExitStatus as ExitStatus  # noqa: PLC0414 - exported
 
-class ExitStatus(IntEnum):
-    """Exit status of every offmap command (docs/design.md)."""
 
-    DONE = 0  # for an audit: hidden
-    EXPOSED = 1
-    FAILED = 2  # it failed or was used wrongly
-    UNDETERMINED = 3  # the answer cannot be determined here
-    NOT_RUN = 125  # of run --exec, whose others are the command's (as env(1), timeout(1) and others have it)
+def __getattr__(name: str) -> object:
+    if name != "ExitStatus":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from offmap.exit_status import ExitStatus
+
+    return globals().setdefault(name, ExitStatus)
 
 
 class OffmapError(Exception):
@@ -32,7 +31,14 @@ class OffmapError(Exception):
         why: why it failed, where `what` does not say it.
     """
 
-    exit_status = ExitStatus.FAILED
+    _status = 2
+
+    @property
+    def exit_status(self) -> "ExitStatus":
+        """What a command that fails by it ends with."""
+        from offmap.exit_status import ExitStatus
+
+        return ExitStatus(self._status)
 
     def __init__(self, what: str, remedy: str = "", *, why: str = "") -> None:
         self.what = what
@@ -49,7 +55,7 @@ class OffmapError(Exception):
 class Undetermined(OffmapError):
     """The question cannot be answered on this host: neither hidden nor exposed may be said."""
 
-    exit_status = ExitStatus.UNDETERMINED
+    _status = 3
 
 
 class BackendRefused(OffmapError):

@@ -6,7 +6,7 @@ records, so those below WARNING are dropped, as ``logging`` itself would drop th
 
 import _thread  # `threading` takes as long to import as all else here
 import sys
-from collections.abc import Callable
+from _collections_abc import Callable  # os has it already; collections.abc would bring more
 
 DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40  # as `logging` has them
 

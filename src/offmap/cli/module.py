@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 
-from offmap.errors import OffmapError
+from offmap.errors import ExitStatus, OffmapError
 from offmap.units import format_size
 
 
@@ -74,7 +74,7 @@ def run_status(args: argparse.Namespace) -> int:
             "holders": [{"pid": h.pid, "source": h.source, "bytes": h.size, "command": h.command} for h in out],
         }
         print(json.dumps(result, indent=2))
-        return 0 if there else OffmapError.exit_status
+        return 0 if there else ExitStatus.FAILED
     if there is None:
         raise OffmapError("the module is not loaded", f"run: offmap module load{'' if built else ' (it builds it)'}")
     print(f"offmap {there.version} is loaded{'' if current else '; not the build of these sources'}")

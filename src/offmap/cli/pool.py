@@ -84,7 +84,7 @@ def run_destroy(args: argparse.Namespace) -> int:
 
 def run_status(args: argparse.Namespace) -> int:
     """Run ``offmap pool status``; status 2 if there is no pool."""
-    from offmap.errors import OffmapError
+    from offmap.errors import ExitStatus, OffmapError
     from offmap.kmod.pool_processes import pool_processes
     from offmap.pools import pools
 
@@ -96,7 +96,7 @@ def run_status(args: argparse.Namespace) -> int:
             for pool in found
         ]
         print(json.dumps(listed, indent=2))
-        return 0 if found else OffmapError.exit_status
+        return 0 if found else ExitStatus.FAILED
     if not found:
         raise OffmapError("there is no pool", "make one: offmap pool create SIZE")
     for pool in found:

@@ -7,12 +7,14 @@ import os
 from offmap.errors import KernelError
 from offmap.uapi.page import PAGE_SIZE
 
-_PRESENT, _SWAPPED, _OF_FILE, _EXCLUSIVE = 1 << 7, 1 << 6, 1 << 5, 1  # Documentation/admin-guide/mm/pagemap.rst
-THERE = bytes(bool(flags & (_PRESENT | _SWAPPED)) for flags in range(256))
-"""Which pages have memory, by the highest byte of their entries in pagemap."""
-OWN = bytes(THERE[flags] and not flags & _OF_FILE for flags in range(256))
+# The highest byte of a page's entry in pagemap: present, swapped out, of a file; and last, mapped by no other process
+# (Documentation/admin-guide/mm/pagemap.rst). 32 values each have the first three in common.
+_NO, _ALL, _NOT_EXCLUSIVE = bytes(32), b"\1" * 32, b"\1\0" * 16
+THERE = _NO * 2 + _ALL * 6
+"""Which pages have memory, by that byte."""
+OWN = _NO * 2 + (_ALL + _NO) * 3
 """Those that are not a file's, but the process's own copy."""
-SHARED = bytes(OWN[flags] and flags & (_PRESENT | _EXCLUSIVE) == _PRESENT for flags in range(256))
+SHARED = _NO * 4 + (_NOT_EXCLUSIVE + _NO) * 2
 """Of these, those that a child has too, until one of them writes, or KSM has merged; and the page of zeroes."""
 _ENTRIES = 1 << 18  # bytes of pagemap that are read at a time
 _CHUNK = 16 << 20  # bytes

@@ -5,13 +5,15 @@ else wants (SCHED_IDLE, which is so for its reads as well); then it takes its sh
 """
 
 import os
-import signal
 import sys
 import time
-from contextlib import suppress
 
-from offmap.errors import ExitStatus
 from offmap.owned import Owned
+from offmap.wrap import signals as signal
+
+TYPE_CHECKING = False  # the start does not wait for `enum`
+if TYPE_CHECKING:
+    from offmap.exit_status import ExitStatus
 
 CLOCK_ALONE = 10
 """Exit status of ``judge``, beside those of ``offmap audit``: nothing is exposed but kvm-clock's page."""
@@ -31,7 +33,7 @@ class Answer:
         clock_alone: of a guest that is exposed, nothing is but kvm-clock's page.
     """
 
-    def __init__(self, line: str, status: ExitStatus, *, clock_alone: bool = False) -> None:
+    def __init__(self, line: str, status: "ExitStatus", *, clock_alone: bool = False) -> None:
         self.line = line
         self.status = status
         self.clock_alone = clock_alone
@@ -89,12 +91,14 @@ class Audit(Owned):
 
     def _schedule(self, policy: int, nice: int) -> None:
         """Set how it is scheduled, as far as we may: an ordinary user's audit stays idle, which has little to do."""
-        with suppress(OSError):
+        try:
             for task in os.listdir(f"/proc/{self._child}/task"):  # noqa: PTH208 - pathlib costs half a megabyte
                 os.sched_setscheduler(int(task), policy, os.sched_param(0))
-        # Its session may be a group of the scheduler's (sched_autogroup), which compares policies within one only.
-        with suppress(OSError), open(f"/proc/{self._child}/autogroup", "w", encoding="ascii") as file:  # noqa: PTH123
-            file.write(str(nice))
+            # Its session may be a group of the scheduler's (sched_autogroup), which compares policies within one only.
+            with open(f"/proc/{self._child}/autogroup", "w", encoding="ascii") as file:  # noqa: PTH123
+                file.write(str(nice))
+        except OSError:
+            pass
 
     def _wait(self) -> int:
         _, status = os.waitpid(self._child, 0)
@@ -104,6 +108,8 @@ class Audit(Owned):
 
 def answer_of(status: int, said: str, pid: int) -> Answer:
     """What an audit's exit status and output mean. Nothing but an audit that ended with "hidden" says so."""
+    from offmap.exit_status import ExitStatus
+
     if status == CLOCK_ALONE:
         return Answer(said.strip(), ExitStatus.EXPOSED, clock_alone=True)
     lines = said.strip().splitlines() or ["it said nothing"]

@@ -5,7 +5,7 @@ KVM writes kvm-clock's page, and maps a nested guest's control pages, by the ker
 
 import ctypes
 import struct
-from collections.abc import Sequence
+from _collections_abc import Sequence  # os has it already; collections.abc would bring more
 
 from offmap.uapi import kvm
 from offmap.uapi import ptrace as tracing

@@ -7,7 +7,7 @@ command only, and the supervisor refuses them.
 import ctypes
 import errno
 import os
-from collections.abc import Sequence
+from _collections_abc import Sequence  # os has it already; collections.abc would bring more
 
 from offmap.errors import KernelError
 from offmap.uapi import kvm, seccomp

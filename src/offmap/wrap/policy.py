@@ -1,6 +1,8 @@
 """What the user of a wrapper allows."""
 
-from offmap.errors import ExitStatus
+TYPE_CHECKING = False  # the start does not wait for `enum`
+if TYPE_CHECKING:
+    from offmap.exit_status import ExitStatus
 
 
 class Policy:
@@ -26,12 +28,14 @@ class Policy:
         self.trust_shared = trust_shared
         self.keep_clock = keep_clock
 
-    def ends(self, status: ExitStatus, *, clock_alone: bool = False) -> str:
+    def ends(self, status: "ExitStatus", *, clock_alone: bool = False) -> str:
         """The option by which a VMM with this verdict is ended; empty: it goes on.
 
         Args:
             clock_alone: of a guest that is exposed, nothing is but kvm-clock's page.
         """
+        from offmap.exit_status import ExitStatus
+
         if status == ExitStatus.EXPOSED and self.kill and not (clock_alone and self.keep_clock):
             return "--on-exposed"
         return "--on-undetermined" if status == ExitStatus.UNDETERMINED and self.kill_undetermined else ""

@@ -3,8 +3,7 @@
 import ctypes
 import errno
 import mmap
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from _collections_abc import Callable, Iterator  # os has it already; collections.abc would bring more
 
 from offmap.errors import OffmapError
 from offmap.hidden_files import is_of_a_pool
@@ -133,8 +132,10 @@ def place(stopped: Stopped, listener: Listener, call: Call, areas: list[Area], s
     Raises:
         OffmapError: it failed, and the VMM has the memory that it had; or has been ended.
     """
-    with ExitStack() as owned:
-        pieces = [owned.enter_context(_piece(stopped.pid, area, source)) for area in areas]
+    pieces: list[Piece] = []
+    try:
+        for area in areas:
+            pieces.append(_piece(stopped.pid, area, source))
         files = {fd: listener.give_file(call, fd) for fd in {piece.fd for piece in pieces}}
         stopped.interrupt()
         try:
@@ -143,7 +144,10 @@ def place(stopped: Stopped, listener: Listener, call: Call, areas: list[Area], s
         finally:
             for fd in files.values():
                 stopped.inject(tracing.SYS_close, fd)
-        owned.pop_all()
+    except BaseException:
+        for piece in pieces:
+            piece.close()
+        raise
     return pieces
 
 

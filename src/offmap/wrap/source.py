@@ -3,8 +3,8 @@
 import ctypes
 import mmap
 import os
+from _collections_abc import Callable  # os has it already; collections.abc would bring more
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from fcntl import ioctl
 
 from offmap.errors import KernelError, OffmapError

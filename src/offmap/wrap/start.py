@@ -6,12 +6,12 @@ It imports next to nothing. The VMM waits for that, and the supervisor is a copy
 import _socket  # `socket` takes as long to import as all of this
 import ctypes
 import os
-import signal
 
 from offmap.errors import OffmapError
 from offmap.log import ERROR, Logger
 from offmap.uapi import seccomp_notify
 from offmap.wrap import filter as call_filter
+from offmap.wrap import signals as signal
 from offmap.wrap.policy import Policy
 from offmap.wrap.source import Source, source_for
 

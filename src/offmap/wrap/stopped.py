@@ -7,12 +7,12 @@ after any signal. Between two calls nothing is traced.
 import ctypes
 import errno
 import os
-import signal
 import time
-from collections.abc import Callable
+from _collections_abc import Callable  # os has it already; collections.abc would bring more
 
 from offmap.errors import KernelError
 from offmap.uapi import ptrace as uapi
+from offmap.wrap import signals as signal
 from offmap.wrap.listener import Call, CallGone, Listener
 
 _OPTIONS = uapi.PTRACE_O_TRACESYSGOOD | uapi.PTRACE_O_EXITKILL  # if we end meanwhile, so does the VMM

@@ -4,11 +4,11 @@ import _socket  # `socket` takes 0.3 MiB more
 import ctypes
 import gc
 import os
-import signal
 import sys
 import time
 
 from offmap import log
+from offmap.wrap import signals as signal
 from offmap.wrap.listener import Listener
 from offmap.wrap.policy import Policy
 from offmap.wrap.source import Source

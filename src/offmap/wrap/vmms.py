@@ -1,9 +1,9 @@
 """The processes under a wrapper whose guests have hidden memory, and when each is to be audited."""
 
 import os
-import signal
 import time
 
+from offmap.wrap import signals as signal
 from offmap.wrap.address_space import Area
 from offmap.wrap.clock import GuestRam, Waiting
 from offmap.wrap.source import Piece
