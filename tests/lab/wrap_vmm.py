@@ -290,9 +290,8 @@ def brought(slots: Slots, pool: str, kinds: Sequence[str] = ("open", "closed", "
 
 def forked(slots: Slots) -> int:
     """Set a slot in a child, which has the VM's file and not its memory; whether KVM refused it."""
-    at = filled(PAGE)
     if not (pid := os.fork()):
-        os._exit(slots.set(at, PAGE) == "EIO")
+        os._exit(slots.set(filled(PAGE), PAGE) == "EIO")
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
