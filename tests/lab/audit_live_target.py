@@ -369,7 +369,13 @@ def beside_ram() -> dict[str, Any]:
     """Scans while the kernel maps memory that is neither its own nor the guest's, and after."""
     found = {}
     with Child("reserved") as child:
-        with planted(f"memremap {RESERVED + 128 * MIB:#x} {4 * PAGE}"):
+        more = RESERVED + 128 * MIB
+        with (
+            planted(f"memremap {more:#x} {4 * PAGE}"),
+            planted(f"memremap {more + MIB:#x} {2 * PAGE} wc"),
+            planted(f"memremap {more + 2 * MIB:#x} {2 * MIB}"),  # by one entry of a table above the last
+            planted(f"memremap {more + 5 * MIB - PAGE // 2:#x} {PAGE}"),  # parts of two pages
+        ):
             found["mapped"] = told(audit_process(child.pid, scan=new_key()))
         found["gone"] = told(audit_process(child.pid, scan=new_key()))
     return found

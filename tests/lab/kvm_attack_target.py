@@ -19,11 +19,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Unpack
 
 from offmap.audit.audit import Options, Stage, audit_process, snapshot_process
 from offmap.audit.guest_ram import named_ranges
+from offmap.audit.seen import seen_at
 from offmap.audit.vms import VmProcess, audit_every_vm
 from offmap.errors import OffmapError
 from offmap.patience import scaled
@@ -38,6 +41,7 @@ KVM_CREATE_GUEST_MEMFD, KVM_SET_USER_MEMORY_REGION2 = 0xC040AED4, 0x40A0AE49
 READ_ONLY, GUEST_MEMFD = 1 << 1, 1 << 2
 SREGS_SIZE, EFER_SVME = 312, 1 << 12
 CLONE_FILES, CLONE_VM = 0x400, 0x100
+MAP_FIXED = 0x10
 
 libc = ctypes.CDLL(None, use_errno=True)
 kept: list[Any] = []  # what lives as long as the attacker
@@ -351,54 +355,81 @@ def tried(deed: Callable[[], None]) -> dict[str, Any]:
     return found
 
 
+def auditor_is_there() -> bool:
+    """Whether there is somebody whose command line has ``audit``."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"audit" in words:
+                return True
+    return False
+
+
+class What(Enum):
+    """What a ``Swapper`` exchanges. Of a new VM, no slot was ever changed."""
+
+    SLOT = auto()
+    VM = auto()
+    MEMORY = auto()
+
+
 class Swapper(Attacker):
-    """Waits for somebody whose command line has ``audit``, and has hidden memory under its slot as long as it sees him.
+    """Has hidden memory under its slot for as long as it sees an auditor."""
 
-    With ``whole_vm`` it ends its VM then, and makes another one: no slot of that was ever changed.
-    """
-
-    def __init__(self, whole_vm: bool) -> None:
-        self._whole_vm = whole_vm
+    def __init__(self, what: What) -> None:
+        self._what = what
         super().__init__(self._swap)
 
     def _swap(self) -> None:
-        vm, memory, other = exposed(), kept[-1], hidden(4 * MIB, 16 * MIB)
+        offset = (16 + 4 * self._what.value) * MIB
+        vm, memory, other = exposed(), kept[-1], hidden(4 * MIB, offset)
         kept.append(vm)
-
-        def watched() -> bool:
-            for folder in Path("/proc").iterdir():
-                if folder.name.isdigit():
-                    try:
-                        words = (folder / "cmdline").read_bytes().split(b"\0")
-                    except OSError:
-                        continue
-                    if b"audit" in words:
-                        return True
-            return False
 
         def work() -> None:
             before, last = False, vm
             while True:
-                if (now := watched()) != before:
-                    if self._whole_vm:
-                        os.close(last.fd)
-                        last = Vm()
+                if (now := auditor_is_there()) != before:
+                    if self._what is What.MEMORY:
+                        place_over(memory, offset if now else None)
                     else:
-                        last.slot(0, memory, size=0)
-                    last.slot(0, other if now else memory)
+                        if self._what is What.VM:
+                            os.close(last.fd)
+                            last = Vm()
+                        else:
+                            last.slot(0, memory, size=0)
+                        last.slot(0, other if now else memory)
                     before = now
-                time.sleep(0)
+                time.sleep(0.01)
 
         threading.Thread(target=work, daemon=True).start()
 
 
-def swapped(whole_vm: bool = False) -> dict[str, Any]:
-    command = [sys.executable, "-m", "offmap"]
-    with Swapper(whole_vm) as attacker:
+def place_over(memory: mmap.mmap, hidden_at: int | None) -> None:
+    """Put other memory in its place: what is at this offset of ``hidden``, or else ordinary memory."""
+    if hidden_at is None:
+        fd, flags, offset = -1, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE, 0
+    else:
+        fd, flags, offset = os.open("/dev/mem", os.O_RDWR), mmap.MAP_SHARED, RESERVED + hidden_at
+    rights, size = mmap.PROT_READ | mmap.PROT_WRITE, ctypes.c_size_t(len(memory))
+    at, libc.mmap.restype = address(memory), ctypes.c_void_p
+    if libc.mmap(ctypes.c_void_p(at), size, rights, flags | MAP_FIXED, fd, ctypes.c_long(offset)) != at:
+        raise OSError(ctypes.get_errno(), "mmap")
+
+
+def swapped() -> dict[str, Any]:
+    """By what each exchanges: verdict and notes of one audit that all of them see come."""
+    with ExitStack() as stack:
+        attackers = {stack.enter_context(Swapper(what)).pid: what.name for what in What}
         done = subprocess.run(
-            [*command, "audit", "--no-progress", "--json", str(attacker.pid)], capture_output=True, check=False
+            [sys.executable, "-m", "offmap", "audit", "--all", "--no-progress", "--json"],
+            capture_output=True,
+            check=False,
         )
-        return {"status": done.returncode, "said": done.stdout.decode(), "errors": done.stderr.decode()}
+    found = {attackers[vm["pid"]]: [vm["verdict"], *vm["notes"]] for vm in json.loads(done.stdout or "{}")["vms"]}
+    return {"status": done.returncode, "found": found, "errors": done.stderr.decode()}
 
 
 def moved_under_the_slot() -> dict[str, Any]:
@@ -424,8 +455,10 @@ def moved_under_the_slot() -> dict[str, Any]:
             ours.recv(1)
 
     with Attacker(deed) as attacker:
-        result = snapshot_process(attacker.pid, progress=progress).audit
-    return {"verdict": result.verdict.value, "notes": list(result.notes)}
+        began = time.monotonic_ns()
+        found = snapshot_process(attacker.pid, progress=progress)
+        later = [verdict(attacker.pid, seconds=0, seen=seen) for seen in ((), seen_at(began, found.ram.vms))]
+    return {"verdict": found.audit.verdict.value, "notes": list(found.audit.notes), "later": later}
 
 
 def handed_over() -> dict[str, Any]:
@@ -496,8 +529,6 @@ def main() -> int:
             print(f"{deed.__name__}: {time.monotonic() - began:.1f} s", file=sys.stderr)
     if not names or "swapped" in names:
         found["swapped"] = swapped()
-    if not names or "swapped_vm" in names:
-        found["swapped_vm"] = swapped(whole_vm=True)
     if not names or "handed_over" in names:
         found["handed_over"] = handed_over()
     if not names or "moved_under_the_slot" in names:

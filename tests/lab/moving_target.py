@@ -1,7 +1,8 @@
 """Audits of guests whose page the kernel maps all the time, at another address each moment; run in a disposable host.
 
-``python -m tests.lab.moving_target ATTACK COUNT SECONDS`` audits the same guest so often, each time for so long
-(``--for``), and prints one JSON object: how often each verdict was given. ``hidden`` is wrong. ATTACK is one of
+``python -m tests.lab.moving_target ATTACK COUNT SECONDS [VMMS]`` audits a VMM with such a guest so often, each time for
+so long (``--for``). It prints one JSON object: how often each verdict was given; ``hidden`` is wrong. With VMMS, that
+many are audited at once, with an honest VM and one on ordinary memory. ATTACK is one of
 
 - ``page``: a page of hidden memory is mapped a second time before the first mapping goes (needs ``offmap_alias.ko``);
 - ``nested``: a guest that executes VMRUN for ever, so that KVM maps its VMCB many times a second, for microseconds. On
@@ -14,11 +15,15 @@ import struct
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 
-from offmap.audit.audit import audit_process
+from offmap.audit.audit import snapshot_processes
+from offmap.errors import OffmapError
 from offmap.kvm import Kvm
 
-from .kvm_attack_target import Attacker, address, hidden, kept
+from .kvm_attack_target import Attacker, address, exposed, hidden, kept, nothing
 from .nested_target import CODE, IDENTITY_4M, PAGE_DIRECTORY, PROGRAM, VMCB, set_up, start
 
 MIB = 1 << 20
@@ -26,7 +31,7 @@ DEVICE = "/dev/offmap-alias"
 MOVED = 0x6000_0000 + MIB  # of the decoy's RAM
 
 
-def page() -> None:
+def page(_number: int) -> None:
     """The decoy's page moves: at each instant one of the two files has it mapped."""
 
     def mapped() -> int:
@@ -47,9 +52,9 @@ def page() -> None:
     ready.wait()
 
 
-def nested() -> None:
-    """A guest of the attacker's own, on hidden memory."""
-    memory = hidden(4 * MIB, 32 * MIB)
+def nested(number: int) -> None:
+    """A guest of the attacker's own, on hidden memory that no other has."""
+    memory = hidden(4 * MIB, (32 + 4 * number) * MIB)
     kvm = Kvm()
     vm = kvm.create_vm()
     vm.set_user_memory_region(0, 0, len(memory), address(memory))
@@ -70,13 +75,22 @@ def nested() -> None:
 
 def main() -> int:
     attack, count, seconds = {"page": page, "nested": nested}[sys.argv[1]], int(sys.argv[2]), float(sys.argv[3])
-    found: Counter[str] = Counter()
-    with Attacker(attack) as attacker:
-        if attacker.said != b"!":
-            sys.exit(attacker.said.decode())
+    vmms = int(sys.argv[4]) if len(sys.argv) > 4 else 1
+    deeds: list[tuple[str, Callable[[], None]]] = [("attackers", partial(attack, number)) for number in range(vmms)]
+    if len(sys.argv) > 4:
+        deeds += [("honest", nothing), ("ordinary", lambda: kept.append(exposed()))]
+    found: dict[str, Counter[str]] = {name: Counter() for name, _ in deeds}
+    with ExitStack() as stack:
+        names = {}
+        for name, deed in deeds:
+            attacker = stack.enter_context(Attacker(deed))
+            if attacker.said != b"!":
+                sys.exit(attacker.said.decode())
+            names[attacker.pid] = name
         for _ in range(count):
-            found[audit_process(attacker.pid, seconds=seconds).verdict.value] += 1
-            print(dict(found), file=sys.stderr, flush=True)  # for who ends a long run
+            for pid, one in snapshot_processes(list(names), seconds=seconds).items():
+                found[names[pid]][str(one) if isinstance(one, OffmapError) else one.audit.verdict.value] += 1
+            print(json.dumps(found), file=sys.stderr, flush=True)  # for who ends a long run
     print(json.dumps(found))
     return 0
 

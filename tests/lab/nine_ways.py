@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,15 +45,18 @@ from .kvm_attack_target import (
     kept,
     libc,
     nothing,
+    place_over,
     plain,
     set_svme,
 )
 
 KVM_GET_STATS_FD, KVM_CREATE_DEVICE, KVM_DEV_TYPE_VFIO = 0xAECE, 0xC00CAEE0, 4
 CLONE_NEWPID, CLONE_NEWNS = 0x2000_0000, 0x2_0000
+KVM_XEN_HVM_SET_ATTR, KVM_XEN_ATTR_TYPE_SHARED_INFO = 0x4048AEC9, 1
 SYS_EXIT, PR_SET_NAME = 60, 15
 CLOCK_ON = struct.pack("<IIIIQ", 1, 0, 0x4B56_4D01, 0, 0x2000 | 1)  # MSR_KVM_SYSTEM_TIME_NEW
 CLOCK_OFF = struct.pack("<IIIIQ", 1, 0, 0x4B56_4D01, 0, 0)
+COMES, SEEN = os.pipe(), os.pipe()
 
 
 def honest() -> Vm:
@@ -196,6 +200,12 @@ def nesting_that_comes_and_goes() -> None:
     set_svme(honest(), True, False)
 
 
+def xen_page_that_comes_and_goes() -> None:
+    for page in (3, (1 << 64) - 1):  # KVM_XEN_INVALID_GFN
+        attribute = struct.pack("<HxxxxxxQ56x", KVM_XEN_ATTR_TYPE_SHARED_INFO, page)
+        fcntl.ioctl(honest().fd, KVM_XEN_HVM_SET_ATTR, attribute)
+
+
 # 5. Slots over what is in no ordinary page table.
 
 
@@ -254,6 +264,41 @@ def read_only_and_said_to_be_kept_from_the_guest() -> None:
     honest().slot(1, memory, 1 << 30, READ_ONLY)
 
 
+# 7. VMMs that see the auditor come. What he is known by, they are told.
+
+
+def _as_the_auditor_comes(work: Callable[[], None]) -> None:
+    def wait() -> None:
+        os.read(COMES[0], 1)
+        work()
+        os.write(SEEN[1], b"!")
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def memory_exchanged_under_its_slot() -> None:
+    memory = plain()
+    honest().slot(1, memory, 1 << 30)
+    _as_the_auditor_comes(lambda: place_over(memory, 28 * MIB))
+
+
+def slot_taken_away() -> None:
+    memory = plain()
+    honest().slot(1, memory, 1 << 30)
+    _as_the_auditor_comes(lambda: honest().slot(1, memory, 1 << 30, size=0))
+
+
+def slot_made_read_only() -> None:
+    memory = plain(64 << 10)
+    honest().slot(1, memory, 1 << 30)
+
+    def work() -> None:
+        honest().slot(1, memory, 1 << 30, size=0)
+        honest().slot(1, memory, 1 << 30, READ_ONLY)
+
+    _as_the_auditor_comes(work)
+
+
 # 8. VMMs that would rather have no auditor.
 
 
@@ -309,6 +354,11 @@ def without_any_rights_until_later() -> None:
     libc.mprotect(ctypes.c_void_p(address(memory)), ctypes.c_size_t(len(memory)), 0)
 
 
+SEE_HIM_COME: tuple[Callable[[], None], ...] = (
+    memory_exchanged_under_its_slot,
+    slot_taken_away,
+    slot_made_read_only,
+)
 PROGRAMS: tuple[Callable[[], None], ...] = (
     nothing,
     kept_by_its_statistics_alone,
@@ -317,12 +367,14 @@ PROGRAMS: tuple[Callable[[], None], ...] = (
     in_pid_and_mount_namespaces_of_its_own,
     clock_page_that_comes_and_goes,
     nesting_that_comes_and_goes,
+    xen_page_that_comes_and_goes,
     slot_on_the_kernels_clock_pages,
     slot_on_a_vcpus_registers,
     slot_on_a_private_mapping_of_hidden_memory,
     read_only_in_system_management_mode,
     read_only_in_many_small_slots,
     read_only_and_said_to_be_kept_from_the_guest,
+    *SEE_HIM_COME,
     file_cut_short_under_its_slot,
     stopped,
     with_a_name_and_a_claim_that_no_reader_expects,
@@ -340,9 +392,14 @@ NEWER: tuple[Callable[[], None], ...] = (
 def audited(programs: dict[int, str]) -> dict[str, list[str]]:
     """What one audit of all says of each process group: verdicts, or why there is none."""
     found: dict[int, Snapshot | OffmapError] = {}
+    since = time.monotonic_ns()
+    told = sum(deed.__name__ in programs.values() for deed in SEE_HIM_COME)
+    os.write(COMES[1], b"!" * told)
+    for _ in range(told):
+        os.read(SEEN[0], 1)
 
     def prepare(vms: Sequence[VmProcess]) -> None:
-        found.update(snapshot_processes([vm.pid for vm in vms], seconds=0.1))
+        found.update(snapshot_processes([vm.pid for vm in vms], seconds=0.1, since=since))
 
     def audit(vm: VmProcess) -> Snapshot:
         one = found.pop(vm.pid)

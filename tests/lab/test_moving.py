@@ -29,13 +29,15 @@ def test_a_page_that_moves_is_exposed_each_time(lab_host: LabHost, lab_out: Path
     finally:
         assert lab_host.output(["rmmod", "offmap_alias"]).status == 0
     assert done.status == 0, done.stderr.decode()
-    assert json.loads(done.stdout) == {"exposed": 3}
+    assert json.loads(done.stdout) == {"attackers": {"exposed": 3}}
 
 
 @pytest.mark.slow
 def test_a_guest_that_runs_guests_is_never_hidden(tmp_path: Path) -> None:
     with LabHost.start(host_kernel("debian:7.3"), memory="2G", cmdline=RESERVED, out=tmp_path) as host:
-        done = host.output([sys.executable, "-m", TARGET, "nested", "3", "1"], timeout=PATIENCE, cwd=ROOT)
+        done = host.output([sys.executable, "-m", TARGET, "nested", "1", "1", "3"], timeout=PATIENCE, cwd=ROOT)
     assert done.status == 0, done.stderr.decode()
     found = json.loads(done.stdout)
-    assert set(found) <= {"exposed", "unknown"} and sum(found.values()) == 3, found
+    verdicts = found["attackers"]
+    assert set(verdicts) <= {"exposed", "unknown"} and sum(verdicts.values()) == 3, found
+    assert (found["honest"], found["ordinary"]) == ({"hidden": 1}, {"exposed": 1}), found

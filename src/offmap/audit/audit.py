@@ -32,7 +32,15 @@ from offmap.audit.kcore import Kcore
 from offmap.audit.kinds import Kinds, kinds_of, read_vmallocinfo
 from offmap.audit.kvm_list import KvmList, Vm
 from offmap.audit.kvm_moment import Moment
-from offmap.audit.looks import kvm_list_of, look_again, mapped_read_only, moment_of, shared_with, vms_under
+from offmap.audit.looks import (
+    kvm_list_of,
+    look_again,
+    mapped_read_only,
+    moment_of,
+    shared_with,
+    vms_under,
+    what_changed,
+)
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.oracle import OracleDisagrees, Sample, ask_drgn
 from offmap.audit.own_memory import OwnPage, check_control
@@ -42,6 +50,7 @@ from offmap.audit.regions import Layout
 from offmap.audit.result import AuditedRange, AuditResult
 from offmap.audit.roots import walker_of
 from offmap.audit.scan import Wanted, scan_memory
+from offmap.audit.seen import SeenVm
 from offmap.audit.verdict import Verdict
 from offmap.audit.vmm_sandbox import vmm_sandbox
 from offmap.audit.vms import vmm_facts
@@ -106,6 +115,8 @@ class Options(TypedDict, total=False):
             walk, which says nothing of a mapping that moves.
         since: no slot may have been replaced and no VM made since this moment (CLOCK_MONOTONIC, nanoseconds); None for
             this call's begin.
+        seen: what an earlier audit saw of the VMs: memory under their slots that was exchanged since does not count as
+            hidden. Without it, since they were made.
     """
 
     scan: Wanted | None
@@ -115,6 +126,7 @@ class Options(TypedDict, total=False):
     threads: int | None
     oracle: Sample | None
     since: int | None
+    seen: Sequence[SeenVm]
     seconds: float
 
 
@@ -300,10 +312,14 @@ class _Subject:
         pages = judged.counts()
         joined = join(judged, mappings, kinds, layout, ram)
         _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
-        # What --range names is the same memory, whichever slot has it.
-        named, since = bool(options.get("ranges")), options.get("since") or 0
-        replaced, made = not named and ram.replaced_since(since), not named and ram.made_since(since)
-        verdict, notes = judge(pages, ram, scan, self._moved, ended, judged.plain, replaced, self._read_only, made)
+        changed = what_changed(
+            ram,
+            moved=self._moved,
+            named=bool(options.get("ranges")),
+            since=options.get("since") or 0,
+            seen=options.get("seen", ()),
+        )
+        verdict, notes = judge(pages, ram, scan, ended, judged.plain, self._read_only, changed)
         notes += unshared
         if ended:
             seen = classify(self._before, self._before, self._excluded, mappings, kinds).counts()
@@ -349,4 +365,4 @@ class _Subject:
             seconds=round(time.monotonic() - self._started, 4),
         )
         growing = verdict is Verdict.UNKNOWN and set(pages.unknown_reasons) == {CAME}
-        return Snapshot(audit, ram, mappings, judged, growing and not (self._moved or ended or replaced or made))
+        return Snapshot(audit, ram, mappings, judged, growing and not (ended or changed))

@@ -1,6 +1,6 @@
 """The verdict on one VM, and the notes that must stand beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from offmap.audit.classify import claimed_excluded, excluded_ranges
@@ -17,18 +17,20 @@ def judge(
     pages: Pages,
     ram: GuestRam,
     scan: Scan | None,
-    moved: bool = False,
     partial: str = "",
     plain: Mapping[str, int] = MappingProxyType({}),
-    replaced: bool = False,
     mapped_read_only: int = 0,
-    made: bool = False,
+    changed: Sequence[str] = (),
 ) -> tuple[Verdict, tuple[str, ...]]:
-    """The verdict, and what must be said beside it."""
+    """The verdict, and what must be said beside it.
+
+    Args:
+        changed: what may have been exchanged for hidden memory (``looks.what_changed``).
+    """
     verdict = pages.verdict(ram.guessed)
     # Where no slot was ever changed, the guest could never write to what it can only read now. And ROM is small.
     once_writable = mapped_read_only if not ram.intact or mapped_read_only * _ROM > pages.pages_populated else 0
-    against = partial or moved or replaced or made or ram.unlisted or ram.doubts or once_writable
+    against = partial or changed or ram.unlisted or ram.doubts or once_writable
     if verdict is Verdict.HIDDEN and against:
         verdict = Verdict.UNKNOWN
     why = f": {ram.unlisted}" if ram.unlisted else ""
@@ -62,9 +64,7 @@ def judge(
         "memory slots of its VM were changed, or they are too many for firmware; --range names RAM for sure": (
             once_writable
         ),
-        "the process changed its memory slots, or the memory under them, during the audit; run it again": moved,
-        "memory slots were changed, or devices added, since the audit was started; run it again": replaced,
-        "a VM of it was made since the audit was started, and may stand in for another one; run it again": made,
+        **dict.fromkeys(changed, verdict is not Verdict.EXPOSED),
         "no page of the guest's RAM was found populated": (
             verdict is Verdict.UNKNOWN and not pages.pages_populated and not partial
         ),

@@ -14,6 +14,7 @@ from offmap.audit.mappings import KernelMappings
 from offmap.audit.process import Process, ProcessEnded
 from offmap.audit.reach import Sharing
 from offmap.audit.regions import Layout
+from offmap.audit.seen import SeenVm, exchanged
 from offmap.audit.sharers import sharing_of
 from offmap.errors import Undetermined
 
@@ -66,6 +67,29 @@ def look_again(
         return replace(ram, vms=(*ram.vms, *again.vms)), moved or again != ram, ""
     except ProcessEnded as ended:
         return ram, False, ended.reason
+
+
+def what_changed(ram: GuestRam, *, moved: bool, named: bool, since: int, seen: Sequence[SeenVm]) -> tuple[str, ...]:
+    """Why other memory than what was judged may have been the guest's before.
+
+    Args:
+        moved: what ``look_again`` saw.
+        named: the ranges were named. What is named is the same memory, whichever slot has it.
+        since: when the auditor was started (CLOCK_MONOTONIC, nanoseconds).
+        seen: what an earlier audit saw of the VMs.
+    """
+    reasons = {
+        "the process changed its memory slots, or the memory under them, during the audit; run it again": moved,
+        "memory slots were changed, or devices added, since the audit was started; run it again": (
+            not named and ram.replaced_since(since)
+        ),
+        "a VM of it was made since the audit was started, and may stand in for another one; run it again": (
+            not named and ram.made_since(since)
+        ),
+        "memory under the slots of its VM was unmapped or moved before the audit, and KVM does not say when; what an "
+        "audit keeps (--remember FILE) tells the next one": not moved and exchanged(ram.vms, seen),
+    }
+    return tuple(reason for reason, applies in reasons.items() if applies)
 
 
 def mapped_read_only(

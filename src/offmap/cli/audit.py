@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offmap.cli.audit_evidence import EvidenceOutput, add_evidence_options, add_verify, run_verify
@@ -96,6 +97,13 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         action="store_true",
         help="with --watch: also trace what maps memory, so that a mapping is reported that lives between two audits",
     )
+    parser.add_argument(
+        "--remember",
+        type=Path,
+        metavar="FILE",
+        help="keep in this file how often KVM saw the memory under each VM's slots exchanged, and compare it with what "
+        "the last audit kept there: a VMM that exchanges it when an audit comes is found out",
+    )
     add_output_options(parser)
     add_evidence_options(parser)
     parser.add_argument("--no-progress", action="store_true", help="show no progress, even on a terminal")
@@ -115,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
     from offmap.audit.audit import snapshot_processes
     from offmap.audit.process import own_start
+    from offmap.audit.seen import Seen, SeenVm, seen_at
     from offmap.audit.vms import audit_every_vm
     from offmap.cli.audit_watch import watch
 
@@ -132,15 +141,17 @@ def run(args: argparse.Namespace) -> int:
     sample = parse_sample(args.oracle_sample) if args.oracle else None
     shows = draws() and not args.no_progress
 
-    since = own_start()
+    since, kept = own_start(), Seen(args.remember)
+    now: list[SeenVm] = []
 
     def audit_all(pids: "Sequence[int]") -> "dict[int, Snapshot | OffmapError]":
         nonlocal since
         began, after = time.monotonic_ns(), since
         try:
-            return snapshot_processes(
+            snapshots = snapshot_processes(
                 pids,
                 since=after,
+                seen=kept.vms,
                 seconds=args.seconds,
                 scan=wanted,
                 ranges=ranges,
@@ -149,9 +160,14 @@ def run(args: argparse.Namespace) -> int:
                 oracle=sample,
                 sharers=args.sharers,
             )
+            for one in snapshots.values():
+                now.extend(() if isinstance(one, OffmapError) else seen_at(began, one.ram.vms))
+            return snapshots
         finally:
             if args.watch is not None:
                 since = began  # what changed before was told then
+                kept.keep(now)
+                now.clear()
             if shows:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -177,6 +193,7 @@ def run(args: argparse.Namespace) -> int:
                 result = audit(args.pid).audit
                 document, status = result.to_json(), result.verdict.exit_status
     output.show(document, evidence.write)
+    kept.keep(now)
     return int(status)
 
 

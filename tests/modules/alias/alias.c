@@ -3,7 +3,7 @@
  * /dev/offmap-alias: kernel mappings of whatever memory a test asks for, so that the audit has something to find.
  *
  * What is written to it is "vmap ADDRESS..." (pages of RAM, side by side in the order given) or "memremap ADDRESS
- * LENGTH" (memory that Linux does not own). One mapping for each open file; it goes with the file. Reading 8 * N bytes
+ * LENGTH [wc]" (memory that Linux does not own; write-combining instead of cached). One mapping for each open file; it goes with the file. Reading 8 * N bytes
  * makes exactly N loads of 8 bytes by that mapping.
  *
  * "flash ADDRESS MICROSECONDS" maps one page for so long, makes one load by the mapping, and unmaps it.
@@ -65,7 +65,7 @@ static int alias_memremap(struct alias *alias, char *words)
 	if (kstrtoull(word, 0, &phys) || !words || kstrtoull(strsep(&words, " \n"), 0, &length))
 		return -EINVAL;
 	alias->mapped_bytes = length;
-	alias->remapped = memremap(phys, length, MEMREMAP_WB);
+	alias->remapped = memremap(phys, length, words && !strncmp(words, "wc", 2) ? MEMREMAP_WC : MEMREMAP_WB);
 	return alias->remapped ? 0 : -ENOMEM;
 }
 

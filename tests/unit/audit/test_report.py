@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -10,6 +11,7 @@ from offmap.audit.guest_ram import GuestRam, RamRange
 from offmap.audit.judge import judge
 from offmap.audit.kvm_list import Vm
 from offmap.audit.kvm_vcpu import VCpu
+from offmap.audit.looks import what_changed
 from offmap.audit.result import Source
 from offmap.audit.scan_result import FoundCanary, Place, Scan
 from offmap.audit.verdict import Verdict
@@ -60,8 +62,8 @@ def test_without_kvms_list_nothing_is_hidden_but_what_was_named() -> None:
 def test_what_kvm_shows_speaks_against_hidden_whatever_the_walk_saw() -> None:
     verdict, (note,) = judge(HIDDEN, GuestRam(RAM.ranges, (kvm_says(runs=3),)), None)
     assert verdict is Verdict.UNKNOWN and "guests of its own (3 times)" in note
-    verdict, (note,) = judge(HIDDEN, RAM, None, replaced=True)
-    assert verdict is Verdict.UNKNOWN and "since the audit was started" in note
+    verdict, notes = judge(HIDDEN, RAM, None, changed=["its slots were changed"])
+    assert verdict is Verdict.UNKNOWN and notes == ("its slots were changed",)
 
 
 def test_memory_that_the_guest_can_only_read_counts_if_it_could_write_to_it_before() -> None:
@@ -100,8 +102,22 @@ def test_a_verdict_on_ranges_that_were_asked_for_says_so() -> None:
 
 
 def test_slots_that_changed_are_never_hidden() -> None:
-    assert judge(HIDDEN, RAM, None, moved=True)[0] is Verdict.UNKNOWN
-    assert judge(EXPOSED, RAM, None, moved=True)[0] is Verdict.EXPOSED
+    changed = what_changed(RAM, moved=True, named=False, since=0, seen=())
+    assert judge(HIDDEN, RAM, None, changed=changed)[0] is Verdict.UNKNOWN
+    assert judge(EXPOSED, RAM, None, changed=changed)[0] is Verdict.EXPOSED
+
+
+def test_what_may_have_been_exchanged_when_the_auditor_came() -> None:
+    vm = kvm_says(intact=False)
+    for changed, since, named, words in (
+        (vm, 1, False, []),
+        (vm, 0, False, ["slots were changed", "may stand in for another"]),
+        (vm, 0, True, []),  # what was named is the same memory
+        (replace(vm, invalidations=1), 1, False, ["KVM does not say when"]),
+        (replace(vm, invalidations=1), 1, True, ["KVM does not say when"]),
+    ):
+        notes = what_changed(GuestRam(RAM.ranges, (changed,)), moved=False, named=named, since=since, seen=())
+        assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes, strict=True)), notes
 
 
 def test_json_has_the_words_of_the_design() -> None:

@@ -13,6 +13,8 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from offmap.audit.guest_ram import GuestRam
+from offmap.audit.kvm_list import Vm
 from offmap.audit.reach import PhysicalMap, VmmFacts
 from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
@@ -163,7 +165,7 @@ def test_while_an_audit_runs_no_file_has_a_verdict(audit: Any, tmp_path: Path, m
     def looks(pids: list[int], **_: Any) -> Any:
         # As a SIGKILL just now would leave it.
         seen.append((metrics(prom), page.read_text()))
-        return {pid: SimpleNamespace(audit=result(Verdict.HIDDEN)) for pid in pids}
+        return {pid: SimpleNamespace(audit=result(Verdict.HIDDEN), ram=GuestRam(())) for pid in pids}
 
     monkeypatch.setattr("offmap.audit.audit.snapshot_processes", looks)
     assert main(command) == ExitStatus.DONE
@@ -172,6 +174,27 @@ def test_while_an_audit_runs_no_file_has_a_verdict(audit: Any, tmp_path: Path, m
     assert figures["offmap_audit_verdict", "unknown"] == 1
     assert "an audit is in progress: there is no verdict yet" in text
     assert metrics(prom)["offmap_audit_verdict", "hidden"] == 1
+
+
+def test_what_was_remembered_reaches_the_next_audit(
+    audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, prom = tmp_path / "seen.json", tmp_path / "offmap.prom"
+    command = ["audit", "1", "--remember", str(path), "--prometheus", str(prom)]
+    vm, seen = Vm(0x1000, 0x2000, "kvm-42", (), (), True, 0, 5, (), ()), []
+
+    def looks(pids: list[int], **options: Any) -> Any:
+        seen.append([each.invalidations for each in options["seen"]])
+        return {pid: SimpleNamespace(audit=result(Verdict.HIDDEN), ram=GuestRam((), (vm,))) for pid in pids}
+
+    monkeypatch.setattr("offmap.audit.audit.snapshot_processes", looks)
+    assert main(command) == main(command) == ExitStatus.DONE
+    assert seen == [[], [5]]
+    # What cannot be read is no reason to say nothing, and an older verdict must not stay.
+    path.write_text("{}")
+    assert main(command) == ExitStatus.FAILED
+    assert "is not what an audit kept" in capsys.readouterr().err and len(seen) == 2
+    assert metrics(prom)["offmap_audit_verdict", "hidden"] == 0 == metrics(prom)["offmap_audit_success", ""]
 
 
 def test_an_old_verdict_that_cannot_be_replaced_goes(
