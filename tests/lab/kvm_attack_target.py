@@ -461,6 +461,17 @@ def moved_under_the_slot() -> dict[str, Any]:
     return {"verdict": found.audit.verdict.value, "notes": list(found.audit.notes), "later": later}
 
 
+def born() -> dict[str, Any]:
+    """An honest VM that was made since the auditor was started: while no other VM ended, and after one did."""
+    since, found = time.monotonic_ns(), {}
+    with Attacker(nothing) as attacker:
+        found["alone"] = verdict(attacker.pid, seconds=0, since=since)
+        with Attacker(nothing):
+            pass
+        found["another ended"] = verdict(attacker.pid, seconds=0, since=since)
+    return found
+
+
 def handed_over() -> dict[str, Any]:
     """Once VMs were looked for, their process ends, and a child that shares its memory goes on."""
     ours, theirs = socket.socketpair()
@@ -529,6 +540,8 @@ def main() -> int:
             print(f"{deed.__name__}: {time.monotonic() - began:.1f} s", file=sys.stderr)
     if not names or "swapped" in names:
         found["swapped"] = swapped()
+    if not names or "born" in names:
+        found["born"] = born()
     if not names or "handed_over" in names:
         found["handed_over"] = handed_over()
     if not names or "moved_under_the_slot" in names:

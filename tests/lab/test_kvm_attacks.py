@@ -51,7 +51,7 @@ def found(lab_host: LabHost) -> Iterator[Found]:
         "page_with_an_alias_that_is_said_to_be_kept_from_the_guest",
         "moved_under_the_slot",
     )
-    yield ask(lab_host, *HONEST, *EXPOSED, *UNDETERMINED, *more, "swapped", "handed_over", "churn")
+    yield ask(lab_host, *HONEST, *EXPOSED, *UNDETERMINED, *more, "swapped", "born", "handed_over", "churn")
 
 
 @pytest.mark.parametrize("name", HONEST)
@@ -92,11 +92,17 @@ def test_what_was_exchanged_when_the_auditor_came_is_not_hidden(found: Found) ->
     assert found["swapped"]["status"] == 3, found["swapped"]
     for what, words in {
         "SLOT": "since the audit was started",
-        "VM": "may stand in for another one",
+        "VM": "may stand in for one that ended",
         "MEMORY": "KVM does not say when",
     }.items():
         verdict, *notes = found["swapped"]["found"][what]
         assert verdict == "unknown" and any(words in note for note in notes), found["swapped"]
+
+
+def test_a_vm_that_was_just_made_is_judged_if_it_can_stand_in_for_no_other(found: Found) -> None:
+    assert found["born"]["alone"] == {"verdict": "hidden", "notes": []}, found["born"]
+    result = found["born"]["another ended"]
+    assert result["verdict"] == "unknown" and "may stand in for one that ended" in result["notes"][0], result
 
 
 def test_a_vm_is_judged_though_its_process_ends_and_one_with_the_same_memory_goes_on(found: Found) -> None:
@@ -136,7 +142,7 @@ def test_other_kernels(series: str, tmp_path: Path) -> None:
     kernel = host_kernel(f"debian:{series}")
     with LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), out=tmp_path) as host:
         newer = ("guest_memfd_held_by_another",) if series == "7.3" else ()
-        found = ask(host, *HONEST, *EXPOSED, *UNDETERMINED, *newer, "swapped", "churn")
+        found = ask(host, *HONEST, *EXPOSED, *UNDETERMINED, *newer, "swapped", "born", "churn")
     for name in HONEST:
         test_honest_vms_are_hidden(found, name)
     for name in (*EXPOSED, *newer):
@@ -144,4 +150,5 @@ def test_other_kernels(series: str, tmp_path: Path) -> None:
     for name in UNDETERMINED:
         test_what_may_be_or_may_become_exposed_is_not_hidden(found, name)
     test_what_was_exchanged_when_the_auditor_came_is_not_hidden(found)
+    test_a_vm_that_was_just_made_is_judged_if_it_can_stand_in_for_no_other(found)
     test_honest_vms_stay_hidden_while_others_begin_and_end(found)

@@ -288,6 +288,8 @@ class _Subject:
         """Ask KVM again, once everything was looked at."""
         find = partial(self._find, moment)
         self._ram, self._moved, ended = look_again(self.process, self._ram, self._kvm, find)
+        since = self._options.get("since") or 0
+        self._made = self._ram.made_since(since) and (self._kvm is None or self._kvm.ended_since(since))
         self._partial = self._before.ended or self._after.ended or ended
 
     def result(self, walked: Walked, kinds: Kinds, host: HostFacts, tell: Progress) -> Snapshot:
@@ -314,10 +316,11 @@ class _Subject:
         _log.debug("walked %d tables in %.2f s: %s", sum(mappings.tables.values()), mappings.seconds, pages)
         changed = what_changed(
             ram,
+            options.get("seen", ()),
+            options.get("since") or 0,
             moved=self._moved,
+            made=self._made,
             named=bool(options.get("ranges")),
-            since=options.get("since") or 0,
-            seen=options.get("seen", ()),
         )
         verdict, notes = judge(pages, ram, scan, ended, judged.plain, self._read_only, changed)
         notes += unshared

@@ -172,10 +172,13 @@ class KernelObjects:
         return ""
 
     def _field(self, base: int, name: str, *members: str, size: int = 8) -> int:
-        return int.from_bytes(self._read(base + self._btf.offset(name, *members), size), "little")
+        return self._number(base + self._btf.offset(name, *members), size)
 
     def _pointer(self, va: int) -> int:
-        return int.from_bytes(self._read(va, 8), "little")
+        return self._number(va, 8)
+
+    def _number(self, va: int, size: int) -> int:
+        return int.from_bytes(self._read(va, size), "little")
 
     def _string(self, va: int, most: int = _NAME_LENGTH) -> str:
         # Never across a page's end: what follows may be another thing, or nothing.
@@ -235,8 +238,9 @@ def _find_symbol(name: str, module: str) -> int:
     found = {name + module: 0}
     for each in (name + module, *_OFTEN):
         # A module's, which may move, has a tab and the module's name behind it (kernel/kallsyms.c, s_show).
-        at = text.find(f" {each}\n".encode())
-        if at >= 0:
+        line = f" {each}\n".encode()
+        at = text.find(line)
+        if at >= 0 and at == text.rfind(line):  # of two that are static it is not told which is which
             start = text.rindex(b"\n", 0, at)
             found[each] = int(text[start:at].split(maxsplit=1)[0], 16)
     _known.update((each, address) for each, address in found.items() if address and "\t" not in each)

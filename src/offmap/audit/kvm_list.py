@@ -22,7 +22,7 @@ from offmap.audit.btf import Btf, Unknown
 from offmap.audit.intervals import Ints
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_list import links
-from offmap.audit.kernel_objects import KernelObjects, module_symbol
+from offmap.audit.kernel_objects import KernelObjects, module_symbol, symbol
 from offmap.audit.kvm_btf import kvm_types, vendor_types
 from offmap.audit.kvm_caches import KvmCaches
 from offmap.audit.kvm_slots import generations_of, slots_of
@@ -187,6 +187,26 @@ class KvmList(KvmCaches):
             return []
         head, node = module_symbol("vm_list", "kvm"), self._btf.offset("kvm", "vm_list")
         return self._again(lambda: [at - node for at in links(self._read, head, _MOST_VMS)])
+
+    def ended_since(self, moment: int) -> bool:
+        """Whether a VM of this host may have ended since this moment (CLOCK_MONOTONIC, nanoseconds).
+
+        A VM that ends leaves the list, is then taken off its address space, for which the kernel waits for a grace
+        period (``mmu_notifier_unregister``), and is no more counted as one that uses the processor's virtualization at
+        last (``kvm_destroy_vm``). So these are read in this order.
+        """
+        for _ in range(_ATTEMPTS):
+            try:
+                listed = len(self.addresses())
+                using = self._number(module_symbol("kvm_usage_count", "kvm"), 4)
+                with suppress(Unknown):  # since 6.12 one is counted from the module's start on
+                    using -= self._number(module_symbol("enable_virt_at_load", "kvm"), 1)
+                if using == listed:
+                    return self._last_grace_period(symbol("srcu")) >= moment
+            except Unknown:
+                return True
+            time.sleep(0.001)  # one is being made, or ends
+        return True
 
     def debugfs_folders(self) -> set[int]:
         """Inode numbers of the folders in debugfs of the VMs that are listed; raises as ``addresses``.

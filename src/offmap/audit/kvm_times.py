@@ -13,7 +13,10 @@ class KvmTimes(Tasks):
 
     def _last_change(self, address: int) -> int:
         """When the SRCU that KVM waits for at each change of the slots last had a grace period."""
-        srcu = address + self._btf.offset("kvm", "srcu")
+        return self._last_grace_period(address + self._btf.offset("kvm", "srcu"))
+
+    def _last_grace_period(self, srcu: int) -> int:
+        """When a ``struct srcu_struct`` last had one."""
         try:
             return self._field(srcu, "srcu_struct", "srcu_last_gp_end")
         except Unknown:  # since 6.4 in a structure of its own

@@ -69,22 +69,25 @@ def look_again(
         return ram, False, ended.reason
 
 
-def what_changed(ram: GuestRam, *, moved: bool, named: bool, since: int, seen: Sequence[SeenVm]) -> tuple[str, ...]:
+def what_changed(
+    ram: GuestRam, seen: Sequence[SeenVm], since: int, *, moved: bool, made: bool, named: bool
+) -> tuple[str, ...]:
     """Why other memory than what was judged may have been the guest's before.
 
     Args:
-        moved: what ``look_again`` saw.
-        named: the ranges were named. What is named is the same memory, whichever slot has it.
-        since: when the auditor was started (CLOCK_MONOTONIC, nanoseconds).
         seen: what an earlier audit saw of the VMs.
+        since: when the auditor was started (CLOCK_MONOTONIC, nanoseconds).
+        moved: what ``look_again`` saw.
+        made: a VM was made since the auditor was started, and another one may have ended.
+        named: the ranges were named. What is named is the same memory, whichever slot has it.
     """
     reasons = {
         "the process changed its memory slots, or the memory under them, during the audit; run it again": moved,
         "memory slots were changed, or devices added, since the audit was started; run it again": (
             not named and ram.replaced_since(since)
         ),
-        "a VM of it was made since the audit was started, and may stand in for another one; run it again": (
-            not named and ram.made_since(since)
+        "a VM of it was made since the audit was started, and may stand in for one that ended; run it again": (
+            made and not named
         ),
         "memory under the slots of its VM was unmapped or moved before the audit, and KVM does not say when; what an "
         "audit keeps (--remember FILE) tells the next one": not moved and exchanged(ram.vms, seen),

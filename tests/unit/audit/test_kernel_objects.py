@@ -38,6 +38,12 @@ def test_a_refusal_is_not_remembered(kallsyms: Path) -> None:
     assert symbol("init_task") == 0xFFFF_FFFF_82A0_F940
 
 
+def test_of_two_symbols_of_one_name_neither_is_taken(kallsyms: Path) -> None:
+    kallsyms.write_text(TEXT + "ffffffff82a0f990 d init_task\n")
+    with pytest.raises(Unknown, match="does not tell"):
+        symbol("init_task")
+
+
 def test_a_modules_symbol_which_may_move_is_not_found(kallsyms: Path) -> None:
     kallsyms.write_text(TEXT)
     with pytest.raises(Unknown, match="does not tell"):

@@ -267,6 +267,29 @@ def test_when_a_vm_was_made_is_told_by_its_folder_and_else_by_its_last_change(ke
     assert kernel.vms()[0].made is None  # the clock was put back
 
 
+def test_whether_a_vm_ended_is_told_by_what_its_end_leaves(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel.vm()
+    using, at_load, srcu, usage = (kernel.memory.make() for _ in range(4))
+    where = {"vm_list": HEAD, "kvm_usage_count": using, "enable_virt_at_load": at_load}
+    monkeypatch.setattr("offmap.audit.kvm_list.module_symbol", lambda name, _: where[name])
+    monkeypatch.setattr("offmap.audit.kvm_list.symbol", lambda name: {"srcu": srcu}[name])
+    monkeypatch.setattr("offmap.audit.kvm_list.time.sleep", lambda seconds: None)
+    kernel.memory.put(srcu, "srcu_struct", "srcu_sup", value=usage)
+    kernel.memory.put(usage, "srcu_usage", "srcu_last_gp_end", value=50)
+    kernel.memory.write(using, 1)
+    assert kernel.ended_since(50) and not kernel.ended_since(51)
+    kernel.memory.write(using, 2)  # one is on its way out
+    assert kernel.ended_since(51)
+    kernel.memory.write(at_load, 1)  # no, that is the module's own
+    assert not kernel.ended_since(51)
+
+    def untold(name: str, module: str) -> int:
+        raise Unknown(name)
+
+    monkeypatch.setattr("offmap.audit.kvm_list.module_symbol", untold)
+    assert kernel.ended_since(51)
+
+
 def test_a_vcpu_that_is_being_made_is_no_answer(kernel: Kernel) -> None:
     kvm = kernel.vm()
     kernel.memory.put(kvm, "kvm", "online_vcpus", value=1, size=4)

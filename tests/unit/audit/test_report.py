@@ -102,21 +102,22 @@ def test_a_verdict_on_ranges_that_were_asked_for_says_so() -> None:
 
 
 def test_slots_that_changed_are_never_hidden() -> None:
-    changed = what_changed(RAM, moved=True, named=False, since=0, seen=())
+    changed = what_changed(RAM, (), 0, moved=True, made=False, named=False)
     assert judge(HIDDEN, RAM, None, changed=changed)[0] is Verdict.UNKNOWN
     assert judge(EXPOSED, RAM, None, changed=changed)[0] is Verdict.EXPOSED
 
 
 def test_what_may_have_been_exchanged_when_the_auditor_came() -> None:
     vm = kvm_says(intact=False)
-    for changed, since, named, words in (
-        (vm, 1, False, []),
-        (vm, 0, False, ["slots were changed", "may stand in for another"]),
-        (vm, 0, True, []),  # what was named is the same memory
-        (replace(vm, invalidations=1), 1, False, ["KVM does not say when"]),
-        (replace(vm, invalidations=1), 1, True, ["KVM does not say when"]),
+    for changed, since, made, named, words in (
+        (vm, 1, False, False, []),
+        (vm, 0, True, False, ["slots were changed", "may stand in for one that ended"]),
+        (vm, 0, True, True, []),  # what was named is the same memory
+        (replace(vm, invalidations=1), 1, False, False, ["KVM does not say when"]),
+        (replace(vm, invalidations=1), 1, False, True, ["KVM does not say when"]),
     ):
-        notes = what_changed(GuestRam(RAM.ranges, (changed,)), moved=False, named=named, since=since, seen=())
+        ram = GuestRam(RAM.ranges, (changed,))
+        notes = what_changed(ram, (), since, moved=False, made=made, named=named)
         assert len(notes) == len(words) and all(word in note for word, note in zip(words, notes, strict=True)), notes
 
 
