@@ -22,6 +22,7 @@ class VCpu:
         nested: it has switched on what it takes to run guests of its own.
         nested_runs: how often it has run one.
         mapped: members of KVM's structures that hold a kernel mapping of a guest page (``struct kvm_host_map``).
+        once_mapped: those that held one, and hold none now.
         nested_once: it once had EFER.SVME set. KVM may have mapped a page of its guest though it ran none (VMSAVE).
     """
 
@@ -29,12 +30,14 @@ class VCpu:
     nested: bool
     nested_runs: int
     mapped: tuple[str, ...] = ()
+    once_mapped: tuple[str, ...] = ()
     nested_once: bool = False
 
     @property
     def doubts(self) -> tuple[str, ...]:
         """What speaks against hidden memory, to be read after "vCPU N"."""
         found = [f"has a page of its guest mapped in KVM ({name})" for name in self.mapped]
+        found += [f"once had a page of its guest mapped in KVM ({name})" for name in self.once_mapped]
         if self.nested_runs:
             found.append(f"has run guests of its own ({self.nested_runs} times), for which KVM maps pages of its guest")
         elif self.nested:
@@ -56,12 +59,16 @@ def vcpu_at(read: Read, kernel: Btf, vendor: tuple[Btf, str], at: int) -> VCpu:
 
     types, name = vendor
     hva = types.offset("kvm_host_map", "hva")
-    mapped = [path for path, offset in types.places(name, "kvm_host_map") if any(read(at + offset + hva, 8))]
+    size = types.size("kvm_host_map")
+    maps = {path: read(at + offset, size) for path, offset in types.places(name, "kvm_host_map")}
+    mapped = tuple(path for path, raw in maps.items() if any(raw[hva : hva + 8]))
     return VCpu(
         field(4, "vcpu_idx"),
         bool(field(8, "arch", "efer") & _EFER_SVME or field(8, "arch", "cr4") & _CR4_VMXE),
         field(8, "stat", "nested_run"),
-        tuple(mapped),
+        mapped,
+        # KVM leaves the page's number (kvm_vcpu_unmap).
+        tuple(path for path, raw in maps.items() if path not in mapped and any(raw)),
         nested_once=any(any(read(at + offset, 8)) for offset in _once_nested(types, name)),
     )
 

@@ -53,6 +53,7 @@ OFFSETS: dict[tuple[str, ...], int] = {
     ("kvm_vcpu", "arch", "cr4"): 0x10,
     ("kvm_vcpu", "stat", "nested_run"): 0x18,
     ("kvm_host_map", "hva"): 0x8,
+    ("kvm_host_map", "gfn"): 0x10,
     ("vcpu_svm", "nested", "vmcb02", "pa"): 0x180,
     ("pid_namespace", "idr", "idr_rt"): 0x0,
     ("pid", "tasks"): 0x20,
@@ -62,7 +63,7 @@ OFFSETS: dict[tuple[str, ...], int] = {
     ("task_struct", "tgid"): 0x1C,
     ("task_struct", "pid_links"): 0x30,
 }
-SIZES = {"xa_node": 0x28 + 8 * 64, "page": 64}
+SIZES = {"xa_node": 0x28 + 8 * 64, "page": 64, "kvm_host_map": 0x20}
 ELEMENTS: dict[tuple[str, ...], int] = {
     ("xa_node", "slots"): 64,
     ("kvm", "memslots"): 2,

@@ -79,7 +79,15 @@ class Kernel(KvmList):
         return at
 
     def vcpu(
-        self, kvm: int, efer: int = 0, cr4: int = 0, runs: int = 0, mapped: int = 0, once: int = 0, clock: int = 0
+        self,
+        kvm: int,
+        efer: int = 0,
+        cr4: int = 0,
+        runs: int = 0,
+        mapped: int = 0,
+        once: int = 0,
+        clock: int = 0,
+        gfn: int = 0,
     ) -> None:
         vcpu = self.memory.make()
         for members, value in (
@@ -88,7 +96,8 @@ class Kernel(KvmList):
             (("stat", "nested_run"), runs),
         ):
             self.memory.put(vcpu, "kvm_vcpu", *members, value=value)
-        self.memory.write(vcpu + 0x100 + OFFSETS["kvm_host_map", "hva"], mapped)
+        self.memory.put(vcpu + 0x100, "kvm_host_map", "hva", value=mapped)
+        self.memory.put(vcpu + 0x100, "kvm_host_map", "gfn", value=gfn)
         self.memory.put(vcpu, "vcpu_svm", "nested", "vmcb02", "pa", value=once)
         self.memory.put(vcpu + 0x200, "gfn_to_pfn_cache", "uhva", value=clock)
         self.memory.put(kvm + OFFSETS["kvm", "vcpu_array"], "xarray", "xa_head", value=vcpu)
@@ -218,7 +227,8 @@ def test_a_cache_a_host_map_and_a_nested_guest_are_doubts(kernel: Kernel) -> Non
         ({"efer": SVME}, "EFER.SVME"),
         ({"cr4": VMXE}, "EFER.SVME"),
         ({"runs": 3}, r"3 times"),
-        ({"mapped": 0x1000}, "ghcb_map"),
+        ({"mapped": 0x1000, "gfn": 1}, "has a page of its guest mapped in KVM (sev_es.ghcb_map)"),
+        ({"gfn": 1}, "once had a page of its guest mapped in KVM (sev_es.ghcb_map)"),
         ({"once": 0x1000}, "once run guests"),
         ({"clock": 0x7F00_0000_1000}, "once had a kernel mapping of a page of the guest (arch.pv_time)"),
     ):
