@@ -198,7 +198,7 @@ class KernelObjects:
 
 
 # What is asked for sooner or later: looked for at once, as the file is long and the kernel writes it anew each time.
-_OFTEN = ("init_task", "init_pid_ns", "pgd_list", "poking_mm", "text_poke_mm", "efi_mm", "real_mode_header")
+_OFTEN = ("init_task", "init_pid_ns", "pgd_list", "poking_mm", "text_poke_mm", "efi_mm", "real_mode_header", "srcu")
 _known: dict[str, int] = {}
 
 
