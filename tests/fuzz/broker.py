@@ -26,6 +26,7 @@ class BrokerTarget(Target):
         self._theirs = theirs
         broker = _Broker.__new__(_Broker)  # its constructor is for a process of its own
         broker._vmm, broker._ranges, broker._sealed, broker._zeroed = os.getpid(), [], True, False
+        broker._audits_left, broker._terminal = 1, None
         broker._socket = theirs
         broker._services = Services(self._connect, lambda _pid: None, lambda wait: 3 if wait else None)
         self._folder = os.open("/", os.O_PATH | os.O_DIRECTORY)

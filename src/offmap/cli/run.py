@@ -108,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
         from offmap.vmm import confinement as confining
 
         opened = report.open if report else _nothing
-        confinement = confining.Confinement(audit.start, lambda wait: audit.finish(wait=wait), opened)
+        start_audit = audit.start if args.audit else lambda _pid: None
+        confinement = confining.Confinement(start_audit, lambda wait: audit.finish(wait=wait), opened)
         atexit.register(confinement.close)
         backend.keeper = confinement.broker
     started = time.monotonic()

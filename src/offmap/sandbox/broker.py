@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from offmap.log import ERROR, Logger
 from offmap.owned import Owned
 from offmap.sandbox.seccomp import SIGINFO_SIZE, SIGINFO_SYSCALL_AT
+from offmap.sandbox.terminal import Terminal
 from offmap.uapi.syscall import name_of
 from offmap.units import printable
 
@@ -64,11 +65,12 @@ class Broker(Owned):
     def __init__(self, services: Services) -> None:
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         vmm = os.getpid()
+        terminal = Terminal(0) if os.isatty(0) else None  # now, as the VMM changes it
         self.pid = os.fork()
         if self.pid == 0:
             try:
                 ours.close()
-                os._exit(_Broker(theirs, vmm, services).serve())
+                os._exit(_Broker(theirs, vmm, services, terminal).serve())
             except BaseException:
                 os._exit(2)
         theirs.close()
@@ -169,19 +171,22 @@ class _Folder(NamedTuple):
 class _Broker:
     """The other end: one request after another, until the VMM has ended."""
 
-    def __init__(self, connection: _socket.socket, vmm: int, services: Services) -> None:
+    def __init__(self, connection: _socket.socket, vmm: int, services: Services, terminal: Terminal | None) -> None:
         self._vmm = vmm
+        self._terminal = terminal
         self._services = services
         self._ranges: list[_Range] = []
         self._folders: list[_Folder] = []
         self._children: list[int] = []
         self._sealed = self._zeroed = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        self._audits_left = 1
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTTOU):
             signal.signal(number, signal.SIG_IGN)  # it ends with the VMM
         self._socket = connection
         kept = connection.fileno()
         null = os.open(os.devnull, os.O_RDWR)
-        os.dup2(null, 0)
+        if self._terminal is None:
+            os.dup2(null, 0)
         os.dup2(null, 1)  # whoever reads the guest's console must see its end
         os.closerange(3, kept)
         os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
@@ -199,6 +204,7 @@ class _Broker:
                     return 0
                 self._answer(request, fds)
         finally:
+            self._restore_terminal()
             if self._ranges:
                 _end(self._vmm_ends, _GRACE)  # and with it its mappings
             for child in self._children:
@@ -206,12 +212,18 @@ class _Broker:
             self._give_back()
             self._services.verdict(False)
 
+    def _restore_terminal(self) -> None:
+        """The VMM makes it raw, and may not come to undo that."""
+        if self._terminal is not None:
+            self._terminal.restore()
+
     def _answer(self, request: bytes, fds: list[int]) -> None:
         status, answer_fds = 0, list[int]()
         try:
             if len(request) == SIGINFO_SIZE and int.from_bytes(request[:4], "little") == _SIGSYS:
                 number = int.from_bytes(request[SIGINFO_SYSCALL_AT : SIGINFO_SYSCALL_AT + 4], "little")
                 what = f"the VMM made a system call that its sandbox does not allow: {name_of(number)}"
+                self._restore_terminal()
                 _say(ERROR, "offmap.cli.run", f"{what}; its guest is ended")
             elif len(request) >= _REQUEST.size:
                 status, answer_fds = self._obey(_REQUEST.unpack_from(request), request[_REQUEST.size :], fds)
@@ -234,7 +246,8 @@ class _Broker:
                 folder = self._folders[number]
                 with self._services.connect(folder.fd, f"{folder.name}_{first & 0xFFFFFFFF}") as client:
                     return 0, [os.dup(client.fileno())]
-            case _ if kind == _AUDIT:
+            case _ if kind == _AUDIT and self._audits_left:
+                self._audits_left -= 1
                 self._services.audit(self._vmm)
             case _ if kind == _VERDICT:
                 status = self._services.verdict(bool(number))

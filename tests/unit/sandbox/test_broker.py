@@ -2,10 +2,13 @@
 
 import errno
 import os
+import pty
 import signal
 import socket
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 
 from offmap.memory.iomem import PhysicalRange
 from offmap.memory.range_lock import RangeLock
+from offmap.patience import scaled
 from offmap.sandbox import broker as module
 from offmap.sandbox.broker import Broker, Services
 
@@ -120,3 +124,59 @@ def test_a_vmm_that_goes_on_without_its_broker_is_killed(tmp_path: Path) -> None
     ).replace("broker = ", "from offmap.sandbox import broker; broker._GRACE = 1; broker = ", 1)
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as vmm:
         assert vmm.wait() == -signal.SIGKILL
+
+
+AT_A_TERMINAL = """
+import os, signal, sys, tty
+sys.path[:0] = {path!r}
+from offmap.sandbox.broker import Broker, Services
+
+def ask_for_nothing(*_arguments):
+    return None
+
+vmm = os.fork()
+if vmm:
+    os.waitpid(vmm, 0)
+    print("ended", flush=True)
+    sys.stdin.read()  # as a shell that waits
+    os._exit(0)
+broker = Broker(Services(ask_for_nothing, ask_for_nothing, ask_for_nothing))
+tty.setraw(0)
+os.set_blocking(0, False)
+{end}
+"""
+VIOLATION = "broker._ask = None; os.write(broker.fd, (31).to_bytes(4, 'little') + bytes(124)); os.read(broker.fd, 4)"
+
+
+@pytest.mark.parametrize(
+    "end", ["os.kill(os.getpid(), signal.SIGKILL)", f"{VIOLATION}; os.kill(broker.pid, 9); os._exit(2)"]
+)
+def test_the_terminal_is_as_it_was_when_a_vmm_could_not_restore_it(end: str) -> None:
+    pid, ours = pty.fork()
+    if not pid:
+        os.execv(sys.executable, [sys.executable, "-c", AT_A_TERMINAL.format(path=sys.path, end=end)])
+    try:
+        before = termios.tcgetattr(ours)
+        said = b""
+        while b"ended" not in said:
+            said += os.read(ours, 4096)
+        deadline = time.monotonic() + scaled(10.0)
+        while termios.tcgetattr(ours) != before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert termios.tcgetattr(ours) == before
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(ours)
+
+
+def test_an_audit_is_started_once(tmp_path: Path) -> None:
+    def audit(_pid: int) -> None:
+        with (tmp_path / "started").open("a") as file:
+            file.write("x")
+
+    services = Services(lambda _folder, _name: socket.socketpair()[0], audit, lambda _wait: None)
+    with Broker(services) as broker:
+        for _ in range(3):
+            broker.audit()
+    assert (tmp_path / "started").read_text() == "x"
