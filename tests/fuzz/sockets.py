@@ -27,6 +27,9 @@ from .devices import cut
 from .target import DeviceTarget
 
 _SMALL = 4096  # bytes of a pipe: it is full soon
+# What a peer reads into and sends: made once, or the C library's heap grows by the holes that such pieces leave.
+_ROOM = bytearray(1 << 17)
+_ZEROES = memoryview(bytes(1 << 16))
 
 
 class ConsoleTarget(DeviceTarget):
@@ -259,7 +262,7 @@ class StreamTarget(NetTarget):
 
     def case(self, choices: Choices) -> bool:
         with contextlib.suppress(OSError):
-            self._peer.recv(1 << 17)
+            self._peer.recv_into(_ROOM)
         return super().case(choices)
 
     def host(self, choices: Choices) -> None:
@@ -268,9 +271,9 @@ class StreamTarget(NetTarget):
         with contextlib.suppress(OSError):
             if what < 150:
                 size = c.word(2) if c.rarely(6) else 14 + c.byte()
-                self._peer.send(struct.pack("!I", size) + bytes(size if c.byte() < 200 else c.byte()))
+                self._peer.sendmsg([struct.pack("!I", size), _ZEROES[: size if c.byte() < 200 else c.byte()]])
             elif what < 190:
-                self._peer.recv(1 << 17)
+                self._peer.recv_into(_ROOM)
             elif c.rarely(64):
                 self._peer.send(c.bytes(c.byte()))
             elif c.rarely(128):
