@@ -48,7 +48,7 @@ class Fallbacks:
         self._memory, self._target = memory, target
         self.mappings: KernelMappings | None = None
         self._pages: Pages | None = None
-        self._of_vmm: Copies | None = None
+        self._searched: list[Residue] = []
         self.doubtful = 0
         self.count: tuple[int | None, int | None, int | None] = None, None, None
 
@@ -103,10 +103,6 @@ class Fallbacks:
     def _of_kvm(self) -> list[Copies]:
         return list(copies_of_kvm(self._host, self._kvm))
 
-    @cached_property
-    def _files(self) -> list[tuple[str, int, int]]:
-        return list(self._host.cached_files(self._vmm))
-
     def search_mapped(self) -> str:
         """Where the secret stands in those pages of the guest's that are mapped; empty if it does not."""
         with self._stages.step_to_the_end("guest: pages that are mapped") as stage:
@@ -124,11 +120,15 @@ class Fallbacks:
 
     def search_page_cache(self) -> str:
         """Where the secret stands in the host's page cache of the VMM's files (a drive); empty if it does not."""
+        assert self.mappings is not None
         with self._stages.step("host: page cache of the VMM's files") as stage:
             looked = 0
-            for name, mapping, _ in self._files:
+            files = [
+                (name, list(pages_of(self._host, mapping))) for name, mapping in self._host.cached_files(self._vmm)
+            ]
+            self._searched += page_cache_residue(files, self.mappings)
+            for name, cached in files:
                 seeker = Seeker(self._target)
-                cached = list(pages_of(self._host, mapping))
                 contents = self._host.mapped_pages([pa for _, pa in cached])
                 for (number, _), data in zip(cached, contents, strict=True):
                     if data is None:
@@ -157,7 +157,8 @@ class Fallbacks:
         """Where the secret stands in the VMM's own memory, as the direct map has it; empty if it does not."""
         assert self._pages is not None and self.mappings is not None
         with self._stages.step("host: memory of the VMM's own") as stage:
-            copies = self._of_vmm = copies_of_vmm(self._host, self._memory, self._pages, self.mappings)
+            copies = copies_of_vmm(self._host, self._memory, self._pages, self.mappings)
+            self._searched += [copies.residue] if copies.residue.bytes else []
             if found := self._search(copies):
                 stage.found = found
                 return found
@@ -173,12 +174,8 @@ class Fallbacks:
         return ""
 
     def residues(self) -> tuple[Residue, ...]:
-        """What is read of the guest all the same, as far as it can be told; the VMM's memory if it was searched."""
+        """What is read of the guest all the same, as far as it can be told: of caches and VMM if searched."""
         found: list[Residue] = []
         with suppress(Lost, Unknown, NotMapped, Unreadable):
             found += (copies.residue for copies in self._of_kvm)
-        with suppress(Lost, Unknown, NotMapped, Unreadable):
-            found += page_cache_residue(self._files)
-        if self._of_vmm is not None and self._of_vmm.residue.bytes:
-            found.append(self._of_vmm.residue)
-        return tuple(found)
+        return (*found, *self._searched)

@@ -103,8 +103,8 @@ class Host(Linux):
             name = self.pointer_in(entry, "dentry", "d_name", "name")
             yield File(file, self.text(name, _NAME))
 
-    def cached_files(self, process: Process) -> Iterator[tuple[str, int, int]]:
-        """Files that a process has open and that the page cache has pages of: name, ``struct address_space``, pages.
+    def cached_files(self, process: Process) -> Iterator[tuple[str, int]]:
+        """Files that a process has open and that the page cache has pages of: name, ``struct address_space``.
 
         Raises:
             Lost: a file lies on another, and which that is cannot be told.
@@ -115,7 +115,7 @@ class Host(Linux):
             pages = self.field(mapping, "address_space", "nrpages")
             if pages and mapping not in seen:
                 seen.add(mapping)
-                yield file.name, mapping, pages
+                yield file.name, mapping
 
     def _real(self, file: File) -> int:
         """The file that has the pages: below an overlay it is another one (``fs/overlayfs/file.c``)."""

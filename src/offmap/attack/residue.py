@@ -3,6 +3,7 @@
 An attacker reads them first. So each is searched for the secret before it is said that a chain ends.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -83,14 +84,23 @@ def _vectors(host: Host, vcpu: int) -> tuple[int, int]:
     return state + host.kernel.offset("fpstate", "regs"), size
 
 
-def page_cache_residue(files: Sequence[tuple[str, int, int]]) -> Iterator[Residue]:
-    """The host's page cache of the files that the VMM has open (`Host.cached_files`), if there is anything in it."""
-    if not files:
-        return
-    names = [name for name, _, _ in files]
-    more = f" and {len(names) - _FILE_NAMES} more" if len(names) > _FILE_NAMES else ""
-    note = "pages of files that the VMM has open: " + ", ".join(names[:_FILE_NAMES]) + more
-    yield Residue(name="page cache", bytes=sum(pages for _, _, pages in files) * PAGE_SIZE, note=note)
+def page_cache_residue(
+    files: Sequence[tuple[str, Sequence[tuple[int, int]]]], mappings: KernelMappings
+) -> Iterator[Residue]:
+    """What the direct map has of the page cache of files, if that is anything.
+
+    Args:
+        files: names, and the pages of each (`pages_of`).
+    """
+    sizes: Counter[str] = Counter()
+    for name, cached in files:
+        frames = np.array([pa >> PAGE_SHIFT for _, pa in cached], dtype=np.uint64)
+        sizes[name] += int(covered(mappings.direct, frames).sum()) * PAGE_SIZE
+    names = [name for name, size in sizes.items() if size]
+    if names:
+        more = f" and {len(names) - _FILE_NAMES} more" if len(names) > _FILE_NAMES else ""
+        note = "pages of files that the VMM has open: " + ", ".join(names[:_FILE_NAMES]) + more
+        yield Residue(name="page cache", bytes=sum(sizes.values()), note=note)
 
 
 def copies_of_vmm(host: Host, memory: GuestMemory, pages: Pages, mappings: KernelMappings) -> Copies:

@@ -170,6 +170,23 @@ def test_the_pages_of_a_guest_memfd_are_the_guests() -> None:
     assert run(machine).outcome == Outcome.RECOVERED
 
 
+def test_page_cache_that_is_not_mapped_is_no_residue() -> None:
+    """A guest_memfd's pages stand in a page cache, and are the guest's RAM."""
+    machine = private_guest(hidden=True)
+    file = machine.value(machine.slot + OFFSETS["kvm_memory_slot.gmem.file"])
+    machine.host.put(machine.files + 16, file.to_bytes(8, "little"))
+    found = run(machine)
+    assert found.outcome == Outcome.ENDS
+    assert "page cache" not in {residue.name for residue in found.residues}
+    page = machine.host.frames.pop()
+    machine.guest_memfd(page)
+    file = machine.value(machine.slot + OFFSETS["kvm_memory_slot.gmem.file"])
+    machine.host.set(machine.slot, "kvm_memory_slot", gmem__file=0)
+    machine.host.put(machine.slot + OFFSETS["kvm_memory_slot.flags"], bytes(4))
+    machine.host.put(machine.files + 16, file.to_bytes(8, "little"))
+    assert {each.name: each.bytes for each in run(machine).residues}["page cache"] == PAGE
+
+
 def test_a_guest_memfd_that_was_closed_loses_the_trail() -> None:
     machine = private_guest(hidden=True)
     machine.host.set(machine.slot, "kvm_memory_slot", gmem__file=0)
