@@ -6,8 +6,8 @@ for huge pages. Prints JSON: what was done, what went wrong, and whether the hos
 module's parameters, in seconds.
 
 A taker has its answer by the deadline of its request, whatever it had to queue for in the module and the kernel. It
-asks with real-time priority, so it does not queue for the processor as well: with many takers on one, that takes longer
-than the deadline.
+asks with real-time priority and locked memory, so it does not queue for the processor as well, nor for a page of its
+program that was dropped meanwhile: with many takers on one processor, that takes longer than the deadline.
 """
 
 import argparse
@@ -54,6 +54,7 @@ GRACE = 60  # more seconds, on a busy machine that takes its time from all of th
 EXPECTED = ("", "ENOMEM", "ETIMEDOUT")
 SPARE = 256 * MIB  # left by the workers, so that none is ended for lack of memory
 MADV_HWPOISON = 100
+MCL_CURRENT = 1
 UNCHANGED = ("blocks", "offline", "claimed", "memtypes")
 UNPOISON = Path("/sys/kernel/debug/hwpoison/unpoison-pfn")
 
@@ -136,8 +137,9 @@ def taker(limit: float, chance: random.Random) -> tuple[str, float]:
     """
     fd = open_device()
     size = chance.choice((BLOCK, 2 * BLOCK))
-    began = time.monotonic()
+    libc.mlockall(MCL_CURRENT)
     with real_time():
+        began = time.monotonic()
         error = failure(partial(take, fd, size))
         wait = time.monotonic() - began
     if wait > limit + GRACE:
