@@ -1,8 +1,9 @@
 """The primitive for hosts that are no labs: /proc/kcore, which only reads.
 
-Kcore reads by the very address, or by the page tables' entry for it (``fs/proc/kcore.c``), and gives zeroes for what it
-cannot read. So what is not zero is mapped. Of what is zero, the page tables are asked whether the address is mapped:
-for that alone, and uncounted. A zero that kcore may have made up is no answer: the address counts as reached.
+Kcore reads by the very address, or by the page tables' entry for it (``fs/proc/kcore.c``), and gives zeroes for a page
+that it cannot read. So a page that is not all zeroes is mapped. Of one that is, the page tables are asked whether the
+address is mapped: for that alone, and uncounted. Zeroes that kcore may have made up are no answer: the address counts
+as reached.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
 
 _PHYSICAL_MASK = (1 << 52) - PAGE_SIZE
+_ZEROES = bytes(PAGE_SIZE)
 
 
 class KcorePrimitive(Primitive):
@@ -37,28 +39,28 @@ class KcorePrimitive(Primitive):
         self._kcore.close()
 
     def _fetch(self, va: int, size: int) -> bytes:
-        data = self._shown(va, size)
-        if data is not None and data != bytes(size):
-            return data
-        pa = self._translate(va)
-        if pa is None:
-            raise NotMapped(va)
-        data = self._shown(va, size)
-        if data is None or (data == bytes(size) and not self._of_image(va) and self._blank(pa)):
-            raise Unreadable(va)
-        return data
+        start = va % PAGE_SIZE
+        page = self._shown(va - start, PAGE_SIZE)
+        if page is None or page == _ZEROES:
+            pa = self._translate(va)
+            if pa is None:
+                raise NotMapped(va)
+            page = self._shown(va - start, PAGE_SIZE)
+            if page is None or (page == _ZEROES and not self._of_image(va) and self._blank(pa)):
+                raise Unreadable(va)
+        return page[start : start + size]
 
     def _fetch_pages(self, vas: Sequence[int]) -> "list[bytes | NotMapped | Unreadable]":
         found: list[bytes | NotMapped | Unreadable] = []
         for va, count in neighbours(vas):
-            data, zeroes = self._shown(va, count * PAGE_SIZE) or b"", bytes(PAGE_SIZE)
+            data = self._shown(va, count * PAGE_SIZE) or b""
             for at in range(0, count * PAGE_SIZE, PAGE_SIZE):
-                page = data[at : at + PAGE_SIZE] or zeroes
-                found += [page] if page != zeroes else super()._fetch_pages([va + at])
+                page = data[at : at + PAGE_SIZE] or _ZEROES
+                found += [page] if page != _ZEROES else super()._fetch_pages([va + at])
         return found
 
     def _shown(self, va: int, size: int) -> bytes | None:
-        """What kcore shows there; None if that is nothing. Only if it is not zero, it is what stands there for sure."""
+        """What kcore shows of whole pages; None if that is nothing. A page that is not all zeroes was really read."""
         buffer = bytearray(size)
         try:
             self._kcore.read_virtual(va, memoryview(buffer))
@@ -101,19 +103,17 @@ class KcorePrimitive(Primitive):
         """As ``_translate``.
 
         Args:
-            empty: asked about a table of which an entry reads as zero: is it really so? What it raises goes on.
+            empty: asked about a table that reads as zeroes: is it really so? What it raises goes on.
         """
 
         def entry_at(pa: int) -> int:
-            buffer = bytearray(8)
-            try:
-                self._kcore.read_virtual(self._kcore.page_offset_base + pa, memoryview(buffer))
-            except Undetermined:
-                raise Unreadable(va) from None
-            entry = int.from_bytes(buffer, "little")
-            if not entry:
-                empty(pa & PAGE_MASK)
-            return entry
+            table, at = pa & PAGE_MASK, pa % PAGE_SIZE
+            page = self._shown(self._kcore.page_offset_base + table, PAGE_SIZE)
+            if page is None:
+                raise Unreadable(va)
+            if page == _ZEROES:
+                empty(table)
+            return int.from_bytes(page[at : at + 8], "little")
 
         if va >> PAGE_SHIFT + 9 * self._facts.levels - 1 != (1 << 53 - 9 * self._facts.levels) - 1:
             return None  # not canonical
