@@ -6,6 +6,7 @@ the one that waits for the user. Each is one system call by its number, which th
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -280,6 +281,20 @@ def opened(path: str) -> Iterator[int]:
     fd = os.open(path, os.O_RDONLY)
     yield fd
     os.close(fd)
+
+
+def test_a_descriptor_that_somebody_has_left_open_is_closed(monitor: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "offmap", "run", "--kernel", str(monitor), "--memory-size", "32M"]
+    secret = tmp_path / "secret"
+    secret.touch()
+    with opened(str(secret)) as file, socket.socket() as any_socket:
+        left = file, any_socket.fileno()
+        names = {Path(f"/proc/self/fd/{fd}").readlink() for fd in left}
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=left) as vmm:
+            assert vmm.stdout is not None and vmm.stdout.read(1) == b"U"
+            held = {each.readlink() for each in Path(f"/proc/{vmm.pid}/fd").iterdir()}
+            vmm.communicate(b"q")
+    assert names and not names & held
 
 
 def look(monitor: Path, *options: str) -> VmmSandbox:

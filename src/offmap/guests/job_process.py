@@ -1,5 +1,6 @@
 """A job in its own process (offmap.vmm.process), for programs: the guest's VMM is confined, the program is not."""
 
+import os
 import threading
 from collections.abc import Callable
 
@@ -92,6 +93,8 @@ class JobProcess(Owned):
 def work() -> None:
     """Be that process."""
     program, (command, files, config, waits, sandbox) = ordered()
+    for file in files:
+        os.set_inheritable(file, False)  # it is ours
 
     def on_end(_machine: Machine) -> None:
         if waits:

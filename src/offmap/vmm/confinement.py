@@ -12,7 +12,7 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -67,6 +67,7 @@ class Confinement(Owned):
                 "this kernel has no seccomp filters, which the sandbox of the VMM is made of",
                 "use one with CONFIG_SECCOMP_FILTER, or --no-sandbox",
             )
+        self._inherited = [fd for fd in _open_fds() if fd > 2 and os.get_inheritable(fd)]
         self._before = before
         self.confined: Confined | None = None
         self.broker = Broker(Services(_connect, audit, verdict))
@@ -84,7 +85,7 @@ class Confinement(Owned):
         self._before()
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)  # with more, the C library counts processors, by a file
         self._hand_over(machine)
-        _close_what_reaches_further()
+        _close_what_reaches_further(self._inherited)
         threads = len(machine.devices) + machine.config.vcpus
         mapped = int(read_text("/proc/self/statm").split()[0]) * PAGE_SIZE
         limits = Limits(_MOST_FDS, _longest_file(machine), mapped, threads)
@@ -203,14 +204,26 @@ class Gate:
             self._changed.notify_all()
 
 
-def _close_what_reaches_further() -> None:
-    """Close inherited descriptors of directories, physical memory and /dev/kvm."""
+def _open_fds() -> Iterator[int]:
+    """This process's descriptors. One is that of the list, which is closed by now."""
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
         with contextlib.suppress(OSError):
-            opened = os.fstat(int(name))
-            device = opened.st_rdev if stat.S_ISCHR(opened.st_mode) else None
-            if stat.S_ISDIR(opened.st_mode) or device == DEV_KVM or device in PHYSICAL_MEMORY:
-                os.close(int(name))
+            os.fstat(int(name))
+            yield int(name)
+
+
+def _close_what_reaches_further(inherited: Collection[int]) -> None:
+    """Close descriptors of directories, physical memory and /dev/kvm, and what whoever started us has left open.
+
+    Args:
+        inherited: a part of this guest has made those its own that are not inheritable any more.
+    """
+    for fd in _open_fds():
+        opened = os.fstat(fd)
+        device = opened.st_rdev if stat.S_ISCHR(opened.st_mode) else None
+        left = fd in inherited and os.get_inheritable(fd)
+        if left or stat.S_ISDIR(opened.st_mode) or device == DEV_KVM or device in PHYSICAL_MEMORY:
+            os.close(fd)
 
 
 def _longest_file(machine: "Machine") -> int | None:
@@ -219,13 +232,12 @@ def _longest_file(machine: "Machine") -> int | None:
     None: it has another one open for writing, which may become as long as it will (its output, a report).
     """
     longest, drives = 0, {fd for device in machine.devices for fd in device.files}
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
-        with contextlib.suppress(OSError):
-            opened, fd = os.fstat(int(name)), int(name)
-            if stat.S_ISREG(opened.st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
-                if fd not in drives and not os.readlink(f"/proc/self/fd/{fd}").startswith(_IN_MEMORY):  # noqa: PTH115
-                    return None
-                longest = max(longest, opened.st_size)
+    for fd in _open_fds():
+        opened = os.fstat(fd)
+        if stat.S_ISREG(opened.st_mode) and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY:
+            if fd not in drives and not os.readlink(f"/proc/self/fd/{fd}").startswith(_IN_MEMORY):  # noqa: PTH115
+                return None
+            longest = max(longest, opened.st_size)
     return longest
 
 

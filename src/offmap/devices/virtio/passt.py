@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import re
+import select
 import shutil
 import socket
 import struct
@@ -183,13 +184,15 @@ class Passt(FrameStream):
                     start_new_session=True,  # Ctrl-C at the terminal is for the guest's VMM
                 )
             undo.callback(self._process.wait)
+            self._ended = os.pidfd_open(self._process.pid)
+            undo.callback(os.close, self._ended)
             super().__init__(ours)
             undo.pop_all()
 
     def hand_over(self) -> int:
-        """Return a pidfd of its process. If closing the stream does not end it, whoever has the pidfd does."""
+        """Return its pidfd. If closing the stream does not end it, whoever has that does."""
         self._handed_over = True
-        return os.pidfd_open(self._process.pid)
+        return os.dup(self._ended)
 
     def is_up(self) -> bool:
         """Whether it runs."""
@@ -207,10 +210,11 @@ class Passt(FrameStream):
             return
         super().close()
         self._log.close()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
+        ended = select.poll()
+        ended.register(self._ended, select.POLLIN)
+        if not ended.poll(_END_SECONDS * 1000):
             if self._handed_over:
                 return
             self._process.kill()
-            self._process.wait()
+        self._process.wait()
+        os.close(self._ended)
