@@ -41,19 +41,25 @@ def pages_of(linux: Linux, mapping: int) -> Iterator[tuple[int, int]]:
 def find_files(linux: Linux, path: str) -> Iterator[tuple[str, int]]:
     """All files of this path, from the root of any file system or from a folder in it: file system, ``struct inode``.
 
+    Then those of its end alone, from the root of any file system, which may be mounted somewhere on the path.
+
     Raises:
         Lost: the list of file systems is none.
     """
     names = [name for name in path.split("/") if name]
+    roots = []
     for block in _blocks(linux):
-        name = linux.file_system(block)
-        root = linux.field(block, "super_block", "s_root")
-        if not root:
-            continue
+        if root := linux.field(block, "super_block", "s_root"):
+            roots.append((linux.file_system(block), root))
+    for name, root in roots:
         for start in (root, *_children(linux, root)):
             with suppress(Lost, Unknown):
-                inode = _inode(linux, start, names)
-                if inode:
+                if inode := _inode(linux, start, names):
+                    yield name, inode
+    for first in range(1, len(names)):
+        for name, root in roots:
+            with suppress(Lost, Unknown):
+                if inode := _inode(linux, root, names[first:]):
                     yield name, inode
 
 
