@@ -190,7 +190,9 @@ class _Broker:
         os.dup2(null, 1)  # whoever reads the guest's console must see its end
         os.closerange(3, kept)
         os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX"))
-        self._vmm_ends = os.pidfd_open(vmm)
+        self._vmm_ends = -1
+        with contextlib.suppress(ProcessLookupError):  # it has ended already: there is nothing to keep
+            self._vmm_ends = os.pidfd_open(vmm)
 
     def serve(self) -> int:
         try:

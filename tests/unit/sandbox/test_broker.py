@@ -138,7 +138,7 @@ vmm = os.fork()
 if vmm:
     os.waitpid(vmm, 0)
     print("ended", flush=True)
-    sys.stdin.read()  # as a shell that waits
+    signal.pause()  # a shell stays, whatever has become of its input
     os._exit(0)
 broker = Broker(Services(ask_for_nothing, ask_for_nothing, ask_for_nothing))
 tty.setraw(0)
