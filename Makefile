@@ -39,7 +39,7 @@ lint: setup
 unit: setup-tests lint
 	@$(PYTEST) -q -n 2 tests/unit
 
-# Two files at a time, in the order of SUITE: a lab host keeps one processor busy.
+# Two files at a time, in the order of SUITE, the longest lab files first: a lab host keeps one processor busy.
 test: setup-tests lint
 	OFFMAP_NO_SKIP=1 $(PYTEST) -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(SUITE)
 

@@ -20,6 +20,7 @@ from offmap.audit.process import Process
 from offmap.audit.sandbox_result import NOT_LOOKED_AT, VmmSandbox
 from offmap.audit.vmm_sandbox import vmm_sandbox
 from offmap.kvm import Kvm
+from offmap.patience import scaled
 from offmap.uapi.syscall import NUMBERS
 
 # Runs offmap as its own program does, and has one thread attempt something once the guest runs.
@@ -226,7 +227,7 @@ def try_in(
     program = PROGRAM.format(path=sys.path, arguments=tuple_, number=NUMBERS[call], where=where)
     argv = [sys.executable, "-c", program, "run", "--kernel", str(monitor), "--memory-size", "32M", "--rng", *options]
     return subprocess.run(
-        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60, cwd=folder
+        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=scaled(60), cwd=folder
     )
 
 
@@ -343,7 +344,7 @@ def test_every_file_is_one_of_the_command_line_and_opened_before_the_guest_runs(
     options = ["--drive", str(image), "--rng", "--vsock", f"cid=3,path={sockets / 'sock'}", "--report", str(report)]
     argv = [sys.executable, "-c", OPENS.format(path=sys.path), "run", "--kernel", str(monitor), "--memory-size", "32M"]
     try:
-        done = subprocess.run([*argv, *options], input=b"q", capture_output=True, check=False, timeout=60)
+        done = subprocess.run([*argv, *options], input=b"q", capture_output=True, check=False, timeout=scaled(60))
     finally:
         sockets.rmdir()
     assert done.returncode == 0, done.stderr.decode()
@@ -358,5 +359,7 @@ def test_every_file_is_one_of_the_command_line_and_opened_before_the_guest_runs(
 
 def test_no_guest_runs_where_one_thread_has_no_filter(monitor: Path) -> None:
     argv = [sys.executable, "-c", NO_FILTER.format(path=sys.path), "run", "--kernel", str(monitor), "--vcpus", "2"]
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=scaled(60)
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "offmap run: no filter for this one\n")

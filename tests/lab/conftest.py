@@ -12,6 +12,13 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.lab.qemu import QEMU
 
+LONGEST_FIRST = (
+    *("test_patched", "test_debian", "test_examples", "test_measure", "test_module", "test_kvm_attacks"),
+    *("test_readme", "test_audit_vmm", "test_compare", "test_attack", "test_wrap", "test_audit", "test_access_log"),
+    *("test_network", "test_oracle", "test_house", "test_run", "test_virtio", "test_wrap_firecracker", "test_pool"),
+)
+"""Files that take long; the others are short. The last file to begin is to be a short one, lest a processor be idle."""
+
 RESERVED = "memmap=256M$0x60000000"  # RAM that the host kernel never owns: what the backend `reserved` needs
 
 
@@ -20,6 +27,13 @@ def words_for(kernel: HostKernel) -> str:
     # Secret memory is off by default before 6.5.
     before = tuple(map(int, kernel.release.split(".")[:2])) < (6, 5)
     return f"{RESERVED} secretmem.enable=1" if before else RESERVED
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of this folder in the order of LONGEST_FIRST, after all other tests."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)) if item.path.parent == here else -1)
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,7 @@ def test_a_killed_worker_and_every_cell_ends_once(lab_kernel: HostKernel, cluste
     lost = {backend for backend, pid in first.items() if not alive(pid)}
     assert len(lost) == 1
     (marks / "go").touch()
-    thread.join(120)
+    thread.join(scaled(120))
     assert not thread.is_alive() and not raised
 
     assert Counter(ended) == Counter(specs)  # each of them, once
@@ -161,7 +161,7 @@ def test_a_killed_worker_takes_its_disposable_host_with_it(
     assert host is not None
     os.kill(victim, signal.SIGKILL)
     until(lambda: not alive(host), 10)
-    thread.join(200)
+    thread.join(scaled(200))
     assert not thread.is_alive() and not raised
     assert Counter(ended) == Counter(specs)
     assert {result.outcome for result in results.values()} == {CellOutcome.BOOTED}

@@ -35,6 +35,7 @@ from offmap.compare.spec import CellSpec
 from offmap.errors import ExitStatus, OffmapError
 from offmap.lab.cpio import regular
 from offmap.lab.kernel import HostKernel
+from offmap.patience import scaled
 
 PLAIN = DemoRow(
     backend="anon",
@@ -298,7 +299,7 @@ def test_what_cannot_be_fetched_meanwhile_is_left_to_the_cell() -> None:
         raise OffmapError("no network", "")
 
     _meanwhile(fetch)
-    assert tried.wait(60)
+    assert tried.wait(scaled(60))
 
 
 @pytest.mark.parametrize(("value", "verdict"), [(True, "hidden"), (False, "exposed"), (None, "unknown")])

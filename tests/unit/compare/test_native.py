@@ -85,7 +85,7 @@ def test_it_is_ended_with_its_comparison() -> None:
             begun.set()
 
     def stop() -> None:
-        begun.wait(20)
+        begun.wait(scaled(20))
         stop_cells("ended early")
 
     stopper = threading.Thread(target=stop)

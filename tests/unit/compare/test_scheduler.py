@@ -18,6 +18,7 @@ from offmap.compare.spec import CellSpec
 from offmap.compare.store import Store, read_cell
 from offmap.errors import OffmapError
 from offmap.lab.kernel import HostKernel
+from offmap.patience import scaled
 
 CELLS = [CellSpec(backend) for backend in ("anon", "memfd", "hugetlb", "unplugged")]
 Call = Callable[[CellTask], CellResult]
@@ -130,7 +131,7 @@ def test_when_nobody_is_left_it_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     release = threading.Event()
 
     def call(task: CellTask) -> CellResult:
-        release.wait(10)
+        release.wait(scaled(10))
         return fine(task)
 
     pool = Pool(call)

@@ -14,6 +14,7 @@ from offmap.lab.command import LabCommand
 from offmap.lab.errors import LabEnded, LabError, LabTimeout
 from offmap.lab.guest.agent import Agent
 from offmap.lab.guest.frames import START, Decoder, Start, encode_start, frame
+from offmap.patience import scaled
 
 ENV = [b"PATH=" + os.environ.get("PATH", os.defpath).encode()]
 
@@ -83,60 +84,60 @@ def line() -> Iterator[Line]:
     yield session
     session.kill()
     for thread in session.threads:
-        thread.join(10)
+        thread.join(scaled(10))
         assert not thread.is_alive()
 
 
 def test_status_and_separate_streams(line: Line) -> None:
     run = line.start("sh", "-c", "echo out; echo err >&2; exit 7")
-    assert run.command.wait(10) == 7
+    assert run.command.wait(scaled(10)) == 7
     assert (bytes(run.out), bytes(run.err)) == (b"out\n", b"err\n")
 
 
 def test_binary_input_and_output_beyond_every_window(line: Line) -> None:
     data = random.Random(2).randbytes(3 << 20)
     run = line.start("cat", stdin=data)
-    assert run.command.wait(30) == 0
+    assert run.command.wait(scaled(30)) == 0
     assert hashlib.sha256(run.out).digest() == hashlib.sha256(data).digest()
 
 
 def test_death_by_signal(line: Line) -> None:
     run = line.start("sh", "-c", "kill -9 $$")
-    assert run.command.wait(10) == 128 + signal.SIGKILL
+    assert run.command.wait(scaled(10)) == 128 + signal.SIGKILL
 
 
 def test_signal_reaches_the_whole_group(line: Line) -> None:
     run = line.start("sh", "-c", "echo ready; sleep 100 & wait", keep_stdin=True)
     run.command.send_signal(signal.SIGTERM)
-    assert run.command.wait(10) == 128 + signal.SIGTERM
+    assert run.command.wait(scaled(10)) == 128 + signal.SIGTERM
 
 
 def test_command_that_ignores_its_input_holds_up_nothing(line: Line) -> None:
     deaf = line.start("sleep", "100", keep_stdin=True)
     writer = threading.Thread(target=deaf.command.write, args=(bytes(1 << 20),), daemon=True)
     writer.start()
-    assert line.start("echo", "still here").command.wait(10) == 0
+    assert line.start("echo", "still here").command.wait(scaled(10)) == 0
     deaf.command.kill()
-    assert deaf.command.wait(10) == 128 + signal.SIGKILL
-    writer.join(10)
+    assert deaf.command.wait(scaled(10)) == 128 + signal.SIGKILL
+    writer.join(scaled(10))
     assert not writer.is_alive()
 
 
 def test_input_is_lost_on_a_command_that_closes_it(line: Line) -> None:
     run = line.start("sh", "-c", "exec <&-; echo done", stdin=bytes(1 << 20))
-    assert run.command.wait(10) == 0
+    assert run.command.wait(scaled(10)) == 0
     assert run.out == b"done\n"
 
 
 def test_child_left_behind_does_not_delay_the_end(line: Line) -> None:
     run = line.start("sh", "-c", "sleep 60 & echo $!")
-    assert run.command.wait(10) == 0
+    assert run.command.wait(scaled(10)) == 0
     os.kill(int(run.out), signal.SIGKILL)
 
 
 def test_what_was_written_before_the_end_arrives(line: Line) -> None:
     run = line.start("sh", "-c", "head -c 1000000 /dev/zero; head -c 1000000 /dev/zero >&2")
-    assert run.command.wait(10) == 0
+    assert run.command.wait(scaled(10)) == 0
     assert (len(run.out), len(run.err)) == (1000000, 1000000)
 
 
@@ -147,12 +148,12 @@ def test_timeout_kills(line: Line) -> None:
 
 def test_unknown_program_is_an_error(line: Line) -> None:
     with pytest.raises(LabError, match="cannot run nonesuch-program in the lab host: No such file"):
-        line.start("nonesuch-program").command.wait(10)
+        line.start("nonesuch-program").command.wait(scaled(10))
 
 
 def test_unknown_folder_is_an_error(line: Line) -> None:
     with pytest.raises(LabError, match="cannot enter the folder in which to run true"):
-        line.start("true", cwd=b"/nonesuch").command.wait(10)
+        line.start("true", cwd=b"/nonesuch").command.wait(scaled(10))
 
 
 def test_input_from_a_descriptor_left_open(line: Line) -> None:
@@ -160,7 +161,7 @@ def test_input_from_a_descriptor_left_open(line: Line) -> None:
     try:
         run = line.start("head", "-c", "5", stdin=read)
         os.write(write, b"12345 and more")
-        assert run.command.wait(10) == 0
+        assert run.command.wait(scaled(10)) == 0
         assert run.out == b"12345"
     finally:
         os.close(read)
@@ -171,7 +172,7 @@ def test_lost_session_is_reported(line: Line) -> None:
     run = line.start("sleep", "100", keep_stdin=True)
     line.kill()
     with pytest.raises(LabEnded):
-        run.command.wait(10)
+        run.command.wait(scaled(10))
 
 
 def test_error_of_a_sink_reaches_the_caller(line: Line) -> None:
@@ -183,4 +184,4 @@ def test_error_of_a_sink_reaches_the_caller(line: Line) -> None:
     line.send(START, 99, encode_start(Start([b"sh", b"-c", b"echo x; sleep 100"], ENV, b"/")))
     command.begin()
     with pytest.raises(ValueError, match="sink"):
-        command.wait(10)
+        command.wait(scaled(10))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from offmap.patience import scaled
 from offmap.vmm.output import ConsoleOutput
 
 
@@ -55,7 +56,7 @@ def test_abandoned_it_waits_for_nobody(pair: Callable[[], tuple[int, int]]) -> N
             time.sleep(0.001)
         assert thread.is_alive()
         output.abandon()
-        thread.join(60)
+        thread.join(scaled(60))
         assert not thread.is_alive()
         output.write(more)
     os.close(reader)

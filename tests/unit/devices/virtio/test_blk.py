@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from offmap.devices.virtio.blk import Blk
 from offmap.devices.virtio.disk import Disk
 from offmap.memory.guest import GuestMemory
+from offmap.patience import scaled
 from offmap.uapi.virtio import blk as uapi
 from offmap.uapi.virtio.config import VIRTIO_CONFIG_S_NEEDS_RESET
 
@@ -219,7 +220,7 @@ def test_zeroes_are_written_in_pieces_between_which_the_device_can_be_ended(
     monkeypatch.setattr(drive.disk, "write_zeroes", counted)
     drive.driver.add(struct.pack("<IIQ", uapi.VIRTIO_BLK_T_WRITE_ZEROES, 0, 0), struct.pack("<QII", 0, 2048, 0), 1)
     drive.wired.kick()
-    assert with_reset.wait(10)
+    assert with_reset.wait(scaled(10))
     drive.wired.settle()
     drive.wired.kick()
     drive.wired.settle()
@@ -329,14 +330,14 @@ def test_a_disk_that_stalls_holds_up_its_own_drive_only(
         def call(fd: int, views: list[memoryview], offset: int) -> int:
             if fd == slow.disk.fd:
                 stalled.set()
-                assert going.wait(10)
+                assert going.wait(scaled(10))
             return real(fd, views, offset)
 
         monkeypatch.setattr("os.preadv", call)
         with slow.wired, fast.wired:
             slow.driver.add(struct.pack("<IIQ", uapi.VIRTIO_BLK_T_IN, 0, 0), 512, 1)
             os.eventfd_write(slow.wired.kicks[0], 1)
-            assert stalled.wait(10)
+            assert stalled.wait(scaled(10))
             assert fast.request(uapi.VIRTIO_BLK_T_IN, 0, 512) == (other.read_bytes()[:512], OK)
             assert slow.driver.used_idx() == 0
             going.set()
@@ -379,7 +380,7 @@ def test_a_drive_that_feeds_its_own_queue_can_be_stopped(memory: GuestMemory, tm
         wired.settle()
     stopping = threading.Thread(target=wired.close, daemon=True)
     stopping.start()
-    stopping.join(10)
+    stopping.join(scaled(10))
     assert not stopping.is_alive()
 
 

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from offmap.devices.virtio.worker import Worker
+from offmap.patience import scaled
 
 
 def test_calls_run_on_the_thread_and_bring_back_what_happens() -> None:
@@ -113,7 +114,7 @@ def test_who_posts_himself_again_and_again_leaves_the_others_their_turn() -> Non
         worker.watch(kick, lambda _: kicked.set(), select.EPOLLIN | select.EPOLLET)
         worker.post(go_on)
         os.eventfd_write(kick, 1)
-        came = kicked.wait(10)
+        came = kicked.wait(scaled(10))
         kicked.set()
     assert came
     os.close(kick)
