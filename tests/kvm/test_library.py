@@ -95,9 +95,15 @@ def test_a_guest_on_another_thread(config: offmap.MachineConfig) -> None:
     assert bytes(heard.said) == b"Uab"
 
 
-def test_its_process_is_confined_and_this_one_is_not(config: offmap.MachineConfig) -> None:
+def test_its_process_is_confined_and_this_one_is_not(
+    config: offmap.MachineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATABASE_PASSWORD", "not for a guest")
     before = {name: status_of("self", name) for name in ("Seccomp", "NoNewPrivs", "CapEff", "Uid")}
     with started(config) as (machine, _):
+        words = Path(f"/proc/{machine.pid}/environ").read_bytes()
+        assert b"PATH=" in words
+        assert b"DATABASE_PASSWORD" not in words
         assert machine.pid != os.getpid()
         assert {status_of(f"{machine.pid}/task/{task}", "Seccomp") for task in vm_threads(machine.pid)} == {"2"}
         assert (status_of(machine.pid, "NoNewPrivs"), int(status_of(machine.pid, "CapEff"), 16)) == ("1", 0)

@@ -30,6 +30,8 @@ _log = Logger("offmap.vmm.process")
 _GRACE = 60.0  # seconds that giving the memory back may take; a process that a guest has taken over may never end
 _LONGEST_LINE = 4096
 _KEPT_LINES = 2
+_ENVIRONMENT = {"PATH", "HOME", "TMPDIR", "TZ", "LANG", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
+_PREFIXES = ("LC_", "PYTHON", "XDG_", "OFFMAP_")
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); from importlib import import_module; "
     "module, _, name = sys.argv.pop(1).partition(':'); getattr(import_module(module), name)()"
@@ -113,6 +115,8 @@ class VmProcess(Owned):
                     stderr=subprocess.PIPE,
                     pass_fds=[theirs.fileno(), *fds],
                     start_new_session=True,  # a Ctrl-C is for the program
+                    # Programs are often handed their secrets there.
+                    env={k: v for k, v in os.environ.items() if k in _ENVIRONMENT or k.startswith(_PREFIXES)},
                 )
             except OSError as error:
                 self._failed = error
