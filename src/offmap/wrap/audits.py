@@ -94,6 +94,9 @@ class Audit(Owned):
         try:
             for task in os.listdir(f"/proc/{self._child}/task"):  # noqa: PTH208 - pathlib costs half a megabyte
                 os.sched_setscheduler(int(task), policy, os.sched_param(0))
+        except OSError:
+            pass  # not ours to change, or one of them has ended
+        try:
             # Its session may be a group of the scheduler's (sched_autogroup), which compares policies within one only.
             with open(f"/proc/{self._child}/autogroup", "w", encoding="ascii") as file:  # noqa: PTH123
                 file.write(str(nice))
