@@ -10,7 +10,6 @@ from offmap.sandbox.rules import Rule, allow, both, one_of, with_bit, without
 from offmap.uapi import fs, kvm
 
 _MAP_HOST_POOLS = 0x2000 | 0x40000  # MAP_LOCKED, MAP_HUGETLB: what other guests live on
-_MADV_DONTNEED, _MADV_FREE = 4, 8
 # linux/futex.h: FUTEX_WAIT, _WAKE, _WAIT_BITSET, _WAKE_BITSET; each with _PRIVATE_FLAG and _CLOCK_REALTIME, or without.
 _FUTEX_OPS = [op | private | clock for op in (0, 1, 9, 10) for private in (0, 128) for clock in (0, 256)]
 _PUNCH_HOLE = fs.FALLOC_FL_PUNCH_HOLE | fs.FALLOC_FL_KEEP_SIZE
@@ -25,7 +24,7 @@ def _all_threads() -> list[Rule]:
     return [
         *allow("munmap", "mremap", "brk", "read", "write", "close", "poll"),
         one_of("futex", 1, _FUTEX_OPS),
-        one_of("madvise", 2, [_MADV_DONTNEED, _MADV_FREE, mmap.MADV_REMOVE]),
+        one_of("madvise", 2, [mmap.MADV_DONTNEED, mmap.MADV_FREE, mmap.MADV_REMOVE]),
         both(without("mmap", 2, mmap.PROT_EXEC), without("mmap", 3, _MAP_HOST_POOLS)),
         without("mprotect", 2, mmap.PROT_EXEC),
         *allow("rt_sigreturn", "rt_sigprocmask", "sigaltstack", "restart_syscall", "exit", "exit_group"),
