@@ -13,9 +13,9 @@ TO = 0x3000
 END_PORT = 0x600
 
 
-def load(vm: Vm, code: bytes, backend: Anon | None = None) -> tuple[Vcpu, GuestMemory]:
+def load(vm: Vm, code: bytes, backend: Anon | None = None, *, ram: int = RAM) -> tuple[Vcpu, GuestMemory]:
     """A vCPU about to run `code` at guest-physical 0x1000; both are the caller's to close."""
-    memory = GuestMemory((backend or Anon()).allocate(vm, RAM))
+    memory = GuestMemory((backend or Anon()).allocate(vm, ram))
     (region,) = memory.regions
     vm.set_user_memory_region(0, 0, region.size, region.userspace_addr)
     memory.write(CODE, code)

@@ -17,7 +17,7 @@ from offmap.uapi import kvm as uapi
 from offmap.uapi.virtio import mmio as reg
 
 from .conftest import descriptors
-from .real_mode import END_PORT, load
+from .real_mode import END_PORT, RAM, load
 
 pytestmark = pytest.mark.kvm
 
@@ -79,7 +79,8 @@ def test_without_read_only_slots_and_coalescing_everything_is_an_exit(vm: Vm, mo
         ]
 
 
-def test_what_leaves_the_guest(kvm: Kvm, vm: Vm) -> None:
+@pytest.mark.parametrize("ram", [RAM, 1 << 20], ids=["ordinary-pages", "guest-pages"])
+def test_what_leaves_the_guest(kvm: Kvm, vm: Vm, ram: int) -> None:
     for capability in (uapi.KVM_CAP_READONLY_MEM, uapi.KVM_CAP_COALESCED_MMIO):
         if not vm.check_extension(capability):
             pytest.skip(f"this KVM lacks capability {capability}: interrupts without exits were not tested")
@@ -97,7 +98,7 @@ def test_what_leaves_the_guest(kvm: Kvm, vm: Vm) -> None:
         + load_register(reg.VIRTIO_MMIO_INTERRUPT_STATUS)
     )
     with ExitStack() as stack:
-        vcpu, memory = load(vm, code)
+        vcpu, memory = load(vm, code, ram=ram)
         stack.enter_context(memory)
         stack.enter_context(vcpu)
         mmio = MmioBus()

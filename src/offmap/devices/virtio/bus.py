@@ -15,7 +15,7 @@ from offmap.devices.virtio.interrupts import Interrupts, InterruptStatus
 from offmap.devices.virtio.mmio import MmioTransport
 from offmap.errors import OffmapError
 from offmap.kvm.coalesced import CoalescedRing
-from offmap.memory.guest import DEVICE_SLOTS
+from offmap.memory.guest import DEVICE_SLOTS, GuestAddressError, GuestMemory
 from offmap.memory.iomem import PhysicalRange
 from offmap.owned import Owned
 from offmap.uapi import kvm as uapi
@@ -26,6 +26,9 @@ VIRTIO_MMIO_BASE = 0xD000_0000
 """The first device's registers: in the hole below 4 GiB that no RAM is in (memory/guest.py), below the APICs."""
 
 VIRTIO_MMIO_SIZE = PAGE_SIZE
+
+_PAGES = 0xA0000
+"""Which memory of the guest's the register pages are: VGA's on a PC, which its E820 map leaves out."""
 
 _GSIS = (5, 6, 9, 10, 11, 3, 12, 14, *range(16, 24))
 """The free inputs of the IO-APIC, which has 24. Those that a kernel without ACPI reaches through the 8259s come first.
@@ -66,6 +69,7 @@ class VirtioBus(Owned):
         devices: as made from `specs`.
         transports: what each is behind.
         places: where each is.
+        dma: the memory that they may reach.
 
     Raises:
         OffmapError: a device cannot be had, there are more than interrupt lines, or KVM refuses.
@@ -90,13 +94,14 @@ class VirtioBus(Owned):
         self.devices: list[VirtioDevice] = []
         self.transports: list[MmioTransport] = []
         with ExitStack() as self._building:
-            self._dma = Dma(surroundings.memory.regions, excluded)
-            self._building.callback(self._dma.release)
+            aside = PhysicalRange(_PAGES, _PAGES + len(specs) * VIRTIO_MMIO_SIZE)
+            self.dma = Dma(surroundings.memory.regions, [*excluded, aside])
+            self._building.callback(self.dma.release)
             for _, spec in specs:
                 self.devices.append(self._building.enter_context(spec.build(surroundings)))
             if specs:
                 self._interrupts = Interrupts(self._ring(area))
-                pages = self._pages()
+                pages = self._pages(surroundings.memory)
                 for (name, _), device, place in zip(specs, self.devices, self.places, strict=True):
                     start = place.address - VIRTIO_MMIO_BASE
                     page = pages[start : start + place.size]
@@ -115,14 +120,22 @@ class VirtioBus(Owned):
         self._building.callback(ring.release)
         return ring
 
-    def _pages(self) -> memoryview:
-        """The register pages, in one memory slot that the guest can read; without such slots, reads are exits."""
-        pages = self._building.enter_context(mmap.mmap(-1, len(self.places) * VIRTIO_MMIO_SIZE))
-        if self._vm.check_extension(uapi.KVM_CAP_READONLY_MEM):
-            address = addressof(c_char.from_buffer(pages))
-            self._vm.set_user_memory_region(DEVICE_SLOTS, VIRTIO_MMIO_BASE, len(pages), address, readonly=True)
-        view = memoryview(pages)
+    def _pages(self, memory: GuestMemory) -> memoryview:
+        """The register pages, in one memory slot that the guest can read; without such slots, reads are exits.
+
+        They lie in the guest's own memory. The kernel may move ordinary memory, and KVM then counts memory exchanged
+        under a slot, which speaks against a VM that hides its guest (audit/seen.py). A guest that writes there by its
+        other address misleads nobody but itself: we only write them.
+        """
+        size = len(self.places) * VIRTIO_MMIO_SIZE
+        try:
+            view = memory.view(_PAGES, size)
+        except GuestAddressError:  # too small for that
+            view = memoryview(self._building.enter_context(mmap.mmap(-1, size)))
         self._building.callback(view.release)
+        if self._vm.check_extension(uapi.KVM_CAP_READONLY_MEM):
+            address = addressof(c_char.from_buffer(view))
+            self._vm.set_user_memory_region(DEVICE_SLOTS, VIRTIO_MMIO_BASE, size, address, readonly=True)
         return view
 
     def _connect(self, name: str, device: VirtioDevice, place: Place, page: memoryview) -> MmioTransport:
@@ -136,7 +149,7 @@ class VirtioBus(Owned):
             return status
 
         kicks = [self._eventfd() for _ in device.queue_sizes]
-        transport = MmioTransport(name, device, page, self._dma, make_status, self._say, start=False)
+        transport = MmioTransport(name, device, page, self.dma, make_status, self._say, start=False)
         self._building.callback(transport.quiesce)  # before its fds are closed
         for number, kick in enumerate(kicks):
             self._vm.ioeventfd(kick, place.address + VIRTIO_MMIO_QUEUE_NOTIFY, 4, datamatch=number)

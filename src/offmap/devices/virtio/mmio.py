@@ -46,7 +46,7 @@ class MmioTransport:
 
     Args:
         name: of the device, for people.
-        page: 4 KiB that the guest reads; only the transport writes to it.
+        page: 4 KiB that the guest reads. What the guest may write there itself counts for nothing.
         make_status: makes InterruptStatus; its argument shows a value to the guest.
         say: takes a line for the user.
         start: whether to start the device's thread now; otherwise `worker.start` does.

@@ -88,3 +88,13 @@ def test_a_process_that_may_start_no_thread_leaves_nothing(monkeypatch: pytest.M
         build_and_close()
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("virtio")]
     assert open_fds() == before
+
+
+def test_registers_lie_in_guest_memory_and_no_device_reaches_them() -> None:
+    registers, pages = 0xA0000, 2
+    with guest_memory() as memory, mmap.mmap(-1, 4096) as area:
+        specs = [("rng0", RngSpec()), ("rng1", RngSpec())]
+        with VirtioBus(specs, Surroundings(memory, Anon, cast(Vm, NoVm())), [], MmioBus(), area) as bus:
+            assert [memory.read(registers + n * 4096, 4) for n in range(pages)] == [b"virt"] * pages
+            reached = [(start, end) for start, end, _ in bus.dma.pieces()]
+            assert reached == [(0, registers), (registers + pages * 4096, 1 << 20)]
