@@ -152,6 +152,8 @@ def _write(fd: int, address: int, source: memoryview) -> None:
     done = 0
     try:
         while done < len(source):
-            done += os.pwrite(fd, source[done:], address + done)
+            if not (written := os.pwrite(fd, source[done:], address + done)):
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))  # its memory has gone
+            done += written
     except OSError as error:
         raise KernelError("write to the VMM's memory", error) from None

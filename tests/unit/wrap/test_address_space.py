@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import signal
 
 import pytest
 
@@ -84,6 +85,22 @@ def test_bytes_are_copied_and_zeroed_where_the_process_may_only_read(at: int) ->
     assert ctypes.string_at(at, 4 * PAGE_SIZE) == bytes(4 * PAGE_SIZE)
     write_from(PID, at + 2 * PAGE_SIZE + 8, ctypes.addressof(copy) + 8, 8)
     assert ctypes.string_at(at + 2 * PAGE_SIZE, 24) == bytes(8) + bytes(range(8, 16)) + bytes(8)
+
+
+def test_of_a_process_that_is_killed_meanwhile_nothing_is_waited_for(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (child := os.fork()):
+        signal.pause()
+    pwrite = os.pwrite
+
+    def kill_first(fd: int, data: memoryview, offset: int) -> int:
+        os.kill(child, signal.SIGKILL)
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", kill_first)
+    with pytest.raises(KernelError, match="ESRCH"):
+        zero(child, at + PAGE_SIZE, at + 2 * PAGE_SIZE)
+    os.waitpid(child, 0)
 
 
 def test_where_nothing_is_mapped_it_fails() -> None:
