@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CLOCK_ALONE = 10
 """Exit status of ``judge``, beside those of ``offmap audit``: nothing is exposed but kvm-clock's page."""
 
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))  # noqa: PTH120 - where `offmap` is
 _MOST = 1 << 20  # bytes of output that are read
 _IDLE = 15.0  # seconds for which an audit gives way to all others
 _LEAST, _USUAL = 19, 0  # nice values
@@ -49,10 +50,12 @@ class Audit(Owned):
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._said = os.memfd_create("audit")
+        # It finds all modules where this process did, which has left its folder.
+        program = f"import sys; sys.path[:] = {[_PACKAGE, *sys.path]!r}; from offmap.wrap.judge import main; main()"
         try:
             self._child = os.posix_spawn(
                 sys.executable,
-                [sys.executable, "-m", "offmap.wrap.judge", str(pid)],
+                [sys.executable, "-c", program, str(pid)],
                 os.environ,
                 file_actions=[(os.POSIX_SPAWN_DUP2, self._said, 1), (os.POSIX_SPAWN_DUP2, self._said, 2)],
                 setsigdef=_IGNORED,

@@ -1,4 +1,4 @@
-"""The audit of a wrapped VMM, as a program: ``python -m offmap.wrap.judge PID``.
+"""The audit of a wrapped VMM, as a program. Its argument is the PID.
 
 It says in one line what ``offmap audit`` would, and ends as that does; or with ``CLOCK_ALONE``.
 """
@@ -38,7 +38,8 @@ def judge(pid: int) -> tuple[int, str]:
     return result.verdict.exit_status, line
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Audit the process that is named on the command line."""
     exit_status, said = judge(int(sys.argv[1]))
     sys.stdout.write(f"{said}\n")
     sys.exit(exit_status)

@@ -2,10 +2,13 @@
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import offmap
 from offmap.errors import ExitStatus
 from offmap.wrap.audits import CLOCK_ALONE, Audit, answer_of
 
@@ -20,6 +23,18 @@ def test_only_an_audit_that_ended_well_says_hidden() -> None:
 def test_kvm_clocks_page_alone_is_exposed_all_the_same() -> None:
     answer = answer_of(CLOCK_ALONE, "EXPOSED: 1 of 9 guest pages of vmm (7) are mapped: kvm-clock\n", 7)
     assert (answer.status, answer.clock_alone) == (ExitStatus.EXPOSED, True)
+
+
+def test_the_audit_is_found_where_the_supervisor_was_started_from() -> None:
+    """Python of the system finds offmap in its current folder only, and the supervisor leaves that."""
+    begun = "import os, select, sys; sys.path += sys.argv[1:]; from offmap.wrap.audits import Audit; os.chdir('/')"
+    judged = "audit = Audit(1 << 22); audit.hurry(); select.select([audit.fd], [], []); print(audit.answer().line)"
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    python = [sys._base_executable, "-E", "-c", f"{begun}; {judged}"]  # type: ignore[attr-defined]
+    source = Path(offmap.__file__).parents[1]
+    done = subprocess.run([*python, *packages], cwd=source, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("placed, not audited: ")
+    assert "No module named" not in done.stdout
 
 
 @pytest.mark.parametrize(
