@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 CLOCK_ALONE = 10
 """Exit status of ``judge``, beside those of ``offmap audit``: nothing is exposed but kvm-clock's page."""
 
+NO_VM = 11
+"""The process has no VM, by KVM's own list: nothing is hidden, and nothing exposed."""
+
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))  # noqa: PTH120 - where `offmap` is
 _MOST = 1 << 20  # bytes of output that are read
 _IDLE = 15.0  # seconds for which an audit gives way to all others
@@ -30,11 +33,11 @@ class Answer:
 
     Attributes:
         line: for the user.
-        status: hidden (DONE), EXPOSED, or UNDETERMINED, which is all else.
+        status: hidden (DONE), EXPOSED, or UNDETERMINED, which is all else; None: there is no VM to be judged.
         clock_alone: of a guest that is exposed, nothing is but kvm-clock's page.
     """
 
-    def __init__(self, line: str, status: "ExitStatus", *, clock_alone: bool = False) -> None:
+    def __init__(self, line: str, status: "ExitStatus | None", *, clock_alone: bool = False) -> None:
         self.line = line
         self.status = status
         self.clock_alone = clock_alone
@@ -118,6 +121,8 @@ def answer_of(status: int, said: str, pid: int) -> Answer:
 
     if status == CLOCK_ALONE:
         return Answer(said.strip(), ExitStatus.EXPOSED, clock_alone=True)
+    if status == NO_VM:
+        return Answer(said.strip(), None)
     lines = said.strip().splitlines() or ["it said nothing"]
     words = {ExitStatus.DONE: "HIDDEN:", ExitStatus.EXPOSED: "EXPOSED:"}
     if status in words and lines[0].startswith(words[ExitStatus(status)]):

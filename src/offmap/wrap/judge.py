@@ -1,17 +1,18 @@
 """The audit of a wrapped VMM, as a program. Its argument is the PID.
 
-It says in one line what ``offmap audit`` would, and ends as that does; or with ``CLOCK_ALONE``.
+It says in one line what ``offmap audit`` would, and ends as that does; or with ``CLOCK_ALONE`` or ``NO_VM``.
 """
 
 import sys
 
 from offmap.audit.audit import audit_process
+from offmap.audit.guest_ram import NoVm
 from offmap.audit.report.text import verdict_line
 from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus, OffmapError
 from offmap.uapi.page import PAGE_SIZE
-from offmap.wrap.audits import CLOCK_ALONE
+from offmap.wrap.audits import CLOCK_ALONE, NO_VM
 
 
 def clock_page(result: AuditResult) -> int | None:
@@ -26,6 +27,8 @@ def judge(pid: int) -> tuple[int, str]:
     """Audit a process; returns the exit status and the line."""
     try:
         result = audit_process(pid)
+    except NoVm:
+        return NO_VM, "it has no VM any more"
     except OffmapError as error:
         return error.exit_status, f"offmap audit: {error}"
     except Exception as error:  # Python would end with 1, which means "exposed"

@@ -28,8 +28,8 @@ class Policy:
         self.trust_shared = trust_shared
         self.keep_clock = keep_clock
 
-    def ends(self, status: "ExitStatus", *, clock_alone: bool = False) -> str:
-        """The option by which a VMM with this verdict is ended; empty: it goes on.
+    def ends(self, status: "ExitStatus | None", *, clock_alone: bool = False) -> str:
+        """The option by which a VMM with this verdict, or none, is ended; empty: it goes on.
 
         Args:
             clock_alone: of a guest that is exposed, nothing is but kvm-clock's page.

@@ -10,7 +10,8 @@ import pytest
 
 import offmap
 from offmap.errors import ExitStatus
-from offmap.wrap.audits import CLOCK_ALONE, Audit, answer_of
+from offmap.wrap.audits import CLOCK_ALONE, NO_VM, Audit, answer_of
+from offmap.wrap.policy import Policy
 
 
 def test_only_an_audit_that_ended_well_says_hidden() -> None:
@@ -23,6 +24,12 @@ def test_only_an_audit_that_ended_well_says_hidden() -> None:
 def test_kvm_clocks_page_alone_is_exposed_all_the_same() -> None:
     answer = answer_of(CLOCK_ALONE, "EXPOSED: 1 of 9 guest pages of vmm (7) are mapped: kvm-clock\n", 7)
     assert (answer.status, answer.clock_alone) == (ExitStatus.EXPOSED, True)
+
+
+def test_a_process_without_a_vm_has_no_verdict() -> None:
+    answer = answer_of(NO_VM, "it has no VM any more\n", 7)
+    assert (answer.line, answer.status) == ("it has no VM any more", None)
+    assert not Policy(kill_undetermined=True).ends(answer.status)
 
 
 def test_the_audit_is_found_where_the_supervisor_was_started_from() -> None:
