@@ -182,6 +182,17 @@ def test_a_vmm_that_would_get_around_it(host: LabHost) -> None:
         assert why in said
 
 
+def test_a_vmm_that_closes_its_vm_and_makes_another(host: LabHost) -> None:
+    vmm = Started(host, [*OFFMAP, "wrap", "--on-undetermined=kill", "--", *VMM, "again"])
+    try:
+        found = json.loads(vmm.await_(r"^(\{.*\})$"))
+        assert len(set(found.pop("numbers"))) == 1
+        assert found == {"told": [False, True], "whole": [True, True]}
+        vmm.await_(r"(process \d+: it has no VM any more)$")
+    finally:
+        assert "it is ended" not in vmm.end()
+
+
 def test_the_same_vmm_without_the_wrapper_is_exposed(host: LabHost) -> None:
     vmm = Started(host, [*VMM, "plain"])
     try:

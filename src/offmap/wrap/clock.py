@@ -29,8 +29,8 @@ class GuestRam:
 
     def __init__(self) -> None:
         self._placed: list[tuple[int, Piece]] = []  # by the VMM's address
-        self._slots: dict[int, tuple[int, int, int]] = {}  # guest-physical address, bytes and VMM's address, by number
-        self._vms: set[int] = set()
+        # Guest-physical address, bytes and VMM's address, by the VM's file descriptor and the slot's number.
+        self._slots: dict[tuple[int, int], tuple[int, int, int]] = {}
         self._closed = False
 
     def add(self, address: int, piece: Piece) -> None:
@@ -42,16 +42,24 @@ class GuestRam:
 
     def set_slot(self, vm: int, region: kvm.kvm_userspace_memory_region) -> None:
         """A slot has been set, by the file descriptor `vm`."""
-        self._vms.add(vm)
         if not region.slot >> _ADDRESS_SPACE:  # else it is of System Management Mode
-            self._slots[region.slot] = region.guest_phys_addr, region.memory_size, region.userspace_addr
+            self._slots[vm, region.slot] = region.guest_phys_addr, region.memory_size, region.userspace_addr
+
+    def vms(self) -> set[int]:
+        """The file descriptors by which slots have been set."""
+        return {vm for vm, _ in self._slots}
+
+    def forget(self, vms: set[int]) -> None:
+        """These VMs have been closed. Where none is left, what is placed from now on is kept again."""
+        self._slots = {key: slot for key, slot in self._slots.items() if key[0] not in vms}
+        self._closed = self._closed and bool(self._slots)
 
     def at(self, guest_phys_addr: int, size: int) -> int | None:
         """Our address of `size` bytes of the guest's; None if they are not in one piece of its RAM.
 
         Nor is it known where one process has several VMs.
         """
-        if len(self._vms) > 1:
+        if len(self.vms()) > 1:
             return None
         for start, length, address in self._slots.values():
             if start <= guest_phys_addr and guest_phys_addr + size <= start + length:

@@ -17,6 +17,7 @@ from offmap.uapi import seccomp_notify as uapi
 REPORTED: tuple[int, ...] = (
     kvm.KVM_SET_USER_MEMORY_REGION,
     kvm.KVM_SET_USER_MEMORY_REGION2,
+    kvm.KVM_CREATE_VM,
     kvm.KVM_CREATE_VCPU,
     kvm.KVM_SET_CPUID,
     kvm.KVM_SET_CPUID2,

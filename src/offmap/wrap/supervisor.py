@@ -112,6 +112,11 @@ class Supervisor:
                 stopped.fail(errno.EPERM)
 
     def _serve(self, call: Call, stopped: Stopped) -> None:
+        if call.command == kvm.KVM_CREATE_VM:
+            if (pid := process_of(call.tid)) in self._vmms:
+                self._vmms.of(pid).makes_vm()
+            self._listener.let_run(call)
+            return
         if call.command in {kvm.KVM_SET_USER_MEMORY_REGION, kvm.KVM_SET_USER_MEMORY_REGION2}:
             self._set_slot(call, stopped)
         elif call.command == kvm.KVM_GET_SUPPORTED_CPUID:

@@ -10,6 +10,7 @@ from offmap.wrap.source import Piece
 
 _SETTLED = 2.0  # seconds without a call, after which a VMM has settled
 _NEVER = 60.0  # seconds after which nobody waits for a guest to begin any more
+_VM_LINK = "anon_inode:kvm-vm"  # of its file in /proc/PID/fd
 _GUEST_TIME = 43 - 3  # guest_time, of the fields behind the command's name
 _LATEST = 10.0  # seconds: it is audited though it has not settled
 
@@ -30,6 +31,13 @@ def program_of(pid: int) -> bytes:
             return file.read()
     except OSError:  # it has just ended
         return b""
+
+
+def _is_vm(pid: int, fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/{pid}/fd/{fd}") == _VM_LINK  # noqa: PTH115 - pathlib costs half a megabyte
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)  # or it is not ours to see
 
 
 class Vmm:
@@ -62,6 +70,13 @@ class Vmm:
     def guards(self, area: Area) -> bool:
         """Whether a mapping of hidden memory guards itself. Before Linux 6.10 the kernel does not say so."""
         return "sl" in area.flags or any(start <= area.start and area.end <= end for start, end in self._guarded)
+
+    def makes_vm(self) -> None:
+        """It is about to make a VM, which may get the descriptor of one that it has closed."""
+        self.ram.forget({fd for fd in self.ram.vms() if not _is_vm(self.pid, fd)})
+        if self.waiting is not None and not self.ram.vms():
+            self.waiting.go_on()
+            self.waiting = None
 
     def called(self) -> None:
         """It has changed a memory slot or a vCPU's CPUID."""

@@ -126,6 +126,19 @@ def test_smms_memory_and_several_vms_are_not_looked_at(guest: Guest) -> None:
     assert guest.ram.at(ENTRY, 2) is None
 
 
+def test_a_vm_that_was_closed_leaves_nothing_to_the_next_with_its_number(guest: Guest) -> None:
+    region = kvm.kvm_userspace_memory_region(1, 0, 1 << 30, SIZE, THERE)
+    guest.ram.close()
+    guest.ram.forget({9})
+    guest.ram.add(THERE, Piece(-1, 0, SIZE, ctypes.addressof(guest.bytes), guest._end))
+    guest.ram.set_slot(9, region)
+    assert guest.ram.at(ENTRY, 2) is None
+    assert guest.ram.at((1 << 30) + ENTRY, 2) == ctypes.addressof(guest.bytes) + ENTRY
+    guest.ram.set_slot(10, region)
+    guest.ram.forget({10})
+    assert guest.ram.at((1 << 30) + ENTRY, 2) is not None
+
+
 def test_what_nobody_needs_any_more_is_closed(guest: Guest) -> None:
     guest.ram.close()
     assert (guest.ended, guest.ram.at(ENTRY, 2)) == (1, None)
