@@ -193,6 +193,16 @@ def test_a_vmm_that_closes_its_vm_and_makes_another(host: LabHost) -> None:
         assert "it is ended" not in vmm.end()
 
 
+def test_a_guest_that_runs_without_kvm_is_not_passed_over(host: LabHost) -> None:
+    vmm = Started(
+        host, [*OFFMAP, "wrap", "--", *(word for word in qemu(host) if word not in {"-cpu", "host", "-accel", "kvm"})]
+    )
+    try:
+        vmm.await_(r"^(offmap wrap: nothing is hidden yet: a guest that runs without KVM)")
+    finally:
+        vmm.end()
+
+
 def test_the_same_vmm_without_the_wrapper_is_exposed(host: LabHost) -> None:
     vmm = Started(host, [*VMM, "plain"])
     try:

@@ -10,7 +10,7 @@ from offmap.log import DEBUG, Logger, is_taken
 from offmap.uapi import kvm
 from offmap.uapi import ptrace as tracing
 from offmap.wrap import address_space, cpuid, footprint, slots
-from offmap.wrap.audits import Audit
+from offmap.wrap.audits import Answer, Audit, answer_of
 from offmap.wrap.clock import Waiting, boots_linux, words_for
 from offmap.wrap.listener import Call, CallGone, Listener
 from offmap.wrap.policy import Policy
@@ -22,6 +22,7 @@ _XEN = {kvm.KVM_XEN_HVM_CONFIG, kvm.KVM_XEN_HVM_SET_ATTR, kvm.KVM_XEN_VCPU_SET_A
 _XEN_MAPS = "it would map the pages that they share"
 
 _log = Logger("offmap.cli.wrap")
+_UNUSED = 10.0  # seconds without a memory slot after which that is said
 _LOOK_AGAIN = 5  # milliseconds, at a guest that has not begun yet
 
 
@@ -35,6 +36,7 @@ class Supervisor:
         self._vmms = Vmms()
         self._audit: tuple[Audit, Vmm] | None = None
         self._untrimmed = False
+        self._unused: float | None = time.monotonic() + _UNUSED  # None: a slot has been set, or its lack told
 
     def serve(self) -> None:
         """Run until the last process under the filter has ended."""
@@ -55,12 +57,12 @@ class Supervisor:
             left = self._audit[0].patience()
         else:
             due = self._vmms.next()
-            left = None if due is None else due[1]
+            left = due[1] if due is not None else self._unused and max(0.0, self._unused - time.monotonic())
         waiting = self._vmms.waiting()
         timeout = None if left is None else int(left * 1000) + 1
         if waiting:
             timeout = _LOOK_AGAIN if timeout is None else min(timeout, _LOOK_AGAIN)
-        elif due is None and self._audit is None and self._untrimmed:
+        elif left is None and self._untrimmed:
             footprint.trim()
             self._untrimmed = False
         events = dict(poll.poll(timeout))
@@ -72,14 +74,23 @@ class Supervisor:
             return False
         elif self._audit is not None:
             if events:
-                self._judge(*self._audit)
+                audit, vmm = self._audit
+                with audit:
+                    self._judge(audit.answer(), vmm)
                 self._audit, self._untrimmed = None, True
             elif self._audit[0].patience() == 0:
                 self._audit[0].hurry()
-        elif due is not None and due[0].waiting is None and not due[0].seconds_left():
-            due[0].audit_begins()
-            self._audit = Audit(due[0].pid), due[0]
+        elif due is None:
+            self._tell_unused()
+        elif due[0].waiting is None and not due[0].seconds_left():
+            self._begin_audit(due[0])
         return True
+
+    def _tell_unused(self) -> None:
+        """Tell once that no guest is hidden, for there is none of KVM's: its VMM may have another way to run it."""
+        if self._unused is not None and time.monotonic() >= self._unused:
+            self._unused = None
+            _log.warning("nothing is hidden yet: a guest that runs without KVM is not (QEMU needs -accel kvm)")
 
     def _serve_one(self) -> None:
         """Serve one call, if one waits. A call that cannot be served as it should fails with EPERM."""
@@ -91,7 +102,7 @@ class Supervisor:
             self._answer(call)
         except CallGone:
             return
-        except OffmapError as error:
+        except (OffmapError, OSError) as error:
             _log.warning("refused: %s", error)
             try:
                 self._listener.fail(call, errno.EPERM)
@@ -101,22 +112,22 @@ class Supervisor:
     def _answer(self, call: Call) -> None:
         if not call.native:
             raise OffmapError("the VMM called KVM by another ABI than x86-64's", "use a 64-bit build of it")
+        if call.command == kvm.KVM_CREATE_VM:
+            if (pid := process_of(call.tid)) in self._vmms:
+                self._vmms.of(pid).makes_vm()
+            self._listener.let_run(call)
+            return
         if call.command == kvm.KVM_SET_REGS and not self._boots(call):
             self._listener.let_run(call)
             return
         with Stopped(self._listener, call) as stopped:
             try:
                 self._serve(call, stopped)
-            except OffmapError as error:
+            except (OffmapError, OSError) as error:
                 _log.warning("refused: %s", error)
                 stopped.fail(errno.EPERM)
 
     def _serve(self, call: Call, stopped: Stopped) -> None:
-        if call.command == kvm.KVM_CREATE_VM:
-            if (pid := process_of(call.tid)) in self._vmms:
-                self._vmms.of(pid).makes_vm()
-            self._listener.let_run(call)
-            return
         if call.command in {kvm.KVM_SET_USER_MEMORY_REGION, kvm.KVM_SET_USER_MEMORY_REGION2}:
             self._set_slot(call, stopped)
         elif call.command == kvm.KVM_GET_SUPPORTED_CPUID:
@@ -146,6 +157,7 @@ class Supervisor:
             _log.debug("process %d: %d KiB placed in %.2f s", stopped.pid, placed, time.monotonic() - began)
         elif stopped.let_run() == 0:
             vmm.ram.set_slot(call.fd, region)
+            self._unused = None
         vmm.called()
 
     def _create_vcpu(self, stopped: Stopped) -> None:
@@ -194,10 +206,15 @@ class Supervisor:
             _log.info("process %d: if the guest finds no clock, add to its command line: %s", vmm.pid, words)
         vmm.waiting = None
 
-    def _judge(self, audit: Audit, vmm: Vmm) -> None:
+    def _begin_audit(self, vmm: Vmm) -> None:
+        vmm.audit_begins()
+        try:
+            self._audit = Audit(vmm.pid), vmm
+        except OSError as error:
+            self._judge(answer_of(-1, f"no audit can begin: {error.strerror}", vmm.pid), vmm)
+
+    def _judge(self, answer: Answer, vmm: Vmm) -> None:
         """Tell what an audit said, and act on it."""
-        with audit:
-            answer = audit.answer()
         if not vmm.alive():
             return
         ends = self._policy.ends(answer.status, clock_alone=answer.clock_alone)
