@@ -18,6 +18,15 @@ def read_text(path: FileName) -> str:
         return file.read()
 
 
+def text_of(path: FileName) -> str:
+    """The text of a file; empty if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+            return file.read()
+    except OSError:
+        return ""
+
+
 def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
     """fallocate(2) with a mode; that of the os module has none.
 

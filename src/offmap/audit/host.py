@@ -4,11 +4,11 @@ import os
 import platform
 import re
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated
 
 from msgspec import Meta
 
+from offmap.files import text_of
 from offmap.report.typed import Count, Document, Malformed
 
 _FORMAT = "%Y-%m-%dT%H:%M:%SZ"
@@ -59,18 +59,11 @@ def _field(text: str, name: str) -> str:
     return found[1].strip() if found else ""
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def host_facts() -> HostFacts:
     """Ask this host; what it does not tell stays empty."""
-    cpuinfo = _read("/proc/cpuinfo")
-    cmdline = _read("/proc/cmdline").strip()
-    memory = _field(_read("/proc/meminfo"), "MemTotal").split()
+    cpuinfo = text_of("/proc/cpuinfo")
+    cmdline = text_of("/proc/cmdline").strip()
+    memory = _field(text_of("/proc/meminfo"), "MemTotal").split()
     marked = any(word == _LAB_MARK or word.startswith(_LAB_MARK + "=") for word in cmdline.split())
     return HostFacts(
         kernel=platform.release(),

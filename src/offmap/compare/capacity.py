@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from offmap.compare.job import FULL
+from offmap.files import text_of
 from offmap.lab.qemu import parse_size
 
 CELL_MEMORY = parse_size(FULL.memory) + (512 << 20)
@@ -28,12 +29,5 @@ def available_memory(meminfo: str, limit: str = "max") -> int:
 
 def cells_at_a_time() -> int:
     """One for each processor that we may use, as far as memory goes; at least one."""
-    memory = available_memory(_read(Path("/proc/meminfo")), _read(_CGROUP / "memory.max"))
+    memory = available_memory(text_of("/proc/meminfo"), text_of(_CGROUP / "memory.max"))
     return max(1, min(len(os.sched_getaffinity(0)), memory // CELL_MEMORY))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

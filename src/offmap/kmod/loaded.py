@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offmap.errors import KernelError, OffmapError
+from offmap.files import text_of
 from offmap.kmod.modinfo import is_signed, modinfo
 from offmap.kmod.source import MODULE
 from offmap.units import format_size
@@ -52,7 +53,7 @@ def loaded_module() -> LoadedModule | None:
     """The loaded module; None if there is none."""
     if not SYSFS.is_dir():
         return None
-    return LoadedModule(*(_read(SYSFS / name) for name in ("version", "srcversion")))
+    return LoadedModule(*(text_of(SYSFS / name).strip() for name in ("version", "srcversion")))
 
 
 def holders() -> list[Holder]:
@@ -93,10 +94,10 @@ def load(module: Path) -> None:
 
 def _signature_needed() -> str:
     """Why this kernel takes signed modules only; empty if it takes others too, or does not say."""
-    lockdown = _read(LOCKDOWN)
+    lockdown = text_of(LOCKDOWN)
     if "[integrity]" in lockdown or "[confidentiality]" in lockdown:
         return "the kernel is locked down (Secure Boot, or lockdown= on its command line)"
-    if _read(SIG_ENFORCE) == "Y":
+    if text_of(SIG_ENFORCE).strip() == "Y":
         return "the kernel takes signed modules only (module.sig_enforce)"
     return ""
 
@@ -113,10 +114,3 @@ def unload() -> None:
         users = ", ".join(f"{h.command} ({h.pid}): {format_size(h.size)}" for h in holders())
         raise OffmapError(f"the module is in use by {users or 'an open /dev/offmap'}", "end that first")
     raise KernelError("unloading the module", error, "run as root" if error == errno.EPERM else "")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from offmap.audit.trace.probes import NEEDED, PROBES, Probe
 from offmap.errors import KernelError, Undetermined
+from offmap.files import text_of
 from offmap.owned import Owned
 
 _ROOTS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
@@ -79,12 +80,12 @@ class Instance(Owned):
         """Calls so far of which there is no event: dropped by a buffer, or by a probe that was busy."""
         missed = 0
         for stats in (self._folder / "per_cpu").glob("cpu*/stats"):
-            text = _read(stats)
+            text = text_of(stats)
             for name in ("overrun", "commit overrun", "dropped events"):
                 found = re.search(rf"^{name}: (\d+)$", text, re.MULTILINE)
                 missed += int(found[1]) if found else 0
         ours = {probe.event for probe in PROBES}
-        for line in _read(self._root / "kprobe_profile").splitlines():
+        for line in text_of(self._root / "kprobe_profile").splitlines():
             words = line.split()
             if len(words) == 3 and words[0] in ours and words[2].isdigit():
                 missed += int(words[2])
@@ -171,18 +172,11 @@ def _remove(root: Path, group: str) -> None:
         (folder / "events" / group / "enable").write_text("0")
     with contextlib.suppress(OSError):
         folder.rmdir()
-    for line in _read(root / "kprobe_events").splitlines():
+    for line in text_of(root / "kprobe_events").splitlines():
         name = line.split(" ", 1)[0].partition(":")[2]
         if name.startswith(f"{group}/"):
             with contextlib.suppress(OSError):
                 _append(root / "kprobe_events", f"-:{name}")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def _append(path: Path, line: str) -> None:
