@@ -133,9 +133,9 @@ static int disk(void)
 	return result ? -1 : 0;
 }
 
-static int timed_disk(int out)
+static int timed_disk(void)
 {
-	int fd = open(words[1], O_RDWR | O_DIRECT | O_CLOEXEC);
+	int fd = open(words[1], O_RDWR | O_DIRECT | O_CLOEXEC), out = !strcmp(words[0], "write");
 	double started = now();
 
 	if (fd < 0)
@@ -347,8 +347,9 @@ static int cpuid(void)
 	return 0;
 }
 
-static int msr(int out)
+static int msr(void)
 {
+	int out = !strcmp(words[0], "wrmsr");
 	int fd = open("/dev/cpu/0/msr", (out ? O_WRONLY : O_RDONLY) | O_CLOEXEC);
 	uint64_t value = number(2);
 	ssize_t n;
@@ -387,6 +388,22 @@ static int burn(void)
 	return 0;
 }
 
+static int clock_now(void)
+{
+	printf("offmap-probe: = %.0f\n", now());
+	return 0;
+}
+
+static const struct {
+	const char *name;
+	int (*run)(void);
+} commands[] = {
+	{ "load", load }, { "disk", disk }, { "read", timed_disk }, { "write", timed_disk },
+	{ "echo", echo }, { "send", send_stream }, { "chase", chase }, { "copy", copy },
+	{ "fill", fill }, { "check", check }, { "cpus", cpus }, { "cpuid", cpuid },
+	{ "rdmsr", msr }, { "wrmsr", msr }, { "burn", burn }, { "clock", clock_now },
+};
+
 static int obey(char *line)
 {
 	if (!strncmp(line, "sh ", 3)) {
@@ -399,40 +416,9 @@ static int obey(char *line)
 		words[count++] = word;
 	if (!count)
 		return 0;
-	if (!strcmp(words[0], "load"))
-		return load();
-	if (!strcmp(words[0], "disk"))
-		return disk();
-	if (!strcmp(words[0], "read"))
-		return timed_disk(0);
-	if (!strcmp(words[0], "write"))
-		return timed_disk(1);
-	if (!strcmp(words[0], "echo"))
-		return echo();
-	if (!strcmp(words[0], "send"))
-		return send_stream();
-	if (!strcmp(words[0], "chase"))
-		return chase();
-	if (!strcmp(words[0], "copy"))
-		return copy();
-	if (!strcmp(words[0], "fill"))
-		return fill();
-	if (!strcmp(words[0], "check"))
-		return check();
-	if (!strcmp(words[0], "cpus"))
-		return cpus();
-	if (!strcmp(words[0], "cpuid"))
-		return cpuid();
-	if (!strcmp(words[0], "rdmsr"))
-		return msr(0);
-	if (!strcmp(words[0], "wrmsr"))
-		return msr(1);
-	if (!strcmp(words[0], "burn"))
-		return burn();
-	if (!strcmp(words[0], "clock")) {
-		printf("offmap-probe: = %.0f\n", now());
-		return 0;
-	}
+	for (size_t i = 0; i < sizeof(commands) / sizeof(*commands); i++)
+		if (!strcmp(words[0], commands[i].name))
+			return commands[i].run();
 	errno = ENOSYS;
 	return -1;
 }
