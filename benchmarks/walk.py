@@ -14,7 +14,7 @@ from command import benchmark_parser, exit_status
 from figure import Figure, Limit
 from lab_runs import add_inside_options, run_in_lab
 from offmap.audit.kcore import Kcore
-from offmap.audit.walk import walk_kernel_half
+from offmap.audit.walk import Walker
 
 PAGE = 4096
 MAX_WALK_SECONDS = 2.0
@@ -57,12 +57,14 @@ def measure_walk(kcore: Kcore, fd: int, rounds: int) -> None:
     info = kcore.vmcoreinfo
     place = (info.root_pa, info.levels, kcore.page_offset_base, info.sme_mask)
     recorder = Recorder(kcore)
-    mappings = walk_kernel_half(recorder, *place)
+    Walker(recorder, *place).walk()
     read = np.concatenate(recorder.reads).tolist()
     offsets = [kcore_offset(kcore, pa + kcore.page_offset_base) for pa in read]
     ours, peer = [], []
     for _ in range(rounds):
-        mappings = walk_kernel_half(kcore, *place)
+        walker = Walker(kcore, *place)
+        walker.walk()
+        mappings = walker.mappings()
         ours.append(mappings.seconds)
         peer.append(read_tables(fd, offsets))
     facts = {

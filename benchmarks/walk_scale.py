@@ -35,7 +35,7 @@ from offmap.audit.mappings import KernelMappings
 from offmap.audit.regions import DIRECT_MAP, Layout
 from offmap.audit.regions import VMALLOC as VMALLOC_SPACE
 from offmap.audit.result import Source
-from offmap.audit.walk import walk_kernel_half
+from offmap.audit.walk import Walker
 from offmap.errors import OffmapError
 
 PAGE = 4096
@@ -76,7 +76,9 @@ class Image:
         return np.zeros(len(pa), dtype=np.bool_)
 
     def walk(self) -> KernelMappings:
-        return walk_kernel_half(self, FIRST + (self.tables - 1) * PAGE, 4, BASE)
+        walker = Walker(self, FIRST + (self.tables - 1) * PAGE, 4, BASE)
+        walker.walk()
+        return walker.mappings()
 
     def read_plain(self) -> float:
         """Seconds that a pread of all tables takes."""

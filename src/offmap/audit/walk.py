@@ -382,19 +382,3 @@ _NOTHING = (np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.uint64))
 def spans_of(level: _Level, depth: int, reason: str) -> list[Span]:
     """What tables of this level map, as spans."""
     return [Span(Address(va), PAGE_SIZE << 9 * depth, reason) for va in level.va.tolist()]
-
-
-def walk_kernel_half(
-    reader: PhysicalReader, root_pa: int, levels: int, direct_map_base: int, sme_mask: int = 0, passes: int = 1
-) -> KernelMappings:
-    """Walk entries 256 to 511 of the top table and everything below, so many times, one after the other.
-
-    The arguments are a ``Walker``'s.
-
-    Raises:
-        Undetermined: the reader fails.
-    """
-    walker = Walker(reader, root_pa, levels, direct_map_base, sme_mask)
-    for _ in range(passes):
-        walker.walk()
-    return walker.mappings()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from offmap.audit.mappings import KernelMappings, covered
 from offmap.audit.tops import TOP_ENTRY, Tops
-from offmap.audit.walk import Walker, walk_kernel_half
+from offmap.audit.walk import Walker
 
 PAGE = 4096
 GIB = 1 << 30
@@ -81,8 +81,11 @@ class Image:
     def zero_filled(self, pa: NDArray[np.uint64]) -> NDArray[np.bool_]:
         return np.array([address in self.zero for address in pa.tolist()], dtype=np.bool_)
 
-    def walk(self) -> KernelMappings:
-        return walk_kernel_half(self, self.root, self.levels, self.base, self.sme)
+    def walk(self, passes: int = 1) -> KernelMappings:
+        walker = Walker(self, self.root, self.levels, self.base, self.sme)
+        for _ in range(passes):
+            walker.walk()
+        return walker.mappings()
 
 
 Row = tuple[int, int, int, int, bool, bool]
@@ -328,7 +331,7 @@ def test_runs_are_divided_by_how_they_are_cached() -> None:
     for index, flags in enumerate([0, 1 << 4, 1 << 4, 0]):  # PCD: UC-
         image.map(VMALLOC[4] + index * PAGE, 0x5000_0000 + index * PAGE, 1, RW | NX | flags)
     image.map(VMALLOC[4] + GIB, 0xC000_0000, 3, RW | NX | PAT_LARGE)  # WB by another entry of the PAT
-    runs = walk_kernel_half(image, image.root, 4, image.base).runs
+    runs = image.walk().runs
     found = [(int(run["pa"]), int(run["bytes"]), bool(run["cached"])) for run in runs if run["va"] >= VMALLOC[4]]
     assert found == [
         (0x5000_0000, PAGE, True),
@@ -357,8 +360,8 @@ def test_a_page_that_moves_so_that_it_is_always_mapped_is_seen_by_many_passes() 
                 out[row][tables[0][1]] = page if next(moments) else 0
 
     image.read_pages = moving  # type: ignore[assignment,method-assign]
-    assert not mapped(walk_kernel_half(image, image.root, 4, image.base), [8 * GIB >> 12])[0]
-    found = walk_kernel_half(image, image.root, 4, image.base, passes=20)
+    assert not mapped(image.walk(), [8 * GIB >> 12])[0]
+    found = image.walk(passes=20)
     assert mapped(found, [8 * GIB >> 12])[0]
     assert found.passes == 20
 
