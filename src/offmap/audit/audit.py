@@ -180,16 +180,13 @@ def snapshot_processes(pids: Sequence[int], **options: Unpack[Options]) -> dict[
                 found |= _snapshots(processes, kcore, options)
                 if kcore.changed():
                     continue
-            processes = [each for each in processes if _is_growing(found[each.pid])]
+            growing = {pid for pid, each in found.items() if isinstance(each, Snapshot) and each.growing}
+            processes = [each for each in processes if each.pid in growing]
             if not processes or not more_looks:
                 return found
             more_looks -= 1
         why = Undetermined("memory was hot-plugged or removed during each attempt", "run the audit again")
     return found | {process.pid: why for process in processes}
-
-
-def _is_growing(found: Snapshot | OffmapError) -> bool:
-    return isinstance(found, Snapshot) and found.growing
 
 
 def _snapshots(processes: Sequence[Process], kcore: Kcore, options: Options) -> dict[int, Snapshot | OffmapError]:

@@ -153,7 +153,8 @@ def run_cell(task: CellTask, report: Report = lambda _: None, hosts: CellHosts |
             if task.spec.host_kernel == NATIVE:
                 _run_native(task, host, guest, transcript, cell, end)
             else:
-                kind = _kind_of_host(task.how, host, inputs["code"])
+                how, preset = task.how, task.how.preset
+                kind = HostKind(host, inputs["code"], how.program, preset.memory, preset.cmdline, how.accel)
                 _run_in_host(task, kind, guest, module, transcript, cell, end, report, hosts)
         except CellStopped:
             raise
@@ -212,10 +213,6 @@ def _run_native(
         argv = [sys.executable, *task.how.program, job]
         status, complaint = run_here(argv, transcript.feed, cell, task.how.deadline)
     _judge(status, complaint, transcript.said(), end)
-
-
-def _kind_of_host(how: Settings, kernel: HostKernel, code: str) -> HostKind:
-    return HostKind(kernel, code, how.program, how.preset.memory, how.preset.cmdline, how.accel)
 
 
 def _run_in_host(
@@ -308,7 +305,7 @@ def _judge(status: int, complaint: str, said: Said, end: _End) -> None:
     if said.complaint:
         end.outcome, end.reason = CellOutcome.FAILED, said.complaint
     elif said.outcome is None or status != ExitStatus.DONE:
-        why = _last_line(complaint) or "without a word on standard error"
+        why = (complaint.strip().splitlines() or ["without a word on standard error"])[-1]
         end.outcome, end.reason = CellOutcome.FAILED, f"the measuring program ended with status {status}: {why}"
     else:
         end.outcome, end.reason = said.outcome, said.reason
@@ -342,7 +339,3 @@ def _complaints(console: str) -> str:
 
 def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if line.strip()), "no text")
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")

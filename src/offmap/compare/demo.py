@@ -155,7 +155,12 @@ def run_demo(
         _meanwhile(released_firecracker)
     with ThreadPoolExecutor() as threads:
         wanted = dict.fromkeys((specs[0].host_kernel, specs[0].guest_kernel))
-        early = _get_headers if any(kind_of(spec.backend).backend.needs_module for spec in specs) else _nothing
+        with_module = any(kind_of(spec.backend).backend.needs_module for spec in specs)
+
+        def early(release: str) -> None:
+            if with_module:  # its headers are got while the kernel is unpacked
+                _meanwhile(partial(get_headers, release))
+
         made = [
             threads.submit(host_kernel, name, modules if name == kernel_spec else None, say, early) for name in wanted
         ]
@@ -184,15 +189,6 @@ def run_demo(
     except OSError as error:
         raise OffmapError(f"cannot write {path}: {error.strerror}", "give another folder with --out") from None
     return result
-
-
-def _get_headers(release: str) -> None:
-    """Get what the module is built with, while the kernel is unpacked."""
-    _meanwhile(partial(get_headers, release))
-
-
-def _nothing(_release: str) -> None:
-    pass
 
 
 def _meanwhile(fetch: Callable[[], object]) -> None:

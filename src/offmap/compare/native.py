@@ -79,7 +79,9 @@ def run_here(argv: Sequence[str], feed: Callable[[bytes], None], cell: RunningCe
     errors: deque[bytes] = deque(maxlen=_KEPT_LINES)
     timer = threading.Timer(seconds, expire)
     with process:
-        listener = threading.Thread(target=_keep_lines, args=(process, errors), name="native-errors", daemon=True)
+        listener = threading.Thread(
+            target=lambda: errors.extend(process.stderr or ()), name="native-errors", daemon=True
+        )
         try:
             timer.start()
             listener.start()
@@ -98,8 +100,3 @@ def run_here(argv: Sequence[str], feed: Callable[[bytes], None], cell: RunningCe
         raise LabTimeout(f"{argv[-2] if len(argv) > 1 else argv[0]} did not end in {seconds:g} s and was killed")
     status = process.returncode
     return status if status >= 0 else 128 - status, b"".join(errors).decode(errors="replace")
-
-
-def _keep_lines(process: "subprocess.Popen[bytes]", lines: deque[bytes]) -> None:
-    for line in process.stderr or ():
-        lines.append(line)

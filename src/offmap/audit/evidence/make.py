@@ -29,11 +29,6 @@ LIMITS = (
 )
 
 
-def report_bytes(document: object) -> bytes:
-    """What ``offmap audit --json`` prints of this result: the file whose digest the statement names."""
-    return (json.dumps(document, indent=2) + "\n").encode()
-
-
 def make_statement(report: HostReport, nonce: str | None, began: Moment) -> Statement:
     """State what was found, and where.
 
@@ -44,7 +39,8 @@ def make_statement(report: HostReport, nonce: str | None, began: Moment) -> Stat
     Raises:
         KernelError: this host does not tell what belongs into it.
     """
-    digest = hashlib.sha256(report_bytes(report.document)).hexdigest()
+    printed = json.dumps(report.document, indent=2) + "\n"  # by ``offmap audit --json``
+    digest = hashlib.sha256(printed.encode()).hexdigest()
     predicate = Predicate(
         nonce=nonce,
         began=began,

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from offmap.audit.report.hosts import HostReport
-from offmap.audit.report.physmap import Look, Picture, Piece, Row, Shown, draw, shown_cells
+from offmap.audit.report.physmap import Look, Picture, Row, Shown, draw, shown_cells
 from offmap.audit.report.text import KIND_NAMES
 from offmap.audit.report.vm_view import View
 from offmap.audit.result import AuditResult
@@ -152,26 +152,22 @@ def _tags(row: Row, shown: Sequence[Shown], vms: dict[int, AuditResult], tagged:
         taken.append((piece.x, piece.x + piece.width))
         if piece.shown not in tagged and piece.width >= _TAG_WIDTH + 16 * (each.look is Look.BOTH) and free:
             tagged.add(piece.shown)
-            word = "not mapped" if _look(each, vms[each.pid]) == "unmapped" else _tag_text(each.look)
+            if _look(each, vms[each.pid]) == "unmapped":
+                word = "not mapped"
+            else:
+                word = "direct+alias" if each.look is Look.BOTH else NAMES[each.look].partition(",")[0]
             tags.append({"x": round(LEFT + piece.x + piece.width / 2, 1), "text": word})
     return tags
-
-
-def _tag_text(look: Look) -> str:
-    return "direct+alias" if look is Look.BOTH else NAMES[look].partition(",")[0]
 
 
 def _marks(row: Row, shown: Sequence[Shown]) -> list[float]:
     """Where small marks point at what is grave and narrow; not so many that they hide one another."""
     marks: list[float] = []
-    for x in sorted(piece.x + piece.width / 2 for piece in row.pieces if _is_easily_missed(piece, shown)):
+    grave = (piece for piece in row.pieces if shown[piece.shown].look is not Look.HIDDEN)
+    for x in sorted(piece.x + piece.width / 2 for piece in grave if piece.width < _MARKED):
         if not marks or x - marks[-1] >= _MARKED:
             marks.append(x)
     return [round(LEFT + x, 2) for x in marks]
-
-
-def _is_easily_missed(piece: Piece, shown: Sequence[Shown]) -> bool:
-    return piece.width < _MARKED and shown[piece.shown].look is not Look.HIDDEN
 
 
 def _legend(picture: Picture, vms: dict[int, AuditResult]) -> list[View]:

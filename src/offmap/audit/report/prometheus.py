@@ -111,7 +111,8 @@ def _vm_families(hosts: Iterable[tuple[Labels, list[HostReport]]]) -> Iterable[_
     omitted = _Family("offmap_audit_omitted_vms", "VMs that have no series of their own here: there are too many.")
     for label, reports in hosts:
         failures = [failure for report in reports for failure in report.not_audited]
-        audited = sorted((vm for report in reports for vm in report.vms), key=_gravity)
+        audited = [vm for report in reports for vm in report.vms]
+        audited.sort(key=lambda vm: (vm.verdict.gravity, vm.pages.mapped_pages), reverse=True)
         room = max(LISTED - len(failures), 0)
         for failure in failures[:LISTED]:
             verdict.verdict(Verdict.UNKNOWN, _vm_labels(failure, label))
@@ -138,7 +139,3 @@ def _states(vm: AuditResult) -> dict[str, int]:
 
 def _vm_labels(vm: AuditResult | NotAudited, label: Labels) -> Labels:
     return {**label, "pid": vm.pid, "process": vm.process, "vmm": vm.vmm.vmm}
-
-
-def _gravity(vm: AuditResult) -> tuple[int, int]:
-    return -vm.verdict.gravity, -vm.pages.mapped_pages

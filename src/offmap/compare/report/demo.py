@@ -38,15 +38,11 @@ def attack_lines(cells: Iterable[DemoRow]) -> list[str]:
     if not attacked:
         return []
     plain = f"recovered in {beside:,} reads" if beside else "not recovered, so the other lines say nothing"
-    rows = [("plain RAM", plain), *((cell.name, _on_the_first_page(cell.attack)) for cell in attacked)]
+    # Where it ended, and at which page; without what was tried after that.
+    rows = [("plain RAM", plain), *((cell.name, cell.attack.partition(";")[0]) for cell in attacked)]
     width = max(len(name) for name, _ in rows)
     head = "A secret in a process of the guest, for an attacker who reads what the host kernel maps (offmap attack):"
     return [head, *(f"  {name:{width}}  {said}" for name, said in rows)]
-
-
-def _on_the_first_page(reason: str) -> str:
-    """Where it ended, and at which page; without what was tried after that."""
-    return reason.partition(";")[0]
 
 
 def _number(value: int | float | None) -> str:
