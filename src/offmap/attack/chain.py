@@ -157,11 +157,7 @@ class Chain:
         return Ended(Outcome.ENDS, at, f"{hidden}; {what}")
 
     def _follow(self) -> Ended:
-        """The chain within the guest.
-
-        Raises:
-            Hidden: a page that it needs is not mapped.
-        """
+        """The chain within the guest. Raises Hidden: a page that it needs is not mapped."""
         assert self._memory is not None
         guest = Guest(self._memory, self._guest_kernel)
         with self._stages.step("guest: kernel") as stage:

@@ -77,11 +77,7 @@ class Host(Linux):
         raise Lost("the host's kernel is not the one that is known, or not where it should be")
 
     def process(self, pid: int) -> Process:
-        """The process with this PID.
-
-        Raises:
-            Lost: there is none.
-        """
+        """The process with this PID. Raises Lost: there is none."""
         for each in self.processes():
             if each.pid == pid:
                 return each

@@ -117,11 +117,7 @@ class Linux(ABC):
         return int.from_bytes(self.read(base + self.kernel.offset(name, *members), size), "little")
 
     def pointer(self, va: int, what: str) -> int:
-        """A pointer into the kernel's half.
-
-        Raises:
-            Lost: there is none.
-        """
+        """A pointer into the kernel's half. Raises Lost: there is none."""
         found = int.from_bytes(self.read(va), "little")
         if found < _LOWEST_KERNEL:
             raise Lost(f"{what} is no pointer of the kernel's ({found:#x})")
@@ -164,11 +160,7 @@ class Linux(ABC):
         return self.text(self.pointer_in(kind, "file_system_type", "name"), _FILE_SYSTEM)
 
     def find_direct_map(self) -> None:
-        """Read where the direct map begins.
-
-        Raises:
-            Lost: that cannot be.
-        """
+        """Read where the direct map begins. Raises Lost: that cannot be."""
         base = int.from_bytes(self.read(self.symbol("page_offset_base")), "little")
         if base < _LOWEST_KERNEL or base % (1 << 30):
             raise Lost(f"page_offset_base cannot be {base:#x}")
@@ -181,11 +173,7 @@ class Linux(ABC):
             self.mask &= ~encrypted
 
     def check_init_task(self) -> int:
-        """Address of ``init_task``.
-
-        Raises:
-            Lost: it is not what it should be.
-        """
+        """Address of ``init_task``. Raises Lost: it is not what it should be."""
         task = self.symbol("init_task")
         name = self.text(task + self.kernel.offset("task_struct", "comm"), _COMM)
         if not name.startswith("swapper") or self.field(task, "task_struct", "real_parent") != task:
@@ -216,11 +204,7 @@ class Linux(ABC):
         raise Lost("the list of processes does not end")
 
     def top_table(self, memory: int) -> int:
-        """Physical address of an address space's top page table.
-
-        Raises:
-            Lost: it is not where page tables are.
-        """
+        """Physical address of an address space's top page table. Raises Lost: it is not where page tables are."""
         table = self.field(memory, "mm_struct", "pgd") - self.direct_map
         if table <= 0 or table >> 46 or table % PAGE_SIZE:
             raise Lost("mm_struct.pgd does not lead to a page table")

@@ -44,11 +44,7 @@ class Stages:
 
     @contextmanager
     def step(self, name: str) -> Iterator[Report]:
-        """One step. What goes wrong in it ends the chain; but ``Hidden`` is handed on.
-
-        Raises:
-            Ended: it went wrong.
-        """
+        """One step. What goes wrong in it ends the chain; but ``Hidden`` is handed on. Raises Ended: it went wrong."""
         before, began, report = self._primitive.counts.copy(), time.monotonic(), Report()
         try:
             yield report

@@ -73,11 +73,7 @@ class Pieces:
 
 
 def parse_pieces(text: str) -> Pieces:
-    """Pieces as the command line has them.
-
-    Raises:
-        OffmapError: they are none.
-    """
+    """Pieces as the command line has them. Raises OffmapError: they are none."""
     try:
         parts = tuple(bytes.fromhex(part) for part in text.strip(",").split(","))
     except ValueError:

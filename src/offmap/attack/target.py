@@ -290,11 +290,7 @@ def parse_target(text: str, secret: str, process: str | None) -> Target:
 
 
 def _named(guest: Linux, name: str) -> list[Process]:
-    """Processes of this name, the newest first.
-
-    Raises:
-        Lost: there are none.
-    """
+    """Processes of this name, the newest first. Raises Lost: there are none."""
     found = [each for each in guest.processes() if each.name == name and each.memory]
     if not found:
         raise Lost(f"the guest has no process {name}")

@@ -154,11 +154,7 @@ class GuestMemory:
         self.by_user: set[int] = set()  # pages of the guest that only the VMM's own mapping led to
 
     def place(self, gpa: int) -> int:
-        """The host-physical address behind a guest-physical one.
-
-        Raises:
-            NotThere: it has none now.
-        """
+        """The host-physical address behind a guest-physical one. Raises NotThere: it has none now."""
         page = gpa >> PAGE_SHIFT
         if page not in self._known:
             slot = self._slot(gpa)
@@ -208,11 +204,7 @@ class GuestMemory:
         return slot.hva + gpa - slot.gpa
 
     def _slot(self, gpa: int) -> Memslot:
-        """The slot that has it.
-
-        Raises:
-            NotThere: it is in none.
-        """
+        """The slot that has it. Raises NotThere: it is in none."""
         slot = next((slot for slot in self.slots if slot.gpa <= gpa < slot.gpa + slot.bytes), None)
         if slot is None:
             raise NotThere(f"guest address {gpa:#x} is in no memory slot")
@@ -331,11 +323,7 @@ class GuestMemory:
 
 
 def vcpus(host: Host, kvm: int) -> list[int]:
-    """Addresses of the ``struct kvm_vcpu`` of a VM's.
-
-    Raises:
-        Unknown: they are being changed.
-    """
+    """Addresses of the ``struct kvm_vcpu`` of a VM's. Raises Unknown: they are being changed."""
     array = kvm + host.kernel.offset("kvm", "vcpu_array")
     _, _, found = xarray.entries(host.read, host.kernel, array)
     return [int(each) for each in found.tolist()]

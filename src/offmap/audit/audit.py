@@ -290,11 +290,7 @@ class _Subject:
         self._partial = self._before.ended or self._after.ended or ended
 
     def result(self, walked: Walked, kinds: Kinds, host: HostFacts, tell: Progress) -> Snapshot:
-        """The published result.
-
-        Raises:
-            Undetermined: it cannot be told.
-        """
+        """The published result. Raises Undetermined: it cannot be told."""
         ram, judged, mappings, kcore, layout = self._ram, self._judged, walked.mappings, self._kcore, self._layout
         ended, options = self._partial, self._options
         sharing, unshared = shared_with(self.process, ram, judged, kcore, options.get("sharers", False), ended)

@@ -50,11 +50,7 @@ class Btf:
             self._add(part)
 
     def with_module(self, module: bytes) -> "Btf":
-        """These types with those of one more module, which do not see each other's.
-
-        Raises:
-            Unknown: it is no BTF.
-        """
+        """These types with those of one more module, which do not see each other's. Raises Unknown: it is no BTF."""
         more = Btf.__new__(Btf)
         more._words, more._strings, more._at = self._words[:], self._strings, self._at[:]
         more._structs, more._offsets = {}, {}
@@ -74,11 +70,7 @@ class Btf:
 
     @classmethod
     def of_host(cls, path: str = PATH) -> Self:
-        """The running kernel's.
-
-        Raises:
-            Unknown: it has none (CONFIG_DEBUG_INFO_BTF is not set).
-        """
+        """The running kernel's. Raises Unknown: it has none (CONFIG_DEBUG_INFO_BTF is not set)."""
         try:
             return cls(read_sysfs(path))
         except OSError as error:
@@ -131,11 +123,7 @@ class Btf:
         return known
 
     def elements(self, name: str, *members: str) -> int:
-        """How many elements a member has that is an array.
-
-        Raises:
-            Unknown: no such member, or it is no array.
-        """
+        """How many elements a member has that is an array. Raises Unknown: no such member, or it is no array."""
         at = self._find(name, members)[1]
         if self._kind(at) != _KIND_ARRAY:
             raise Unknown(f"member {'.'.join(members)} of struct {name} is no array")

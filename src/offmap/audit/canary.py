@@ -35,11 +35,7 @@ def new_key() -> CanaryKey:
 
 
 def parse_key(text: str) -> CanaryKey:
-    """Check a key that a user gave.
-
-    Raises:
-        OffmapError: not 32 hex digits.
-    """
+    """Check a key that a user gave. Raises OffmapError: not 32 hex digits."""
     key = text.lower()
     if not re.fullmatch("[0-9a-f]{32}", key):
         raise OffmapError(f"{text!r} is not a canary key", "give the 32 hex digits that the canaries were made with")

@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 
 def require_drgn() -> None:
-    """Check that drgn is installed, before an audit is made for it.
-
-    Raises:
-        OffmapError: it is not installed.
-    """
+    """Check that drgn is installed, before an audit is made for it. Raises OffmapError: it is not installed."""
     try:
         import drgn  # noqa: F401
     except ImportError:
@@ -59,11 +55,7 @@ class DrgnKernel:
         return found
 
     def kernel(self, va: int) -> int | None:
-        """Physical address of a kernel address; None where nothing is mapped.
-
-        Raises:
-            Undetermined: drgn cannot tell.
-        """
+        """Physical address of a kernel address; None where nothing is mapped. Raises Undetermined: drgn cannot tell."""
         return self._translate(self._kernel, va)
 
     def process(self, pgd: int, va: int) -> int | None:

@@ -263,11 +263,7 @@ def find_guest_ram(process: Process, ask_kvm: AskKvm | None = None) -> GuestRam:
 
 
 def claimed_ranges(process: Process, links: Mapping[int, str] | None = None) -> tuple[RamRange, ...]:
-    """What the VMM's own lists name; nothing if it has none.
-
-    Raises:
-        Undetermined: a list is malformed.
-    """
+    """What the VMM's own lists name; nothing if it has none. Raises Undetermined: a list is malformed."""
     claims: dict[int, GuestRam] = {}  # by inode: a duplicated fd is one claim
     links = process.descriptors() if links is None else links
     for number in sorted(number for number, link in links.items() if link == MEMSLOTS_LINK):

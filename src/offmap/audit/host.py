@@ -20,11 +20,7 @@ Time = Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
 
 
 def parse_time(text: str) -> datetime:
-    """When that was.
-
-    Raises:
-        Malformed: there is no such time.
-    """
+    """When that was. Raises Malformed: there is no such time."""
     try:
         return datetime.strptime(text, _FORMAT).replace(tzinfo=UTC)
     except ValueError:

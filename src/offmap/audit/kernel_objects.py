@@ -122,11 +122,7 @@ class KernelObjects:
         raise Unknown(f"the kernel has no process {pid}")
 
     def tasks(self) -> Iterator[Task]:
-        """All threads, as far as they can be followed.
-
-        Raises:
-            Unknown: the first one cannot be found.
-        """
+        """All threads, as far as they can be followed. Raises Unknown: the first one cannot be found."""
         seen = 0
         for leader in self._leaders():
             group = self._field(leader, "task_struct", "signal") + self._btf.offset("signal_struct", "thread_head")

@@ -13,11 +13,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 @lru_cache(maxsize=1)
 def kvm_types() -> Btf:
-    """The kernel's types with those of kvm.ko.
-
-    Raises:
-        Unknown: this kernel does not describe its structures.
-    """
+    """The kernel's types with those of kvm.ko. Raises Unknown: this kernel does not describe its structures."""
     return _with_module("kvm")
 
 

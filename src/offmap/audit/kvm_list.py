@@ -178,11 +178,7 @@ class KvmList(KvmCaches):
         return found
 
     def addresses(self) -> list[int]:
-        """Where the ``struct kvm`` of each VM is.
-
-        Raises:
-            Unknown: the list cannot be read.
-        """
+        """Where the ``struct kvm`` of each VM is. Raises Unknown: the list cannot be read."""
         if not _loaded():
             return []
         head, node = module_symbol("vm_list", "kvm"), self._btf.offset("kvm", "vm_list")

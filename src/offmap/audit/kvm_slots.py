@@ -57,11 +57,7 @@ def generations_of(read: Read, types: Types, kvm: int) -> tuple[tuple[int, int],
 
 
 def slots_of(read: Read, types: Types, active: int) -> Iterator[Memslot]:
-    """Each slot of a set.
-
-    Raises:
-        Unknown: they are no slots, or are being changed.
-    """
+    """Each slot of a set. Raises Unknown: they are no slots, or are being changed."""
     node = _number(read, active + types.offset("kvm_memslots", "node_idx"), 4)
     if node >= types.elements("kvm_memory_slot", "id_node"):
         raise Unknown("KVM's slots are not as expected")

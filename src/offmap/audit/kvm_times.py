@@ -47,11 +47,7 @@ class KvmTimes(Tasks):
         raise Unknown("struct inode is not as expected")
 
     def _folder(self, address: int) -> int:
-        """The inode of its folder in debugfs.
-
-        Raises:
-            Unknown: it has none; an error number stands in its place.
-        """
+        """The inode of its folder in debugfs. Raises Unknown: it has none; an error number stands in its place."""
         entry = self._field(address, "kvm", "debugfs_dentry")
         if not entry:
             raise Unknown("it has no folder in debugfs")

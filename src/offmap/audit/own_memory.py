@@ -64,11 +64,7 @@ class OwnPage(LockedBuffer):
         self.view[: len(data)] = data
 
     def pfn(self) -> int:
-        """The page's frame number now.
-
-        Raises:
-            Undetermined: pagemap cannot be opened or hides it.
-        """
+        """The page's frame number now. Raises Undetermined: pagemap cannot be opened or hides it."""
         entries = pagemap.own_entries(self.va, 1)
         frame = int(pagemap.pfn(entries)[0])
         if not pagemap.present(entries)[0] or frame == 0:

@@ -68,11 +68,7 @@ def read_pagemap(fd: int, va: int, pages: int) -> NDArray[np.uint64]:
 
 
 def own_entries(va: int, pages: int) -> NDArray[np.uint64]:
-    """The same of this process.
-
-    Raises:
-        Undetermined: its pagemap cannot be opened or read.
-    """
+    """The same of this process. Raises Undetermined: its pagemap cannot be opened or read."""
     try:
         file = os.fdopen(open_path("/proc/self/pagemap"), "rb", buffering=0)
     except OSError as error:

@@ -55,11 +55,7 @@ def open_path(path: str) -> int:
 
 
 def read_path(path: str) -> bytes:
-    """The whole of a file, opened as ``open_path`` does.
-
-    Raises:
-        OSError: it cannot be opened or read.
-    """
+    """The whole of a file, opened as ``open_path`` does. Raises OSError: it cannot be opened or read."""
     with os.fdopen(open_path(path), "rb") as file:
         return file.read()
 
@@ -77,11 +73,7 @@ def read_sysfs(path: str) -> bytes:
 
 
 def file_system(fd: int) -> int:
-    """Magic number of the file system that an open file is of.
-
-    Raises:
-        OSError: it cannot be asked.
-    """
+    """Magic number of the file system that an open file is of. Raises OSError: it cannot be asked."""
     buffer = ctypes.create_string_buffer(_STATFS_BYTES)
     if _libc.fstatfs(fd, buffer):
         error = ctypes.get_errno()

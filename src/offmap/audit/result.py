@@ -291,11 +291,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
         return regions
 
     def check(self) -> None:
-        """Make sure that the figures add up, and say "hidden" where the verdict does.
-
-        Raises:
-            Malformed: they don't.
-        """
+        """Make sure that the figures add up, and say "hidden" where the verdict does. Raises Malformed: they don't."""
         pages, cells = self.pages, self.physical.cells
         where = f"VM {self.pid}: "
         if min(self.pages_by_state.values()) < 0 or any(

@@ -49,11 +49,7 @@ class Tasks(KernelObjects):
         super().__init__(kcore, layout, btf)
 
     def threads(self) -> list[Thread]:
-        """All threads with an address space of their own, by ID.
-
-        Raises:
-            Unknown: the kernel's list cannot be read.
-        """
+        """All threads with an address space of their own, by ID. Raises Unknown: the kernel's list cannot be read."""
         found = []
         for tid, entry in self._pids():
             try:

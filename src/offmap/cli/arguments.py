@@ -4,11 +4,7 @@ import argparse
 
 
 def count(text: str) -> int:
-    """A whole number, 1 or more.
-
-    Raises:
-        ArgumentTypeError: the text is no such number.
-    """
+    """A whole number, 1 or more. Raises ArgumentTypeError: the text is no such number."""
     value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
@@ -16,11 +12,7 @@ def count(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """A finite time in seconds, more than 0.
-
-    Raises:
-        ArgumentTypeError: the text is no such time.
-    """
+    """A finite time in seconds, more than 0. Raises ArgumentTypeError: the text is no such time."""
     try:
         value = float(text)
     except ValueError:

@@ -217,11 +217,7 @@ def what_to_scan(args: argparse.Namespace) -> "Iterator[Wanted | None]":
 
 
 def parse_range(text: str) -> "RamRange":
-    """``VA:LENGTH`` as whole pages.
-
-    Raises:
-        OffmapError: malformed, empty or not made of pages.
-    """
+    """``VA:LENGTH`` as whole pages. Raises OffmapError: malformed, empty or not made of pages."""
     from offmap.audit.guest_ram import RamRange
     from offmap.audit.result import Source
 
@@ -241,11 +237,7 @@ def parse_range(text: str) -> "RamRange":
 
 
 def parse_sample(text: str | None) -> "Sample":
-    """``N[:SEED]``, or the default.
-
-    Raises:
-        OffmapError: not that.
-    """
+    """``N[:SEED]``, or the default. Raises OffmapError: not that."""
     from offmap.audit.oracle import Sample
 
     if text is None:

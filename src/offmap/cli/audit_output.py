@@ -97,11 +97,7 @@ class Output:
             also(report)
 
     def write_files(self, reports: Sequence["HostReport"], merged: bool = False) -> None:
-        """Write the metrics and the page, where they were asked for.
-
-        Raises:
-            OffmapError: a file cannot be written.
-        """
+        """Write the metrics and the page, where they were asked for. Raises OffmapError: a file cannot be written."""
         from offmap.report.files import PRIVATE, PUBLIC, replace_file
 
         if self._prometheus is not None:

@@ -43,11 +43,7 @@ def add_boot_options(parser: argparse.ArgumentParser) -> None:
 
 
 def file_name(text: str) -> str:
-    """The file name, as it was given.
-
-    Raises:
-        ArgumentTypeError: it is empty.
-    """
+    """The file name, as it was given. Raises ArgumentTypeError: it is empty."""
     if not text:  # of an unset shell variable
         raise argparse.ArgumentTypeError("is an empty name")
     return text

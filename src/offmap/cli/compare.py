@@ -117,11 +117,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def axes_of(args: argparse.Namespace) -> "Axes":
-    """The matrix that the command line asks for.
-
-    Raises:
-        OffmapError: an axis cannot have that value.
-    """
+    """The matrix that the command line asks for. Raises OffmapError: an axis cannot have that value."""
     from offmap.compare.matrix import DEFAULT_AXES, FULL_AXES
     from offmap.compare.spec import NATIVE
 

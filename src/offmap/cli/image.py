@@ -42,11 +42,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run_build(args: argparse.Namespace) -> int:
-    """Run ``offmap image build``.
-
-    Raises:
-        OffmapError: the image cannot be made.
-    """
+    """Run ``offmap image build``. Raises OffmapError: the image cannot be made."""
     from offmap.guests.build import build_image
     from offmap.guests.image import named_image
     from offmap.guests.recipe import RootRecipe

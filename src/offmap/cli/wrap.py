@@ -66,11 +66,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: "argparse.Namespace") -> int:
-    """Become the VMM.
-
-    Raises:
-        OffmapError: it could not be started.
-    """
+    """Become the VMM. Raises OffmapError: it could not be started."""
     from offmap.cli.log import as_json
 
     argv = args.command[1:] if args.command[:1] == ["--"] else args.command

@@ -96,11 +96,7 @@ class CellResult(Struct, frozen=True, kw_only=True, dict=True, tag_field="schema
 
     @classmethod
     def loads(cls, text: bytes) -> "CellResult":
-        """What `dumps` gave.
-
-        Raises:
-            ValueError: it is no such thing, one of another version, or was changed since.
-        """
+        """What `dumps` gave. Raises ValueError: it is no such thing, one of another version, or was changed since."""
         data = json.loads(text)
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             raise ValueError(f"not of schema {SCHEMA}")

@@ -109,11 +109,7 @@ class _End:
 
 
 def kernels_of(spec: CellSpec, report: Report, modules: Path | None = None) -> tuple[HostKernel, HostKernel]:
-    """The host's and the guest's kernel.
-
-    Raises:
-        LabError: there is no such kernel, or it cannot be had.
-    """
+    """The host's and the guest's kernel. Raises LabError: there is no such kernel, or it cannot be had."""
 
     def say(line: str) -> None:
         report(CellEvent(stage=line))

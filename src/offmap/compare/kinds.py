@@ -79,11 +79,7 @@ class Kind:
 
 
 def kind_of(name: str) -> Kind:
-    """The kind of that name.
-
-    Raises:
-        OffmapError: there is none.
-    """
+    """The kind of that name. Raises OffmapError: there is none."""
     foreign = next((vmm for vmm in Vmm if name.startswith(f"{vmm.value}-")), None)
     kind = Kind(name.removeprefix(f"{foreign.value}-"), foreign) if foreign else Kind(name)
     if kind.ram not in BACKENDS or (kind.vmm in {Vmm.FIRECRACKER, Vmm.LIBVIRT} and name not in kind_names()):

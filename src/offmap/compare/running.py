@@ -35,11 +35,7 @@ class RunningCell:
             end()
 
     def check(self) -> None:
-        """Check that the comparison still runs.
-
-        Raises:
-            CellStopped: it was stopped.
-        """
+        """Check that the comparison still runs. Raises CellStopped: it was stopped."""
         with _lock:
             if self.run in _stopped:
                 raise CellStopped("the comparison was ended")
@@ -54,11 +50,7 @@ class RunningCell:
 
 @contextmanager
 def running_cell(run: str) -> Iterator[RunningCell]:
-    """Register a cell of comparison `run` for as long as it runs.
-
-    Raises:
-        CellStopped: the comparison was stopped.
-    """
+    """Register a cell of comparison `run` for as long as it runs. Raises CellStopped: the comparison was stopped."""
     cell = RunningCell(run)
     cell.check()
     with _lock:

@@ -43,11 +43,7 @@ class Pool(Protocol):
         """Make the function that the executor calls. If it can, it passes the events of a running cell to `events`."""
 
     def check(self) -> None:
-        """Check that a worker is left.
-
-        Raises:
-            OffmapError: none is left.
-        """
+        """Check that a worker is left. Raises OffmapError: none is left."""
 
     def stop(self, run: str) -> None:
         """End all cells of comparison `run`."""

@@ -17,11 +17,7 @@ _FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wno-parentheses", "-fPIC", "-shared", 
 
 
 def plugin_source() -> Path:
-    """Return the path of the plugin's source.
-
-    Raises:
-        LabError: this installation has none.
-    """
+    """Return the path of the plugin's source. Raises LabError: this installation has none."""
     return shipped("qemu", "_qemu", SOURCE) / SOURCE
 
 

@@ -48,11 +48,7 @@ class AptView:
     lists: Path | None = None
 
     def run(self, *command: str, cwd: Path | None = None) -> str:
-        """Run one apt command and return its output.
-
-        Raises:
-            LabError: it failed.
-        """
+        """Run one apt command and return its output. Raises LabError: it failed."""
         argv = [command[0], *self.options, *command[1:]]
         env = {**os.environ, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
         done = subprocess.run(

@@ -51,11 +51,7 @@ def start_message(
     cwd: str | os.PathLike[str] | None,
     terminal: tuple[int, int] | None,
 ) -> bytes:
-    """Return the payload of a START.
-
-    Raises:
-        LabError: no process can be started with these words.
-    """
+    """Return the payload of a START. Raises LabError: no process can be started with these words."""
     words = [os.fsencode(word) for word in argv]
     if not words:
         raise LabError("no command to run", "write it after --")

@@ -21,11 +21,7 @@ _REMEDY = "check the network, or give your own with --firecracker PATH"
 
 
 def own_firecracker(path: Path | None) -> Path | None:
-    """The user's Firecracker by its absolute path; None if none is named.
-
-    Raises:
-        LabError: it is no program.
-    """
+    """The user's Firecracker by its absolute path; None if none is named. Raises LabError: it is no program."""
     if path is not None and not (path.is_file() and os.access(path, os.X_OK)):
         raise LabError(f"{path} is no program", "name a Firecracker with --firecracker PATH")
     return path and path.absolute()

@@ -26,11 +26,7 @@ _PACKAGES = ("offmap", "offmap/lab")  # empty ones: the agent needs nothing else
 
 
 def busybox() -> bytes:
-    """Return a statically linked busybox.
-
-    Raises:
-        LabError: there is none.
-    """
+    """Return a statically linked busybox. Raises LabError: there is none."""
     found = shutil.which("busybox")
     for name in (*((found,) if found else ()), *_BUSYBOX):
         path = Path(name)

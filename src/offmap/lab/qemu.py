@@ -77,11 +77,7 @@ def parse_size(text: str) -> int:
 
 
 def find_qemu() -> str:
-    """Return the path of QEMU.
-
-    Raises:
-        LabError: it is not installed.
-    """
+    """Return the path of QEMU. Raises LabError: it is not installed."""
     path = shutil.which(QEMU)
     if path is None:
         raise LabError(f"no {QEMU} command", "install qemu-system-x86")

@@ -159,11 +159,7 @@ class Runner:
         self.release = ""
 
     def run(self, names: Sequence[str], say: Say = lambda _: None) -> dict[str, Result]:
-        """Run the tests `names`, which have been built.
-
-        Raises:
-            LabError: there is no host to run them in.
-        """
+        """Run the tests `names`, which have been built. Raises LabError: there is no host to run them in."""
         found = {}
         try:
             for name in names:

@@ -75,11 +75,7 @@ def _subject(patch: Path) -> str:
 
 
 def all_series() -> Iterator[PatchSeries]:
-    """Yield each series that offmap has.
-
-    Raises:
-        LabError: this installation has none at all.
-    """
+    """Yield each series that offmap has. Raises LabError: this installation has none at all."""
     folder = shipped("kernel", "_kernel", "lab.config")
     for patches in sorted((folder / "patches").iterdir()):
         if patches.is_dir():
@@ -89,21 +85,13 @@ def all_series() -> Iterator[PatchSeries]:
 
 
 def newest_series() -> PatchSeries:
-    """The series for the newest kernel, without its debugging.
-
-    Raises:
-        LabError: this installation has none at all.
-    """
+    """The series for the newest kernel, without its debugging. Raises LabError: this installation has none at all."""
     plain = (series for series in all_series() if series.debug is None)
     return max(plain, key=lambda series: [int(part) for part in series.name.split(".")])
 
 
 def patch_series(spec: str) -> PatchSeries:
-    """The series that `spec` (``patched:7.3``) asks for.
-
-    Raises:
-        LabError: there is no such series.
-    """
+    """The series that `spec` (``patched:7.3``) asks for. Raises LabError: there is no such series."""
     known = {series.spec: series for series in all_series()}
     if spec not in known:
         raise LabError(f"offmap has no patches for {spec}", f"choose {' or '.join(known)}")

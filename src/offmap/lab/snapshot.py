@@ -126,11 +126,7 @@ class Snapshots:
         self.folder.chmod(0o700)
 
     def open(self, kind: Kind) -> Snapshot:
-        """Open a snapshot of ``kind``.
-
-        Raises:
-            SnapshotUnusable: there is none, or it is not to be trusted.
-        """
+        """Open a snapshot of ``kind``. Raises SnapshotUnusable: there is none, or it is not to be trusted."""
         folder = self.folder / kind.name
         try:
             _ours(folder.lstat(), stat.S_IFDIR)

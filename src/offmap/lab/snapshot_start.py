@@ -133,11 +133,7 @@ def _restored(snapshots: Snapshots, kind: Kind, new: Callable[[Ram], H], ends: D
 
 
 def save(qmp: Qmp, state: int) -> None:
-    """Stop QEMU's guest and write its devices' state to ``state``.
-
-    Raises:
-        QmpError: QEMU cannot.
-    """
+    """Stop QEMU's guest and write its devices' state to ``state``. Raises QmpError: QEMU cannot."""
     _prepare(qmp)
     qmp.execute("stop")
     qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})

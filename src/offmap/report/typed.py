@@ -59,11 +59,7 @@ def plain(text: str) -> str:
 
 
 def parse_json(text: bytes) -> object:
-    """What this JSON says.
-
-    Raises:
-        Malformed: it is no JSON, nested too deeply, or one object has a name twice.
-    """
+    """What this JSON says. Raises Malformed: it is no JSON, nested too deeply, or one object has a name twice."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except Malformed:

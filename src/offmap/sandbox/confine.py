@@ -66,11 +66,7 @@ class Limits(NamedTuple):
 
 
 def confine(limits: Limits) -> Confined:
-    """Give up all that can be.
-
-    Raises:
-        OffmapError: the least is not to be had: no capabilities, and no new ones.
-    """
+    """Give up all that can be. Raises OffmapError: the least is not to be had: no capabilities, and no new ones."""
     libc = ctypes.CDLL(None, use_errno=True)
     ends_with_parent = ctypes.c_int()  # a signal, which the kernel forgets when the user changes
     libc.prctl(uapi.PR_GET_PDEATHSIG, ctypes.byref(ends_with_parent), 0, 0, 0)

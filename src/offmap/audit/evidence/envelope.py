@@ -73,11 +73,7 @@ class Sealed:
         return self.envelope().pae()
 
     def statement(self) -> Statement:
-        """The statement.
-
-        Raises:
-            Malformed: it is none of this form.
-        """
+        """The statement. Raises Malformed: it is none of this form."""
         parsed = parse_json(self.payload)
         if canonical(parsed) != self.payload:
             raise Malformed("its statement is not canonical JSON")
@@ -97,11 +93,7 @@ class RawQuote:
 
 
 def canonical(value: object) -> bytes:
-    """The one way to write this JSON value.
-
-    Raises:
-        Malformed: it has none, like a fraction.
-    """
+    """The one way to write this JSON value. Raises Malformed: it has none, like a fraction."""
     from securesystemslib.exceptions import FormatError
     from securesystemslib.formats import encode_canonical
 
@@ -130,11 +122,7 @@ def to_file(sealed: Sealed) -> str:
 
 
 def from_file(content: bytes) -> Sealed:
-    """Read a file. No signature is checked here.
-
-    Raises:
-        Malformed: it is no evidence, or not written in the one way.
-    """
+    """Read a file. No signature is checked here. Raises Malformed: it is no evidence, or not written in the one way."""
     found = decode(_File, parse_json(content))
     quote = found.tpm2_quote
     sealed = Sealed(

@@ -20,11 +20,7 @@ _GNU = b"GNU"
 
 
 def host(sys: Path = Path("/sys"), proc: Path = Path("/proc")) -> Host:
-    """Describe this host.
-
-    Raises:
-        KernelError: it does not tell what evidence cannot do without.
-    """
+    """Describe this host. Raises KernelError: it does not tell what evidence cannot do without."""
     ima, measurements = _ima(sys / "kernel/security")
     return Host(
         name=plain(platform.node()),

@@ -4,11 +4,7 @@ from offmap.errors import OffmapError
 
 
 def require_libraries() -> None:
-    """Fail early, and in one line, where they are not installed.
-
-    Raises:
-        OffmapError: they are not.
-    """
+    """Fail early, and in one line, where they are not installed. Raises OffmapError: they are not."""
     try:
         import cryptography  # noqa: F401
         import securesystemslib  # noqa: F401

@@ -75,11 +75,7 @@ class Compared:
 
 
 def parse_policy(value: object) -> Policy:
-    """The policy in this JSON value.
-
-    Raises:
-        Malformed: it is none.
-    """
+    """The policy in this JSON value. Raises Malformed: it is none."""
     if not isinstance(value, dict) or value.get("schema") != "offmap-policy/1":
         raise Malformed('it has no "schema": "offmap-policy/1"')
     return decode(Policy, value)

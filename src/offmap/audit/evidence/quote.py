@@ -99,11 +99,7 @@ def _selection(reader: _Reader) -> list[int]:
 
 
 def signed_by(raw: RawQuote, key: "PublicKeyTypes") -> bool:
-    """Say whether this key signed the quote.
-
-    Raises:
-        Malformed: the signature is none that a TPM makes for evidence.
-    """
+    """Say whether this key signed the quote. Raises Malformed: the signature is none that a TPM makes for evidence."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
     from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature

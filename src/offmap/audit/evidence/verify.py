@@ -225,11 +225,7 @@ def _policy(path: Path, keys: _Keys, opened: _Opened) -> Iterator[Check]:
 
 
 def _check_figures(found: Predicate) -> None:
-    """Make sure that the evidence does not contradict itself.
-
-    Raises:
-        Malformed: it does.
-    """
+    """Make sure that the evidence does not contradict itself. Raises Malformed: it does."""
     check_times(found)
     verdicts = [vm.verdict for vm in found.vms]
     doubtful = [Verdict.UNKNOWN] * (len(found.not_audited) + bool(found.notes))

@@ -176,11 +176,7 @@ def _has_memory(pid: int) -> bool:
 
 
 def _judge_of(pid: int) -> Judge:
-    """The judge, with the kernel's own addresses.
-
-    Raises:
-        Undetermined: they cannot be read.
-    """
+    """The judge, with the kernel's own addresses. Raises Undetermined: they cannot be read."""
     pointer = bytearray(8)
     try:
         with Kcore() as kcore:

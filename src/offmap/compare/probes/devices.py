@@ -75,11 +75,7 @@ def virtio_net(guest: LiveGuest, card: int, subnet: Subnet, id: str) -> Answer:
 
 
 def configure(guest: LiveGuest, card: int, subnet: Subnet) -> None:
-    """Give a guest's n-th card its address.
-
-    Raises:
-        ProbeError: there is no such interface.
-    """
+    """Give a guest's n-th card its address. Raises ProbeError: there is no such interface."""
     address = subnet.guest
     name = f"$(cd /sys/class/net; grep -l {card_mac(card)} */address | cut -d/ -f1)"
     guest.shell(f"ifconfig {name} {address.ip} netmask {address.netmask} up")

@@ -26,11 +26,7 @@ def load_modules(*names: str) -> None:
 
 
 def write_knob(path: str, value: str) -> None:
-    """Write to a file in /proc or /sys.
-
-    Raises:
-        OffmapError: the kernel refuses the value.
-    """
+    """Write to a file in /proc or /sys. Raises OffmapError: the kernel refuses the value."""
     try:
         Path(path).write_text(value)
     except OSError as error:

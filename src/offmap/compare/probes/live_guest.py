@@ -102,11 +102,7 @@ class LiveGuest(VmProcess):
         raise OffmapError(f"the guest did not say it was ready within {limit:.0f} s; last: {last!r}")
 
     def begin(self) -> None:
-        """Start the program at the console. Before any `command`.
-
-        Raises:
-            ProbeError: it does not come up.
-        """
+        """Start the program at the console. Before any `command`. Raises ProbeError: it does not come up."""
         start = len(self._console)
         self._begun = True
         self._type("guest_program")
@@ -169,11 +165,7 @@ class LiveGuest(VmProcess):
         return None if self.setup.kind.vmm is not Vmm.OFFMAP or Path(KERNEL_BTF).exists() else named_ranges(self.pid)
 
     def end(self) -> None:
-        """Have the guest power itself off.
-
-        Raises:
-            OffmapError: the VMM did not end in time, or not well.
-        """
+        """Have the guest power itself off. Raises OffmapError: the VMM did not end in time, or not well."""
         # Firecracker has nothing to power off. It ends when its guest resets.
         end = "reboot -f" if self.setup.kind.vmm is Vmm.FIRECRACKER else "poweroff -f"
         self._type(f"sh /bin/busybox {end}" if self._begun else end)

@@ -28,11 +28,7 @@ class Subnet:
 
 @contextlib.contextmanager
 def tap(name: str, subnet: Subnet) -> Iterator[None]:
-    """A tap interface that outlives its VMMs. It is removed at the end.
-
-    Raises:
-        OffmapError: it cannot be made.
-    """
+    """A tap interface that outlives its VMMs. It is removed at the end. Raises OffmapError: it cannot be made."""
     with open_tap(name, address=subnet.host) as made:
         fcntl.ioctl(made.fd, TUNSETPERSIST, c_ulong(1).value)
     try:

@@ -74,11 +74,7 @@ class Done(Struct):
 
 
 def hold_ram(task: RamTask) -> list[Answer]:
-    """Fork the child, and judge what it did.
-
-    Raises:
-        OffmapError: it did not get such RAM.
-    """
+    """Fork the child, and judge what it did. Raises OffmapError: it did not get such RAM."""
     # Kept inverted, as a core of the child shows all of its memory: no whole secret is anywhere but in the RAM.
     key = new_key()
     secret, control = (bytes(byte ^ 0xFF for byte in make_canary(key, number)) for number in (0, 1))

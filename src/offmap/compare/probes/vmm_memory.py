@@ -45,9 +45,5 @@ def resident_kib(pid: int, ranges: Sequence[RamRange]) -> int:
 
 
 def own_kib(pid: int, ranges: Sequence[RamRange]) -> int:
-    """Resident KiB of the process outside these ranges.
-
-    Raises:
-        OffmapError: it has ended.
-    """
+    """Resident KiB of the process outside these ranges. Raises OffmapError: it has ended."""
     return sum(kib for start, end, kib in _mappings(pid) if not _is_in(start, end, ranges))

@@ -219,11 +219,7 @@ class Disk(Owned):
     # --- the rest ---
 
     def flush(self) -> None:
-        """What was written is on the disk afterwards.
-
-        Raises:
-            OSError: as the host's.
-        """
+        """What was written is on the disk afterwards. Raises OSError: as the host's."""
         os.fdatasync(self.fd)
 
     def discard(self, offset: int, size: int) -> int:
@@ -284,11 +280,7 @@ def _wipe(data: memoryview) -> None:
 
 
 def _check_kind(path: Path, mode: int) -> bool:
-    """Whether it is a block device.
-
-    Raises:
-        OffmapError: it is neither that nor a regular file.
-    """
+    """Whether it is a block device. Raises OffmapError: it is neither that nor a regular file."""
     if stat.S_ISREG(mode):
         return False
     if stat.S_ISBLK(mode):

@@ -38,11 +38,7 @@ class DriveSpec(NamedTuple):
     limit: Limit | None = None
 
     def build(self, surroundings: Surroundings) -> "Blk":
-        """Open and lock the file.
-
-        Raises:
-            OffmapError: it cannot be used, or not so.
-        """
+        """Open and lock the file. Raises OffmapError: it cannot be used, or not so."""
         from offmap.devices.virtio.blk import Blk
         from offmap.devices.virtio.disk import Disk
 
@@ -59,11 +55,7 @@ class DriveSpec(NamedTuple):
 
 
 def parse_drive(text: str) -> DriveSpec:
-    """The drive that `text` asks for.
-
-    Raises:
-        OffmapError: no path, or an option that there is not.
-    """
+    """The drive that `text` asks for. Raises OffmapError: no path, or an option that there is not."""
     with Options(text, "--drive", _USAGE, leads=True) as options:
         if not options.lead:
             options.refuse("it names no file")

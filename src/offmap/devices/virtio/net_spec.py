@@ -76,11 +76,7 @@ def make_mac() -> bytes:
 
 
 def parse_mac(text: str) -> bytes:
-    """Six bytes of ``02:00:5e:00:53:01``.
-
-    Raises:
-        OffmapError: it is none that a card may have.
-    """
+    """Six bytes of ``02:00:5e:00:53:01``. Raises OffmapError: it is none that a card may have."""
     if not re.fullmatch(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}", text):
         raise OffmapError(f"{text!r} is not a MAC address", "write it like 02:00:5e:00:53:01")
     mac = bytes.fromhex(text.replace(":", ""))
@@ -90,11 +86,7 @@ def parse_mac(text: str) -> bytes:
 
 
 def parse_mtu(text: str) -> int:
-    """A number of bytes.
-
-    Raises:
-        OffmapError: it is none that Ethernet or the device can have.
-    """
+    """A number of bytes. Raises OffmapError: it is none that Ethernet or the device can have."""
     mtu = int(text) if text.isdecimal() and len(text) < 6 else 0
     if not MIN_MTU <= mtu <= MAX_MTU:
         raise OffmapError(f"an MTU cannot be {text!r}", f"give a number from {MIN_MTU} to {MAX_MTU}, like 1500")

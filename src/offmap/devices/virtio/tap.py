@@ -125,11 +125,7 @@ class Tap(Handle):
 
 
 def check_name(name: str) -> None:
-    """Check the name of a network interface.
-
-    Raises:
-        OffmapError: no interface can have this name.
-    """
+    """Check the name of a network interface. Raises OffmapError: no interface can have this name."""
     if not _NAME.fullmatch(name) or name in {".", ".."}:
         raise OffmapError(f"{name!r} is not the name of a network interface", "use up to 15 letters, digits, . _ -")
 
@@ -216,11 +212,7 @@ def _use_header(fd: int) -> None:
 
 
 def _configure(name: str, interface: IPv4Interface | None, mtu: int | None) -> None:
-    """Bring a new interface up, with an address (netdevice(7)).
-
-    Raises:
-        KernelError: the kernel refuses them.
-    """
+    """Bring a new interface up, with an address (netdevice(7)). Raises KernelError: the kernel refuses them."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fd = any_socket.fileno()
         if mtu is not None:

@@ -96,11 +96,7 @@ class Listener(Owned):
         self.folder.close()
 
     def connect(self, port: int) -> socket.socket:
-        """Connect to whoever waits for the guest at `port`.
-
-        Raises:
-            OSError: nobody does, or too many are waiting.
-        """
+        """Connect to whoever waits for the guest at `port`. Raises OSError: nobody does, or too many are waiting."""
         return self._connect(port)
 
     def hand_over(self, connect: Callable[[int], socket.socket]) -> None:

@@ -34,11 +34,7 @@ class VsockSpec(NamedTuple):
 
 
 def parse_vsock(text: str) -> VsockSpec:
-    """Both options must be there.
-
-    Raises:
-        OffmapError: what cannot be.
-    """
+    """Both options must be there. Raises OffmapError: what cannot be."""
     with Options(text, "--vsock", _REMEDY) as options:
         path = options.text("path", None, Path)
         if path is None:

@@ -67,11 +67,7 @@ def personalize(settings: Settings) -> None:
 
 
 def make(settings: Settings) -> None:
-    """Make the root file system at `NEW`.
-
-    Raises:
-        OSError: something that it needs cannot be mounted.
-    """
+    """Make the root file system at `NEW`. Raises OSError: something that it needs cannot be mounted."""
     # Nothing changes below a lab host's feet, so what was read once is kept (cache=loose).
     _mount("offmap-root", "/lower", "9p", MS_RDONLY, f"{_SHARE},cache=loose")
     _mount("tmpfs", "/upper", "tmpfs", 0, "size=75%")
