@@ -5,20 +5,26 @@ How they are taken and given back, reused, split or not, and what races do to th
 
 import ctypes
 import json
+import mmap
 import os
 import random
 import re
+import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from offmap.audit.kcore import Kcore
 from offmap.kvm import Kvm
 from offmap.memory.guest import GuestMemory
 from offmap.memory.guest_memfd import MAPPABLE, map_guest_memfd
@@ -136,6 +142,76 @@ def populated(kind: str) -> Any:
                 for name, advice, length in (("MADV_POPULATE_READ", 22, size // 2), ("MADV_POPULATE_WRITE", 23, size))
             }
             return result | {"there": len(frames(backing))}
+
+
+def flush_calls(_kind: str) -> Any:
+    """Addresses of the calls in which the kernel flushes the TLBs when it takes a block off its direct map."""
+    lines = [line.split() for line in Path("/proc/kallsyms").read_text().splitlines()]
+    symbols = {name: int(address, 16) for address, _, name, *module in lines if not module}
+    start, end = symbols["no_direct_map_alloc"], symbols["no_direct_map_return"]
+    text = bytearray(end - start)
+    with Kcore() as kcore:
+        kcore.read_virtual(start, memoryview(text))
+    calls = ((at, struct.unpack_from("<i", text, at + 1)[0]) for at in range(len(text) - 4) if text[at] == 0xE8)
+    return [start + at for at, off in calls if start + at + 5 + off == symbols["flush_tlb_kernel_range"]]
+
+
+MARK = np.uint64(0xA5A5A5A5A5A5A5A5)
+MARKED = 4 * MIB
+
+
+def marked(kcore: Kcore, pfns: NDArray[np.uint64]) -> int:
+    """How many of some pages the kernel reads by its direct map, all of them filled with the mark."""
+    found = np.zeros((len(pfns), PAGE // 8), dtype=np.uint64)
+    kcore.read_pages(pfns * np.uint64(PAGE), found)
+    return int(np.count_nonzero((found == MARK).all(axis=1)))
+
+
+@contextmanager
+def filled(kind: str) -> Iterator[NDArray[np.uint64]]:
+    """The page frames of memory that is full of the mark."""
+    with memory(kind, MARKED) as (_, backing):
+        np.frombuffer(backing.view, dtype=np.uint64)[:] = MARK
+        yield np.sort(frames(backing))
+
+
+def stale(kind: str) -> Any:
+    """How many pages a second processor still reads by its TLB, i.e. by the direct map that they have just left.
+
+    It has read these addresses before the first processor filled the pages; the most of four times.
+    """
+    before, seen = off_map(), []
+    want, have = (np.frombuffer(mmap.mmap(-1, PAGE), dtype=np.uint8) for _ in range(2))
+    pfns = np.frombuffer(mmap.mmap(-1, MARKED // PAGE * 8), dtype=np.uint64)
+    if not (other := os.fork()):
+        os.sched_setaffinity(0, {0})
+        while True:
+            with filled(kind) as ours:
+                pfns[:] = ours
+                have[0] = 1
+                while want[0]:
+                    pass
+            await_return(before)
+            have[0] = 0
+            while not want[0]:
+                pass
+
+    def ask(state: int) -> None:
+        want[0] = state
+        while have[0] != state:  # without a sleep: no other process runs here, and the processor keeps its TLB
+            pass
+
+    os.sched_setaffinity(0, {1})
+    with Kcore() as kcore:
+        for _ in range(4):
+            ask(1)  # to learn which pages it will get again
+            ask(0)
+            marked(kcore, pfns)
+            ask(1)
+            seen.append(marked(kcore, pfns))
+            ask(0)
+    os.kill(other, signal.SIGKILL)
+    return max(seen)
 
 
 # 16-bit: count in the first byte of each page from 128 KiB to 960 KiB, then hlt.

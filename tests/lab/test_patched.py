@@ -26,6 +26,7 @@ from offmap.lab.build import patched_kernel
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 
+from .alias_module import skip_module
 from .console import PATIENCE, Guest
 
 # The first test may have to build the kernel.
@@ -172,6 +173,21 @@ def test_populating_flushes_once_in_2_mib(patched_host: LabHost) -> None:
     flushes = {name: statistics.median(each[1] for each in runs) for name, runs in result.items()}
     for way in ("flagged", "flagged, by faults"):
         assert 0.9 / 512 < flushes[way] - flushes["plain"] < 1.1 / 512, flushes
+
+
+def test_no_processor_keeps_a_tlb_entry_and_one_is_seen_if_the_flush_is_taken_out() -> None:
+    """Emulated processors have a TLB each, and keep what they are not told to drop."""
+    kernel = patched_kernel("patched:7.3")
+    with LabHost.start(kernel, memory="2G", devices=("-smp", "2")) as host:
+        assert target(host, "stale", "memfd", BLOCKS) == 1024  # the control: what is mapped is read
+        assert [target(host, "stale", kind, BLOCKS) for kind in KINDS] == [0, 0]
+        calls = target(host, "flush_calls", program=BLOCKS)
+        done = host.output(["insmod", str(skip_module(kernel)), f"calls={','.join(map(str, calls))}"])
+        assert done.status == 0, done.stderr
+        for kind in KINDS:
+            assert target(host, "stale", kind, BLOCKS) > 0, kind
+        assert host.output(["rmmod", "offmap_skip"]).status == 0
+        assert target(host, "stale", KINDS[0], BLOCKS) == 0
 
 
 @pytest.mark.parametrize("kind", ("memfd", *KINDS))
