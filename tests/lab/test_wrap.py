@@ -187,7 +187,7 @@ def test_a_vmm_that_closes_its_vm_and_makes_another(host: LabHost) -> None:
     try:
         found = json.loads(vmm.await_(r"^(\{.*\})$"))
         assert len(set(found.pop("numbers"))) == 1
-        assert found == {"told": [False, True], "whole": [True, True]}
+        assert found == {"told": [False, True], "whole": [True, True], "threads": ["iou", "python\n"]}
         vmm.await_(r"(process \d+: it has no VM any more)$")
     finally:
         assert "it is ended" not in vmm.end()
