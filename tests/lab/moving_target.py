@@ -87,6 +87,7 @@ def main() -> int:
             if attacker.said != b"!":
                 sys.exit(attacker.said.decode())
             names[attacker.pid] = name
+        os.setpriority(os.PRIO_PROCESS, 0, -20)  # many guests that never rest share one processor with the auditor
         for _ in range(count):
             for pid, one in snapshot_processes(list(names), seconds=seconds).items():
                 found[names[pid]][str(one) if isinstance(one, OffmapError) else one.audit.verdict.value] += 1
