@@ -52,7 +52,10 @@ static inline void offmap_vm_flags_clear(struct vm_area_struct *vma, unsigned lo
 #ifdef OFFMAP_HAVE_INACCESSIBLE
 #define offmap_mapping_fixed	mapping_inaccessible
 #else
-#define offmap_mapping_fixed(mapping)	false
+static inline bool offmap_mapping_fixed(const struct address_space *mapping)
+{
+	return false;
+}
 #endif
 
 /* register_pfn_address_space() came in 7.0. */

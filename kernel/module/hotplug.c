@@ -166,11 +166,12 @@ static bool any_unmovable(unsigned long pfn, unsigned long nr)
 			return true;
 		if (!page_ref_count(page) || PageOffline(page))
 			continue;
-		if (PageLRU(page) ? folio_maybe_dma_pinned(page_folio(page)) ||
-				    is_fixed(page_folio(page)) :
-				    !movable_zone && !offmap_page_movable(page) &&
-				    !on_way_to_lru(page))
+		if (PageLRU(page)) {
+			if (folio_maybe_dma_pinned(page_folio(page)) || is_fixed(page_folio(page)))
+				return true;
+		} else if (!movable_zone && !offmap_page_movable(page) && !on_way_to_lru(page)) {
 			return true;
+		}
 	}
 	return false;
 }
@@ -333,7 +334,7 @@ static int set_block_state(phys_addr_t start, const char *state, const unsigned 
 	file = open_sysfs(path, O_WRONLY);
 	if (IS_ERR(file))
 		return PTR_ERR(file);
-	/* For this, a system call would start again: somebody has the hotplug lock, and 5 ms are over. */
+	/* A system call would start again: somebody has the hotplug lock, and 5 ms are over. */
 	while ((ret = kernel_write(file, state, strlen(state), &pos)) == -ERESTARTNOINTR) {
 		if (!deadline) {
 			flush_signals(current);

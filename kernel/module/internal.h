@@ -184,6 +184,7 @@ static inline unsigned long offmap_step(unsigned long deadline)
 
 	return left > 0 ? left - left / 8 : 0;
 }
+
 u64 offmap_kept(void);
 /* Keep a piece out for good, as a page of it has failed. */
 void offmap_keep(struct piece *piece);

@@ -107,8 +107,10 @@ int offmap_carve_ram(phys_addr_t start, phys_addr_t end, struct ram_split *split
 	if (whole == &iomem_resource)
 		whole = split->block->child;
 	/* The kernel's own name: this module may go before the parts do. */
-	if (whole)
-		split->ram.name = ram.name = whole->name;
+	if (whole) {
+		ram.name = whole->name;
+		split->ram.name = ram.name;
+	}
 	if (!whole || whole->start != ram.start || whole->end != ram.end ||
 	    (ram.start < start && !insert_part(split->below, &ram, ram.start, start - 1)) ||
 	    (ram.end > end && !insert_part(split->above, &ram, end + 1, ram.end)) ||
