@@ -1,6 +1,7 @@
 """Guest-physical memory: what is RAM, what of it is free, and the guest's E820 map."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from offmap.errors import OffmapError
 from offmap.memory.iomem import PhysicalRange, intersect, merged, subtract
@@ -22,14 +23,15 @@ class MemoryMap:
 
     Args:
         ram: guest-physical ranges of RAM.
-        excluded: pages kept from the guest. Nothing is placed in them, and E820 reserves them.
+        excluded: pages kept from the guest. Nothing is placed in them, and E820 reserves them. Where they are at more
+            places than E820 has entries for, RAM between those that are nearest to each other is reserved too.
 
     Raises:
         OffmapError: pages below 1 MiB are excluded.
     """
 
     def __init__(self, ram: Iterable[PhysicalRange], excluded: Iterable[PhysicalRange] = ()) -> None:
-        self.excluded = merged(intersect(ram := list(ram), excluded))  # page by page they would not fit into E820
+        self.excluded = merged(intersect(ram := list(ram), excluded))
         if self.excluded and self.excluded[0].start < HIGH_MEMORY_START:
             raise OffmapError(
                 f"the page at guest-physical {self.excluded[0].start:#x} is needed to boot and may not be used",
@@ -37,6 +39,9 @@ class MemoryMap:
             )
         usable = [PhysicalRange(PAGE_SIZE, LOW_MEMORY_END), PhysicalRange(HIGH_MEMORY_START, 1 << 62)]
         self.ram = intersect(ram, usable)
+        whole = merged(self.ram)
+        # Of each piece of RAM an entry, and of each place two: its own, and the RAM behind it. And the ACPI tables.
+        self.excluded = _at_most((E820_MAX_ENTRIES_ZEROPAGE - 1 - len(whole)) // 2, self.excluded, whole)
         self.free = subtract(self.ram, self.excluded)
 
     def take(
@@ -70,18 +75,15 @@ class MemoryMap:
         return start
 
     def e820(self) -> list[tuple[int, int, int]]:
-        """(address, size, type) of every entry, in order.
-
-        Raises:
-            OffmapError: more entries than boot_params has room for.
-        """
-        entries = [(r.start, r.size, E820_RAM) for r in subtract(self.ram, self.excluded)]
+        """(address, size, type) of every entry, in order: as many as boot_params has room for."""
+        entries = [(r.start, r.size, E820_RAM) for r in merged(subtract(self.ram, self.excluded))]
         entries += [(r.start, r.size, E820_RESERVED) for r in self.excluded]
         entries.append((ACPI_AREA.start, ACPI_AREA.size, E820_ACPI))
-        if len(entries) > E820_MAX_ENTRIES_ZEROPAGE:
-            raise OffmapError(
-                f"the pages kept from the guest make {len(entries)} entries of its E820 map, and"
-                f" {E820_MAX_ENTRIES_ZEROPAGE} fit",
-                "start the guest again: it gets other memory",
-            )
         return sorted(entries)
+
+
+def _at_most(count: int, ranges: list[PhysicalRange], ram: list[PhysicalRange]) -> list[PhysicalRange]:
+    """At most so many ranges with all of these, and the smallest gaps between them; none leaves its piece of RAM."""
+    gaps = [PhysicalRange(before.end, after.start) for before, after in pairwise(ranges)]
+    inside = sorted((gap for gap in gaps if intersect([gap], ram) == [gap]), key=lambda gap: gap.size)
+    return merged([*ranges, *inside[: max(len(ranges) - count, 0)]])

@@ -1,6 +1,6 @@
 """Where things go in guest memory, and what the guest is told of it."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
@@ -99,15 +99,28 @@ def test_excluded_pages_outside_ram_do_not_appear() -> None:
     assert {kind for _, _, kind in entries} == {E820_RAM, E820_ACPI}
 
 
-def test_more_holes_than_e820_can_say_are_refused() -> None:
-    def holes(count: int) -> list[PhysicalRange]:
-        return [PhysicalRange(2 * MIB + 2 * n * PAGE_SIZE, 2 * MIB + (2 * n + 1) * PAGE_SIZE) for n in range(count)]
+def holes(count: int, at: int = 2 * MIB) -> list[PhysicalRange]:
+    """Pages with pages between them: one at first, then each time one more."""
+    starts = accumulate(range(2, count + 1), lambda start, n: start + n * PAGE_SIZE, initial=at)
+    return [PhysicalRange(start, start + PAGE_SIZE) for start in starts]
 
+
+def test_more_holes_than_e820_can_say_are_joined_where_they_are_near() -> None:
     ram = [PhysicalRange(0, 64 * MIB)]
     # Low memory, the ACPI tables, RAM up to the first hole, and two entries for each hole.
     assert len(MemoryMap(ram, holes(62)).e820()) == 127
-    with pytest.raises(OffmapError, match="129 entries of its E820 map, and 128 fit"):
-        MemoryMap(ram, holes(63)).e820()
+    memory_map = MemoryMap(ram, excluded := holes(70))
+    assert len(memory_map.e820()) == 127
+    assert memory_map.excluded == [PhysicalRange(excluded[0].start, excluded[8].end), *excluded[9:]]
+    assert pages(memory_map.free) == pages(memory_map.ram) - pages(memory_map.excluded)
+
+
+def test_holes_are_not_joined_across_what_is_no_ram() -> None:
+    ram = [PhysicalRange(0, 64 * MIB), PhysicalRange(64 * MIB + PAGE_SIZE, 128 * MIB)]
+    excluded = [*holes(70), PhysicalRange(64 * MIB - PAGE_SIZE, 64 * MIB), *holes(70, 64 * MIB + PAGE_SIZE)]
+    memory_map = MemoryMap(ram, excluded)
+    assert 100 < len(memory_map.e820()) <= 128
+    assert pages(excluded) <= pages(memory_map.excluded) <= pages(ram)
 
 
 @pytest.mark.parametrize("page", [0, 0x7000, 0x9F000, 0xFF000])
