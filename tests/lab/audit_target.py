@@ -73,7 +73,7 @@ def main() -> int:
     claimed = mmap.mmap(fd, size) if where == "elsewhere" else memory
     slot = {"guest_phys_addr": 0, "memory_size": size, "userspace_addr": address(claimed), "backend": kind}
     if where == "unmapped":
-        slot["userspace_addr"] = 0x1000_0000
+        slot["userspace_addr"] = 1 << 45  # far from the program, its heap and its mappings, which move at random
     if where == "guess":
         # A VM, and nothing said of its memory.
         vm = fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR), KVM_CREATE_VM, 0)
