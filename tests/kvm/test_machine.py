@@ -175,8 +175,15 @@ class Command:
         self.process: subprocess.Popen[bytes] = subprocess.Popen(argv, bufsize=0, text=False, **pipes)
 
     def await_up(self) -> None:
+        self.says(b"U")
+
+    def says(self, text: bytes) -> None:
+        """Wait for this, which may come in pieces, and nothing else."""
         assert self.process.stdout
-        assert self.process.stdout.read(1) == b"U"
+        said = b""
+        while len(said) < len(text) and (piece := self.process.stdout.read(len(text) - len(said))):
+            said += piece
+        assert said == text
 
     def keys(self, typed: bytes) -> None:
         assert self.process.stdin
@@ -331,8 +338,7 @@ def test_terminal_is_raw_while_it_runs_and_restored_after(command: Callable[...,
         one.await_up()
         assert termios.tcgetattr(slave) != before
         os.write(master, b"\x03a")  # Ctrl-C is the guest's
-        assert one.process.stdout
-        assert one.process.stdout.read(2) == b"\x03a"
+        one.says(b"\x03a")
         os.write(master, b"\x01h")
         assert one.process.stderr
         line = b"offmap run: Ctrl-A x: quit; Ctrl-A a: send Ctrl-A; Ctrl-A h: this help\n"
