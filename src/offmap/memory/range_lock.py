@@ -49,15 +49,19 @@ class RangeLock(Owned):
     def take_soon(self, free: list[PhysicalRange], size: int, alignments: Sequence[int]) -> PhysicalRange | None:
         """As `take`, with the first alignment that there is room for. A lock outlives its VMM by a moment.
 
-        None where there is no such run, and for half a second there was none.
+        None where there is no such run, and for half a second (longer on a busy machine) there was none.
         """
-        until = time.monotonic() + _MOMENT
+        until = 0.0
         while True:
             for alignment in alignments:
                 if (taken := self.take(free, size, alignment)) is not None:
                     return taken
-            if not any(map(self.held_by_others, free)) or time.monotonic() >= until:
+            if not any(map(self.held_by_others, free)) or 0 < until <= time.monotonic():
                 return None
+            if not until:
+                from offmap.patience import scaled  # who finds room at once does not wait for it
+
+                until = time.monotonic() + scaled(_MOMENT)
             time.sleep(_AGAIN)  # one can wait for the lock of one range, not for any of several
 
     def held_by_others(self, within: PhysicalRange) -> list[PhysicalRange]:

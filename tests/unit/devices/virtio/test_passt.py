@@ -16,6 +16,7 @@ from offmap.devices.virtio.net import Net
 from offmap.devices.virtio.net_spec import NetSpec, parse_net
 from offmap.devices.virtio.passt import FrameStream, Passt
 from offmap.errors import OffmapError
+from offmap.patience import scaled
 
 NO_HEADER = bytes(10) + b"\1\0"  # num_buffers is 1
 
@@ -112,7 +113,7 @@ def test_frames_are_sent_whole_however_slow_the_other_end_is(ends: tuple[FrameSt
         frames.append(frame)
         kept += not stream.flush()
     assert kept, "no frame was sent in part"
-    theirs.settimeout(5)
+    theirs.settimeout(scaled(5))
     expected = b"".join(map(framed, frames))
     got = b""
     while len(got) < len(expected):

@@ -12,6 +12,7 @@ from offmap.devices.virtio.limit import Limit
 from offmap.devices.virtio.vsock_host import Listener
 from offmap.devices.virtio.vsock_spec import VsockSpec, parse_vsock
 from offmap.errors import OffmapError
+from offmap.patience import scaled
 
 from .vsock_guest import (
     GUEST_PORT,
@@ -73,7 +74,7 @@ def test_two_callers_have_different_ports(guest: Guest) -> None:
 def test_who_asks_for_no_port_is_turned_away(guest: Guest, words: bytes) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(guest.path))
-        client.settimeout(5)
+        client.settimeout(scaled(5))
         client.sendall(words)
         if not words:
             client.shutdown(socket.SHUT_WR)
@@ -123,7 +124,7 @@ def test_many_connections_and_a_reset(guest: Guest) -> None:
     guest.vsock.reset()
     assert not guest.bench.watched
     for client in clients:
-        client.settimeout(5)
+        client.settimeout(scaled(5))
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1) == b""
         client.close()

@@ -9,6 +9,7 @@ from offmap.devices.virtio.device import VirtioDevice
 from offmap.devices.virtio.interrupts import Interrupts, InterruptStatus
 from offmap.devices.virtio.mmio import MmioTransport
 from offmap.owned import Owned
+from offmap.patience import scaled
 from offmap.uapi.virtio import mmio as reg
 from offmap.uapi.virtio.config import (
     VIRTIO_CONFIG_S_ACKNOWLEDGE,
@@ -112,7 +113,7 @@ class Wired(Owned):
     def await_interrupts(self, count: int, seconds: float = 10.0) -> None:
         """Wait until there have been so many in all."""
         with self._interrupted:
-            assert self._interrupted.wait_for(lambda: self.interrupts >= count, seconds)
+            assert self._interrupted.wait_for(lambda: self.interrupts >= count, scaled(seconds))
 
     def close(self) -> None:
         self.transport.quiesce()

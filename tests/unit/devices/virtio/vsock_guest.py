@@ -6,6 +6,7 @@ from pathlib import Path
 
 from offmap.devices.virtio.vsock import RX, TX, Vsock
 from offmap.devices.virtio.vsock_host import Listener
+from offmap.patience import scaled
 from offmap.uapi.virtio import vsock as uapi
 from offmap.uapi.virtio.vsock import VIRTIO_VSOCK_HDR, virtio_vsock_hdr
 
@@ -86,7 +87,7 @@ class Guest:
             self.send(REQUEST)
             assert self.op() == RESPONSE
             host, _ = listener.accept()
-        host.settimeout(5)
+        host.settimeout(scaled(5))
         return host
 
     def call(self, port: int = 52) -> tuple[socket.socket, int]:
@@ -94,7 +95,7 @@ class Guest:
         client = socket.socket(socket.AF_UNIX)
         client.connect(str(self.path))
         client.sendall(b"CONNECT %d\n" % port)
-        client.settimeout(5)
+        client.settimeout(scaled(5))
         self.bench.wait(lambda: not self.nothing())
         hdr, _ = self.packet()
         assert (hdr.op, hdr.dst_port) == (REQUEST, port)
