@@ -6,6 +6,7 @@ import os
 import re
 import select
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 from offmap.audit.trace.probes import NEEDED, PROBES, Probe
@@ -50,6 +51,7 @@ class Instance(Owned):
         self._stop, self._stopping = os.pipe()
         self._thread: threading.Thread | None = None
         self.not_traced: dict[str, str] = {}
+        self._events: set[str] = set()
         try:
             self._set_up()
         except BaseException:
@@ -76,20 +78,9 @@ class Instance(Owned):
             pieces, self._text, self._waiting = self._text, [], 0
         return b"".join(pieces).decode("utf-8", errors="replace")
 
-    def missed(self) -> int:
-        """Calls so far of which there is no event: dropped by a buffer, or by a probe that was busy."""
-        missed = 0
-        for stats in (self._folder / "per_cpu").glob("cpu*/stats"):
-            text = text_of(stats)
-            for name in ("overrun", "commit overrun", "dropped events"):
-                found = re.search(rf"^{name}: (\d+)$", text, re.MULTILINE)
-                missed += int(found[1]) if found else 0
-        ours = {probe.event for probe in PROBES}
-        for line in text_of(self._root / "kprobe_profile").splitlines():
-            words = line.split()
-            if len(words) == 3 and words[0] in ours and words[2].isdigit():
-                missed += int(words[2])
-        return missed
+    def missed(self) -> int | None:
+        """Calls so far of which there is no event; None if the kernel does not say."""
+        return missed_calls(self._folder, self._root, self._events)
 
     def _set_up(self) -> None:
         self._folder.mkdir()
@@ -119,6 +110,7 @@ class Instance(Owned):
             reason = f"no function {probe.symbol} that can be probed" if absent else f"{probe.symbol}: {error.strerror}"
             self.not_traced.setdefault(probe.mechanism, reason)
             return False
+        self._events.add(probe.event)
         return True
 
     def _empty(self) -> None:
@@ -146,6 +138,27 @@ class Instance(Owned):
                 continue
             self._text.append(piece)
             self._waiting += len(piece)
+
+
+def missed_calls(folder: Path, root: Path, events: Collection[str]) -> int | None:
+    """Calls dropped by the buffers of the instance in `folder`, or by a probe of these events that was busy.
+
+    Returns:
+        None if not all of them can be read.
+    """
+    missed, seen = 0, set[str]()
+    buffers = list((folder / "per_cpu").glob("cpu*/stats"))
+    for stats in buffers:
+        found = re.findall(r"^(?:overrun|commit overrun|dropped events): (\d+)$", text_of(stats), re.MULTILINE)
+        if len(found) != 3:
+            return None
+        missed += sum(map(int, found))
+    for line in text_of(root / "kprobe_profile").splitlines():
+        words = line.split()
+        if len(words) == 3 and words[0] in events and words[2].isdigit():
+            seen.add(words[0])
+            missed += int(words[2])
+    return missed if buffers and seen == set(events) else None
 
 
 def _tracefs() -> Path:

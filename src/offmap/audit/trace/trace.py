@@ -100,8 +100,10 @@ class Trace(Owned):
         self._judge.feed(events)
         if not text and not whole:
             return
-        missed = self._instance.missed() + self._reader.lost
-        if missed > self._missed:
+        if (missed := self._instance.missed()) is None:
+            self._judge.doubt("whether events were lost could not be read")
+            missed = self._missed
+        elif (missed := missed + self._reader.lost) > self._missed:
             self._judge.doubt(f"{missed - self._missed} events were lost")
         if self._reader.strange > self._strange:
             self._judge.doubt(f"{self._reader.strange - self._strange} lines of the trace were not understood")

@@ -7,9 +7,11 @@ import pytest
 
 from offmap.audit.guest_pages import GuestPages
 from offmap.audit.trace.events import Event, EventReader
-from offmap.audit.trace.instance import Instance
+from offmap.audit.trace.instance import Instance, missed_calls
 from offmap.audit.trace.judge import Judge
 from offmap.audit.trace.probes import ARRAYS, LISTED_PAGES, NEEDED, PROBES
+from offmap.audit.trace.trace import Trace
+from offmap.audit.verdict import Verdict
 from offmap.errors import Undetermined
 
 VMEMMAP = 0xFFFF_EA00_0000_0000
@@ -222,3 +224,49 @@ def test_probes_are_well_formed() -> None:
 def test_a_kernel_without_kprobes_is_undetermined(tmp_path: Path) -> None:
     with pytest.raises(Undetermined, match="no kprobes"):
         Instance(tmp_path)
+
+
+STATS = "entries: 1\noverrun: 2\ncommit overrun: 3\nbytes: 52\nnow ts: 20.98\ndropped events: 4\nread events: 9\n"
+PROFILE = "  vmap    7    1\n  others    7    100\n  vmap_ret    7    0\n"
+
+
+def test_lost_events_are_counted_and_not_guessed(tmp_path: Path) -> None:
+    for cpu in range(2):
+        (tmp_path / f"per_cpu/cpu{cpu}").mkdir(parents=True)
+        (tmp_path / f"per_cpu/cpu{cpu}/stats").write_text(STATS)
+    profile, stats = tmp_path / "kprobe_profile", tmp_path / "per_cpu/cpu1/stats"
+
+    def missed(folder: Path = tmp_path) -> int | None:
+        return missed_calls(folder, tmp_path, {"vmap", "vmap_ret"})
+
+    assert missed() is None  # no profile
+    profile.write_text(PROFILE)
+    assert missed() == 2 * (2 + 3 + 4) + 1
+    assert missed(tmp_path / "gone") is None
+    profile.write_text(PROFILE.replace("vmap_ret", "another"))
+    assert missed() is None
+    profile.write_text(PROFILE)
+    stats.write_text(STATS.replace("commit overrun", "something"))
+    assert missed() is None
+    stats.unlink()
+    stats.mkdir()  # it cannot be read
+    assert missed() is None
+
+
+def test_a_trace_that_may_have_lost_events_is_undetermined(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int | None] = [0, None, 0, 5]
+    monkeypatch.setattr(Instance, "__init__", lambda _: None)
+    monkeypatch.setattr(Instance, "take", lambda _: "\n")
+    monkeypatch.setattr(Instance, "missed", lambda _: counts.pop(0))
+    monkeypatch.setattr(Instance, "lost_here", False, raising=False)
+    monkeypatch.setattr(Instance, "not_traced", {}, raising=False)
+    monkeypatch.setattr(Trace, "_try_out", lambda _: ())
+    monkeypatch.setattr("offmap.audit.trace.trace._judge_of", lambda pid: Judge(pid, VMEMMAP, DIRECT, INIT_MM))
+    trace = Trace(PID)
+    said = [(found.verdict, found.undetermined) for found in (trace.look() for _ in range(4))]
+    assert said == [
+        (Verdict.HIDDEN, ()),
+        (Verdict.UNKNOWN, ("whether events were lost could not be read",)),
+        (Verdict.HIDDEN, ()),
+        (Verdict.UNKNOWN, ("5 events were lost",)),
+    ]
