@@ -3,9 +3,12 @@
 Usage: compare_target.py {"anon": "panic", …} [JOB_JSON]; without a job it takes one from each line of its input.
 """
 
+import fcntl
 import json
 import os
+import struct
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -41,7 +44,9 @@ def measure(how: dict[str, str], job: dict[str, Any]) -> int:
     if mode == "sleep":
         time.sleep(float(argument))
     if mode == "panic":
-        time.sleep(2)  # nothing tells that what was said has left this host
+        while struct.unpack("i", fcntl.ioctl(1, termios.FIONREAD, bytes(4)))[0]:
+            time.sleep(0.05)
+        time.sleep(2)  # nothing tells that what was read here has left this host
         Path("/proc/sysrq-trigger").write_text("c")
     if mode == "hang":
         time.sleep(3600)

@@ -97,8 +97,8 @@ class Vm:
         thread = threading.Thread(target=lambda: libc.ioctl(vcpu, KVM_RUN, 0), daemon=True)
         thread.start()
         kept.append(thread)
-        state = Path(f"/proc/self/task/{thread.native_id}/stat")
-        while thread.is_alive() and state.read_text(encoding="ascii").rpartition(")")[2].split()[0] != "S":
+        waits_in = Path(f"/proc/self/task/{thread.native_id}/syscall")  # proc(5): the number and the arguments
+        while thread.is_alive() and waits_in.read_text(encoding="ascii").split()[2:3] != [hex(KVM_RUN)]:
             os.sched_yield()
         return vcpu
 

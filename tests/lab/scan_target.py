@@ -21,13 +21,14 @@ from offmap.audit.guest_pages import GuestPages
 from offmap.audit.kcore import Kcore
 from offmap.audit.kernel_objects import KernelObjects
 from offmap.audit.oracle import translate
+from offmap.audit.pagemap import own_entries, pfn
 from offmap.audit.placed import Placer
 from offmap.audit.regions import Layout
 from offmap.audit.roots import walk_kcore
 
 PAGE = 4096
 GUEST_PAGES = 64
-WITHIN, ACROSS = 5 * PAGE + 1234, 33 * PAGE - 40  # offsets in the guest
+WITHIN = 5 * PAGE + 1234  # offset in the guest
 SYS_ADD_KEY = 248  # asm/unistd_64.h
 KEY_SPEC_PROCESS_KEYRING = -2  # linux/keyctl.h
 FILE_OFFSET = 3 * PAGE + 77
@@ -37,15 +38,18 @@ SPARSE = 64  # pages
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def plant_guest(secret: bytes) -> mmap.mmap:
-    """Memory whose pages are taken in a mixed order, so that neighbours are none in RAM."""
+def plant_guest(secret: bytes) -> tuple[mmap.mmap, int]:
+    """Memory whose pages are taken in a mixed order, so that neighbours are none in RAM; where two have the secret."""
     memory = mmap.mmap(-1, GUEST_PAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     for index in range(GUEST_PAGES):
         memory[(index * 37 % GUEST_PAGES) * PAGE] = 1
+    frames = pfn(own_entries(ctypes.addressof(ctypes.c_char.from_buffer(memory)), GUEST_PAGES)).tolist()
+    second = next(page for page in range(33, GUEST_PAGES) if abs(frames[page] - frames[page - 1]) > 1)
+    across = second * PAGE - 40
     memory[WITHIN : WITHIN + len(secret)] = secret
-    memory[ACROSS : ACROSS + len(secret)] = secret
-    return memory
+    memory[across : across + len(secret)] = secret
+    return memory, across
 
 
 def plant_own(secret: bytes) -> mmap.mmap:
@@ -111,7 +115,7 @@ def main() -> int:
     source = folder / "secret"
     source.write_bytes(secret)
     plant_freed(secret)
-    guest = plant_guest(secret)
+    guest, across = plant_guest(secret)
     va = ctypes.addressof(ctypes.c_char.from_buffer(guest))
     own = plant_own(secret)
     on_tmpfs, on_disk = folder / "copy on tmpfs", Path("/var/tmp/offmap-scan-test")
@@ -127,7 +131,7 @@ def main() -> int:
             "other": other.pid,
             "guest": f"{va:#x}",
             "within": f"{va + WITHIN:#x}",
-            "across": f"{va + ACROSS:#x}",
+            "across": f"{va + across:#x}",
             "file_offset": FILE_OFFSET,
             "tmpfs": str(on_tmpfs),
             "disk": str(on_disk),

@@ -11,7 +11,9 @@ import pytest
 from offmap.compare.guest import READY, guest_initramfs
 from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
+from offmap.lab.kernel import HostKernel
 
+from .conftest import RESERVED
 from .console import PATIENCE, Guest
 from .test_module import insert
 
@@ -21,12 +23,13 @@ POPULATE = Path(__file__).parents[2] / "benchmarks" / "populate.py"
 
 
 @pytest.fixture(scope="module")
-def host(lab_host: LabHost) -> Iterator[LabHost]:
-    """Give the shared host with the module loaded."""
-    assert lab_host.options.out is not None
-    insert(lab_host, lab_module(lab_host.kernel), lab_host.options.out)
-    yield lab_host
-    assert lab_host.output(["rmmod", "offmap"]).status == 0
+def host(lab_kernel: HostKernel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
+    """Give a host with the module loaded, in which no other test has split the direct map."""
+    out = tmp_path_factory.mktemp("out")
+    with LabHost.start(lab_kernel, memory="2G", cmdline=RESERVED, out=out) as host:
+        insert(host, lab_module(lab_kernel), out)
+        yield host
+        assert host.output(["rmmod", "offmap"]).status == 0
 
 
 def test_unplugged_is_there_in_a_third_of_memfds_time_and_the_direct_map_is_as_before(host: LabHost) -> None:
@@ -43,8 +46,9 @@ def test_unplugged_is_there_in_a_third_of_memfds_time_and_the_direct_map_is_as_b
     assert "unplugged, the module zeroes with one a CPU" in {figure["figure"] for figure in figures}
 
 
-def test_the_page_size_of_the_nested_page_tables_is_told(host: LabHost, lab_out: Path) -> None:
-    initrd, report = lab_out / "pages-guest.initramfs", lab_out / "pages.json"
+def test_the_page_size_of_the_nested_page_tables_is_told(host: LabHost) -> None:
+    assert host.options.out is not None
+    initrd, report = host.options.out / "pages-guest.initramfs", host.options.out / "pages.json"
     initrd.write_bytes(guest_initramfs())
     nested = {}
     for backend in ("unplugged", "memfd"):

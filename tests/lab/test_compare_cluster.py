@@ -174,22 +174,26 @@ def test_ended_from_here_nothing_runs_on_there(lab_kernel: HostKernel, cluster: 
     settings = Settings(program=(str(TARGET), json.dumps(dict.fromkeys(BACKENDS, f"wait {tmp_path}"))))
 
     class Pool:
-        """A cluster that has just two cells' patience."""
+        """A cluster that is ended once two cells run."""
 
         def __init__(self, pool: Any) -> None:
             self.executor, self.call, self.stop = pool.executor, pool.call, pool.stop
             self.at_a_time = pool.at_a_time
 
         def check(self) -> None:
-            raise KeyboardInterrupt
+            if len(running()) == 2:
+                raise KeyboardInterrupt
+
+    def running() -> list[int]:
+        return [int(path.name.split(".")[1]) for path in tmp_path.glob("*.[0-9]*")]
 
     with Store(tmp_path / "out") as store, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("offmap.compare.scheduler._LOOK_SECONDS", 5.0)
+        patch.setattr("offmap.compare.scheduler._LOOK_SECONDS", 0.2)
         scheduler = Scheduler(store, settings, lambda *_: None)
         _, to_run = scheduler.missing(specs)
         with cluster_pool(cluster.scheduler_address, code_digest()) as pool, pytest.raises(KeyboardInterrupt):
             scheduler.run(to_run, Pool(pool))
-    pids = [int(path.name.split(".")[1]) for path in tmp_path.glob("*.[0-9]*")]
+    pids = running()
     assert len(pids) == 2
     until(lambda: not any(map(alive, pids)), 10)
     assert not list((tmp_path / "out/cells").iterdir())

@@ -22,7 +22,7 @@ from offmap.patience import scaled
 pytestmark = pytest.mark.lab
 
 PATIENCE = scaled(60.0)  # seconds for what takes 4 on an idle machine
-GONE = scaled(5.0)  # seconds in which a killed QEMU must be gone
+GONE = 5.0  # seconds in which a killed QEMU must be gone, on an idle machine
 
 
 def qemu_pids(mark: str) -> list[int]:
@@ -45,7 +45,7 @@ def await_end(pid: int) -> bool:
     except ProcessLookupError:
         return True
     try:
-        return bool(select.select([fd], [], [], GONE)[0])
+        return bool(select.select([fd], [], [], scaled(GONE))[0])
     finally:
         os.close(fd)
 

@@ -31,7 +31,7 @@ CONFIGURE = "ifconfig eth0 198.18.0.2 netmask 255.255.255.0 up"
 
 # A program of the host. It calls the guest's port 52, which sends everything back, and waits for the guest at 5000.
 VSOCK_PEER = """
-import hashlib, os, socket, sys, threading
+import hashlib, os, socket, sys, threading, time
 path, size = sys.argv[1], int(sys.argv[2])
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(path + "_5000")
@@ -45,7 +45,9 @@ def call(port):
         line += byte
     return client, line
 assert call(77)[1] == b"", "nobody listens there"
-stalled, line = call(52)
+while not (found := call(52))[1]:
+    time.sleep(0.1)  # the guest's program is not there yet
+stalled, line = found
 assert line.startswith(b"OK "), line
 client, line = call(52)
 data = os.urandom(size)
@@ -122,7 +124,6 @@ def fetch(guest: Guest, address: str = "198.18.0.1") -> str:
 def talk(host: LabHost, guest: Guest, path: str, size: int) -> None:
     """Both directions of vsock, each with `size` bytes."""
     guest.keys("vsock_nc echo 52 2 >/dev/null &\n")
-    guest.shell("sleep 1")
     heard: list[bytes] = []
     script = [sys.executable, "-I", "-S", "-c", VSOCK_PEER, path, str(size)]
     peer = host.popen(script, stdout=heard.append)

@@ -38,6 +38,7 @@ def main() -> int:
         memory = mmap.mmap(os.open("/dev/mem", os.O_RDWR), SIZE, offset=RESERVED)
     else:
         memory = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # or khugepaged may move them to one
     for position in range(0, SIZE, PAGE):
         memory[position] = 1
     va = address(memory)
