@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Final, TypedDict, final
 
+from offmap.boot.memory_map import HIGH_MEMORY_START
 from offmap.errors import BackendRefused, OffmapError
 from offmap.kvm import Vm
 from offmap.log import Logger
 from offmap.memory.backend import Backend
 from offmap.memory.guest import GuestMemory
-from offmap.memory.iomem import PhysicalRange
+from offmap.memory.iomem import PhysicalRange, intersect
 from offmap.memory.memslots import publish_memslots
 from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
@@ -144,10 +145,25 @@ def _vetting(
             say(f"the guest's RAM is placed, not audited: that takes root (offmap audit {os.getpid()})")
         return NotAudited(f"{backend.name} memory has no struct pages, so that nothing can alias it")
     vetted = vet(backend, memory)
+    if _took_another_mib(memory, vetted.excluded):
+        vetted = vet(backend, memory)
     if vetted.excluded:
         count = sum(r.size for r in vetted.excluded) // PAGE_SIZE
         say(f"{count} pages of the guest's RAM are aliased in the host kernel and kept from the guest")
     return vetted
+
+
+def _took_another_mib(memory: GuestMemory, excluded: Sequence[PhysicalRange]) -> bool:
+    """Put a later MiB in place of the first, which a guest cannot boot without, where a page of it is excluded."""
+    region, low = memory.regions[0], PhysicalRange(0, HIGH_MEMORY_START)
+    if region.backing.guest_memfd is not None or not intersect([low], excluded):
+        return False
+    starts = range(low.end, region.size - low.size + 1, low.size)
+    clean = (at for at in starts if not intersect([PhysicalRange(at, at + low.size)], excluded))
+    if (start := next(clean, None)) is None:
+        return False
+    region.backing.exchange(0, start, low.size)
+    return True
 
 
 def vet(backend: Backend, memory: GuestMemory, pid: int | None = None) -> Vetted:

@@ -22,6 +22,7 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
+from .alias_module import alias_module
 from .conftest import RESERVED, words_for
 from .console import Guest
 
@@ -300,6 +301,62 @@ def test_a_guest_by_the_library_gets_no_aliased_page_either(lab_kernel: HostKern
     assert (found["audit"]["verdict"], pages["mapped_pages"], pages["unknown_pages"]) == ("hidden", 0, 0)
     assert pages["excluded_pages"] == pages["excluded_mapped_pages"] == excluded
     assert pages["pages_populated"] + excluded == size // 4096
+
+
+ALIASED_LOW = """
+import os, select, sys
+import offmap.cli.main
+from offmap import hide
+from offmap.audit.residency import physical_ranges
+
+real, planted = hide.vet, []
+def vet(backend, memory):
+    if not planted:
+        ((physical, _),) = physical_ranges(os.getpid(), memory.regions[0].userspace_addr + 0x7000, 4096)
+        planted.append(os.open("/dev/offmap-alias", os.O_WRONLY))
+        os.write(planted[0], f"vmap {physical:#x}".encode())
+        ours = os.pidfd_open(os.getpid())
+        if not os.fork():  # which holds it as long as the guest lives
+            os.closerange(0, 3)
+            select.select([ours], [], [])
+            os._exit(0)
+        os.close(ours)
+    return real(backend, memory)
+hide.vet = vet
+sys.exit(offmap.cli.main.main(sys.argv[1:]))
+"""
+
+
+def test_a_guest_with_an_aliased_page_in_its_first_mib_gets_another(host: LabHost) -> None:
+    out = host.options.out
+    assert out is not None
+    (initrd := out / "low-guest.initramfs").write_bytes(guest_initramfs())
+    shutil.copy(module := alias_module(host.kernel), out)
+    assert host.run(["insmod", str(out / module.name)]) == 0
+    heard, ready = bytearray(), threading.Event()
+
+    def listen(data: bytes) -> None:
+        heard.extend(data)
+        if READY.encode() in heard:
+            ready.set()
+
+    options = ["--memory", "secretmem-bridge", "--initrd", str(initrd), "--cmdline", CMDLINE]
+    run = [sys.executable, "-c", ALIASED_LOW, "run", "--kernel", str(host.kernel.vmlinuz), *options]
+    shell = ["sh", "-c", 'echo "pid $$" >&2; exec "$@"', "sh", *run]
+    vmm = host.popen(shell, stdout=listen, stderr=listen, keep_stdin=True)
+    try:
+        assert ready.wait(PATIENCE), heard
+        assert b"aliased in the host kernel and kept from the guest" in heard
+        found = re.search(rb"pid (\d+)", heard)
+        assert found
+        done = host.output([*OFFMAP, "audit", found[1].decode(), "--json"])
+        result = json.loads(done.stdout)
+        assert (done.status, result["verdict"]) == (0, "hidden"), result
+        assert result["pages"]["excluded_pages"] == result["pages"]["excluded_mapped_pages"] > 0
+    finally:
+        vmm.kill()
+        vmm.wait(PATIENCE)
+        host.output(["sh", "-c", "while ! rmmod offmap_alias 2>/dev/null; do sleep 0.1; done"], timeout=PATIENCE)
 
 
 def test_under_a_gigabyte_leaf_the_whole_gigabyte_goes_or_nothing(lab_kernel: HostKernel, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import mmap
+import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from offmap.boot.linux import BootSource
 from offmap.errors import BackendRefused
-from offmap.hide import NotAudited, Ram, Vet, Vetted, vet
+from offmap.hide import NotAudited, Ram, Vet, Vetted, _vetting, vet
 from offmap.kvm import Vm
 from offmap.memory.backend import BACKENDS
 from offmap.memory.backing import Backing
@@ -48,6 +49,34 @@ def test_hidden_ram_is_the_guests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_aliased_pages_are_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vetted(monkeypatch, **ALIASED).excluded == (PhysicalRange(0x200000, 0x202000),)
+
+
+@pytest.mark.parametrize("clean", [2, None])
+def test_a_page_of_the_first_mib_has_its_guest_get_another_mib(
+    monkeypatch: pytest.MonkeyPatch, clean: int | None
+) -> None:
+    first, *others = ([at << 20 | 0x5000, 4096] for at in range(4) if at != clean)
+    said = [{"mapped_pages": 3, "mapped": [first, *others]}, {"mapped_pages": 1, "mapped": others[:1]}]
+
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(argv, 0, json.dumps(SEEN | {"pages": 1024} | said.pop(0)), "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 4 << 20)
+    with GuestMemory([Backing("test", fd, 4 << 20)]) as memory:
+        os.close(fd)
+        for at in range(4):
+            memory.write(at << 20, bytes([at]) * (1 << 20))
+        if clean is None:
+            said[0] = {"mapped_pages": 4, "mapped": [first, *others]}
+        found = _vetting(Secretmem(), memory, Vet(), lambda _: None)
+        assert isinstance(found, Vetted)
+        order = [0, 1, 2, 3] if clean is None else [2, 1, 0, 3]
+        assert all(memory.read(at << 20, 1 << 20) == bytes([which]) * (1 << 20) for at, which in enumerate(order))
+    # It is seen once more where its guest has it now.
+    assert len(said) == (1 if clean is None else 0)
+    assert found.excluded[0].start == (0x5000 if clean is None else 0x105000)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from offmap.uapi.mman import MAP_NORESERVE
 from offmap.uapi.page import PAGE_SIZE
 
 _MAP_FIXED = 0x10  # asm-generic/mman-common.h
+_MREMAP_MAYMOVE_FIXED = 3  # linux/mman.h
 
 
 class Backing(Owned):
@@ -106,6 +107,25 @@ class Backing(Owned):
                     start += zeroes.readinto(self.view[start : min(end, start + (1 << 30))])
         except OSError as error:
             raise KernelError("populating guest RAM", error) from None
+
+    def exchange(self, one: int, other: int, size: int) -> None:
+        """Let the frames of two stretches change places.
+
+        Args:
+            one, other, size: offsets, in whole pages.
+
+        Raises:
+            KernelError: the kernel would not; the memory is of no use then.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+        length, private = ctypes.c_size_t(size), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        aside = libc.mmap(None, length, 0, private, -1, ctypes.c_long(0))
+        one, other = self.address + one, self.address + other
+        for start, to in ((one, aside), (other, one), (aside, other)):
+            moved = libc.mremap(ctypes.c_void_p(start), length, length, _MREMAP_MAYMOVE_FIXED, ctypes.c_void_p(to))
+            if moved != to:
+                raise KernelError("moving guest RAM", ctypes.get_errno())
 
     @contextlib.contextmanager
     def closed_on_error(self) -> Iterator[Self]:
