@@ -456,8 +456,12 @@ HOLDERS = "/sys/class/misc/offmap/holders"
 KILLS = 20
 
 
-def moments(host: LabHost, command: list[str]) -> list[float]:
-    """When to kill each guest, in seconds from its start: most around the time when it gets its memory.
+def await_holder(host: LabHost) -> None:
+    assert host.output(["sh", "-c", f"until grep -q . {HOLDERS}; do sleep 0.05; done"], timeout=PATIENCE).status == 0
+
+
+def moments(host: LabHost, command: list[str]) -> list[tuple[float, bool]]:
+    """When to kill each guest: most around the time when it gets its memory. Seconds, and whether from then on.
 
     How long that takes here, and how long until its init is ready, a guest tells that is left alone till then.
     """
@@ -471,7 +475,7 @@ def moments(host: LabHost, command: list[str]) -> list[float]:
 
     began = time.monotonic()
     vmm = host.popen(command, stdout=listen, stderr=heard.extend, keep_stdin=True)
-    assert host.output(["sh", "-c", f"until grep -q . {HOLDERS}; do sleep 0.05; done"], timeout=PATIENCE).status == 0
+    await_holder(host)
     has_memory = time.monotonic() - began
     assert ready.wait(PATIENCE), bytes(heard)
     is_ready = time.monotonic() - began
@@ -479,8 +483,8 @@ def moments(host: LabHost, command: list[str]) -> list[float]:
     vmm.wait(PATIENCE)
     chance = random.Random(7)
     late = KILLS // 4
-    early = [chance.uniform(0, 1.5 * has_memory) for _ in range(KILLS - late)]
-    return early + [chance.uniform(has_memory, 1.1 * is_ready) for _ in range(late)]
+    early = [(chance.uniform(0, 1.5 * has_memory), False) for _ in range(KILLS - late)]
+    return early + [(chance.uniform(0, 1.1 * is_ready - has_memory), True) for _ in range(late)]
 
 
 @pytest.mark.parametrize("backend", ["unplugged", "secretmem-bridge"])
@@ -495,9 +499,11 @@ def test_killed_at_any_moment_nothing_stays_out(lab_kernel: HostKernel, tmp_path
         command += ["--kernel", str(lab_kernel.vmlinuz), "--initrd", str(initrd)]
         command += ["--cmdline", f"{CMDLINE} {canary_parameters(key, 64)}"]
         stages = set()
-        for moment in moments(host, command):
+        for moment, from_then_on in moments(host, command):
             heard = bytearray()
             vmm = host.popen(command, stdout=heard.extend, stderr=heard.extend, keep_stdin=True)
+            if from_then_on:
+                await_holder(host)
             time.sleep(moment)
             out = host.output(["cat", HOLDERS]).stdout
             vmm.send_signal(9)
