@@ -299,12 +299,12 @@ def sharers() -> dict[str, Any]:
         fd = os.open(f"/proc/{child.pid}/fd/{_fd_named(child.pid, '/memfd:ram (deleted)')}", os.O_RDWR)
         view = mmap.mmap(fd, 4 * MIB)
         for page in range(16):
-            view[page * PAGE]
+            view[page * PAGE] = 1  # a read would map what is around it too: how much depends on the address
         touched, done = os.pipe()
         pid = os.fork()  # the auditor itself is not named: so another process looks
         if pid == 0:
             for page in range(8):
-                view[page * PAGE]
+                view[page * PAGE] = 1
             os.write(done, b"x")
             signal.pause()  # until it is killed
         os.close(done)
