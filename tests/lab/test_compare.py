@@ -86,7 +86,7 @@ def cell_hosts(folder: str) -> set[int]:
 
 def test_a_panic_is_that_cells_result_and_the_others_go_on(lab_kernel: HostKernel, tmp_path: Path) -> None:
     specs = [CellSpec("anon"), CellSpec("memfd"), CellSpec("hugetlb")]
-    settings = Settings(deadline=120, program=program(anon="panic", hugetlb="refuse"))
+    settings = Settings(deadline=round(scaled(120)), program=program(anon="panic", hugetlb="refuse"))
     results, _ = compare(tmp_path, specs, settings)
     panicked, fine, refused = (results[spec] for spec in specs)
 
@@ -145,12 +145,13 @@ def test_a_kernel_of_ones_own_beside_debians(lab_kernel: HostKernel, tmp_path: P
     image.write_bytes(lab_kernel.vmlinuz.read_bytes())
     (tmp_path / "own/lib/modules" / lab_kernel.release).symlink_to(lab_kernel.modules)
     specs = [CellSpec("anon", str(image)), CellSpec("anon")]
-    results, _ = compare(tmp_path / "out", specs, Settings(deadline=120, program=program()))
+    settings = Settings(deadline=round(scaled(120)), program=program())
+    results, _ = compare(tmp_path / "out", specs, settings)
     assert [results[spec].outcome for spec in specs] == [CellOutcome.BOOTED] * 2
     assert {path.name for path in (tmp_path / "out/cells").iterdir()} == {f"{spec.key}.json" for spec in specs}
     # made again, it is another kernel; the others are what they were
     image.write_bytes(image.read_bytes() + b"\0" * 16)
-    _, events = compare(tmp_path / "out", specs, Settings(deadline=120, program=program()))
+    _, events = compare(tmp_path / "out", specs, settings)
     assert [spec for spec, event in events.all if event.again] == [specs[0]]
     assert events.of("again") == ["the host kernel changed since"]
 
