@@ -14,7 +14,7 @@ from offmap.patience import scaled
 
 __all__ = ["PATIENCE", "Guest"]
 
-PATIENCE = scaled(120.0)  # seconds for what takes 10 on an idle machine
+PATIENCE = 120.0  # seconds, to be scaled, for what takes 10 on an idle machine
 PRINT_PID = ("sh", "-c", 'echo "pid $$" >&2; exec "$@"', "sh")
 
 
@@ -57,7 +57,7 @@ class Guest:
         return int(self.expect_error(r"^pid (\d+)\n")[1])
 
     def _await(self, text: bytearray, pattern: bytes, start: int, seconds: float) -> re.Match[bytes]:
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + scaled(seconds)
         search = re.compile(pattern, re.DOTALL | re.MULTILINE).search
         with self._heard:
             # In a copy: a bytearray cannot grow while a match of it is held.
@@ -89,7 +89,7 @@ class Guest:
 
     def end(self, seconds: float = PATIENCE) -> int:
         """Wait until the VMM has ended; return its status."""
-        return self.command.wait(seconds)
+        return self.command.wait(scaled(seconds))
 
     def __enter__(self) -> Self:
         return self

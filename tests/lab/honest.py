@@ -18,6 +18,7 @@ from offmap.compare.guest import READY
 from offmap.lab.firecracker import released_firecracker
 from offmap.lab.provision import host_kernel
 from offmap.lab.vmlinux import vmlinux_of
+from offmap.patience import scaled
 
 from .kvm_attack_target import MIB, Vm, plain
 from .test_wrap import qemu
@@ -65,7 +66,7 @@ def main() -> int:
             started[2].await_(f"({READY})")
             started.append(Started(host, [sys.executable, "-m", "tests.lab.honest", "--come-and-go"]))
             while found.total() < args.count:
-                done = host.output([*OFFMAP, "audit", "--all", "--json"], timeout=PATIENCE, cwd=ROOT)
+                done = host.output([*OFFMAP, "audit", "--all", "--json"], timeout=scaled(PATIENCE), cwd=ROOT)
                 result = json.loads(done.stdout)
                 pids |= {vm["pid"] for vm in result["vms"] if vm["vmm"]["vmm"] == "offmap"}
                 honest = [vm for vm in result["vms"] if vm["pid"] in pids]

@@ -17,7 +17,7 @@ import time
 
 from offmap.patience import scaled
 
-PATIENCE = scaled(240.0)  # seconds for what takes 20 on an idle machine
+PATIENCE = 240.0  # seconds for what takes 20 on an idle machine
 
 
 class Terminal:
@@ -39,7 +39,7 @@ class Terminal:
     def expect(self, pattern: bytes) -> bytes:
         """Wait until it has said this after what was waited for last; return its first group."""
         search = re.compile(pattern, re.DOTALL).search
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + scaled(PATIENCE)
         while (match := search(self.said, self._seen)) is None:
             if not self._listen(max(deadline - time.monotonic(), 0)):
                 self.program.kill()

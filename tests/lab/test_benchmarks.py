@@ -12,6 +12,7 @@ from offmap.compare.guest import READY, guest_initramfs
 from offmap.kmod.lab_build import lab_module
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.patience import scaled
 
 from .conftest import RESERVED
 from .console import PATIENCE, Guest
@@ -35,7 +36,7 @@ def host(lab_kernel: HostKernel, tmp_path_factory: pytest.TempPathFactory) -> It
 def test_unplugged_is_there_in_a_third_of_memfds_time_and_the_direct_map_is_as_before(host: LabHost) -> None:
     module = lab_module(host.kernel)
     argv = [sys.executable, str(POPULATE), "--inside", "--place=stock", "--rounds=1", "--limit-rounds=5"]
-    done = host.output([*argv, "--kind=unplugged", "--module", str(module)], timeout=PATIENCE)
+    done = host.output([*argv, "--kind=unplugged", "--module", str(module)], timeout=scaled(PATIENCE))
     assert done.status == 0, done.stderr.decode()
     figures: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
     limits = {figure["figure"]: figure["limit"]["met"] for figure in figures if "limit" in figure}

@@ -125,7 +125,7 @@ def test_a_terminal_on_hvc0_and_its_size(host: LabHost, images: dict[str, Image]
     image = images["6.12"]
     target = Path(__file__).with_name("hvc_target.py")
     options = ["--image", str(image.folder), "--memory", "unplugged"]
-    done = host.output([sys.executable, str(target), *options], timeout=2 * BOOT)
+    done = host.output([sys.executable, str(target), *options], timeout=2 * scaled(BOOT))
     assert done.status == 0, done.stderr
     seen = json.loads(done.stdout)
     assert "Ctrl-A x: quit" in seen.pop("errors")
@@ -153,7 +153,7 @@ def test_several_guests_at_once_each_audited_by_itself(host: LabHost, images: di
         for guest in guests.values():
             guest.expect("up\n", BOOT)
         for name, guest in guests.items():
-            audit = host.output([*OFFMAP, "audit", "--no-progress", str(guest.pid)], timeout=PATIENCE)
+            audit = host.output([*OFFMAP, "audit", "--no-progress", str(guest.pid)], timeout=scaled(PATIENCE))
             said = audit.stdout.decode()
             if kinds[name] == "anon":
                 assert audit.status == 1 and said.startswith("EXPOSED: "), said
@@ -174,7 +174,7 @@ def test_one_command(host: LabHost, images: dict[str, Image]) -> None:
     run = (*OFFMAP, "run", "--image", str(images["6.12"].folder), "--memory", "reserved")
 
     def job(command: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
-        done = host.output([*run, "--exec", command], stdin=stdin, timeout=PATIENCE)
+        done = host.output([*run, "--exec", command], stdin=stdin, timeout=scaled(PATIENCE))
         return done.status, done.stdout, done.stderr
 
     everything = bytes(range(256)) * 4096 + b"\r\n\x04\x00"
@@ -193,7 +193,7 @@ def test_one_command(host: LabHost, images: dict[str, Image]) -> None:
     assert (status, out) == (125, b""), errors
     assert errors.startswith(b"offmap run: the guest reset itself before the command did"), errors
     assert errors.count(b"\n") == 1
-    dead = host.output(["sh", "-c", '"$@" --exec yes | head -n 1', "sh", *run], timeout=PATIENCE)
+    dead = host.output(["sh", "-c", '"$@" --exec yes | head -n 1', "sh", *run], timeout=scaled(PATIENCE))
     assert dead.stdout == b"y\n"
     assert b"writing the command's stdout failed: Broken pipe" in dead.stderr
 
@@ -202,11 +202,11 @@ def test_a_job_whose_guest_is_not_hidden_fails_where_that_was_asked_for(
     host: LabHost, images: dict[str, Image]
 ) -> None:
     run = (*OFFMAP, "run", "--image", str(images["6.12"].folder), "--audit")
-    done = host.output([*run, "--exec", "echo done"], timeout=PATIENCE)
+    done = host.output([*run, "--exec", "echo done"], timeout=scaled(PATIENCE))
     assert (done.status, done.stdout) == (125, b"done\n")
     assert b"EXPOSED: " in done.stderr
     assert b"the command ended with status 0, but its guest was not found hidden" in done.stderr
-    done = host.output([*run, "--memory", "unplugged", "--exec", "exit 9"], timeout=PATIENCE)
+    done = host.output([*run, "--memory", "unplugged", "--exec", "exit 9"], timeout=scaled(PATIENCE))
     assert done.status == 9
     assert b"HIDDEN: " in done.stderr
 
@@ -217,14 +217,14 @@ def test_an_image_is_written_to_by_one_guest_at_a_time(host: LabHost, images: di
     run = (*OFFMAP, "run", "--image", f"{root},rw=on")
     with Guest(host, None, "--image", f"{root},rw=on", "--exec", "echo up; read x; echo mine >/root/mark") as first:
         first.expect("up\n", BOOT)
-        second = host.output([*run, "--exec", "true"], timeout=PATIENCE)
+        second = host.output([*run, "--exec", "true"], timeout=scaled(PATIENCE))
         assert second.status == 125
         assert second.stderr.count(b"\n") == 1 and b"root.img" in second.stderr
         first.keys("go\n")
         assert first.end() == 0, first.errors
     check = host.output(["e2fsck", "-fn", f"{root}/root.img"])
     assert check.status == 0, check.stdout
-    third = host.output([*run, "--exec", "cat /root/mark"], timeout=PATIENCE)
+    third = host.output([*run, "--exec", "cat /root/mark"], timeout=scaled(PATIENCE))
     assert third.stdout == b"mine\n", third.stderr
 
 
@@ -278,7 +278,7 @@ def test_every_device_of_a_hidden_guest_at_once(host: LabHost, images: dict[str,
         options += ["--drive", "/tmp/read,readonly=on", "--drive", "/tmp/written"]
         options += ["--net", "tap=ofdev0,address=198.18.7.1/24", "--vsock", f"cid=7,path={socket_path}"]
         options += ["--cmdline", "console=ttyS0 quiet ip=198.18.7.2::198.18.7.1:255.255.255.0"]
-        done = host.output([*OFFMAP, "run", *options, "--exec", f"bash -c '{QUOTED}'"], timeout=PATIENCE)
+        done = host.output([*OFFMAP, "run", *options, "--exec", f"bash -c '{QUOTED}'"], timeout=scaled(PATIENCE))
     finally:
         server.kill()
     errors = done.stderr.decode()

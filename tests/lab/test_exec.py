@@ -21,7 +21,7 @@ from offmap.patience import scaled
 
 pytestmark = pytest.mark.lab
 
-PATIENCE = scaled(60.0)  # seconds for what takes 4 on an idle machine
+PATIENCE = 60.0  # seconds for what takes 4 on an idle machine
 GONE = 5.0  # seconds in which a killed QEMU must be gone, on an idle machine
 
 
@@ -69,7 +69,7 @@ class Launched:
 
     def finish(self) -> tuple[int, bytes, bytes]:
         """Wait for the end; return status, output and messages."""
-        out, err = self.process.communicate(timeout=PATIENCE)
+        out, err = self.process.communicate(timeout=scaled(PATIENCE))
         return self.process.returncode, out, err
 
     def close(self) -> None:
@@ -140,7 +140,7 @@ def test_exit_status_and_separate_streams(lab_host: LabHost) -> None:
 
 def test_binary_streams(lab_host: LabHost) -> None:
     data = random.Random(3).randbytes(1 << 20)
-    done = lab_host.output(["cat"], stdin=data, timeout=PATIENCE)
+    done = lab_host.output(["cat"], stdin=data, timeout=scaled(PATIENCE))
     assert (done.status, done.stdout == data) == (0, True)
 
 
@@ -186,11 +186,11 @@ def test_commands_at_the_same_time(lab_host: LabHost) -> None:
     reader = lab_host.popen(["cat"], stdout=out.extend, keep_stdin=True)
     others = [lab_host.popen(["sh", "-c", f"exit {number}"]) for number in range(5)]
     reader.write(b"one ")
-    assert [command.wait(PATIENCE) for command in others] == list(range(5))
+    assert [command.wait(scaled(PATIENCE)) for command in others] == list(range(5))
     assert reader.poll() is None
     reader.write(b"two")
     reader.close_stdin()
-    assert reader.wait(PATIENCE) == 0
+    assert reader.wait(scaled(PATIENCE)) == 0
     assert out == b"one two"
 
 
@@ -200,7 +200,7 @@ def test_command_with_a_terminal(lab_host: LabHost) -> None:
         ["sh", "-c", "tty; stty size; read x; echo got $x"], stdout=out.extend, keep_stdin=True, terminal=(31, 97)
     )
     command.write(b"line\n")
-    assert command.wait(PATIENCE) == 0
+    assert command.wait(scaled(PATIENCE)) == 0
     text = out.decode()
     assert "/dev/pts/" in text
     assert "31 97" in text
@@ -225,7 +225,7 @@ def test_panic_is_reported_at_once(lab_kernel: HostKernel) -> None:
     with LabHost.start(lab_kernel, memory="512M") as host:
         began = time.monotonic()
         with pytest.raises(LabPanic, match="sysrq triggered crash") as caught:
-            host.run(["sh", "-c", "echo c > /proc/sysrq-trigger"], timeout=PATIENCE)
+            host.run(["sh", "-c", "echo c > /proc/sysrq-trigger"], timeout=scaled(PATIENCE))
         assert time.monotonic() - began < scaled(10)
         assert "Call Trace" in caught.value.oops
         with pytest.raises(LabPanic):
@@ -235,7 +235,7 @@ def test_panic_is_reported_at_once(lab_kernel: HostKernel) -> None:
 def test_host_that_powers_off_is_reported(lab_kernel: HostKernel) -> None:
     with LabHost.start(lab_kernel, memory="512M") as host, pytest.raises(LabEnded, match="powered off or reset"):
         # The power goes some time after the disks: a command that needs a file still, to run sleep, would end before.
-        host.run(["sh", "-c", "echo o > /proc/sysrq-trigger; kill -STOP $$"], timeout=PATIENCE)
+        host.run(["sh", "-c", "echo o > /proc/sysrq-trigger; kill -STOP $$"], timeout=scaled(PATIENCE))
 
 
 def test_boot_that_fails_says_why(lab_kernel: HostKernel) -> None:
@@ -266,7 +266,7 @@ def test_full_disk_is_the_commands_own_problem(lab_kernel: HostKernel, small_dis
 def test_command_that_uses_up_all_memory(lab_kernel: HostKernel) -> None:
     with LabHost.start(lab_kernel, memory="512M") as host:
         hog = "a = []\nwhile True: a.append(bytearray(1 << 24))"
-        done = host.output([sys.executable, "-c", hog], timeout=PATIENCE)
+        done = host.output([sys.executable, "-c", hog], timeout=scaled(PATIENCE))
         assert done.status in (1, 128 + signal.SIGKILL)  # MemoryError, or the out-of-memory killer
         assert host.output(["echo", "still here"]).stdout == b"still here\n"
         assert "invoked oom-killer" in host.console.text or b"MemoryError" in done.stderr
@@ -320,7 +320,7 @@ def test_reader_of_the_output_that_leaves(tmp_path: Path, launched: list[Launche
     pid = launch.await_line(b"y\n")
     assert launch.process.stdout
     launch.process.stdout.close()
-    assert launch.process.wait(PATIENCE) == 128 + signal.SIGPIPE
+    assert launch.process.wait(scaled(PATIENCE)) == 128 + signal.SIGPIPE
     assert await_end(pid)
 
 
@@ -337,7 +337,7 @@ def test_exec_on_a_terminal(tmp_path: Path) -> None:
         os.write(ours, b"\x03")  # Ctrl-C is the command's, not ours
         os.write(ours, b"tty; echo $((6*7)); exit 5\r")
         _await(ours, seen, b"\r\n42\r\n")
-        assert process.wait(PATIENCE) == 5
+        assert process.wait(scaled(PATIENCE)) == 5
         assert b"/dev/pts/0" in seen
         assert termios.tcgetattr(theirs) == before
     finally:
@@ -348,7 +348,7 @@ def test_exec_on_a_terminal(tmp_path: Path) -> None:
 
 
 def _await(fd: int, seen: bytearray, text: bytes) -> None:
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + scaled(PATIENCE)
     while text not in seen:
         assert select.select([fd], [], [], max(0, deadline - time.monotonic()))[0], bytes(seen)
         seen += os.read(fd, 4096)

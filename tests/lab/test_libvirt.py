@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "src/offmap/compare/libvirt_host.sh"
-PATIENCE = scaled(120.0)
+PATIENCE = 120.0  # seconds on an idle machine
 OFFMAP = [sys.executable, "-m", "offmap"]
 VIRSH = ["virsh", "--quiet", "--connect", "qemu:///system"]
 SIZE = 2 * BLOCK
@@ -71,7 +71,7 @@ def documented() -> str:
 
 
 def output(host: LabHost, *argv: str) -> str:
-    done = host.output(argv, timeout=PATIENCE)
+    done = host.output(argv, timeout=scaled(PATIENCE))
     assert done.status == 0, done.stderr.decode()
     return done.stdout.decode()
 

@@ -35,7 +35,7 @@ OFFMAP = (sys.executable, "-m", "offmap")
 MIB = 1 << 20
 SIZE = 256 * MIB
 CMDLINE = "console=ttyS0 quiet"
-PATIENCE = scaled(120.0)
+PATIENCE = 120.0  # seconds on an idle machine
 
 
 def insert(host: LabHost, module: Path, out: Path) -> None:
@@ -65,7 +65,7 @@ def host(lab_kernel: HostKernel, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def ask(host: LabHost, what: str) -> Any:
-    done = host.output([sys.executable, TARGET, what], timeout=PATIENCE)
+    done = host.output([sys.executable, TARGET, what], timeout=scaled(PATIENCE))
     assert done.status == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -85,12 +85,12 @@ class Holding:
             self._heard.set()
 
     def __enter__(self) -> Any:
-        assert self._heard.wait(PATIENCE)
+        assert self._heard.wait(scaled(PATIENCE))
         return json.loads(self._out)
 
     def __exit__(self, *_: object) -> None:
         self._command.close_stdin()
-        self._command.wait(PATIENCE)
+        self._command.wait(scaled(PATIENCE))
 
 
 def given_back(host: LabHost, before: Any) -> None:
@@ -285,7 +285,7 @@ def test_a_guest_by_the_library_gets_no_aliased_page_either(lab_kernel: HostKern
     with LabHost.start(lab_kernel, memory="1536M", out=tmp_path) as host:
         insert(host, lab_module(lab_kernel), tmp_path)
         command = [sys.executable, LIBRARY_TARGET, str(lab_kernel.vmlinuz), str(initrd), str(size)]
-        done = host.output(command, timeout=PATIENCE * 2)
+        done = host.output(command, timeout=scaled(PATIENCE) * 2)
         assert done.status == 0, done.stderr.decode()
     found = json.loads(done.stdout)
     excluded = found["ram"]["excluded_pages"]
@@ -345,7 +345,7 @@ def test_a_guest_with_an_aliased_page_in_its_first_mib_gets_another(host: LabHos
     shell = ["sh", "-c", 'echo "pid $$" >&2; exec "$@"', "sh", *run]
     vmm = host.popen(shell, stdout=listen, stderr=listen, keep_stdin=True)
     try:
-        assert ready.wait(PATIENCE), heard
+        assert ready.wait(scaled(PATIENCE)), heard
         assert b"aliased in the host kernel and kept from the guest" in heard
         found = re.search(rb"pid (\d+)", heard)
         assert found
@@ -355,8 +355,9 @@ def test_a_guest_with_an_aliased_page_in_its_first_mib_gets_another(host: LabHos
         assert result["pages"]["excluded_pages"] == result["pages"]["excluded_mapped_pages"] > 0
     finally:
         vmm.kill()
-        vmm.wait(PATIENCE)
-        host.output(["sh", "-c", "while ! rmmod offmap_alias 2>/dev/null; do sleep 0.1; done"], timeout=PATIENCE)
+        vmm.wait(scaled(PATIENCE))
+        unload = "while ! rmmod offmap_alias 2>/dev/null; do sleep 0.1; done"
+        host.output(["sh", "-c", unload], timeout=scaled(PATIENCE))
 
 
 def test_under_a_gigabyte_leaf_the_whole_gigabyte_goes_or_nothing(lab_kernel: HostKernel, tmp_path: Path) -> None:
@@ -400,13 +401,13 @@ def test_memory_comes_from_the_node_that_was_named_and_goes_back_to_it(lab_kerne
         assert found["spare"] < 1 << 30
         options = ("--initrd", str(initrd), "--cmdline", CMDLINE, "--memory")
         run = [*OFFMAP, "run", "--kernel", str(lab_kernel.vmlinuz), *options]
-        done = host.output([*run, "unplugged,node=7"], timeout=PATIENCE)
+        done = host.output([*run, "unplugged,node=7"], timeout=scaled(PATIENCE))
         assert (done.status, done.stderr.count(b"\n")) == (2, 1), done.stderr
         assert (
             b"refused: this host cannot give unplugged memory: it has no NUMA node 7; see /sys/devices/system/node"
             in done.stderr
         )
-        done = host.output([*run, "unplugged,node=1", "--memory-size", "1G"], timeout=PATIENCE)
+        done = host.output([*run, "unplugged,node=1", "--memory-size", "1G"], timeout=scaled(PATIENCE))
         assert (done.status, done.stderr.count(b"\n")) == (2, 1), done.stderr
         assert re.search(rb"could spare [\d.]+ MiB in whole memory blocks on node 1, not 1 GiB", done.stderr)
         with Guest(host, lab_kernel.vmlinuz, *options, "unplugged,node=1") as guest:
@@ -442,7 +443,7 @@ def test_a_guest_is_mapped_by_a_gigabyte_where_the_kernel_can(
             else:
                 # The rest of the memory is no whole gigabyte, and mapped by 2 MiB.
                 assert pages["1g"] and pages["2m"] and not pages["4k"], pages
-            done = host.output([*OFFMAP, "audit", str(guest.pid)], timeout=PATIENCE)
+            done = host.output([*OFFMAP, "audit", str(guest.pid)], timeout=scaled(PATIENCE))
             assert done.status == 0, done.stdout.decode()
             guest.keys("poweroff -f\n")
             assert guest.end() == 0, guest.errors
@@ -457,7 +458,8 @@ KILLS = 20
 
 
 def await_holder(host: LabHost) -> None:
-    assert host.output(["sh", "-c", f"until grep -q . {HOLDERS}; do sleep 0.05; done"], timeout=PATIENCE).status == 0
+    script = f"until grep -q . {HOLDERS}; do sleep 0.05; done"
+    assert host.output(["sh", "-c", script], timeout=scaled(PATIENCE)).status == 0
 
 
 def moments(host: LabHost, command: list[str]) -> list[tuple[float, bool]]:
@@ -477,10 +479,10 @@ def moments(host: LabHost, command: list[str]) -> list[tuple[float, bool]]:
     vmm = host.popen(command, stdout=listen, stderr=heard.extend, keep_stdin=True)
     await_holder(host)
     has_memory = time.monotonic() - began
-    assert ready.wait(PATIENCE), bytes(heard)
+    assert ready.wait(scaled(PATIENCE)), bytes(heard)
     is_ready = time.monotonic() - began
     vmm.send_signal(9)
-    vmm.wait(PATIENCE)
+    vmm.wait(scaled(PATIENCE))
     chance = random.Random(7)
     late = KILLS // 4
     early = [(chance.uniform(0, 1.5 * has_memory), False) for _ in range(KILLS - late)]
@@ -507,7 +509,7 @@ def test_killed_at_any_moment_nothing_stays_out(lab_kernel: HostKernel, tmp_path
             time.sleep(moment)
             out = host.output(["cat", HOLDERS]).stdout
             vmm.send_signal(9)
-            vmm.wait(PATIENCE)
+            vmm.wait(scaled(PATIENCE))
             stages.add((bool(out), READY.encode() in heard))
         # Some died before they had memory or while they got it, some with a guest that was booting or had booted.
         assert len(stages) >= 2, stages
@@ -525,7 +527,7 @@ def test_killed_at_any_moment_nothing_stays_out(lab_kernel: HostKernel, tmp_path
         for wanted, count in ((str(key), 0), ("own", 64)):
             own = str(new_key())
             arguments = ["--json", "--canary", own if wanted == "own" else wanted]
-            done = host.output([sys.executable, AUDIT_TARGET, "anon", own, "1", *arguments], timeout=PATIENCE)
+            done = host.output([sys.executable, AUDIT_TARGET, "anon", own, "1", *arguments], timeout=scaled(PATIENCE))
             assert len({hit["canary"] for hit in json.loads(done.stdout)["scan"]["found"]}) == count
         assert host.output(["rmmod", "offmap"]).status == 0
 
@@ -560,7 +562,7 @@ def test_unmodified_qemu_is_hidden(host: LabHost) -> None:
 
     vmm = host.popen(["sh", "-c", f"echo pid $$ >&2; {script}"], stdout=listen, stderr=listen, keep_stdin=True)
     try:
-        assert ready.wait(PATIENCE), heard
+        assert ready.wait(scaled(PATIENCE)), heard
         found = re.search(rb"pid (\d+)", heard)
         assert found
         pid = int(found[1])
@@ -577,7 +579,7 @@ def test_unmodified_qemu_is_hidden(host: LabHost) -> None:
         assert {alias["region"] for alias in result["aliases"]} <= {"vmalloc/ioremap space"}
     finally:
         vmm.kill()
-        vmm.wait(PATIENCE)
+        vmm.wait(scaled(PATIENCE))
     given_back(host, before)
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.lab
 
 TARGET = "tests.lab.module_host_target"
 ROOT = Path(__file__).parents[2]
-PATIENCE = scaled(120.0)
+PATIENCE = 120.0  # seconds on an idle machine
 BLOCK = 128 << 20
 # A crash kernel is a part of RAM that the resource tree names, above what is taken.
 CMDLINE = "crashkernel=64M secretmem.enable=1"
@@ -35,7 +35,7 @@ def insert(host: LabHost, out: Path) -> None:
 
 
 def ask(host: LabHost, *what: str) -> Any:
-    done = host.output([sys.executable, "-m", TARGET, *what], timeout=PATIENCE, cwd=ROOT)
+    done = host.output([sys.executable, "-m", TARGET, *what], timeout=scaled(PATIENCE), cwd=ROOT)
     assert done.status == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -134,7 +134,7 @@ def test_all_of_it_at_once_loses_nothing_and_holds_nobody_up(host: LabHost) -> N
     """A short share of what can be run for long (docs/module.md)."""
     assert host.output(["modprobe", "hwpoison_inject"]).status == 0
     argv = [sys.executable, "-m", "tests.lab.module_stress_target", "0", "6", "--takes", "12"]
-    done = host.output(argv, timeout=PATIENCE, cwd=ROOT)
+    done = host.output(argv, timeout=scaled(PATIENCE), cwd=ROOT)
     assert done.status == 0, done.stderr.decode()
     found = json.loads(done.stdout)
     # First what was wrong, as it ends the run; and all that is said, which pytest would shorten.

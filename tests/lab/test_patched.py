@@ -25,6 +25,7 @@ from offmap.kmod.lab_build import lab_module
 from offmap.lab.build import patched_kernel
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.patience import scaled
 
 from .alias_module import skip_module
 from .console import PATIENCE, Guest
@@ -78,7 +79,7 @@ def nothing_went_wrong(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def target(host: LabHost, what: str, kind: str = "", program: str = TARGET) -> Any:
-    done = host.output([sys.executable, "-m", program, what, kind], timeout=PATIENCE, cwd=ROOT)
+    done = host.output([sys.executable, "-m", program, what, kind], timeout=scaled(PATIENCE), cwd=ROOT)
     assert done.status == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -91,7 +92,7 @@ def test_it_has_what_the_comparison_asks_of_a_kernel(patched_host: LabHost) -> N
         grep -qw disk /sys/power/state && ! grep -q disabled /sys/power/disk || exit 3
         grep -q kexec_file_load /proc/kallsyms || exit 4
     """
-    done = patched_host.output(["sh", "-c", script], timeout=PATIENCE)
+    done = patched_host.output(["sh", "-c", script], timeout=scaled(PATIENCE))
     assert done.status == 0, (done.status, done.stderr)
     module = lab_module(patched_host.kernel)
     done = patched_host.output(["sh", "-c", f"insmod {module} && test -c /dev/offmap && rmmod offmap"])
@@ -209,7 +210,7 @@ def rows(host: LabHost, kernel: Path, initrd: Path, clock: str, *backends: str) 
         job = Job(spec, str(kernel), str(initrd), str(host.options.out), preset=PRESET)
         argv = [sys.executable, "-m", "offmap.compare.measure", msgspec.json.encode(job).decode()]
         transcript = Transcript(lambda _: None)
-        done = host.output(argv, timeout=3 * PATIENCE)
+        done = host.output(argv, timeout=3 * scaled(PATIENCE))
         assert done.status == 0, done.stderr.decode()
         transcript.feed(done.stdout)
         said = transcript.said()
@@ -254,12 +255,12 @@ def test_a_guest_keeps_time_by_kvm_clock_and_stays_hidden(
         assert patched_host.output(["sh", "-c", churn]).status == 0
         assert guest.shell("sha256sum /kept") == before
         audit = [sys.executable, "-m", "offmap", "audit", str(guest.pid), "--json"]
-        told = patched_host.output(audit, timeout=PATIENCE)
+        told = patched_host.output(audit, timeout=scaled(PATIENCE))
         assert told.status == 3, told.stdout.decode()
         result = json.loads(told.stdout)
         assert any("list of VMs could not be read" in note for note in result["notes"]), result
         named = [word for part in result["ranges"] for word in ("--range", f"{part['va']}:{part['bytes']}")]
-        again = patched_host.output([*audit, *named], timeout=PATIENCE)
+        again = patched_host.output([*audit, *named], timeout=scaled(PATIENCE))
         assert (again.status, json.loads(again.stdout)["verdict"]) == (0, "hidden"), again.stdout.decode()
         now = int(patched_host.output(["date", "+%s"]).stdout)
         assert abs(int(guest.shell("date +%s")) - now) <= 3
@@ -270,7 +271,7 @@ def test_a_guest_keeps_time_by_kvm_clock_and_stays_hidden(
 def test_a_device_write_straight_after_an_exception_reaches_the_device(patched_host: LabHost) -> None:
     """What newer KVM takes for an event that cannot be delivered, on an emulated processor (VcpuLoop)."""
     program = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/kvm/test_vcpu_loop.py"]
-    done = patched_host.output([*program, "-k", "exception"], cwd=ROOT, timeout=PATIENCE)
+    done = patched_host.output([*program, "-k", "exception"], cwd=ROOT, timeout=scaled(PATIENCE))
     assert done.status == 0, done.stdout.decode()
     assert b"1 passed" in done.stdout
 
@@ -281,6 +282,6 @@ def test_a_stock_kernel_gives_neither(lab_host: LabHost, lab_kernel: HostKernel)
         (("--memory", "secretmem", "--kvm-clock", "on"), "kvm-clock cannot be offered on secretmem memory"),
     ):
         argv = [sys.executable, "-m", "offmap", "run", "--kernel", str(lab_kernel.vmlinuz), *options]
-        done = lab_host.output(argv, timeout=PATIENCE)
+        done = lab_host.output(argv, timeout=scaled(PATIENCE))
         assert (done.status, done.stderr.count(b"\n")) == (2, 1), done.stderr
         assert why in done.stderr.decode()

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.lab
 
 TARGET = "tests.lab.pool_target"
 ROOT = Path(__file__).parents[2]
-PATIENCE = scaled(120.0)
+PATIENCE = 120.0  # seconds on an idle machine
 OFFMAP = [sys.executable, "-m", "offmap"]
 MIB = 1 << 20
 SIZE = 256 * MIB
@@ -51,7 +51,7 @@ def start(kernel: HostKernel, out: Path, devices: tuple[str, ...] = ()) -> LabHo
 
 
 def ask(host: LabHost, *what: str) -> Any:
-    done = host.output([sys.executable, "-m", TARGET, *what], timeout=PATIENCE, cwd=ROOT)
+    done = host.output([sys.executable, "-m", TARGET, *what], timeout=scaled(PATIENCE), cwd=ROOT)
     assert done.status == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -185,7 +185,7 @@ def pool_of_256m(host: LabHost, *kernels: Path) -> Iterator[None]:
     script = "cp $@ /run; chmod a+r /run/*; chgrp 4712 /dev/kvm; chmod 660 /dev/kvm"
     assert host.output(["sh", "-c", script, "sh", *copies]).status == 0
     create = [*OFFMAP, "pool", "create", "256M", "--group", "4712", "--allow-nested"]
-    assert host.output(create, timeout=PATIENCE).stdout == b"256 MiB at /run/hidden\n"
+    assert host.output(create, timeout=scaled(PATIENCE)).stdout == b"256 MiB at /run/hidden\n"
     yield
     assert host.output([*OFFMAP, "pool", "destroy"]).status == 0
 
@@ -203,20 +203,20 @@ def vmm_of_a_user(host: LabHost, command: str, sign: bytes) -> Iterator[tuple[in
     shell = ["sh", "-c", f'echo pid $$ >&2; exec {USER} "$@"', "sh", *shlex.split(command)]
     vmm = host.popen(shell, stdout=listen, stderr=listen, keep_stdin=True, cwd=ROOT)
     try:
-        assert ready.wait(PATIENCE), heard
+        assert ready.wait(scaled(PATIENCE)), heard
         found = re.search(rb"pid (\d+)", heard)
         assert found
         yield int(found[1]), heard.decode(errors="replace")
     finally:
         vmm.kill()
-        vmm.wait(PATIENCE)
+        vmm.wait(scaled(PATIENCE))
 
 
 WRAPPED = f"{sys.executable} -m offmap wrap --memory pool -- {sys.executable} -m tests.lab.wrap_vmm own /run/hidden"
 
 
 def audit(host: LabHost, pid: int, *options: str) -> Any:
-    return json.loads(host.output([*OFFMAP, "audit", str(pid), "--json", *options], timeout=PATIENCE).stdout)
+    return json.loads(host.output([*OFFMAP, "audit", str(pid), "--json", *options], timeout=scaled(PATIENCE)).stdout)
 
 
 def test_a_guest_of_a_user_without_any_right_is_hidden(host: LabHost, payload: Callable[[str], Path]) -> None:
@@ -278,7 +278,7 @@ def test_memory_that_a_device_may_still_reach_is_given_to_nobody(lab_kernel: Hos
     devices = ("-device", "intel-iommu", "-device", "edu,addr=0x10")
     with start(lab_kernel, tmp_path, devices) as host:
         assert host.output(["modprobe", "vfio-pci"]).status == 0
-        done = host.output([sys.executable, "-m", "tests.lab.vfio_target"], timeout=PATIENCE, cwd=ROOT)
+        done = host.output([sys.executable, "-m", "tests.lab.vfio_target"], timeout=scaled(PATIENCE), cwd=ROOT)
         assert done.status == 0, done.stderr.decode()
         assert json.loads(done.stdout) == {
             "default": {

@@ -14,6 +14,7 @@ from offmap.boot.packed import unpacked
 from offmap.compare.guest import READY, guest_initramfs
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+from offmap.patience import scaled
 
 from .console import PATIENCE, Guest
 
@@ -78,7 +79,7 @@ def children(host: LabHost, pid: int) -> list[int]:
 def await_end(host: LabHost, pid: int) -> None:
     """Wait until a process has ended, whether or not somebody has asked for its status."""
     script = f"while [ -e /proc/{pid} ] && ! grep -q '^State:.Z' /proc/{pid}/status; do sleep 0.1; done 2>/dev/null"
-    assert host.output(["sh", "-c", script], timeout=PATIENCE).status == 0
+    assert host.output(["sh", "-c", script], timeout=scaled(PATIENCE)).status == 0
 
 
 def physical(host: LabHost, guest: Guest) -> list[tuple[int, int]]:

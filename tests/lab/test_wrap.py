@@ -9,6 +9,7 @@ import pytest
 from offmap.compare.guest import READY
 from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
+from offmap.patience import scaled
 
 from .wrapped import OFFMAP, PATIENCE, Started, audit, host, module_host
 
@@ -75,7 +76,7 @@ def test_a_link_with_the_vmms_name_wraps_it_and_keeps_kvm_clock(host: LabHost) -
     links = " && ".join(f"ln -s {wrap} /run/bin/{name}" for name in ("qemu-system-x86_64", "vmm"))
     made = f"mkdir -p /etc/offmap /run/bin && printf '{told}' >/etc/offmap/wrap.toml && {links}"
     assert host.run(["sh", "-c", made]) == 0
-    done = host.output(["/run/bin/vmm"], timeout=PATIENCE)
+    done = host.output(["/run/bin/vmm"], timeout=scaled(PATIENCE))
     assert (done.status, "add the table [vmm]" in done.stderr.decode()) == (2, True)
     vmm = Started(host, ["/run/bin/qemu-system-x86_64", *qemu(host)[1:]])
     try:
@@ -167,7 +168,7 @@ def test_a_vmm_that_would_get_around_it(host: LabHost) -> None:
         # What changes afterwards is audited as well: now the kernel maps a page of it.
         vmm.command.write(b"\n")
         vmm.await_(rf"^(offmap wrap: process {pid}: EXPOSED: 1 of .*; it is ended)")
-        assert vmm.command.wait(PATIENCE) in {-9, 137}
+        assert vmm.command.wait(scaled(PATIENCE)) in {-9, 137}
     finally:
         said = vmm.end()
     for why in (
@@ -215,7 +216,7 @@ def test_the_same_vmm_without_the_wrapper_is_exposed(host: LabHost) -> None:
 
 def test_the_vmm_ends_as_without_a_wrapper(host: LabHost) -> None:
     def ends(*words: str) -> tuple[int, str]:
-        done = host.output([*OFFMAP, "wrap", *words], stdin=b"typed", timeout=PATIENCE)
+        done = host.output([*OFFMAP, "wrap", *words], stdin=b"typed", timeout=scaled(PATIENCE))
         return done.status, (done.stdout + done.stderr).decode()
 
     assert ends("--", "sh", "-c", "cat; exit 37") == (37, "typed")
@@ -228,4 +229,4 @@ def test_the_vmm_ends_as_without_a_wrapper(host: LabHost) -> None:
     assert (status, "make a pool" in said) == (2, True)
     # None of the supervisors stays.
     left = 'cat /proc/[0-9]*/cmdline | tr "\\0" " " | grep -q "[o]ffmap wrap"'
-    assert host.run(["sh", "-c", f"while {left}; do sleep 0.1; done"], timeout=PATIENCE) == 0
+    assert host.run(["sh", "-c", f"while {left}; do sleep 0.1; done"], timeout=scaled(PATIENCE)) == 0

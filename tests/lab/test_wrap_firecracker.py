@@ -11,6 +11,7 @@ from offmap.lab.cpio import directory, regular
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.modules import ModuleIndex, load_module
+from offmap.patience import scaled
 
 from .wrapped import HIDDEN, OFFMAP, PATIENCE, Started, audit, boot_source, call, config, failed_call, firecracker, host
 
@@ -119,7 +120,7 @@ def devices(host: LabHost) -> list[tuple[str, str, object]]:
     """Give the calls that add two drives, a tap with MMDS, vsock, entropy and a balloon, and have the host ready."""
     made = f"mkdir {FOLDER} && cd {FOLDER} && head -c {DRIVE_SIZE} /dev/urandom >one && truncate -s {DRIVE_SIZE} two"
     tap = f"modprobe tun && ip tuntap add ofw0 mode tap && ip addr add {HERE} dev ofw0 && ip link set ofw0 up"
-    done = host.output(["sh", "-c", f"{made} && {tap}"], timeout=PATIENCE)
+    done = host.output(["sh", "-c", f"{made} && {tap}"], timeout=scaled(PATIENCE))
     assert done.status == 0, done.stderr.decode()
     found: list[tuple[str, str, object]] = []
     for name, root in (("one", True), ("two", False)):

@@ -25,7 +25,7 @@ from offmap.patience import scaled
 from .alias_module import alias_module
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = scaled(60.0)
+PATIENCE = 60.0  # seconds on an idle machine
 PT_NULL, PT_NOTE = 0, 4
 OFFMAP = [sys.executable, "-m", "offmap"]
 
@@ -46,7 +46,9 @@ class Started:
     def await_(self, pattern: str) -> str:
         """Wait until its output has this; returns what the first group matches."""
         with self._more:
-            assert self._more.wait_for(lambda: re.search(pattern, self._heard, re.MULTILINE), PATIENCE), self._heard
+            assert self._more.wait_for(lambda: re.search(pattern, self._heard, re.MULTILINE), scaled(PATIENCE)), (
+                self._heard
+            )
             found = re.search(pattern, self._heard, re.MULTILINE)
             assert found
             return found[1]
@@ -54,7 +56,7 @@ class Started:
     def end(self) -> str:
         """Kill it, if it runs; returns all that it said."""
         self.command.kill()
-        self.command.wait(PATIENCE)
+        self.command.wait(scaled(PATIENCE))
         return self._heard
 
 
@@ -80,7 +82,7 @@ def host(lab_kernel: HostKernel, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def audit(host: LabHost, pid: int) -> Any:
-    return json.loads(host.output([*OFFMAP, "audit", str(pid), "--json"], timeout=PATIENCE).stdout)
+    return json.loads(host.output([*OFFMAP, "audit", str(pid), "--json"], timeout=scaled(PATIENCE)).stdout)
 
 
 def without_notes(vmlinux: bytes) -> bytes:
@@ -140,4 +142,4 @@ def failed_call(host: LabHost, path: str, method: str, resource: str, body: obje
 
 def _call(host: LabHost, path: str, calls: Sequence[tuple[str, str, object]]) -> Completed:
     argv = [sys.executable, "-m", "tests.lab.firecracker_api", path, json.dumps(calls)]
-    return host.output(argv, timeout=PATIENCE, cwd=ROOT)
+    return host.output(argv, timeout=scaled(PATIENCE), cwd=ROOT)
