@@ -340,7 +340,7 @@ def test_a_guest_with_an_aliased_page_in_its_first_mib_gets_another(host: LabHos
         if READY.encode() in heard:
             ready.set()
 
-    options = ["--memory", "secretmem-bridge", "--initrd", str(initrd), "--cmdline", CMDLINE]
+    options = ["--memory", "secretmem-bridge", "--memory-size", "128M", "--initrd", str(initrd), "--cmdline", CMDLINE]
     run = [sys.executable, "-c", ALIASED_LOW, "run", "--kernel", str(host.kernel.vmlinuz), *options]
     shell = ["sh", "-c", 'echo "pid $$" >&2; exec "$@"', "sh", *run]
     vmm = host.popen(shell, stdout=listen, stderr=listen, keep_stdin=True)
