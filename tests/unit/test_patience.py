@@ -39,7 +39,8 @@ def until_stuck(watch: Watch, meanwhile: Callable[[], None] = lambda: None) -> s
     return why
 
 
-def test_sleeping_is_doing_nothing() -> None:
+def test_sleeping_is_doing_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "SPIN_SECONDS", 1000.0)  # to start takes processor time, more on a slow machine
     with running("import time; time.sleep(1000)") as pid:
         assert "did nothing for 1 s" in until_stuck(Watch(lambda: pid, lambda: 0))
 
