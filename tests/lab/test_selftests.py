@@ -12,10 +12,21 @@ from offmap.lab.qemu import QEMU
 pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # Each fails on a kernel without the series.
-OURS = ("mm/memfd_secret", "kvm/guest_memfd_test", "kvm/guest_memfd_race_test")
+MEMORY = ("guest_memfd_hva_no_direct_map", "memfd_secret")
+OURS = (
+    *("mm/memfd_secret", "kvm/guest_memfd_test", "kvm/guest_memfd_race_test"),
+    "kvm/demand_paging_test -b 16M -s guest_memfd_no_direct_map",
+    "kvm/memslot_modification_stress_test -b 16M -s guest_memfd_no_direct_map",
+    *(f"kvm/{test}_test -b 16M -s {kind}" for test in ("kvm_page_table", "dirty_log_perf") for kind in MEMORY),
+    "kvm/demand_paging_test -b 16M -s memfd_secret",
+    "kvm/dirty_log_test -i 2 -M clear-log -s guest_memfd_hva_no_direct_map",
+    "kvm/memslot_perf_test -l 1 -t 100 -s 10 -f 2 -e 3 -b memfd_secret",
+)
 OTHERS = (
     *("mm/madv_populate", "mm/map_populate", "mm/mlock2-tests", "mm/process_madv", "mm/memory-failure"),
     *("kvm/pre_fault_memory_test", "kvm/steal_time", "kvm/x86/kvm_clock_test"),
+    # The same options, with memory that the series leaves alone.
+    *("kvm/demand_paging_test -b 16M -s guest_memfd", "kvm/kvm_page_table_test -b 16M -s guest_memfd_hva"),
 )
 
 

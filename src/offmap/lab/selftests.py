@@ -28,6 +28,8 @@ DEFAULT = (
     *(f"mm/{name}" for name in ("split_huge_page_test", "compaction_test", "memory-failure")),
     *(f"kvm/{name}" for name in ("guest_memfd_test", "guest_memfd_race_test", "set_memory_region_test")),
     *(f"kvm/{name}" for name in ("pre_fault_memory_test", "steal_time", "x86/kvm_clock_test", "x86/kvm_pv_test")),
+    *(f"kvm/{name} -b 16M -s memfd_secret" for name in ("demand_paging_test", "memslot_modification_stress_test")),
+    *(f"kvm/{name} -b 16M -s guest_memfd_hva_no_direct_map" for name in ("dirty_log_perf_test", "kvm_page_table_test")),
 )
 
 _FORMAT = 1  # of the cache
@@ -81,6 +83,8 @@ class Selftests:
     def names(self, wanted: Sequence[str]) -> list[str]:
         """Return the names of tests (``mm/memfd_secret``) that `wanted` stands for; a collection is all its tests.
 
+        A name may go on with a blank and the test's options.
+
         Raises:
             LabError: there is no such test or collection.
         """
@@ -94,7 +98,7 @@ class Selftests:
             # A source older than the default set lacks some of it: that is no mistake of the user's.
             if not test:
                 found += self._all_of(collection)
-            elif self._exists(collection, test):
+            elif any(Path(f"{self.program(name)}{end}").is_file() for end in (".c", "")):
                 found.append(name)
             elif name not in DEFAULT:
                 raise LabError(f"this kernel's source has no test {name}", f"see {self.folder / collection}")
@@ -112,26 +116,25 @@ class Selftests:
             for header, package in _LIBRARIES.get(collection, {}).items()
             if not (Path("/usr/include") / header).is_file()
         ]
-        if lacking:
-            what = ", ".join(sorted(lacking))
+        if what := ", ".join(sorted(lacking)):
             raise LabError(f"cannot build the tests: this machine lacks {what}", f"run: apt-get install {what}")
         with locked(self.store.with_name(f"{self.store.name}.lock")):
             for collection in COLLECTIONS:
-                programs = [self.folder / name for name in names if name.startswith(f"{collection}/")]
-                programs = [program for program in programs if program.suffix != ".sh"]
+                programs = [self.program(name) for name in names if name.startswith(f"{collection}/")]
+                programs = sorted({program for program in programs if program.suffix != ".sh"})
                 if programs and not all(program.is_file() for program in programs):
                     say(f"building {len(programs)} tests of {collection}")
                     self._make(collection, ["-k", *map(str, programs)])
-        return [name for name in names if not (self.folder / name).is_file()]
+        return [name for name in names if not self.program(name).is_file()]
+
+    def program(self, name: str) -> Path:
+        """The file that the test `name` is, without its options."""
+        return self.folder / name.partition(" ")[0]
 
     @property
     def log(self) -> Path:
         """What make said last."""
-        return _log(self.store)
-
-    def _exists(self, collection: str, test: str) -> bool:
-        folder = self.folder / collection
-        return any((folder / file).is_file() for file in (f"{test}.c", test))
+        return self.store.with_name(f"{self.store.name}.log")
 
     def _all_of(self, collection: str) -> list[str]:
         command = [*self._command(collection), "--eval", _LIST, "offmap-list"]
@@ -199,12 +202,8 @@ def _prepare(source: KernelSource, series: PatchSeries | None, store: Path, say:
         apply_patches(tree, sorted(patches.iterdir()))
         say("installing the kernel's headers")
         headers = ["make", "-s", f"-j{os.cpu_count() or 1}", "-C", str(tree), f"O={scratch / 'headers'}", "headers"]
-        run_make(headers, _log(store), "the set of headers")
+        run_make(headers, Selftests(store).log, "the set of headers")
         replace_folder(scratch, store)
-
-
-def _log(store: Path) -> Path:
-    return store.with_name(f"{store.name}.log")
 
 
 def _environment() -> dict[str, str]:

@@ -164,24 +164,24 @@ class Runner:
         try:
             for name in names:
                 say(f"{name} on {self.release or 'the host'}")
-                found[name] = self._one(self._folder / name)
+                found[name] = self._one(*name.split())
         finally:
             if self._host is not None:
                 self._host.close()
                 self._host = None
         return found
 
-    def _one(self, program: Path) -> Result:
+    def _one(self, name: str, *options: str) -> Result:
         if self._host is None:
             self._host = self._start()
             self.release = self._host.release
         limit = self._seconds or scaled(SECONDS)
+        program = self._folder / name
+        command = [f"./{program.name}", *options]
         said = bytearray()
         try:
             self._host.output(["dmesg", "--clear"])
-            status = self._host.run(
-                [f"./{program.name}"], stdout=said.extend, stderr=said.extend, timeout=limit, cwd=program.parent
-            )
+            status = self._host.run(command, stdout=said.extend, stderr=said.extend, timeout=limit, cwd=program.parent)
             log = self._host.output(["dmesg"]).stdout.decode(errors="replace")
             return judge(status, said.decode(errors="replace"), log)
         except (LabPanic, LabEnded, LabTimeout) as error:

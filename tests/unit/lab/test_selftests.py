@@ -36,7 +36,13 @@ def test_tests_are_named_by_collection(tests: Selftests) -> None:
     assert set(tests.names(DEFAULT)) == set(names)  # an older source has fewer
 
 
-@pytest.mark.parametrize("name", ["mm/none", "net", "net/tap", "memfd_secret"])
+def test_a_name_may_go_on_with_options(tests: Selftests) -> None:
+    names = ["mm/memfd_secret -s a", "mm/memfd_secret -s b"]
+    assert tests.names(names) == names
+    assert {tests.program(name) for name in names} == {tests.folder / "mm/memfd_secret"}
+
+
+@pytest.mark.parametrize("name", ["mm/none", "mm/none -s a", "net", "net/tap", "memfd_secret"])
 def test_an_unknown_test_is_refused(tests: Selftests, name: str) -> None:
     with pytest.raises(LabError, match=name):
         tests.names([name])
@@ -59,6 +65,8 @@ def test_what_does_not_build_is_named(tests: Selftests, monkeypatch: pytest.Monk
     said: list[str] = []
     assert tests.build(["mm/good", "mm/bad", "memory-hotplug/mem-on-off-test.sh"], said.append) == ["mm/bad"]
     assert said == ["building 2 tests of mm"]
+    assert tests.build(["mm/bad -s a", "mm/good -s a", "mm/good -s b"], said.append) == ["mm/bad -s a"]
+    assert said[1:] == ["building 2 tests of mm"]
     assert "no" in tests.log.read_text()
     with pytest.raises(LabError, match=r"collection mm does not build: bad\.c: error: no"):
         tests.build(["mm/bad"], said.append)

@@ -99,7 +99,7 @@ class Host:
 
     def run(self, argv: list[str], *, stdout: Any, **_: Any) -> int:
         stdout(b"ok 1 begun\n")
-        end = self.ends[argv[0]]
+        end = self.ends[" ".join(argv)]
         if isinstance(end, LabError):
             raise end
         assert isinstance(end, int)
@@ -120,12 +120,12 @@ def test_a_test_that_ends_its_host_spoils_no_other(error: LabError, why: str) ->
     hosts: list[Host] = []
 
     def start() -> Any:
-        hosts.append(Host({"./a": 0, "./b": error, "./c": 4}))
+        hosts.append(Host({"./a -s x": 0, "./b": error, "./c": 4}))
         return hosts[-1]
 
     runner = Runner(start, Path("/tests"), 9)
-    found = runner.run(["mm/a", "mm/b", "mm/c"])
-    assert {name: run.outcome for name, run in found.items()} == {"mm/a": OK, "mm/b": FAIL, "mm/c": SKIP}
+    found = runner.run(["mm/a -s x", "mm/b", "mm/c"])
+    assert {name: run.outcome for name, run in found.items()} == {"mm/a -s x": OK, "mm/b": FAIL, "mm/c": SKIP}
     assert found["mm/b"] == Result(FAIL, why, {"begun": OK}, broken=True)
     assert [host.closed for host in hosts] == [True, True]
     assert runner.release == "7.3.4"
