@@ -146,9 +146,7 @@ class VmProcess(Owned):
             poll.register(fd, select.POLLIN)
         while True:
             ready = {fd for fd, _ in poll.poll()}
-            if errors in ready and not self._read_lines(errors, lines):
-                return  # its broker has ended as well
-            if self._socket.fileno() in ready:
+            if self._socket.fileno() in ready:  # first: it may have ended since it said why
                 try:
                     data = self._socket.recv(MOST + 1)
                 except ConnectionError:  # it ended without having read all
@@ -162,6 +160,8 @@ class VmProcess(Owned):
                     lines.append(f"it said what is no record: {printable(str(error))}")
                     return
                 self._heard(record)
+            elif errors in ready and not self._read_lines(errors, lines):
+                return  # its broker has ended as well
 
     def _drain(self, process: subprocess.Popen[bytes], lines: deque[str]) -> None:
         """Wait until it and its broker have ended: the memory is given back then."""

@@ -1,13 +1,17 @@
 """Errors and records between a VM's process and the program that started it."""
 
 import errno
+import socket
+import subprocess
+from collections import deque
 
 import msgspec
 import pytest
 
 from offmap.errors import BackendRefused, KernelError, OffmapError, Undetermined
 from offmap.vmm.outcome import Outcome
-from offmap.vmm.records import Failure, Output, Stopped, Typed, decode_from_vm, decode_to_vm, encode
+from offmap.vmm.process import VmProcess
+from offmap.vmm.records import Failure, FromVm, Output, Said, Stopped, Typed, decode_from_vm, decode_to_vm, encode
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,17 @@ def test_a_record_of_the_other_direction_is_none() -> None:
         decode_from_vm(encode(Typed(b"a")))
     with pytest.raises(msgspec.ValidationError):
         decode_to_vm(encode(Output(b"a")))
+
+
+def test_what_a_vm_says_last_is_heard_though_its_process_has_ended() -> None:
+    process, heard = VmProcess.__new__(VmProcess), list[FromVm]()
+    process._heard = heard.append
+    process._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    last = [Said("it is so"), Stopped(Outcome.FAILED, None)]
+    with process._socket, theirs, subprocess.Popen(["true"], stderr=subprocess.PIPE) as ended:
+        for each in last:
+            theirs.send(encode(each))
+        theirs.close()
+        ended.wait()
+        process._hear(ended, deque())
+    assert heard == last
