@@ -53,10 +53,11 @@ class RangeLock(Owned):
         """
         until = 0.0
         while True:
+            waits = any(map(self.held_by_others, free))  # asked first: who lets go after that leaves room for us
             for alignment in alignments:
                 if (taken := self.take(free, size, alignment)) is not None:
                     return taken
-            if not any(map(self.held_by_others, free)) or 0 < until <= time.monotonic():
+            if not waits or 0 < until <= time.monotonic():
                 return None
             if not until:
                 from offmap.patience import scaled  # who finds room at once does not wait for it

@@ -185,3 +185,20 @@ def test_a_symbolic_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(KernelError, match="open of"):
         RangeLock(tmp_path / "lock")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_one_that_lets_go_just_after_it_was_in_the_way_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file := tmp_path / "lock").touch()
+    with RangeLock(file) as other, RangeLock(file) as ours:
+        assert other.take(ALL, ALL[0].size, 4096)
+        really = ours.take
+
+        def take(free: list[PhysicalRange], size: int, alignment: int) -> PhysicalRange | None:
+            taken = really(free, size, alignment)
+            other.close()
+            return taken
+
+        monkeypatch.setattr(ours, "take", take)
+        assert ours.take_soon(ALL, ALL[0].size, (4096,)) == ALL[0]
