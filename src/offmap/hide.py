@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Final, TypedDict, final
 
-from offmap.boot.memory_map import HIGH_MEMORY_START
 from offmap.errors import BackendRefused, OffmapError
 from offmap.kvm import Vm
 from offmap.log import Logger
@@ -25,6 +24,10 @@ from offmap.memory.memslots import publish_memslots
 from offmap.owned import Owned
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
+
+_MIB = 1 << 20
+# Where Linux begins, and where it is unpacked: from its pref_address on, and distributions' take 56 MiB.
+_NEEDED = [PhysicalRange(0, _MIB), PhysicalRange(16 * _MIB, 80 * _MIB)]
 
 _log = Logger("offmap.hide")
 
@@ -145,7 +148,7 @@ def _vetting(
             say(f"the guest's RAM is placed, not audited: that takes root (offmap audit {os.getpid()})")
         return NotAudited(f"{backend.name} memory has no struct pages, so that nothing can alias it")
     vetted = vet(backend, memory)
-    if _took_another_mib(memory, vetted.excluded):
+    if _gathered(memory, vetted.excluded):
         vetted = vet(backend, memory)
     if vetted.excluded:
         count = sum(r.size for r in vetted.excluded) // PAGE_SIZE
@@ -153,17 +156,18 @@ def _vetting(
     return vetted
 
 
-def _took_another_mib(memory: GuestMemory, excluded: Sequence[PhysicalRange]) -> bool:
-    """Put a later MiB in place of the first, which a guest cannot boot without, where a page of it is excluded."""
-    region, low = memory.regions[0], PhysicalRange(0, HIGH_MEMORY_START)
-    if region.backing.guest_memfd is not None or not intersect([low], excluded):
+def _gathered(memory: GuestMemory, excluded: Sequence[PhysicalRange]) -> bool:
+    """Put the MiB with excluded pages behind those without, if they are where a guest boots. Whether any moved."""
+    region = memory.regions[0]
+    if region.backing.guest_memfd is not None or not intersect(_NEEDED, excluded):
         return False
-    starts = range(low.end, region.size - low.size + 1, low.size)
-    clean = (at for at in starts if not intersect([PhysicalRange(at, at + low.size)], excluded))
-    if (start := next(clean, None)) is None:
-        return False
-    region.backing.exchange(0, start, low.size)
-    return True
+    starts = range(0, region.size - _MIB + 1, _MIB)
+    bad = [at for at in starts if intersect([PhysicalRange(at, at + _MIB)], excluded)]
+    good = sorted(set(starts).difference(bad), reverse=True)
+    pairs = [(one, other) for one, other in zip(bad, good, strict=False) if one < other]
+    for one, other in pairs:
+        region.backing.exchange(one, other, _MIB)
+    return bool(pairs)
 
 
 def vet(backend: Backend, memory: GuestMemory, pid: int | None = None) -> Vetted:

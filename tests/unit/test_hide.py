@@ -79,6 +79,26 @@ def test_a_page_of_the_first_mib_has_its_guest_get_another_mib(
     assert found.excluded[0].start == (0x5000 if clean is None else 0x105000)
 
 
+def test_mibs_with_aliased_pages_lie_behind_those_where_the_kernel_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [[0, 1, 17, 18], [16, 17, 18, 19]]
+
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        mapped = [[at << 20, 4096] for at in said.pop(0)]
+        seen = SEEN | {"pages": 5120, "mapped_pages": 4, "mapped": mapped}
+        return subprocess.CompletedProcess(argv, 0, json.dumps(seen), "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, 20 << 20)
+    with GuestMemory([Backing("test", fd, 20 << 20)]) as memory:
+        os.close(fd)
+        for at in range(20):
+            memory.write(at << 20, bytes([at]))
+        _vetting(Secretmem(), memory, Vet(), lambda _: None)
+        assert [memory.read(at << 20, 1)[0] for at in range(20)] == [19, 16, *range(2, 16), 1, 17, 18, 0]
+    assert not said
+
+
 @pytest.mark.parametrize(
     ("status", "seen", "message"),
     [

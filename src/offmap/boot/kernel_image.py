@@ -157,7 +157,9 @@ def _load_bzimage(file: int, what: str, head: bytes, memory: GuestMemory, memory
     except OffmapError:
         if not field("<B", bp.RELOCATABLE_KERNEL):
             raise
-        address = memory_map.take("the guest kernel", init_size, alignment=field("<I", bp.KERNEL_ALIGNMENT) or 1 << 21)
+        # From below pref_address it would move itself there, into whatever is in the way.
+        alignment = field("<I", bp.KERNEL_ALIGNMENT) or 1 << 21
+        address = memory_map.take("the guest kernel", init_size, alignment=alignment, above=preferred)
     read_into(file, what, code_offset, memory.view(address, code_size))
     header_end = bp.HEADER + head[bp.JUMP + 1]
     return LoadedKernel(

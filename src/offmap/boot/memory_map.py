@@ -45,9 +45,16 @@ class MemoryMap:
         self.free = subtract(self.ram, self.excluded)
 
     def take(
-        self, what: str, size: int, *, at: int | None = None, alignment: int = PAGE_SIZE, below: int = 1 << 32
+        self,
+        what: str,
+        size: int,
+        *,
+        at: int | None = None,
+        alignment: int = PAGE_SIZE,
+        above: int = 0,
+        below: int = 1 << 32,
     ) -> int:
-        """Take `size` bytes: at address `at`, or else as high as possible below `below`.
+        """Take `size` bytes: at address `at`, or else as high as possible below `below`, and not below `above`.
 
         Returns:
             The guest-physical address.
@@ -62,7 +69,7 @@ class MemoryMap:
         else:
             for r in reversed(self.free):
                 start = (min(r.end, below) - size) // alignment * alignment
-                if start >= r.start:
+                if start >= max(r.start, above):
                     return self._taken(start, size)
         total = sum(r.size for r in self.ram)
         raise OffmapError(
