@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Final, TypedDict, final
 
+from offmap.boot.memory_map import BOOT_AREAS
 from offmap.errors import BackendRefused, OffmapError
 from offmap.kvm import Vm
 from offmap.log import Logger
@@ -26,8 +27,6 @@ from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 
 _MIB = 1 << 20
-# Where Linux begins, and where it is unpacked: from its pref_address on, and distributions' take 56 MiB.
-_NEEDED = [PhysicalRange(0, _MIB), PhysicalRange(16 * _MIB, 80 * _MIB)]
 
 _log = Logger("offmap.hide")
 
@@ -159,7 +158,7 @@ def _vetting(
 def _gathered(memory: GuestMemory, excluded: Sequence[PhysicalRange]) -> bool:
     """Put the MiB with excluded pages behind those without, if they are where a guest boots. Whether any moved."""
     region = memory.regions[0]
-    if region.backing.guest_memfd is not None or not intersect(_NEEDED, excluded):
+    if region.backing.guest_memfd is not None or not intersect(BOOT_AREAS, excluded):
         return False
     starts = range(0, region.size - _MIB + 1, _MIB)
     bad = [at for at in starts if intersect([PhysicalRange(at, at + _MIB)], excluded)]

@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +53,32 @@ def test_aliased_pages_are_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vetted(monkeypatch, **ALIASED).excluded == (PhysicalRange(0x200000, 0x202000),)
 
 
+@contextmanager
+def ram_and_audits(monkeypatch: pytest.MonkeyPatch, mib: int, said: list[list[int]]) -> Iterator[GuestMemory]:
+    """RAM whose MiB begin with their numbers, and audits that find these addresses aliased, one after the other."""
+
+    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        mapped = [[address, 4096] for address in said.pop(0)]
+        seen = SEEN | {"pages": mib << 8, "mapped_pages": len(mapped), "mapped": mapped}
+        return subprocess.CompletedProcess(argv, 0, json.dumps(seen), "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    fd = os.memfd_create("ram")
+    os.ftruncate(fd, mib << 20)
+    with GuestMemory([Backing("test", fd, mib << 20)]) as memory:
+        os.close(fd)
+        for at in range(mib):
+            memory.write(at << 20, bytes([at]) * (1 << 20))
+        yield memory
+
+
 @pytest.mark.parametrize("clean", [2, None])
 def test_a_page_of_the_first_mib_has_its_guest_get_another_mib(
     monkeypatch: pytest.MonkeyPatch, clean: int | None
 ) -> None:
-    first, *others = ([at << 20 | 0x5000, 4096] for at in range(4) if at != clean)
-    said = [{"mapped_pages": 3, "mapped": [first, *others]}, {"mapped_pages": 1, "mapped": others[:1]}]
-
-    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(argv, 0, json.dumps(SEEN | {"pages": 1024} | said.pop(0)), "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    fd = os.memfd_create("ram")
-    os.ftruncate(fd, 4 << 20)
-    with GuestMemory([Backing("test", fd, 4 << 20)]) as memory:
-        os.close(fd)
-        for at in range(4):
-            memory.write(at << 20, bytes([at]) * (1 << 20))
-        if clean is None:
-            said[0] = {"mapped_pages": 4, "mapped": [first, *others]}
+    first, *others = (at << 20 | 0x5000 for at in range(4) if at != clean)
+    said = [[first, *others], others[:1]]
+    with ram_and_audits(monkeypatch, 4, said) as memory:
         found = _vetting(Secretmem(), memory, Vet(), lambda _: None)
         assert isinstance(found, Vetted)
         order = [0, 1, 2, 3] if clean is None else [2, 1, 0, 3]
@@ -80,20 +89,8 @@ def test_a_page_of_the_first_mib_has_its_guest_get_another_mib(
 
 
 def test_mibs_with_aliased_pages_lie_behind_those_where_the_kernel_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = [[0, 1, 17, 18], [16, 17, 18, 19]]
-
-    def run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        mapped = [[at << 20, 4096] for at in said.pop(0)]
-        seen = SEEN | {"pages": 5120, "mapped_pages": 4, "mapped": mapped}
-        return subprocess.CompletedProcess(argv, 0, json.dumps(seen), "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    fd = os.memfd_create("ram")
-    os.ftruncate(fd, 20 << 20)
-    with GuestMemory([Backing("test", fd, 20 << 20)]) as memory:
-        os.close(fd)
-        for at in range(20):
-            memory.write(at << 20, bytes([at]))
+    said = [[at << 20 for at in each] for each in ([0, 1, 17, 18], [16, 17, 18, 19])]
+    with ram_and_audits(monkeypatch, 20, said) as memory:
         _vetting(Secretmem(), memory, Vet(), lambda _: None)
         assert [memory.read(at << 20, 1)[0] for at in range(20)] == [19, 16, *range(2, 16), 1, 17, 18, 0]
     assert not said

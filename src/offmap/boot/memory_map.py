@@ -14,6 +14,9 @@ LOW_MEMORY_END = 0x9F000
 
 HIGH_MEMORY_START = 0x100000
 
+BOOT_AREAS = (PhysicalRange(0, HIGH_MEMORY_START), PhysicalRange(16 << 20, 80 << 20))
+"""Where Linux begins, and where it is unpacked: from its pref_address on, and distributions' take 56 MiB."""
+
 ACPI_AREA = PhysicalRange(0xE0000, 0x100000)
 """ACPI tables, where a PC's BIOS has its own."""
 
