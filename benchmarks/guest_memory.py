@@ -113,8 +113,9 @@ def inside(module: str, kernel: str, initrd: str, rounds: int) -> int:
         title = f"{name}, {settings[0].name}"
         Figure("guest_memory", title, unit, ours, settings[1].name, peer, limit, facts).print()
         for values in huge:
-            title += ", against huge pages"
-            Figure("guest_memory", title, unit, ours, MEMFD_HUGE.name, values, facts=facts).print()
+            Figure(
+                "guest_memory", f"{title}, against huge pages", unit, ours, MEMFD_HUGE.name, values, facts=facts
+            ).print()
     return 0
 
 
