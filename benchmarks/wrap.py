@@ -65,7 +65,8 @@ def firecracker_command(binary: str, vmlinux: str, initrd: str, folder: Path) ->
     source = {"kernel_image_path": vmlinux, "initrd_path": initrd, "boot_args": words}
     machine = {"vcpu_count": 1, "mem_size_mib": 256}
     (folder / "config.json").write_text(json.dumps({"boot-source": source, "drives": [], "machine-config": machine}))
-    return [binary, "--no-api", "--config-file", str(folder / "config.json")]
+    # By default its log comes in the middle of its guest's lines.
+    return [binary, "--log-path", str(folder / "log"), "--no-api", "--config-file", str(folder / "config.json")]
 
 
 def supervisors(*words: bytes) -> list[int]:

@@ -97,10 +97,10 @@ class Boot:
         words += f" tsc=reliable tsc_early_khz={guest_tsc_khz()} {PLANT}"
         source = {"kernel_image_path": kernel, "initrd_path": initrd, "boot_args": words}
         machine = {"vcpu_count": 1, "mem_size_mib": 128}
-        (folder / "config").write_bytes(
-            msgspec.json.encode({"boot-source": source, "drives": [], "machine-config": machine})
-        )
-        return [self.firecracker, "--no-api", "--config-file", str(folder / "config")]
+        config = folder / "config"
+        config.write_bytes(msgspec.json.encode({"boot-source": source, "drives": [], "machine-config": machine}))
+        settings = ["--no-api", "--config-file", str(config), "--log-path", str(folder / "log")]
+        return [self.firecracker, *settings]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from offmap.patience import scaled
 
 from .kvm_attack_target import MIB, Vm, plain
 from .test_wrap import qemu
-from .wrapped import HIDDEN, OFFMAP, PATIENCE, ROOT, Started, config, module_host
+from .wrapped import HIDDEN, LOG, OFFMAP, PATIENCE, ROOT, Started, config, module_host
 
 _WORDS = "console=ttyS0 quiet reboot=k panic=1 pci=off i8042.noaux i8042.nomux i8042.dumbkbd"
 
@@ -54,7 +54,7 @@ def main() -> int:
         # The output folder is uncached 9p, which cannot read into hidden memory.
         assert host.run(["cp", str(vmlinux), str(out / "guest.initramfs"), "/run"]) == 0
         boot = {"kernel_image_path": "/run/vmlinux", "initrd_path": "/run/guest.initramfs", "boot_args": _WORDS}
-        settings = ["--no-api", "--config-file", config(boot, out, "config.json")]
+        settings = [*LOG, "--no-api", "--config-file", config(boot, out, "config.json")]
         ours = ["--kernel", str(kernel.vmlinuz), "--initrd", "/run/guest.initramfs", "--memory-size", "128M"]
         started = [
             Started(host, [*OFFMAP, "wrap", "--", *qemu(host)]),

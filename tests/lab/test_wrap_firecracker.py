@@ -13,7 +13,20 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.modules import ModuleIndex, load_module
 from offmap.patience import scaled
 
-from .wrapped import HIDDEN, OFFMAP, PATIENCE, Started, audit, boot_source, call, config, failed_call, firecracker, host
+from .wrapped import (
+    HIDDEN,
+    LOG,
+    OFFMAP,
+    PATIENCE,
+    Started,
+    audit,
+    boot_source,
+    call,
+    config,
+    failed_call,
+    firecracker,
+    host,
+)
 
 pytestmark = pytest.mark.lab
 
@@ -22,7 +35,8 @@ __all__ = ["boot_source", "firecracker", "host"]  # fixtures
 
 def test_a_released_firecracker_is_hidden(host: LabHost, firecracker: Path, boot_source: dict[str, str]) -> None:
     assert host.options.out is not None
-    command = [str(firecracker), "--no-api", "--config-file", config(boot_source, host.options.out, "config.json")]
+    settings = config(boot_source, host.options.out, "config.json")
+    command = [str(firecracker), *LOG, "--no-api", "--config-file", settings]
     vmm = Started(host, [*OFFMAP, "wrap", "--", *command])
     try:
         vmm.await_(f"({READY})")
@@ -161,7 +175,7 @@ def test_all_its_devices_before_and_after_a_snapshot(
 ) -> None:
     files = {"snapshot_path": f"{FOLDER}/state", "mem_file_path": f"{FOLDER}/memory"}
     checksum = host.output(["sha256sum", f"{FOLDER}/one"]).stdout.decode().split()[0]
-    first = Started(host, [*OFFMAP, "wrap", "--", str(firecracker), "--api-sock", f"{FOLDER}/first"])
+    first = Started(host, [*OFFMAP, "wrap", "--", str(firecracker), *LOG, "--api-sock", f"{FOLDER}/first"])
     peer = listener(host, f"{FOLDER}/vsock_52")
     try:
         call(
@@ -194,7 +208,7 @@ def test_all_its_devices_before_and_after_a_snapshot(
     assert "refused" not in heard
     assert host.run(["rm", f"{FOLDER}/vsock", f"{FOLDER}/vsock_52"]) == 0
 
-    second = Started(host, [*OFFMAP, "wrap", "--", str(firecracker), "--api-sock", f"{FOLDER}/second"])
+    second = Started(host, [*OFFMAP, "wrap", "--", str(firecracker), *LOG, "--api-sock", f"{FOLDER}/second"])
     try:
         memory = {"backend_type": "File", "backend_path": files["mem_file_path"]}
         load = {"snapshot_path": files["snapshot_path"], "mem_backend": memory, "resume_vm": True}
@@ -210,7 +224,7 @@ def test_all_its_devices_before_and_after_a_snapshot(
     assert "refused" not in heard
     assert host.run(["rm", f"{FOLDER}/vsock"]) == 0
 
-    third = Started(host, [*OFFMAP, "wrap", "--", str(firecracker), "--api-sock", f"{FOLDER}/third"])
+    third = Started(host, [*OFFMAP, "wrap", "--", str(firecracker), *LOG, "--api-sock", f"{FOLDER}/third"])
     handler = listener(host, f"{FOLDER}/handler", "and hears what it is sent")
     try:
         load["mem_backend"] = {"backend_type": "Uffd", "backend_path": f"{FOLDER}/handler"}
@@ -229,10 +243,12 @@ def test_under_its_jailer_it_is_hidden(host: LabHost, firecracker: Path, boot_so
     config(inside, out, "jailed.json")
     files = f"/run/guest.initramfs {out}/jailed.json"
     kernel = f"cp /run/vmlinux-64 {root}/vmlinux"
-    assert host.run(["sh", "-c", f"mkdir -p {root} && cp {files} {root} && {kernel} && chmod -R a+rX /run/jail"]) == 0
+    made = f"mkdir -p {root} && cp {files} {root} && {kernel} && chmod -R a+rX /run/jail"
+    assert host.run(["sh", "-c", f"{made} && touch {root}/log && chmod a+w {root}/log"]) == 0
     jailer = [str(firecracker.with_name("jailer")), "--id", "one", "--exec-file", str(firecracker)]
+    inside_jail = ["--log-path", "log", "--no-api", "--config-file", "jailed.json"]
     jailer += ["--uid", "12345", "--gid", "12345", "--chroot-base-dir", "/run/jail"]
-    vmm = Started(host, [*OFFMAP, "wrap", "--", *jailer, "--", "--no-api", "--config-file", "jailed.json"])
+    vmm = Started(host, [*OFFMAP, "wrap", "--", *jailer, "--", *inside_jail])
     try:
         vmm.await_(f"({READY})")
         pid = int(vmm.await_(HIDDEN))

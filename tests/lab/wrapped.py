@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +32,42 @@ OFFMAP = [sys.executable, "-m", "offmap"]
 
 
 class Started:
-    """A command in the host that is listened to while it runs."""
+    """A command in the host that is listened to while it runs: its output and its errors, each for itself.
+
+    A line of one may come in the middle of a line of the other.
+    """
 
     def __init__(self, host: LabHost, argv: list[str]) -> None:
-        self._heard = ""
+        self._heard = {"output": "", "errors": ""}
         self._more = threading.Condition()
-        self.command: LabCommand = host.popen(argv, stdout=self._hear, stderr=self._hear, keep_stdin=True, cwd=ROOT)
+        heard = [partial(self._hear, name) for name in self._heard]
+        self.command: LabCommand = host.popen(argv, stdout=heard[0], stderr=heard[1], keep_stdin=True, cwd=ROOT)
 
-    def _hear(self, data: bytes) -> None:
+    def _hear(self, name: str, data: bytes) -> None:
         with self._more:
-            self._heard += data.decode(errors="replace")
+            self._heard[name] += data.decode(errors="replace")
             self._more.notify_all()
 
+    def _find(self, pattern: str) -> str | None:
+        found = (re.search(pattern, heard, re.MULTILINE) for heard in self._heard.values())
+        return next((match[1] for match in found if match), None)
+
     def await_(self, pattern: str) -> str:
-        """Wait until its output has this; returns what the first group matches."""
+        """Wait until its output or its errors have this; returns what the first group matches."""
         with self._more:
-            assert self._more.wait_for(lambda: re.search(pattern, self._heard, re.MULTILINE), scaled(PATIENCE)), (
-                self._heard
-            )
-            found = re.search(pattern, self._heard, re.MULTILINE)
-            assert found
-            return found[1]
+            self._more.wait_for(lambda: self._find(pattern) is not None, scaled(PATIENCE))
+            found = self._find(pattern)
+            assert found is not None, self._all()
+            return found
+
+    def _all(self) -> str:
+        return "\n".join(self._heard.values())
 
     def end(self) -> str:
         """Kill it, if it runs; returns all that it said."""
         self.command.kill()
         self.command.wait(scaled(PATIENCE))
-        return self._heard
+        return self._all()
 
 
 @contextmanager
@@ -124,6 +134,7 @@ def config(boot_source: dict[str, str], out: Path, name: str) -> str:
     return str(out / name)
 
 
+LOG = ["--log-path", "/proc/self/fd/2"]  # Firecracker's, which else comes in the middle of its guest's lines
 HIDDEN = r"offmap wrap: process (\d+): HIDDEN: none of the \d+ guest pages of firecracker"
 
 

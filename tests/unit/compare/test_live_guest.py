@@ -211,7 +211,8 @@ def test_firecracker_runs_by_itself_or_wrapped(kind: str, tmp_path: Path) -> Non
     )
     argv = vmm_command(setup, tmp_path)
     own = argv.index("/firecracker")
-    assert argv[own + 1 :] == ["--no-api", "--config-file", str(tmp_path / "firecracker.json")]
+    log = ["--log-path", str(tmp_path / "firecracker.log")]
+    assert argv[own + 1 :] == [*log, "--no-api", "--config-file", str(tmp_path / "firecracker.json")]
     wrapped = kind == "firecracker-unplugged"
     assert argv[1:own] == (["-m", "offmap", "wrap", "--memory", "unplugged", "--"] if wrapped else [])
     config = json.loads((tmp_path / "firecracker.json").read_text())
