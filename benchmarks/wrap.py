@@ -65,8 +65,9 @@ def firecracker_command(binary: str, vmlinux: str, initrd: str, folder: Path) ->
     source = {"kernel_image_path": vmlinux, "initrd_path": initrd, "boot_args": words}
     machine = {"vcpu_count": 1, "mem_size_mib": 256}
     (folder / "config.json").write_text(json.dumps({"boot-source": source, "drives": [], "machine-config": machine}))
-    # By default its log comes in the middle of its guest's lines.
-    return [binary, "--log-path", str(folder / "log"), "--no-api", "--config-file", str(folder / "config.json")]
+    # By default its log comes in the middle of its guest's lines. It does not make the file.
+    (log := folder / "log").touch()
+    return [binary, "--log-path", str(log), "--no-api", "--config-file", str(folder / "config.json")]
 
 
 def supervisors(*words: bytes) -> list[int]:

@@ -99,7 +99,8 @@ class Boot:
         machine = {"vcpu_count": 1, "mem_size_mib": 128}
         config = folder / "config"
         config.write_bytes(msgspec.json.encode({"boot-source": source, "drives": [], "machine-config": machine}))
-        settings = ["--no-api", "--config-file", str(config), "--log-path", str(folder / "log")]
+        (log := folder / "log").touch()
+        settings = ["--no-api", "--config-file", str(config), "--log-path", str(log)]
         return [self.firecracker, *settings]
 
 

@@ -205,9 +205,9 @@ def _firecracker(setup: GuestSetup, command_line: str, folder: Path) -> list[str
         config["vsock"] = {"guest_cid": setup.cid, "uds_path": str(setup.vsock)}
     file = folder / "firecracker.json"
     file.write_text(json.dumps(config))
-    # By default its log comes in the middle of its guest's lines.
-    log = ["--log-path", str(folder / "firecracker.log")]
-    argv = [str(setup.firecracker), *log, "--no-api", "--config-file", str(file)]
+    # By default its log comes in the middle of its guest's lines. It does not make the file.
+    (log := folder / "firecracker.log").touch()
+    argv = [str(setup.firecracker), "--log-path", str(log), "--no-api", "--config-file", str(file)]
     if setup.kind.is_wrapped:
         argv = [sys.executable, "-m", "offmap", "wrap", "--memory", setup.kind.ram, "--", *argv]
     return argv
