@@ -34,7 +34,7 @@ LIBRARY_TARGET = str(Path(__file__).with_name("library_target.py"))
 OFFMAP = (sys.executable, "-m", "offmap")
 MIB = 1 << 20
 SIZE = 256 * MIB
-CMDLINE = "console=ttyS0 quiet"
+CMDLINE = "console=ttyS0 quiet cryptomgr.notests"
 PATIENCE = 120.0  # seconds on an idle machine
 
 

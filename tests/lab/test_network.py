@@ -22,7 +22,7 @@ from .console import Guest
 pytestmark = pytest.mark.lab
 
 MIB = 1 << 20
-CMDLINE = "console=ttyS0 quiet"
+CMDLINE = "console=ttyS0 quiet cryptomgr.notests"
 MODULES = ("virtio_mmio", "virtio_net", "vmw_vsock_virtio_transport", "virtio_balloon")
 BUSYBOX = "/run/offmap-lab/busybox"
 PAYLOADS = Path(__file__).parents[1] / "payloads"

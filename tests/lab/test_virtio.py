@@ -24,7 +24,7 @@ from .test_module import insert
 pytestmark = pytest.mark.lab
 
 MIB = 1 << 20
-CMDLINE = "console=ttyS0 quiet"
+CMDLINE = "console=ttyS0 quiet cryptomgr.notests"
 MODULES = ("virtio_mmio", "virtio_blk", "virtio_rng")
 
 
