@@ -16,8 +16,8 @@ QEMU = "qemu-system-x86_64"
 # kvm.tsc_tolerance_ppm: a KVM that is built in starts before the TSC's frequency is refined, by up to 1 %, on a busy
 # machine; it then leaves a guest a TSC that stands still, and no timer (set_tsc_khz in arch/x86/kvm/x86.c, without
 # TSC scaling).
-# edd=off: no BIOS disk calls; random.trust_cpu: no wait for entropy; cryptomgr.notests: no tests of ciphers, which are a
-# tenth of an emulated guest's boot.
+# edd=off: no BIOS disk calls; random.trust_cpu: no wait for entropy; cryptomgr.notests: no tests of ciphers, a tenth of
+# an emulated boot.
 CMDLINE = (
     "console=ttyS0 loglevel=5 panic=-1 oops=panic tsc=reliable no_timer_check edd=off"
     " random.trust_cpu=on nmi_watchdog=0 kvm.tsc_tolerance_ppm=10000 cryptomgr.notests"
