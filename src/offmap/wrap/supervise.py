@@ -4,6 +4,7 @@ import _socket  # `socket` takes 0.3 MiB more
 import ctypes
 import gc
 import os
+import select
 import sys
 import time
 
@@ -17,6 +18,8 @@ from offmap.wrap.supervisor import Supervisor
 _LEVELS = {log.DEBUG: "debug", log.INFO: "info", log.WARNING: "warning", log.ERROR: "error"}
 _NAME = b"offmap wrap"
 _PR_SET_NAME = 15  # linux/prctl.h
+_ERRORS = 2  # standard error
+_PATIENCE = 1000  # milliseconds with a reader who lets the pipe fill; a VMM's call may wait for us meanwhile
 _ARG_START = 48 - 3  # arg_start and arg_end, of the fields behind the command's name (proc(5))
 
 
@@ -54,7 +57,10 @@ def _take_name() -> None:
 
 
 def _lines(as_json: bool) -> log.Sink:
-    """Log to standard error as `offmap wrap` itself does, without the modules that this takes there."""
+    """Log to standard error as `offmap wrap` itself does, without the modules that this takes there.
+
+    What nobody reads is lost: a VMM that is exposed has to be ended all the same.
+    """
 
     def write(level: int, logger: str, message: str) -> None:
         line = f"offmap wrap: {message}"
@@ -63,9 +69,11 @@ def _lines(as_json: bool) -> log.Sink:
 
             line = json.dumps(log.json_fields(time.time(), _LEVELS[level], logger, message))
         try:
-            sys.stderr.write(f"{line}\n")
-            sys.stderr.flush()
+            if errors.poll(_PATIENCE):
+                os.write(_ERRORS, f"{line}\n".encode(errors="surrogateescape"))
         except OSError:
             pass  # its reader has gone; the VMM goes on
 
+    errors = select.poll()
+    errors.register(_ERRORS, select.POLLOUT)
     return write
