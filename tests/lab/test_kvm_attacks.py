@@ -12,7 +12,7 @@ from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
-from .conftest import words_for
+from .conftest import keep_still, words_for
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
@@ -141,6 +141,7 @@ def test_more_programs_of_each_kind(lab_host: LabHost) -> None:
 def test_other_kernels(series: str, tmp_path: Path) -> None:
     kernel = host_kernel(f"debian:{series}")
     with LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), out=tmp_path) as host:
+        keep_still(host)
         newer = ("guest_memfd_held_by_another",) if series == "7.3" else ()
         found = ask(host, *HONEST, *EXPOSED, *UNDETERMINED, *newer, "swapped", "born", "churn")
     for name in HONEST:

@@ -12,7 +12,7 @@ from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
 from .alias_module import alias_module
-from .conftest import RESERVED
+from .conftest import RESERVED, keep_still
 
 pytestmark = pytest.mark.lab
 
@@ -35,6 +35,7 @@ def test_a_page_that_moves_is_exposed_each_time(lab_host: LabHost, lab_out: Path
 @pytest.mark.slow
 def test_a_guest_that_runs_guests_is_never_hidden(tmp_path: Path) -> None:
     with LabHost.start(host_kernel("debian:7.3"), memory="2G", cmdline=RESERVED, out=tmp_path) as host:
+        keep_still(host)
         done = host.output([sys.executable, "-m", TARGET, "nested", "1", "1", "3"], timeout=scaled(PATIENCE), cwd=ROOT)
     assert done.status == 0, done.stderr.decode()
     found = json.loads(done.stdout)
