@@ -22,7 +22,10 @@ def add_lab_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host-cmdline", default="", metavar="TEXT", help="added to the host's kernel command line")
     parser.add_argument(
-        "--accel", choices=("auto", "tcg", "kvm"), default="auto", help="default: KVM if a host really boots under it"
+        "--accel",
+        choices=("auto", "tcg", "kvm", "icount"),
+        default="auto",
+        help="default: KVM if a host really boots under it; icount: emulated, its clocks count instructions",
     )
     parser.add_argument("--console", type=Path, metavar="FILE", help="copy the host's kernel console to FILE")
 

@@ -87,6 +87,7 @@ class LabHost(Owned):
             cmdline: appended to its kernel command line, as it is.
             out: folder that its commands may write to and that survives it (``$OFFMAP_OUT``, at the same path).
             accel: ``tcg``, ``kvm``, or ``auto``: KVM where an ordinary kernel boots under it and has KVM itself.
+                ``icount``: emulated, and its clocks count instructions.
             console: gets a copy of its kernel console.
             on_boot: called with each line of its console.
             timeout: seconds that the start may take; by default as long as the host makes progress.

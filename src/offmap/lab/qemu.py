@@ -23,11 +23,15 @@ CMDLINE = (
     " random.trust_cpu=on nmi_watchdog=0 kvm.tsc_tolerance_ppm=10000 cryptomgr.notests"
 )
 
+_EMULATED = "max,+svm,+npt,-erms,-fsrm"
 ACCEL = {
     # One thread: with thread=multi and 2 CPUs a 6.12 host oopsed in __schedule (QEMU 7.2).
     # -erms, -fsrm: an emulated "rep movsb" copies byte by byte. Kernel and libc use it where the processor promises
     # that it is fast; a scan of all memory takes twice as long then, and zeroing page by page looks ten times as slow.
-    "tcg": ["-accel", "tcg,thread=single", "-cpu", "max,+svm,+npt,-erms,-fsrm"],
+    "tcg": ["-accel", "tcg,thread=single", "-cpu", _EMULATED],
+    # An instruction takes a nanosecond, by the host's clocks: what is timed in it depends on what was executed, not on
+    # how busy the machine is.
+    "icount": ["-accel", "tcg,thread=single", "-cpu", _EMULATED, "-icount", "shift=0"],
     "kvm": ["-accel", "kvm", "-cpu", "host"],
 }
 
@@ -44,7 +48,7 @@ class HostOptions:
         memory: its RAM, in bytes.
         cmdline: appended to its kernel command line, as it is.
         out: folder shared writable, or None.
-        accel: ``tcg`` or ``kvm``.
+        accel: of ``ACCEL``.
         nodes: NUMA nodes that share its RAM evenly; the first has the processor.
         plugin: a TCG plugin and its arguments, as QEMU's ``-plugin`` takes them; empty for none.
         devices: more arguments for QEMU, as they are.
@@ -127,6 +131,8 @@ def command_line(
     if options.plugin:
         argv += ["-plugin", options.plugin]
     argv += ["-m", f"{options.memory >> 10}k", *_memory(options, ram), *options.devices]
+    if options.accel == "icount":
+        khz = 1_000_000
     told = f" tsc_early_khz={khz}" if khz else ""
     argv += ["-kernel", vmlinuz, "-initrd", initrd, "-append", f"{CMDLINE}{told} {options.cmdline}".strip()]
     argv += ["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"]

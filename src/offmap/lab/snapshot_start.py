@@ -71,7 +71,7 @@ def from_snapshot(
         LabError: the host does not boot.
     """
     if options.accel != "tcg":
-        raise SnapshotUnusable("snapshots are for emulated processors; under KVM a host boots in two seconds")
+        raise SnapshotUnusable(f"no snapshots with {options.accel}")
     snapshots = Snapshots()
     kind = kind_of(kernel, options, archive)
     try:
