@@ -13,12 +13,18 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.lab.qemu import find_qemu
 
-__all__ = ["GUEST_SIZE", "add_inside_options", "qemu_argv", "run_in_lab", "shmem_huge_pages"]
+__all__ = ["GUEST_SIZE", "add_icount_option", "add_inside_options", "qemu_argv", "run_in_lab", "shmem_huge_pages"]
 
 GUEST_SIZE = "256M"
 _RESERVED = "memmap=256M$0x40000000"  # GUEST_SIZE at 1 GiB that the host kernel never owns
 
 _SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+
+def add_icount_option(parser: argparse.ArgumentParser) -> None:
+    """Add what `run_in_lab` takes as ``icount``."""
+    words = "the host's clocks count instructions: how busy the machine is changes no figure"
+    parser.add_argument("--icount", action="store_true", help=words)
 
 
 @contextmanager
@@ -58,6 +64,7 @@ def run_in_lab(
     kernel: HostKernel | None = None,
     cmdline: str = "",
     initrd: bytes | None = None,
+    icount: bool = False,
 ) -> int:
     """Start a disposable host and run ``script --inside`` in it, its output on ours.
 
@@ -68,6 +75,7 @@ def run_in_lab(
         kernel: what the host runs; None: the usual one. The guest's kernel is always that.
         cmdline: added to the host's kernel command line.
         initrd: the guest's; None: the small guest.
+        icount: the host's clocks count instructions.
 
     Returns:
         Its exit status.
@@ -81,5 +89,7 @@ def run_in_lab(
         guest_initrd.write_bytes(guest_initramfs() if initrd is None else initrd)
         argv = [sys.executable, str(Path(script).resolve()), "--inside", *arguments]
         argv += ["--guest-kernel", str(guest_kernel.vmlinuz), "--guest-initrd", str(guest_initrd)]
-        with LabHost.start(kernel or guest_kernel, memory=memory, cmdline=f"{_RESERVED} {cmdline}".strip()) as host:
+        words = f"{_RESERVED} {cmdline}".strip()
+        accel = "icount" if icount else "auto"
+        with LabHost.start(kernel or guest_kernel, memory=memory, cmdline=words, accel=accel) as host:
             return host.run(argv, timeout=timeout)

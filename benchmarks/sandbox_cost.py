@@ -20,7 +20,7 @@ import virtio_net
 from c_program import compile_program
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit, median_interval
-from lab_runs import GUEST_SIZE, add_inside_options, run_in_lab
+from lab_runs import GUEST_SIZE, add_icount_option, add_inside_options, run_in_lab
 from offmap.compare.guest import READY
 
 PEER = "offmap run --no-sandbox"
@@ -105,6 +105,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=7.0, help="for all parts together (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.7, help="of each pattern of a drive (default: %(default)s)")
     add_inside_options(parser)
+    add_icount_option(parser)
     args = parser.parse_args()
     minutes, least = (0.0, 2) if args.quick else (args.minutes, args.rounds)
 
@@ -121,7 +122,7 @@ def main() -> int:
         for what in parts:
             initrd = initrds[what]() if what in initrds else None
             options = ["--rounds", str(least), "--minutes", str(minutes / len(parts)), "--what", what]
-            done = max(done, run_in_lab(__file__, options, initrd=initrd))
+            done = max(done, run_in_lab(__file__, options, initrd=initrd, icount=args.icount))
         return done
 
     return exit_status("sandbox_cost", run)

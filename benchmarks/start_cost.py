@@ -16,7 +16,7 @@ from pathlib import Path
 
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import GUEST_SIZE, add_inside_options, run_in_lab
+from lab_runs import GUEST_SIZE, add_icount_option, add_inside_options, run_in_lab
 from offmap.errors import OffmapError
 from offmap.uapi import bootparam as bp
 from offmap.uapi.page import PAGE_SIZE
@@ -107,6 +107,7 @@ def main() -> int:
     parser.add_argument("--old", default="", metavar="PYTHON", help="of another offmap, to compare with")
     parser.add_argument("--lab", action="store_true", help="on reserved RAM in a disposable host")
     add_inside_options(parser)
+    add_icount_option(parser)
     args = parser.parse_args()
     rounds = 3 if args.quick else args.rounds
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -117,7 +118,7 @@ def main() -> int:
         for python in filter(None, (sys.executable, args.old)):
             subprocess.run([python, "-c", _COMPILE], check=True)
         if args.lab:
-            return run_in_lab(__file__, ["--rounds", str(rounds), "--old", args.old])
+            return run_in_lab(__file__, ["--rounds", str(rounds), "--old", args.old], icount=args.icount)
         return measure(args.old, "anon", rounds)
 
     return exit_status("start_cost", run)

@@ -27,7 +27,7 @@ from boot_time import COMMAND_LINE, TUNED_MACHINE, offmap_command, qemu_command,
 from c_program import compile_program
 from command import benchmark_parser, exit_status
 from figure import Figure, Limit
-from lab_runs import add_inside_options, run_in_lab
+from lab_runs import add_icount_option, add_inside_options, run_in_lab
 from offmap.boot.packed import unpacked
 from offmap.compare.guest import READY
 from offmap.errors import OffmapError
@@ -212,6 +212,7 @@ def inside_net(rounds: int, module: str, kernel: str, initrd: str) -> int:
 def main() -> int:
     parser = benchmark_parser(__doc__, rounds=5, quick="one round")
     add_inside_options(parser, "--module", "--vmlinux")
+    add_icount_option(parser)
     parser.add_argument("--only", choices=("start", "block", "net"), help="measure nothing else")
     parser.add_argument("--firecracker", default="", metavar="PATH", help="instead of the released one that is fetched")
     args = parser.parse_args()
@@ -241,10 +242,12 @@ def main() -> int:
             }
             status = 0
             if args.only in {None, "start"}:
-                status = run_in_lab(__file__, [*arguments, "--only", "start"], memory="4G", timeout=1800.0)
+                status = run_in_lab(
+                    __file__, [*arguments, "--only", "start"], memory="4G", timeout=1800.0, icount=args.icount
+                )
         for what, guest in guests.items():
             if not status and args.only in {None, what}:
-                status = run_in_lab(__file__, [*common, "--only", what], initrd=guest())
+                status = run_in_lab(__file__, [*common, "--only", what], initrd=guest(), icount=args.icount)
         return status
 
     return exit_status("wrap", run)
