@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Final, TypedDict, final
 
 from offmap.boot.memory_map import BOOT_AREAS
 from offmap.errors import BackendRefused, OffmapError
@@ -23,6 +22,7 @@ from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange, intersect
 from offmap.memory.memslots import publish_memslots
 from offmap.owned import Owned
+from offmap.typed import Final, TypedDict, final
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 

@@ -1,11 +1,14 @@
 """The one parser of ``VALUE,option=value,…``, as ``--memory``, ``--drive`` and their like take it."""
 
 from collections.abc import Callable, Collection
-from typing import NoReturn, Self, TypeVar
 
 from offmap.errors import OffmapError
+from offmap.typed import TYPE_CHECKING, NoReturn, Self
 
-_T = TypeVar("_T")
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    _T = TypeVar("_T")
 
 
 class Options:
@@ -45,7 +48,7 @@ class Options:
         self._pairs = [pair for pair in self._pairs if pair[0] != key]
         return values
 
-    def text(self, key: str, default: _T, convert: Callable[[str], _T]) -> _T:
+    def text(self, key: str, default: "_T", convert: "Callable[[str], _T]") -> "_T":
         """Take an option's value, by `convert`, which refuses what it cannot be; `default` where it is not there."""
         values = self.every(key)
         if len(values) > 1:
@@ -66,7 +69,7 @@ class Options:
 
         return self.text(key, False, convert)
 
-    def number(self, key: str, default: _T, least: int, most: int) -> int | _T:
+    def number(self, key: str, default: "_T", least: int, most: int) -> "int | _T":
         """Take a whole number from `least` to `most`."""
 
         def convert(value: str) -> int:

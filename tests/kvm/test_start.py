@@ -25,6 +25,7 @@ sys.exit(offmap.cli.main.main(sys.argv[1:]))
 
 NOT_YET = {
     *("dataclasses", "inspect", "logging", "json", "socket", "selectors", "datetime", "pathlib", "shutil"),
+    *("typing", "re", "argparse"),  # offmap.typed, offmap.cli.plain
     *("subprocess", "tempfile", "traceback", "urllib", "numpy", "msgspec", "jinja2", "rich"),
     *("offmap.audit", "offmap.compare", "offmap.guests", "offmap.kmod", "offmap.lab", "offmap.library"),
     *("offmap.report", "offmap.devices.virtio"),

@@ -10,12 +10,12 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import NamedTuple
 
 from offmap.boot.memory_map import MemoryMap
 from offmap.errors import KernelError, OffmapError
 from offmap.files import FileName
 from offmap.memory.guest import GuestMemory
+from offmap.typed import NamedTuple
 from offmap.uapi import bootparam as bp
 from offmap.uapi.page import PAGE_MASK
 

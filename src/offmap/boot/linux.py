@@ -4,7 +4,6 @@ import os
 import stat
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from offmap.boot.acpi import AcpiImage
 from offmap.boot.kernel_image import check_kernel, load_kernel, open_file, read_into
@@ -14,6 +13,7 @@ from offmap.errors import OffmapError
 from offmap.files import FileName
 from offmap.memory.guest import GuestMemory
 from offmap.memory.iomem import PhysicalRange
+from offmap.typed import NamedTuple
 from offmap.uapi import bootparam as bp
 from offmap.units import format_size
 

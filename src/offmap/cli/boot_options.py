@@ -1,19 +1,19 @@
 """The options of ``offmap run`` that say what to boot: a kernel or an image, and perhaps one command to run in it."""
 
-import argparse
-from typing import TYPE_CHECKING
-
 from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
 from offmap.options import Options
+from offmap.typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import argparse
+
     from offmap.devices.virtio.device import DeviceSpec
 
 _CMDLINE = "console=ttyS0 quiet"
 
 
-def add_boot_options(parser: argparse.ArgumentParser) -> None:
+def add_boot_options(parser: "argparse.ArgumentParser") -> None:
     """Add the options."""
     parser.add_argument("--kernel", type=file_name, help="bzImage (/boot/vmlinuz-…) or ELF vmlinux")
     parser.add_argument("--initrd", type=file_name, help="initial RAM disk")
@@ -45,11 +45,13 @@ def add_boot_options(parser: argparse.ArgumentParser) -> None:
 def file_name(text: str) -> str:
     """The file name, as it was given. Raises ArgumentTypeError: it is empty."""
     if not text:  # of an unset shell variable
+        import argparse
+
         raise argparse.ArgumentTypeError("is an empty name")
     return text
 
 
-def boot_of(args: argparse.Namespace) -> "tuple[BootSource, list[tuple[str, DeviceSpec]]]":
+def boot_of(args: "argparse.Namespace") -> "tuple[BootSource, list[tuple[str, DeviceSpec]]]":
     """Read the options: (what to boot, the devices that must come before all others).
 
     Raises:
@@ -65,7 +67,7 @@ def boot_of(args: argparse.Namespace) -> "tuple[BootSource, list[tuple[str, Devi
     return BootSource(args.kernel, args.initrd, args.cmdline), []
 
 
-def _image(args: argparse.Namespace, text: str) -> "tuple[BootSource, list[tuple[str, DeviceSpec]]]":
+def _image(args: "argparse.Namespace", text: str) -> "tuple[BootSource, list[tuple[str, DeviceSpec]]]":
     from offmap.guests.image import find_image
 
     if args.kernel is not None or args.initrd is not None:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the script."""
     import shtab
 
-    from offmap.cli.main import whole_parser
+    from offmap.cli.parsers import whole_parser
 
     parser = whole_parser()
     _name_values(parser)

@@ -1,11 +1,13 @@
 """The options of ``offmap run`` that give the guest devices: one row each. Each device parses its own option."""
 
-import argparse
-from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+
+from offmap.typed import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    import argparse
+
     from offmap.devices.virtio.device import DeviceSpec
 
 
@@ -58,13 +60,15 @@ _OPTIONS = (
 )
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
+def add_device_options(parser: "argparse.ArgumentParser") -> None:
     """Add them all. The guest finds the devices in the order of the options."""
     group = parser.add_argument_group("devices", "virtio devices, in the order in which the guest finds them")
     for option in _OPTIONS:
         group.add_argument(
             f"--{option.name}",
-            action=_Append,
+            action="append",
+            type=partial(_written, option),
+            const=(option, "") if option.metavar.startswith("[") else None,
             dest="devices",
             default=[],
             help=option.help,
@@ -78,22 +82,11 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _Append(argparse.Action):
-    """Collects all device options in one list of (option, text)."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[object] | None,
-        option_string: str | None = None,
-    ) -> None:
-        name = (option_string or "").lstrip("-")
-        found = next(o for o in _OPTIONS if o.name.startswith(name))  # argparse takes unambiguous abbreviations
-        namespace.devices = [*namespace.devices, (found, values if isinstance(values, str) else "")]
+def _written(option: _Option, text: str) -> tuple[_Option, str]:
+    return option, text
 
 
-def device_specs(args: argparse.Namespace) -> "list[tuple[str, DeviceSpec]]":
+def device_specs(args: "argparse.Namespace") -> "list[tuple[str, DeviceSpec]]":
     """The devices that were asked for, each with a name for messages: ``drive0``, ``drive1``, ``rng0``.
 
     Raises:

@@ -1,18 +1,21 @@
 """``-v`` and ``--log-format``: errors and progress on standard error, as lines for people or as JSON for services."""
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from offmap import log
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
 
-class LogOptions(argparse.Namespace):
+
+class LogOptions:
     """The values of the two options."""
 
-    verbose = False
-    log_format = "text"
+    def __init__(self, *, verbose: bool = False, log_format: str = "text") -> None:
+        self.verbose, self.log_format = verbose, log_format
 
 
 _options = LogOptions()
@@ -34,8 +37,10 @@ def quiet_in_a_file(logger: log.Logger) -> Callable[[str], None]:
     return logger.info if sys.stderr.isatty() or as_json() else logger.debug
 
 
-def add_log_options(parser: argparse.ArgumentParser) -> None:
+def add_log_options(parser: "argparse.ArgumentParser") -> None:
     """Add both options to `parser` and to the parsers of all its subcommands."""
+    import argparse
+
     group = parser.add_argument_group("messages", "on standard error")
     # No defaults: the subcommand's default would replace an option that stands before the subcommand.
     none = argparse.SUPPRESS
@@ -54,6 +59,8 @@ def split(arguments: Sequence[str]) -> tuple[str | None, LogOptions]:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if not any(word.startswith("-") and ("v" in word or "--l" in word) for word in own):
         return next((word for word in own if not word.startswith("-")), None), options  # no parser needed
+    import argparse
+
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     add_log_options(parser)
     try:

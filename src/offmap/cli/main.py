@@ -1,111 +1,36 @@
-"""``offmap``: the command line. One module per command; this one finds it, and turns errors into one line."""
+"""``offmap``: the command line. One module per command; this one runs it, and turns errors into one line."""
 
-import argparse
 import errno
 import gc
 import os
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
 
-from offmap import __version__
-from offmap.cli.log import LogOptions, add_log_options, logging_to_stderr, split
+from offmap.cli.log import LogOptions, logging_to_stderr, split
+from offmap.cli.plain import PlainParser, WrongUse
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
 from offmap.log import ERROR, Logger
 
-_COMMANDS = {
-    "run": "run a guest on RAM of the kind you choose",
-    "audit": "say which pages of a VM the host kernel can reach",
-    "attack": "follow the way from the host kernel to a secret in a guest",
-    "doctor": "say which kinds of RAM this host can give, and which of them hide",
-    "image": "make a file system for a guest",
-    "wrap": "run any VMM with its guest on hidden memory",
-    "module": "build and load the kernel module behind some kinds of RAM",
-    "pool": "set hidden memory aside for VMMs that open it as files",
-    "lab": "run a command in a disposable host",
-    "demo": "boot guests on plain and on hidden RAM, and prove which is which",
-    "compare": "compare the ways of hiding: what works, hides, breaks and costs",
-    "completion": "print the completion of a shell",
-}
-"""Each command is a module of offmap.cli with an `add_parser`. Only the one that is run is imported."""
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+_PLAIN = ("run",)
+"""The commands that a guest waits for. Most of their command lines need no argparse."""
 
 
-class _WrongUse(OffmapError):
-    """A command line that its parser refuses.
-
-    Attributes:
-        program: the words of the command, like ``offmap lab exec``.
-    """
-
-    def __init__(self, program: str, message: str) -> None:
-        self.program = program
-        super().__init__(message, f"see {program} --help")
-
-
-# argparse looks for translations of its words, which takes a millisecond. Python ships none.
-argparse._ = str  # type: ignore[attr-defined]
-
-
-class _Help(argparse.HelpFormatter):
-    """Help as wide as the terminal. argparse's own asks `shutil`, which takes as long to import as argparse."""
-
-    def __init__(self, prog: str) -> None:
-        try:
-            width = int(os.environ.get("COLUMNS", "")) or os.get_terminal_size().columns
-        except (OSError, ValueError):
-            width = 80
-        super().__init__(prog, width=width - 2)
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, *, formatter_class: type[argparse.HelpFormatter] = _Help, **options: Any) -> None:  # argparse's
-        super().__init__(formatter_class=formatter_class, **options)
-
-    def error(self, message: str) -> NoReturn:
-        raise _WrongUse(self.prog, message)
-
-
-def whole_parser() -> argparse.ArgumentParser:
-    """The parser of all commands. The man page and the completion of shells are made from it."""
-    return _parser(_COMMANDS)
-
-
-class _Alone:
-    """In the place of argparse's subparsers: makes the parser of one command, without the parsers above it."""
-
-    parser: argparse.ArgumentParser
-
-    def add_parser(self, name: str, *, help: str = "", **options: Any) -> argparse.ArgumentParser:  # argparse's
-        self.parser = _Parser(prog=f"offmap {name}", **options)
-        return self.parser
-
-
-def _parse(command: str | None, arguments: Sequence[str]) -> argparse.Namespace:
+def _parse(command: str | None, arguments: Sequence[str]) -> "argparse.Namespace":
     """Parse the command line. Imports the command."""
-    if command not in _COMMANDS or arguments[0] != command:
-        return _parser((command or "",)).parse_args(arguments)
-    alone = _Alone()
-    import_module(f"offmap.cli.{command}").add_parser(alone)
-    add_log_options(alone.parser)
-    return alone.parser.parse_args(arguments[1:])
+    if command in _PLAIN and arguments[0] == command:
+        plain = PlainParser()
+        import_module(f"offmap.cli.{command}").add_parser(plain)
+        values = plain.parse(arguments[1:])
+        if values is not None:
+            return values
+    from offmap.cli.parsers import parse
 
-
-def _parser(commands: Container[str]) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="offmap",
-        description="KVM guests whose memory the host kernel cannot read, and the proof of it.",
-        epilog="Exit status: 0 done (an audit: hidden), 1 exposed, 2 failed or used wrongly, 3 cannot be determined.",
-    )
-    parser.add_argument("--version", action="version", version=f"offmap {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
-    known = [name for name in _COMMANDS if name in commands]
-    for name in known:
-        import_module(f"offmap.cli.{name}").add_parser(subparsers)
-    for name, summary in _COMMANDS.items() if not known else ():
-        subparsers.add_parser(name, help=summary)
-    add_log_options(parser)
-    return parser
+    return parse(command, arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,7 +105,7 @@ def _say(program: str, error: BaseException) -> ExitStatus:
         return ExitStatus.FAILED
     # By this word scripts tell "this host cannot" from "it failed".
     refused = "refused: " if isinstance(failure, BackendRefused) else ""
-    name = failure.program if isinstance(failure, _WrongUse) else program
+    name = failure.program if isinstance(failure, WrongUse) else program
     _log_error(name, f"{refused}{failure}", failure)
     return failure.exit_status
 

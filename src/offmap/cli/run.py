@@ -1,12 +1,10 @@
 """``offmap run``: one guest, its console on standard input and output, everything else on standard error."""
 
-import argparse
 import atexit
 import contextlib
 import os
 import signal
 import time
-from typing import TYPE_CHECKING
 
 from offmap import __version__
 from offmap.cli.boot_options import add_boot_options, boot_of, file_name
@@ -18,6 +16,7 @@ from offmap.errors import ExitStatus, OffmapError
 from offmap.hide import Vet
 from offmap.log import Logger
 from offmap.memory.backend import BACKENDS, parse_backend
+from offmap.typed import TYPE_CHECKING
 from offmap.units import format_size, parse_size
 from offmap.vmm.config import MAX_VCPUS, MachineConfig
 from offmap.vmm.machine import Machine
@@ -25,6 +24,8 @@ from offmap.vmm.session import Session
 from offmap.vmm.vcpu_loop import ExitCounts
 
 if TYPE_CHECKING:
+    import argparse
+
     from offmap.vmm.confinement import Confinement
 
 
@@ -71,7 +72,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 _say = Logger("offmap.cli.run").info
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: "argparse.Namespace") -> int:
     """Run it.
 
     Returns:

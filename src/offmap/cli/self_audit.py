@@ -3,10 +3,10 @@
 import os
 import sys
 import threading
-from typing import IO, TYPE_CHECKING
 
 from offmap.cli.log import as_json
 from offmap.log import Logger
+from offmap.typed import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     import subprocess  # imported where it is used: not every guest's start has to wait for it

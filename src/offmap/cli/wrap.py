@@ -3,43 +3,13 @@
 With options that are written out, `begin` starts the VMM without argparse: both the VMM and a guest wait for that.
 """
 
+from offmap.cli.plain import PlainParser
 from offmap.errors import OffmapError
 
 TYPE_CHECKING = False  # importing `typing` takes a fifth of the start
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping, Sequence
-
-
-class _Option:
-    """An option with a value."""
-
-    def __init__(self, default: str, text: str, *, choices: "Sequence[str] | None" = None, metavar: str = "") -> None:
-        self.default = default
-        self.help = f"{text} (default: {default})"
-        self.choices = choices
-        self.metavar = metavar or None
-
-
-_TRUST_SHARED = "--trust-shared"
-_OPTIONS = {
-    "--memory": _Option(
-        "unplugged",
-        "what is placed: unplugged[,node=N], or pool[,path=FOLDER], for which no root is needed",
-        metavar="KIND[,OPTION=…]",
-    ),
-    "--on-exposed": _Option(
-        "kill", "what to do with a VMM whose guest an audit finds exposed", choices=("kill", "warn")
-    ),
-    "--on-undetermined": _Option(
-        "warn",
-        "what to do with a VMM that no audit could judge, as with an ordinary user's",
-        choices=("kill", "warn"),
-    ),
-    "--kvm-clock": _Option(
-        "off", "keep: the guest may use it, and one page stays exposed, which is told", choices=("off", "keep")
-    ),
-}
+    from collections.abc import Sequence
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -51,12 +21,33 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "What cannot be hidden is refused.",
         epilog="Exit status: the VMM's; 2 if it was not started.",
     )
-    for name, option in _OPTIONS.items():
-        parser.add_argument(
-            name, default=option.default, choices=option.choices, metavar=option.metavar, help=option.help
-        )
     parser.add_argument(
-        _TRUST_SHARED,
+        "--memory",
+        default="unplugged",
+        metavar="KIND[,OPTION=…]",
+        help="what is placed: unplugged[,node=N], or pool[,path=FOLDER], for which no root is needed "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--on-exposed",
+        default="kill",
+        choices=("kill", "warn"),
+        help="what to do with a VMM whose guest an audit finds exposed (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--on-undetermined",
+        default="warn",
+        choices=("kill", "warn"),
+        help="what to do with a VMM that no audit could judge, as with an ordinary user's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kvm-clock",
+        default="off",
+        choices=("off", "keep"),
+        help="keep: the guest may use it, and one page stays exposed, which is told (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--trust-shared",
         action="store_true",
         help="replace shared files too: no other process uses them (vhost-user and virtiofs do)",
     )
@@ -70,10 +61,7 @@ def run(args: "argparse.Namespace") -> int:
     from offmap.cli.log import as_json
 
     argv = args.command[1:] if args.command[:1] == ["--"] else args.command
-    values = {name: getattr(args, name[2:].replace("-", "_")) for name in _OPTIONS}
-    return _become(
-        argv, values, trust_shared=args.trust_shared, verbose=getattr(args, "verbose", False), as_json=as_json()
-    )
+    return _become(argv, args, verbose=getattr(args, "verbose", False), as_json=as_json())
 
 
 def begin(words: "Sequence[str]") -> None:
@@ -85,36 +73,26 @@ def begin(words: "Sequence[str]") -> None:
     Raises:
         OffmapError: it could not be started.
     """
-    rest = list(words)
-    values = {name: option.default for name, option in _OPTIONS.items()}
-    trust_shared = False
-    while rest and (word := rest.pop(0)) != "--":
-        if word == _TRUST_SHARED:
-            trust_shared = True
-            continue
-        name, written, value = word.partition("=")
-        if name not in _OPTIONS or not (written or rest):
-            return
-        values[name] = value = value if written else rest.pop(0)
-        choices = _OPTIONS[name].choices
-        if value not in choices if choices else not value or value.startswith("-"):
-            return
-    if rest:
-        _become(rest, values, trust_shared=trust_shared, verbose=False, as_json=False)
+    if "--" not in words:
+        return
+    own = words.index("--")
+    plain = PlainParser()
+    add_parser(plain)  # type: ignore[arg-type]  # for argparse's subparsers
+    args = plain.parse(words[:own])
+    if args is not None and words[own + 1 :]:
+        _become(words[own + 1 :], args, verbose=False, as_json=False)
 
 
-def _become(
-    argv: "Sequence[str]", values: "Mapping[str, str]", *, trust_shared: bool, verbose: bool, as_json: bool
-) -> int:
+def _become(argv: "Sequence[str]", args: "argparse.Namespace", *, verbose: bool, as_json: bool) -> int:
     from offmap.wrap.policy import Policy
     from offmap.wrap.start import run as start
 
     if not argv:
         raise OffmapError("no VMM to run", "write it after --: offmap wrap -- qemu-system-x86_64 …")
     policy = Policy(
-        kill=values["--on-exposed"] == "kill",
-        kill_undetermined=values["--on-undetermined"] == "kill",
-        trust_shared=trust_shared,
-        keep_clock=values["--kvm-clock"] == "keep",
+        kill=args.on_exposed == "kill",
+        kill_undetermined=args.on_undetermined == "kill",
+        trust_shared=args.trust_shared,
+        keep_clock=args.kvm_clock == "keep",
     )
-    start(argv, values["--memory"], policy, verbose=verbose, as_json=as_json)
+    start(argv, args.memory, policy, verbose=verbose, as_json=as_json)

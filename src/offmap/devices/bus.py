@@ -6,9 +6,9 @@ console. What nobody claims reads as all-ones and swallows writes, as an ISA bus
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 from offmap.errors import OffmapError
+from offmap.typed import Protocol
 
 
 class BusConflict(OffmapError):

@@ -4,11 +4,11 @@ import ctypes
 import os
 from collections.abc import Mapping
 from fcntl import ioctl
-from typing import TYPE_CHECKING
 
 from offmap.errors import KernelError
 from offmap.files import FileName
 from offmap.owned import Owned
+from offmap.typed import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

@@ -7,8 +7,8 @@ what reads the file is passed in.
 import ctypes
 import struct
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Self
 
+from offmap.typed import NamedTuple, Self
 from offmap.uapi.kvm import kvm_stats_desc, kvm_stats_header
 
 Read = Callable[[int, int], bytes]

@@ -2,11 +2,11 @@
 
 import os
 from ctypes import c_uint64
-from typing import TYPE_CHECKING
 
 from offmap.errors import KernelError
 from offmap.kvm.handle import Handle
 from offmap.kvm.vcpu import Vcpu
+from offmap.typed import TYPE_CHECKING
 from offmap.uapi import kvm as uapi
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from typing import ClassVar, Protocol, Self
 
 from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.hidden_files import SEE_LOG
@@ -17,6 +16,7 @@ from offmap.kvm import Vm
 from offmap.memory.backing import Backing
 from offmap.memory.guest import GuestMemory
 from offmap.options import Options
+from offmap.typed import ClassVar, Protocol, Self
 from offmap.units import format_size
 
 ASK_FOR_LESS = "ask for less, or free memory"

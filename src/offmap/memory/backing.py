@@ -7,11 +7,11 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from io import FileIO
-from typing import Self
 
 from offmap.errors import KernelError
 from offmap.files import fallocate
 from offmap.owned import Owned
+from offmap.typed import Self
 from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from offmap.uapi.mman import MAP_NORESERVE
 from offmap.uapi.page import PAGE_SIZE

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import NamedTuple
 
 from offmap.errors import BackendRefused, OffmapError
 from offmap.kvm import Vm
 from offmap.memory.backing import Backing
 from offmap.memory.iomem import PhysicalRange, subtract
 from offmap.owned import Owned
+from offmap.typed import NamedTuple
 
 MMIO_HOLE_START = 3 << 30
 """RAM stops here and goes on at 4 GiB: the local APICs, the IO-APIC and virtio-mmio live between (as on a PC)."""

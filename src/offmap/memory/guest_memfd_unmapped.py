@@ -7,7 +7,6 @@ instruction. That does not prove what the flag does, so the RAM is audited befor
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Self
 
 from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.files import fallocate
@@ -18,6 +17,7 @@ from offmap.memory.guest_memfd import MAPPABLE, guest_memfd_flags, map_guest_mem
 from offmap.memory.populate import populate
 from offmap.memory.probe import try_page
 from offmap.options import Options
+from offmap.typed import Self
 from offmap.uapi.fs import FALLOC_FL_KEEP_SIZE
 from offmap.uapi.page import PAGE_SIZE
 

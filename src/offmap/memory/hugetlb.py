@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Self
 
 from offmap.errors import BackendRefused
 from offmap.kvm import Vm
@@ -10,6 +9,7 @@ from offmap.memory.backend import Backend, refused
 from offmap.memory.backing import Backing
 from offmap.memory.memfd import map_memfd
 from offmap.options import Options
+from offmap.typed import Self
 from offmap.uapi.mman import MFD_HUGE_SHIFT, MFD_HUGETLB
 from offmap.units import format_size, parse_size
 

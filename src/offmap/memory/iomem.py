@@ -3,12 +3,11 @@
 Pure functions over the text of these files.
 """
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from offmap.errors import OffmapError
+from offmap.typed import NamedTuple
 from offmap.units import parse_size
 
 
@@ -28,15 +27,16 @@ class PhysicalRange(NamedTuple):
         return PhysicalRange(start, max(start, self.end // page_size * page_size))
 
 
-_LINE = re.compile(r"( *)([0-9a-f]+)-([0-9a-f]+) : (.*)")
+_HEX = frozenset("0123456789abcdef")
 
 
 def _resources(text: str) -> Iterator[tuple[bool, PhysicalRange, str]]:
     """Of each line of /proc/iomem: is it a top-level resource, where it is, its name."""
     for line in text.splitlines():
-        if match := _LINE.fullmatch(line):
-            indent, start, last, name = match.groups()
-            yield not indent, PhysicalRange(int(start, 16), int(last, 16) + 1), name
+        place, colon, name = line.partition(" : ")
+        start, dash, last = place.lstrip(" ").partition("-")
+        if colon and dash and not {*start, *last} - _HEX and start and last:
+            yield place[0] != " ", PhysicalRange(int(start, 16), int(last, 16) + 1), name
 
 
 def parse_iomem(text: str, name: str) -> list[PhysicalRange]:

@@ -4,13 +4,13 @@ A user who may create files in the pool's folder needs no other right. It is zer
 """
 
 import os
-from typing import Self
 
 from offmap.hidden_files import DEFAULT_POOL, pool_file
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing
 from offmap.options import Options
+from offmap.typed import Self
 
 
 class Pool(Backend):

@@ -5,13 +5,13 @@ hands them out and before it gives them back, however this process ends (kernel/
 """
 
 import os
-from typing import Self
 
 from offmap.hidden_files import unplugged_file
 from offmap.kvm import Vm
 from offmap.memory.backend import Backend
 from offmap.memory.backing import Backing
 from offmap.options import Options
+from offmap.typed import Self
 from offmap.uapi import offmap_module as uapi
 
 

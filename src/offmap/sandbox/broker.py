@@ -19,12 +19,12 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 from offmap.log import ERROR, Logger
 from offmap.owned import Owned
 from offmap.sandbox.seccomp import SIGINFO_SIZE, SIGINFO_SYSCALL_AT
 from offmap.sandbox.terminal import Terminal
+from offmap.typed import TYPE_CHECKING, NamedTuple
 from offmap.uapi.syscall import name_of
 from offmap.units import printable
 

@@ -8,9 +8,9 @@ is not confined.
 import contextlib
 import ctypes
 import os
-from typing import NamedTuple
 
 from offmap.errors import KernelError, OffmapError
+from offmap.typed import NamedTuple
 from offmap.uapi import seccomp as uapi
 from offmap.uapi.syscall import NUMBERS
 

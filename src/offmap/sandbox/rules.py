@@ -1,7 +1,8 @@
 """Rules: a system call by its name, and what its arguments must be. All else is a violation."""
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+
+from offmap.typed import NamedTuple
 
 
 class Argument(NamedTuple):

@@ -5,7 +5,8 @@ Shared by the boot loader (``vmlinux``) and the audit (``/proc/kcore`` is an ELF
 """
 
 import struct
-from typing import NamedTuple
+
+from offmap.typed import NamedTuple
 
 ELFMAG = b"\x7fELF"
 ELFCLASS64 = 2  # e_ident[EI_CLASS], EI_CLASS = 4

@@ -1,12 +1,12 @@
 """What a machine is made of, and the checks that need not build it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
 
 from offmap.boot.linux import BootSource
 from offmap.errors import OffmapError
 from offmap.hide import NotAudited, Vet, check_vetting
 from offmap.memory.backend import Backend
+from offmap.typed import TYPE_CHECKING, Final
 from offmap.uapi.page import PAGE_SIZE
 from offmap.units import format_size
 from offmap.vmm.pvclock import is_safe_on_hidden_memory

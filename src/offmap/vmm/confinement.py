@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from offmap import log
 from offmap.errors import OffmapError
@@ -25,6 +24,7 @@ from offmap.owned import Owned
 from offmap.sandbox import policy, seccomp
 from offmap.sandbox.broker import Broker, Services
 from offmap.sandbox.confine import Confined, Limits, confine
+from offmap.typed import TYPE_CHECKING
 from offmap.uapi.devices import DEV_KVM, PHYSICAL_MEMORY
 from offmap.uapi.page import PAGE_SIZE
 from offmap.vmm.outcome import Outcome

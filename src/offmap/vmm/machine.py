@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import TYPE_CHECKING, Protocol
 
 from offmap.boot.acpi import build_tables
 from offmap.boot.acpi.devices import virtio_mmio
@@ -20,6 +19,7 @@ from offmap.errors import OffmapError
 from offmap.hide import Ram
 from offmap.kvm import Kvm, Vcpu, Vm
 from offmap.owned import Owned
+from offmap.typed import TYPE_CHECKING, Protocol
 from offmap.uapi import kvm as uapi
 from offmap.uapi.pc import COM1_IRQ, RTC_IRQ
 from offmap.vmm.command_line import with_machine_parameters

@@ -1,9 +1,9 @@
 """How a machine's life ended."""
 
 from enum import Enum
-from typing import NamedTuple
 
 from offmap.errors import OffmapError
+from offmap.typed import NamedTuple
 
 
 class Outcome(Enum):

@@ -4,9 +4,9 @@ import contextlib
 import os
 import select
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from offmap.errors import KernelError, OffmapError
+from offmap.typed import TYPE_CHECKING
 from offmap.vmm.command_line import with_hvc0
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.machine import Machine

@@ -5,7 +5,8 @@ import os
 import sys
 from enum import Enum
 from types import TracebackType
-from typing import Self
+
+from offmap.typed import Self
 
 _CTRL_A = 0x01
 

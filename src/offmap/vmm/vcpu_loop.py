@@ -10,11 +10,11 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
 from fcntl import ioctl
-from typing import Any
 
 from offmap.devices.bus import MmioBus, PioBus
 from offmap.errors import KernelError, OffmapError
 from offmap.kvm import Vcpu
+from offmap.typed import Any
 from offmap.uapi import kvm as uapi
 from offmap.uapi.page import PAGE_MASK, PAGE_SIZE
 from offmap.vmm.outcome import Outcome, Stop

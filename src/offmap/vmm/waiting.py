@@ -2,9 +2,9 @@
 
 import math
 import select
-from typing import TYPE_CHECKING
 
 from offmap.errors import OffmapError
+from offmap.typed import TYPE_CHECKING
 from offmap.vmm.outcome import Outcome
 
 if TYPE_CHECKING:

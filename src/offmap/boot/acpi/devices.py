@@ -4,9 +4,9 @@ A resource is a descriptor of ACPI 6.4, section 6.4 (Resource Data Types for ACP
 """
 
 import struct
-from typing import NamedTuple
 
 from offmap.boot.acpi import aml
+from offmap.typed import NamedTuple
 from offmap.uapi.pc import COM1_IRQ, COM1_PORT, RTC_IRQ, RTC_PORT, UART_PORTS
 
 END_TAG = b"\x79\x00"  # checksum 0: not checked

@@ -9,11 +9,11 @@ The CMOS clock is there. Layouts: ACPI 6.4, chapter 5.2.
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from offmap.boot.acpi import aml
 from offmap.boot.acpi.devices import AcpiDevice, com1, processor, rtc
 from offmap.errors import OffmapError
+from offmap.typed import NamedTuple
 from offmap.uapi import pc
 
 ACPI_BASE = 0xE0000  # in the BIOS read-only area, which is searched for an RSDP (5.2.5.1)

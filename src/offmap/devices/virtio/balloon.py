@@ -9,7 +9,6 @@ offered). On a backend that hides, the kernel takes the new page off its map as 
 import struct
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import NamedTuple
 
 from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
 from offmap.devices.virtio.dma import DriverError
@@ -19,6 +18,7 @@ from offmap.errors import KernelError, OffmapError
 from offmap.memory.backend import BACKENDS
 from offmap.memory.guest import GuestMemory
 from offmap.options import Options
+from offmap.typed import NamedTuple
 from offmap.uapi.page import PAGE_SIZE
 from offmap.uapi.virtio import balloon as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_BALLOON

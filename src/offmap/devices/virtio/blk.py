@@ -10,13 +10,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, NamedTuple
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
 from offmap.devices.virtio.disk import SECTOR, Disk
 from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import length, part, scatter
 from offmap.devices.virtio.queue import Chain, Queue
+from offmap.typed import ClassVar, NamedTuple
 from offmap.uapi.virtio import blk as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_BLOCK
 

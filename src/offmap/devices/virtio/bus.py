@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from ctypes import addressof, c_char
 from functools import partial
-from typing import NamedTuple
 
 from offmap.devices.bus import MmioBus
 from offmap.devices.virtio.device import DeviceSpec, Surroundings, VirtioDevice
@@ -18,6 +17,7 @@ from offmap.kvm.coalesced import CoalescedRing
 from offmap.memory.guest import DEVICE_SLOTS, GuestAddressError, GuestMemory
 from offmap.memory.iomem import PhysicalRange
 from offmap.owned import Owned
+from offmap.typed import NamedTuple
 from offmap.uapi import kvm as uapi
 from offmap.uapi.page import PAGE_SIZE
 from offmap.uapi.virtio.mmio import VIRTIO_MMIO_INTERRUPT_ACK, VIRTIO_MMIO_QUEUE_NOTIFY

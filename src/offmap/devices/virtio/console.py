@@ -11,7 +11,6 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from offmap.devices.virtio.console_port import IOV_MAX, Port, Stream, read_into, write_from
 from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
@@ -19,6 +18,7 @@ from offmap.devices.virtio.dma import DriverError
 from offmap.devices.virtio.iov import length, part, scatter
 from offmap.devices.virtio.queue import Chain, Queue
 from offmap.devices.virtio.worker import Worker
+from offmap.typed import NamedTuple
 from offmap.uapi.virtio import console as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_CONSOLE
 

@@ -7,10 +7,10 @@ import select
 import socket
 import stat
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from offmap.devices.virtio.iov import gather, length, scatter
 from offmap.devices.virtio.queue import Chain, Queue
+from offmap.typed import NamedTuple
 
 IOV_MAX = 1024  # UIO_MAXIOV, linux/uio.h: what readv and writev take at once
 _BOUNCE_SIZE = 64 << 10  # bytes that a pipe holds; a guest may describe as much room as it likes

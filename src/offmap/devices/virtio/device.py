@@ -6,7 +6,6 @@ at a time. It never sees the transport's registers, only queues.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from typing import ClassVar, NamedTuple, Protocol
 
 from offmap.devices.virtio.dma import Dma
 from offmap.devices.virtio.limit import Limit
@@ -16,6 +15,7 @@ from offmap.kvm import Vm
 from offmap.memory.backend import Backend
 from offmap.memory.guest import GuestMemory
 from offmap.owned import Owned
+from offmap.typed import ClassVar, NamedTuple, Protocol
 
 
 class Bypass(NamedTuple):

@@ -1,12 +1,12 @@
 """``--drive PATH[,option=value…]``: what the user asks for of a virtio-blk device."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 from offmap.devices.virtio.device import Surroundings
 from offmap.devices.virtio.limit import Limit
 from offmap.errors import OffmapError
 from offmap.options import Options
+from offmap.typed import TYPE_CHECKING, NamedTuple
 from offmap.uapi.virtio.blk import VIRTIO_BLK_ID_BYTES
 
 if TYPE_CHECKING:

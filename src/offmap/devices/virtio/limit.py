@@ -6,9 +6,9 @@ something in the bucket, and may then take more than that: the next ones wait un
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 from offmap.options import Options
+from offmap.typed import NamedTuple
 from offmap.units import parse_size
 
 USAGE = "rate=BYTES, ops=N"

@@ -11,7 +11,6 @@ import struct
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import c_uint8, sizeof
-from typing import Protocol
 
 from offmap.devices.virtio.device import Activation, VirtioDevice
 from offmap.devices.virtio.dma import DriverError
@@ -19,6 +18,7 @@ from offmap.devices.virtio.iov import part, scatter
 from offmap.devices.virtio.queue import Chain, Queue
 from offmap.devices.virtio.vhost import VhostNet
 from offmap.errors import KernelError
+from offmap.typed import Protocol
 from offmap.uapi import if_tun
 from offmap.uapi.virtio import net as uapi
 from offmap.uapi.virtio.config import VIRTIO_ID_NET

@@ -3,7 +3,6 @@
 import os
 import re
 from ipaddress import IPv4Interface
-from typing import NamedTuple
 
 from offmap.devices.virtio.device import Surroundings
 from offmap.devices.virtio.limit import Limit
@@ -13,6 +12,7 @@ from offmap.devices.virtio.tap import check_name, open_tap, tap_of_fd
 from offmap.devices.virtio.vhost import open_vhost_net
 from offmap.errors import OffmapError
 from offmap.options import Options
+from offmap.typed import NamedTuple
 from offmap.uapi.virtio.net import ETH_ALEN
 
 MIN_MTU, MAX_MTU = 68, 65535  # virtio 1.2, 5.1.4.1; 68 is RFC 791's

@@ -17,10 +17,10 @@ from functools import cache
 from operator import add
 from struct import Struct
 from time import monotonic
-from typing import NamedTuple
 
 from offmap.devices.virtio.dma import Dma, DriverError, Piece
 from offmap.devices.virtio.limit import Limiter
+from offmap.typed import NamedTuple
 from offmap.uapi.virtio.ring import (
     VRING_AVAIL_ALIGN_SIZE,
     VRING_AVAIL_F_NO_INTERRUPT,

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from typing import ClassVar, NamedTuple
 
 from offmap.devices.virtio.device import Activation, Surroundings, VirtioDevice
 from offmap.devices.virtio.dma import DriverError
@@ -11,6 +10,7 @@ from offmap.devices.virtio.limit import USAGE, Limit
 from offmap.devices.virtio.queue import Queue
 from offmap.errors import KernelError
 from offmap.options import Options
+from offmap.typed import ClassVar, NamedTuple
 from offmap.uapi.virtio.config import VIRTIO_ID_RNG
 
 _SOURCE = "/dev/urandom"

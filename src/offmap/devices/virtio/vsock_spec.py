@@ -1,13 +1,13 @@
 """``--vsock``: a socket device as the user asks for it."""
 
 from pathlib import Path
-from typing import NamedTuple
 
 from offmap.devices.virtio.device import Surroundings
 from offmap.devices.virtio.limit import Limit
 from offmap.devices.virtio.vsock import Vsock
 from offmap.devices.virtio.vsock_host import Listener, check_path
 from offmap.options import Options
+from offmap.typed import NamedTuple
 from offmap.uapi.virtio.vsock import VMADDR_CID_ANY, VMADDR_CID_HOST
 
 _REMEDY = "write it like --vsock cid=3,path=/run/guest.sock"

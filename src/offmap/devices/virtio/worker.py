@@ -14,12 +14,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TypeVar
 
 from offmap.errors import OffmapError
 from offmap.owned import Owned
 
-_T = TypeVar("_T")
+TYPE_CHECKING = False  # a start does not wait for `typing`
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    _T = TypeVar("_T")
 
 _MOST_EVENTS = 16  # taken at once; the default makes room for a thousand each time
 
@@ -87,7 +90,7 @@ class Worker(Owned):
         if self._handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def call(self, function: Callable[[], _T]) -> _T:
+    def call(self, function: "Callable[[], _T]") -> "_T":
         """Run `function` on the thread and wait for it: nothing else of the device runs meanwhile.
 
         Returns:

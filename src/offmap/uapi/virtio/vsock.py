@@ -1,7 +1,8 @@
 """virtio-vsock: configuration space and packet header (linux/virtio_vsock.h; virtio 1.2, 5.10)."""
 
 import struct
-from typing import NamedTuple
+
+from offmap.typed import NamedTuple
 
 VIRTIO_VSOCK_TYPE_STREAM = 1
 
