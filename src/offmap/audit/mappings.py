@@ -1,5 +1,6 @@
 """What a walk found: runs of kernel mappings, and whether a physical page lies in one of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -49,6 +50,19 @@ def merge_runs(runs: NDArray[np.void]) -> NDArray[np.void]:
     ends = reach[np.append(first[1:] - 1, len(runs) - 1)]
     merged["bytes"] = ends - merged["va"] + np.uint64(1)
     return merged[np.argsort(merged["va"], kind="stable")]
+
+
+def with_runs(known: NDArray[np.void], found: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
+    """Merged runs with more of them; the same array if each of those lies in one run of it, as in most walks again."""
+    more = np.concatenate([known[:0], *found])
+    if len(known):
+        near = known[np.maximum(np.searchsorted(known["va"], more["va"], side="right") - 1, 0)]
+        lies = (near["va"] <= more["va"]) & (more["va"] - near["va"] + more["bytes"] <= near["bytes"])
+        for column in ("level", "writable", "nx", "cached"):
+            lies &= near[column] == more[column]
+        if (lies & (near["va"] - near["pa"] == more["va"] - more["pa"])).all():
+            return known
+    return merge_runs(np.concatenate((known, more)))
 
 
 def covered(runs: NDArray[np.void], pfns: NDArray[np.uint64]) -> NDArray[np.bool_]:

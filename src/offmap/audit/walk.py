@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from offmap.audit.caching import is_cached
 from offmap.audit.intervals import run_starts
-from offmap.audit.mappings import RUN, KernelMappings, covered, merge_runs
+from offmap.audit.mappings import RUN, KernelMappings, covered, merge_runs, with_runs
 from offmap.audit.result import Span
 from offmap.audit.tops import Tops
 from offmap.report.typed import Address
@@ -341,8 +341,7 @@ class Walker:
             known = self._empty.get(depth, _Level.join([]))
             self._empty[depth] = _Level.join([known, level.take(~np.isin(level.pa, known.pa))])
         before = self._size()
-        self._main = merge_runs(np.concatenate((self._main, *walked.runs)))
-        self._other = merge_runs(np.concatenate((self._other, *walked.other)))
+        self._main, self._other = with_runs(self._main, walked.runs), with_runs(self._other, walked.other)
         return self._size() != before
 
     def _size(self) -> int:

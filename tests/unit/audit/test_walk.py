@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from offmap.audit.mappings import KernelMappings, covered
+from offmap.audit.mappings import RUN, KernelMappings, covered, merge_runs, with_runs
 from offmap.audit.tops import TOP_ENTRY, Tops
 from offmap.audit.walk import Walker
 
@@ -317,13 +317,30 @@ def test_every_page_is_found_mapped_exactly_if_an_entry_maps_it(
     st.lists(st.integers(0, 90), max_size=30),
 )
 def test_covered_agrees_with_asking_run_by_run(runs: list[tuple[int, int]], frames: list[int]) -> None:
-    from offmap.audit.mappings import RUN
-
     table = np.zeros(len(runs), dtype=RUN)
     for index, (first, pages) in enumerate(runs):
         table[index]["pa"], table[index]["bytes"] = first * PAGE, pages * PAGE
     naive = [any(first <= frame < first + pages for first, pages in runs) for frame in frames]
     assert covered(table, np.array(frames, dtype=np.uint64)).tolist() == naive
+
+
+_RUNS = st.lists(
+    st.builds(
+        lambda va, pa, pages, level, writable: (va * PAGE, pa * PAGE, pages * PAGE, level, writable, True, True),
+        *(st.integers(1, 12), st.integers(1, 4), st.integers(1, 6), st.integers(1, 2), st.booleans()),
+    ),
+    max_size=6,
+)
+
+
+@settings(deadline=None)
+@given(known=_RUNS, found=_RUNS)
+def test_runs_of_another_walk_are_added_as_if_all_were_merged(known: list[object], found: list[object]) -> None:
+    first, second = merge_runs(np.array(known, dtype=RUN)), np.array(found, dtype=RUN)
+    assert with_runs(first, [second]).tolist() == merge_runs(np.concatenate((first, second))).tolist()
+    again = with_runs(first, [second])
+    if again.size and len({run[0] for run in again.tolist()}) == len(again):
+        assert with_runs(again, [again]) is again
 
 
 def test_runs_are_divided_by_how_they_are_cached() -> None:
