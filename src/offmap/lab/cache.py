@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
+_digests: dict[tuple[int, ...], str] = {}
+_SETTLED_NS = 1_000_000_000  # since its last change: another one may have the same time, by a kernel's coarse clock
+
+
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal. A file that did not change since is not read again."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        facts = os.fstat(file.fileno())
+        identity = facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+        if (known := _digests.get(identity)) is not None:
+            return known
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if abs(time.time_ns() - facts.st_ctime_ns) > _SETTLED_NS:
+        _digests[identity] = digest
+    return digest
