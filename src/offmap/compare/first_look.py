@@ -19,9 +19,8 @@ CONTROL = kind_of("anon")
 QUESTIONS = ("works.boot", "hidden.canaries_planted", "costs.boot", *AFTER_BOOT, "costs.ram_ready")
 ATTACK = ("hidden.attack", "hidden.attack_reads")
 
-# The clock it uses is to tell whether it has kvm-clock: a guest with both may prefer the TSC. And it need not test its
-# ciphers, which takes a tenth of its boot.
-_WORDS = "clocksource=kvm-clock cryptomgr.notests"
+# The clock it uses is to tell whether it has kvm-clock: a guest with both may prefer the TSC.
+_WORDS = "clocksource=kvm-clock"
 
 
 def first_look(job: Job, folder: Path, survey: Survey) -> None:

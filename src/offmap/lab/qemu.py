@@ -17,10 +17,10 @@ QEMU = "qemu-system-x86_64"
 # machine; it then leaves a guest a TSC that stands still, and no timer (set_tsc_khz in arch/x86/kvm/x86.c, without
 # TSC scaling).
 # edd=off: no BIOS disk calls; random.trust_cpu: no wait for entropy; cryptomgr.notests: no tests of ciphers, a tenth of
-# an emulated boot.
+# an emulated boot; initcall_blacklist: nor of the jitter-entropy source, another twentieth.
 CMDLINE = (
     "console=ttyS0 loglevel=5 panic=-1 oops=panic tsc=reliable no_timer_check edd=off"
-    " random.trust_cpu=on nmi_watchdog=0 kvm.tsc_tolerance_ppm=10000 cryptomgr.notests"
+    " random.trust_cpu=on nmi_watchdog=0 kvm.tsc_tolerance_ppm=10000 cryptomgr.notests initcall_blacklist=jent_mod_init"
 )
 
 _EMULATED = "max,+svm,+npt,-erms,-fsrm"

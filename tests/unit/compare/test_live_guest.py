@@ -164,7 +164,7 @@ def test_qemu_has_the_clock_that_its_row_names(kvm_clock: str, offered: bool, mo
     # No more is taken away than offmap's own guests go without (offmap.vmm.cpuid): steal time and the others stay.
     assert cpu == "host,svm=off,vmx=off" + ("" if offered else ",kvmclock=off,kvmclock-stable-bit=off")
     told = "" if offered else " tsc_early_khz=2000000 tsc=reliable"
-    assert command_line == f"console=ttyS0 quiet cryptomgr.notests pci=off{told}"
+    assert command_line == f"console=ttyS0 quiet cryptomgr.notests initcall_blacklist=jent_mod_init pci=off{told}"
 
 
 @pytest.mark.parametrize(("ram", "source"), [("pool", "file"), ("memfd", "memfd")])
@@ -189,7 +189,7 @@ def test_libvirt_gets_a_domain_as_documented(ram: str, source: str, tmp_path: Pa
 
     assert has("memoryBacking/source", "type") == [source]
     assert has("clock/timer", "present") == ["no"]
-    assert domain.findtext("os/cmdline") == "console=ttyS0 quiet cryptomgr.notests a<b"
+    assert domain.findtext("os/cmdline") == "console=ttyS0 quiet cryptomgr.notests initcall_blacklist=jent_mod_init a<b"
     assert has("devices/disk/source", "file") == ["/disk"]
     assert has("devices/interface/target", "dev") == ["card", "fast"]
     assert has("devices/interface/driver", "name") == ["qemu", "vhost"]
