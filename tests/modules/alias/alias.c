@@ -6,6 +6,8 @@
  * LENGTH [wc]" (memory that Linux does not own; write-combining instead of cached). One mapping for each open file; it goes with the file. Reading 8 * N bytes
  * makes exactly N loads of 8 bytes by that mapping.
  *
+ * "loose ADDRESS..." is vmap without a reference: the pages may be free, or go to somebody else.
+ *
  * "flash ADDRESS MICROSECONDS" maps one page for so long, makes one load by the mapping, and unmaps it.
  *
  * Only for disposable hosts: it maps what it is told to.
@@ -25,6 +27,7 @@
 struct alias {
 	struct page *pages[MOST_PAGES];
 	unsigned int count;
+	bool held;
 	void *vmapped;
 	void *remapped;
 	size_t mapped_bytes;
@@ -36,9 +39,11 @@ static int alias_open(struct inode *inode, struct file *file)
 	return file->private_data ? 0 : -ENOMEM;
 }
 
-static int alias_vmap(struct alias *alias, char *words)
+static int alias_vmap(struct alias *alias, char *words, bool hold)
 {
 	char *word;
+
+	alias->held = hold;
 
 	while ((word = strsep(&words, " \n"))) {
 		u64 phys;
@@ -47,8 +52,9 @@ static int alias_vmap(struct alias *alias, char *words)
 			continue;
 		if (kstrtoull(word, 0, &phys) || alias->count == MOST_PAGES || !pfn_valid(PHYS_PFN(phys)))
 			return -EINVAL;
-		alias->pages[alias->count] = pfn_to_page(PHYS_PFN(phys));
-		get_page(alias->pages[alias->count++]);
+		alias->pages[alias->count++] = pfn_to_page(PHYS_PFN(phys));
+		if (hold)
+			get_page(pfn_to_page(PHYS_PFN(phys)));
 	}
 	if (!alias->count)
 		return -EINVAL;
@@ -107,7 +113,9 @@ static ssize_t alias_write(struct file *file, const char __user *text, size_t le
 	if (IS_ERR(copy))
 		return PTR_ERR(copy);
 	if (!strncmp(copy, "vmap ", 5))
-		error = alias_vmap(alias, copy + 5);
+		error = alias_vmap(alias, copy + 5, true);
+	else if (!strncmp(copy, "loose ", 6))
+		error = alias_vmap(alias, copy + 6, false);
 	else if (!strncmp(copy, "memremap ", 9))
 		error = alias_memremap(alias, copy + 9);
 	else if (!strncmp(copy, "flash ", 6))
@@ -141,7 +149,7 @@ static int alias_release(struct inode *inode, struct file *file)
 	vunmap(alias->vmapped);
 	if (alias->remapped)
 		memunmap(alias->remapped);
-	while (alias->count)
+	while (alias->held && alias->count)
 		put_page(alias->pages[--alias->count]);
 	/* What vunmap() has left for later is still mapped: a test that looks must not see it. */
 	vm_unmap_aliases();
