@@ -26,6 +26,7 @@ from typing import Any, Unpack
 
 from offmap.audit.audit import Options, Stage, audit_process, snapshot_process
 from offmap.audit.guest_ram import named_ranges
+from offmap.audit.result import AuditResult
 from offmap.audit.seen import seen_at
 from offmap.audit.vms import VmProcess, audit_every_vm
 from offmap.errors import OffmapError
@@ -340,6 +341,10 @@ def verdict(pid: int, **options: Unpack[Options]) -> dict[str, Any]:
         result = audit_process(pid, **options)
     except OffmapError as error:
         return {"verdict": f"status {int(error.exit_status)}", "notes": [str(error)]}
+    return judged(result)
+
+
+def judged(result: AuditResult) -> dict[str, Any]:
     return {"verdict": result.verdict.value, "notes": list(result.notes)}
 
 
@@ -347,9 +352,11 @@ def tried(deed: Callable[[], None]) -> dict[str, Any]:
     with Attacker(deed) as attacker:
         if attacker.said != b"!":
             return {"failed": attacker.said.decode()}
-        found = verdict(attacker.pid)
-        found["range"] = verdict(attacker.pid, ranges=named_ranges(attacker.pid), seconds=0)
         every = audit_every_vm(lambda vm: snapshot_process(vm.pid))
+        # What an audit of the process alone says has been said among all, unless its VM was found by another's PID.
+        mine = [judged(result) for result in every.vms if result.pid == attacker.pid]
+        found = mine[0] if mine else verdict(attacker.pid)
+        found["range"] = verdict(attacker.pid, ranges=named_ranges(attacker.pid), seconds=0)
         found["all"] = int(every.exit_status)
         found["all notes"] = list(every.notes)
     return found
