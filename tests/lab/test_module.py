@@ -20,6 +20,7 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
+from . import prepared
 from .alias_module import alias_module
 from .conftest import RESERVED, words_for
 from .console import Guest
@@ -28,7 +29,6 @@ pytestmark = pytest.mark.lab
 
 ROOT = Path(__file__).parents[2]
 TARGET = str(Path(__file__).with_name("module_target.py"))
-AUDIT_TARGET = str(Path(__file__).with_name("audit_target.py"))
 LIBRARY_TARGET = str(Path(__file__).with_name("library_target.py"))
 OFFMAP = (sys.executable, "-m", "offmap")
 CANARIES = 64  # of each guest, and of audit_target.py
@@ -65,8 +65,8 @@ def host(lab_kernel: HostKernel, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 def ask(host: LabHost, what: str) -> Any:
-    done = host.output([sys.executable, TARGET, what], timeout=scaled(PATIENCE))
-    assert done.status == 0, done.stderr.decode()
+    done = prepared.run(host, "tests.lab.module_target", what)
+    assert done.status == 0, done.stderr
     return json.loads(done.stdout)
 
 
@@ -268,7 +268,7 @@ def check_guest_is_hidden(host: LabHost, kernel: HostKernel, out: Path, backend:
         before = guest.shell("md5sum /kept")
         churn = "echo 3 >/proc/sys/vm/drop_caches; echo 1 >/proc/sys/vm/compact_memory"
         assert host.output(["sh", "-c", churn]).status == 0
-        done = host.output([*OFFMAP, "audit", str(guest.pid), "--json"])
+        done = prepared.run(host, "offmap", "audit", str(guest.pid), "--json")
         assert done.status == 0, done.stdout
         pages = json.loads(done.stdout)["pages"]
         assert (pages["direct_map_pages"], pages["alias_pages"], pages["unknown_pages"]) == (0, 0, 0)
@@ -351,7 +351,7 @@ def test_a_guest_with_an_aliased_page_in_its_first_mib_gets_another(host: LabHos
         assert b"aliased in the host kernel and kept from the guest" in heard
         found = re.search(rb"pid (\d+)", heard)
         assert found
-        done = host.output([*OFFMAP, "audit", found[1].decode(), "--json"])
+        done = prepared.run(host, "offmap", "audit", found[1].decode(), "--json")
         result = json.loads(done.stdout)
         assert (done.status, result["verdict"]) == (0, "hidden"), result
         assert result["pages"]["excluded_pages"] == result["pages"]["excluded_mapped_pages"] > 0
@@ -445,8 +445,8 @@ def test_a_guest_is_mapped_by_a_gigabyte_where_the_kernel_can(
             else:
                 # The rest of the memory is no whole gigabyte, and mapped by 2 MiB.
                 assert pages["1g"] and pages["2m"] and not pages["4k"], pages
-            done = host.output([*OFFMAP, "audit", str(guest.pid)], timeout=scaled(PATIENCE))
-            assert done.status == 0, done.stdout.decode()
+            done = prepared.run(host, "offmap", "audit", str(guest.pid))
+            assert done.status == 0, done.stdout
             guest.keys("poweroff -f\n")
             assert guest.end() == 0, guest.errors
         given_back(host, before)
@@ -487,8 +487,9 @@ def test_killed_at_any_moment_nothing_stays_out(lab_kernel: HostKernel, tmp_path
         # Nor do any of the guests' canaries stand anywhere in memory. The control: those of the process that looks,
         # of the same key, are found, and in its own memory only.
         arguments = ["anon", str(key), "1", "--json", "--canary", str(key)]
-        done = host.output([sys.executable, AUDIT_TARGET, *arguments], timeout=scaled(PATIENCE))
-        hits = json.loads(done.stdout)["scan"]["found"]
+        audit = prepared.run(host, "tests.lab.audit_target", *arguments)
+        assert audit.stdout, audit.stderr
+        hits = json.loads(audit.stdout)["scan"]["found"]
         assert len(hits) == CANARIES, hits
         assert all(place["in_guest"] for hit in hits for place in hit["places"]), hits
         assert host.output(["rmmod", "offmap"]).status == 0
@@ -531,7 +532,7 @@ def test_unmodified_qemu_is_hidden(host: LabHost) -> None:
         maps = host.output(["grep", "/dev/offmap", f"/proc/{pid}/maps"]).stdout.decode().split()
         start, end = (int(part, 16) for part in maps[0].split("-"))
         assert end - start == SIZE
-        done = host.output([*OFFMAP, "audit", str(pid), "--json", "--range", f"{start:#x}:{end - start:#x}"])
+        done = prepared.run(host, "offmap", "audit", str(pid), "--json", "--range", f"{start:#x}:{end - start:#x}")
         result = json.loads(done.stdout)
         pages = result["pages"]
         assert (pages["pages_populated"], pages["unknown_pages"]) == (SIZE // 4096, 0)

@@ -16,6 +16,8 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
+from . import prepared
+
 pytestmark = pytest.mark.lab
 
 TARGET = "tests.lab.module_host_target"
@@ -35,8 +37,8 @@ def insert(host: LabHost, out: Path) -> None:
 
 
 def ask(host: LabHost, *what: str) -> Any:
-    done = host.output([sys.executable, "-m", TARGET, *what], timeout=scaled(PATIENCE), cwd=ROOT)
-    assert done.status == 0, done.stderr.decode()
+    done = prepared.run(host, TARGET, *what)
+    assert done.status == 0, done.stderr
     return json.loads(done.stdout)
 
 
