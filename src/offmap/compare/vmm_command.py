@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.sax.saxutils import escape, quoteattr
 
 from offmap.audit.guest_ram import RamRange
 from offmap.audit.process import Process
@@ -155,6 +154,8 @@ _DOMAIN = """<domain type='kvm'>
 
 def _libvirt(setup: GuestSetup, command_line: str, folder: Path) -> list[str]:
     """A guest of libvirt as docs/libvirt.md has it: its RAM a file of the pool, and no kvm-clock unless asked for."""
+    from xml.sax.saxutils import escape, quoteattr  # takes an emulated host longer than all else that is imported here
+
     devices = []
     if setup.disk is not None:
         driver = "<driver name='qemu' type='raw' cache='writeback'/>"
