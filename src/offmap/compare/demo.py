@@ -165,9 +165,6 @@ def run_demo(
             threads.submit(host_kernel, name, modules if name == kernel_spec else None, say, early) for name in wanted
         ]
         kernels = [each.result() for each in made]
-    no_attack = _no_attack(claims, kernels)
-    if no_attack:
-        claims = tuple(replace(claim, attacked=False) for claim in claims)
     path = out.resolve() / "report.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,6 +180,9 @@ def run_demo(
     scheduler = Scheduler(None, settings, events)
     with local_pool(cells_at_a_time()) as pool:
         results = scheduler.run(_order(specs, preset.attacked), pool)
+    no_attack = _no_attack(claims, kernels)  # only now, as it takes a second: the cell found it out for itself
+    if no_attack:
+        claims = tuple(replace(claim, attacked=False) for claim in claims)
     result = judge([results[spec] for spec in specs], claims, no_attack)
     try:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(result)) + b"\n")
