@@ -12,6 +12,8 @@ from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.patience import scaled
 
+from . import prepared
+
 pytestmark = pytest.mark.lab
 
 TARGET = str(Path(__file__).with_name("audit_target.py"))
@@ -21,13 +23,25 @@ CANARIES = 64
 KERNEL_TEXT = "kernel text mapping"
 
 
-def audit(host: LabHost, kind: str, *statuses: int, scan: bool = True, mib: int = MIB) -> Any:
-    """Audit memory of one kind in the host, which must end in one of the statuses; give the result."""
+def audit(host: LabHost, kind: str, *statuses: int, scan: bool = True, mib: int = MIB, bare: bool = False) -> Any:
+    """Audit memory of one kind in the host, which must end in one of the statuses; give the result.
+
+    Args:
+        bare: by processes that begin as any program does, with no memory but what they need.
+    """
     key = new_key()
-    arguments = ["--json", "--canary", key] if scan else ["--json"]
-    done = host.output([sys.executable, TARGET, kind, key, str(mib), *arguments])
-    assert done.status in statuses, (done.stdout.decode()[-2000:], done.stderr.decode())
-    return json.loads(done.stdout)
+    words = [kind, key, str(mib), "--json", *(["--canary", key] if scan else [])]
+    if bare:
+        status, output, errors = by_command(host, *words)
+    else:
+        status, output, errors = prepared.run(host, "tests.lab.audit_target", *words)
+    assert status in statuses, (output[-2000:], errors)
+    return json.loads(output)
+
+
+def by_command(host: LabHost, *words: str) -> prepared.Ran:
+    done = host.output([sys.executable, TARGET, *words])
+    return prepared.Ran(done.status, done.stdout.decode(), done.stderr.decode())
 
 
 def refused(host: LabHost, status: int, *command: str) -> str:
@@ -84,7 +98,7 @@ def test_secret_memory_of_a_fresh_host_is_read_through_the_kernel_image_or_nowhe
     # the allocator owes us none. (test_audit_live.py has a module make aliases, which are always there.)
     mib = 512
     with LabHost.start(lab_kernel, memory="1G", fresh=True) as host:
-        result = audit(host, "secretmem-full", 0, 1, mib=mib)
+        result = audit(host, "secretmem-full", 0, 1, mib=mib, bare=True)
         check_secret(result, (mib << 20) // 4096)
         # Each of its pages holds a canary: those with an alias, and no others, are read.
         assert result["pages"]["canaries_found"] == result["pages"]["alias_pages"]
@@ -118,9 +132,9 @@ def test_hugetlb_pages_are_exposed_and_the_rest_of_the_file_holds_nothing(lab_ho
 
 
 def test_guessed_ram_can_be_exposed_but_not_hidden(lab_host: LabHost) -> None:
-    exposed = audit(lab_host, "anon-guess", 1)
+    exposed = audit(lab_host, "anon-guess", 1, bare=True)
     assert found_in_guest(exposed) == set(range(CANARIES))
-    hidden = audit(lab_host, "reserved-guess", 3, scan=False)
+    hidden = audit(lab_host, "reserved-guess", 3, scan=False, bare=True)
     assert {part["source"] for part in hidden["ranges"]} == {"guess"}
     assert (hidden["pages"]["pages_populated"], hidden["pages"]["mapped_pages"]) == (PAGES, 0)
     assert any("guesses" in note for note in hidden["notes"])

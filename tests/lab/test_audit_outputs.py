@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -13,9 +11,10 @@ from offmap.audit.canary import new_key
 from offmap.audit.result_sets import audit_schema
 from offmap.lab.host import LabHost
 
+from . import prepared
+
 pytestmark = pytest.mark.lab
 
-TARGET = str(Path(__file__).with_name("audit_target.py"))
 MIB = 16
 
 
@@ -23,8 +22,8 @@ MIB = 16
 def test_each_form_says_the_same(lab_host: LabHost, kind: str, verdict: str, status: int) -> None:
     files = {"--prometheus": "/tmp/offmap.prom", "--html": "/tmp/audit.html"}
     options = ["--json", *(word for pair in files.items() for word in pair)]
-    done = lab_host.output([sys.executable, TARGET, kind, new_key(), str(MIB), *options])
-    assert done.status == status, done.stderr.decode()
+    done = prepared.run(lab_host, "tests.lab.audit_target", kind, new_key(), str(MIB), *options)
+    assert done.status == status, done.stderr
     result = json.loads(done.stdout)
     jsonschema.Draft202012Validator(audit_schema()).validate(result)
     assert result["verdict"] == verdict

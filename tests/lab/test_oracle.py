@@ -16,13 +16,13 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
+from . import prepared
 from .conftest import words_for
 from .console import Guest
 from .test_module import insert
 
 pytestmark = pytest.mark.lab
 
-TARGET = str(Path(__file__).with_name("audit_target.py"))
 MIB = 16
 PAGES = (MIB << 20) // 4096
 SAMPLE = ["--json", "--oracle", "drgn", "--oracle-sample", "300"]
@@ -30,8 +30,8 @@ SAMPLE = ["--json", "--oracle", "drgn", "--oracle-sample", "300"]
 
 def agreed(host: LabHost, kind: str, *statuses: int) -> Any:
     """Audit memory of one kind with drgn asked too; give its answer."""
-    done = host.output([sys.executable, TARGET, kind, new_key(), str(MIB), *SAMPLE])
-    assert done.status in statuses, (done.stdout.decode()[-2000:], done.stderr.decode())
+    done = prepared.run(host, "tests.lab.audit_target", kind, new_key(), str(MIB), *SAMPLE)
+    assert done.status in statuses, (done.stdout[-2000:], done.stderr)
     return check(json.loads(done.stdout))
 
 
