@@ -2,9 +2,12 @@
 
 import sys
 
+from offmap import quick_imports
+
 
 def run(words: list[str]) -> int:
     """Run the command line of these words. Return the exit status."""
+    quick_imports.begin()
     if words[:1] == ["wrap"] and None not in (sys.stdin, sys.stdout, sys.stderr):
         from offmap.cli.wrap import begin
 
