@@ -5,6 +5,8 @@ first instruction. A type checker sees typing's own names here. For a running pr
 others are empty classes that may stand in annotations and among bases.
 """
 
+import sys
+
 __all__ = [
     "IO",
     "TYPE_CHECKING",
@@ -20,7 +22,7 @@ __all__ = [
 ]
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:
+if TYPE_CHECKING or sys.version_info >= (3, 14):  # where `typing` is quick, and annotations are made when asked for
     from typing import IO, Any, ClassVar, Final, NamedTuple, NoReturn, Protocol, Self, TypedDict, final
 else:
     from collections import namedtuple

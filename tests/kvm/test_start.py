@@ -25,7 +25,8 @@ sys.exit(offmap.cli.main.main(sys.argv[1:]))
 
 NOT_YET = {
     *("dataclasses", "inspect", "logging", "json", "socket", "selectors", "datetime", "pathlib", "shutil"),
-    *("typing", "re", "argparse"),  # offmap.typed, offmap.cli.plain
+    *("re", "argparse"),  # offmap.cli.plain
+    *(("typing",) if sys.version_info < (3, 14) else ()),  # offmap.typed
     *("subprocess", "tempfile", "traceback", "urllib", "numpy", "msgspec", "jinja2", "rich"),
     *("offmap.audit", "offmap.compare", "offmap.guests", "offmap.kmod", "offmap.lab", "offmap.library"),
     *("offmap.report", "offmap.devices.virtio"),
