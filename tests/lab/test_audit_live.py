@@ -51,7 +51,7 @@ def in_vmalloc(result: Found) -> list[Found]:
 
 
 def check_aliases(found: Found) -> None:
-    for value, kind, caller in ((1, "vmap", r"alias_write\+0x.*\[offmap_alias\]"), (0, "vmalloc_space", "")):
+    for value, kind, caller in ((1, "vmap", r"alias_(write|vmap)\+0x.*\[offmap_alias\]"), (0, "vmalloc_space", "")):
         result = found[f"vmap, kptr_restrict={value}"]
         assert result["verdict"] == "exposed"
         planted = in_vmalloc(result)
