@@ -12,7 +12,7 @@ from offmap.audit.result import Source
 from offmap.compare.kinds import Kind, Vmm
 from offmap.hidden_files import DEFAULT_POOL
 from offmap.kvm import Kvm
-from offmap.lab.qemu import find_qemu
+from offmap.lab.qemu import NO_SELF_TESTS, find_qemu
 
 MEMORY_SIZE = 256 << 20
 """Bytes of RAM of each guest that is compared. A Debian kernel wants 56 MiB in one piece; aliased pages leave few."""
@@ -20,8 +20,6 @@ MEMORY_SIZE = 256 << 20
 REPORT = "report.json"
 """What ``offmap run`` writes at its end, in the folder of its guest."""
 
-# What a kernel tests of its ciphers and of its jitter-entropy source would be a seventh of a boot in an emulated host.
-_WORDS = "quiet cryptomgr.notests initcall_blacklist=jent_mod_init"
 _QEMU_MEMFD = "/memfd:memory-backend-memfd"  # backends/hostmem-memfd.c
 
 
@@ -74,7 +72,7 @@ def vmm_command(setup: GuestSetup, folder: Path) -> list[str]:
     Raises:
         OffmapError: there is no QEMU, or KVM does not say how fast its TSC is.
     """
-    command_line = f"console=ttyS0 {_WORDS} {setup.words}".strip()
+    command_line = f"console=ttyS0 quiet {NO_SELF_TESTS} {setup.words}".strip()
     if setup.kind.vmm is Vmm.QEMU:
         return _qemu(setup, command_line)
     if setup.kind.vmm is Vmm.LIBVIRT:

@@ -10,17 +10,19 @@ from offmap.lab.errors import LabError
 
 QEMU = "qemu-system-x86_64"
 
+NO_SELF_TESTS = "cryptomgr.notests initcall_blacklist=jent_mod_init"
+"""For a kernel's command line: no tests of its ciphers and its jitter-entropy source, a seventh of an emulated boot."""
+
 # console: loglevel 5 is quiet until something is wrong, and then shows all of an oops.
 # panic=-1 with -no-reboot: a panic ends QEMU at once. oops=panic: a host that oopsed proves nothing any more.
 # tsc=reliable, no_timer_check: an emulated CPU is too uneven for the watchdogs of clocks.
 # kvm.tsc_tolerance_ppm: a KVM that is built in starts before the TSC's frequency is refined, by up to 1 %, on a busy
 # machine; it then leaves a guest a TSC that stands still, and no timer (set_tsc_khz in arch/x86/kvm/x86.c, without
 # TSC scaling).
-# edd=off: no BIOS disk calls; random.trust_cpu: no wait for entropy; cryptomgr.notests: no tests of ciphers, a tenth of
-# an emulated boot; initcall_blacklist: nor of the jitter-entropy source, another twentieth.
+# edd=off: no BIOS disk calls; random.trust_cpu: no wait for entropy.
 CMDLINE = (
     "console=ttyS0 loglevel=5 panic=-1 oops=panic tsc=reliable no_timer_check edd=off"
-    " random.trust_cpu=on nmi_watchdog=0 kvm.tsc_tolerance_ppm=10000 cryptomgr.notests initcall_blacklist=jent_mod_init"
+    f" random.trust_cpu=on nmi_watchdog=0 kvm.tsc_tolerance_ppm=10000 {NO_SELF_TESTS}"
 )
 
 _EMULATED = "max,+svm,+npt,-erms,-fsrm"
