@@ -86,9 +86,10 @@ def main() -> int:
 
 def audit(arguments: list[str]) -> int:
     words = ["audit", str(os.getpid()), *arguments]
-    if "OFFMAP_PREPARED" in os.environ:
-        os.write(3, json.dumps(["offmap", *words]).encode())  # prepared_target.py
-        return os.read(4, 1)[0]
+    if prepared := os.environ.get("OFFMAP_PREPARED"):  # prepared_target.py
+        ask, answer = map(int, prepared.split())
+        os.write(ask, json.dumps(["offmap", *words]).encode())
+        return os.read(answer, 1)[0]
     return subprocess.run([sys.executable, "-m", "offmap.cli.main", *words], check=False, close_fds=True).returncode
 
 

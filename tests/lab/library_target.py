@@ -11,21 +11,20 @@ import os
 import subprocess
 import sys
 import threading
-from array import array
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from offmap.audit.pagemap import own_entries, pfn
 from offmap.boot.linux import BootSource
 from offmap.hide import Vet
 from offmap.machine import Machine
 from offmap.memory.secretmem_bridge import SecretmemBridge
-from offmap.uapi.page import PAGE_SIZE as PAGE
+from offmap.uapi.page import PAGE_SIZE
 from offmap.vmm.config import MachineConfig
 
 MIB = 1 << 20
-PFN = (1 << 55) - 1  # of an entry of /proc/PID/pagemap
 MOST = 64  # addresses that one file of /dev/offmap-alias takes
 
 
@@ -40,13 +39,12 @@ def leave_aliases() -> list[int]:
     available = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) << 10
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
     size = (available - 200 * MIB) // MIB * MIB
-    with mmap.mmap(-1, size, flags=flags) as memory, Path("/proc/self/pagemap").open("rb") as pagemap:
+    with mmap.mmap(-1, size, flags=flags) as memory:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         files = []
         for at in range(0, len(memory), 32 * MIB):
-            entries = array("Q", os.pread(pagemap.fileno(), MOST * 8, (address + at) // PAGE * 8))
             files.append(os.open("/dev/offmap-alias", os.O_WRONLY))
-            pages = (hex((entry & PFN) * PAGE) for entry in entries)
+            pages = (hex(frame * PAGE_SIZE) for frame in pfn(own_entries(address + at, MOST)).tolist())
             os.write(files[-1], f"loose {' '.join(pages)}".encode())
     return files
 

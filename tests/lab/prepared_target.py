@@ -4,7 +4,7 @@ Each line of its input is JSON: ``[MODULE, ARGUMENTS…]``, to be run as ``pytho
 process of its own, forked off, without input. Its answer is a line of JSON: status, output and errors.
 
 A program may have another one run, which is no child of its own and prints where it prints: it writes the same JSON to
-the descriptor ASK, and reads from ANSWER one byte, its status. In its environment, VARIABLE is set.
+one descriptor, and reads from another one byte, its status. VARIABLE in its environment has both.
 """
 
 import json
@@ -19,7 +19,6 @@ from contextlib import suppress
 from importlib import import_module
 
 VARIABLE = "OFFMAP_PREPARED"
-ASK, ANSWER = 3, 4
 
 
 def prepare(module: str, arguments: Sequence[str]) -> None:
@@ -62,7 +61,7 @@ def start(module: str, arguments: Sequence[str], fds: Sequence[int]) -> int:
             os.dup2(fd, place)
         os.closerange(1 + len(fds), 1 << 10)
         if len(fds) > 2:
-            os.environ[VARIABLE] = "1"
+            os.environ[VARIABLE] = "3 4"
         status = status_of(module, arguments)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -11,8 +11,8 @@ from offmap.cli.log import LogOptions, logging_to_stderr, split
 from offmap.cli.plain import PlainParser, WrongUse
 from offmap.errors import BackendRefused, ExitStatus, OffmapError
 from offmap.log import ERROR, Logger
+from offmap.typed import TYPE_CHECKING
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
 

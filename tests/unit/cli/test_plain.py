@@ -19,21 +19,8 @@ WORDS = [
     *RUN.split(),
     *("--no-sandbox", "--report", "--drive", "--net", "--vsock", "--balloon", "--rng", "--virtio-mmio-cmdline"),
     *("--kern", "--vcpus=2", "--vcpus=", "--audit=watch", "--stats=1", "--rng=rate=1M", "-v", "--log-format", "--"),
-    *(
-        "k",
-        "2",
-        "-1",
-        "-",
-        "",
-        "two",
-        "on",
-        "watch",
-        "once",
-        "virtio",
-        "a=b",
-        "disk,readonly=on",
-        "console=ttyS0 quiet",
-    ),
+    *["k", "2", "-1", "-", "two", "on", "watch", "once", "virtio", "a=b", "disk,readonly=on"],
+    *("", "console=ttyS0 quiet"),
 ]
 
 

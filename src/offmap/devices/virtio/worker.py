@@ -17,8 +17,8 @@ from contextlib import ExitStack
 
 from offmap.errors import OffmapError
 from offmap.owned import Owned
+from offmap.typed import TYPE_CHECKING
 
-TYPE_CHECKING = False  # a start does not wait for `typing`
 if TYPE_CHECKING:
     from typing import TypeVar
 
