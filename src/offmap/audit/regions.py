@@ -47,10 +47,12 @@ _KINDS = {
 }
 
 _TOP = 1 << 64
-# mm.rst, the part that is the same for 4 and 5 levels; vaddr_end for KASLR is where it starts.
-VADDR_END = 0xFFFF_FC00_0000_0000
+# arch/x86/mm/kaslr.c, vaddr_end: CPU_ENTRY_AREA_BASE. (mm.rst says 2 TiB less; KASLR does put vmemmap above that.)
+VADDR_END = 0xFFFF_FE00_0000_0000
+# mm.rst, the part that is the same for 4 and 5 levels.
+_KASAN_END = 0xFFFF_FC00_0000_0000
 _FIXED = (
-    (0xFFFF_FE00_0000_0000, 0xFFFF_FE80_0000_0000, CPU_ENTRY_AREA),
+    (VADDR_END, 0xFFFF_FE80_0000_0000, CPU_ENTRY_AREA),
     (0xFFFF_FF00_0000_0000, 0xFFFF_FF80_0000_0000, ESPFIX),
     (0xFFFF_FFEF_0000_0000, 0xFFFF_FFFF_0000_0000, EFI),
     # FIXADDR_START varies with the build; nothing else lies between the modules and the vsyscall page.
@@ -154,5 +156,5 @@ class Layout:
             *_FIXED,
         ]
         if not moved:
-            ranges.append((fixed.kasan, VADDR_END, KASAN))
+            ranges.append((fixed.kasan, _KASAN_END, KASAN))
         return cls([(start, min(end, _TOP), name) for start, end, name in ranges if start < end])

@@ -199,3 +199,13 @@ def test_regions_of_a_4_level_kernel_without_kaslr_and_without_help() -> None:
     assert layout.name(0xFFFF_EA00_0000_0000) == VMEMMAP
     assert layout.name(0xFFFF_EC00_0000_0000) == "KASAN shadow memory"
     assert layout.name(0xFFFF_8800_0000_0000) == "LDT remap for PTI"
+
+
+def test_vmemmap_may_lie_right_below_the_cpu_entry_area() -> None:
+    # Bases of a Debian 6.12 host with no5lvl, 6 GiB of RAM and KASLR.
+    text = INFO.replace("l5_enabled)=1", "l5_enabled)=0").replace("ffde7975c0000000", "fffffc0b80000000")
+    base, vmalloc, vmemmap = 0xFFFF_8CEF_0000_0000, 0xFFFF_CED5_4000_0000, 0xFFFF_FC0B_8000_0000
+    segments = [Segment(vmalloc, None, (32 << 40) - 1, 0), Segment(vmemmap, None, 0x3000, 0)]
+    layout = Layout.of(VmcoreInfo.parse(text), base, segments)
+    assert layout.vmemmap == vmemmap
+    assert [layout.name(va) for va in (base, vmalloc, vmemmap)] == [DIRECT_MAP, VMALLOC, VMEMMAP]
