@@ -1,9 +1,11 @@
-"""offmap's own modules, found and read with half the steps that Python takes for any module.
+"""offmap's own modules and Python's, found and read with half the steps that Python takes for any module.
 
-A start of `offmap run` or `offmap wrap` imports some ninety, each from one known folder, with its byte code beside it.
-What differs in anything (no byte code or old one, hashes instead of times, another place for it) is left to Python.
+A start of `offmap run` or `offmap wrap` imports some ninety of the one kind and twenty of the other, each from one
+known folder, with its byte code beside it. What differs in anything (no byte code or old one, hashes instead of times,
+another place for it, a folder that goes before Python's) is left to Python.
 """
 
+import os
 import sys
 from marshal import loads
 from posix import O_CLOEXEC, O_RDONLY, close, read, stat
@@ -45,11 +47,23 @@ class _Loader(SourceFileLoader):
 
 
 class _Finder:
-    @staticmethod
-    def find_spec(name: str, path: "Sequence[str] | None", _target: "ModuleType | None" = None) -> ModuleSpec | None:
-        if path is None or len(path) != 1 or not name.startswith("offmap."):
+    def __init__(self, library: str) -> None:
+        self._library = library
+
+    def find_spec(
+        self, name: str, path: "Sequence[str] | None", _target: "ModuleType | None" = None
+    ) -> ModuleSpec | None:
+        package, _, last = name.rpartition(".")
+        if package:
+            top = package.partition(".")[0]
+            if path is None or len(path) != 1 or (top != "offmap" and top not in sys.stdlib_module_names):
+                return None
+            folder = path[0]
+        elif self._library and name in sys.stdlib_module_names:
+            folder = self._library
+        else:
             return None
-        place = f"{path[0]}/{name.rpartition('.')[2]}"
+        place = f"{folder}/{last}"
         for file, is_package in ((f"{place}.py", False), (f"{place}/__init__.py", True)):
             try:
                 stat(file)
@@ -66,8 +80,16 @@ class _Finder:
 def begin() -> None:
     """Import so from now on, if this Python keeps byte code where it usually does."""
     usual = SourceFileLoader.__name__ == "SourceFileLoader" and not sys.flags.optimize and sys.pycache_prefix is None
-    if usual and _Finder not in sys.meta_path:
-        sys.meta_path.insert(0, _Finder)
+    if not usual or any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    # After the finders of what is within the interpreter, and before the one that goes through sys.path.
+    place = next((number for number, finder in enumerate(sys.meta_path) if finder is _python.PathFinder), None)
+    if place is not None:
+        library = os.__file__.rpartition("/")[0]
+        # sys.path begins with a zip file of the library, which is hardly ever there: nothing can be imported from it.
+        first = next((entry for entry in sys.path if sys.path_importer_cache.get(entry, entry) is not None), "")
+        sys.meta_path.insert(place, _Finder(library if first == library else ""))
 
 
-_magic: bytes = getattr(sys.modules[SourceFileLoader.__module__], "MAGIC_NUMBER", b"")
+_python = sys.modules[SourceFileLoader.__module__]
+_magic: bytes = getattr(_python, "MAGIC_NUMBER", b"")

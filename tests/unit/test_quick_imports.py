@@ -126,7 +126,43 @@ def test_what_is_not_there_is_told_by_python(value: Callable[..., str]) -> None:
 
 
 def test_modules_of_others_are_left_to_python() -> None:
-    find = quick_imports._Finder.find_spec
+    find = quick_imports._Finder("").find_spec
     assert find("offmap", None) is None
-    assert find("json.decoder", list(importlib.import_module("json").__path__)) is None
+    assert find("json", None) is None
+    assert find("yaml.nodes", list(importlib.import_module("yaml").__path__)) is None
     assert find("offmap.cli.nothing", list(importlib.import_module("offmap.cli").__path__)) is None
+
+
+LOADERS = """
+import sys
+sys.path[:1] = sys.argv[1:]
+from offmap import quick_imports
+quick_imports.begin()
+import sched, xml.dom.pulldom, yaml
+print([type(module.__spec__.loader).__name__ for module in (sched, xml, xml.dom.pulldom, yaml)], sched.__file__)
+"""
+
+
+def test_pythons_own_are_read_so_too_unless_a_folder_goes_before_them(tmp_path: Path) -> None:
+    def loaders(*before: str) -> str:
+        done = subprocess.run([sys.executable, "-c", LOADERS, *before], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    own = importlib.import_module("sched").__file__
+    source = "SourceFileLoader"
+    assert loaders() == f"{[*['_Loader'] * 3, source]} {own}"
+    assert loaders("") == f"{[source, source, '_Loader', source]} {own}"
+    (tmp_path / "sched.py").touch()
+    assert loaders(str(tmp_path)).endswith(f"{tmp_path}/sched.py")
+
+
+def test_the_commands_look_for_modules_in_pythons_folder_first(tmp_path: Path) -> None:
+    script = shutil.copy(shutil.which("offmap", path=Path(sys.executable).parent) or "", tmp_path)
+    text = Path(script).read_text()
+    assert "sys.exit(main())" in text
+    Path(script).write_text(text.replace("sys.exit(main())", "print(sys.path[0], sys.path[1])"))
+    (tmp_path / "struct.py").write_text("raise SystemExit('a stranger')")
+    run = [[sys.executable, script], [sys.executable, "-P", script]]
+    first, second = (subprocess.run(words, capture_output=True, text=True, check=True).stdout for words in run)
+    assert first == second
+    assert str(tmp_path) not in first
