@@ -146,17 +146,23 @@ class LabHost(Owned):
     @classmethod
     def _works_under_kvm(cls, kernel: HostKernel) -> bool:
         """Boot a small host under KVM and see whether it gets as far as having KVM itself."""
-        first_sign = threading.Event()
+        signs: list[str] = []
 
         def heard(line: str) -> None:
             if not line.startswith("qemu-system"):  # its warnings are no sign of life
-                first_sign.set()
+                with host._progress:
+                    signs.append(line)
+                    host._progress.notify_all()
 
         options = HostOptions(parse_size("512M"), "earlyprintk=ttyS0", None, "kvm")
         host = cls(kernel, options, Console(None, heard))
         try:
             host._launch(initramfs(kernel).archive())
-            if not first_sign.wait(scaled(acceleration.SIGN_OF_LIFE_SECONDS)):
+            with host._progress:  # many QEMUs end at once where KVM is not whole
+                begun = host._progress.wait_for(
+                    lambda: signs or host._failure, scaled(acceleration.SIGN_OF_LIFE_SECONDS)
+                )
+            if not begun:
                 return False
             ends = Deadline(scaled(acceleration.PROBE_SECONDS))
             host._await(lambda: host._waiting, "its kernel", ends)
