@@ -29,7 +29,7 @@ setup-tests:
 setup-slow:
 	@scripts/setup --slow
 
-lint: setup
+lint: setup-tests
 	@.venv/bin/ruff check --quiet .
 	@.venv/bin/ruff format --quiet --check .
 	@.venv/bin/mypy --no-error-summary
@@ -68,9 +68,9 @@ attack-hidden: setup-tests
 		$(CURDIR)/.venv/bin/python -m tests.kvm.attack --minutes $(MINUTES) --ends 0 --memory $(HIDDEN) $(PEERS)
 
 # make bench BENCH=--quick
-bench: setup
+bench: setup-tests
 	@for benchmark in exit_cost start_cost walk scan drgn_peer boot_time boot_login virtio_blk virtio_net populate pool wrap guest_memory; do $(PYTHON) benchmarks/$$benchmark.py $(BENCH) || exit; done
 
 # The manual page, out/man/offmap.1.
-man: setup
+man: setup-tests
 	@$(PYTHON) scripts/man out/man/offmap.1
