@@ -10,10 +10,12 @@ from types import TracebackType
 from typing import Self
 
 from offmap.lab.host import LabHost
+from offmap.lab.qemu import NO_SELF_TESTS
 from offmap.patience import scaled
 
-__all__ = ["PATIENCE", "Guest"]
+__all__ = ["CMDLINE", "PATIENCE", "Guest"]
 
+CMDLINE = f"console=ttyS0 quiet {NO_SELF_TESTS}"
 PATIENCE = 120.0  # seconds, to be scaled, for what takes 10 on an idle machine
 PRINT_PID = ("sh", "-c", 'echo "pid $$" >&2; exec "$@"', "sh")
 

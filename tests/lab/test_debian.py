@@ -20,6 +20,7 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
+from . import prepared
 from .console import PATIENCE, Guest
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
@@ -153,8 +154,8 @@ def test_several_guests_at_once_each_audited_by_itself(host: LabHost, images: di
         for guest in guests.values():
             guest.expect("up\n", BOOT)
         for name, guest in guests.items():
-            audit = host.output([*OFFMAP, "audit", "--no-progress", str(guest.pid)], timeout=scaled(PATIENCE))
-            said = audit.stdout.decode()
+            audit = prepared.run(host, "offmap", "audit", "--no-progress", str(guest.pid))
+            said = audit.stdout
             if kinds[name] == "anon":
                 assert audit.status == 1 and said.startswith("EXPOSED: "), said
             else:

@@ -23,7 +23,7 @@ from offmap.patience import scaled
 from . import prepared
 from .alias_module import alias_module
 from .conftest import RESERVED, words_for
-from .console import Guest
+from .console import CMDLINE, Guest
 
 pytestmark = pytest.mark.lab
 
@@ -34,7 +34,6 @@ OFFMAP = (sys.executable, "-m", "offmap")
 CANARIES = 64  # of each guest, and of audit_target.py
 MIB = 1 << 20
 SIZE = 256 * MIB
-CMDLINE = "console=ttyS0 quiet cryptomgr.notests"
 PATIENCE = 120.0  # seconds on an idle machine
 
 

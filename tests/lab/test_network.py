@@ -17,12 +17,11 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.modules import ModuleIndex, load_module
 from offmap.patience import scaled
 
-from .console import Guest
+from .console import CMDLINE, Guest
 
 pytestmark = pytest.mark.lab
 
 MIB = 1 << 20
-CMDLINE = "console=ttyS0 quiet cryptomgr.notests"
 MODULES = ("virtio_mmio", "virtio_net", "vmw_vsock_virtio_transport", "virtio_balloon")
 BUSYBOX = "/run/offmap-lab/busybox"
 PAYLOADS = Path(__file__).parents[1] / "payloads"

@@ -27,6 +27,7 @@ from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.patience import scaled
 
+from . import prepared
 from .alias_module import skip_module
 from .console import PATIENCE, Guest
 
@@ -79,8 +80,8 @@ def nothing_went_wrong(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def target(host: LabHost, what: str, kind: str = "", program: str = TARGET) -> Any:
-    done = host.output([sys.executable, "-m", program, what, kind], timeout=scaled(PATIENCE), cwd=ROOT)
-    assert done.status == 0, done.stderr.decode()
+    done = prepared.run(host, program, what, kind, seconds=PATIENCE)
+    assert done.status == 0, done.stderr
     return json.loads(done.stdout)
 
 

@@ -20,6 +20,7 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
+from . import prepared
 from .conftest import words_for
 
 pytestmark = pytest.mark.lab
@@ -51,8 +52,8 @@ def start(kernel: HostKernel, out: Path, devices: tuple[str, ...] = ()) -> LabHo
 
 
 def ask(host: LabHost, *what: str) -> Any:
-    done = host.output([sys.executable, "-m", TARGET, *what], timeout=scaled(PATIENCE), cwd=ROOT)
-    assert done.status == 0, done.stderr.decode()
+    done = prepared.run(host, TARGET, *what)
+    assert done.status == 0, done.stderr
     return json.loads(done.stdout)
 
 
@@ -216,7 +217,7 @@ WRAPPED = f"{sys.executable} -m offmap wrap --memory pool -- {sys.executable} -m
 
 
 def audit(host: LabHost, pid: int, *options: str) -> Any:
-    return json.loads(host.output([*OFFMAP, "audit", str(pid), "--json", *options], timeout=scaled(PATIENCE)).stdout)
+    return json.loads(prepared.run(host, "offmap", "audit", str(pid), "--json", *options).stdout)
 
 
 def test_a_guest_of_a_user_without_any_right_is_hidden(host: LabHost, payload: Callable[[str], Path]) -> None:

@@ -16,7 +16,7 @@ from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.patience import scaled
 
-from .console import PATIENCE, Guest
+from .console import CMDLINE, PATIENCE, Guest
 
 pytestmark = pytest.mark.lab
 
@@ -24,7 +24,6 @@ MIB = 1 << 20
 RESERVED_START = 0x60000000  # conftest.RESERVED
 RESERVED_END = 0x70000000
 PATTERN_START = 32 * MIB  # monitor.S
-CMDLINE = "console=ttyS0 quiet cryptomgr.notests"
 
 PEEK = """
 import mmap, os, sys

@@ -18,13 +18,12 @@ from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.modules import ModuleIndex, load_module
 
-from .console import Guest
+from .console import CMDLINE, Guest
 from .test_module import insert
 
 pytestmark = pytest.mark.lab
 
 MIB = 1 << 20
-CMDLINE = "console=ttyS0 quiet cryptomgr.notests"
 MODULES = ("virtio_mmio", "virtio_blk", "virtio_rng")
 
 

@@ -11,6 +11,7 @@ from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
+from .console import CMDLINE
 from .wrapped import OFFMAP, PATIENCE, Started, audit, host, module_host
 
 pytestmark = pytest.mark.lab
@@ -25,7 +26,7 @@ def qemu(host: LabHost, memory: str = "-m 256M -M q35") -> list[str]:
     assert host.options.out is not None
     command = f"qemu-system-x86_64 -nodefaults -no-user-config -display none -accel kvm {memory} -cpu host"
     guest = ["-kernel", str(host.kernel.vmlinuz), "-initrd", str(host.options.out / "guest.initramfs")]
-    words = "console=ttyS0 quiet cryptomgr.notests reboot=t"
+    words = f"{CMDLINE} reboot=t"
     return [*command.split(), *guest, "-append", words, "-serial", "mon:stdio"]
 
 

@@ -16,15 +16,17 @@ import pytest
 
 from offmap.compare.guest import guest_initramfs
 from offmap.kmod.lab_build import lab_module
-from offmap.lab.command import Completed, LabCommand
+from offmap.lab.command import LabCommand
 from offmap.lab.firecracker import released_firecracker
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.vmlinux import vmlinux_of
 from offmap.patience import scaled
 
+from . import prepared
 from .alias_module import alias_module
 from .conftest import keep_still
+from .console import CMDLINE
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0  # seconds on an idle machine
@@ -96,7 +98,7 @@ def host(lab_kernel: HostKernel, tmp_path_factory: pytest.TempPathFactory) -> It
 def audit(host: LabHost, pid: int) -> Any:
     """What an audit says; once more, as it says itself, if the kernel moved memory meanwhile."""
     for _ in range(5):
-        result = json.loads(host.output([*OFFMAP, "audit", str(pid), "--json"], timeout=scaled(PATIENCE)).stdout)
+        result = json.loads(prepared.run(host, "offmap", "audit", str(pid), "--json").stdout)
         if result["verdict"] != "unknown" or not any("run it again" in note for note in result["notes"]):
             break
     return result
@@ -130,7 +132,7 @@ def firecracker(request: pytest.FixtureRequest, host: LabHost) -> Path:
 def boot_source(host: LabHost, firecracker: Path) -> dict[str, str]:
     """Give the guest's kernel. It has no clock but the TSC, and nothing to measure that by: the wrapper tells it."""
     quiet = "i8042.noaux i8042.nomux i8042.dumbkbd"  # Firecracker logs reads of ports that it does not have
-    words = f"console=ttyS0 quiet cryptomgr.notests reboot=k panic=1 pci=off {quiet}"
+    words = f"{CMDLINE} reboot=k panic=1 pci=off {quiet}"
     return {"kernel_image_path": "/run/vmlinux", "initrd_path": "/run/guest.initramfs", "boot_args": words}
 
 
@@ -148,16 +150,15 @@ HIDDEN = r"offmap wrap: process (\d+): HIDDEN: none of the \d+ guest pages of fi
 def call(host: LabHost, path: str, *calls: tuple[str, str, object]) -> None:
     """Make calls to Firecracker's API, by the socket at `path`."""
     done = _call(host, path, calls)
-    assert done.status == 0, done.stderr.decode()
+    assert done.status == 0, done.stderr
 
 
 def failed_call(host: LabHost, path: str, method: str, resource: str, body: object) -> str:
     """Make a call that fails; returns what it is answered."""
     done = _call(host, path, [(method, resource, body)])
     assert done.status == 1
-    return done.stderr.decode()
+    return done.stderr
 
 
-def _call(host: LabHost, path: str, calls: Sequence[tuple[str, str, object]]) -> Completed:
-    argv = [sys.executable, "-m", "tests.lab.firecracker_api", path, json.dumps(calls)]
-    return host.output(argv, timeout=scaled(PATIENCE), cwd=ROOT)
+def _call(host: LabHost, path: str, calls: Sequence[tuple[str, str, object]]) -> prepared.Ran:
+    return prepared.run(host, "tests.lab.firecracker_api", path, json.dumps(calls))
