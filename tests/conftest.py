@@ -15,8 +15,10 @@ from hypothesis import settings
 
 from offmap.patience import calibration, scaled
 
-# An example that takes long on a machine busy with something else is no failure.
-settings.register_profile("offmap", deadline=None)
+# An example that takes long on a machine busy with something else is no failure. The suite tries the same examples each
+# time, so that a failure has a cause in what was changed; --hypothesis-profile=explore tries others.
+settings.register_profile("explore", deadline=None)
+settings.register_profile("offmap", settings.get_profile("explore"), derandomize=True)
 settings.load_profile("offmap")
 
 # A shell starts what it puts into the background with SIGINT ignored, and what a test interrupts inherits that.
