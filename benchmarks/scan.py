@@ -26,11 +26,11 @@ from lab_runs import add_inside_options, run_in_lab
 from offmap.audit.canary import CANARY_LENGTH, new_key
 from offmap.audit.kcore import Kcore
 from offmap.audit.own_memory import LockedBuffer
-from offmap.audit.readable import Piece, ioremap_areas, read_plan, union, zero_filled_intervals
+from offmap.audit.readable import Piece, Read, ioremap_areas, read_plan, union, zero_filled_intervals
 from offmap.audit.regions import Layout
 from offmap.audit.roots import walk_kcore
 from offmap.audit.scan import canary_pattern, secret_pattern
-from offmap.audit.search import Lane, Pattern, Read, buffer_size, search
+from offmap.audit.search import Lane, Pattern, buffer_size, search
 from offmap.audit.secret import Secret
 from offmap.errors import OffmapError
 

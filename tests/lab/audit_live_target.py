@@ -6,6 +6,7 @@ progress callback, between the look at the frames and the walk.
 """
 
 import ctypes
+import errno
 import fcntl
 import json
 import mmap
@@ -20,17 +21,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
-from offmap.audit import audit
+from offmap.audit import audit, pagemap, scan
 from offmap.audit.audit import Snapshot, Stage
-from offmap.audit.canary import new_key
+from offmap.audit.canary import make_canary, new_key
 from offmap.audit.changes import compare
 from offmap.audit.frames import POPULATED
+from offmap.audit.mappings import covered
 from offmap.audit.result import AuditResult
 from offmap.audit.vms import audit_every_vm
-from offmap.errors import OffmapError
+from offmap.errors import KernelError, OffmapError
 from offmap.patience import scaled
 
 PAGE = 4096
@@ -381,6 +384,28 @@ def beside_ram() -> dict[str, Any]:
     return found
 
 
+def behind_image() -> dict[str, Any]:
+    """Scans for canaries in pages that are mapped behind the kernel's image and nowhere else."""
+    key, memory, found = new_key(), Memory("secretmem", 32 * MIB, claim=False), dict[str, Any]()
+    with Child("reserved") as child:
+        mapped = snapshot_process(child.pid).mappings.runs
+        frames = pagemap.pfn(pagemap.own_entries(address(memory.map), memory.size // PAGE))
+        pages = np.flatnonzero(~covered(mapped, frames))[:3].tolist()
+        for page in pages:
+            canary = make_canary(key, page)
+            memory.map[page * PAGE : page * PAGE + len(canary)] = canary
+        found["pages"] = pages
+        found["unmapped"] = told(audit_process(child.pid, scan=key))
+        with planted(f"image {' '.join(hex(frame * PAGE) for frame in frames[pages].tolist())}"):
+            found["mapped"] = told(audit_process(child.pid, scan=key))
+            with patch.object(scan, "KernelReader", side_effect=KernelError("bpf", errno.EPERM)):
+                found["without BPF"] = told(audit_process(child.pid, scan=key))
+            for page in pages:
+                memory.map[page * PAGE : page * PAGE + PAGE] = bytes(PAGE)
+            found["wiped"] = told(audit_process(child.pid, scan=key))
+    return found
+
+
 def mappings() -> dict[str, Any]:
     """Each sort of mapping: all its pages are seen and found in the direct map, or not there."""
     found = {}
@@ -396,7 +421,8 @@ def mappings() -> dict[str, Any]:
     return found
 
 
-SCENARIOS = {each.__name__: each for each in (aliases, middle, every, sharers, merged, watched, beside_ram, mappings)}
+_ALL = (aliases, middle, every, sharers, merged, watched, beside_ram, behind_image, mappings)
+SCENARIOS = {each.__name__: each for each in _ALL}
 
 
 def main() -> int:

@@ -157,6 +157,20 @@ def check_beside_ram(found: Found) -> None:
     assert result["scan"]["device_pages"] > 0 and not any("not scanned" in note for note in result["notes"])
 
 
+def check_behind_image(found: Found) -> None:
+    """What is mapped there is in no segment of kcore."""
+    result = found["mapped"]
+    assert (result["verdict"], result["scan"]["frames_unread"]) == ("exposed", 0)
+    assert [each["canary"] for each in result["scan"]["found"]] == found["pages"]
+    for each in result["scan"]["found"]:
+        assert [place["region"] for place in each["places"]] == ["kernel text mapping"]
+    result = found["without BPF"]
+    assert (result["verdict"], result["scan"]["frames_unread"], result["scan"]["found"]) == ("unknown", 3, [])
+    for name in ("unmapped", "wiped"):
+        result = found[name]
+        assert (result["verdict"], result["scan"]["frames_unread"], result["scan"]["found"]) == ("hidden", 0, [])
+
+
 def check_mappings(found: Found) -> None:
     for kind in ("anon", "thp", "hugetlb"):
         pages = found[kind]["pages"]
@@ -178,6 +192,7 @@ CHECKS = {
     "merged": check_merged,
     "watched": check_watched,
     "beside_ram": check_beside_ram,
+    "behind_image": check_behind_image,
     "mappings": check_mappings,
 }
 

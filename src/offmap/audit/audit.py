@@ -220,7 +220,7 @@ def _snapshots(processes: Sequence[Process], kcore: Kcore, options: Options) -> 
             lambda share: tell(Stage.WALK, share),
         )
         kinds = kinds_of(walked.mappings, layout, read_vmallocinfo())
-        check_control(control, kcore, walked.mappings)
+        check_control(control, kcore.read_virtual, walked.mappings)
         reach = reach_sets(walked.mappings, kinds)
         each(lambda subject: subject.end(walked, kinds, reach))
         moment = moment_of(kvm, len(subjects))  # after all that was read of any

@@ -8,13 +8,13 @@ not take our own pages for a finding.
 import ctypes
 import mmap
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from offmap.audit import pagemap
-from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import KernelMappings, covered
 from offmap.audit.process import parse_maps
 from offmap.errors import Undetermined
@@ -88,14 +88,18 @@ def own_frames() -> set[int]:
     return frames
 
 
-def check_control(page: OwnPage, kcore: Kcore, mappings: KernelMappings) -> None:
-    """Find our own page in the walk and read it through kcore.
+def check_control(
+    page: OwnPage, read: Callable[[int, memoryview], None], mappings: KernelMappings, reader: str = "/proc/kcore"
+) -> None:
+    """Find our own page in the walk and read it through the kernel.
 
     Args:
         page: written to before the walk began.
+        read: fills a buffer from a kernel address.
+        reader: what reads, for people.
 
     Raises:
-        Undetermined: the walk does not have it, or kcore reads something else there.
+        Undetermined: the walk does not have it, or the reader reads something else there.
     """
     for _ in range(_ATTEMPTS):
         secret = secrets.token_bytes(64)
@@ -105,8 +109,8 @@ def check_control(page: OwnPage, kcore: Kcore, mappings: KernelMappings) -> None
         if not covered(mappings.direct, np.array([frame], dtype=np.uint64))[0]:
             failure = "the walk does not find the auditor's own page in the direct map"
             continue
-        kcore.read_virtual(mappings.direct_map_base + frame * PAGE_SIZE, memoryview(seen))
+        read(mappings.direct_map_base + frame * PAGE_SIZE, memoryview(seen))
         if seen == secret and page.pfn() == frame:
             return
-        failure = "/proc/kcore does not show the auditor's own page"
+        failure = f"{reader} does not show the auditor's own page"
     raise Undetermined(f"the positive control failed: {failure}", "run the audit again; if it persists, report it")

@@ -9,10 +9,13 @@ decide what is read. The rest is counted as unread:
 - Memory that is not System RAM (persistent memory, what the command line set aside) is in no segment of kcore
   (``memory_beside_ram``).
 - cpu_entry_area, fixmap and the espfix stacks are in no segment of kcore.
+- The kernel's image is mapped up to a multiple of 2 MiB, and kcore's segment ends with its last byte
+  (``cleanup_highmap`` in arch/x86/mm/init_64.c). What is behind is free RAM, which a hidden guest may get: taken off
+  the direct map, it is mapped there and nowhere else. ``image_tail`` gives what to read by other means.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +26,12 @@ from offmap.audit.kinds import VMALLOCINFO, parse_vmallocinfo
 from offmap.audit.mappings import KernelMappings
 from offmap.audit.pageflags import PageFlags
 from offmap.audit.procfs import read_path
-from offmap.audit.regions import VADDR_END
+from offmap.audit.regions import KERNEL_TEXT, VADDR_END, Layout
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
+
+# Fills a buffer from a kernel address.
+Read = Callable[[int, memoryview], None]
 
 
 class Piece(NamedTuple):
@@ -130,6 +136,38 @@ def read_plan(
     of_devices, copied = clip(copied, ioremap, virtual=True)
     zeroes, readable = clip(plain + copied, zero_filled)
     return sorted(readable), sorted(unread + not_direct + of_devices + zeroes)
+
+
+def image_tail(
+    unread: Sequence[Piece], readable: Iterable[Piece], layout: Layout, zero_filled: Sequence[tuple[int, int]]
+) -> tuple[list[Piece], list[Piece]]:
+    """(what of the unread is mapped with the kernel's image, the rest); the first is empty if all of it is readable
+    elsewhere.
+    """
+    image = sorted({piece for piece in unread if layout.name(piece.va) == KERNEL_TEXT})
+    zeroes, tail = clip(image, zero_filled)
+    _, nowhere_else = clip(tail, frames_of(readable))
+    if not nowhere_else:
+        return [], list(unread)
+    return tail, sorted([*zeroes, *(piece for piece in unread if layout.name(piece.va) != KERNEL_TEXT)])
+
+
+def by_address(read: Read, other: Read, pieces: Sequence[Piece]) -> Read:
+    """A read that goes to `other` in these pieces (in order of their addresses), and to `read` elsewhere."""
+    starts = [piece.va for piece in pieces]
+
+    def fill(va: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            at = va + done
+            index = bisect_right(starts, at)
+            inside = index > 0 and at < starts[index - 1] + pieces[index - 1].bytes
+            end = starts[index - 1] + pieces[index - 1].bytes if inside else [*starts, at + len(buffer)][index]
+            step = min(len(buffer) - done, end - at)
+            (other if inside else read)(at, buffer[done : done + step])
+            done += step
+
+    return fill
 
 
 def _distinct(segments: Sequence[Segment]) -> list[Segment]:

@@ -17,21 +17,35 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from offmap.audit.beside_ram import beside_ram, firmware_map
+from offmap.audit.bpf import KernelReader
 from offmap.audit.canary import CANARY_LENGTH, PREFIX, Canary, CanaryKey, make_canary, new_key, parse_canary
 from offmap.audit.guest_pages import GuestPages
 from offmap.audit.kcore import Kcore
 from offmap.audit.mappings import KernelMappings
-from offmap.audit.own_memory import LockedBuffer, OwnPage, frames_at, own_frames
+from offmap.audit.own_memory import LockedBuffer, OwnPage, check_control, frames_at, own_frames
 from offmap.audit.placed import Placer
-from offmap.audit.readable import Piece, clip, frames_of, ioremap_areas, read_plan, union, zero_filled_intervals
+from offmap.audit.readable import (
+    Piece,
+    Read,
+    by_address,
+    clip,
+    frames_of,
+    image_tail,
+    ioremap_areas,
+    read_plan,
+    union,
+    zero_filled_intervals,
+)
 from offmap.audit.regions import Layout
 from offmap.audit.scan_result import FoundCanary, Owner, Place, Scan, Sort
-from offmap.audit.search import Found, Lane, Pattern, Read, Seams, buffer_size, search
+from offmap.audit.search import Found, Lane, Pattern, Seams, buffer_size, search
 from offmap.audit.secret import Secret
-from offmap.errors import Undetermined
+from offmap.errors import KernelError, Undetermined
+from offmap.log import Logger
 from offmap.report.typed import Address
 from offmap.uapi.page import PAGE_SIZE
 
+_log = Logger("offmap.audit")
 _THREADS = 2  # one reader rarely fills a memory channel; a host in use has better things to do than more of them
 _MOST_PLACES = 1 << 14  # of a secret; nobody reads a longer list
 
@@ -148,6 +162,25 @@ class _Scan:
         return gone
 
 
+def _tail_reader(mappings: KernelMappings, tail: Iterable[Piece]) -> KernelReader | None:
+    """What reads these pieces, if this kernel has that, it shows a page of our own, and all of them can be read."""
+    try:
+        reader = KernelReader()
+        try:
+            with OwnPage() as control:
+                check_control(control, reader.read, mappings, "BPF")
+                for piece in tail:
+                    for va in range(piece.va, piece.va + piece.bytes, PAGE_SIZE):
+                        reader.read(va, control.view)
+        except BaseException:
+            reader.close()
+            raise
+    except (KernelError, Undetermined) as error:
+        _log.debug("what is mapped behind the kernel's image is not read: %s", error)
+        return None
+    return reader
+
+
 def _check_control(found: bool) -> None:
     if not found:
         raise Undetermined("the scan did not find what it planted in its own memory", "run it again")
@@ -181,12 +214,17 @@ def scan_memory(
     zero_filled = union([*zero_filled_intervals(kcore.page_flags, ram), *beside.memory])
     ram = union([*ram, *beside.memory])
     readable, unread = read_plan(mappings, ram, kcore.segments, layout.vmemmap, zero_filled, ioremap_areas())
+    tail, others = image_tail(unread, readable, layout, zero_filled)
     threads = threads or default_threads()
     found: dict[Canary, list[Place]] = {}
     places: list[Place] = []
     secret = wanted if isinstance(wanted, Secret) else None
     with ExitStack() as stack:
-        reads = [stack.enter_context(kcore.reader()) for _ in range(threads)]
+        reads: list[Read] = [stack.enter_context(kcore.reader()) for _ in range(threads)]
+        if tail and (kernel := _tail_reader(mappings, tail)) is not None:
+            stack.enter_context(kernel)
+            readable, unread = sorted([*readable, *tail]), others
+            reads = [by_address(read, kernel.read, tail) for read in reads]
         placer = Placer(kcore, layout, mappings, guest, leave_out=(os.getpid(),))
         scan = _Scan(kcore, mappings, layout, readable, reads, guest, progress, placer)
         if isinstance(wanted, Secret):

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offmap.audit.own_memory import LockedBuffer
-from offmap.audit.readable import Piece
+from offmap.audit.readable import Piece, Read
 from offmap.errors import OffmapError
 from offmap.uapi.page import PAGE_SIZE
 
@@ -34,8 +34,6 @@ _memmem.restype = ctypes.c_void_p
 _memmem.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t]
 
 T = TypeVar("T")
-# Fills a buffer from a kernel address.
-Read = Callable[[int, memoryview], None]
 
 
 @dataclass(frozen=True)

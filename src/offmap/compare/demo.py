@@ -216,15 +216,12 @@ def _no_attack(claims: Iterable[Claim], kernels: Iterable[HostKernel]) -> str:
 def _order(specs: Sequence[CellSpec], attacked: Sequence[str] = ()) -> list[CellSpec]:
     """The longest first. But the very first cell needs no module, as a build would delay the first boot.
 
-    And `secretmem-bridge` comes before memory is unplugged, for those that have one host after the other: where it was,
-    a page of it can be mapped that /proc/kcore does not show, and nothing is called hidden.
-
     Args:
         attacked: kinds of RAM whose guests are attacked, which takes as long as another guest.
     """
     first = next(spec for spec in specs if not kind_of(spec.backend).backend.needs_module)
-    others = [spec for spec in longest_first(specs) if spec != first]
-    return [first, *sorted(others, key=lambda spec: spec.backend not in {"secretmem-bridge", *attacked})]
+    longest, *others = longest_first(spec for spec in specs if spec != first)
+    return [first, longest, *sorted(others, key=lambda spec: spec.backend not in attacked)]
 
 
 def judge(results: Sequence[CellResult], claims: Sequence[Claim], no_attack: str = "") -> DemoResult:

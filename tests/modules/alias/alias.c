@@ -8,6 +8,8 @@
  *
  * "loose ADDRESS..." is vmap without a reference: the pages may be free, or go to somebody else.
  *
+ * "image ADDRESS..." maps pages behind the end of the kernel's image, in the 2 MiB after those that it is mapped by.
+ *
  * "flash ADDRESS MICROSECONDS" maps one page for so long, makes one load by the mapping, and unmaps it.
  *
  * Only for disposable hosts: it maps what it is told to.
@@ -21,6 +23,7 @@
 #include <linux/slab.h>
 #include <linux/uaccess.h>
 #include <linux/vmalloc.h>
+#include <asm/pgalloc.h>
 
 #define MOST_PAGES 64
 
@@ -30,6 +33,9 @@ struct alias {
 	bool held;
 	void *vmapped;
 	void *remapped;
+	pte_t *table;
+	pmd_t *slot;
+	unsigned long slot_addr;
 	size_t mapped_bytes;
 };
 
@@ -39,7 +45,7 @@ static int alias_open(struct inode *inode, struct file *file)
 	return file->private_data ? 0 : -ENOMEM;
 }
 
-static int alias_vmap(struct alias *alias, char *words, bool hold)
+static int alias_pages(struct alias *alias, char *words, bool hold)
 {
 	char *word;
 
@@ -56,11 +62,58 @@ static int alias_vmap(struct alias *alias, char *words, bool hold)
 		if (hold)
 			get_page(pfn_to_page(PHYS_PFN(phys)));
 	}
-	if (!alias->count)
-		return -EINVAL;
+	return alias->count ? 0 : -EINVAL;
+}
+
+static int alias_vmap(struct alias *alias, char *words, bool hold)
+{
+	int error = alias_pages(alias, words, hold);
+
+	if (error)
+		return error;
 	alias->mapped_bytes = alias->count * PAGE_SIZE;
 	alias->vmapped = vmap(alias->pages, alias->count, VM_MAP, PAGE_KERNEL);
 	return alias->vmapped ? 0 : -ENOMEM;
+}
+
+static pmd_t *pmd_of(unsigned long addr)
+{
+	/* The kernel half is the same for all. */
+	pgd_t *pgd = pgd_offset_pgd(current->active_mm->pgd, addr);
+
+	return pmd_offset(pud_offset(p4d_offset(pgd, addr), addr), addr);
+}
+
+static int alias_image(struct alias *alias, char *words)
+{
+	unsigned long addr = ALIGN((unsigned long)&vmap, PMD_SIZE);
+	int error = alias_pages(alias, words, true);
+	unsigned int i;
+
+	if (error)
+		return error;
+	while (addr < MODULES_VADDR && !pmd_none(*pmd_of(addr)))
+		addr += PMD_SIZE;
+	alias->table = addr < MODULES_VADDR ? (pte_t *)get_zeroed_page(GFP_KERNEL) : NULL;
+	if (!alias->table)
+		return -ENOMEM;
+	for (i = 0; i < alias->count; i++)
+		set_pte(&alias->table[i], mk_pte(alias->pages[i], PAGE_KERNEL_RO));
+	alias->slot_addr = addr;
+	alias->slot = pmd_of(addr);
+	set_pmd(alias->slot, __pmd(__pa(alias->table) | _KERNPG_TABLE));
+	return 0;
+}
+
+static void alias_image_end(struct alias *alias)
+{
+	unsigned int i;
+
+	set_pmd(alias->slot, __pmd(0));
+	/* These hosts have one processor. */
+	for (i = 0; i < alias->count; i++)
+		asm volatile("invlpg (%0)" : : "r" (alias->slot_addr + i * PAGE_SIZE) : "memory");
+	free_page((unsigned long)alias->table);
 }
 
 static int alias_memremap(struct alias *alias, char *words)
@@ -116,6 +169,8 @@ static ssize_t alias_write(struct file *file, const char __user *text, size_t le
 		error = alias_vmap(alias, copy + 5, true);
 	else if (!strncmp(copy, "loose ", 6))
 		error = alias_vmap(alias, copy + 6, false);
+	else if (!strncmp(copy, "image ", 6))
+		error = alias_image(alias, copy + 6);
 	else if (!strncmp(copy, "memremap ", 9))
 		error = alias_memremap(alias, copy + 9);
 	else if (!strncmp(copy, "flash ", 6))
@@ -147,6 +202,8 @@ static int alias_release(struct inode *inode, struct file *file)
 	struct alias *alias = file->private_data;
 
 	vunmap(alias->vmapped);
+	if (alias->table)
+		alias_image_end(alias);
 	if (alias->remapped)
 		memunmap(alias->remapped);
 	while (alias->held && alias->count)

@@ -16,10 +16,12 @@ from offmap.audit.canary import CANARY_LENGTH, PREFIX, CanaryKey, make_canary, n
 from offmap.audit.kcore import Segment
 from offmap.audit.mappings import RUN, KernelMappings
 from offmap.audit.own_memory import LockedBuffer
-from offmap.audit.readable import Piece, clip, read_plan
+from offmap.audit.readable import Piece, by_address, clip, image_tail, read_plan
+from offmap.audit.regions import KERNEL_TEXT, Layout
 from offmap.audit.scan import canary_pattern, secret_pattern
 from offmap.audit.search import Lane, Seams, buffer_size, search
 from offmap.audit.secret import Secret
+from offmap.audit.vmcoreinfo import START_KERNEL_MAP
 from offmap.errors import OffmapError
 
 PAGE = 4096
@@ -73,6 +75,32 @@ def test_what_is_read_and_what_is_not() -> None:
         Piece(VMALLOC, 10 * PAGE, PAGE),
     ]
     assert sorted(piece.pa // PAGE for piece in unread) == [11, 12, 50, 200]
+
+
+def test_what_lies_behind_the_kernels_image_is_read_if_it_is_mapped_nowhere_else() -> None:
+    image = 0xFFFF_FFFF_8100_0000
+    layout = Layout([(START_KERNEL_MAP, START_KERNEL_MAP + (1 << 30), KERNEL_TEXT)])
+    tail, bad = Piece(image, 20 * PAGE, 4 * PAGE), Piece(image + 4 * PAGE, 24 * PAGE, PAGE)
+    others = [Piece(VMALLOC, 7 * PAGE, PAGE), Piece(VMALLOC + PAGE, 21 * PAGE, PAGE)]
+    unread, zeroes = [*others, tail, bad], [(24 * PAGE, 25 * PAGE)]
+    assert image_tail(unread, [Piece(BASE, 20 * PAGE, 3 * PAGE)], layout, zeroes) == ([tail], [*others, bad])
+    assert image_tail(unread, [Piece(BASE, 20 * PAGE, 4 * PAGE)], layout, zeroes) == ([], unread)
+
+
+def test_a_read_is_divided_by_address() -> None:
+    asked: list[tuple[str, int, int]] = []
+
+    def reader(name: str) -> Callable[[int, memoryview], None]:
+        return lambda va, buffer: asked.append((name, va, len(buffer)))
+
+    read = by_address(reader("kcore"), reader("other"), [Piece(100, 0, 10), Piece(110, 50, 5), Piece(130, 90, 10)])
+    for va, size in ((0, 100), (90, 60), (105, 7), (140, 1)):
+        read(va, memoryview(bytearray(size)))
+    assert asked == [
+        ("kcore", 0, 100),
+        *[("kcore", 90, 10), ("other", 100, 10), ("other", 110, 5), ("kcore", 115, 15), ("other", 130, 10)],
+        *[("kcore", 140, 10), ("other", 105, 5), ("other", 110, 2), ("kcore", 140, 1)],
+    ]
 
 
 class Memory:

@@ -9,26 +9,12 @@ import mmap
 import os
 
 from offmap.audit import pagemap
+from offmap.audit.bpf import MAP_TYPE_RINGBUF, create_map
 from offmap.errors import KernelError
 from offmap.uapi.page import PAGE_SIZE
 
-_SYS_BPF = 321  # asm/unistd_64.h
-_BPF_MAP_CREATE = 0
-_BPF_MAP_TYPE_RINGBUF = 27  # linux/bpf.h
 ROM = 0xF0000
 """Of every PC: the system's ROM, which is no RAM and may be read."""
-
-
-class _BpfAttr(ctypes.Structure):
-    """The first members of ``union bpf_attr`` for BPF_MAP_CREATE; the rest is zero."""
-
-    _fields_ = [
-        ("map_type", ctypes.c_uint32),
-        ("key_size", ctypes.c_uint32),
-        ("value_size", ctypes.c_uint32),
-        ("max_entries", ctypes.c_uint32),
-        ("rest", ctypes.c_uint8 * 104),
-    ]
 
 
 def vmapped_frame() -> int:
@@ -37,11 +23,7 @@ def vmapped_frame() -> int:
     Raises:
         KernelError: this kernel has no BPF ring buffers.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    attr = _BpfAttr(_BPF_MAP_TYPE_RINGBUF, 0, 0, PAGE_SIZE)
-    fd = libc.syscall(_SYS_BPF, _BPF_MAP_CREATE, ctypes.byref(attr), ctypes.sizeof(attr))
-    if fd < 0:
-        raise KernelError("bpf(BPF_MAP_CREATE)", ctypes.get_errno())
+    fd = create_map(MAP_TYPE_RINGBUF, 0, 0, PAGE_SIZE)
     try:
         with mmap.mmap(fd, PAGE_SIZE) as page:
             held = ctypes.c_char.from_buffer(page)
