@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from offmap.audit.canary import PREFIX
 from offmap.memory.backing import Backing
 from offmap.memory.secretmem import secret_backing
 
 PAGE = 4096
-HEAD = b"OFFMAPCANARY1"
+HEAD = PREFIX[:-1]
 
 
 def plant(memory: memoryview, key: bytes, pages: Iterable[int]) -> None:
@@ -28,9 +29,9 @@ def plant(memory: memoryview, key: bytes, pages: Iterable[int]) -> None:
         ours = b"%04x:%032x" % (page & 0xFFFF, run | page)
         check = hashlib.sha256(b"%s:%s" % (key, ours)).hexdigest().encode()
         at = page * PAGE + 16 * (page % 200)  # anywhere in its page, but not across two
-        memory[at : at + 13] = HEAD
-        memory[at + 13 : at + 51] = b":" + ours
-        memory[at + 51 : at + 116] = b":" + check
+        for part in (HEAD, b":" + ours, b":" + check):
+            memory[at : at + len(part)] = part
+            at += len(part)
 
 
 def audit(backing: Backing, key: str, excluded: list[list[int]]) -> Any:

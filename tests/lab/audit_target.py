@@ -15,6 +15,8 @@ import secrets
 import subprocess
 import sys
 
+from offmap.audit.canary import PREFIX
+
 PAGE = 4096
 CANARIES = 64
 RESERVED = 0x6000_0000  # the host is booted with memmap=256M$0x60000000
@@ -46,7 +48,7 @@ def plant(memory: mmap.mmap, key: str, size: int, canaries: int) -> None:
         nonce = secrets.token_hex(16)
         position = number * (size // canaries) + 16 * (number % 200)  # anywhere in its page, but not across two
         for part in (
-            b"OFFMAPCANARY1",
+            PREFIX[:-1],
             b":%04x" % number,
             b":" + nonce.encode(),
             b":" + hashlib.sha256(f"{key}:{number:04x}:{nonce}".encode()).hexdigest().encode(),

@@ -1,9 +1,9 @@
 """Canaries: secrets that are planted in a guest's RAM and searched for in the kernel's.
 
-A canary is the text ``OFFMAPCANARY1:`` ID ``:`` NONCE ``:`` CHECK. ID is 4 and NONCE 32 lower-case hex digits; CHECK is
-the SHA-256, in hex, of the text ``KEY:ID:NONCE``. KEY is 32 hex digits, fresh for each run, and never part of a canary.
-So the searcher holds only the prefix, canaries of earlier runs do not count, and a guest can make canaries with a shell
-and ``sha256sum``.
+A canary is the text PREFIX ID ``:`` NONCE ``:`` CHECK. ID is 4 and NONCE 32 lower-case hex digits; CHECK is the SHA-256
+of the text ``KEY:ID:NONCE``, in hex. KEY is 32 hex digits, fresh for each run, and never part of a canary. So the
+searcher holds only the prefix, canaries of earlier runs do not count, and a guest can make canaries with a shell and
+``sha256sum``. The longer the prefix, the more bytes a search skips.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from offmap.errors import OffmapError
 
 CanaryKey = NewType("CanaryKey", str)
 
-PREFIX = b"OFFMAPCANARY1:"
+PREFIX = b"OFFMAPCANARY2: planted by offmap to be found wherever it stands:"
 CANARY_LENGTH = len(PREFIX) + 4 + 1 + 32 + 1 + 64
 _FORM = re.compile(PREFIX + rb"([0-9a-f]{4}):([0-9a-f]{32}):([0-9a-f]{64})")
 

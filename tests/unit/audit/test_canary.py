@@ -38,7 +38,7 @@ def test_shell_can_make_one() -> None:
     key, nonce = new_key(), "0123456789abcdef" * 2
     script = f"printf '%s' {key}:002a:{nonce} | sha256sum | cut -d' ' -f1"
     check = subprocess.run(["sh", "-c", script], check=True, capture_output=True, text=True).stdout.strip()
-    found = parse_canary(f"OFFMAPCANARY1:002a:{nonce}:{check}".encode(), key)
+    found = parse_canary(PREFIX + f"002a:{nonce}:{check}".encode(), key)
     assert found is not None and (found.number, found.nonce) == (0x2A, nonce)
 
 
