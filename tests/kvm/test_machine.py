@@ -1,6 +1,7 @@
 """Whole machines with a guest of a few hundred bytes: every end there is, and what is left after it."""
 
 import contextlib
+import ctypes
 import json
 import os
 import pty
@@ -11,7 +12,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from offmap.memory.anon import Anon
 from offmap.memory.backend import Backend
 from offmap.memory.memfd import Memfd
 from offmap.patience import scaled
+from offmap.uapi.syscall import NUMBERS
 from offmap.vmm.config import MachineConfig
 from offmap.vmm.machine import Machine
 from offmap.vmm.outcome import Outcome, Stop
@@ -217,6 +219,20 @@ def test_signals_end_it_in_one_line(command: Callable[..., Command], number: sig
     one.keys(b"s")  # the guest spins
     one.process.send_signal(number)
     assert one.finish() == (2, f"offmap run: stopped by {number.name}\n")
+
+
+@pytest.mark.parametrize("options", [(), ("--no-sandbox",)], ids=["confined", "not confined"])
+def test_a_signal_is_heard_on_whatever_thread_it_comes(command: Callable[..., Command], options: Sequence[str]) -> None:
+    one = command(*options)
+    one.await_up()
+    one.keys(b"as")
+    one.says(b"a")
+    pid = one.process.pid
+    tasks = {int(path.name): (path / "comm").read_text() for path in Path(f"/proc/{pid}/task").iterdir()}
+    (thread,) = {task for task, name in tasks.items() if name == tasks[pid]} - {pid}  # KVM has its own in there
+    assert ctypes.CDLL(None).syscall(NUMBERS["tgkill"], pid, thread, signal.SIGTERM) == 0
+    assert one.process.wait(PATIENCE) == 2  # while it has input: the end of that would wake the main thread
+    assert one.finish()[1].endswith("offmap run: stopped by SIGTERM\n")
 
 
 def test_input_that_ends_does_not_end_the_guest(command: Callable[..., Command]) -> None:

@@ -67,14 +67,14 @@ class Headless:
         self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             with (
-                stopped_by_signals(self.fail),
+                stopped_by_signals(self.fail) as signals,
                 Machine(
                     self._config, self._console.append, on_open=self._opened, on_event=self._wake, say=self._say
                 ) as machine,
             ):
                 self._machine = machine
                 machine.start(self._confinement)
-                self._loop(machine)
+                self._loop(machine, signals)
                 self._on_end(machine)
             return machine.stopped or Stop(Outcome.QUIT)
         finally:
@@ -106,9 +106,9 @@ class Headless:
         self._up = True
         self._wake()
 
-    def _loop(self, machine: Machine) -> None:
+    def _loop(self, machine: Machine, signals: int) -> None:
         announced = False
-        waiting = Waiting(machine, self._confinement, self._events, self._finished)
+        waiting = Waiting(machine, self._confinement, signals, self._events, self._finished)
         while machine.stopped is None:
             ready = waiting.wait()
             if self._events in ready:

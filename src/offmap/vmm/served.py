@@ -98,7 +98,7 @@ class _Served:
         """Build it, and obey until the program has enough of it."""
         self._events = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         with (
-            stopped_by_signals(self._leave),
+            stopped_by_signals(self._leave) as signals,
             Machine(
                 self._config,
                 self._program.output,
@@ -109,7 +109,7 @@ class _Served:
         ):
             self._machine = machine
             self._program.tell(records.Built(facts(machine)))
-            waiting = Waiting(machine, confinement, self._events, self._program.fd)
+            waiting = Waiting(machine, confinement, signals, self._events, self._program.fd)
             while machine.stopped is None and not self._leaving:
                 self._turn(machine, confinement, waiting.wait())
             machine.stop(Outcome.QUIT)
@@ -120,6 +120,7 @@ class _Served:
             poll = select.poll()  # for its RAM is there until the program has enough of it
             poll.register(self._program.fd, select.POLLIN)
             poll.register(self._events, select.POLLIN)
+            poll.register(signals, select.POLLIN)
             while not self._leaving:
                 self._turn(machine, confinement, {fd for fd, _ in poll.poll()})
 

@@ -80,14 +80,14 @@ class Session:
         try:
             with (
                 ConsoleOutput(self._stdout) as self._output,
-                stopped_by_signals(self._stop),
+                stopped_by_signals(self._stop) as signals,
                 self._attached(self._output) as config,
                 Machine(config, self._write, on_open=self._opened, on_event=self._wake, say=self._say) as machine,
             ):
                 self._machine = machine
                 with RawTerminal(self._stdin), self._hvc.following_the_size() if self._hvc else _NOTHING:
                     machine.start(self._confinement)
-                    self._loop(machine, self._output)
+                    self._loop(machine, self._output, signals)
                 self._on_end(machine)
             return machine.stopped or Stop(Outcome.QUIT)
         finally:
@@ -155,12 +155,12 @@ class Session:
         self._quit(self._machine, reason)
         return True
 
-    def _loop(self, machine: Machine, output: ConsoleOutput) -> None:
+    def _loop(self, machine: Machine, output: ConsoleOutput, signals: int) -> None:
         escape = EscapeKey()
         pending = b""  # read, and not yet taken by the guest
         at_end = announced = flush_due = False
         at_terminal = os.isatty(self._stdin)
-        waiting, stopped = Waiting(machine, self._confinement, self._events), select.poll()
+        waiting, stopped = Waiting(machine, self._confinement, signals, self._events), select.poll()
         stopped.register(machine.stopped_fd, select.POLLIN)
         watched: set[tuple[int, int]] = set()
 

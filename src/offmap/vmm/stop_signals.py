@@ -1,6 +1,7 @@
 """SIGINT, SIGTERM and SIGHUP while a machine is built and while it runs."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,15 +12,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def stopped_by_signals(stop: Callable[[OffmapError], bool]) -> Iterator[None]:
+def stopped_by_signals(stop: Callable[[OffmapError], bool]) -> Iterator[int]:
     """While open, each of these signals calls `stop` with the reason; on the main thread only, as Python has it.
+
+    It gives a file that the main thread must wait for, with whatever it waits for, and read: it is ready once a signal
+    has come. (Python's own handler only notes the signal. One that comes just before poll(2), or on another thread,
+    would be heard when something else has ended the wait, which may be never.) On other threads the file is -1.
 
     Args:
         stop: ends the machine and returns True; False while the machine is being built. Then the first signal raises
             the reason, so that partial state is rolled back.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # who runs a machine on another thread ends it from there, too
+        yield -1  # who runs a machine on another thread ends it from there, too
         return
     unwinding = False
 
@@ -30,9 +35,14 @@ def stopped_by_signals(stop: Callable[[OffmapError], bool]) -> Iterator[None]:
             unwinding = True  # a second signal must not stop what gives the memory back
             raise reason
 
+    ours, pythons = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    saved_file = signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
     saved = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:
-        yield
+        yield ours
     finally:
         for number, handler in saved.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(saved_file)
+        os.close(ours)
+        os.close(pythons)

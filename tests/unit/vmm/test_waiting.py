@@ -1,4 +1,4 @@
-"""What ends a wait: a file that is ready, and the end of the broker; not an answer of the broker's."""
+"""What ends a wait: a file that is ready, a signal, and the end of the broker; not an answer of the broker's."""
 
 import os
 import socket
@@ -28,9 +28,11 @@ def test_an_answer_of_the_broker_is_for_who_asked_and_its_end_ends_the_machine()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     machine: Any = Stopping()
     confinement: Any = SimpleNamespace(broker=SimpleNamespace(fd=ours.fileno()))
-    events = os.eventfd(0)
+    events, (signals, python) = os.eventfd(0), os.pipe()
     try:
-        waiting = Waiting(machine, confinement, events)
+        waiting = Waiting(machine, confinement, signals, events)
+        assert waiting.wait() == set()
+        os.write(python, b"\x0f")
         assert waiting.wait() == set()
         os.eventfd_write(events, 1)
         theirs.send(b"an answer")
@@ -41,8 +43,8 @@ def test_an_answer_of_the_broker_is_for_who_asked_and_its_end_ends_the_machine()
         [(outcome, error)] = machine.stops
         assert outcome is Outcome.FAILED
         assert error.what == "the broker of this VMM has ended"
-        assert Waiting(machine, None, events).wait() == {events}
+        assert Waiting(machine, None, -1, events).wait() == {events}
     finally:
         ours.close()
-        for fd in (events, machine.stopped_fd):
+        for fd in (events, signals, python, machine.stopped_fd):
             os.close(fd)
