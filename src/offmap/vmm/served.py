@@ -130,7 +130,6 @@ class _Served:
             return False
         self._leaving = True
         self._machine.stop(Outcome.QUIT, reason)
-        os.eventfd_write(self._events, 1)
         return True
 
     def _turn(self, machine: Machine, confinement: Confinement | None, ready: set[int]) -> None:
