@@ -144,28 +144,21 @@ def image_tail(
     """(what of the unread is mapped with the kernel's image, the rest); the first is empty if all of it is readable
     elsewhere.
     """
-    image = sorted({piece for piece in unread if layout.name(piece.va) == KERNEL_TEXT})
+    image = [piece for piece in unread if layout.name(piece.va) == KERNEL_TEXT]
+    others = [piece for piece in unread if layout.name(piece.va) != KERNEL_TEXT]
     zeroes, tail = clip(image, zero_filled)
     _, nowhere_else = clip(tail, frames_of(readable))
-    if not nowhere_else:
-        return [], list(unread)
-    return tail, sorted([*zeroes, *(piece for piece in unread if layout.name(piece.va) != KERNEL_TEXT)])
+    return (tail, sorted(zeroes + others)) if nowhere_else else ([], list(unread))
 
 
 def by_address(read: Read, other: Read, pieces: Sequence[Piece]) -> Read:
     """A read that goes to `other` in these pieces (in order of their addresses), and to `read` elsewhere."""
-    starts = [piece.va for piece in pieces]
+    spans = [(piece.va, piece.va + piece.bytes) for piece in pieces]
 
     def fill(va: int, buffer: memoryview) -> None:
-        done = 0
-        while done < len(buffer):
-            at = va + done
-            index = bisect_right(starts, at)
-            inside = index > 0 and at < starts[index - 1] + pieces[index - 1].bytes
-            end = starts[index - 1] + pieces[index - 1].bytes if inside else [*starts, at + len(buffer)][index]
-            step = min(len(buffer) - done, end - at)
-            (other if inside else read)(at, buffer[done : done + step])
-            done += step
+        inside, outside = clip([Piece(va, 0, len(buffer))], spans, virtual=True)
+        for part in sorted(inside + outside):  # its `pa` is its place in the buffer
+            (other if part in inside else read)(part.va, buffer[part.pa : part.pa + part.bytes])
 
     return fill
 
