@@ -19,7 +19,6 @@ from offmap.memory.backing import Backing
 from offmap.memory.secretmem import secret_backing
 
 PAGE = 4096
-HEAD = PREFIX[:-1]
 
 
 def plant(memory: memoryview, key: bytes, pages: Iterable[int]) -> None:
@@ -29,7 +28,7 @@ def plant(memory: memoryview, key: bytes, pages: Iterable[int]) -> None:
         ours = b"%04x:%032x" % (page & 0xFFFF, run | page)
         check = hashlib.sha256(b"%s:%s" % (key, ours)).hexdigest().encode()
         at = page * PAGE + 16 * (page % 200)  # anywhere in its page, but not across two
-        for part in (HEAD, b":" + ours, b":" + check):
+        for part in (PREFIX, ours, b":" + check):
             memory[at : at + len(part)] = part
             at += len(part)
 

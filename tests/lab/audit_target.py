@@ -48,8 +48,8 @@ def plant(memory: mmap.mmap, key: str, size: int, canaries: int) -> None:
         nonce = secrets.token_hex(16)
         position = number * (size // canaries) + 16 * (number % 200)  # anywhere in its page, but not across two
         for part in (
-            PREFIX[:-1],
-            b":%04x" % number,
+            PREFIX,
+            b"%04x" % number,
             b":" + nonce.encode(),
             b":" + hashlib.sha256(f"{key}:{number:04x}:{nonce}".encode()).hexdigest().encode(),
         ):

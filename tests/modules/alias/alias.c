@@ -34,7 +34,6 @@ struct alias {
 	void *vmapped;
 	void *remapped;
 	pte_t *table;
-	pmd_t *slot;
 	unsigned long slot_addr;
 	size_t mapped_bytes;
 };
@@ -100,8 +99,7 @@ static int alias_image(struct alias *alias, char *words)
 	for (i = 0; i < alias->count; i++)
 		set_pte(&alias->table[i], mk_pte(alias->pages[i], PAGE_KERNEL_RO));
 	alias->slot_addr = addr;
-	alias->slot = pmd_of(addr);
-	set_pmd(alias->slot, __pmd(__pa(alias->table) | _KERNPG_TABLE));
+	set_pmd(pmd_of(addr), __pmd(__pa(alias->table) | _KERNPG_TABLE));
 	return 0;
 }
 
@@ -109,7 +107,7 @@ static void alias_image_end(struct alias *alias)
 {
 	unsigned int i;
 
-	set_pmd(alias->slot, __pmd(0));
+	set_pmd(pmd_of(alias->slot_addr), __pmd(0));
 	/* These hosts have one processor. */
 	for (i = 0; i < alias->count; i++)
 		asm volatile("invlpg (%0)" : : "r" (alias->slot_addr + i * PAGE_SIZE) : "memory");
