@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +40,22 @@ def _whole() -> Iterator[None]:
         raise _Stopped
 
 
+@contextlib.contextmanager
+def _heard() -> Iterator[Callable[[float], object]]:
+    """Gives a sleep of so many seconds that a signal ends, whenever it came and on whatever thread (numpy has some).
+
+    time.sleep() would hear one that came just before it, or on another thread, when it is over.
+    """
+    ours, pythons = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    before = signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
+    try:
+        yield lambda seconds: select.select([ours], [], [], seconds)
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(ours)
+        os.close(pythons)
+
+
 def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Output, traced: bool = False) -> int:
     """Audit until the process ends; the exit status is that of the worst verdict.
 
@@ -72,29 +90,30 @@ def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Outp
 
             with output.recording_failure():
                 trace = Trace(pid)
-        try:
-            while seen is None or watched is None or watched.running():  # its PID may be another's afterwards
-                with output.recording_failure():
-                    snapshot = once()
-                result = snapshot.audit
-                if result.partial and seen is not None and not _runs(pid):
-                    break  # the end of what is watched, and not a finding
-                worst = max(worst, result.verdict, key=lambda verdict: verdict.gravity)
-                before, seen = seen, snapshot  # first of all: who reads the result may end the watch at once
-                _tell(snapshot, before, output)
-                if trace is None:
-                    time.sleep(seconds)
-                    continue
-                with _whole():
-                    note(trace.walked(snapshot))
-                ends = time.monotonic() + seconds
-                while (left := ends - time.monotonic()) > 0 and not trace.ended:
-                    time.sleep(min(left, _LOOK_SECONDS))
+        with _heard() as sleep:
+            try:
+                while seen is None or watched is None or watched.running():  # its PID may be another's afterwards
+                    with output.recording_failure():
+                        snapshot = once()
+                    result = snapshot.audit
+                    if result.partial and seen is not None and not _runs(pid):
+                        break  # the end of what is watched, and not a finding
+                    worst = max(worst, result.verdict, key=lambda verdict: verdict.gravity)
+                    before, seen = seen, snapshot  # first of all: who reads the result may end the watch at once
+                    _tell(snapshot, before, output)
+                    if trace is None:
+                        sleep(seconds)
+                        continue
                     with _whole():
-                        note(trace.look())
-        except (NoSuchProcess, Undetermined):
-            if seen is None or _runs(pid):
-                raise
+                        note(trace.walked(snapshot))
+                    ends = time.monotonic() + seconds
+                    while (left := ends - time.monotonic()) > 0 and not trace.ended:
+                        sleep(min(left, _LOOK_SECONDS))
+                        with _whole():
+                            note(trace.look())
+            except (NoSuchProcess, Undetermined):
+                if seen is None or _runs(pid):
+                    raise
     except (_Stopped, KeyboardInterrupt):
         pass
     finally:

@@ -1,8 +1,10 @@
 """A command running in a disposable host, seen from outside: its streams, signals and exit status."""
 
+import math
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -32,6 +34,7 @@ from offmap.patience import scaled
 
 Sink = int | Callable[[bytes], object]  # a file descriptor, or what to call with each piece
 KILL_GRACE_SECONDS = 10.0  # from SIGKILL to the report of the end; longer means that the host itself hangs
+_HEAR_SECONDS = 1.0
 SIGPIPE = 13
 SIGKILL = 9
 
@@ -274,7 +277,7 @@ class LabCommand:
             LabTimeout: ``timeout`` seconds passed; the command has been killed.
             LabError: the command could not be started, or its output could not be written.
         """
-        if not self._over.wait(timeout):
+        if not self._ends_in(timeout):
             doing = self._link.doing()
             self.kill()
             raise LabTimeout(
@@ -296,6 +299,17 @@ class LabCommand:
         if self._status is None:
             raise self._link.failure()
         return self._status
+
+    def _ends_in(self, seconds: float | None) -> bool:
+        """Wait for the end, at most so long, and say whether it came.
+
+        In short waits: a signal that comes just before one, or on another thread, is heard when that is over.
+        """
+        until = math.inf if seconds is None else time.monotonic() + seconds
+        while not self._over.wait(max(min(until - time.monotonic(), _HEAR_SECONDS), 0)):
+            if time.monotonic() >= until:
+                return self._over.is_set()
+        return True
 
     def _close_wake(self) -> None:
         with self._ending:

@@ -3,6 +3,7 @@
 import argparse
 import json
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -145,3 +146,20 @@ def test_sigterm_ends_it_with_the_worst_so_far() -> None:
 
     seen: list[int] = []
     assert watch(NOBODY, 0.001, once, output()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_its_sleep_whatever_thread_it_comes_on(number: signal.Signals) -> None:
+    def once() -> Snapshot:
+        looked.set()
+        return EXPOSED
+
+    def send() -> None:
+        looked.wait()
+        signal.pthread_kill(threading.get_ident(), number)
+
+    looked = threading.Event()
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert watch(NOBODY, 86400, once, output()) == 1
+    sender.join()

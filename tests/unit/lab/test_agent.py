@@ -5,7 +5,9 @@ import os
 import random
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -185,3 +187,28 @@ def test_error_of_a_sink_reaches_the_caller(line: Line) -> None:
     command.begin()
     with pytest.raises(ValueError, match="sink"):
         command.wait(scaled(10))
+
+
+def test_a_signal_ends_the_wait_whatever_thread_it_comes_on(line: Line) -> None:
+    def send() -> None:
+        while not waits(main):
+            time.sleep(0)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    main = threading.get_ident()
+    sender = threading.Thread(target=send)
+    run = line.start("sleep", "86400")
+    with pytest.raises(KeyboardInterrupt):
+        sender.start()
+        run.command.wait()
+    sender.join()
+    run.command.kill()
+
+
+def waits(thread: int) -> bool:
+    """Whether it is in LabCommand.wait and stands in a wait there."""
+    frame, names = sys._current_frames().get(thread), []
+    while frame is not None:
+        names.append(frame.f_code.co_qualname)
+        frame = frame.f_back
+    return names[:1] == ["Condition.wait"] and "LabCommand.wait" in names
