@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from offmap.cli import lab_selftests
 from offmap.cli.arguments import seconds
-from offmap.cli.lab_options import add_lab_options, console_file
+from offmap.cli.lab_options import add_kernel_options, add_machine_options, console_file
 from offmap.cli.log import quiet_in_a_file
 from offmap.errors import OffmapError
 from offmap.log import Logger
@@ -26,7 +26,7 @@ DEFAULT_OUT = Path("out/lab")
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register ``offmap lab`` and its own subcommands."""
-    lab = subparsers.add_parser("lab", help="disposable hosts", description="Disposable hosts under QEMU.")
+    lab = subparsers.add_parser("lab", description="Disposable hosts under QEMU.")
     commands = lab.add_subparsers(metavar="COMMAND", required=True)
     run = commands.add_parser(
         "exec",
@@ -35,7 +35,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "Its changes to them are lost. Its output is streamed and its exit status returned; "
         "$OFFMAP_OUT is a folder that survives.",
     )
-    add_lab_options(run)
+    add_kernel_options(run)
+    add_machine_options(run)
     run.add_argument("--fresh", action="store_true", help="boot in full, not from a snapshot of a booted host")
     run.add_argument("--timeout", type=seconds, metavar="S", help="end the command and the host after S seconds")
     run.add_argument("--out", type=Path, metavar="DIR", help=f"the folder that survives (default: {DEFAULT_OUT})")

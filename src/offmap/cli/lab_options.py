@@ -8,14 +8,18 @@ from typing import BinaryIO
 from offmap.errors import OffmapError
 
 
-def add_lab_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that describe a disposable host."""
+def add_kernel_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the kernel of a disposable host."""
     parser.add_argument(
         "--host-kernel",
         metavar="KERNEL",
         help="debian:6.12, patched:7.3, running, or a bzImage (default: debian:6.12 where apt is)",
     )
     parser.add_argument("--modules", type=Path, metavar="DIR", help="lib/modules/RELEASE folder of a bzImage")
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that describe the machine of a disposable host."""
     parser.add_argument("--memory", default="2G", metavar="SIZE", help="RAM of the host (default: %(default)s)")
     parser.add_argument(
         "--nodes", type=int, default=1, metavar="N", help="NUMA nodes that share this RAM (default: %(default)s)"

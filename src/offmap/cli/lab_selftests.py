@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, BinaryIO
 
 from offmap.cli.arguments import seconds
-from offmap.cli.lab_options import add_lab_options, console_file
+from offmap.cli.lab_options import add_machine_options, console_file
 from offmap.cli.log import quiet_in_a_file
 from offmap.errors import OffmapError
 from offmap.log import Logger
@@ -29,7 +29,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "them in disposable hosts with this kernel and with Debian's of the same series, and print how each ended. The "
         "status is 1 if one that passes on the stock kernel fails.",
     )
-    add_lab_options(parser)
+    parser.add_argument(
+        "--host-kernel",
+        metavar="KERNEL",
+        help="patched:7.3, patched:7.3+debug or debian:7.3, … (default: the newest patched kernel)",
+    )
+    add_machine_options(parser)
     parser.add_argument("--timeout", type=seconds, metavar="S", help="end a test after S seconds (default: 2 minutes)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON, with each test's cases")
     parser.add_argument(
@@ -50,8 +55,6 @@ def run_selftests(args: argparse.Namespace) -> int:
     from offmap.lab.selftests_run import Comparison, Result, Runner, compare
     from offmap.lab.series import newest_series
 
-    if args.modules is not None:
-        raise OffmapError("--modules goes with a bzImage, whose source is not known", "leave it out")
     spec = args.host_kernel or newest_series().spec
     say = quiet_in_a_file(_log)
     stock = stock_of(spec)

@@ -142,6 +142,9 @@ def test_help_and_version() -> None:
     assert "3 cannot be determined" in " ".join(done.stdout.split())
     assert run("--version").stdout.startswith("offmap ")
     assert "--memory" in run("run", "--help").stdout
+    selftests = " ".join(run("lab", "selftests", "--help").stdout.split())
+    assert "(default: the newest patched kernel)" in selftests
+    assert "--modules" not in selftests  # it goes with a bzImage, whose source is not known
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
