@@ -127,6 +127,7 @@ def lab_host(
     cmdline: str = "",
     load_module: bool = False,
     out: Path | None = None,
+    fresh: bool = False,
 ) -> Iterator[LabHost]:
     """Boot a disposable host under QEMU, and end it on leaving.
 
@@ -137,6 +138,7 @@ def lab_host(
         cmdline: added to its kernel's command line.
         load_module: build the offmap module for it, and load it.
         out: a folder that its commands may write to, at the same path.
+        fresh: boot in full, and not from a snapshot of a booted host (docs/lab.md).
 
     Raises:
         OffmapError: the kernel cannot be had, the host does not boot, or it does not load the module.
@@ -146,7 +148,7 @@ def lab_host(
 
     chosen = host_kernel(kernel, say=_log.info)
     module = lab_module(chosen) if load_module else None
-    with LabHost.start(chosen, memory=memory, cmdline=cmdline, out=out) as host:
+    with LabHost.start(chosen, memory=memory, cmdline=cmdline, out=out, fresh=fresh) as host:
         if module is not None and (why := load(host, module)):
             raise OffmapError(f"the disposable host does not load {module}", why=why)
         yield host

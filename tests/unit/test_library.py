@@ -3,7 +3,9 @@
 import ast
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +40,22 @@ def test_the_documentation_names_each() -> None:
 def test_other_names_are_none() -> None:
     with pytest.raises(AttributeError, match="no attribute 'audit_everything'"):
         offmap.audit_everything  # type: ignore[attr-defined]  # noqa: B018
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_disposable_host_boots_in_full_where_that_is_asked(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    from offmap.lab import host, provision
+
+    started: list[dict[str, Any]] = []
+
+    def start(_kernel: object, **options: Any) -> object:
+        started.append(options)
+        return nullcontext()
+
+    monkeypatch.setattr(provision, "host_kernel", lambda *_, **__: None)
+    monkeypatch.setattr(host.LabHost, "start", start)
+    with offmap.lab_host(fresh=fresh):
+        assert started[0]["fresh"] is fresh
 
 
 def test_importing_it_changes_nothing_and_costs_nothing() -> None:
