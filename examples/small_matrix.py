@@ -18,17 +18,17 @@ def main() -> int:
     """Print a line for each kind, and the winner."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # progress, on standard error
     kernel, out = sys.argv[1], Path(sys.argv[2])
-    seconds: dict[str, float] = {}
+    cost: dict[str, float] = {}
     for cell in offmap.run_matrix(out, backends=BACKENDS, host_kernels=[kernel]):
         hidden = cell.answer("hidden.after_io").value
         populate = cell.answer("costs.populate")
-        print(f"{cell.spec.backend:<18} hidden: {hidden}  ready after: {populate.value} s  {cell.reason}")
+        print(f"{cell.spec.backend:<18} hidden: {hidden}  a page costs: {populate.value} µs  {cell.reason}")
         if hidden is True and populate.value is not None:
-            seconds[cell.spec.backend] = populate.value
-    if not seconds:
+            cost[cell.spec.backend] = populate.value
+    if not cost:
         print("nothing hides there")
         return 1
-    print(f"winner: {min(seconds, key=lambda backend: seconds[backend])}")
+    print(f"winner: {min(cost, key=lambda backend: cost[backend])}")
     return 0
 
 

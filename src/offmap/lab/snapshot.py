@@ -26,7 +26,7 @@ from offmap.lab.qemu import HostOptions, Ram, command_line, find_qemu, node_size
 from offmap.owned import Owned
 
 FORMAT = 1
-DEFAULT_LIMIT = "4G"  # a snapshot takes about 300 MiB
+DEFAULT_LIMIT = "4G"  # a snapshot takes about 200 MiB
 LIMIT_VARIABLE = "OFFMAP_SNAPSHOT_LIMIT"
 _SPARE = 1 << 30  # bytes of the disk that stay free
 _MANIFEST, _STATE, _CONSOLE, _USED = "manifest.json", "state", "console", "used"
