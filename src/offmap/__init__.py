@@ -1,4 +1,4 @@
-"""offmap: KVM guests whose memory the host kernel cannot read, and the proof of it.
+"""offmap: KVM guests whose memory the host kernel does not map, and the proof of it.
 
 The names in ``__all__`` are the library (docs/library.md). All others are private: they may change at any time. A name
 is imported when it is first used: ``import offmap`` starts nothing and changes nothing in the process.

@@ -19,7 +19,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register the command."""
     parser = subparsers.add_parser(
         "attack",
-        help="follow the way from the host kernel to a secret in a guest, as far as mappings lead",
         description="Read a secret out of a guest of your own by reads of the host kernel's memory, from the kernel's "
         "image to the guest's process, as somebody with a leak in the host kernel would. A measuring tool: it needs "
         "root, and nothing is leaked by speculation.",

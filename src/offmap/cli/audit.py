@@ -30,7 +30,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register the command."""
     parser = subparsers.add_parser(
         "audit",
-        help="prove which pages of a running VM the host kernel has mapped",
         description="Find which pages of a VM's RAM the host kernel has mapped, in its direct map or anywhere else.",
         epilog="Exit status: 0 hidden, 1 exposed, 2 it failed or was used wrongly, 3 cannot be determined.",
     )

@@ -26,7 +26,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add ``compare``."""
     parser = subparsers.add_parser(
         "compare",
-        help="compare the ways of hiding guest RAM: what works, hides, breaks and costs",
         description="Run a matrix of cells, each a guest on one kind of RAM in a disposable host of its own. Then "
         "write one report of all cells in the output folder. Results are kept: a second run goes on where the first "
         "one ended. An option that names an axis of the matrix may be given several times.",

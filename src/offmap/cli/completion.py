@@ -13,7 +13,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add ``completion``."""
     parser = subparsers.add_parser(
         "completion",
-        help="print the completion of a shell",
         description="Print a script that completes offmap's commands, options and their values.",
         epilog="Where to put it, for one user: bash: ~/.local/share/bash-completion/completions/offmap; zsh: a file "
         "_offmap in a folder of $fpath; fish: ~/.config/fish/completions/offmap.fish.",

@@ -12,7 +12,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add ``demo``."""
     parser = subparsers.add_parser(
         "demo",
-        help="boot guests on plain and on hidden RAM, and prove which is which",
         description="Boot a real guest on each kind of RAM, in disposable hosts. Each guest plants secrets in "
         "its RAM; the audit then walks the host kernel's page tables and reads all that they map.",
     )

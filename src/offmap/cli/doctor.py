@@ -8,7 +8,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add ``doctor``."""
     parser = subparsers.add_parser(
         "doctor",
-        help="say which kinds of RAM this host can give, and which of them hide",
         description="Try every kind of RAM on this host: get some, run a tiny guest in it, audit it, give it back.",
         epilog="Exit status: 0 something hides, 1 nothing does, 2 it failed, 3 hiding cannot be verified here.",
     )

@@ -11,9 +11,7 @@ from offmap.units import parse_size
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register ``offmap image`` and its subcommands."""
-    image = subparsers.add_parser(
-        "image", help="make a file system for a guest", description="Make guest file systems."
-    )
+    image = subparsers.add_parser("image", description="Make guest file systems.")
     commands = image.add_subparsers(metavar="COMMAND", required=True)
     initramfs = commands.add_parser(
         "initramfs",

@@ -12,8 +12,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register ``offmap module`` and its own subcommands."""
     module = subparsers.add_parser(
         "module",
-        help="build and load the kernel module behind unplugged and secretmem-bridge",
-        description="The kernel module behind the memory backends unplugged and secretmem-bridge.",
+        description="The kernel module behind unplugged, pool and secretmem-bridge memory, and behind offmap wrap.",
     )
     commands = module.add_subparsers(metavar="COMMAND", required=True)
     build = commands.add_parser("build", help="build it for the running kernel and print its path")

@@ -24,7 +24,7 @@ _COMMANDS = {
     "compare": "compare the ways of hiding: what works, hides, breaks and costs",
     "completion": "print the completion of a shell",
 }
-"""Each command is a module of offmap.cli with an `add_parser`. Only the one that is run is imported."""
+"""What each command is for. It is a module of offmap.cli with an `add_parser`; only the one that is run is imported."""
 
 
 # argparse looks for translations of its words, which takes a millisecond. Python ships none.
@@ -60,9 +60,19 @@ class _Alone:
 
     parser: argparse.ArgumentParser
 
-    def add_parser(self, name: str, *, help: str = "", **options: Any) -> argparse.ArgumentParser:  # argparse's
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:  # argparse's
         self.parser = _Parser(prog=f"offmap {name}", **options)
         return self.parser
+
+
+class _Together:
+    """In the place of argparse's subparsers: gives each command its line in the list of commands."""
+
+    def __init__(self, subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+        self._subparsers = subparsers
+
+    def add_parser(self, name: str, **options: Any) -> argparse.ArgumentParser:  # argparse's
+        return self._subparsers.add_parser(name, help=_COMMANDS[name], **options)
 
 
 def parse(command: str | None, arguments: Sequence[str]) -> argparse.Namespace:
@@ -78,15 +88,15 @@ def parse(command: str | None, arguments: Sequence[str]) -> argparse.Namespace:
 def _parser(commands: Container[str]) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="offmap",
-        description="KVM guests whose memory the host kernel cannot read, and the proof of it.",
+        description="KVM guests whose memory the host kernel does not map, and the proof of it.",
         epilog="Exit status: 0 done (an audit: hidden), 1 exposed, 2 failed or used wrongly, 3 cannot be determined.",
     )
     parser.add_argument("--version", action="version", version=f"offmap {__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    together = _Together(parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser))
     known = [name for name in _COMMANDS if name in commands]
     for name in known:
-        import_module(f"offmap.cli.{name}").add_parser(subparsers)
-    for name, summary in _COMMANDS.items() if not known else ():
-        subparsers.add_parser(name, help=summary)
+        import_module(f"offmap.cli.{name}").add_parser(together)
+    for name in _COMMANDS if not known else ():
+        together.add_parser(name)
     add_log_options(parser)
     return parser

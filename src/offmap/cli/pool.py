@@ -16,7 +16,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register ``offmap pool`` and its own subcommands."""
     pool = subparsers.add_parser(
         "pool",
-        help="set hidden memory aside for VMMs that open it as files",
         description="Memory that the module takes off the kernel once, and gives out as files by ordinary permissions.",
     )
     commands = pool.add_subparsers(metavar="COMMAND", required=True)

@@ -33,7 +33,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add ``run``."""
     parser = subparsers.add_parser(
         "run",
-        help="run a guest on RAM of the kind you choose",
         description="Run a guest. Its console is on standard input and output; Ctrl-A x quits.",
     )
     add_boot_options(parser)

@@ -16,7 +16,6 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Add ``wrap``."""
     parser = subparsers.add_parser(
         "wrap",
-        help="run any VMM with its guest on hidden memory",
         description="Run a VMM as it is, and place memory that the host kernel has no mapping of under its guest. "
         "What cannot be hidden is refused.",
         epilog="Exit status: the VMM's; 2 if it was not started.",
