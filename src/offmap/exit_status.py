@@ -4,7 +4,7 @@ from enum import IntEnum
 
 
 class ExitStatus(IntEnum):
-    """Exit status of every offmap command (docs/design.md)."""
+    """Exit status of every offmap command (docs/index.md)."""
 
     DONE = 0  # for an audit: hidden
     EXPOSED = 1
