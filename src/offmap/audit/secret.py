@@ -85,7 +85,7 @@ def parse_secret(text: str) -> Secret:
     """
     form, colon, rest = text.partition(":")
     if text == "-":
-        return _read(0, "standard input")
+        return _read(0, "standard input", typed=True)
     if not colon or form not in {"text", "hex", "file"}:
         raise OffmapError(f"cannot tell what to scan for: {text[:20]!r}", f"write {_FORMS}")
     if form == "text":
@@ -100,13 +100,17 @@ def parse_secret(text: str) -> Secret:
     except OSError as error:
         raise KernelError(f"opening {rest}", error, "name a file that holds the secret and nothing else") from None
     try:
-        return _read(fd, rest)
+        return _read(fd, rest, typed=False)
     finally:
         os.close(fd)
 
 
-def _read(fd: int, name: str) -> Secret:
-    """Read a secret into a locked buffer, and into no other."""
+def _read(fd: int, name: str, *, typed: bool) -> Secret:
+    """Read a secret into a locked buffer, and into no other.
+
+    Args:
+        typed: a newline at its end is no part of it.
+    """
     status = os.fstat(fd)
     with LockedBuffer(LONGEST + PAGE_SIZE) as buffer:
         size = 0
@@ -116,6 +120,6 @@ def _read(fd: int, name: str) -> Secret:
         except OSError as error:
             raise KernelError(f"reading {name}", error) from None
         regular = stat.S_ISREG(status.st_mode)
-        if not regular and size and buffer.view[size - 1] == ord("\n"):
+        if typed and size and buffer.view[size - 1] == ord("\n"):
             size -= 1
         return Secret(buffer.view[:size], fd if regular else None)

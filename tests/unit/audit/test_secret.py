@@ -32,8 +32,13 @@ def test_file_is_taken_as_it_is(tmp_path: Path) -> None:
         assert bytes(secret.view) == b"with a newline\n"
 
 
-def test_standard_input_loses_one_newline(monkeypatch: pytest.MonkeyPatch) -> None:
-    read, write = os.pipe()
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_standard_input_loses_one_newline(tmp_path: Path, kind: str) -> None:
+    if kind == "pipe":
+        read, write = os.pipe()
+    else:
+        write = os.open(tmp_path / "secret", os.O_WRONLY | os.O_CREAT)
+        read = os.open(tmp_path / "secret", os.O_RDONLY)
     os.write(write, b"from a pipe\n\n")
     os.close(write)
     saved = os.dup(0)
