@@ -96,7 +96,7 @@ class LabHost(Owned):
                 where the host that boots is not the one that is returned.
             fresh: boot in full. Hosts from one snapshot have the same kernel layout and allocator state (docs/lab.md).
             access_log: file to log its kernel's accesses to guests' RAM in (`access_log.AccessLog` reads it); the host
-                is emulated then, boots in full, and is a third as fast.
+                is emulated then, boots in full, and is a quarter as fast.
             devices: more arguments for QEMU, as they are.
 
         Raises:
@@ -109,7 +109,7 @@ class LabHost(Owned):
             raise LabError(f"the output folder {folder} is not a writable folder", "give another one with --out")
         plugin = ""
         if access_log is not None:
-            if accel == "kvm" or nodes > 1:
+            if accel not in ("auto", "tcg") or nodes > 1:
                 raise LabError(
                     "accesses can only be logged in an emulated host of one NUMA node", "leave the others out"
                 )

@@ -211,7 +211,7 @@ def test_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         access_plugin.plugin_argument(tmp_path / "none/log", 2 << 30)
 
 
-@pytest.mark.parametrize("options", [{"accel": "kvm"}, {"nodes": 2}])
+@pytest.mark.parametrize("options", [{"accel": "kvm"}, {"accel": "icount"}, {"nodes": 2}])
 def test_only_an_emulated_host_of_one_node_is_logged(tmp_path: Path, options: dict[str, str | int]) -> None:
     kernel = HostKernel("test", "6.12.1", Path("/k"), Path("/m"))
     with pytest.raises(LabError, match="one NUMA node"):
