@@ -94,7 +94,7 @@ def test_the_best_kind_of_ram_here(lab_host: LabHost) -> None:
 def test_a_kernel_in_a_disposable_host(lab_kernel: HostKernel) -> None:
     done = here("try_kernel", str(lab_kernel.vmlinuz))
     assert done.returncode == 0, done.stderr
-    assert "reserved:         usable, and hides\n" in done.stdout
+    assert "reserved:             usable, and hides\n" in done.stdout
     assert f"{lab_kernel.release} is up" in done.stderr
 
 

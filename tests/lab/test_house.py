@@ -26,7 +26,7 @@ def environment(house: Any, lab_out: Path) -> dict[str, str]:
 def test_a_guest_on_the_ram_finds_the_device(lab_host: LabHost, environment: dict[str, str]) -> None:
     subprocess.run([*OFFMAP, "image", "build"], check=True)
     doctor = lab_host.output([*OFFMAP, "doctor"], env=environment)
-    assert b"lent:             usable, and does not hide\n" in doctor.stdout, doctor.stderr.decode()
+    assert b"lent:                 usable, and does not hide\n" in doctor.stdout, doctor.stderr.decode()
     job = "cat /sys/bus/virtio/devices/*/device"
     options = ["--memory", "lent", "--dice", "sides=6", "--audit", "--exec", job]
     done = lab_host.output([*OFFMAP, "run", *options], env=environment)

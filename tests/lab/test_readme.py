@@ -224,7 +224,7 @@ def test_doctor_on_this_host_and_in_the_lab(lab_host: LabHost) -> None:
     done = lab_host.output(["sh", "-c", blocks()["doctor"]], cwd=ROOT)
     said = done.stdout.decode()
     assert done.status == 0, said + done.stderr.decode()
-    assert "reserved:         usable, and hides\n" in said
-    assert "anon:             usable, and does not hide\n" in said
-    assert "secretmem:        refused\n" in said
+    assert "reserved:             usable, and hides\n" in said
+    assert "anon:                 usable, and does not hide\n" in said
+    assert "secretmem:            refused\n" in said
     assert "do: load the module first: offmap module load" in said

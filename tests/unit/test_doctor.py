@@ -1,5 +1,6 @@
 """The doctor's exit status: what hides, what does not, what cannot be said."""
 
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from offmap.audit.result import Pages
 from offmap.audit.verdict import Verdict
 from offmap.doctor import Diagnosis, Health, _health, _nesting_panics, exit_status
 from offmap.errors import ExitStatus
+from offmap.memory.backend import BACKENDS
 
 from .audit.report.samples import page_counts
 
@@ -27,6 +29,17 @@ from .audit.report.samples import page_counts
 )
 def test_exit_status(healths: list[Health], status: ExitStatus) -> None:
     assert exit_status([Diagnosis("some", True, health) for health in healths]) is status
+
+
+def test_a_name_and_its_health_are_two_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from offmap.cli.doctor import run
+
+    found = [Diagnosis(name, True, Health.REFUSED) for name in BACKENDS]
+    monkeypatch.setattr("offmap.doctor.examine", lambda: found)
+    run(Namespace(json=False))
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [[f"{n}:", "refused"] for n in BACKENDS]
 
 
 def test_a_plain_backend_never_counts_as_hiding() -> None:

@@ -20,15 +20,17 @@ def run(args: argparse.Namespace) -> int:
     from offmap import __version__
     from offmap.audit.host import host_facts
     from offmap.doctor import Diagnosis, examine, exit_status
+    from offmap.memory.backend import BACKENDS
 
+    width = max(map(len, BACKENDS)) + 2
     found: list[Diagnosis] = []
     for diagnosis in examine():
         found.append(diagnosis)
         if not args.json:
-            print(f"{diagnosis.backend + ':':<18}{diagnosis.health.value}", flush=True)
+            print(f"{diagnosis.backend + ':':<{width}}{diagnosis.health.value}", flush=True)
             for label, text in (("", diagnosis.reason), ("do: ", diagnosis.remedy)):
                 if text:
-                    print(f"{'':<18}{label}{text}", flush=True)
+                    print(f"{'':<{width}}{label}{text}", flush=True)
     if args.json:
         result = {
             "schema": "offmap-doctor/1",
