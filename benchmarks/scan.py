@@ -36,7 +36,7 @@ from offmap.errors import OffmapError
 
 PAGE = 4096
 MAX_RATIO = 2.0
-_STEP = 1 << 20  # what the scan reads at once
+_STEP = 1 << 20  # what the peer reads at once
 _SECRET_BYTES = 32
 _FILE_BYTES = 1 << 30
 

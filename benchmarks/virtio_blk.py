@@ -27,7 +27,7 @@ PATTERNS = (
     *("randread:4096:1", "randread:4096:16", "randwrite:4096:1", "randwrite:4096:16"),
     *("seqread:1048576:1", "seqwrite:1048576:1"),
 )
-LIMIT = Limit("ratio", at_least=0.5)  # of QEMU's throughput (issue 4)
+LIMIT = Limit("ratio", at_least=0.5)  # of QEMU's throughput
 PEER = "qemu-system-x86_64 -M microvm,acpi=on,rtc=on -accel kvm, virtio-blk-device, on ordinary RAM"
 COMMAND_LINE = "console=ttyS0 quiet"
 DEADLINE = 240.0  # seconds for one guest

@@ -28,7 +28,7 @@ from offmap.lab.provision import host_kernel
 from offmap.uapi.if_tun import TUNSETPERSIST
 
 PEER = "qemu-system-x86_64 -M microvm,acpi=on,rtc=on -accel kvm, virtio-net-device, tap, vhost=off, on ordinary RAM"
-LIMIT = Limit("ratio", at_least=0.5)  # of QEMU's throughput (issue 4)
+LIMIT = Limit("ratio", at_least=0.5)  # of QEMU's throughput
 HOST, GUEST, PORT = IPv4Interface("198.18.0.1/24"), "198.18.0.2", 5999
 TAP = "offbench0"
 DEADLINE = 240.0  # seconds for one guest
