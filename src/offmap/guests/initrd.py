@@ -23,7 +23,6 @@ DEVICES = {
     "0x0004": ("virtio_rng",),
     "0x0005": ("virtio_balloon",),
     "0x0013": ("vmw_vsock_virtio_transport",),
-    "0x001b": ("virtio_pmem", "nd_pmem"),
 }
 
 
