@@ -455,13 +455,13 @@ static unsigned long count_holes(struct pool_file *file, unsigned long first, un
 }
 
 /* Take pages for the hole from @first to @last of a file, with pool->lock held. */
-static int take_hole(struct pool *pool, struct list_head *taken, unsigned long first,
-		     unsigned long last)
+static int take_hole(struct pool *pool, struct run_search *search, struct list_head *taken,
+		     unsigned long first, unsigned long last)
 {
 	struct run *run;
 
 	while (first <= last) {
-		run = run_take(&pool->free, first, last - first + 1);
+		run = run_take(&pool->free, search, first, last - first + 1);
 		if (IS_ERR(run))
 			return PTR_ERR(run);
 		pool->nr_free -= run_pages(run);
@@ -477,6 +477,7 @@ static int take_holes(struct pool_file *file, struct list_head *taken, unsigned 
 {
 	unsigned long nr = count_holes(file, first, last);
 	struct pool *pool = file->pool;
+	struct run_search search = {};
 	struct run *run, *next;
 	unsigned long start = first;
 	int ret = 0;
@@ -489,11 +490,11 @@ static int take_holes(struct pool_file *file, struct list_head *taken, unsigned 
 	for (run = run_first(&file->runs, first, last); run && !ret;
 	     run = run_next(run, first, last)) {
 		if (run->node.start > start)
-			ret = take_hole(pool, taken, start, run->node.start - 1);
+			ret = take_hole(pool, &search, taken, start, run->node.start - 1);
 		start = run->node.last + 1;
 	}
 	if (!ret && start <= last)
-		ret = take_hole(pool, taken, start, last);
+		ret = take_hole(pool, &search, taken, start, last);
 	if (ret) {
 		/* Nobody has seen these: they are as clean as they were. */
 		list_for_each_entry_safe(run, next, taken, list) {

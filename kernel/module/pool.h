@@ -102,10 +102,21 @@ void run_insert_free(struct rb_root_cached *root, struct run *run);
 struct run *run_carve(struct rb_root_cached *root, struct run *run, unsigned long pfn,
 		      unsigned long nr);
 /*
+ * Where the next search for each size begins, in PFNs: below, there is nothing of
+ * it. At first 0, and good for as long as nothing becomes free. A user can make
+ * free runs of single pages by the million: not every search may walk over all.
+ */
+struct run_search {
+	unsigned long aligned[2];	/* a gigabyte, 2 MiB */
+	unsigned long small;
+};
+
+/*
  * Take pages for the page @pgoff of a file, and up to @nr - 1 after it: as many
  * as can be mapped by the largest pages. An error if there are none.
  */
-struct run *run_take(struct rb_root_cached *root, unsigned long pgoff, unsigned long nr);
+struct run *run_take(struct rb_root_cached *root, struct run_search *search, unsigned long pgoff,
+		     unsigned long nr);
 
 /* How many files and folders a pool may have. */
 #define POOL_MAX_INODES 65536

@@ -96,35 +96,43 @@ struct run *run_carve(struct rb_root_cached *root, struct run *run, unsigned lon
 	return run;
 }
 
-/* The lowest run that has @size aligned pages, and where they start in it. */
+/*
+ * The lowest run from @from on that has @size aligned pages, and where they start
+ * in it. The next search begins there.
+ */
 static struct run *find_aligned(struct rb_root_cached *root, unsigned long size,
-				unsigned long *start)
+				unsigned long *from, unsigned long *start)
 {
 	struct run *run;
 
-	for (run = run_first(root, 0, ULONG_MAX); run; run = run_next(run, 0, ULONG_MAX)) {
+	for (run = run_first(root, *from, ULONG_MAX); run; run = run_next(run, 0, ULONG_MAX)) {
+		*from = run->node.start;
 		*start = ALIGN(run->node.start, size);
 		if (*start + size - 1 <= run->node.last)
 			return run;
 	}
+	*from = ULONG_MAX;
 	return NULL;
 }
 
 /* A run for small pages: one that is good for nothing else, if there is one. */
-static struct run *find_small(struct rb_root_cached *root)
+static struct run *find_small(struct rb_root_cached *root, unsigned long *from)
 {
 	unsigned long start;
 	struct run *run;
 
-	for (run = run_first(root, 0, ULONG_MAX); run; run = run_next(run, 0, ULONG_MAX)) {
+	for (run = run_first(root, *from, ULONG_MAX); run; run = run_next(run, 0, ULONG_MAX)) {
+		*from = run->node.start;
 		start = ALIGN(run->node.start, PMD_PAGES);
 		if (start + PMD_PAGES - 1 > run->node.last)
 			return run;
 	}
+	*from = ULONG_MAX;
 	return run_first(root, 0, ULONG_MAX);
 }
 
-struct run *run_take(struct rb_root_cached *root, unsigned long pgoff, unsigned long nr)
+struct run *run_take(struct rb_root_cached *root, struct run_search *search, unsigned long pgoff,
+		     unsigned long nr)
 {
 	static const unsigned long sizes[] = { PUD_PAGES, PMD_PAGES };
 	unsigned long start, end;
@@ -134,12 +142,12 @@ struct run *run_take(struct rb_root_cached *root, unsigned long pgoff, unsigned 
 	for (i = 0; i < ARRAY_SIZE(sizes) && !run; i++) {
 		if (!IS_ALIGNED(pgoff, sizes[i]) || nr < sizes[i])
 			continue;
-		run = find_aligned(root, sizes[i], &start);
+		run = find_aligned(root, sizes[i], &search->aligned[i], &start);
 		if (run)
 			nr = round_down(min(nr, run->node.last + 1 - start), sizes[i]);
 	}
 	if (!run) {
-		run = find_small(root);
+		run = find_small(root, &search->small);
 		if (!run)
 			return ERR_PTR(-ENOSPC);
 		start = run->node.start;
