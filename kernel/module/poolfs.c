@@ -109,6 +109,8 @@ static long poolfs_fallocate(struct file *file, int mode, loff_t offset, loff_t 
 		ret = inode_newsize_ok(inode, end);
 		if (ret)
 			goto out;
+		/* With what is before it, at once: all or nothing. */
+		first = min(first, pages_of(i_size_read(inode)));
 	}
 	if (first < last)
 		ret = pool_file_fill(inode->i_private, first, last - 1, false);

@@ -236,6 +236,9 @@ def holes() -> Any:
         result["rest"] = bool((words(memory)[:: PAGE // 8] == expected).all())
         result["beyond"] = in_child(lambda: shorten(fd, 64 * MIB))
         result["shorter"] = os.fstat(fd).st_blocks * 512
+        # 192 MiB are there: enough for these, and not for what is before them too.
+        result["too far"] = failure(lambda: fallocate(other, 0, 100 * MIB, 100 * MIB))
+        result["nothing kept"] = os.fstat(other).st_blocks
         fallocate(fd, 0, 64 * MIB, 64 * MIB)
         result["longer"] = [os.fstat(fd).st_size, os.fstat(fd).st_blocks * 512]
         result["longer is zero"] = not words(memory)[64 * MIB // 8 : 128 * MIB // 8].any()

@@ -123,6 +123,8 @@ def test_pieces_of_a_file_go_back_and_can_be_had_again(host: LabHost) -> None:
         "rest": True,
         "beyond": "SIGBUS",
         "shorter": 64 * MIB,
+        "too far": "ENOSPC",
+        "nothing kept": 0,
         "longer": [128 * MIB, 128 * MIB],
         "longer is zero": True,
     }
