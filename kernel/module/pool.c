@@ -306,6 +306,7 @@ static void settle(struct pool *pool, struct run *run, bool clean)
 		run->held = true;
 		list_add_tail(&run->list, &pool->dirty);
 	}
+	WRITE_ONCE(pool->settled, pool->settled + 1);
 }
 
 static void clean(struct work_struct *work)
@@ -344,7 +345,7 @@ static void clean(struct work_struct *work)
 	}
 	kvfree(ranges);
 	mutex_lock(&pool->lock);
-	pool->passes++;
+	WRITE_ONCE(pool->settled, pool->settled + 1);
 	pool->pause = any ? SOONEST : min(2 * pool->pause, LATEST);
 	again = !list_empty(&pool->dirty);
 	mutex_unlock(&pool->lock);
@@ -433,17 +434,6 @@ static void remove_run(struct pool_file *file, struct run *run)
 	interval_tree_remove(&run->node, &file->runs);
 }
 
-/* Whether there is room for @nr pages, or will not be soon. */
-static bool decided(struct pool *pool, unsigned long nr)
-{
-	bool ret;
-
-	mutex_lock(&pool->lock);
-	ret = pool->nr_free >= nr || pool->nr_free + pool->nr_dirty < nr;
-	mutex_unlock(&pool->lock);
-	return ret;
-}
-
 static unsigned long count_holes(struct pool_file *file, unsigned long first, unsigned long last)
 {
 	unsigned long nr = last - first + 1;
@@ -471,9 +461,12 @@ static int take_hole(struct pool *pool, struct run_search *search, struct list_h
 	return 0;
 }
 
-/* With the invalidate lock held. */
+/*
+ * With the invalidate lock held. -EAGAIN: there is room once what is being cleaned
+ * is free. Try again when pool->settled is not @settled any more.
+ */
 static int take_holes(struct pool_file *file, struct list_head *taken, unsigned long first,
-		      unsigned long last)
+		      unsigned long last, unsigned int *settled)
 {
 	unsigned long nr = count_holes(file, first, last);
 	struct pool *pool = file->pool;
@@ -482,11 +475,14 @@ static int take_holes(struct pool_file *file, struct list_head *taken, unsigned 
 	unsigned long start = first;
 	int ret = 0;
 
+	if (!nr)
+		return 0;
 	mutex_lock(&pool->lock);
+	*settled = pool->settled;
 	if (over_quota(file, nr))
 		ret = -EDQUOT;
 	else if (pool->nr_free < nr)
-		ret = -ENOSPC;
+		ret = pool->nr_free + pool->nr_dirty < nr ? -ENOSPC : -EAGAIN;
 	for (run = run_first(&file->runs, first, last); run && !ret;
 	     run = run_next(run, first, last)) {
 		if (run->node.start > start)
@@ -515,33 +511,34 @@ int pool_file_fill(struct pool_file *file, unsigned long first, unsigned long la
 	struct address_space *mapping = file->inode->i_mapping;
 	struct pool *pool = file->pool;
 	struct run *run, *next;
-	unsigned long nr;
+	unsigned int settled;
 	LIST_HEAD(taken);
 	int ret;
 
-	do {
+	for (;;) {
 		filemap_invalidate_lock(mapping);
 		/* A file that has become shorter has given back what was behind its end. */
 		if (fault && last >= DIV_ROUND_UP_ULL(i_size_read(file->inode), PAGE_SIZE)) {
 			filemap_invalidate_unlock(mapping);
 			return -EFAULT;
 		}
-		nr = count_holes(file, first, last);
-		ret = nr ? take_holes(file, &taken, first, last) : 0;
+		ret = take_holes(file, &taken, first, last, &settled);
 		list_for_each_entry_safe(run, next, &taken, list) {
 			list_del(&run->list);
 			add_run(file, run);
 		}
 		filemap_invalidate_unlock(mapping);
-		if (ret != -ENOSPC || decided(pool, nr))
+		if (ret != -EAGAIN)
 			break;
 		if (fault)
-			ret = wait_event_killable(pool->cleaned, decided(pool, nr));
+			ret = wait_event_killable(pool->cleaned,
+						  READ_ONCE(pool->settled) != settled);
 		else
-			ret = wait_event_interruptible(pool->cleaned, decided(pool, nr));
+			ret = wait_event_interruptible(pool->cleaned,
+						       READ_ONCE(pool->settled) != settled);
 		if (ret)
 			return -EINTR;
-	} while (true);
+	}
 	file->inode->i_blocks = (u64)file->nr_pages << (PAGE_SHIFT - 9);
 	return ret;
 }

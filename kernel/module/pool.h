@@ -70,7 +70,7 @@ struct pool {
 	unsigned long nr_dirty;		/* to be cleaned, and soon */
 	unsigned long nr_held;		/* to be cleaned, when nothing maps them any more */
 	unsigned long nr_bad;		/* never given out again */
-	unsigned int passes;		/* of the cleaner */
+	unsigned int settled;		/* changes when a dirty run has become free, or held */
 	struct delayed_work cleaner;
 	unsigned long pause;		/* jiffies, until it tries again */
 	wait_queue_head_t cleaned;

@@ -261,10 +261,20 @@ def memory_at(fd: int, offset: int) -> int:
     return int(mmap.mmap(fd, PAGE, offset=offset)[0])
 
 
+def come_and_go() -> None:
+    """Make a file that takes all of the pool, fifty times: each waits for what the one before it gave back."""
+    for _ in range(50):
+        os.close(make("all", BLOCK))
+        unlink("all")
+    while figures()[1] < BLOCK:
+        os.sched_yield()
+
+
 def sizes() -> Any:
     """Grow and shrink a pool, with a file in it."""
     result: dict[str, Any] = {}
     with pool(BLOCK):
+        result["again and again"] = failure(come_and_go)
         fd = make("ram", 64 * MIB)
         result["at first"] = figures()[0]
         remount(f"size={3 * BLOCK}")
