@@ -799,6 +799,8 @@ void pool_destroy(struct pool *pool)
 	list_del(&pool->node);
 	mutex_unlock(&pools_lock);
 	cancel_delayed_work_sync(&pool->cleaner);
+	/* A page may fail now, and be looked for among those that are free. */
+	mutex_lock(&pool->lock);
 	if (!pool->set.allow_vfio)
 		quarantine(pool);
 	list_for_each_entry_safe(run, next_run, &pool->dirty, list)
@@ -807,6 +809,7 @@ void pool_destroy(struct pool *pool)
 		interval_tree_remove(&run->node, &pool->free);
 		kfree(run);
 	}
+	mutex_unlock(&pool->lock);
 	list_for_each_entry_safe(piece, next, &pool->pieces, node) {
 		list_del(&piece->node);
 		offmap_return(piece);
