@@ -190,6 +190,49 @@ static void unwatch_run(struct run *run)
 }
 #endif
 
+/* --- runs that files gave back -------------------------------------------- */
+
+/* With pool->lock held, as for what follows. Free it when it owns nothing any more. */
+static void put_user_of(struct pool_user *user)
+{
+	if (user->nr_files || user->nr_runs)
+		return;
+	list_del(&user->node);
+	kfree(user);
+}
+
+/* A file's run becomes dirty. It is on its owner's account still. Kick the cleaner afterwards. */
+static void make_dirty(struct pool *pool, struct pool_user *user, struct run *run)
+{
+	run->held = false;
+	run->user = user;
+	user->nr_runs++;
+	user->nr_dirty += run_pages(run);
+	pool->nr_dirty += run_pages(run);
+	list_add_tail(&run->list, &pool->dirty);
+}
+
+/* @nr pages of a run are to be cleaned no more. */
+static void uncount(struct pool *pool, struct run *run, unsigned long nr)
+{
+	if (run->held) {
+		pool->nr_held -= nr;
+	} else {
+		pool->nr_dirty -= nr;
+		run->user->nr_dirty -= nr;
+	}
+}
+
+/* A run is nobody's any more. */
+static void disown(struct run *run)
+{
+	struct pool_user *user = run->user;
+
+	run->user = NULL;
+	user->nr_runs--;
+	put_user_of(user);
+}
+
 /*
  * A run that is about to be cleaned, in no tree, ends before its first page that
  * has failed. What is behind that becomes a dirty run of its own. False: nothing
@@ -198,12 +241,12 @@ static void unwatch_run(struct run *run)
 static bool cut_failed(struct pool *pool, struct run *run)
 {
 	unsigned long nr = run_pages(run), good = first_failed(pool, run->pfn, nr) - run->pfn;
-	unsigned long *counter = run->held ? &pool->nr_held : &pool->nr_dirty;
 	struct run *rest;
 
 	if (good == nr)
 		return true;
-	--*counter;
+	uncount(pool, run, 1);
+	run->user->nr_pages--;
 	pool->nr_bad++;
 	if (good + 1 < nr) {
 		rest = kzalloc(sizeof(*rest), GFP_KERNEL | __GFP_NOFAIL);
@@ -211,12 +254,15 @@ static bool cut_failed(struct pool *pool, struct run *run)
 		rest->node.start = rest->pfn;
 		rest->node.last = run->pfn + nr - 1;
 		rest->held = run->held;
+		rest->user = run->user;
+		rest->user->nr_runs++;
 		list_add_tail(&rest->list, &pool->dirty);
 	}
 	run->node.start = run->pfn;
 	run->node.last = run->pfn + good - 1;
 	if (good)
 		return true;
+	disown(run);
 	kfree(run);
 	return false;
 }
@@ -293,12 +339,11 @@ static void settle(struct pool *pool, struct run *run, bool clean)
 {
 	unsigned long nr = run_pages(run);
 
-	if (run->held)
-		pool->nr_held -= nr;
-	else
-		pool->nr_dirty -= nr;
+	uncount(pool, run, nr);
 	/* A page that failed while it was being cleaned is cut out the next time. */
 	if (clean && first_failed(pool, run->pfn, nr) == run->pfn + nr) {
+		run->user->nr_pages -= nr;
+		disown(run);
 		pool->nr_free += nr;
 		run_insert_free(&pool->free, run);
 	} else {
@@ -354,14 +399,6 @@ static void clean(struct work_struct *work)
 		queue_delayed_work(offmap_workqueue, &pool->cleaner, pool->pause);
 }
 
-/* A file's runs become dirty. With pool->lock held; kick the cleaner afterwards. */
-static void make_dirty(struct pool *pool, struct run *run)
-{
-	run->held = false;
-	pool->nr_dirty += run_pages(run);
-	list_add_tail(&run->list, &pool->dirty);
-}
-
 static void kick_cleaner(struct pool *pool)
 {
 	WRITE_ONCE(pool->pause, SOONEST);
@@ -388,20 +425,25 @@ found:
 	return user;
 }
 
-/* With pool->lock held. */
-static void put_user_of(struct pool_user *user)
+/*
+ * Whether a file can have @nr pages more: -EAGAIN if not before what is being
+ * cleaned is free. With pool->lock held.
+ *
+ * What its owner's files gave back counts until it is clean. Else who has the
+ * kernel map a page of each, as KVM does for a VM's clock, would have all of the
+ * pool held back, file by file.
+ */
+static int check_room(struct pool_file *file, unsigned long nr)
 {
-	if (--user->nr_files)
-		return;
-	list_del(&user->node);
-	kfree(user);
-}
+	const struct pool_user *user = file->user;
+	const struct pool *pool = file->pool;
+	unsigned long quota = READ_ONCE(pool->set.quota);
 
-static bool over_quota(struct pool_file *file, unsigned long nr)
-{
-	unsigned long quota = READ_ONCE(file->pool->set.quota);
-
-	return quota && file->user->nr_pages + nr > quota && !capable(CAP_SYS_RESOURCE);
+	if (quota && user->nr_pages + nr > quota && !capable(CAP_SYS_RESOURCE))
+		return user->nr_pages - user->nr_dirty + nr > quota ? -EDQUOT : -EAGAIN;
+	if (pool->nr_free < nr)
+		return pool->nr_free + pool->nr_dirty < nr ? -ENOSPC : -EAGAIN;
+	return 0;
 }
 
 void pool_file_set_owner(struct pool_file *file)
@@ -415,6 +457,7 @@ void pool_file_set_owner(struct pool_file *file)
 	if (user) {
 		user->nr_pages += file->nr_pages;
 		file->user->nr_pages -= file->nr_pages;
+		file->user->nr_files--;
 		put_user_of(file->user);
 		file->user = user;
 	}
@@ -461,10 +504,7 @@ static int take_hole(struct pool *pool, struct run_search *search, struct list_h
 	return 0;
 }
 
-/*
- * With the invalidate lock held. -EAGAIN: there is room once what is being cleaned
- * is free. Try again when pool->settled is not @settled any more.
- */
+/* With the invalidate lock held. -EAGAIN: try again when pool->settled is not @settled any more. */
 static int take_holes(struct pool_file *file, struct list_head *taken, unsigned long first,
 		      unsigned long last, unsigned int *settled)
 {
@@ -473,16 +513,13 @@ static int take_holes(struct pool_file *file, struct list_head *taken, unsigned 
 	struct run_search search = {};
 	struct run *run, *next;
 	unsigned long start = first;
-	int ret = 0;
+	int ret;
 
 	if (!nr)
 		return 0;
 	mutex_lock(&pool->lock);
 	*settled = pool->settled;
-	if (over_quota(file, nr))
-		ret = -EDQUOT;
-	else if (pool->nr_free < nr)
-		ret = pool->nr_free + pool->nr_dirty < nr ? -ENOSPC : -EAGAIN;
+	ret = check_room(file, nr);
 	for (run = run_first(&file->runs, first, last); run && !ret;
 	     run = run_next(run, first, last)) {
 		if (run->node.start > start)
@@ -577,8 +614,7 @@ void pool_file_punch(struct pool_file *file, unsigned long first, unsigned long 
 		remove_run(file, run);
 		mutex_lock(&pool->lock);
 		file->nr_pages -= run_pages(run);
-		file->user->nr_pages -= run_pages(run);
-		make_dirty(pool, run);
+		make_dirty(pool, file->user, run);
 		mutex_unlock(&pool->lock);
 		any = true;
 	}
@@ -667,6 +703,7 @@ void pool_file_free(struct pool_file *file)
 	list_del(&file->node);
 	mutex_unlock(&pool->files_lock);
 	mutex_lock(&pool->lock);
+	file->user->nr_files--;
 	put_user_of(file->user);
 	mutex_unlock(&pool->lock);
 	kfree(file);
@@ -803,8 +840,10 @@ void pool_destroy(struct pool *pool)
 	mutex_lock(&pool->lock);
 	if (!pool->set.allow_vfio)
 		quarantine(pool);
-	list_for_each_entry_safe(run, next_run, &pool->dirty, list)
+	list_for_each_entry_safe(run, next_run, &pool->dirty, list) {
+		disown(run);
 		kfree(run);
+	}
 	while ((run = run_first(&pool->free, 0, ULONG_MAX))) {
 		interval_tree_remove(&run->node, &pool->free);
 		kfree(run);

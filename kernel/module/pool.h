@@ -25,6 +25,7 @@ struct run {
 	struct list_head list;
 	unsigned long pfn;
 	bool held;			/* to be cleaned, and could not be */
+	struct pool_user *user;		/* to be cleaned: whose it was */
 #ifdef OFFMAP_HAVE_PFN_ADDRESS_SPACE
 	struct pfn_address_space space;	/* while it is a file's */
 #endif
@@ -46,12 +47,14 @@ struct pool_settings {
 	bool allow_vfio;
 };
 
-/* Who owns files of a pool. */
+/* Who owns files of a pool, or did. */
 struct pool_user {
 	struct list_head node;		/* of pool->users */
 	kuid_t uid;
 	unsigned long nr_files;
-	unsigned long nr_pages;
+	unsigned long nr_runs;		/* that files gave back, and that are not clean yet */
+	unsigned long nr_pages;		/* of files and of these runs */
+	unsigned long nr_dirty;		/* of these pages: to be cleaned, and soon */
 };
 
 struct pool {

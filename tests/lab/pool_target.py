@@ -24,7 +24,7 @@ from offmap.memory.pool import Pool
 from offmap.memory.probe import try_out
 from offmap.uapi import offmap_module as uapi
 
-from .module_host_target import HARD_OFFLINE, SYSFS, inject, is_mapped
+from .module_host_target import HARD_OFFLINE, MSR_KVM_SYSTEM_TIME_NEW, SYSFS, inject, is_mapped
 from .module_target import (
     BLOCK,
     MIB,
@@ -319,6 +319,33 @@ def quotas() -> Any:
     return result
 
 
+def held() -> Any:
+    """A user whose VM has the kernel map a page of what its file gave back: what it can have of the pool meanwhile."""
+    result: dict[str, Any] = {}
+    size = 64 * MIB
+    with pool(SIZE, "mode=1777,quota=64M"):
+        fd = make("ram", size)
+        os.chown(fd, USER, GROUP)
+        memory = mmap.mmap(fd, size)
+        with Kvm() as kvm, kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
+            vm.set_user_memory_region(0, 0, size, address(memory))
+            vcpu.set_msrs({MSR_KVM_SYSTEM_TIME_NEW: 0x5000 | 1})
+            os.close(fd)
+            memory.close()
+            unlink("ram")
+            while not figures()[3]:
+                os.sched_yield()
+            result["held"] = figures()[3]
+            result["users"] = [line.split()[1:] for line in (SYSFS / "pool_users").read_text().splitlines()]
+            result["more"] = in_child(lambda: make("more", size), USER, GROUP)
+            result["another user"] = in_child(lambda: make("other", size), USER + 1, GROUP)
+        while figures()[3]:
+            os.sched_yield()
+        result["afterwards"] = in_child(lambda: make("again", size), USER, GROUP)
+    await_returned()
+    return result
+
+
 def guards() -> Any:
     """What a process can do to a mapping that is to stay."""
     result: dict[str, Any] = {}
@@ -549,5 +576,5 @@ def nested() -> Any:
 
 
 if __name__ == "__main__":
-    actions = (basics, holes, sizes, quotas, guards, nested, stress, speed, failed)
+    actions = (basics, holes, sizes, quotas, held, guards, nested, stress, speed, failed)
     print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]](*sys.argv[2:])))

@@ -159,6 +159,17 @@ def test_one_user_cannot_have_more_than_the_quota(host: LabHost) -> None:
     }
 
 
+def test_what_the_kernel_holds_back_is_on_its_users_account(host: LabHost) -> None:
+    """Else one user could have all of a pool held back, whatever the quota."""
+    assert ask(host, "held") == {
+        "held": 64 * MIB,
+        "users": [["4711", str(64 * MIB), "0"]],
+        "more": "EDQUOT",
+        "another user": "",
+        "afterwards": "",
+    }
+
+
 def test_a_guarded_mapping_stays_as_it_is(host: LabHost) -> None:
     attempts = ("unmap", "unmap a part", "move", "protect", "protect a part", "map over", "map over a part")
     assert ask(host, "guards") == {"control": "", "end": "", **dict.fromkeys(attempts, "EPERM")}
