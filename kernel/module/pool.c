@@ -726,10 +726,6 @@ static int add_pieces(struct pool *pool, struct unplugged *unplugged)
 			ret = -ENOMEM;
 			continue;
 		}
-		mutex_lock(&offmap_pieces_lock);
-		piece->owner = NULL;
-		piece->pool = pool;
-		mutex_unlock(&offmap_pieces_lock);
 		run->pfn = PHYS_PFN(piece->start);
 		run->node.start = run->pfn;
 		run->node.last = run->pfn + PHYS_PFN(piece->size) - 1;
@@ -740,6 +736,13 @@ static int add_pieces(struct pool *pool, struct unplugged *unplugged)
 		pool->nr_free += run_pages(run);
 		run_insert_free(&pool->free, run);
 		mutex_unlock(&pool->lock);
+		mutex_lock(&offmap_pieces_lock);
+		piece->owner = NULL;
+		piece->pool = pool;
+		/* Nobody is told again of what failed while others were still to come. */
+		if (offmap_poisoned(piece))
+			offmap_pool_failed(piece);
+		mutex_unlock(&offmap_pieces_lock);
 	}
 	kfree(unplugged);
 	return ret;

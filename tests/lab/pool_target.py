@@ -570,11 +570,43 @@ def failed(how: str = "mce") -> Any:
     return result
 
 
+def taken() -> int:
+    """Bytes that whoever asks for memory now has got so far."""
+    return sum(int(line.split()[2]) for line in (SYSFS / "requests").read_text().splitlines())
+
+
+def claimed() -> list[int]:
+    """Where what is out begins, in ascending order."""
+    with open("/proc/iomem") as file:  # noqa: PTH123
+        return [int(line.split("-")[0], 16) for line in file if line.rstrip().endswith(": offmap")]
+
+
+def failed_early() -> Any:
+    """A page of a pool's first block fails while the pool gets its other blocks."""
+    subprocess.run(["modprobe", "mce-inject"], check=True)
+    before = claimed()
+    child = os.fork()
+    if child == 0:
+        mount(f"size={3 * BLOCK},allow_nested")
+        os._exit(0)
+    while taken() < BLOCK:
+        os.sched_yield()
+    inject([start for start in claimed() if start not in before][-1])  # blocks are taken from the top down
+    result: dict[str, Any] = {"still taking": bool(taken()), "mounted": os.waitpid(child, 0)[1] == 0}
+    until = time.monotonic() + 20
+    while not figures()[4] and time.monotonic() < until:
+        os.sched_yield()
+    result["failed"] = figures()[4]
+    unmount()
+    await_returned()
+    return result
+
+
 def nested() -> Any:
     """Whether a pool is refused while a guest of it could be a host."""
     return {"refused": failure(lambda: mount("size=128M"))}
 
 
 if __name__ == "__main__":
-    actions = (basics, holes, sizes, quotas, held, guards, nested, stress, speed, failed)
+    actions = (basics, holes, sizes, quotas, held, guards, nested, stress, speed, failed, failed_early)
     print(json.dumps({action.__name__: action for action in actions}[sys.argv[1]](*sys.argv[2:])))

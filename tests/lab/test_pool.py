@@ -274,6 +274,7 @@ def test_a_page_that_fails_is_never_given_out_again(host: LabHost) -> None:
     assert host.options.out is not None
     insert(host, host.options.out)
     check_failure(host, "mce")
+    assert ask(host, "failed_early") == {"still taking": True, "mounted": True, "failed": 4096}
 
 
 def check_failure(host: LabHost, how: str) -> None:
