@@ -31,7 +31,8 @@ def serve(vmm: _socket.socket, source: Source, policy: Policy, *, verbose: bool,
     log.forward_to(_lines(as_json))
     status = 1
     try:
-        _, control, _, _ = vmm.recvmsg(1, _socket.CMSG_SPACE(4))
+        # An audit must not have it: while that runs, calls would wait for nobody if this process is killed.
+        _, control, _, _ = vmm.recvmsg(1, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
         vmm.close()
         if control:
             listener = Listener(int.from_bytes(control[0][2], sys.byteorder))
