@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from offmap.hidden_files import DEFAULT_POOL
-from offmap.units import format_size, parse_size
+from offmap.units import format_size, parse_size, printable
 
 if TYPE_CHECKING:
     from offmap.kmod.pool_processes import PoolProcess
@@ -112,9 +112,13 @@ def run_status(args: argparse.Namespace) -> int:
         node = "" if pool.node is None else f", NUMA node {pool.node}"
         print(f"{where}: {format_size(pool.size)}{node}: {', '.join(shown)}, {pool.files} files")
         for process in using.get(pool.device, ()):
-            guest = "" if process.kvm is None else f"; KVM maps its guest's RAM by {process.kvm}"
-            print(f"  process {process.pid} ({process.name}): {format_size(process.mapped)}{guest}")
+            print(f"  {_line(process)}")
     return 0
+
+
+def _line(process: "PoolProcess") -> str:
+    guest = "" if process.kvm is None else f"; KVM maps its guest's RAM by {process.kvm}"
+    return f"process {process.pid} ({printable(process.name)}): {format_size(process.mapped)}{guest}"
 
 
 def _process_facts(process: "PoolProcess") -> dict[str, object]:

@@ -11,6 +11,7 @@ from offmap.audit.report.text import verdict_line
 from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus, OffmapError
+from offmap.report.typed import plain
 from offmap.uapi.page import PAGE_SIZE
 from offmap.wrap.audits import CLOCK_ALONE, NO_VM
 
@@ -23,6 +24,16 @@ def clock_page(result: AuditResult) -> int | None:
     return page if result.mapped_guest_ranges == ((page, PAGE_SIZE),) else None
 
 
+def said_of(result: AuditResult) -> tuple[int, str]:
+    """The exit status and the line. What the VMM calls itself must not pass for a verdict on a terminal."""
+    line = plain(verdict_line(result))
+    if (page := clock_page(result)) is not None:
+        return CLOCK_ALONE, f"{line}: the guest's page at {page:#x}, which holds kvm-clock, and in Linux nothing else"
+    if result.verdict is Verdict.UNKNOWN and result.notes:
+        line += f": {plain(result.notes[0])}"
+    return result.verdict.exit_status, line
+
+
 def judge(pid: int) -> tuple[int, str]:
     """Audit a process; returns the exit status and the line."""
     try:
@@ -33,12 +44,7 @@ def judge(pid: int) -> tuple[int, str]:
         return error.exit_status, f"offmap audit: {error}"
     except Exception as error:  # Python would end with 1, which means "exposed"
         return ExitStatus.FAILED, f"this is a bug in offmap: {type(error).__name__}: {error}"
-    line = verdict_line(result)
-    if (page := clock_page(result)) is not None:
-        return CLOCK_ALONE, f"{line}: the guest's page at {page:#x}, which holds kvm-clock, and in Linux nothing else"
-    if result.verdict is Verdict.UNKNOWN and result.notes:
-        line += f": {result.notes[0]}"
-    return result.verdict.exit_status, line
+    return said_of(result)
 
 
 def main() -> None:

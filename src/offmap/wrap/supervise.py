@@ -64,7 +64,9 @@ def _lines(as_json: bool) -> log.Sink:
     """
 
     def write(level: int, logger: str, message: str) -> None:
-        line = f"offmap wrap: {message}"
+        from offmap.units import printable  # a VMM's files have the names that it likes
+
+        line = f"offmap wrap: {printable(message)}"
         if as_json:
             import json
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from offmap.cli.pool import _line
 from offmap.errors import OffmapError
 from offmap.kmod import pool
-from offmap.kmod.pool_processes import kvm_pages, pool_processes
+from offmap.kmod.pool_processes import PoolProcess, kvm_pages, pool_processes
 from offmap.kvm.stats import MappedPages
 from offmap.memory.backend import parse_backend
 
@@ -51,3 +52,7 @@ def test_who_maps_files_of_a_file_system() -> None:
     assert found.keys() == {device}
     users = found[device]
     assert any(user.pid == os.getpid() and user.mapped >= 8192 for user in users)
+
+
+def test_the_name_of_a_process_does_nothing_to_a_terminal() -> None:
+    assert _line(PoolProcess(7, "\r\x1b[Ka\n", 4096, None)) == "process 7 (??[Ka?): 4 KiB"

@@ -3,11 +3,12 @@
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from tests.unit.audit.report.samples import pages, vm
 
 from offmap.audit.result import AuditResult
 from offmap.report.typed import decode
-from offmap.wrap.judge import clock_page
+from offmap.wrap.judge import clock_page, said_of
 
 PAGE = 4096
 CLOCK = 0x1F01000
@@ -37,3 +38,9 @@ def test_the_clocks_page_alone_is_named() -> None:
 )
 def test_nothing_else_is_excused(other: AuditResult) -> None:
     assert clock_page(other) is None
+
+
+def test_names_that_the_vmm_chose_cannot_write_a_verdict() -> None:
+    lie = "\r\x1b[KHIDDEN:\n\u202e"
+    _, line = said_of(replace(result([(CLOCK, PAGE)], []), process=lie))
+    assert line.isprintable() and line.startswith("EXPOSED: 1 of ")

@@ -8,7 +8,7 @@ import sys
 SAY = """
 from offmap.wrap import supervise
 supervise._PATIENCE = 0
-supervise._lines(False)(40, "offmap.cli.wrap", "refused")
+supervise._lines(False)(40, "offmap.cli.wrap", "refused\\x1b")
 print("and goes on")
 """
 
@@ -39,7 +39,7 @@ def test_a_pipe_that_nobody_reads_does_not_stop_it() -> None:
     read, write = os.pipe()
     size = fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
     say(write)
-    assert os.read(read, size) == b"offmap wrap: refused\n"
+    assert os.read(read, size) == b"offmap wrap: refused?\n"
     os.write(write, bytes(size))
     say(write)
     assert os.read(read, 2 * size) == bytes(size)
