@@ -127,7 +127,9 @@ class Broker(Owned):
             self._ask(_LOG, level, text=f"{name}\0{message}")
 
     def _ask(self, kind: int, number: int, *more: int, text: str = "", fds: Sequence[int] = ()) -> int:
-        request = _REQUEST.pack(kind, number, *more, *(0,) * (2 - len(more))) + text.encode()[:_MOST_TEXT]
+        # Names of files need not be UTF-8.
+        encoded = text.encode(errors="surrogateescape")[:_MOST_TEXT]
+        request = _REQUEST.pack(kind, number, *more, *(0,) * (2 - len(more))) + encoded
         with self._lock:
             if fds:
                 _send(self._socket, request, fds)
@@ -263,7 +265,7 @@ class _Broker:
             case _ if kind == _KEEP_CHILD and fds and not self._sealed:
                 self._children.append(fds[0])
             case _ if kind == _KEEP_FOLDER and fds and not self._sealed:
-                name = text.decode()
+                name = os.fsdecode(text)
                 found = os.stat(name, dir_fd=fds[0], follow_symlinks=False)
                 self._folders.append(_Folder(fds[0], name, found.st_dev, found.st_ino))
             case _:

@@ -51,6 +51,24 @@ def test_descriptors_go_to_it_before_it_is_sealed(broker: Broker, tmp_path: Path
     assert refused.value.errno == errno.EINVAL
 
 
+def test_names_of_files_need_not_be_utf_8(tmp_path: Path) -> None:
+    name = "sock\udcff"
+
+    def connect(_folder: int, asked: str) -> socket.socket:
+        raise OSError(errno.EPROTO if asked == f"{name}_1000" else errno.ENOENT, asked)
+
+    (tmp_path / name).touch()
+    folder = os.open(tmp_path, os.O_PATH)
+    with Broker(Services(connect, lambda _pid: None, lambda _wait: None)) as broker:
+        broker.keep_folder(folder, name)
+        broker.log(30, "offmap.vmm", f"about {name}")
+        with pytest.raises(OSError) as refused:
+            broker.connect(0, 1000)
+    os.close(folder)
+    assert refused.value.errno == errno.EPROTO
+    assert not (tmp_path / name).exists()
+
+
 def test_a_child_that_does_not_end_is_killed(broker: Broker) -> None:
     with subprocess.Popen(["sleep", "100"]) as child:
         pidfd = os.pidfd_open(child.pid)
