@@ -74,7 +74,7 @@ class Qmp(Owned):
             line = self._lines.readline()
         except OSError as error:
             raise QmpError("QEMU does not answer") from error
-        if not line:
+        if not line.endswith(b"\n"):  # it may have ended in the middle of one
             raise QmpError("QEMU is gone")
         message = json.loads(line)
         if not isinstance(message, dict):

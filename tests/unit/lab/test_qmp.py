@@ -67,6 +67,14 @@ def test_silence_ends() -> None:
         qmp.negotiate()
 
 
+def test_an_end_in_the_middle_of_a_line() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b'{"QMP": {')
+    theirs.close()
+    with Qmp(ours, 30) as qmp, pytest.raises(QmpError, match="QEMU is gone"):
+        qmp.negotiate()
+
+
 def test_a_descriptor_goes_along() -> None:
     ours, theirs = socket.socketpair()
     read, write = os.pipe()
