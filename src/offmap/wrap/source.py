@@ -7,7 +7,7 @@ from _collections_abc import Callable  # os has it already; collections.abc woul
 from abc import ABC, abstractmethod
 from fcntl import ioctl
 
-from offmap.errors import KernelError, OffmapError
+from offmap.errors import BackendRefused, KernelError, OffmapError
 from offmap.files import fallocate
 from offmap.hidden_files import DEFAULT_POOL, device_file, is_of_a_pool, pool_file, unplugged_file
 from offmap.owned import Owned
@@ -82,9 +82,9 @@ def is_hidden(device: int, inode: int) -> bool:
     return (device, inode) == (found.st_dev, found.st_ino) or is_of_a_pool(device)
 
 
-def _phase(size: int, address: int) -> int:
-    """How far into a large page the piece should begin, so that the kernel can map the whole of it by large pages."""
-    return next((address % large for large in _LARGE_PAGES if size >= large), 0)
+def _phases(size: int, address: int) -> list[int]:
+    """How far into a large page the piece may begin, so that the kernel can map all of it by such: the best first."""
+    return [*(address % large for large in _LARGE_PAGES if size >= large), 0]
 
 
 def _guard(fd: int) -> None:
@@ -113,7 +113,15 @@ class PoolFiles(Source):
         os.close(pool_file(self._path, PAGE_SIZE))
 
     def take(self, size: int, address: int) -> Piece:
-        phase = _phase(size, address)
+        *better, worst = _phases(size, address)
+        for phase in better:
+            try:
+                return self._take(size, phase)
+            except BackendRefused:  # maybe no room for what is in front of it too, which goes back at once
+                continue
+        return self._take(size, worst)
+
+    def _take(self, size: int, phase: int) -> Piece:
         fd = pool_file(self._path, phase + size)
         try:
             if phase:
@@ -190,7 +198,7 @@ class DeviceFiles(Source):
         os.close(device_file())
 
     def take(self, size: int, address: int) -> Piece:
-        phase = _phase(size, address) % _LARGE_PAGES[-1]  # memory blocks need not be aligned to more
+        phase = _phases(size, address)[0] % _LARGE_PAGES[-1]  # memory blocks need not be aligned to more
         for blocks in self._open:
             offset = blocks.free + (phase - blocks.free) % _LARGE_PAGES[-1] if size >= _LARGE_PAGES[-1] else blocks.free
             if offset + size <= blocks.size:
