@@ -39,6 +39,12 @@ SIGPIPE = 13
 SIGKILL = 9
 
 
+def _join(thread: threading.Thread) -> None:
+    """Wait for its end, in short waits, as `LabCommand` does for the command's: its sink may take nothing."""
+    while thread.is_alive():
+        thread.join(_HEAR_SECONDS)
+
+
 @dataclass(frozen=True)
 class Completed:
     """A command that has ended: its exit status and what it wrote."""
@@ -284,9 +290,9 @@ class LabCommand:
                 f"{self.name} did not end in {timeout:g} s and was killed ({doing})", "allow more with --timeout"
             )
         for pump in self._pumps.values():
-            pump.thread.join()
+            _join(pump.thread)
         if self._stdin_thread:
-            self._stdin_thread.join()
+            _join(self._stdin_thread)
         self._close_wake()
         if self._start_errno:
             what = f"run {self.name}" if self._in_folder else f"enter the folder in which to run {self.name}"
