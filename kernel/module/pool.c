@@ -27,11 +27,14 @@
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/sysfs.h>
+#include <linux/vmalloc.h>
 
 #include "pool.h"
 
 #define SOONEST	(HZ / 50)
 #define LATEST	(5 * HZ)
+/* Pages that are zeroed before any of them is free, as all TLBs are flushed for that. */
+#define AT_ONCE	(PUD_SIZE >> PAGE_SHIFT)
 
 static LIST_HEAD(pools);
 static DEFINE_MUTEX(pools_lock);
@@ -354,13 +357,33 @@ static void settle(struct pool *pool, struct run *run, bool clean)
 	WRITE_ONCE(pool->settled, pool->settled + 1);
 }
 
+/*
+ * What was zeroed becomes free. It was mapped for that, and is not any more, but
+ * maybe by a CPU's TLB: by that the kernel would reach what its next user has there.
+ */
+static void release_zeroed(struct pool *pool, struct list_head *zeroed)
+{
+	struct run *run, *next;
+
+	vm_unmap_aliases();
+	mutex_lock(&pool->lock);
+	list_for_each_entry_safe(run, next, zeroed, list) {
+		list_del(&run->list);
+		settle(pool, run, true);
+	}
+	mutex_unlock(&pool->lock);
+	wake_up_all(&pool->cleaned);
+}
+
 static void clean(struct work_struct *work)
 {
 	struct pool *pool = container_of(to_delayed_work(work), struct pool, cleaner);
 	struct offmap_range *ranges = NULL;
 	bool blocked, any = false, again;
 	struct run *run, *next;
+	unsigned long nr = 0;
 	unsigned int i = 0;
+	LIST_HEAD(zeroed);
 	LIST_HEAD(runs);
 	bool ok;
 
@@ -382,12 +405,23 @@ static void clean(struct work_struct *work)
 		}
 		ok = ranges && !ranges[i++].mapped &&
 		     !offmap_zero_again(PFN_PHYS(run->pfn), (u64)run_pages(run) << PAGE_SHIFT);
-		any |= ok;
-		mutex_lock(&pool->lock);
-		settle(pool, run, ok);
-		mutex_unlock(&pool->lock);
-		wake_up_all(&pool->cleaned);
+		if (!ok) {
+			mutex_lock(&pool->lock);
+			settle(pool, run, false);
+			mutex_unlock(&pool->lock);
+			wake_up_all(&pool->cleaned);
+			continue;
+		}
+		any = true;
+		list_add_tail(&run->list, &zeroed);
+		nr += run_pages(run);
+		if (nr >= AT_ONCE) {
+			release_zeroed(pool, &zeroed);
+			nr = 0;
+		}
 	}
+	if (nr)
+		release_zeroed(pool, &zeroed);
 	kvfree(ranges);
 	mutex_lock(&pool->lock);
 	WRITE_ONCE(pool->settled, pool->settled + 1);

@@ -297,6 +297,7 @@ struct offmap_range {
 extern struct mutex offmap_pieces_lock;
 int offmap_find_mapped(struct offmap_range *ranges, unsigned int nr);
 int offmap_zero_again(phys_addr_t start, u64 size);
+void vm_unmap_aliases(void);
 struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable);
 void offmap_return(struct piece *piece);
 void offmap_sort_pieces(struct list_head *pieces);

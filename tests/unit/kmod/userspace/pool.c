@@ -19,6 +19,7 @@ struct mutex offmap_pieces_lock;
 static struct pool *pool;
 static bool mapped[PAGES];	/* by the kernel */
 static bool dirty[PAGES];
+static bool in_tlb[PAGES];	/* of somebody, though it is not mapped any more */
 static unsigned int returned;
 
 void do_work(void)
@@ -43,9 +44,19 @@ int offmap_find_mapped(struct offmap_range *ranges, unsigned int nr)
 
 int offmap_zero_again(phys_addr_t start, u64 size)
 {
-	for (; size; start += PAGE_SIZE, size -= PAGE_SIZE)
+	for (; size; start += PAGE_SIZE, size -= PAGE_SIZE) {
 		dirty[PHYS_PFN(start) - BASE] = false;
+		in_tlb[PHYS_PFN(start) - BASE] = true;
+	}
 	return 0;
+}
+
+void vm_unmap_aliases(void)
+{
+	unsigned long page;
+
+	for (page = 0; page < PAGES; page++)
+		in_tlb[page] = false;
 }
 
 struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable)
@@ -125,7 +136,7 @@ static void check(void)
 
 	for (run = run_first(&pool->free, 0, ULONG_MAX); run; run = run_next(run, 0, ULONG_MAX))
 		for (unsigned long page = run->node.start; page <= run->node.last; page++)
-			assert(!dirty[page - BASE]);
+			assert(!dirty[page - BASE] && !in_tlb[page - BASE]);
 	list_for_each_entry(file, &pool->files, node) {
 		assert(count_runs(&file->runs) == file->nr_pages);
 		files += file->nr_pages;
