@@ -3,7 +3,8 @@
 A canary is the text PREFIX ID ``:`` NONCE ``:`` CHECK. ID is 4 and NONCE 32 lower-case hex digits; CHECK is the SHA-256
 of the text ``KEY:ID:NONCE``, in hex. KEY is 32 hex digits, fresh for each run, and never part of a canary. So the
 searcher holds only the prefix, canaries of earlier runs do not count, and a guest can make canaries with a shell and
-``sha256sum``. The longer the prefix, the more bytes a search skips.
+``sha256sum``. The longer the prefix, the more bytes a search skips. No two neighbours in it have the hash of two zeroes
+in glibc's memmem (``hash2`` in string/memmem.c), or the search would skip less of zeroes, of which free memory is full.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from offmap.errors import OffmapError
 
 CanaryKey = NewType("CanaryKey", str)
 
-PREFIX = b"OFFMAPCANARY2: planted by offmap to be found wherever it stands:"
+PREFIX = b"OFFMAPCANARY2: put here by offmap, to see where else it is seen:"
 CANARY_LENGTH = len(PREFIX) + 4 + 1 + 32 + 1 + 64
 _FORM = re.compile(PREFIX + rb"([0-9a-f]{4}):([0-9a-f]{32}):([0-9a-f]{64})")
 

@@ -32,7 +32,7 @@ plant() {
     cd / || return
     # A file of less than a page in the root file system, which is in RAM, has a page of its own.
     while read -r check id && IFS= read -r nonce <&3; do
-        echo -n "OFFMAPCANARY2: planted by offmap to be found wherever it stands:$id:$nonce:$check" >/canaries/$id
+        echo -n "OFFMAPCANARY2: put here by offmap, to see where else it is seen:$id:$nonce:$check" >/canaries/$id
     done </tmp/checks 3</tmp/nonces
     rm -r /tmp/parts /tmp/checks /tmp/nonces
     set -- /canaries/*
