@@ -40,8 +40,8 @@ SCHEMA = "offmap-demo/2"
 PRESET = Preset(
     questions=QUESTIONS,
     canaries=CANARIES,
-    memory="1536M",
-    cmdline="memmap=256M$0x40000000 secretmem.enable=1",  # 256 MiB at 1 GiB, for `reserved`
+    memory="1280M",
+    cmdline="memmap=256M$0x30000000 secretmem.enable=1",  # 256 MiB at 768 MiB, for `reserved`
     fresh=False,
 )
 """All cells need the same kind of host, so that they can share one."""
