@@ -166,7 +166,7 @@ def resolve(
     building = _Building()
     ended = ""
     try:
-        process.check_alive()
+        process.renew_pagemap()
         mappings = process.maps()
         for part in wanted:
             building.begin_range()

@@ -64,6 +64,9 @@ def look_again(
             return ram, False, ""
         moved = kvm is not None and any(kvm.changed(vm) for vm in ram.vms)
         again = find()
+        if len({vm.memory for vm in (*ram.vms, *again.vms)}) > 1:
+            # Whoever shares the first address space (CLONE_VM) keeps it, so that its pagemap did not end.
+            raise ProcessEnded(f"process {process.pid} replaced its program during the audit")
         return replace(ram, vms=(*ram.vms, *again.vms)), moved or again != ram, ""
     except ProcessEnded as ended:
         return ram, False, ended.reason

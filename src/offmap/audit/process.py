@@ -153,6 +153,18 @@ class Process(Owned):
             raise ProcessEnded(f"process {self.pid} replaced its program during the audit")
         raise ProcessEnded(f"process {self.pid} ended during the audit")
 
+    def renew_pagemap(self) -> None:
+        """Make ``pagemap`` that of the address space which the process has now. Raises as ``check_alive``.
+
+        An address space that another process has too (CLONE_VM) outlives an exec of this one: ``check_alive`` does not
+        tell, and its pagemap goes on.
+        """
+        self.check_alive()
+        old, self._pagemap = self._pagemap, None
+        if old is not None:
+            os.close(old)
+        self.check_alive()
+
     def running(self) -> bool:
         """Whether it lives; a zombie does not."""
         try:

@@ -5,6 +5,7 @@ import errno
 import mmap
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from offmap.audit.process import Process
 from offmap.audit.residency import _data, _in_child, resident_frames
 from offmap.audit.result import Source
 from offmap.errors import Undetermined
+
+from .shared_memory import VA, process_that_shares_memory
 
 PAGE = 4096
 
@@ -105,3 +108,17 @@ def test_a_hole_in_a_mapping_of_the_kernels_is_no_emptiness(kind: str) -> None:
     reasons = {frames.reasons[why] for why in frames.why[frames.state != POPULATED].tolist()}
     assert reasons == ({"in no page table of the process ([vvar])"} if kind == "[vvar]" else {"anonymous memory"})
     assert set(frames.state[frames.state != POPULATED].tolist()) == {UNKNOWN if kind == "[vvar]" else EMPTY}
+
+
+def test_a_process_that_runs_another_program_is_seen_though_another_keeps_its_memory(tmp_path: Path) -> None:
+    part = RamRange(VA, PAGE, Source.REQUESTED)
+    with (
+        process_that_shares_memory(tmp_path) as (pid, run_another),
+        PageFlags("/dev/null") as flags,
+        Process(pid) as process,
+    ):
+        assert resolve(process, [part], flags).state.tolist() == [POPULATED]
+        run_another()
+        process.check_alive()  # the pagemap goes on
+        # What it has there now is another page, and not populated.
+        assert resolve(process, [part], flags).state.tolist() == [EMPTY]
