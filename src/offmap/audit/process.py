@@ -184,12 +184,16 @@ class Process(Owned):
         try:
             return os.open(name, flags | os.O_CLOEXEC, dir_fd=self._fd)
         except (FileNotFoundError, ProcessLookupError) as error:
-            # A process that is on its way out has lost its address space (ESRCH) before it is a zombie.
-            if isinstance(error, ProcessLookupError) or not self.running():
-                raise ProcessEnded(f"process {self.pid} ended during the audit") from None
-            raise Undetermined(f"/proc/{self.pid}/{name} is not there any more: {error.strerror}") from None
+            raise self._gone(name, error) from None
         except OSError as error:
             raise Undetermined(f"cannot open /proc/{self.pid}/{name}: {error.strerror}", _AS_ROOT) from None
+
+    def _gone(self, name: str, error: OSError) -> Undetermined:
+        """Why a file or a folder below /proc/PID is not there."""
+        # A process that is on its way out has lost its address space (ESRCH) before it is a zombie.
+        if isinstance(error, ProcessLookupError) or not self.running():
+            return ProcessEnded(f"process {self.pid} ended during the audit")
+        return Undetermined(f"/proc/{self.pid}/{name} is not there any more: {error.strerror}")
 
     def read(self, name: str) -> bytes:
         """The whole of a file below /proc/PID (raises as ``open`` does)."""
@@ -216,8 +220,8 @@ class Process(Owned):
 
     def threads(self) -> list[int]:
         """IDs of its threads; the main one is there too, even when it has ended before others."""
-        with self._folder("task") as folder:
-            return [int(name) for name in os.listdir(folder)]  # noqa: PTH208 (a Path cannot be made of an fd)
+        with self._folder("task") as (_, names):
+            return [int(name) for name in names]
 
     def descriptors(self, thread: int | None = None) -> dict[int, str]:
         """Its open file descriptors and what each link says; those closed meanwhile are left out.
@@ -226,8 +230,8 @@ class Process(Owned):
             thread: as this one has them; the main thread has none any more once it has ended.
         """
         links = {}
-        with self._folder("fd" if thread is None else f"task/{thread}/fd") as folder:
-            for name in os.listdir(folder):  # noqa: PTH208 (a Path cannot be made of an fd)
+        with self._folder("fd" if thread is None else f"task/{thread}/fd") as (folder, names):
+            for name in names:
                 try:
                     links[int(name)] = os.readlink(name, dir_fd=folder)
                 except (FileNotFoundError, ProcessLookupError):
@@ -239,10 +243,15 @@ class Process(Owned):
         return links
 
     @contextmanager
-    def _folder(self, name: str) -> Iterator[int]:
+    def _folder(self, name: str) -> Iterator[tuple[int, list[str]]]:
+        """An open folder below /proc/PID, and the names in it; raises as ``open``."""
         fd = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            yield fd
+            try:
+                names = os.listdir(fd)  # noqa: PTH208 (a Path cannot be made of an fd)
+            except (FileNotFoundError, ProcessLookupError) as error:  # it ended since the folder was opened
+                raise self._gone(name, error) from None
+            yield fd, names
         finally:
             os.close(fd)
 

@@ -240,3 +240,17 @@ def test_process_that_ended_is_said_to_have() -> None:
     with Process(os.getpid()) as process:
         assert process.running()
         process.check_alive()
+
+
+def test_process_that_ends_while_its_descriptors_are_listed_is_said_to_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    list_folder = os.listdir
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+
+        def ends_first(folder: int) -> list[str]:
+            child.kill()
+            child.wait()
+            return list_folder(folder)
+
+        monkeypatch.setattr(os, "listdir", ends_first)
+        with Process(child.pid) as process, pytest.raises(ProcessEnded):
+            process.descriptors()
