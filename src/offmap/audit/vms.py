@@ -251,6 +251,7 @@ def audit_every_vm(
     results: list[AuditResult] = []
     failures: list[NotAudited] = []
     statuses = []
+    more: list[str] = []
     for _ in range(_ROUNDS):
         prepare(vms)
         for vm in vms:
@@ -269,9 +270,10 @@ def audit_every_vm(
             # Who runs another program by now has other VMs.
             hidden = found.audit.verdict is Verdict.HIDDEN
             left -= {each.identity for each in found.ram.vms} | {vm.pid} if hidden else vm.vms
-        vms = _still_there(left)
+        vms, more = _still_there(left)
         if not vms:
             break
+    notes = list(dict.fromkeys([*notes, *more]))
     for vm in vms:
         failures.append(NotAudited(vm.pid, vm.name, vm.facts, "it could not be looked at, and its VM is still there"))
         statuses.append(ExitStatus.UNDETERMINED)
@@ -287,12 +289,14 @@ def audit_every_vm(
     )
 
 
-def _still_there(vms: Set[Hashable]) -> list[VmProcess]:
-    """The processes that have these VMs now; one that is about to end is given time."""
+def _still_there(vms: Set[Hashable]) -> tuple[list[VmProcess], list[str]]:
+    """The processes that have these VMs now, and why there may be more; one that is about to end is given time."""
     found: list[VmProcess] = []
+    notes: list[str] = []
     for attempt in range(_ATTEMPTS if vms else 0):
         time.sleep(_FIRST_WAIT * 2**attempt)
-        found = [vm for vm in find_vms()[0] if vm.vms & vms]
-        if not found:
+        every, notes = find_vms()
+        found = [vm for vm in every if vm.vms & vms]
+        if not found and not notes:
             break
-    return found
+    return found, notes

@@ -159,6 +159,37 @@ def test_who_is_hidden_with_all_its_vms_is_asked_once(lists: list[list[VmProcess
     assert asked == [1, 2, 2, 2, 2]
 
 
+@pytest.mark.parametrize("why", ["KVM lists VMs that no process is found for: kvm-1", "KVM's list cannot be read"])
+def test_a_vm_that_outlives_its_process_has_not_ended(
+    why: str, lists: list[list[VmProcess]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists += [[of(1, "left"), of(2, "good")]]
+    notes: list[list[str]] = [[], [why]]
+    monkeypatch.setattr(
+        "offmap.audit.vms.find_vms", lambda: (lists.pop(0) if lists else [], notes.pop(0) if len(notes) > 1 else [why])
+    )
+
+    def audit(vm: VmProcess) -> Any:
+        if vm.pid == 1:
+            raise ProcessEnded("ended")
+        return judged(Verdict.HIDDEN, "good")
+
+    every = audit_every_vm(audit)
+    assert (every.exit_status, every.notes) == (ExitStatus.UNDETERMINED, (why,))
+
+
+def test_a_vm_that_is_still_being_ended_is_given_time(
+    lists: list[list[VmProcess]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = [([of(1, "ends")], []), ([], ["no process is found for: kvm-1"]), ([], list[str]())]
+    monkeypatch.setattr("offmap.audit.vms.find_vms", lambda: looks.pop(0))
+
+    def audit(vm: VmProcess) -> Any:
+        raise ProcessEnded("ended")
+
+    assert audit_every_vm(audit).exit_status == ExitStatus.DONE and not looks
+
+
 class List:
     """KVM's list and the kernel's tasks, as far as they are asked."""
 
