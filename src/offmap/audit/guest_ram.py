@@ -36,7 +36,6 @@ _ATTEMPTS = 4
 _USER_BITS = 56  # 5-level page tables: the user half (Documentation/arch/x86/x86_64/mm.rst)
 _PHYSICAL_BITS = 52  # the widest MAXPHYADDR that there is (Intel SDM volume 3, section 4.1.4)
 _GUESS_MINIMUM = 16 << 20  # smaller mappings are heaps, stacks and libraries more often than RAM
-_GUEST_MEMFD = "[kvm-gmem]"  # virt/kvm/guest_memfd.c, __kvm_gmem_create
 KVM_VM_LINK = "anon_inode:kvm-vm"
 KVM_VCPU_LINK = re.compile(r"anon_inode:kvm-vcpu:\d+")
 
@@ -341,8 +340,10 @@ def _maps_guest_memfd(mappings: Sequence[Vma], slot: KvmSlot, file: GuestMemfd) 
     at, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
     for vma in mappings:
         if vma.start <= at < vma.end:
-            same = _GUEST_MEMFD in vma.path and vma.inode == file.inode
-            if not same or vma.offset + at - vma.start != file.offset + at - slot.userspace_addr:
+            # Not by its name and inode number: any file can have these.
+            if (vma.device, vma.inode) != (file.device, file.inode):
+                return False
+            if vma.offset + at - vma.start != file.offset + at - slot.userspace_addr:
                 return False
             at = vma.end
             if at >= end:

@@ -41,11 +41,12 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class GuestMemfd:
     """The part of a guest_memfd that a slot has: the kernel address of its ``struct file`` (0: closed), its inode
-    number, and where the slot begins in it, in bytes."""
+    number, where the slot begins in it, in bytes, and its device as /proc/PID/maps has it (``00:0f``)."""
 
     file: int
     inode: int
     offset: int
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,8 @@ class KvmList(KvmCaches):
             raise Unknown("its guest_memfd is closed")
         inode = self._field(part.file, "file", "f_inode")
         mapping = self._field(inode, "inode", "i_mapping")
-        if self._field(mapping, "address_space", "host") != inode or self._inode(part.file) != part.inode:
+        same = self._inode(part.file) == (part.inode, part.device)
+        if not same or self._field(mapping, "address_space", "host") != inode:
             raise Unknown("its guest_memfd is not where KVM said")
         pages = mapping + self._btf.offset("address_space", "i_pages")
         index, count, entry = self._again(lambda: xarray.entries(self._read, self._btf, pages))
@@ -353,12 +355,17 @@ class KvmList(KvmCaches):
         for slot in slots_of(self._read, self._btf, active):
             part = None
             if slot.guest_memfd:
-                part = GuestMemfd(slot.file, self._inode(slot.file) if slot.file else 0, slot.offset)
+                inode, device = self._inode(slot.file) if slot.file else (0, "")
+                part = GuestMemfd(slot.file, inode, slot.offset, device)
             found = None if slot.of_kvm else KvmSlot(slot.gpa, slot.hva, slot.bytes, slot.read_only, part)
             yield found, slot.bytes // PAGE_SIZE
 
-    def _inode(self, file: int) -> int:
-        return self._field(self._field(file, "file", "f_inode"), "inode", "i_ino")
+    def _inode(self, file: int) -> tuple[int, str]:
+        """Inode number and device of an open file, as /proc/PID/maps has them."""
+        inode = self._field(file, "file", "f_inode")
+        device = self._field(self._field(inode, "inode", "i_sb"), "super_block", "s_dev", size=4)
+        major, minor = device >> 20, device & 0xF_FFFF  # include/linux/kdev_t.h: MINORBITS
+        return self._field(inode, "inode", "i_ino"), f"{major:02x}:{minor:02x}"
 
     def _vcpu_addresses(self, address: int) -> list[int]:
         array = address + self._btf.offset("kvm", "vcpu_array")

@@ -163,10 +163,10 @@ def test_a_page_that_is_said_to_be_kept_from_the_guest_counts_if_a_slot_has_it()
 
 
 def test_pages_of_a_guest_memfd_are_judged_by_its_file_whatever_the_vmm_maps() -> None:
-    file = GuestMemfd(0xFFFF_8880_0000_0000, 7, 1 << 20)
+    file = GuestMemfd(0xFFFF_8880_0000_0000, 7, 1 << 20, "00:0f")
     slot = KvmSlot(0, 0x7F00_4000_0000, 2 << 20, False, file)
-    line = "7f0040000000-7f0040200000 rw-s {offset:08x} 00:0f {inode} {path}\n"
-    inside = parse_maps(line.format(offset=1 << 20, inode=7, path="/[kvm-gmem] (deleted)"))
+    line = "7f0040000000-7f0040200000 rw-s {offset:08x} {device} {inode} {path}\n"
+    inside = parse_maps(line.format(offset=1 << 20, device="00:0f", inode=7, path="/[kvm-gmem] (deleted)"))
     # Mapped as it is: one range, found by the file.
     known, (part,) = slot_ranges([slot], inside)
     assert (known, part.guest_memfd, part.bytes) == ((), file, 2 << 20)
@@ -174,11 +174,11 @@ def test_pages_of_a_guest_memfd_are_judged_by_its_file_whatever_the_vmm_maps() -
     assert slot_ranges([slot], inside, [claim]) == ((replace(claim, guest_memfd=file),), ())
     # Another file, another part of it, or nothing at all is mapped: both count.
     decoys = [
-        parse_maps(line.format(offset=offset, inode=inode, path=path))
-        for offset, inode, path in (
-            (1 << 20, 8, "/[kvm-gmem] (deleted)"),
-            (0, 7, "/[kvm-gmem] (deleted)"),
-            (1 << 20, 7, "/memfd:ram (deleted)"),
+        parse_maps(line.format(offset=offset, device=device, inode=inode, path=path))
+        for offset, device, inode, path in (
+            (1 << 20, "00:0f", 8, "/[kvm-gmem] (deleted)"),
+            (0, "00:0f", 7, "/[kvm-gmem] (deleted)"),
+            (1 << 20, "00:01", 7, "/memfd:[kvm-gmem] (deleted)"),  # with inode numbers that go up from 1
         )
     ]
     for mappings in (*decoys, []):

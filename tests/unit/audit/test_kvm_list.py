@@ -311,20 +311,26 @@ def test_pages_of_a_guest_memfd_come_from_its_file_whoever_holds_it(kernel: Kern
     memory, kvm = kernel.memory, kernel.vm()
     at = kernel.slot(kvm, 0x100, 16, 0x7F00_0000_0000, GUEST_MEMFD)
     assert kernel.vms()[0].doubts  # it is closed
-    file, inode, mapping = (memory.make() for _ in range(3))
+    file, inode, block, mapping = (memory.make() for _ in range(4))
     memory.put(file, "file", "f_inode", value=inode)
     memory.put(inode, "inode", "i_mapping", value=mapping)
+    memory.put(inode, "inode", "i_sb", value=block)
+    memory.put(block, "super_block", "s_dev", value=0x10_0003, size=4)
     memory.put(inode, "inode", "i_ino", value=1234)
     memory.put(mapping, "address_space", "host", value=inode)
     memory.put(at, "kvm_memory_slot", "gmem", "file", value=file)
     memory.put(at, "kvm_memory_slot", "gmem", "pgoff", value=4)
     (slot,) = kernel.vms()[0].slots
-    assert slot.guest_memfd == GuestMemfd(file, 1234, 4 * PAGE)
+    assert slot.guest_memfd == GuestMemfd(file, 1234, 4 * PAGE, "01:03")
     pages = {index: VMEMMAP + 64 * (0x500 + index) for index in (0, 4, 6, 19, 20)}
     memory.xarray(mapping + OFFSETS["address_space", "i_pages"], pages)
     first, pfn, count = kernel.guest_memfd_pages(slot.guest_memfd, slot.bytes)
     assert (first.tolist(), pfn.tolist()) == ([0, 2, 15], [0x504, 0x506, 0x513])
     assert np.array_equal(count, [1, 1, 1])
+    memory.put(block, "super_block", "s_dev", value=4, size=4)
+    with pytest.raises(Unknown, match="not where"):
+        kernel.guest_memfd_pages(slot.guest_memfd, slot.bytes)
+    memory.put(block, "super_block", "s_dev", value=0x10_0003, size=4)
     memory.put(inode, "inode", "i_ino", value=99)
     with pytest.raises(Unknown, match="not where"):
         kernel.guest_memfd_pages(slot.guest_memfd, slot.bytes)
