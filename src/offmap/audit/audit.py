@@ -256,7 +256,9 @@ class _Subject:
         """What was asked for, with the VMs that have it; or what the process has."""
         ask = partial(self._ask_kvm, moment)
         if ranges := self._options.get("ranges"):
-            return GuestRam(tuple(ranges), vms_under(ranges, self.process, ask))
+            vms, unlisted = vms_under(ranges, self.process, ask)
+            # A kernel that tells it of no process is no doubt about this one; a list that it can make unreadable is.
+            return GuestRam(tuple(ranges), vms, unlisted="" if self._kvm is None else unlisted)
         return find_guest_ram(self.process, ask)
 
     def begin(self, moment: Moment | None) -> None:

@@ -33,6 +33,8 @@ from offmap.uapi.page import PAGE_SIZE
 
 _MODULES = Path("/sys/module")
 _ATTEMPTS = 16
+# What came last of all that is read here, with Linux 5.17 and 6.1.
+_NEWEST = (("kvm_memslots", "id_hash"), ("kvm", "mmu_invalidate_seq"))
 _MOST_VMS = 1 << 16
 
 _T = TypeVar("_T")
@@ -138,7 +140,7 @@ class KvmList(KvmCaches):
     """Reads KVM's list through an open kcore.
 
     Raises:
-        Unknown: this kernel has no BTF, or this process does not see PIDs as the kernel does.
+        Unknown: this kernel has no BTF of its KVM or is too old, or this process does not see PIDs as the kernel does.
     """
 
     # struct kvm is in the vmalloc space, all of each.
@@ -147,6 +149,8 @@ class KvmList(KvmCaches):
     def __init__(self, kcore: Kcore, layout: Layout, btf: Btf | None = None) -> None:
         super().__init__(kcore, layout, kvm_types() if btf is None else btf)
         if _loaded():
+            for member in _NEWEST:
+                self._btf.offset(*member)
             with suppress(Unknown):  # who needs it asks again; the kernel's own symbols are found by the same reading
                 module_symbol("vm_list", "kvm")
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from offmap.audit.btf import Unknown
 from offmap.audit.classify import Classified, classify, excluded_ranges
 from offmap.audit.frames import GuestMemfdPages, resolve
-from offmap.audit.guest_ram import AskKvm, GuestRam, RamRange
+from offmap.audit.guest_ram import AskKvm, GuestRam, OthersVm, RamRange
 from offmap.audit.kcore import Kcore
 from offmap.audit.kvm_list import KvmList, KvmSlot, Vm
 from offmap.audit.kvm_moment import Moment
@@ -37,17 +37,19 @@ def moment_of(kvm: KvmList | None, processes: int) -> Moment | None:
         return None
 
 
-def vms_under(ranges: Sequence[RamRange], process: Process, ask_kvm: AskKvm) -> tuple[Vm, ...]:
-    """The process's VMs that have a slot in these ranges; none where KVM's list cannot be read."""
+def vms_under(ranges: Sequence[RamRange], process: Process, ask_kvm: AskKvm) -> tuple[tuple[Vm, ...], str]:
+    """The process's VMs that have a slot in these ranges, and why there may be more."""
     try:
         vms = ask_kvm(process, process.descriptors())
-    except (Unknown, Undetermined):
-        return ()
+    except OthersVm:
+        return (), ""
+    except (Unknown, Undetermined) as error:
+        return (), str(error)
 
     def overlap(slot: KvmSlot, part: RamRange) -> bool:
         return slot.userspace_addr < part.va + part.bytes and part.va < slot.userspace_addr + slot.bytes
 
-    return tuple(vm for vm in vms if any(overlap(slot, part) for slot in vm.slots for part in ranges))
+    return tuple(vm for vm in vms if any(overlap(slot, part) for slot in vm.slots for part in ranges)), ""
 
 
 def look_again(
@@ -67,7 +69,8 @@ def look_again(
         if len({vm.memory for vm in (*ram.vms, *again.vms)}) > 1:
             # Whoever shares the first address space (CLONE_VM) keeps it, so that its pagemap did not end.
             raise ProcessEnded(f"process {process.pid} replaced its program during the audit")
-        return replace(ram, vms=(*ram.vms, *again.vms)), moved or again != ram, ""
+        found = replace(ram, vms=(*ram.vms, *again.vms), unlisted=ram.unlisted or again.unlisted)
+        return found, moved or again != ram, ""
     except ProcessEnded as ended:
         return ram, False, ended.reason
 

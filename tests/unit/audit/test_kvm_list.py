@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,22 @@ def test_a_list_that_reads_as_zeroes_is_no_empty_list(kernel: Kernel) -> None:
     kernel.memory.write(HEAD, 0)
     with pytest.raises(Unknown, match="being changed"):
         kernel.vms()
+
+
+@pytest.mark.parametrize("newest", [("kvm_memslots", "id_hash"), ("kvm", "mmu_invalidate_seq")])
+def test_a_kvm_that_is_older_than_its_list_can_be_read_is_told_before_any_process_is_asked_for(
+    newest: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offmap.audit.kvm_list._loaded", lambda: True)
+    monkeypatch.setattr("offmap.audit.kvm_list.module_symbol", lambda name, module: HEAD)
+    monkeypatch.setattr("offmap.audit.tasks._NAMESPACES", {})
+    kcore: Any = None
+    layout: Any = None
+    types: Any = Types()
+    KvmList(kcore, layout, types)
+    monkeypatch.delitem(OFFSETS, newest)
+    with pytest.raises(Unknown, match=newest[1]):
+        KvmList(kcore, layout, types)
 
 
 def test_slots_of_both_address_spaces_each_once_and_kvms_own_are_no_ram(kernel: Kernel) -> None:
