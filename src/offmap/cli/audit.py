@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,16 +116,22 @@ def run(args: argparse.Namespace) -> int:
         return print_schema()
     if args.verify is not None:
         return run_verify(args)
-    evidence = EvidenceOutput(args)
+    # What keeps an audit from beginning must not leave an older verdict in the files either.
+    with output.recording_failure():
+        evidence = EvidenceOutput(args)
     if args.merge:
         return merge(args.merge, output)
+    with ExitStack() as stack:
+        with output.recording_failure():
+            _check_options(args)
+            ranges = [parse_range(text) for text in args.range] if args.range else None
+            sample = parse_sample(args.oracle_sample) if args.oracle else None
+            wanted = stack.enter_context(what_to_scan(args))
+        return _audit(args, output, evidence, wanted, ranges, sample)
 
-    from offmap.audit.audit import snapshot_processes
-    from offmap.audit.process import own_start
-    from offmap.audit.seen import Seen, SeenVm, seen_at
-    from offmap.audit.vms import audit_every_vm
-    from offmap.cli.audit_watch import watch
 
+def _check_options(args: argparse.Namespace) -> None:
+    """Make sure that the options go together. Raises OffmapError: they do not."""
     if args.watch is not None and not 0 < args.watch <= _LONGEST_WATCH:
         raise OffmapError(f"--watch takes seconds above 0, at most {_LONGEST_WATCH}", "give seconds, like --watch 10")
     if args.trace and args.watch is None:
@@ -134,10 +140,25 @@ def run(args: argparse.Namespace) -> int:
         raise OffmapError(f"--for takes seconds above 0, at most {_LONGEST_WATCH}", "give seconds, like --for 10")
     if args.all and (args.range or args.watch is not None):
         raise OffmapError("--range and --watch are for one process", "give its PID instead of --all")
-    ranges = [parse_range(text) for text in args.range] if args.range else None
     if args.oracle_sample is not None and args.oracle is None:
         raise OffmapError("--oracle-sample is of use only to an oracle", "add --oracle drgn")
-    sample = parse_sample(args.oracle_sample) if args.oracle else None
+
+
+def _audit(
+    args: argparse.Namespace,
+    output: Output,
+    evidence: EvidenceOutput,
+    wanted: "Wanted | None",
+    ranges: "list[RamRange] | None",
+    sample: "Sample | None",
+) -> int:
+    """Audit what the options name; the exit status is that of the worst verdict."""
+    from offmap.audit.audit import snapshot_processes
+    from offmap.audit.process import own_start
+    from offmap.audit.seen import Seen, SeenVm, seen_at
+    from offmap.audit.vms import audit_every_vm
+    from offmap.cli.audit_watch import watch
+
     shows = draws() and not args.no_progress
 
     since, kept = own_start(), Seen(args.remember)
@@ -179,18 +200,17 @@ def run(args: argparse.Namespace) -> int:
         return one
 
     found: dict[int, Snapshot | OffmapError] = {}
-    with what_to_scan(args) as wanted:
-        if args.watch is not None:
-            return watch(args.pid, args.watch, lambda: audit(args.pid), output, args.trace)
-        with output.recording_failure():
-            if args.all:
-                every = audit_every_vm(
-                    lambda vm: audit(vm.pid), lambda vms: found.update(audit_all([vm.pid for vm in vms]))
-                )
-                document, status = every.to_json(), every.exit_status
-            else:
-                result = audit(args.pid).audit
-                document, status = result.to_json(), result.verdict.exit_status
+    if args.watch is not None:
+        return watch(args.pid, args.watch, lambda: audit(args.pid), output, args.trace)
+    with output.recording_failure():
+        if args.all:
+            every = audit_every_vm(
+                lambda vm: audit(vm.pid), lambda vms: found.update(audit_all([vm.pid for vm in vms]))
+            )
+            document, status = every.to_json(), every.exit_status
+        else:
+            result = audit(args.pid).audit
+            document, status = result.to_json(), result.verdict.exit_status
     output.show(document, evidence.write)
     kept.keep(now)
     return int(status)

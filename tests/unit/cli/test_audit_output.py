@@ -136,6 +136,28 @@ def test_a_failed_audit_overwrites_what_was_called_hidden(
     assert capsys.readouterr().out.count("HIDDEN") == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--scan", "file:/nowhere/key"],
+        ["--canary", "no key"],
+        ["--evidence", "NEW", "--evidence-key", "/nowhere/key.pem"],
+        ["--range", "here"],
+        ["--for", "0"],
+    ],
+)
+def test_an_audit_that_cannot_begin_overwrites_what_was_called_hidden(
+    options: list[str], audit: Any, tmp_path: Path
+) -> None:
+    prom = tmp_path / "offmap.prom"
+    audit(result(Verdict.HIDDEN))
+    command = ["audit", "1", "--prometheus", str(prom)]
+    assert main(command) == ExitStatus.DONE
+    options = [str(tmp_path / "new") if word == "NEW" else word for word in options]
+    assert main([*command, *options]) == ExitStatus.FAILED
+    assert metrics(prom)["offmap_audit_verdict", "hidden"] == 0 == metrics(prom)["offmap_audit_success", ""]
+
+
 def test_sigterm_overwrites_what_was_called_hidden(audit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prom = tmp_path / "offmap.prom"
 
