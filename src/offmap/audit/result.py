@@ -307,7 +307,7 @@ class AuditResult(Document, frozen=True, tag_field="schema", tag="offmap-audit/2
             pages.direct_map_pages or pages.alias_pages or pages.excluded_direct_pages,
             self.reach or self.aliases or self.direct_map_ranges,
             self.walk.unreadable,
-            pages.canaries_found or (self.scan is not None and self.scan.found),
+            pages.canaries_found or (self.scan is not None and (self.scan.found or self.scan.findings)),
             self.scan is not None and self.scan.device_pages is not None and self.scan.frames_unread,
             self.partial,
             any(part.source == Source.GUESS for part in self.ranges),

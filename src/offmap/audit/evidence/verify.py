@@ -20,6 +20,7 @@ from offmap.audit.evidence.quote import Quoted, decode_quote, signed_by
 from offmap.audit.evidence.statement import Predicate, Statement
 from offmap.audit.evidence.trust import to_trust
 from offmap.audit.host import Time, utc_now
+from offmap.audit.result import Source
 from offmap.audit.verdict import Verdict, worst
 from offmap.errors import KernelError, OffmapError
 from offmap.report.typed import Document, Malformed, one_of, parse_json
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from securesystemslib.signer import SSlibKey
 
 SHOWN, REFUSED, TRUST = "shown", "refused", "trust"
+
+_AGAINST = ("mapped_pages", "unknown_pages", "not_populated_plain_pages", "excluded_direct_pages", "canaries_found")
+"""Counts of a VM that are 0 if it is hidden."""
 
 
 class Check(Document, frozen=True):
@@ -233,10 +237,10 @@ def _check_figures(found: Predicate) -> None:
         raise Malformed("its verdict is not that of its VMs")
     for vm in found.vms:
         against = (
-            vm.pages.get("mapped_pages"),
-            vm.pages.get("unknown_pages"),
+            *(vm.pages.get(count) for count in _AGAINST),
             vm.coverage.unreadable_bytes,
             vm.partial,
+            Source.GUESS in vm.coverage.sources,
         )
         if vm.verdict is Verdict.HIDDEN and (any(against) or not vm.pages.get("pages_populated")):
             raise Malformed(f"it says that VM {vm.pid} is hidden, and its figures do not")

@@ -155,8 +155,11 @@ def contradictions(stated: Statement) -> Iterator[Statement]:
     replace = msgspec.structs.replace
     found = stated.predicate
     (one,) = found.vms
-    for pages in ({"mapped_pages": 1}, {"unknown_pages": 1}, {"pages_populated": 0}):
+    against = ("mapped_pages", "unknown_pages", "not_populated_plain_pages", "excluded_direct_pages", "canaries_found")
+    for pages in ({"pages_populated": 0}, *({name: 1} for name in against)):
         yield replace(stated, predicate=replace(found, vms=(replace(one, pages=one.pages | pages),)))
+    guessed = replace(one.coverage, sources=("guess",))
+    yield replace(stated, predicate=replace(found, vms=(replace(one, coverage=guessed),)))
     yield replace(stated, predicate=replace(found, vms=(replace(one, partial="it ended"),)))
     yield replace(stated, predicate=replace(found, vms=(replace(one, verdict=Verdict.EXPOSED),)))
     yield replace(stated, predicate=replace(found, notes=("there may be more",)))

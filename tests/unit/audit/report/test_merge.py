@@ -9,7 +9,7 @@ import pytest
 from offmap.audit.report.merge import Damaged, merged_json, read_reports
 from offmap.audit.verdict import Verdict
 
-from .samples import PAGE, Json, every_vm, exposed, host, mapping, not_audited, pages, total, unknown, vm
+from .samples import PAGE, Json, every_vm, exposed, host, mapping, not_audited, pages, place, scan, total, unknown, vm
 from .test_schema import check
 
 NOW = "2026-11-22T23:00:00Z"
@@ -113,6 +113,8 @@ def test_each_file_that_cannot_be_used_has_a_line(tmp_path: Path) -> None:
         {"aliases": [mapping(0x200_0000, PAGE, alias=True)]},
         {"walk": vm()["walk"] | {"unreadable": [{"va": "0xffffc90000000000", "bytes": 4096, "reason": "a reason"}]}},
         {"ranges": [vm()["ranges"][0] | {"source": "guess"}]},
+        {"scan": scan(1)},
+        {"scan": scan() | {"for": "secret", "secret_bytes": 16, "canaries_found": None, "places": [place(False)]}},
     ],
 )
 def test_hidden_is_not_taken_on_trust(tmp_path: Path, changes: Json) -> None:
