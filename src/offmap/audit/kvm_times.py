@@ -6,6 +6,7 @@ from offmap.audit.btf import Unknown
 from offmap.audit.tasks import Tasks
 
 _SECOND = 1_000_000_000
+_TICK = 10_000_000  # nanoseconds between two ticks of the kernel's clock, at most (CONFIG_HZ_100)
 
 
 class KvmTimes(Tasks):
@@ -23,7 +24,7 @@ class KvmTimes(Tasks):
             return self._field(self._field(srcu, "srcu_struct", "srcu_sup"), "srcu_usage", "srcu_last_gp_end")
 
     def _made(self, address: int) -> int | None:
-        """When its folder in debugfs was made, which nobody but root can change; None if it has none.
+        """When its folder in debugfs was made, at the latest, which nobody but root can change; None if it has none.
 
         The VMM sees to it that it has none if it makes two VMs with the same descriptor number, one after the other.
         """
@@ -32,7 +33,8 @@ class KvmTimes(Tasks):
         except Unknown:
             return None
         ago = time.time_ns() - made
-        return time.monotonic_ns() - ago if ago >= 0 else None  # the clock was put back since
+        # An inode has the time of the last tick (ktime_get_coarse_real_ts64). Or the clock was put back since.
+        return time.monotonic_ns() - ago + _TICK if ago >= 0 else None
 
     def _changed_at(self, inode: int) -> int:
         """``ctime`` of an inode (CLOCK_REALTIME, nanoseconds): of a folder in debugfs, when it was made."""

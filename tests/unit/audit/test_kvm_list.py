@@ -284,12 +284,15 @@ def test_when_a_vm_was_made_is_told_by_its_folder_and_else_by_its_last_change(ke
     entry, inode = kernel.memory.make(), kernel.memory.make()
     kernel.memory.put(kvm, "kvm", "debugfs_dentry", value=entry)
     kernel.memory.put(entry, "dentry", "d_inode", value=inode)
+    now = time.monotonic_ns()
     seconds, rest = divmod(time.time_ns() - 5_000_000_000, 1_000_000_000)
     kernel.memory.put(inode, "inode", "i_ctime_sec", value=seconds)
     kernel.memory.put(inode, "inode", "i_ctime_nsec", value=rest, size=4)
     (vm,) = kernel.vms()
     assert vm.made is not None and abs(before - vm.made - 5_000_000_000) < 1_000_000_000
     assert vm.made_since(vm.made) and not vm.made_since(vm.made + 1)
+    # The folder has the time of the last tick: a VM that is made just after the auditor's start seems older than that.
+    assert vm.made_since(now - 5_000_000_000 + 9_000_000) and not vm.made_since(now - 4_000_000_000)
     kernel.memory.put(inode, "inode", "i_ctime_sec", value=seconds + 60)
     assert kernel.vms()[0].made is None  # the clock was put back
 
