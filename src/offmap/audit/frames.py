@@ -26,7 +26,6 @@ from offmap.audit.process import Mapping, Process, ProcessEnded
 from offmap.audit.residency import (
     Backing,
     allocated_bytes,
-    backing_of,
     is_offmap_device,
     link,
     open_backing,
@@ -49,6 +48,7 @@ _CHUNK = 1 << 17  # pages asked of pagemap at once: 1 MiB of entries
 _HUGE = 512  # pages of a 2 MiB one
 _AWAY = "swapped out or being migrated"
 _ANONYMOUS = "anonymous memory"
+_SILENT = ", and one of its files does not answer"
 # Mappings of no file that have such a name are the kernel's own ([vvar], [vdso]), not anonymous memory (show_map_vma).
 _NAMED_ANONYMOUS = ("[heap]", "[stack]", "[anon:")
 
@@ -282,41 +282,62 @@ def _resolve_unplugged(process: Process, va: int, pages: int, building: _Buildin
 
 def _settle_missing(process: Process, mapping: Mapping, va: int, chunks: list[Frames], building: _Building) -> None:
     """Pages that are not in the process's page tables, though their file may have them."""
-
-    def unknown(chunks: Iterable[Frames], reason: str) -> None:
-        _mark(chunks, UNKNOWN, building.number(f"in no page table of the process{reason}"))
-
     if mapping.anonymous:
         if mapping.path and not mapping.path.startswith(_NAMED_ANONYMOUS):
             # The kernel's own pages (VM_PFNMAP) are in no pagemap: a hole there proves nothing.
-            return unknown(chunks, f" ({mapping.path})")
+            return _mark_unknown(chunks, building, f" ({mapping.path})")
         return _mark(chunks, EMPTY, building.number(_ANONYMOUS))
-    kind = backing_of(process, mapping)
+    if process.silent:
+        return _mark_unknown(chunks, building, _SILENT)
+    try:
+        with open_backing(process, mapping) as (kind, backing):
+            return _settle_by_file(process, mapping, va, chunks, building, kind, backing)
+    except OSError as error:
+        process.silent = isinstance(error, TimeoutError)
+        return _mark_unknown(chunks, building, f", and its file cannot be asked ({error})")
+
+
+def _settle_by_file(
+    process: Process,
+    mapping: Mapping,
+    va: int,
+    chunks: list[Frames],
+    building: _Building,
+    kind: Backing,
+    backing: int | None,
+) -> None:
+    """The same by what the file says of them."""
     if kind is Backing.OTHER:
         process.check_alive()
-        return unknown(chunks, f" ({mapping.path or 'unnamed mapping'})")
+        return _mark_unknown(chunks, building, f" ({mapping.path or 'unnamed mapping'})")
     if kind in {Backing.SHMEM, Backing.HUGETLB} and mapping.shared:
         held = allocated_bytes(process, mapping)
         if held is not None and held <= _distinct(chunks) * PAGE_SIZE:
             # The file holds nothing beyond what the process has mapped here.
             return _mark(chunks, EMPTY, building.number(kind.memory))
     if kind is Backing.HUGETLB:
-        return unknown(chunks, f", but {mapping.path} holds pages elsewhere")
-    with open_backing(process, mapping) as backing:
-        if backing is None:
-            process.check_alive()
-            return unknown(chunks, f", and its file ({mapping.path}) is closed")
-        offset = mapping.offset + va - mapping.start
-        elsewhere = building.number(f"in no page table of the process, but {mapping.path} holds it elsewhere")
-        bare = building.number(_ANONYMOUS if not mapping.shared else kind.memory)
-        for index, chunk in enumerate(chunks):
-            if (chunk.state == _MISSING).any():
-                try:
-                    chunks[index] = _ask_file(backing, offset, chunk, not kind.unswappable, elsewhere, bare)
-                except (OSError, ValueError) as error:
-                    unknown([chunk], f", and its file cannot be asked ({error})")
-            offset += chunk.total * PAGE_SIZE
+        return _mark_unknown(chunks, building, f", but {mapping.path} holds pages elsewhere")
+    if backing is None:
+        process.check_alive()
+        return _mark_unknown(chunks, building, f", and its file ({mapping.path}) is closed")
+    offset = mapping.offset + va - mapping.start
+    elsewhere = building.number(f"in no page table of the process, but {mapping.path} holds it elsewhere")
+    bare = building.number(_ANONYMOUS if not mapping.shared else kind.memory)
+    for index, chunk in enumerate(chunks):
+        if process.silent:
+            _mark_unknown([chunk], building, _SILENT)
+        elif (chunk.state == _MISSING).any():
+            try:
+                chunks[index] = _ask_file(backing, offset, chunk, not kind.unswappable, elsewhere, bare)
+            except (OSError, ValueError) as error:
+                process.silent = isinstance(error, TimeoutError)
+                _mark_unknown([chunk], building, f", and its file cannot be asked ({error})")
+        offset += chunk.total * PAGE_SIZE
     return None
+
+
+def _mark_unknown(chunks: Iterable[Frames], building: _Building, reason: str) -> None:
+    _mark(chunks, UNKNOWN, building.number(f"in no page table of the process{reason}"))
 
 
 def _mark(chunks: Iterable[Frames], state: int, why: int = 0) -> None:

@@ -20,12 +20,14 @@ import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from offmap.audit.btf import Unknown
 from offmap.audit.kvm_list import GuestMemfd, KvmList, KvmSlot, Vm
 from offmap.audit.process import Mapping as Vma
 from offmap.audit.process import Process, find_mapping
 from offmap.audit.result import Source
+from offmap.audit.status import open_file, status_of
 from offmap.errors import Undetermined
 from offmap.report.typed import Count, Document, Malformed, decode, parse_json
 from offmap.uapi.page import PAGE_SIZE
@@ -266,19 +268,39 @@ def claimed_ranges(process: Process, links: Mapping[int, str] | None = None) -> 
     claims: dict[int, GuestRam] = {}  # by inode: a duplicated fd is one claim
     links = process.descriptors() if links is None else links
     for number in sorted(number for number, link in links.items() if link == MEMSLOTS_LINK):
-        # Anything may have that name: a FIFO must not keep us waiting.
-        fd = process.open(f"fd/{number}", os.O_RDONLY | os.O_NONBLOCK)
+        place = process.open(f"fd/{number}", os.O_PATH)
         try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise Undetermined("the process's offmap-memslots list is malformed: it is not a file")
-            if status.st_size > _MEMSLOTS_LIMIT:
-                raise Undetermined("the process's offmap-memslots list is malformed: it is larger than 1 MiB")
+            # Anything may have that name: a FIFO, or a file that never answers, must not keep us waiting.
+            status = status_of(open_file(place))
+            if status is None or status.st_dev != _memfd_device() or not stat.S_ISREG(status.st_mode):
+                raise Undetermined("the process's offmap-memslots list is malformed: it is no memfd")
             if status.st_ino not in claims:
-                claims[status.st_ino] = parse_memslots(os.pread(fd, _MEMSLOTS_LIMIT, 0))
+                claims[status.st_ino] = parse_memslots(_content(place))
         finally:
-            os.close(fd)
+            os.close(place)
     return tuple(dict.fromkeys(part for claim in claims.values() for part in claim.ranges))
+
+
+def _content(place: int) -> bytes:
+    """What the file of an O_PATH descriptor holds. Raises Undetermined: more than any list, or it cannot be read."""
+    try:
+        with open(open_file(place), "rb") as file:  # noqa: PTH123 - not a path of anything
+            content = file.read(_MEMSLOTS_LIMIT + 1)
+    except OSError as error:
+        raise Undetermined(f"the process's offmap-memslots list cannot be read: {error.strerror}") from None
+    if len(content) > _MEMSLOTS_LIMIT:
+        raise Undetermined("the process's offmap-memslots list is malformed: it is larger than 1 MiB")
+    return content
+
+
+@lru_cache(maxsize=1)
+def _memfd_device() -> int:
+    """The device that all memfds are on (but those of huge pages)."""
+    fd = os.memfd_create("offmap-audit")
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
 
 
 def named_ranges(pid: int) -> list[RamRange]:

@@ -3,7 +3,6 @@
 Source of the mappings: /proc/PID/maps (``fs/proc/task_mmu.c``, ``show_map_vma``).
 """
 
-import ctypes
 import os
 import re
 import time
@@ -14,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from offmap.audit.procfs import open_proc
+from offmap.audit.status import Status, status_of
 from offmap.errors import OffmapError, Undetermined
 from offmap.owned import Owned
 
@@ -21,7 +21,6 @@ _LINE = re.compile(
     r"([0-9a-f]+)-([0-9a-f]+) ([-r][-w][-x][sp]) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+)(?: +(.*))?", re.DOTALL
 )
 _AS_ROOT = "run the audit as root with CAP_SYS_PTRACE and CAP_SYS_ADMIN"
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,16 @@ class ProcessEnded(Undetermined):
 class Process(Owned):
     """An open /proc/PID folder. It names the same process for as long as it is open, even if the PID is used again.
 
+    Attributes:
+        silent: one of its files did not answer, so that no other one is asked.
+
     Raises:
         NoSuchProcess: no such process.
     """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self.silent = False
         self._pagemap: int | None = None
         try:
             self._fd = open_proc(str(pid), os.O_RDONLY | os.O_DIRECTORY)
@@ -255,17 +258,6 @@ class Process(Owned):
         finally:
             os.close(fd)
 
-    def file_system(self, name: str) -> int | None:
-        """Magic number of the file system that a link below /proc/PID leads to; None where it leads nowhere."""
-        # struct statfs begins with f_type, a long; 256 bytes are more than all of it.
-        buffer = ctypes.create_string_buffer(256)
-        if _libc.statfs(f"/proc/self/fd/{self._fd}/{name}".encode(), buffer):
-            return None
-        return int.from_bytes(buffer.raw[:8], "little")
-
-    def stat(self, name: str) -> os.stat_result | None:
+    def stat(self, name: str) -> Status | None:
         """stat() through a link below /proc/PID (``fd/3``, ``map_files/…``); None where it leads nowhere."""
-        try:
-            return os.stat(name, dir_fd=self._fd)
-        except OSError:
-            return None
+        return status_of(name, self._fd)

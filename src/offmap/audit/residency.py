@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from offmap.audit import pagemap
 from offmap.audit.process import Mapping, Process
+from offmap.audit.procfs import file_system
+from offmap.audit.status import open_file, status_of
 from offmap.errors import Undetermined
 from offmap.uapi.offmap_module import DEVICE, OFFMAP_TRANSLATE, offmap_translate
 from offmap.uapi.page import PAGE_SIZE
@@ -32,6 +34,7 @@ from offmap.uapi.page import PAGE_SIZE
 _SYS_PIDFD_GETFD = 438  # arch/x86/entry/syscalls/syscall_64.tbl
 _MAP_NORESERVE = 0x4000  # asm-generic/mman.h
 _LONGEST_LOOK = 60  # seconds that a foreign file may keep us: far more than a look at memory that is there takes
+_LONGEST_END = 5  # seconds that a child which was killed may take to end
 _ANSWER = np.dtype([("pfn", np.uint64), ("resident", np.bool_), ("empty", np.bool_)])
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -68,15 +71,60 @@ _MAGIC = {  # include/uapi/linux/magic.h
     0x5345434D: Backing.SECRETMEM,  # SECRETMEM_MAGIC
     0x474D454D: Backing.GUEST_MEMFD,  # GUEST_MEMFD_MAGIC
 }
+_MAGIC_BYTES = 8
+_ANSWERED_BY_OTHERS = {0x65735546, 0x794C7630}  # FUSE_SUPER_MAGIC, OVERLAYFS_SUPER_MAGIC: to open a file is to ask too
 
 
-def backing_of(process: Process, mapping: Mapping) -> Backing:
-    """The kind of file behind a mapping, by its file system's magic number."""
-    status = process.stat(link(mapping))
+@contextmanager
+def open_backing(process: Process, mapping: Mapping) -> Iterator[tuple[Backing, int | None]]:
+    """The kind of file behind a mapping, and a second handle on it, or None where there is no way to one.
+
+    /proc/PID/map_files serves memfd, tmpfs and ordinary files; a memfd_secret inode cannot be opened again, so its
+    descriptor is duplicated from the process if it is still open there.
+
+    Raises:
+        TimeoutError: its file system does not answer.
+        OSError: no child can ask it.
+    """
+    try:
+        place = process.open(link(mapping), os.O_PATH)
+    except Undetermined:
+        yield Backing.OTHER, None
+        return
+    try:
+        kind = _kind_of(place)
+        fd = None if kind is Backing.OTHER else _open_again(place)
+        if fd is None and kind is Backing.SECRETMEM:
+            fd = _duplicate(process, mapping)
+        try:
+            yield kind, fd
+        finally:
+            if fd is not None:
+                os.close(fd)
+    finally:
+        os.close(place)
+
+
+def _kind_of(place: int) -> Backing:
+    """The kind of file that an O_PATH descriptor leads to, by its file system's magic number; raises as above."""
+    status = status_of(open_file(place))
     if status is None or not stat.S_ISREG(status.st_mode):
         return Backing.OTHER
-    magic = process.file_system(link(mapping))
-    return _MAGIC.get(magic, Backing.FILE) if magic else Backing.OTHER
+    with mmap.mmap(-1, _MAGIC_BYTES) as answer:
+
+        def ask() -> None:
+            answer.write(file_system(place).to_bytes(_MAGIC_BYTES, "little"))
+
+        _in_child(ask)
+        magic = int.from_bytes(answer[:], "little")
+    return Backing.OTHER if magic in _ANSWERED_BY_OTHERS else _MAGIC.get(magic, Backing.FILE)
+
+
+def _open_again(place: int) -> int | None:
+    try:
+        return os.open(open_file(place), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
 
 
 def link(mapping: Mapping) -> str:
@@ -88,24 +136,6 @@ def allocated_bytes(process: Process, mapping: Mapping) -> int | None:
     """Bytes that the mapping's file holds (``st_blocks``); None where it cannot be asked."""
     status = process.stat(link(mapping))
     return None if status is None else status.st_blocks * 512
-
-
-@contextmanager
-def open_backing(process: Process, mapping: Mapping) -> Iterator[int | None]:
-    """A second handle on a mapping's file, or None where there is no way to one.
-
-    /proc/PID/map_files serves memfd, tmpfs and ordinary files; a memfd_secret inode cannot be opened again, so its
-    descriptor is duplicated from the process if it is still open there.
-    """
-    try:
-        fd: int | None = process.open(link(mapping))
-    except Undetermined:
-        fd = _duplicate(process, mapping)
-    try:
-        yield fd
-    finally:
-        if fd is not None:
-            os.close(fd)
 
 
 def _duplicate(process: Process, mapping: Mapping) -> int | None:
@@ -162,7 +192,9 @@ def _in_child(work: Callable[[], None]) -> None:
     """Run this in a child that may die of it.
 
     Raises:
-        OSError: the work raised it, or the child was killed, by a signal or for taking too long.
+        TimeoutError: it took too long. A child that waits for an answer of a file system may not even end when it is
+            killed: then it is left alone.
+        OSError: the work raised it, or a signal killed the child.
     """
     child = os.fork()
     if child == 0:
@@ -172,24 +204,29 @@ def _in_child(work: Callable[[], None]) -> None:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in range(3):  # whoever reads our output must not wait for the end of this one
+                os.dup2(null, stream)
             work()
             status = 0
         except OSError as error:
             status = error.errno or errno.EIO
         finally:
             os._exit(min(status, 255))
-    pidfd = os.pidfd_open(child)
+    pidfd, ended = os.pidfd_open(child), False
     try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        if not poll.poll(_LONGEST_LOOK * 1000):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except BaseException:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        raise
+        ended = bool(poll.poll(_LONGEST_LOOK * 1000))
     finally:
+        if not ended:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            poll.poll(_LONGEST_END * 1000)
         os.close(pidfd)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        _, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        raise TimeoutError(errno.ETIMEDOUT, "a look at it took too long")
+    status = os.waitstatus_to_exitcode(status)
     if status < 0:
         raise OSError(errno.EFAULT, f"a look at it ended with signal {-status}")
     if status:

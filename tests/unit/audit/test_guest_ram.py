@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from hypothesis import strategies as st
 from offmap.audit.btf import Unknown
 from offmap.audit.classify import claimed_excluded, excluded_ranges
 from offmap.audit.guest_ram import (
+    MEMSLOTS_LINK,
     GuestRam,
     OthersVm,
     RamRange,
     ask_kvm_list,
+    claimed_ranges,
     find_guest_ram,
     guess_ranges,
     parse_memslots,
@@ -128,6 +131,18 @@ def test_own_memslots_memfd_is_found_by_its_name() -> None:
             assert find_guest_ram(process).ranges[0].source is Source.MEMSLOT
     finally:
         os.close(fd)
+
+
+def test_what_only_has_the_name_of_a_list_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "file").write_bytes(claim())
+    for path in tmp_path.iterdir():
+        fd = os.open(path, os.O_RDWR)
+        try:
+            with Process(os.getpid()) as process, pytest.raises(Undetermined, match="no memfd"):
+                claimed_ranges(process, {fd: MEMSLOTS_LINK})
+        finally:
+            os.close(fd)
 
 
 def test_what_one_vm_keeps_from_its_guest_another_may_give_to_its_own() -> None:

@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 from offmap.audit.process import Mapping, Process, find_mapping, own_start
-from offmap.audit.residency import Backing, allocated_bytes, backing_of, resident_frames
+from offmap.audit.residency import Backing, allocated_bytes, open_backing, resident_frames
 
 PAGE = 4096
 
@@ -25,6 +25,11 @@ def mapping_of(process: Process, memory: mmap.mmap) -> Mapping:
     return found
 
 
+def kind_of(process: Process, mapping: Mapping) -> Backing:
+    with open_backing(process, mapping) as (kind, _):
+        return kind
+
+
 def test_memfd_is_told_from_a_device_and_counts_its_pages() -> None:
     fd = os.memfd_create("ram")
     try:
@@ -32,7 +37,7 @@ def test_memfd_is_told_from_a_device_and_counts_its_pages() -> None:
         with mmap.mmap(fd, 16 * PAGE) as memory, Process(os.getpid()) as process:
             memory[3 * PAGE] = 1
             mapping = mapping_of(process, memory)
-            assert backing_of(process, mapping) is Backing.SHMEM
+            assert kind_of(process, mapping) is Backing.SHMEM
             assert allocated_bytes(process, mapping) == PAGE
     finally:
         os.close(fd)
@@ -43,7 +48,7 @@ def test_anonymous_memory_has_no_file() -> None:
         mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory,
         Process(os.getpid()) as process,
     ):
-        assert backing_of(process, mapping_of(process, memory)) is Backing.OTHER
+        assert kind_of(process, mapping_of(process, memory)) is Backing.OTHER
 
 
 def test_resident_pages_of_a_file_are_told_from_holes() -> None:

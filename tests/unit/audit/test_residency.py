@@ -1,21 +1,25 @@
 """Pages that a file holds and the process does not map: what cannot be asked is never taken for a hole."""
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from offmap.audit import residency
 from offmap.audit.frames import EMPTY, POPULATED, UNKNOWN, resolve
 from offmap.audit.guest_ram import RamRange
 from offmap.audit.pageflags import PageFlags
 from offmap.audit.process import Process
 from offmap.audit.residency import _data, _in_child, resident_frames
 from offmap.audit.result import Source
+from offmap.audit.status import status_of
 from offmap.errors import Undetermined
 
 from .shared_memory import VA, process_that_shares_memory
@@ -122,3 +126,51 @@ def test_a_process_that_runs_another_program_is_seen_though_another_keeps_its_me
         process.check_alive()  # the pagemap goes on
         # What it has there now is another page, and not populated.
         assert resolve(process, [part], flags).state.tolist() == [EMPTY]
+
+
+def test_a_file_that_does_not_answer_is_unknown_and_no_other_one_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "asked"
+
+    def no_answer(fd: int) -> int:
+        with asked.open("a") as file:  # in a child
+            file.write("x")
+        time.sleep(3600)
+        return 0
+
+    monkeypatch.setattr(residency, "file_system", no_answer)
+    monkeypatch.setattr(residency, "_LONGEST_LOOK", 0.2)
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(Process(os.getpid()))
+        flags = stack.enter_context(PageFlags("/dev/null"))
+        ranges = []
+        for _ in range(2):
+            fd = os.memfd_create("ram")
+            stack.callback(os.close, fd)
+            os.ftruncate(fd, 2 * PAGE)
+            memory = stack.enter_context(mmap.mmap(fd, 2 * PAGE))
+            memory[0] = 1
+            held = ctypes.c_char.from_buffer(memory)
+            ranges.append(RamRange(ctypes.addressof(held), 2 * PAGE, Source.REQUESTED))
+            del held
+        frames = resolve(process, ranges, flags)
+    assert [(int(state), frames.reasons[why]) for state, why in zip(frames.state, frames.why, strict=True)] == [
+        (POPULATED, ""),
+        (
+            UNKNOWN,
+            "in no page table of the process, and its file cannot be asked ([Errno 110] a look at it took too long)",
+        ),
+        (POPULATED, ""),
+        (UNKNOWN, "in no page table of the process, and one of its files does not answer"),
+    ]
+    assert asked.read_text() == "x"
+
+
+def test_a_status_is_that_of_stat(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(PAGE))
+    for path in (tmp_path, tmp_path / "file", Path("/dev/null"), Path("/proc/self/exe")):
+        status, expected = status_of(str(path)), path.stat()
+        assert status is not None
+        assert all(getattr(status, name) == getattr(expected, name) for name in status._fields)
+    assert status_of(str(tmp_path / "none")) is None
