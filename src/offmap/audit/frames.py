@@ -22,7 +22,7 @@ from offmap.audit.guest_ram import RamRange
 from offmap.audit.intervals import Intervals, Ints, cut, run_starts
 from offmap.audit.kvm_list import GuestMemfd
 from offmap.audit.pageflags import KPF_ZERO_PAGE, PageFlags
-from offmap.audit.process import Mapping, Process, ProcessEnded
+from offmap.audit.process import Mapping, Process, ProcessEnded, mappings_from
 from offmap.audit.residency import (
     Backing,
     allocated_bytes,
@@ -185,12 +185,13 @@ def _resolve_range(
     process: Process, part: RamRange, mappings: Sequence[Mapping], building: _Building, zero: int
 ) -> None:
     position, last = part.va, part.va + part.bytes
-    for mapping in mappings:
+    for mapping in mappings_from(mappings, part.va):
+        if mapping.start >= last:
+            break
         start, end = max(mapping.start, part.va), min(mapping.end, last)
-        if start < end:
-            building.add_unknown((start - position) // PAGE_SIZE, "not mapped by the process")
-            _resolve_piece(process, mapping, start, (end - start) // PAGE_SIZE, building, zero)
-            position = end
+        building.add_unknown((start - position) // PAGE_SIZE, "not mapped by the process")
+        _resolve_piece(process, mapping, start, (end - start) // PAGE_SIZE, building, zero)
+        position = end
     building.add_unknown((last - position) // PAGE_SIZE, "not mapped by the process")
 
 

@@ -18,14 +18,15 @@ taken then, and called guesses: a guess can show that RAM is exposed, never that
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from offmap.audit.btf import Unknown
 from offmap.audit.kvm_list import GuestMemfd, KvmList, KvmSlot, Vm
 from offmap.audit.process import Mapping as Vma
-from offmap.audit.process import Process, find_mapping
+from offmap.audit.process import Process, find_mapping, mappings_from
 from offmap.audit.result import Source
 from offmap.audit.status import open_file, status_of
 from offmap.errors import Undetermined
@@ -317,23 +318,32 @@ def slot_ranges(
     A slot that lies in a larger one or in one of the ``known`` ranges is left out. Pages of a guest_memfd are a range
     of their own, unless just these pages are what the VMM has mapped there.
     """
-    found = list(known)
+    found, covers = list(known), _Covers(known)
+    places: dict[tuple[int, int], int] = {}
+    for index, part in enumerate(found):
+        places.setdefault((part.va, part.bytes), index)
+
+    def add(part: RamRange) -> None:
+        places.setdefault((part.va, part.bytes), len(found))
+        found.append(part)
+        covers.add(part)
+
     for slot in sorted(slots, key=lambda slot: (-slot.bytes, slot.guest_phys_addr)):
         file = slot.guest_memfd
         if file is not None and file.file:
             inside = _maps_guest_memfd(mappings, slot, file)
             part = RamRange(slot.userspace_addr, slot.bytes, Source.KVM, slot.guest_phys_addr, "guest_memfd", (), file)
-            same = [each for each in found if (each.va, each.bytes) == (part.va, part.bytes)]
-            if inside and same:
+            same = places.get((part.va, part.bytes)) if inside else None
+            if same is not None:
                 # The claim names just this memory.
-                found[found.index(same[0])] = replace(same[0], guest_memfd=file)
+                covers.drop(found[same])
+                found[same] = replace(found[same], guest_memfd=file)
                 continue
-            found.append(part)
+            add(part)
             if inside:
                 continue
-        if slot.read_only or _covered(slot, found):
-            continue
-        found.append(_range_of(slot, mappings))
+        if not slot.read_only and not covers.has(slot):
+            add(_range_of(slot, mappings))
     added = sorted(found[len(known) :], key=lambda part: part.guest_phys_addr or 0)
     return tuple(found[: len(known)]), tuple(added)
 
@@ -342,7 +352,8 @@ def read_only_ranges(
     slots: Sequence[KvmSlot], mappings: Sequence[Vma], ranges: Sequence[RamRange]
 ) -> tuple[RamRange, ...]:
     """The memory that the guest can only read, and that is in none of the ranges."""
-    found = [_range_of(slot, mappings) for slot in slots if slot.read_only and not _covered(slot, ranges)]
+    covers = _Covers(ranges)
+    found = [_range_of(slot, mappings) for slot in slots if slot.read_only and not covers.has(slot)]
     return tuple(dict.fromkeys(found))
 
 
@@ -352,22 +363,49 @@ def _range_of(slot: KvmSlot, mappings: Sequence[Vma]) -> RamRange:
     return RamRange(slot.userspace_addr, slot.bytes, Source.KVM, slot.guest_phys_addr, name)
 
 
-def _covered(slot: KvmSlot, ranges: Sequence[RamRange]) -> bool:
-    va, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
-    return any(part.va <= va and end <= part.va + part.bytes and part.guest_memfd is None for part in ranges)
+class _Covers:
+    """The ranges that a slot may lie in, each in none of the others; those of a guest_memfd are other memory.
+
+    A VMM may have 32,764 slots in each VM: a slot is not compared with each of them.
+    """
+
+    def __init__(self, ranges: Iterable[RamRange]) -> None:
+        self._starts: list[int] = []  # both ascend, as none lies in another
+        self._ends: list[int] = []
+        for part in ranges:
+            self.add(part)
+
+    def has(self, slot: KvmSlot) -> bool:
+        return self._hold(slot.userspace_addr, slot.userspace_addr + slot.bytes)
+
+    def _hold(self, start: int, end: int) -> bool:
+        at = bisect_right(self._starts, start) - 1
+        return at >= 0 and end <= self._ends[at]
+
+    def add(self, part: RamRange) -> None:
+        start, end = part.va, part.va + part.bytes
+        if part.guest_memfd is not None or self._hold(start, end):
+            return
+        first, last = bisect_left(self._starts, start), bisect_right(self._ends, end)
+        self._starts[first:last], self._ends[first:last] = [start], [end]
+
+    def drop(self, part: RamRange) -> None:
+        """Take one away. What lies in it then counts by itself, whatever else it lies in."""
+        at = bisect_left(self._starts, part.va)
+        if at < len(self._starts) and (self._starts[at], self._ends[at]) == (part.va, part.va + part.bytes):
+            del self._starts[at], self._ends[at]
 
 
 def _maps_guest_memfd(mappings: Sequence[Vma], slot: KvmSlot, file: GuestMemfd) -> bool:
     """Whether the VMM has mapped, at the slot's address, just the slot's part of its guest_memfd."""
     at, end = slot.userspace_addr, slot.userspace_addr + slot.bytes
-    for vma in mappings:
-        if vma.start <= at < vma.end:
-            # Not by its name and inode number: any file can have these.
-            if (vma.device, vma.inode) != (file.device, file.inode):
-                return False
-            if vma.offset + at - vma.start != file.offset + at - slot.userspace_addr:
-                return False
-            at = vma.end
-            if at >= end:
-                return True
+    for vma in mappings_from(mappings, at):
+        # Not by its name and inode number: any file can have these.
+        if vma.start > at or (vma.device, vma.inode) != (file.device, file.inode):
+            return False
+        if vma.offset + at - vma.start != file.offset + at - slot.userspace_addr:
+            return False
+        at = vma.end
+        if at >= end:
+            return True
     return False

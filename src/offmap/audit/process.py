@@ -6,7 +6,8 @@ Source of the mappings: /proc/PID/maps (``fs/proc/task_mmu.c``, ``show_map_vma``
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,9 +71,16 @@ def _parse_line(line: str) -> Mapping | None:
     return Mapping(int(start, 16), int(end, 16), perms, int(offset, 16), device, int(inode), path)
 
 
-def find_mapping(mappings: Iterable[Mapping], va: int) -> Mapping | None:
+def mappings_from(mappings: Sequence[Mapping], va: int) -> Iterator[Mapping]:
+    """Those that end above this address, in their order: a VMM may have 65,530, and as many slots in each VM."""
+    first = bisect_right(mappings, va, key=lambda mapping: mapping.end)
+    return (mappings[index] for index in range(first, len(mappings)))
+
+
+def find_mapping(mappings: Sequence[Mapping], va: int) -> Mapping | None:
     """The mapping that holds this address, or None."""
-    return next((mapping for mapping in mappings if mapping.start <= va < mapping.end), None)
+    mapping = next(mappings_from(mappings, va), None)
+    return mapping if mapping is not None and mapping.start <= va else None
 
 
 def process_ids() -> list[int]:

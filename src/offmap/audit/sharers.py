@@ -22,6 +22,7 @@ from offmap.audit.intervals import Intervals, Ints, cut, run_starts
 from offmap.audit.process import Mapping, NoSuchProcess, Process, process_ids
 from offmap.audit.procfs import open_path
 from offmap.audit.reach import Sharer, Sharing
+from offmap.audit.readable import Piece, clip, union
 from offmap.errors import Undetermined
 from offmap.uapi.page import PAGE_SIZE
 
@@ -43,18 +44,19 @@ def sharing_of(
     Raises:
         Undetermined: /proc/kpagecount cannot be read, or the process has ended.
     """
-    maps = process.maps()
+    ranges = union((part.va, part.va + part.bytes) for part in ram.ranges)
+    outside = {mapping: _outside(mapping, ranges) for mapping in process.maps()}
     files = {
         (mapping.device, mapping.inode)
-        for mapping in maps
-        if mapping.inode and any(part.va < mapping.end and mapping.start < part.va + part.bytes for part in ram.ranges)
+        for mapping, parts in outside.items()
+        if mapping.inode and parts != [(mapping.start, mapping.end)]
     }
     here = judged.state == POPULATED
     own = [(judged.pfn[here], judged.pages[here])]
-    for mapping in maps:
+    for mapping, parts in outside.items():
         if (mapping.device, mapping.inode) in files:
             # The same file a second time, beside what was judged already.
-            own += [_runs(frames) for part in _outside(mapping, ram) for _, frames in _present(process, *part)]
+            own += [_runs(frames) for part in parts for _, frames in _present(process, *part)]
     first, pages = (np.concatenate(column) for column in zip(*own, strict=True))
     known = judged.known
     guest, uncounted = _online((judged.pfn[known], judged.pages[known]), online)
@@ -249,15 +251,7 @@ def _runs(frames: Ints) -> Runs:
     return frames[first], np.diff(np.append(first, len(frames))).astype(np.int64)
 
 
-def _outside(mapping: Mapping, ram: GuestRam) -> Sequence[tuple[int, int]]:
-    """The parts of a mapping that are in none of the ranges."""
-    parts, at = [], mapping.start
-    for part in sorted(ram.ranges, key=lambda part: part.va):
-        start, end = max(part.va, mapping.start), min(part.va + part.bytes, mapping.end)
-        if start < end:
-            if at < start:
-                parts.append((at, start))
-            at = max(at, end)
-    if at < mapping.end:
-        parts.append((at, mapping.end))
-    return parts
+def _outside(mapping: Mapping, ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of a mapping that are in none of the ranges (sorted, disjoint)."""
+    _, parts = clip([Piece(mapping.start, 0, mapping.size)], ranges, virtual=True)
+    return [(part.va, part.va + part.bytes) for part in parts]

@@ -23,10 +23,12 @@ from offmap.audit.guest_ram import (
     find_guest_ram,
     guess_ranges,
     parse_memslots,
+    read_only_ranges,
     slot_ranges,
 )
 from offmap.audit.kvm_list import GuestMemfd, KvmSlot, Vm
 from offmap.audit.kvm_vcpu import VCpu
+from offmap.audit.process import Mapping as Vma
 from offmap.audit.process import NoSuchProcess, Process, find_mapping, parse_maps
 from offmap.audit.result import Source
 from offmap.errors import OffmapError, Undetermined
@@ -203,6 +205,45 @@ def test_pages_of_a_guest_memfd_are_judged_by_its_file_whatever_the_vmm_maps() -
         assert (kept, more.guest_memfd) == ((claim,), file)
     # A slot whose file was closed has its other pages all the same.
     assert [each.guest_memfd for each in slot_ranges([replace(slot, guest_memfd=GuestMemfd(0, 0, 0))], [])[1]] == [None]
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), max_size=8)
+
+
+@given(SPANS, SPANS)
+def test_a_slot_is_left_out_if_it_lies_in_one_other_range(
+    known: list[tuple[int, int]], more: list[tuple[int, int]]
+) -> None:
+    claims = [RamRange(va << 12, pages << 12, Source.MEMSLOT) for va, pages in known]
+    slots = [KvmSlot(n << 30, va << 12, pages << 12, False) for n, (va, pages) in enumerate(more)]
+    kept, added = slot_ranges(slots, [], claims)
+    assert kept == tuple(claims)
+
+    def lies_in(slot: KvmSlot, part: RamRange) -> bool:
+        return part.va <= slot.userspace_addr and slot.userspace_addr + slot.bytes <= part.va + part.bytes
+
+    assert all(any(lies_in(slot, part) for part in (*kept, *added)) for slot in slots)
+    for slot in slots:
+        own = [part for part in added if part.guest_phys_addr == slot.guest_phys_addr]
+        others = [part for part in (*kept, *added) if part not in own]
+        assert bool(own) is not any(lies_in(slot, part) for part in others)
+    assert read_only_ranges([replace(slot, read_only=True) for slot in slots], [], (*kept, *added)) == ()
+
+
+def test_a_vmm_with_as_many_slots_and_mappings_as_it_likes_keeps_nobody_waiting() -> None:
+    class Counted(list[Vma]):
+        looked = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            self.looked += 1
+            return super().__getitem__(index)
+
+    count = 4096
+    lines = (f"{va:x}-{va + 4096:x} rw-s 0 00:01 9 /memfd:a" for va in range(1 << 40, (1 << 40) + count * 8192, 8192))
+    mappings = Counted(parse_maps("\n".join(lines)))
+    slots = [KvmSlot(n << 20, (1 << 40) + n * 8192, 4096, False) for n in range(count)]
+    assert len(slot_ranges(slots, mappings)[1]) == count
+    assert mappings.looked < count * 32
 
 
 def made(*slots: KvmSlot, intact: bool = True, changed: int = 0) -> Vm:
