@@ -135,7 +135,8 @@ class Output:
         for path in (self._prometheus, self._html):
             if path is not None and path.is_file():
                 with contextlib.suppress(OSError):
-                    path.unlink()
+                    # Of a symbolic link, what it leads to: that is what others read, and what is replaced.
+                    Path(os.path.realpath(path)).unlink()
 
     def _write_no_result(self, reason: str) -> None:
         from offmap.audit.host import HostFacts, host_facts, utc_now
