@@ -3,7 +3,9 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from offmap.audit.audit import _Subject
 from offmap.audit.btf import Unknown
 from offmap.audit.guest_ram import GuestRam, OthersVm, RamRange
 from offmap.audit.judge import judge
@@ -50,3 +52,19 @@ def test_a_list_that_a_vmm_makes_unreadable_speaks_against_what_is_named() -> No
     pages = page_counts(ram_pages=1, pages_populated=1)
     assert judge(pages, RAM, None)[0] is Verdict.HIDDEN
     assert judge(pages, ram, None)[0] is Verdict.UNKNOWN
+
+
+def test_a_kernel_that_has_no_list_does_not_speak_against_what_is_named() -> None:
+    class Unreadable:
+        guest_memfd_pages = of_memory = None
+
+        def memory_of(self, tid: int) -> int:
+            raise Unknown("KVM's slots are being changed")
+
+    nothing: Any = None
+    unreadable: Any = Unreadable()
+    with Process(os.getpid()) as process:
+        for kvm, why in ((None, ""), (unreadable, "KVM's slots are being changed")):
+            subject = _Subject(process, nothing, nothing, kvm, "no BTF", {"ranges": RAM.ranges})
+            ram = subject._find(None)
+            assert (ram.ranges, ram.vms, ram.unlisted) == (RAM.ranges, (), why)
