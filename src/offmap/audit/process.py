@@ -211,8 +211,8 @@ class Process(Owned):
         with os.fdopen(self.open(name), "rb") as file:
             try:
                 return file.read()
-            except ProcessLookupError:
-                raise ProcessEnded(f"process {self.pid} ended during the audit") from None
+            except (FileNotFoundError, ProcessLookupError) as error:  # fdinfo of what was closed since the opening
+                raise self._gone(name, error) from None
 
     def link(self, name: str) -> str:
         """Where a link below /proc/PID says that it leads; empty where that cannot be told."""

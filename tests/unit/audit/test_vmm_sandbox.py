@@ -99,6 +99,22 @@ def test_a_file_whose_file_system_may_not_answer_is_not_touched(monkeypatch: pyt
         assert "no descriptor that leads further, " in str(found)
 
 
+def test_a_descriptor_that_is_closed_while_it_is_looked_at_hides_no_other() -> None:
+    closed, kept = os.open("/dev/null", os.O_RDONLY), os.open("/", os.O_RDONLY)
+
+    class Closes(Process):
+        def open(self, name: str, flags: int = os.O_RDONLY) -> int:
+            fd = super().open(name, flags)
+            if name == f"fdinfo/{closed}":
+                os.close(closed)
+            return fd
+
+    with Closes(os.getpid()) as process:
+        found = vmm_sandbox(process)
+    os.close(kept)
+    assert found is not None and (kept, "directory") in [(each.fd, each.kind) for each in found.descriptors]
+
+
 def test_a_long_list_is_cut_and_counted() -> None:
     with doing(f"kept = [os.open('/', 0) for _ in range({LISTED + 3})]") as found:
         assert (len(found.descriptors), found.descriptors_omitted) == (LISTED, 3)
