@@ -6,6 +6,7 @@ from offmap.audit.host import HostFacts, parse_time
 from offmap.audit.result import AuditResult
 from offmap.audit.result_sets import EveryVm, NotAudited
 from offmap.audit.verdict import Verdict, worst
+from offmap.errors import ExitStatus
 from offmap.report.typed import Document, Malformed, decode
 
 
@@ -82,6 +83,9 @@ def parse_report(document: object, source: str = "") -> HostReport:
         found = decode(EveryVm, document | {"vms": [*map(_shortened, vms)] if isinstance(vms, list) else vms})
         parts = (found.vms, found.not_audited, found.notes)
         report = HostReport(AUDIT_ALL, found.offmap, found.time, found.host, *parts, source=source, document=document)
+        if found.exit_status is not ExitStatus.DONE and report.verdict in {None, Verdict.HIDDEN}:
+            # A later version may have more reasons to say so than are known here.
+            raise Malformed(f"its exit status is {found.exit_status.value}, and nothing in it says why")
     else:
         raise Malformed(f"its schema is {document['schema']!r:.80}, not {AUDIT} or {AUDIT_ALL}")
     parse_time(report.time)

@@ -30,6 +30,13 @@ def test_a_report_that_contradicts_itself_is_refused(document: Json) -> None:
             parse_report(each)
 
 
+@pytest.mark.parametrize("status", [1, 2, 3])
+def test_a_status_that_no_vm_explains_is_not_taken_for_hidden(status: int) -> None:
+    for document in (every_vm(vm(), exit_status=status), every_vm(exit_status=status)):
+        with pytest.raises(Malformed, match=f"its exit status is {status}"):
+            parse_report(document)
+
+
 @pytest.mark.parametrize(
     "document",
     [None, [], {}, {"schema": 1}, {"schema": "offmap-audit/1"}, {"schema": "offmap-demo/1"}, vm(time="yesterday")],
