@@ -54,6 +54,7 @@ class Judge:
         count: mappings that were made, of whatever memory.
         ended_us: when the process's memory went; None as long as it is there.
         has_memory: says whether the process has memory now. A process can be made to end another's memory.
+        vms: kernel addresses of its VMs (``struct kvm``), as far as they are known.
     """
 
     pid: int
@@ -64,6 +65,7 @@ class Judge:
     ended_us: int | None = None
     has_memory: Callable[[], bool] = lambda: False
     guest: GuestPages = field(default_factory=GuestPages.none)
+    vms: frozenset[int] = frozenset()
     _begun: dict[int, list[Made]] = field(default_factory=dict)
     _open: dict[int, Made] = field(default_factory=dict)
     _kept: list[Made] = field(default_factory=list)
@@ -92,8 +94,9 @@ class Judge:
             if event.tgid == self.pid and not self.has_memory():
                 self.ended_us = event.time_us
         elif role is Role.SLOTS:
-            if event.tgid in {self.pid, 0}:
-                self.doubt("the process changed its memory slots")
+            # Another process that shares its memory (CLONE_VM) can change the slots of its VMs too.
+            if event.tgid in {self.pid, 0} or event.number("kvm") in self.vms:
+                self.doubt("the memory slots of its VM were changed")
         elif role is Role.GONE:
             if (va := event.number("va")) is not None and (made := self._open.pop(va, None)):
                 made.until_us = event.time_us

@@ -30,7 +30,7 @@ class Role(Enum):
     FIXMAP = "fixmap"  # one page at a fixed address
     BLIND = "blind"  # something is mapped, and the event does not tell which frames
     GONE = "gone"  # the mapping at this address ends
-    SLOTS = "slots"  # a process changes the memory slots of a VM
+    SLOTS = "slots"  # a process changes the memory slots of the VM with this struct kvm
     EXIT = "exit"  # a process has no memory any more
 
 
@@ -88,9 +88,9 @@ PROBES = (
     Probe("native_set_fixmap", Role.FIXMAP, "pa=$arg2:x64", "fixmap"),
     Probe("vmap_pfn", Role.BLIND, "n=$arg2:u32", "vmap_pfn"),
     Probe("apply_to_page_range", Role.BLIND, "mm=$arg1:x64 n=$arg3:x64", "apply_to_page_range"),
-    Probe("kvm_set_memslot", Role.SLOTS, "", SLOTS),
-    Probe("kvm_set_memory_region", Role.SLOTS, "", SLOTS),
-    Probe("__kvm_set_memory_region", Role.SLOTS, "", SLOTS),
+    Probe("kvm_set_memslot", Role.SLOTS, "kvm=$arg1:x64", SLOTS),
+    Probe("kvm_set_memory_region", Role.SLOTS, "kvm=$arg1:x64", SLOTS),
+    Probe("__kvm_set_memory_region", Role.SLOTS, "kvm=$arg1:x64", SLOTS),
     Probe("exit_mmap", Role.EXIT, "", EXIT),
 )
 

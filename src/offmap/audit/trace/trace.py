@@ -69,6 +69,7 @@ class Trace(Owned):
     def walked(self, snapshot: "Snapshot") -> Traced:
         """What was traced until this walk, which tells the guest's frames."""
         self._drain()
+        self._judge.vms = frozenset(vm.address for vm in snapshot.ram.vms)
         return self._result(self._judge.walked(_guest_of(snapshot)))
 
     def finish(self, snapshot: "Snapshot") -> Traced:

@@ -155,6 +155,14 @@ def test_what_is_not_told_is_a_doubt(judge: Judge, made: Event) -> None:
     assert judge.take_doubts() == ()
 
 
+def test_slots_that_another_process_changes_for_its_vm_are_a_doubt(judge: Judge) -> None:
+    judge.vms = frozenset({0xFFFF_C900_0000_1000})
+    judge.feed([event("kvm_set_memslot", tgid=7, kvm=0xFFFF_C900_0000_2000)])
+    assert judge.take_doubts() == ()
+    judge.feed([event("kvm_set_memslot", tgid=7, kvm=0xFFFF_C900_0000_1000)])
+    assert len(judge.take_doubts()) == 1
+
+
 def test_of_others_nothing_is_said(judge: Judge) -> None:
     judge.feed([event("kvm_set_memslot", tgid=7), event("apply_to_page_range", mm=5, n=1), event("exit_mmap", tgid=7)])
     judge.feed([event("vmap", n=1, p0=pages(page(1))), event("vmap_ret", va=VA)])
