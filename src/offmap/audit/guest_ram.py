@@ -21,14 +21,13 @@ import stat
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 
 from offmap.audit.btf import Unknown
 from offmap.audit.kvm_list import GuestMemfd, KvmList, KvmSlot, Vm
 from offmap.audit.process import Mapping as Vma
 from offmap.audit.process import Process, find_mapping, mappings_from
 from offmap.audit.result import Source
-from offmap.audit.status import open_file, status_of
+from offmap.audit.status import memfd_device, open_file, status_of
 from offmap.errors import Undetermined
 from offmap.report.typed import Count, Document, Malformed, decode, parse_json
 from offmap.uapi.page import PAGE_SIZE
@@ -273,7 +272,7 @@ def claimed_ranges(process: Process, links: Mapping[int, str] | None = None) -> 
         try:
             # Anything may have that name: a FIFO, or a file that never answers, must not keep us waiting.
             status = status_of(open_file(place))
-            if status is None or status.st_dev != _memfd_device() or not stat.S_ISREG(status.st_mode):
+            if status is None or status.st_dev != memfd_device() or not stat.S_ISREG(status.st_mode):
                 raise Undetermined("the process's offmap-memslots list is malformed: it is no memfd")
             if status.st_ino not in claims:
                 claims[status.st_ino] = parse_memslots(_content(place))
@@ -292,16 +291,6 @@ def _content(place: int) -> bytes:
     if len(content) > _MEMSLOTS_LIMIT:
         raise Undetermined("the process's offmap-memslots list is malformed: it is larger than 1 MiB")
     return content
-
-
-@lru_cache(maxsize=1)
-def _memfd_device() -> int:
-    """The device that all memfds are on (but those of huge pages)."""
-    fd = os.memfd_create("offmap-audit")
-    try:
-        return os.fstat(fd).st_dev
-    finally:
-        os.close(fd)
 
 
 def named_ranges(pid: int) -> list[RamRange]:

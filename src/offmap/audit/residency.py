@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from offmap.audit import pagemap
 from offmap.audit.process import Mapping, Process
 from offmap.audit.procfs import file_system
-from offmap.audit.status import open_file, status_of
+from offmap.audit.status import memfd_device, open_file, status_of
 from offmap.errors import Undetermined
 from offmap.uapi.offmap_module import DEVICE, OFFMAP_TRANSLATE, offmap_translate
 from offmap.uapi.page import PAGE_SIZE
@@ -110,6 +110,8 @@ def _kind_of(place: int) -> Backing:
     status = status_of(open_file(place))
     if status is None or not stat.S_ISREG(status.st_mode):
         return Backing.OTHER
+    if status.st_dev == memfd_device():
+        return Backing.SHMEM
     with mmap.mmap(-1, _MAGIC_BYTES) as answer:
 
         def ask() -> None:

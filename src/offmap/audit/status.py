@@ -7,6 +7,7 @@ and cannot be killed. statx(2) can be told not to ask.
 import ctypes
 import os
 import struct
+from functools import lru_cache
 from typing import NamedTuple
 
 _SYS_STATX = 332  # arch/x86/entry/syscalls/syscall_64.tbl
@@ -44,3 +45,13 @@ def status_of(name: str, folder: int = -1) -> Status | None:
     rdev_major, rdev_minor, major, minor = _DEVICES.unpack_from(buffer, _DEVICES_AT)
     uid, mode, ino, blocks = _FILE.unpack_from(buffer, _FILE_AT)
     return Status(uid, mode, ino, blocks, os.makedev(rdev_major, rdev_minor), os.makedev(major, minor))
+
+
+@lru_cache(maxsize=1)
+def memfd_device() -> int:
+    """The device that all memfds are on (but those of huge pages)."""
+    fd = os.memfd_create("offmap-audit")
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)

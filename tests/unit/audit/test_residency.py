@@ -145,11 +145,10 @@ def test_a_file_that_does_not_answer_is_unknown_and_no_other_one_is_asked(
         process = stack.enter_context(Process(os.getpid()))
         flags = stack.enter_context(PageFlags("/dev/null"))
         ranges = []
-        for _ in range(2):
-            fd = os.memfd_create("ram")
-            stack.callback(os.close, fd)
-            os.ftruncate(fd, 2 * PAGE)
-            memory = stack.enter_context(mmap.mmap(fd, 2 * PAGE))
+        for name in ("one", "two"):
+            file = stack.enter_context((tmp_path / name).open("w+b"))
+            file.truncate(2 * PAGE)
+            memory = stack.enter_context(mmap.mmap(file.fileno(), 2 * PAGE))
             memory[0] = 1
             held = ctypes.c_char.from_buffer(memory)
             ranges.append(RamRange(ctypes.addressof(held), 2 * PAGE, Source.REQUESTED))
