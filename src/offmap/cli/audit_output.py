@@ -79,19 +79,16 @@ class Output:
         from offmap.report.typed import Malformed
 
         with self.recording_failure():
-            if self.json:
-                print(json.dumps(document, indent=2), flush=True)
-                if self._html is self._prometheus is None and also is None:
-                    return
             try:
                 report = parse_report(document)
             except Malformed as error:
                 raise OffmapError(f"the audit's result contradicts itself: {error}", "report this as a bug") from None
-            if not self.json:
-                if report.schema == AUDIT:
-                    print(render_vm(report.vms[0], self.color), flush=True)
-                else:
-                    print(render_fleet([report], self.color), flush=True)
+            if self.json:
+                print(json.dumps(document, indent=2), flush=True)
+            elif report.schema == AUDIT:
+                print(render_vm(report.vms[0], self.color), flush=True)
+            else:
+                print(render_fleet([report], self.color), flush=True)
         self.write_files([report])
         if also is not None:
             also(report)

@@ -238,12 +238,13 @@ def test_an_old_verdict_that_cannot_be_replaced_goes(
     assert [path for path in tmp_path.iterdir() if path.exists()] == []
 
 
+@pytest.mark.parametrize("more", [[], ["--json"]])
 def test_a_result_that_contradicts_itself_is_never_shown(
-    audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], audit: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prom = tmp_path / "offmap.prom"
     audit(msgspec.structs.replace(result(Verdict.EXPOSED), verdict=Verdict.HIDDEN))
-    assert main(["audit", "1", "--prometheus", str(prom)]) == ExitStatus.FAILED
+    assert main(["audit", "1", "--prometheus", str(prom), *more]) == ExitStatus.FAILED
     said = capsys.readouterr()
     assert said.out == "" and "contradicts itself" in said.err and said.err.count("\n") == 1
     assert metrics(prom)["offmap_audit_success", ""] == 0
