@@ -7,6 +7,7 @@ import sys
 
 from offmap.audit.audit import audit_process
 from offmap.audit.guest_ram import NoVm
+from offmap.audit.process import own_start
 from offmap.audit.report.text import verdict_line
 from offmap.audit.result import AuditResult
 from offmap.audit.verdict import Verdict
@@ -28,7 +29,13 @@ def said_of(result: AuditResult) -> tuple[int, str]:
     """The exit status and the line. What the VMM calls itself must not pass for a verdict on a terminal."""
     line = plain(verdict_line(result))
     if (page := clock_page(result)) is not None:
-        return CLOCK_ALONE, f"{line}: the guest's page at {page:#x}, which holds kvm-clock, and in Linux nothing else"
+        line += f": the guest's page at {page:#x}, which holds kvm-clock, and in Linux nothing else"
+        # "Exposed" hides what else could not be seen, and the clock excuses its own page only.
+        unseen = result.pages.unknown_pages + result.pages.not_populated_plain_pages
+        if not unseen and not result.partial:
+            return CLOCK_ALONE, line
+        why = plain(result.partial) if result.partial else f"{unseen} others could not be judged"
+        return ExitStatus.UNDETERMINED, f"{line}; {why}"
     if result.verdict is Verdict.UNKNOWN and result.notes:
         line += f": {plain(result.notes[0])}"
     return result.verdict.exit_status, line
@@ -37,7 +44,8 @@ def said_of(result: AuditResult) -> tuple[int, str]:
 def judge(pid: int) -> tuple[int, str]:
     """Audit a process; returns the exit status and the line."""
     try:
-        result = audit_process(pid)
+        # From its start on: the VMM can see it come.
+        result = audit_process(pid, since=own_start())
     except NoVm:
         return NO_VM, "it has no VM any more"
     except OffmapError as error:

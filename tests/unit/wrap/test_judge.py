@@ -7,7 +7,9 @@ from msgspec.structs import replace
 from tests.unit.audit.report.samples import pages, vm
 
 from offmap.audit.result import AuditResult
+from offmap.errors import ExitStatus
 from offmap.report.typed import decode
+from offmap.wrap.audits import CLOCK_ALONE
 from offmap.wrap.judge import clock_page, said_of
 
 PAGE = 4096
@@ -38,6 +40,16 @@ def test_the_clocks_page_alone_is_named() -> None:
 )
 def test_nothing_else_is_excused(other: AuditResult) -> None:
     assert clock_page(other) is None
+
+
+def test_the_clock_excuses_nothing_that_could_not_be_seen() -> None:
+    alone = result([(CLOCK, PAGE)], [CLOCK])
+    assert said_of(alone)[0] == CLOCK_ALONE
+    unknown = result([(CLOCK, PAGE)], [CLOCK], unknown_pages=60_000)
+    growing = result([(CLOCK, PAGE)], [CLOCK], not_populated_pages=2, not_populated_plain_pages=2)
+    for doubted in (unknown, growing, replace(alone, partial="process 7 ended during the audit")):
+        status, line = said_of(doubted)
+        assert status == ExitStatus.UNDETERMINED and line.startswith("EXPOSED: 1 of "), line
 
 
 def test_names_that_the_vmm_chose_cannot_write_a_verdict() -> None:
