@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from offmap.audit.mappings import KernelMappings
@@ -37,6 +37,18 @@ class Walked:
         return Coverage(round(self.seconds, 3), self.mappings.passes, self.mappings.roots, self.looks)
 
 
+def _moments(count: int, seconds: float) -> Iterator[float]:
+    """0, then the others, each equally likely anywhere in ``seconds``, in ascending order; one after the other, as
+    there may be millions.
+    """
+    moment = 0.0
+    yield moment
+    for left in range(count - 1, 0, -1):
+        # The least of so many that are equally likely anywhere in what is left.
+        moment += (seconds - moment) * (1 - _random.random() ** (1 / left))
+        yield moment
+
+
 def walk_for(
     walker: Walker, seconds: float, enough: Callable[[KernelMappings], bool], progress: Callable[[float], None]
 ) -> Walked:
@@ -52,14 +64,13 @@ def walk_for(
     """
     started = time.monotonic()
     count = max(round(_A_SECOND * seconds), _A_SECOND) if seconds else 1
-    moments = [0.0, *sorted(_random.uniform(0, seconds) for _ in range(count - 1))]
     looks = []
-    for number, moment in enumerate(moments):
+    for number, moment in enumerate(_moments(count, seconds)):
         time.sleep(max(started + moment - time.monotonic(), 0))
         at, whole = time.monotonic() - started, walker.passes
         new = walker.walk()
         looks.append(Look(round(at, 3), round(time.monotonic() - started - at, 4), walker.passes > whole, new))
         if new and enough(walker.mappings()):
             break
-        progress((number + 1) / len(moments))
+        progress((number + 1) / count)
     return Walked(walker.mappings(), tuple(looks), time.monotonic() - started)
