@@ -63,3 +63,10 @@ def test_each_mapping_is_reported(host: LabHost, kind: str, event: str) -> None:
 def test_nothing_is_said_where_nothing_is_mapped(host: LabHost) -> None:
     status, (first, *traced) = watched(host, "reserved", 0)
     assert (status, first["verdict"], [line["verdict"] for line in traced]) == (0, "hidden", ["hidden"]), traced
+
+
+def test_memory_that_is_exchanged_after_the_last_audit_is_seen_at_the_end(host: LabHost) -> None:
+    done = host.output([sys.executable, TARGET, "reserved", "-1", "0", "0"])
+    first, change, traced = (json.loads(line) for line in done.stdout.decode().splitlines())
+    assert (done.status, first["verdict"], traced["schema"]) == (1, "hidden", "offmap-audit-trace/1")
+    assert (change["schema"], change["verdict"]) == ("offmap-audit-change/1", "exposed")

@@ -4,7 +4,7 @@
 /dev/offmap-alias map a page of its memory COUNT times, SECONDS apart, for so many microseconds each. Then it ends the
 watch.
 It prints what the watch printed and ends with its status. KIND is ``reserved`` (no struct page: memremap) or ``anon``
-(vmap). With COUNT 0 it waits for SECONDS.
+(vmap). With COUNT 0 it waits for SECONDS. With COUNT -1 it puts ordinary memory in the place of its own instead.
 """
 
 import ctypes
@@ -30,6 +30,15 @@ def physical(va: int) -> int:
     with Path("/proc/self/pagemap").open("rb") as file:
         file.seek(va // PAGE * 8)
         return (int.from_bytes(file.read(8), "little") & ((1 << 55) - 1)) * PAGE
+
+
+def put_ordinary_memory(va: int) -> None:
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+    place = ctypes.c_void_p(va)
+    assert libc.mmap(place, ctypes.c_size_t(SIZE), 3, flags, -1, ctypes.c_long(0)) == va
+    ctypes.memset(place, 1, SIZE)
 
 
 def main() -> int:
@@ -58,8 +67,10 @@ def main() -> int:
             with Path("/dev/offmap-alias").open("wb", buffering=0) as device:
                 device.write(f"flash {page:#x} {microseconds}".encode())
             time.sleep(seconds)
-        if not count:
+        if count == 0:
             time.sleep(seconds)
+        if count < 0:
+            put_ordinary_memory(va)
         watch.send_signal(signal.SIGTERM)
         print(watch.stdout.read(), end="", flush=True)
         return watch.wait()

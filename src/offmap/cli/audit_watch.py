@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from offmap.audit.process import Process
     from offmap.audit.trace.result import Traced
     from offmap.audit.trace.trace import Trace as _Trace
+    from offmap.audit.verdict import Verdict
 
 _LOOK_SECONDS = 1.0  # how soon a traced mapping is reported; each look costs the host some time
 
@@ -68,65 +69,116 @@ def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Outp
             (``offmap-audit-trace/1``), and once more at the end for the time since.
     """
     from offmap.audit.process import NoSuchProcess
-    from offmap.audit.verdict import Verdict
-
-    worst, seen = Verdict.HIDDEN, None
-    trace: _Trace | None = None
-
-    def note(found: "Traced", always: bool = False) -> None:
-        nonlocal worst
-        worst = max(worst, found.verdict, key=lambda verdict: verdict.gravity)
-        if always or found.verdict is not Verdict.HIDDEN:
-            _tell_trace(found, output)
 
     def stop(_number: int, _frame: object) -> None:
         raise _Stopped
 
     signal.signal(signal.SIGTERM, stop)
-    watched = _held(pid)
+    watched, stopped = _held(pid), False
+    one = _Watch(pid, once, output)
     try:
         if traced and watched is not None:
             from offmap.audit.trace.trace import Trace
 
             with output.recording_failure():
-                trace = Trace(pid)
+                one.trace = Trace(pid)
         with _heard() as sleep:
             try:
-                while seen is None or watched is None or watched.running():  # its PID may be another's afterwards
-                    with output.recording_failure():
-                        snapshot = once()
-                    result = snapshot.audit
-                    if result.partial and seen is not None and not _runs(pid):
-                        break  # the end of what is watched, and not a finding
-                    worst = max(worst, result.verdict, key=lambda verdict: verdict.gravity)
-                    before, seen = seen, snapshot  # first of all: who reads the result may end the watch at once
-                    _tell(snapshot, before, output)
-                    if trace is None:
-                        sleep(seconds)
-                        continue
-                    with _whole():
-                        note(trace.walked(snapshot))
-                    ends = time.monotonic() + seconds
-                    while (left := ends - time.monotonic()) > 0 and not trace.ended:
-                        sleep(min(left, _LOOK_SECONDS))
-                        with _whole():
-                            note(trace.look())
+                # Its PID may be another's afterwards.
+                while one.seen is None or watched is None or watched.running():
+                    if not one.audit():
+                        break
+                    one.wait(seconds, sleep)
             except (NoSuchProcess, Undetermined):
-                if seen is None or _runs(pid):
+                if one.seen is None or _runs(pid):
                     raise
     except (_Stopped, KeyboardInterrupt):
-        pass
+        stopped = True
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway, and what it still says is said whole
-        if trace is not None:
-            with trace:
-                if seen is not None:
-                    note(trace.finish(seen), always=True)
+        one.end(stopped)
         if watched is not None:
             watched.close()
-    if seen is None:
+    if one.seen is None:
         raise Undetermined("the watch ended before its first audit did", "let it run longer")
-    return int(worst.exit_status)
+    return int(one.worst.exit_status)
+
+
+class _Watch:
+    """The audits of one process, and the trace beside them.
+
+    Attributes:
+        worst: the gravest verdict so far.
+        seen: the last audit that came to an end.
+    """
+
+    def __init__(self, pid: int, once: "Callable[[], Snapshot]", output: Output) -> None:
+        from offmap.audit.verdict import Verdict
+
+        self._pid, self._once, self._output = pid, once, output
+        self.trace: _Trace | None = None
+        self.worst = Verdict.HIDDEN
+        self.seen: Snapshot | None = None
+
+    def audit(self) -> bool:
+        """Audit it, and say what has changed. False: it ended in the middle of that, which is no finding."""
+        with self._output.recording_failure():
+            snapshot = self._once()
+        if snapshot.audit.partial and self.seen is not None and not _runs(self._pid):
+            return False
+        self._count(snapshot.audit.verdict)
+        before, self.seen = self.seen, snapshot  # first of all: who reads the result may end the watch at once
+        _tell(snapshot, before, self._output)
+        if self.trace is not None:
+            with _whole():
+                self._note(self.trace.walked(snapshot))
+        return True
+
+    def wait(self, seconds: float, sleep: Callable[[float], object]) -> None:
+        """Wait for the next audit, and look at the trace meanwhile."""
+        if self.trace is None:
+            sleep(seconds)
+            return
+        ends = time.monotonic() + seconds
+        while (left := ends - time.monotonic()) > 0 and not self.trace.ended:
+            sleep(min(left, _LOOK_SECONDS))
+            with _whole():
+                self._note(self.trace.look())
+
+    def end(self, stopped: bool) -> None:
+        """Say what was traced since the last audit.
+
+        Args:
+            stopped: the watch was asked to end: the process may go on.
+        """
+        if self.trace is None:
+            return
+        with self.trace:
+            if self.seen is None:
+                return
+            if stopped and not self.trace.ended and _runs(self._pid):
+                self._look_again(self.trace)
+            self._note(self.trace.finish(self.seen), always=True)
+
+    def _look_again(self, trace: "_Trace") -> None:
+        """Audit it once more: no probe sees what its VMM has put under its slots since the last audit."""
+        from offmap.audit.process import NoSuchProcess
+
+        try:
+            self.audit()
+        except (NoSuchProcess, Undetermined) as error:
+            if _runs(self._pid):
+                trace.doubt(f"at the end its memory could not be looked at again: {error.reason}")
+
+    def _note(self, found: "Traced", always: bool = False) -> None:
+        from offmap.audit.verdict import Verdict
+
+        self._count(found.verdict)
+        if always or found.verdict is not Verdict.HIDDEN:
+            _tell_trace(found, self._output)
+
+    def _count(self, verdict: "Verdict") -> None:
+        self.worst = max(self.worst, verdict, key=lambda verdict: verdict.gravity)
 
 
 def _tell(snapshot: "Snapshot", before: "Snapshot | None", output: Output) -> None:

@@ -100,5 +100,6 @@ NEVER_TRACED = (
     "code that writes page-table entries itself (modules that call no function of the kernel for it)",
     "page tables of their own: kexec's, EFI's, text_poke's, hibernation's",
     "functions that the compiler has put into their callers, where a probe does not see them",
+    "memory that a VMM put under its slots between the last audit and its own end",
 )
 """What no probe of these sees on any kernel."""

@@ -82,6 +82,10 @@ class Trace(Owned):
         found = self._judge.walked(_guest_of(snapshot))
         return self._result([*found, *self._judge.hits(final=True)], last=True)
 
+    def doubt(self, reason: str) -> None:
+        """Say why the present stretch of time is undetermined."""
+        self._judge.doubt(reason)
+
     def look(self) -> Traced:
         """What was traced since, without what has not ended yet."""
         self._drain(whole=False)
