@@ -17,7 +17,7 @@ def built(folder: Path, program: str, *sources: str) -> Path:
     if shutil.which("gcc") is None:
         pytest.skip("no gcc: how a pool gives out pages was not tried (install gcc)")
     files = [HERE / f"{program}.c", *(MODULE / source for source in sources)]
-    for text in (MODULE / "pool.h", *files):
+    for text in (MODULE / "pool.h", MODULE / "internal.h", *files):
         for header in HEADER.findall(text.read_text()):
             (folder / header).parent.mkdir(parents=True, exist_ok=True)
             (folder / header).write_text("")

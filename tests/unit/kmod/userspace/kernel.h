@@ -1,6 +1,6 @@
 /* What pool.c and runs.c need of the kernel, in one thread of a process. */
-#ifndef _OFFMAP_INTERNAL_H
-#define _OFFMAP_INTERNAL_H
+#ifndef _OFFMAP_COMPAT_H
+#define _OFFMAP_COMPAT_H /* which is of the real kernel's headers */
 
 #include <assert.h>
 #include <errno.h>
@@ -258,53 +258,14 @@ static inline unsigned long find_next_bit(const unsigned long *bits, unsigned lo
 #define for_each_set_bit(bit, bits, nr)							\
 	for (bit = find_next_bit(bits, nr, 0); bit < (nr); bit = find_next_bit(bits, nr, bit + 1))
 
-/* --- the rest of the module ---------------------------------------------------- */
+/* --- what the module's internal.h names, and nobody here looks into --------------- */
 
-struct offmap_memory {
-	const struct offmap_source *source;
-	u64 size;
-};
+typedef unsigned long pgoff_t;
+struct file;
+struct vm_area_struct;
+struct workqueue_struct;
+struct resource { phys_addr_t start; };
 
-struct offmap_source {
-	const char *name;
-	bool large;
-	phys_addr_t (*phys)(const struct offmap_memory *mem, u64 offset, u64 *length);
-	int (*fill)(struct offmap_memory *mem, u64 offset);
-	bool (*poisoned)(const struct offmap_memory *mem, u64 offset, u64 length);
-};
-
-struct piece {
-	struct list_head node;
-	struct unplugged *owner;
-	struct pool *pool;
-	phys_addr_t start;
-	u64 size;
-	bool quarantine;
-	unsigned long *bad;
-};
-
-struct unplugged {
-	struct offmap_memory mem;
-	struct list_head pieces;
-};
-
-struct offmap_range {
-	phys_addr_t start;
-	u64 size;
-	bool mapped;
-};
-
-extern struct mutex offmap_pieces_lock;
-int offmap_find_mapped(struct offmap_range *ranges, unsigned int nr);
-int offmap_zero_again(phys_addr_t start, u64 size);
 void vm_unmap_aliases(void);
-struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable);
-void offmap_return(struct piece *piece);
-void offmap_sort_pieces(struct list_head *pieces);
-bool offmap_poisoned(const struct piece *piece);
-void offmap_pool_failed(struct piece *piece);
-bool offmap_any_vfio(void);
-#define offmap_await_due(deadline, killable) 0
-#define offmap_block_timeout() 0
 
 #endif

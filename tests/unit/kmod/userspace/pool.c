@@ -59,6 +59,16 @@ void vm_unmap_aliases(void)
 		in_tlb[page] = false;
 }
 
+int offmap_await_due(unsigned long deadline, bool killable)
+{
+	return 0;
+}
+
+unsigned long offmap_block_timeout(void)
+{
+	return 0;
+}
+
 struct offmap_memory *offmap_unplug(u64 *size, int nid, bool killable)
 {
 	struct unplugged *unplugged = calloc(1, sizeof(*unplugged));
