@@ -5,11 +5,13 @@ It says in one line what ``offmap audit`` would, and ends as that does; or with 
 
 import sys
 
+from msgspec.structs import replace
+
 from offmap.audit.audit import audit_process
 from offmap.audit.guest_ram import NoVm
 from offmap.audit.process import own_start
 from offmap.audit.report.text import verdict_line
-from offmap.audit.result import AuditResult
+from offmap.audit.result import AuditResult, Source
 from offmap.audit.verdict import Verdict
 from offmap.errors import ExitStatus, OffmapError
 from offmap.report.typed import plain
@@ -30,11 +32,12 @@ def said_of(result: AuditResult) -> tuple[int, str]:
     line = plain(verdict_line(result))
     if (page := clock_page(result)) is not None:
         line += f": the guest's page at {page:#x}, which holds kvm-clock, and in Linux nothing else"
-        # "Exposed" hides what else could not be seen, and the clock excuses its own page only.
-        unseen = result.pages.unknown_pages + result.pages.not_populated_plain_pages
-        if not unseen and not result.partial:
+        # "Exposed" hides what else could not be judged, and the clock excuses its own page only.
+        guessed = any(part.source is Source.GUESS for part in result.ranges)
+        rest = replace(result.pages, mapped_pages=0).verdict(guessed)
+        if rest is Verdict.HIDDEN and not result.partial:
             return CLOCK_ALONE, line
-        why = plain(result.partial) if result.partial else f"{unseen} others could not be judged"
+        why = plain(result.partial) if result.partial else "whether the others are hidden could not be determined"
         return ExitStatus.UNDETERMINED, f"{line}; {why}"
     if result.verdict is Verdict.UNKNOWN and result.notes:
         line += f": {plain(result.notes[0])}"
