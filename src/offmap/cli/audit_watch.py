@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import select
 import signal
 import time
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from offmap.cli.audit_output import Output
 from offmap.errors import Undetermined
+from offmap.vmm.stop_signals import wakeup_file
 
 if TYPE_CHECKING:
     from offmap.audit.audit import Snapshot
@@ -41,22 +41,6 @@ def _whole() -> Iterator[None]:
         raise _Stopped
 
 
-@contextlib.contextmanager
-def _heard() -> Iterator[Callable[[float], object]]:
-    """Gives a sleep of so many seconds that a signal ends, whenever it came and on whatever thread (numpy has some).
-
-    time.sleep() would hear one that came just before it, or on another thread, when it is over.
-    """
-    ours, pythons = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    before = signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
-    try:
-        yield lambda seconds: select.select([ours], [], [], seconds)
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(ours)
-        os.close(pythons)
-
-
 def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Output, traced: bool = False) -> int:
     """Audit until the process ends; the exit status is that of the worst verdict.
 
@@ -82,13 +66,13 @@ def watch(pid: int, seconds: float, once: "Callable[[], Snapshot]", output: Outp
 
             with output.recording_failure():
                 one.trace = Trace(pid)
-        with _heard() as sleep:
+        with wakeup_file() as signals:  # numpy has threads, on which a signal may come
             try:
                 # Its PID may be another's afterwards.
                 while one.seen is None or watched is None or watched.running():
                     if not one.audit():
                         break
-                    one.wait(seconds, sleep)
+                    one.wait(seconds, signals)
             except (NoSuchProcess, Undetermined):
                 if one.seen is None or _runs(pid):
                     raise
@@ -134,14 +118,18 @@ class _Watch:
                 self._note(self.trace.walked(snapshot))
         return True
 
-    def wait(self, seconds: float, sleep: Callable[[float], object]) -> None:
-        """Wait for the next audit, and look at the trace meanwhile."""
+    def wait(self, seconds: float, signals: int) -> None:
+        """Wait for the next audit, or a signal, and look at the trace meanwhile.
+
+        Args:
+            signals: the file that wakes it (``wakeup_file``).
+        """
         if self.trace is None:
-            sleep(seconds)
+            select.select([signals], [], [], seconds)
             return
         ends = time.monotonic() + seconds
         while (left := ends - time.monotonic()) > 0 and not self.trace.ended:
-            sleep(min(left, _LOOK_SECONDS))
+            select.select([signals], [], [], min(left, _LOOK_SECONDS))
             with _whole():
                 self._note(self.trace.look())
 
@@ -165,7 +153,8 @@ class _Watch:
         from offmap.audit.process import NoSuchProcess
 
         try:
-            self.audit()
+            with contextlib.suppress(_Stopped):  # a second signal: it ends anyway
+                self.audit()
         except (NoSuchProcess, Undetermined) as error:
             if _runs(self._pid):
                 trace.doubt(f"at the end its memory could not be looked at again: {error.reason}")

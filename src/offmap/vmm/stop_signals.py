@@ -12,12 +12,28 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
+def wakeup_file() -> Iterator[int]:
+    """While open, a file that is ready once a signal has come; on the main thread only, as Python has it.
+
+    Who waits for a signal must wait for it. (Python's own handler only notes the signal. One that comes just before
+    poll(2), or on another thread, would be heard when something else has ended the wait, which may be never.)
+    """
+    ours, pythons = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    saved = signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
+    try:
+        yield ours
+    finally:
+        signal.set_wakeup_fd(saved)
+        os.close(ours)
+        os.close(pythons)
+
+
+@contextlib.contextmanager
 def stopped_by_signals(stop: Callable[[OffmapError], bool]) -> Iterator[int]:
     """While open, each of these signals calls `stop` with the reason; on the main thread only, as Python has it.
 
-    It gives a file that the main thread must wait for, with whatever it waits for, and read: it is ready once a signal
-    has come. (Python's own handler only notes the signal. One that comes just before poll(2), or on another thread,
-    would be heard when something else has ended the wait, which may be never.) On other threads the file is -1.
+    It gives the `wakeup_file`, which the main thread must wait for, with whatever it waits for, and read. On other
+    threads it is -1.
 
     Args:
         stop: ends the machine and returns True; False while the machine is being built. Then the first signal raises
@@ -35,14 +51,10 @@ def stopped_by_signals(stop: Callable[[OffmapError], bool]) -> Iterator[int]:
             unwinding = True  # a second signal must not stop what gives the memory back
             raise reason
 
-    ours, pythons = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    saved_file = signal.set_wakeup_fd(pythons, warn_on_full_buffer=False)
-    saved = {number: signal.signal(number, handle) for number in _SIGNALS}
-    try:
-        yield ours
-    finally:
-        for number, handler in saved.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(saved_file)
-        os.close(ours)
-        os.close(pythons)
+    with wakeup_file() as file:
+        saved = {number: signal.signal(number, handle) for number in _SIGNALS}
+        try:
+            yield file
+        finally:
+            for number, handler in saved.items():
+                signal.signal(number, handler)

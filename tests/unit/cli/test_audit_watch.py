@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from offmap.audit.intervals import Intervals
 from offmap.audit.mappings import RUN, KernelMappings
 from offmap.audit.process import NoSuchProcess, ProcessEnded
 from offmap.audit.result import AuditResult, Source
+from offmap.audit.trace.result import Traced
 from offmap.audit.verdict import Verdict
 from offmap.cli.audit_output import Output, add_output_options
 from offmap.cli.audit_watch import watch
@@ -163,3 +165,32 @@ def test_a_signal_ends_its_sleep_whatever_thread_it_comes_on(number: signal.Sign
     sender.start()
     assert watch(NOBODY, 86400, once, output()) == 1
     sender.join()
+
+
+class Traces:
+    """In the place of a trace: during each walk, SIGTERM comes."""
+
+    ended = False
+
+    def __init__(self, _pid: int) -> None:
+        pass
+
+    def __enter__(self) -> "Traces":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def walked(self, _snapshot: Snapshot) -> Traced:
+        signal.raise_signal(signal.SIGTERM)
+        return Traced("2026-01-01T00:00:00Z", os.getpid(), Verdict.HIDDEN, 1.0, 0, (), (), ())
+
+    finish = walked
+
+
+def test_a_second_signal_takes_nothing_from_what_is_said_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("offmap.audit.trace.trace.Trace", Traces)
+    assert watch(os.getpid(), 86400, lambda: HIDDEN, output("--json"), traced=True) == 0
+    assert [json.loads(line)["schema"] for line in capsys.readouterr().out.splitlines()][1:] == ["offmap-audit-trace/1"]
