@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     seconds = float(own.args[0] if own else item.config.getini("timeout"))
     item.add_marker(pytest.mark.timeout(scaled(seconds)), append=False)
     return (yield)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Name a failure when it happens, on the original standard error: a run that is cut short has no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.when} of {report.nodeid} failed:\n{report.longreprtext[-2000:]}", file=sys.__stderr__)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
