@@ -4,7 +4,7 @@ PYTHON = .venv/bin/python
 PYTEST = $(PYTHON) -m pytest
 SUITE = tests/unit tests/fuzz tests/kvm tests/lab
 
-.PHONY: attack attack-hidden demo demo-patched compare fuzz test test-all slow setup setup-compare setup-tests setup-slow lint bench man unit
+.PHONY: attack attack-hidden demo demo-patched compare fuzz test test-all slow soak setup setup-compare setup-tests setup-slow lint bench man unit
 
 demo: setup
 	.venv/bin/offmap demo
@@ -47,7 +47,11 @@ test: setup-tests lint
 test-all: test slow
 
 slow: setup-slow
-	@scripts/slow-tests $(SUITE)
+	@scripts/slow-tests "slow and not soak" $(SUITE)
+
+# What the suite has seen on one kernel or kind of RAM, on the others: before a release, and after a change to what differs.
+soak: setup-slow
+	@scripts/slow-tests soak $(SUITE)
 
 # Every fuzzer, for so many minutes together, each processor at work; coverage guides them. make fuzz MINUTES=60
 MINUTES = 5

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark.structures import ParameterSet
 
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
@@ -27,6 +28,11 @@ def words_for(kernel: HostKernel) -> str:
     # Secret memory is off by default before 6.5.
     before = tuple(map(int, kernel.release.split(".")[:2])) < (6, 5)
     return f"{RESERVED} secretmem.enable=1" if before else RESERVED
+
+
+def soak(*values: object) -> ParameterSet:
+    """Give parameters of a slow test with which it does not run in ``make test-all``, but in ``make soak``."""
+    return pytest.param(*values, marks=pytest.mark.soak)
 
 
 def keep_still(host: LabHost) -> None:

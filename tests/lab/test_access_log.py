@@ -19,7 +19,7 @@ from offmap.lab.kernel import HostKernel
 from offmap.uapi.page import PAGE_SIZE
 
 from .alias_module import alias_module
-from .conftest import RESERVED
+from .conftest import RESERVED, soak
 from .console import Guest
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -137,7 +137,7 @@ def test_ordinary_ram_is_cleared_and_written_by_the_kernel(lab_kernel: HostKerne
         assert sum(site.during for site in sites if site.symbol.endswith("[kvm_amd]")) > 1000
 
 
-@pytest.mark.parametrize("backend", ["unplugged", "secretmem-bridge"])
+@pytest.mark.parametrize("backend", ["unplugged", soak("secretmem-bridge")])
 def test_no_access_to_ram_that_the_module_takes_away(lab_kernel: HostKernel, tmp_path: Path, backend: str) -> None:
     with logged(lab_kernel, tmp_path, lab_module(lab_kernel)) as lab:
         with lab.guest(backend):

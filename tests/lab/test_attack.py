@@ -158,6 +158,7 @@ def test_hidden_ram_beside_plain_ram_and_with_an_alias(lab_kernel: HostKernel, t
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_other_kinds_of_ram(lab_kernel: HostKernel, tmp_path: Path) -> None:
     guest = host_kernel("debian:6.1")
     found = attacked(

@@ -17,7 +17,7 @@ from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
 from .alias_module import alias_module
-from .conftest import words_for
+from .conftest import soak, words_for
 
 pytestmark = pytest.mark.lab
 
@@ -209,7 +209,7 @@ def test_live(found: Found, scenario: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("series", ["6.1", "7.3"])
+@pytest.mark.parametrize("series", [soak("6.1"), "7.3"])
 def test_other_kernels(series: str, tmp_path: Path) -> None:
     kernel: HostKernel = host_kernel(f"debian:{series}")
     with LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), out=tmp_path) as host:

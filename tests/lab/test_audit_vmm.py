@@ -17,7 +17,7 @@ from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
 from .alias_module import alias_module
-from .conftest import words_for
+from .conftest import soak, words_for
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
@@ -28,7 +28,7 @@ HIDDEN = ("offmap reserved", "offmap unplugged", "offmap secretmem-bridge")
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("series", ["6.12", "6.1", "7.3"])
+@pytest.mark.parametrize("series", [soak("6.12"), soak("6.1"), "7.3"])
 def test_vmms(lab_kernel: HostKernel, series: str, tmp_path: Path) -> None:
     kernel = host_kernel(f"debian:{series}")
     initrd = tmp_path / "guest.initramfs"

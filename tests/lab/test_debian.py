@@ -21,6 +21,7 @@ from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
 from . import prepared
+from .conftest import soak
 from .console import PATIENCE, Guest
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
@@ -74,8 +75,10 @@ def report(host: LabHost, name: str) -> tuple[list[str], Path]:
     return ["--report", str(path)], path
 
 
-@pytest.mark.parametrize("vcpus", [1, 2])
-@pytest.mark.parametrize("backend", ["anon", "reserved", "unplugged"])
+@pytest.mark.parametrize(
+    ("backend", "vcpus"),
+    [("reserved", 2), ("unplugged", 1), soak("reserved", 1), soak("unplugged", 2), soak("anon", 1), soak("anon", 2)],
+)
 def test_login_and_clean_end(host: LabHost, images: dict[str, Image], backend: str, vcpus: int) -> None:
     """The root file system is writable, so that its end can be seen to be clean."""
     root = f"/tmp/{backend}-{vcpus}"
@@ -104,7 +107,7 @@ def test_login_and_clean_end(host: LabHost, images: dict[str, Image], backend: s
     host.output(["rm", "-r", root])
 
 
-@pytest.mark.parametrize("kernel", ["6.1", "7.3", "elf"])
+@pytest.mark.parametrize("kernel", [soak("6.1"), "7.3", soak("elf")])
 def test_kernels(host: LabHost, images: dict[str, Image], kernel: str) -> None:
     """On hidden RAM; the image is not written to."""
     image = images[kernel]
@@ -259,7 +262,7 @@ print(digest.hexdigest())
 """
 
 
-@pytest.mark.parametrize("backend", ["reserved", "unplugged"])
+@pytest.mark.parametrize("backend", [soak("reserved"), "unplugged"])
 def test_every_device_of_a_hidden_guest_at_once(host: LabHost, images: dict[str, Image], backend: str) -> None:
     """The same bytes by network, drives and vsock, by their checksums, audited meanwhile."""
     assert host.options.out is not None

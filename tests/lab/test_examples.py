@@ -28,6 +28,7 @@ def here(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_all_are_tested_and_short() -> None:
+    """The matrix is in test_measure.py, which looks at what it measures, too."""
     names = {path.stem for path in EXAMPLES.glob("*.py")}
     assert names == {"best_backend", "check_host", "hidden_job", "small_matrix", "try_kernel"}
     for name in names:
@@ -103,15 +104,3 @@ def test_a_kernel_that_is_none(tmp_path: Path) -> None:
     done = here("try_kernel", str(tmp_path / "bzImage"))
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "is no good as a host" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_small_matrix(tmp_path: Path) -> None:
-    done = here("small_matrix", "debian:6.12", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    *kinds, winner = done.stdout.splitlines()
-    assert [line.split()[0] for line in kinds] == ["reserved", "unplugged", "secretmem-bridge"]
-    assert winner in {"winner: unplugged", "winner: reserved"}
-    again = here("small_matrix", "debian:6.12", str(tmp_path))
-    assert again.stdout == done.stdout

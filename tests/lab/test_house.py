@@ -37,6 +37,7 @@ def test_a_guest_on_the_ram_finds_the_device(lab_host: LabHost, environment: dic
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_the_question_is_asked(house: Any, tmp_path: Path) -> None:
     command = [*OFFMAP, "compare", "--backend", "lent", "--boots", "1", "--out", str(tmp_path)]

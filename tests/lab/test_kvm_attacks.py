@@ -12,7 +12,7 @@ from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
-from .conftest import keep_still, words_for
+from .conftest import keep_still, soak, words_for
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 
@@ -137,7 +137,7 @@ def test_more_programs_of_each_kind(lab_host: LabHost) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("series", ["6.1", "7.3"])
+@pytest.mark.parametrize("series", [soak("6.1"), "7.3"])
 def test_other_kernels(series: str, tmp_path: Path) -> None:
     kernel = host_kernel(f"debian:{series}")
     with LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), out=tmp_path) as host:

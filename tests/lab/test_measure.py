@@ -1,5 +1,8 @@
 """Real cells of the comparison, measured in disposable hosts of their own: what is known of each kind must come out."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,9 @@ from offmap.compare.cell_run import CellTask, run_cell
 from offmap.compare.job import FULL
 from offmap.compare.questions import CATALOGUE, Kind
 from offmap.compare.spec import CellSpec
+from offmap.compare.store import read_cell
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "small_matrix.py"
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
@@ -64,16 +70,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
 }
 
 
-def measured(spec: CellSpec) -> CellResult:
-    return run_cell(CellTask(spec, f"test-{spec.backend}"))
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("backend", EXPECTED)
-def test_a_cell(backend: str) -> None:
-    result = measured(CellSpec(backend))
+def check(result: CellResult) -> None:
+    expected = EXPECTED[result.spec.backend]
     assert result.outcome is CellOutcome.BOOTED, (result.reason, result.console)
-    expected = EXPECTED[backend]
     values = {id: result.answer(id).value for id in expected}
     assert values == expected, {id: result.answer(id) for id in expected if values[id] != expected[id]}
     # Every question was put, and has an answer or a reason.
@@ -87,9 +86,32 @@ def test_a_cell(backend: str) -> None:
     assert all(CATALOGUE[id].kind is Kind.NUMBER for id in pairs)
 
 
+@pytest.mark.timeout(1200)
+def test_hidden_cells_of_an_example(tmp_path: Path) -> None:
+    """It does what it says, too: prints a line for each kind and a winner, and measures nothing twice."""
+    argv = [sys.executable, str(EXAMPLE), "debian:6.12", str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *kinds, winner = done.stdout.splitlines()
+    assert [line.split()[0] for line in kinds] == ["reserved", "unplugged", "secretmem-bridge"]
+    assert winner in {"winner: unplugged", "winner: reserved"}
+    cells = sorted((tmp_path / "cells").glob("*.json"))
+    assert len(cells) == 3
+    for cell in cells:
+        check(read_cell(cell))
+    again = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert again.stdout == done.stdout
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_an_exposed_cell() -> None:
+    check(run_cell(CellTask(CellSpec("memfd"), "test-memfd")))
+
+
 @pytest.mark.timeout(300)
 def test_a_clock_that_the_host_cannot_keep_costs_that_cell_its_host() -> None:
-    result = measured(CellSpec("secretmem-bridge", kvm_clock="on"))
+    result = run_cell(CellTask(CellSpec("secretmem-bridge", kvm_clock="on"), "test-clock"))
     assert result.outcome is CellOutcome.OOPS
     assert result.asked == "works.kvm_clock"
     assert "BUG: unable to handle page fault" in result.oops

@@ -22,7 +22,7 @@ from offmap.patience import scaled
 
 from . import prepared
 from .alias_module import alias_module
-from .conftest import RESERVED, words_for
+from .conftest import RESERVED, soak, words_for
 from .console import CMDLINE, Guest
 
 pytestmark = pytest.mark.lab
@@ -546,7 +546,7 @@ def test_unmodified_qemu_is_hidden(host: LabHost) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("series", ["6.1", "7.3"])
+@pytest.mark.parametrize("series", [soak("6.1"), "7.3"])
 def test_other_kernels(lab_kernel: HostKernel, series: str, tmp_path: Path) -> None:
     kernel = host_kernel(f"debian:{series}")
     with LabHost.start(kernel, memory="2G", cmdline=words_for(kernel), out=tmp_path) as host:

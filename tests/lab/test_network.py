@@ -17,6 +17,7 @@ from offmap.lab.kernel import HostKernel
 from offmap.lab.modules import ModuleIndex, load_module
 from offmap.patience import scaled
 
+from .conftest import soak
 from .console import CMDLINE, Guest
 
 pytestmark = pytest.mark.lab
@@ -151,8 +152,9 @@ def test_a_hidden_guest_talks(host: LabHost, lab_kernel: HostKernel, initrd: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", ["reserved", "anon"])
-@pytest.mark.parametrize("vhost", ["off", "on"])
+@pytest.mark.parametrize(
+    ("memory", "vhost"), [("reserved", "on"), ("anon", "off"), soak("reserved", "off"), soak("anon", "on")]
+)
 def test_100_mib_over_http(host: LabHost, lab_kernel: HostKernel, initrd: Path, memory: str, vhost: str) -> None:
     options = ["--memory", memory, "--net", f"{TAP},vhost={vhost}", "--vcpus", "2"]
     with web(host, 100 * MIB) as checksum, running(host, lab_kernel, initrd, *options) as guest:

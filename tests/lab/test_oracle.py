@@ -17,7 +17,7 @@ from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
 from . import prepared
-from .conftest import words_for
+from .conftest import soak, words_for
 from .console import Guest
 from .test_module import insert
 
@@ -50,7 +50,7 @@ def test_drgn_agrees_on_what_is_exposed_and_what_is_hidden(lab_host: LabHost, ki
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("series", ["6.1", "6.12", "7.3"])
+@pytest.mark.parametrize("series", [soak("6.1"), soak("6.12"), "7.3"])
 def test_drgn_agrees_on_every_kind_of_memory(lab_kernel: HostKernel, series: str, tmp_path: Path) -> None:
     kernel = host_kernel(f"debian:{series}")
     initrd = tmp_path / "guest.initramfs"

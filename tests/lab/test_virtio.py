@@ -18,6 +18,7 @@ from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
 from offmap.lab.modules import ModuleIndex, load_module
 
+from .conftest import soak
 from .console import CMDLINE, Guest
 from .test_module import insert
 
@@ -149,7 +150,7 @@ def unplugged(lab_host: LabHost, lab_out: Path) -> Iterator[None]:
     ("memory", "verdict", "more"),
     [
         ("unplugged", "HIDDEN", ("--vcpus", "2")),
-        ("unplugged", "HIDDEN", ("--virtio-mmio-cmdline",)),
+        soak("unplugged", "HIDDEN", ("--virtio-mmio-cmdline",)),
         ("anon", "EXPOSED", ("--vcpus", "2")),
     ],
 )

@@ -11,6 +11,7 @@ from offmap.lab.host import LabHost
 from offmap.lab.provision import host_kernel
 from offmap.patience import scaled
 
+from .conftest import soak
 from .console import CMDLINE
 from .wrapped import OFFMAP, PATIENCE, Started, audit, host, module_host
 
@@ -93,7 +94,7 @@ def test_a_link_with_the_vmms_name_wraps_it_and_keeps_kvm_clock(host: LabHost) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("series", ["6.1", "7.3"])
+@pytest.mark.parametrize("series", [soak("6.1"), "7.3"])
 def test_on_other_kernels(series: str, tmp_path: Path) -> None:
     with module_host(host_kernel(f"debian:{series}"), tmp_path) as host:
         vmm = Started(host, [*OFFMAP, "wrap", "--", *qemu(host)])
