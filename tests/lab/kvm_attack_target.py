@@ -8,6 +8,7 @@ it does what it can to keep that from being seen.
 import array
 import ctypes
 import fcntl
+import itertools
 import json
 import mmap
 import os
@@ -104,9 +105,9 @@ class Vm:
         return vcpu
 
 
-def decoy() -> Vm:
+def decoy(offset: int) -> Vm:
     """A VM on hidden memory, with a claim."""
-    memory = hidden()
+    memory = hidden(offset=offset)
     vm = Vm()
     vm.slot(0, memory)
     vm.vcpu()
@@ -305,16 +306,22 @@ NEWER: tuple[Callable[[], None], ...] = (
 
 
 class Attacker:
-    """A process that does this beside its decoy; a context manager that leaves none behind."""
+    """A process that does this beside its decoy; a context manager that leaves none behind.
+
+    Up to 32 beside each other have hidden memory of their own: what one has KVM map is mapped in no other's VM.
+    """
+
+    _decoys = itertools.cycle(range(64 * MIB, 192 * MIB, 4 * MIB))
 
     def __init__(self, deed: Callable[[], None]) -> None:
         ours, theirs = socket.socketpair()
+        offset = next(self._decoys)
         self.pid = os.fork()
         if self.pid == 0:
             os.setpgid(0, 0)
             try:
                 ours.close()
-                decoy()
+                decoy(offset)
                 deed()
                 theirs.send(b"!")
                 theirs.recv(1)
