@@ -31,8 +31,8 @@ def words_for(kernel: HostKernel) -> str:
 
 
 def soak(*values: object) -> ParameterSet:
-    """Give parameters of a slow test with which it does not run in ``make test-all``, but in ``make soak``."""
-    return pytest.param(*values, marks=pytest.mark.soak)
+    """Give parameters of a test with which it does not run in ``make test-all``, but in ``make soak``."""
+    return pytest.param(*values, marks=(pytest.mark.slow, pytest.mark.soak))
 
 
 def keep_still(host: LabHost) -> None:
