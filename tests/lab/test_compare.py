@@ -123,7 +123,7 @@ def test_a_hang_ends_at_its_deadline(lab_kernel: HostKernel, tmp_path: Path) -> 
     hung, garbage, silent = (results[spec] for spec in specs)
     assert (hung.outcome, hung.asked) == (CellOutcome.DEADLINE, QUESTION)
     assert f"{deadline} s" in hung.reason and hung.answered["works.boot"].value is True
-    assert deadline <= hung.seconds
+    assert deadline <= hung.seconds < deadline + scaled(20)
     assert garbage.outcome is CellOutcome.FAILED and "no event" in garbage.reason
     assert (silent.outcome, silent.reason) == (
         CellOutcome.FAILED,
