@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from _pytest.mark.structures import ParameterSet
 
 from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
@@ -30,7 +29,7 @@ def words_for(kernel: HostKernel) -> str:
     return f"{RESERVED} secretmem.enable=1" if before else RESERVED
 
 
-def soak(*values: object) -> ParameterSet:
+def soak(*values: object) -> pytest.ParameterSet:
     """Give parameters of a test with which it does not run in ``make test-all``, but in ``make soak``."""
     return pytest.param(*values, marks=(pytest.mark.slow, pytest.mark.soak))
 
