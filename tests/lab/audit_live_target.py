@@ -395,11 +395,14 @@ def behind_image() -> dict[str, Any]:
             canary = make_canary(key, page)
             memory.map[page * PAGE : page * PAGE + len(canary)] = canary
         found["pages"] = pages
+        no_bpf = patch.object(scan, "KernelReader", side_effect=KernelError("bpf", errno.EPERM))
         found["unmapped"] = told(audit_process(child.pid, scan=key))
+        with no_bpf:
+            found["unmapped, without BPF"] = told(audit_process(child.pid, scan=key))
         with planted(f"image {' '.join(hex(frame * PAGE) for frame in frames[pages].tolist())}"):
             found["mapped"] = told(audit_process(child.pid, scan=key))
-            with patch.object(scan, "KernelReader", side_effect=KernelError("bpf", errno.EPERM)):
-                found["without BPF"] = told(audit_process(child.pid, scan=key))
+            with no_bpf:
+                found["mapped, without BPF"] = told(audit_process(child.pid, scan=key))
             for page in pages:
                 memory.map[page * PAGE : page * PAGE + PAGE] = bytes(PAGE)
             found["wiped"] = told(audit_process(child.pid, scan=key))

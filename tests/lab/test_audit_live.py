@@ -164,8 +164,10 @@ def check_behind_image(found: Found) -> None:
     assert [each["canary"] for each in result["scan"]["found"]] == found["pages"]
     for each in result["scan"]["found"]:
         assert [place["region"] for place in each["places"]] == ["kernel text mapping"]
-    result = found["without BPF"]
-    assert (result["verdict"], result["scan"]["frames_unread"], result["scan"]["found"]) == ("unknown", 3, [])
+    # The kernel maps some pages behind its image itself. How many of them became the secret memory, if any, is luck.
+    unread = found["unmapped, without BPF"]["scan"]["frames_unread"]
+    result = found["mapped, without BPF"]
+    assert (result["verdict"], result["scan"]["frames_unread"], result["scan"]["found"]) == ("unknown", unread + 3, [])
     for name in ("unmapped", "wiped"):
         result = found[name]
         assert (result["verdict"], result["scan"]["frames_unread"], result["scan"]["found"]) == ("hidden", 0, [])
