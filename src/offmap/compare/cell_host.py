@@ -100,6 +100,11 @@ class CellHost(Owned):
         return cls(host, folder, kind.program)
 
     @property
+    def is_new(self) -> bool:
+        """Whether no cell has been measured in it yet."""
+        return self._program is None
+
+    @property
     def usable(self) -> bool:
         """Whether another cell can be measured in it."""
         return not self._closed and (self._program is None or not self._program.ended)
@@ -171,13 +176,14 @@ class CellHosts(Owned):
         self._idle: dict[HostKind, list[CellHost]] = {}
 
     @contextmanager
-    def one(self, kind: HostKind, start: Callable[[], CellHost]) -> Iterator[CellHost]:
+    def one(self, kind: HostKind, start: Callable[[], CellHost], *, new: bool = False) -> Iterator[CellHost]:
         """A host of a kind for one cell. It is closed if an exception ends that cell.
 
         Args:
             start: makes one, if none waits.
+            new: it must be one in which no cell has been measured.
         """
-        host = self._waiting(kind) or start()
+        host = (None if new else self._waiting(kind)) or start()
         try:
             yield host
         except BaseException:

@@ -26,6 +26,7 @@ from offmap.compare.job import FULL, Job, Preset
 from offmap.compare.kinds import Vmm, kind_of
 from offmap.compare.knowledge import knowledge_of
 from offmap.compare.libvirt_host import libvirt_packages
+from offmap.compare.matrix import known_refusal
 from offmap.compare.native import refusal_here, run_here
 from offmap.compare.probes.guest_image import probe_initramfs
 from offmap.compare.running import CellStopped, RunningCell, running_cell
@@ -151,7 +152,11 @@ def run_cell(task: CellTask, report: Report = lambda _: None, hosts: CellHosts |
             else:
                 how, preset = task.how, task.how.preset
                 kind = HostKind(host, inputs["code"], how.program, preset.memory, preset.cmdline, how.accel)
-                _run_in_host(task, kind, guest, module, transcript, cell, end, report, hosts)
+                if _run_in_host(task, kind, guest, module, transcript, cell, end, report, hosts):
+                    # Other cells leave their pages all over a host's memory, so that less of it can be unplugged.
+                    report(CellEvent(again=f"in a new host, as that one had run other cells ({end.reason})"))
+                    transcript, end = Transcript(report), _End()
+                    _run_in_host(task, kind, guest, module, transcript, cell, end, report, hosts, new=True)
         except CellStopped:
             raise
         except OffmapError as error:
@@ -221,7 +226,10 @@ def _run_in_host(
     end: _End,
     report: Report,
     hosts: CellHosts | None,
-) -> None:
+    *,
+    new: bool = False,
+) -> bool:
+    """Measure the cell in a host, a new one if that is asked for. Return whether another host may do better."""
     last = time.monotonic() + task.how.deadline
     console: Console | None = None
     shown = 0  # of the console, before this cell
@@ -238,11 +246,15 @@ def _run_in_host(
 
     shared = None if task.how.preset.fresh else hosts
     try:
-        with nullcontext(shared) if shared is not None else CellHosts() as own, own.one(kind, start) as running:
+        with (
+            nullcontext(shared) if shared is not None else CellHosts() as own,
+            own.one(kind, start, new=new) as running,
+        ):
             if console is None:
                 launched(running.host)
                 shown = len(running.host.console.text)
             cell.check()
+            used = not running.is_new
             if module is not None:
                 running.load(module)
             with tempfile.TemporaryDirectory(dir=running.folder) as folder:
@@ -255,8 +267,10 @@ def _run_in_host(
                         f"it was not done after {task.how.deadline:g} s", "allow more with --deadline"
                     ) from None
             _judge(status, complaint, transcript.said(), end)
-            if end.outcome is CellOutcome.FAILED:
+            again = used and end.outcome is not CellOutcome.BOOTED and not known_refusal(task.spec)
+            if again or end.outcome is CellOutcome.FAILED:
                 running.close()  # no other cell may find what this one left behind
+            return again
     finally:
         if console is not None:
             booted = end.outcome in {CellOutcome.BOOTED, CellOutcome.REFUSED}

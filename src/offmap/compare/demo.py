@@ -40,7 +40,7 @@ SCHEMA = "offmap-demo/2"
 PRESET = Preset(
     questions=QUESTIONS,
     canaries=CANARIES,
-    memory="1280M",
+    memory="1536M",
     cmdline="memmap=256M$0x30000000 secretmem.enable=1",  # 256 MiB at 768 MiB, for `reserved`
     fresh=False,
 )

@@ -88,24 +88,25 @@ def _sensible(axes: Axes) -> Iterator[CellSpec]:
     for guest, vcpus, clock, host, backend in product(
         axes.guest_kernels, axes.vcpus, axes.kvm_clocks, axes.host_kernels, axes.backends
     ):
-        if why := _refusal(backend, host, clock):
+        spec = CellSpec(backend, host, guest, vcpus, clock)
+        if why := known_refusal(spec):
             if (why, backend, host) in refused:
                 continue  # whatever the guest, the refusal is the same
             refused.add((why, backend, host))
-        yield CellSpec(backend, host, guest, vcpus, clock)
+        yield spec
 
 
-def _refusal(name: str, host_kernel: str, kvm_clock: str) -> str:
+def known_refusal(spec: CellSpec) -> str:
     """What is known to be refused: memory or kvm-clock; empty if nothing. The refusal itself is measured once."""
-    released = _RELEASED.fullmatch(host_kernel)
+    released = _RELEASED.fullmatch(spec.host_kernel)
     if released is None:
         return ""
-    kind = kind_of(name)
+    kind = kind_of(spec.backend)
     if not kind.backend.in_release((int(released[1]), int(released[2]))):
         return "memory"
     # offmap (`run` and `wrap`) refuses kvm-clock where it would oops a released kernel. QEMU does not: if the page has
     # no struct page, KVM memremaps it.
-    return "kvm-clock" if kvm_clock == "on" and kind.backend.hides and not kind.vmm.is_qemu else ""
+    return "kvm-clock" if spec.kvm_clock == "on" and kind.backend.hides and not kind.vmm.is_qemu else ""
 
 
 def longest_first(specs: Iterable[CellSpec]) -> list[CellSpec]:
@@ -124,7 +125,7 @@ def longest_first(specs: Iterable[CellSpec]) -> list[CellSpec]:
 def _weight(spec: CellSpec) -> int:
     """The sort key: smaller for cells that take longer."""
     kind = kind_of(spec.backend)
-    if _refusal(spec.backend, spec.host_kernel, spec.kvm_clock):
+    if known_refusal(spec):
         return 6
     if kind.backend.page_by_page:
         return 0 if kind.backend.needs_module else 1

@@ -125,14 +125,17 @@ def test_a_host_waits_for_the_next_cell_unless_the_last_one_ended_badly() -> Non
             assert second is not first
         with hosts.one(KIND, start) as third:
             assert third is first and len(made) == 2
+        with hosts.one(KIND, start, new=True) as fresh:
+            assert fresh.is_new and len(made) == 3
+            fresh.close()
         other = HostKind(KIND.kernel, "another code", KIND.program, "2G", "", "tcg")
         with hosts.one(other, start) as fourth:
-            assert fourth is not first and len(made) == 3
+            assert fourth is not first and len(made) == 4
         with pytest.raises(LabEnded), hosts.one(KIND, start):
             raise LabEnded("the lab host ended by itself", "")
         assert made[0].closed
         second.close()
         with hosts.one(KIND, start):
-            assert len(made) == 4
+            assert len(made) == 5
     assert all(host.closed for host in made)
     assert not first.folder.exists()

@@ -1,22 +1,29 @@
 """How the host's end and the program's word make a result."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
 from offmap.compare import cell_run
-from offmap.compare.cell_host import HostKind
+from offmap.compare.cell_host import CellHosts, HostKind
 from offmap.compare.cell_result import CellOutcome, CellResult
 from offmap.compare.cell_run import CellTask, Settings, run_cell
+from offmap.compare.events import CellEvent
 from offmap.compare.facts import Host
-from offmap.compare.job import Line
+from offmap.compare.job import Line, Preset
 from offmap.compare.questions import Answer
 from offmap.compare.spec import NATIVE, CellSpec
 from offmap.errors import BackendRefused, OffmapError
 from offmap.lab.errors import LabEnded, LabError, LabPanic, LabTimeout
+from offmap.lab.host import LabHost
 from offmap.lab.kernel import HostKernel
+
+from .test_cell_host import Host as LabHostOfPrograms
+from .test_cell_host import Program
 
 OOPS = "\n[    9.1] BUG: unable to handle page fault for address: ffff888040000000\n[    9.2] Call Trace:\n"
 ANSWER = Answer("works.boot", True)
@@ -95,3 +102,62 @@ def test_the_running_kernel_is_a_kernel() -> None:
         patch.setattr(cell_run, "host_kernel", lambda spec, say: guest)
         host, its_guest = cell_run.kernels_of(CellSpec("anon", NATIVE), lambda _: None)
     assert its_guest is guest and host.name == NATIVE
+
+
+class Shared(LabHostOfPrograms):
+    """A lab host as a cell sees it."""
+
+    console = SimpleNamespace(text="", tail=lambda _: "")
+    options = SimpleNamespace(accel="tcg")
+
+    def kill(self) -> None:
+        raise AssertionError("nothing stopped the cell")
+
+
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., tuple[CellResult, list[str]]]]:
+    """Give a function that runs a cell which may share a host; its program reports one outcome each time it is asked.
+
+    It returns the result, and why the cell was run again.
+    """
+    kernel = HostKernel("debian:6.12", "6.12.1", tmp_path, tmp_path)
+    monkeypatch.setattr(cell_run, "kernels_of", lambda spec, report, modules: (kernel, kernel))
+    monkeypatch.setattr(cell_run, "inputs_of", lambda host, guest: {"code": "c"})
+    monkeypatch.setattr(cell_run, "code_digest", lambda: "c")
+    monkeypatch.setattr(LabHost, "start", lambda *_, **__: Shared())
+    how = Settings(preset=Preset(questions=("works.boot",), fresh=False), initrd=tmp_path)
+
+    with CellHosts() as hosts:
+
+        def run(backend: str, *outcomes: CellOutcome) -> tuple[CellResult, list[str]]:
+            left = list(outcomes)
+            events: list[CellEvent] = []
+
+            def write(program: Program, _: bytes) -> None:
+                outcome = left.pop(0)
+                program.heard(msgspec.json.encode(Line(outcome=outcome, reason=f"{len(left)} left")) + b"\n")
+
+            monkeypatch.setattr(Program, "write", write)
+            task = CellTask(CellSpec(backend, "debian:6.12", "debian:6.12"), "run", how)
+            result = run_cell(task, events.append, hosts)
+            assert not left
+            return result, [event.again for event in events if event.again]
+
+        yield run
+
+
+def test_what_a_used_host_does_not_give_is_asked_of_a_new_one(in_turn: Callable[..., Any]) -> None:
+    booted, refused, failed = CellOutcome.BOOTED, CellOutcome.REFUSED, CellOutcome.FAILED
+    for backend, outcomes, times in (
+        ("anon", [failed], 0),  # in a new host
+        ("anon", [booted], 0),
+        ("reserved", [refused, booted], 1),
+        ("reserved", [booted], 0),
+        ("reserved", [failed, refused], 1),
+        ("reserved", [failed, failed], 1),  # the new host of the last one is a used one
+        ("anon", [booted], 0),
+        ("secretmem", [refused], 0),  # by this kernel, whatever the host
+    ):
+        result, again = in_turn(backend, *outcomes)
+        assert result.outcome is outcomes[-1]
+        assert len(again) == times and all("had run other cells (1 left)" in why for why in again)
