@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -190,6 +190,9 @@ def _job(task: CellTask, host: HostKernel, guest: HostKernel, folder: str) -> Jo
     if task.how.firecracker:
         elf = str(vmlinux_of(guest.vmlinuz))
         job = msgspec.structs.replace(job, firecracker=str(task.how.firecracker), guest_vmlinux=elf)
+    elif task.how.preset.unpacked and kind_of(task.spec.backend).vmm is Vmm.OFFMAP:
+        with suppress(OffmapError):  # packed in a way that only its own code unpacks here
+            job = msgspec.structs.replace(job, guest_vmlinux=str(vmlinux_of(guest.vmlinuz)))
     if task.how.libvirt:
         job = msgspec.structs.replace(job, libvirt=str(task.how.libvirt))
     if task.how.preset.questions and task.spec.backend not in task.how.preset.attacked:

@@ -35,6 +35,7 @@ from offmap.lab.initramfs import busybox
 from offmap.lab.kernel import HostKernel
 from offmap.lab.provision import default_spec, host_kernel
 from offmap.lab.qemu import find_qemu
+from offmap.lab.vmlinux import vmlinux_of
 
 SCHEMA = "offmap-demo/2"
 PRESET = Preset(
@@ -42,6 +43,7 @@ PRESET = Preset(
     canaries=CANARIES,
     memory="1536M",
     cmdline="memmap=256M$0x30000000 secretmem.enable=1",  # 256 MiB at 768 MiB, for `reserved`
+    unpacked=True,
     fresh=False,
 )
 """All cells need the same kind of host, so that they can share one."""
@@ -165,6 +167,7 @@ def run_demo(
             threads.submit(host_kernel, name, modules if name == kernel_spec else None, say, early) for name in wanted
         ]
         kernels = [each.result() for each in made]
+    _meanwhile(partial(vmlinux_of, kernels[-1].vmlinuz))  # the guests', unpacked while the hosts start
     path = out.resolve() / "report.json"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

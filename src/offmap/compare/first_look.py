@@ -33,7 +33,7 @@ def first_look(job: Job, folder: Path, survey: Survey) -> None:
     secrets = Secrets(job.preset.canaries)
     setup = GuestSetup(
         kind_of(job.spec.backend),
-        Path(job.guest_vmlinuz),
+        Path(job.guest_vmlinux or job.guest_vmlinuz),
         Path(job.initrd),
         words=f"{_WORDS} {secrets.of_candidate}" + (f" {PLANT_SECRET}" if job.host_known else ""),
         vcpus=job.spec.vcpus,

@@ -24,6 +24,8 @@ class Preset(Struct, frozen=True):
             is.
         memory: the disposable host's RAM, as QEMU writes sizes.
         cmdline: appended to its kernel command line.
+        unpacked: whether ``offmap run`` gets the guest's kernel as an ELF file, as Firecracker does: such a guest has
+            no KASLR, and boots in less time. Where it cannot be unpacked here, the guest gets it as it is.
         fresh: whether the host must boot for this cell, as its boot, direct map or allocator is measured. If not, it
             may start from a snapshot, and may have run other cells before.
     """
@@ -35,6 +37,7 @@ class Preset(Struct, frozen=True):
     # 256 MiB at 1.5 GiB that Linux never owns, for `reserved`. All hosts have it, so that they are alike.
     # Linux before 6.5 has no memfd_secret unless it is told to (secretmem.enable).
     cmdline: str = "memmap=256M$0x60000000 secretmem.enable=1"
+    unpacked: bool = False
     fresh: bool = True
 
 
@@ -47,7 +50,8 @@ class Job(Struct, frozen=True):
     Attributes:
         spec: which cell.
         guest_vmlinuz: path of the guest's kernel.
-        firecracker, guest_vmlinux: of kinds under Firecracker: the program, and the guest's kernel as an ELF file.
+        firecracker: of kinds under Firecracker: the program.
+        guest_vmlinux: the guest's kernel as an ELF file, where that is what its VMM gets.
         libvirt: of kinds under libvirt: the folder of its unpacked packages.
         initrd: path of the guest's initramfs.
         folder: an empty folder to write to; it is removed after the cell.
