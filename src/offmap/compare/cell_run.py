@@ -154,7 +154,8 @@ def run_cell(task: CellTask, report: Report = lambda _: None, hosts: CellHosts |
                 kind = HostKind(host, inputs["code"], how.program, preset.memory, preset.cmdline, how.accel)
                 if _run_in_host(task, kind, guest, module, transcript, cell, end, report, hosts):
                     # Other cells leave their pages all over a host's memory, so that less of it can be unplugged.
-                    report(CellEvent(again=f"in a new host, as that one had run other cells ({end.reason})"))
+                    report(CellEvent(again=f"its host had run other cells before; there: {end.reason}"))
+                    report(CellEvent(begun=True))
                     transcript, end = Transcript(report), _End()
                     _run_in_host(task, kind, guest, module, transcript, cell, end, report, hosts, new=True)
         except CellStopped:
